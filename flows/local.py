@@ -1,0 +1,34 @@
+"""Runs the flow in this process, with Prefect's embedded server: nothing to install, nothing to start."""
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from nemo_minitron.compose import as_dict
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.stage import Result
+
+
+def prepare_environment() -> None:
+    """Settings that must stand before prefect is imported; what the user has set stays.
+
+    A user without a Prefect of their own gets a home with Prefect's version in its name: its database cannot be
+    downgraded, and a mismatch shows as nothing but a start-up time-out.
+    """
+    has_own = any(name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE"))
+    if not has_own and not (Path.home() / ".prefect" / "profiles.toml").is_file():
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ["PREFECT_HOME"] = str(cache / "nemo_minitron" / f"prefect-{version('prefect')}")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+
+
+def run_here(config: Config) -> list[Result]:
+    """Runs the whole pipeline and returns what each stage reports."""
+    prepare_environment()
+    from nemo_minitron.flows.compress import compress
+
+    return compress(as_dict(config), run_name=Path(config.workspace).resolve().name)

@@ -1,0 +1,5 @@
+"""Runs the command line: ``python -m nemo_minitron``."""
+
+from nemo_minitron.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,344 @@
+"""Hugging Face checkpoints on disk: opened without reading weights, checked against the family table, written as a stream."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nemo_minitron.artifacts.manifest import digest, hash_file, write_json
+from nemo_minitron.families import Family, expected_tensors, family_of, find_row
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint: its file, safetensors dtype name and shape."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: config and headers, no weights.
+
+    Attributes:
+        folder: where it lies.
+        config: its config.json.
+        family: its family table.
+        entries: tensor name to entry.
+        fingerprint: SHA-256 of file names, sizes, safetensors headers and config.json.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    family: Family
+    entries: Mapping[str, Entry]
+    fingerprint: str
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Opens a Hugging Face folder and checks that it is whole and that its family's table describes it.
+
+    Reads config.json and the safetensors headers only.
+
+    Raises:
+        ValueError: no config.json, no safetensors weights, a missing or truncated shard, an unknown family, tensors
+            that the table does not know or that have another shape, quantised weights; each with file and names.
+    """
+    config = read_config(folder)
+    family = family_of(config, str(folder / "config.json"))
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "quantised")
+        raise ValueError(
+            f"{folder / 'config.json'}: weights are quantised ({method}); dequantise the model first"
+        )
+    files = weight_files(folder)
+    headers = {file: read_header(folder / file) for file in files}
+    entries = {
+        name: Entry(file, item["dtype"], tuple(item["shape"]))
+        for file, header in headers.items()
+        for name, item in header.items()
+        if name != "__metadata__"
+    }
+    _check_entries(folder, family, config, entries)
+    stamp = [[file, (folder / file).stat().st_size, digest(headers[file])] for file in files]
+    return Checkpoint(folder, config, family, entries, digest([stamp, config]))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json.
+
+    Raises:
+        ValueError: the folder or the file is missing, or the file is no JSON object.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise ValueError(f"{folder}: no config.json here; a Hugging Face model folder is expected")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that make up a checkpoint, in order.
+
+    Raises:
+        ValueError: there are none (pickles are refused by name), or one that the index lists is missing.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index}: not a safetensors index: {error!r}") from error
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder}: shard {missing[0]} is listed in {INDEX} but missing ({len(missing)} missing)"
+            )
+        return files
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{folder}: only pickled weights ({pickles[0]}), which can run code when loaded; "
+            "convert them to safetensors first (model.save_pretrained writes safetensors)"
+        )
+    raise ValueError(f"{folder}: no safetensors weights ({SINGLE} or {INDEX})")
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Header of a safetensors file, after checking that the file is as long as its header says.
+
+    Raises:
+        ValueError: the file is truncated, has trailing bytes, or its header is not one of safetensors.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > min(size - 8, 100 * 2**20):
+                raise ValueError("header is longer than the file")
+            header = json.loads(file.read(length))
+        spans = [item["data_offsets"] for name, item in header.items() if name != "__metadata__"]
+        shapes = [tuple(item["shape"]) for name, item in header.items() if name != "__metadata__"]
+        if not all(isinstance(extent, int) and extent >= 0 for shape in shapes for extent in shape):
+            raise ValueError("shapes are not whole numbers")
+        end = 8 + length + max((span[1] for span in spans), default=0)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        struct.error,
+        RecursionError,
+    ) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from error
+    if end != size:
+        raise ValueError(f"{path}: truncated: expected {end} bytes, found {size}")
+    return dict(header)
+
+
+def _check_entries(
+    folder: Path, family: Family, config: Mapping[str, Any], entries: Mapping[str, Entry]
+) -> None:
+    expected = {name: shape for name, _, shape in expected_tensors(family, config)}
+    missing = sorted(set(expected) - set(entries))
+    if missing:
+        raise ValueError(
+            f"{folder}: {len(missing)} tensors of family {family.model_type!r} are missing: {missing[0]}"
+        )
+    unknown = sorted(
+        name
+        for name in set(entries) - set(expected)
+        if find_row(family, name) is None and not any(p.fullmatch(name) for p in family.ignored)
+    )
+    if unknown:
+        raise ValueError(
+            f"{folder}: {len(unknown)} tensors are in no row of family {family.model_type!r}: {unknown[0]}"
+        )
+    for name, shape in expected.items():
+        if entries[name].shape != shape:
+            found = list(entries[name].shape)
+            raise ValueError(
+                f"{folder}: {name}: config.json implies shape {list(shape)}, the file holds {found}"
+            )
+        if entries[name].dtype not in _FLOATS:
+            raise ValueError(
+                f"{folder}: {name} is stored as {entries[name].dtype}; dequantise the model first"
+            )
+
+
+def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
+    """A function that maps one tensor at a time from the files; pages are read when touched."""
+    handles: dict[str, Any] = {}
+
+    def read(name: str) -> Tensor:
+        file = checkpoint.entries[name].file
+        if file not in handles:
+            try:
+                handles[file] = safe_open(checkpoint.folder / file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{checkpoint.folder / file}: {error}") from error
+        tensor: Tensor = handles[file].get_tensor(name)
+        return tensor
+
+    return read
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: its name, dtype and shape are known before its values are."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def write_weights(
+    folder: Path,
+    tensors: Sequence[Planned],
+    read: Callable[[str], Tensor],
+    shard_bytes: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, str]:
+    """Writes safetensors shards and, where there are several, their index, one tensor in memory at a time.
+
+    Args:
+        folder: an existing folder.
+        tensors: what to write, in the order of the file.
+        read: gives the values of one tensor by name.
+        shard_bytes: largest shard, in bytes of tensors; a larger tensor gets a shard of its own.
+        progress: called with the bytes of each tensor written.
+
+    Returns:
+        File name to SHA-256, computed while writing.
+    """
+    shards: list[list[Planned]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    names = [SINGLE] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]  # fmt: skip
+    hashes = {}
+    for file, shard in zip(names, shards, strict=True):
+        hashes[file] = _write_shard(folder / file, shard, read, progress)
+    if len(shards) > 1:
+        weight_map = {
+            tensor.name: file for file, shard in zip(names, shards, strict=True) for tensor in shard
+        }
+        total = sum(tensor.size for tensor in tensors)
+        write_json(
+            folder / INDEX,
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+        )
+    return hashes
+
+
+def _write_shard(
+    path: Path, tensors: Iterable[Planned], read: Callable[[str], Tensor], progress: Callable[[int], None]
+) -> str:
+    # widest numbers first keeps every tensor aligned to its own width, as the safetensors library does
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in ordered:
+        span = [offset, offset + tensor.size]
+        header[tensor.name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": span,
+        }
+        offset = span[1]
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    digester = hashlib.sha256()
+    with path.open("wb") as file:
+        for block in (struct.pack("<Q", len(encoded)), encoded):
+            file.write(block)
+            digester.update(block)
+        for tensor in ordered:
+            values = read(tensor.name)
+            assert tuple(values.shape) == tensor.shape and values.dtype == tensor.dtype, tensor
+            data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(data)
+            digester.update(data)
+            progress(tensor.size)
+    return digester.hexdigest()
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copies what belongs to a model besides config and weights: tokenizer, generation config, licence; byte for byte."""
+    for name in (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES):
+        if (source / name).is_file():
+            (target / name).write_bytes((source / name).read_bytes())
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """SHA-256 over the tokenizer's files."""
+    return digest([[name, hash_file(folder / name)] for name in TOKENIZER_FILES if (folder / name).is_file()])
+
+
+def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the keys under which transformers 4 and 5 look for the same facts, where the config has only one spelling.
+
+    transformers 5 writes ``rope_parameters`` and ``dtype``; 4.57 reads ``rope_theta``, ``rope_scaling``,
+    ``partial_rotary_factor`` and ``torch_dtype`` and silently falls back to defaults without them.
+    """
+    written = dict(config)
+    for ours, theirs in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
+        if written.get(ours) is not None and written.get(theirs) is None:
+            written[theirs] = written[ours]
+    rope = written.get("rope_parameters")
+    if isinstance(rope, Mapping) and "rope_theta" in rope:
+        written.setdefault("rope_theta", rope["rope_theta"])
+        if "partial_rotary_factor" in rope:
+            written.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        if scaling.get("rope_type", "default") != "default":
+            written.setdefault("rope_scaling", scaling)
+    return written

@@ -1,0 +1,82 @@
+"""The plan: which units stay. ``plan.json`` for people, ``keep.safetensors`` for the machine."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.core.cut import Cut, cut_config
+from nemo_minitron.core.select import Keep
+from nemo_minitron.core.size import Size, model_size
+from nemo_minitron.families import Family, axis_sizes
+
+FILE = "plan.json"
+KEEP = "keep.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cut that has been decided.
+
+    Attributes:
+        model_type: family it was made for.
+        before, after: axis sizes of source and result.
+        layers_kept: 0-based source layers that stay.
+        layers_dropped: those that go.
+        cost_before, cost_after: parameters, FLOPs, KV bytes.
+        keep: kept units of every axis that shrinks.
+    """
+
+    model_type: str
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    layers_kept: tuple[int, ...]
+    layers_dropped: tuple[int, ...]
+    cost_before: Size
+    cost_after: Size
+    keep: Keep
+
+
+def make_plan(family: Family, config: Mapping[str, Any], keep: Keep, layers_kept: tuple[int, ...]) -> Plan:
+    """Works out what a cut costs and brings."""
+    before = axis_sizes(family, config)
+    pruned = cut_config(Cut(family, config, keep, layers_kept))
+    dropped = tuple(layer for layer in range(before["layers"]) if layer not in layers_kept)
+    return Plan(
+        model_type=family.model_type,
+        before=before,
+        after=axis_sizes(family, pruned),
+        layers_kept=layers_kept,
+        layers_dropped=dropped,
+        cost_before=model_size(family, config),
+        cost_after=model_size(family, pruned),
+        keep=keep,
+    )
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Writes ``plan.json`` and ``keep.safetensors``."""
+    readable = asdict(plan)
+    readable["keep"] = {axis: f"{KEEP}: {list(index.shape)}" for axis, index in plan.keep.items()}
+    ratio = plan.cost_after.parameters / plan.cost_before.parameters
+    write_json(folder / FILE, {**readable, "parameters_kept": round(ratio, 6)})
+    save_file({axis: index.contiguous() for axis, index in plan.keep.items()}, folder / KEEP)
+
+
+def read_plan(folder: Path) -> Plan:
+    """Reads what ``write_plan`` wrote."""
+    raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    return Plan(
+        model_type=raw["model_type"],
+        before=raw["before"],
+        after=raw["after"],
+        layers_kept=tuple(raw["layers_kept"]),
+        layers_dropped=tuple(raw["layers_dropped"]),
+        cost_before=Size(**raw["cost_before"]),
+        cost_after=Size(**raw["cost_after"]),
+        keep=load_file(folder / KEEP),
+    )

@@ -1,0 +1,80 @@
+"""A workspace: the folder of one run, with one sub-folder per artifact and a lock."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nemo_minitron.artifacts.manifest import Input, read_manifest, verify
+
+ARTIFACTS = (
+    "pretrain",
+    "teacher",
+    "correct",
+    "scores",
+    "plan",
+    "pruned",
+    "student",
+    "scratch",
+    "report",
+    "export",
+)
+"""Sub-folders of a workspace that can hold an artifact, in the order in which they are made."""
+
+
+@contextlib.contextmanager
+def locked(workspace: Path) -> Iterator[None]:
+    """Holds the workspace for this process; the operating system lets go of it when the process dies.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    workspace.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(workspace / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"workspace {workspace}: another run is using it; wait for it to end, or choose another workspace=..."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def input_artifact(workspace: Path, name: str, made_by: str) -> Input:
+    """An artifact of the workspace as the input of another.
+
+    Raises:
+        ValueError: it does not exist yet.
+    """
+    manifest = read_manifest(workspace / name)
+    if manifest is None:
+        raise ValueError(
+            f"{workspace / name}: not made yet (or not complete); run 'minitron {made_by}' first"
+        )
+    return Input(name, manifest.fingerprint, manifest.finished)
+
+
+def artifacts_in(workspace: Path) -> list[Path]:
+    """Folders of a workspace that hold a complete artifact, in pipeline order."""
+    return [workspace / name for name in ARTIFACTS if (workspace / name / "manifest.json").is_file()]
+
+
+def verify_tree(path: Path) -> tuple[int, list[str]]:
+    """Re-hashes an artifact or all artifacts of a workspace.
+
+    Returns:
+        How many artifacts were checked, and one line per defect.
+
+    Raises:
+        ValueError: nothing there carries a manifest.
+    """
+    folders = [path] if (path / "manifest.json").is_file() else artifacts_in(path)
+    if not folders:
+        raise ValueError(
+            f"{path}: no manifest.json here or in its sub-folders; this is neither artifact nor workspace"
+        )
+    return len(folders), [problem for folder in folders for problem in verify(folder)]

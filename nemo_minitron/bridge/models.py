@@ -1,0 +1,158 @@
+"""transformers: models and tokenizers in and out of Hugging Face folders."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from nemo_minitron.artifacts.checkpoint import both_spellings, read_config
+from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.families import Family, family_of
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: the device does not exist here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r}: not available here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: torch.device | None = None) -> Any:
+    """Loads a causal LM for reading: evaluation mode, no gradients wanted, every weight accounted for.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of another shape.
+    """
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
+    wrong = {
+        kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if any(wrong.values()):
+        raise ValueError(
+            f"{folder}: does not load strictly: " + "; ".join(f"{k}: {v[:3]}" for k, v in wrong.items() if v)
+        )
+    return model.to(device or torch.device("cpu")).eval()
+
+
+def new_model(config: Mapping[str, Any], seed: int) -> Any:
+    """A causal LM with random weights.
+
+    Norms whose stored weight is an offset from one (LayerNorm1P) start at zero, so that their gain is one.
+
+    Args:
+        config: a config.json, ``model_type`` included.
+        seed: seed of the weights.
+
+    Raises:
+        ValueError: the family is not known, or transformers refuses the config.
+    """
+    family = family_of(config, "pretrain.model")
+    torch.manual_seed(seed)
+    try:
+        entries = {key: value for key, value in config.items() if key != "model_type"}
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(config["model_type"], **entries)
+        ).float()
+    except Exception as error:  # transformers raises whatever its validators raise
+        raise ValueError(f"pretrain.model: transformers refuses this config: {error}") from error
+    if family.zero_centred_norms:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 and name.endswith("norm.weight"):
+                    parameter.zero_()
+    return model
+
+
+def decoder_of(model: Any, family: Family) -> nn.Module:
+    """The part of a causal LM that ends with the last hidden states."""
+    module: nn.Module = model.get_submodule(family.modules["decoder"])
+    return module
+
+
+def head_of(model: Any) -> Tensor:
+    """The output projection's weight, shape [vocabulary, hidden]; the embedding's where they are tied."""
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+def hidden_states(model: Any, family: Family, tokens_BS: Tensor) -> Tensor:
+    """Last hidden states, after the final norm: [batch, positions] token ids to [batch, positions, hidden]."""
+    hidden: Tensor = decoder_of(model, family)(input_ids=tokens_BS, use_cache=False).last_hidden_state
+    return hidden
+
+
+def save_model(model: Any, folder: Path, config: Mapping[str, Any], shard_size: int = 5_000_000_000) -> None:
+    """Writes weights and config.json into a folder.
+
+    Args:
+        model: the causal LM.
+        folder: an existing folder.
+        config: the config.json that the model came with; carried on as it is, the dtype apart.
+        shard_size: largest shard in bytes.
+    """
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    dtype = read_config(folder)["dtype"]
+    write_json(folder / "config.json", both_spellings({**config, "dtype": dtype, "torch_dtype": dtype}))
+
+
+def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
+    """Loads a tokenizer and checks that it fits its model.
+
+    Args:
+        folder: where its files lie.
+        vocabulary: size of the model's vocabulary; None: from the config.json in the same folder.
+
+    Raises:
+        ValueError: there is none, it does not load, or it has ids beyond the model's vocabulary.
+    """
+    vocabulary = vocabulary or read_config(folder)["vocab_size"]
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever the tokenizer's backend raises
+        raise ValueError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest < 0:
+        raise ValueError(
+            f"{folder}: the tokenizer has no vocabulary; are its files (tokenizer.json ...) there?"
+        )
+    if largest >= vocabulary:
+        raise ValueError(
+            f"{folder}: the tokenizer does not fit the model: it has token ids up to {largest}, "
+            f"the model's vocabulary has {vocabulary} entries"
+        )
+    return tokenizer
+
+
+@contextlib.contextmanager
+def frozen(model: Any) -> Iterator[Any]:
+    """The model in evaluation mode under inference mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield model
+    finally:
+        model.train(was_training)

@@ -1,0 +1,88 @@
+"""matplotlib: pictures of importance and of training, as PNG bytes."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from torch import Tensor
+
+COLOURS = {"teacher": "#555555", "pruned": "#d1862b", "student": "#2b6cb0", "scratch": "#b03a5b"}
+_TITLES = {
+    "hidden": "hidden channels", "ffn": "MLP neurons", "heads": "query heads", "layers": "layers",
+    "kv_heads": "KV heads",
+}  # fmt: skip
+
+
+def importance_maps(ranking: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """One picture per axis: a heat map over layers, or a curve where there is one ranking for the model.
+
+    Args:
+        ranking: axis name to scores, [layers, units] or [units].
+
+    Returns:
+        Axis name to PNG.
+    """
+    pictures = {}
+    for axis, scores in ranking.items():
+        figure, panel = plt.subplots(figsize=(6.4, 2.8), constrained_layout=True)
+        title = _TITLES[axis] if axis in _TITLES else axis
+        if scores.dim() == 2:
+            # sorted, relative to the layer's own best unit: what shows is how fast importance falls off
+            ordered = scores.sort(-1, descending=True).values
+            relative = ordered / ordered[:, :1].clamp(min=1e-30)
+            image = panel.imshow(
+                relative.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest"
+            )
+            figure.colorbar(image, label="share of the layer's best")
+            panel.set(xlabel=f"{title}, most important first", ylabel="layer", title=f"Importance of {title}")
+            panel.set_yticks(range(0, scores.shape[0], max(1, scores.shape[0] // 8)))
+        elif axis == "layers":
+            panel.bar(range(len(scores)), scores.numpy(), color=COLOURS["student"])
+            panel.set(xlabel="layer", ylabel="importance", title="Importance of layers")
+        else:
+            ordered = scores.sort(descending=True).values
+            panel.plot((ordered / ordered[0].clamp(min=1e-30)).numpy(), color=COLOURS["student"])
+            panel.set(
+                xlabel=f"{title}, most important first", ylabel="share of the best",
+                title=f"Importance of {title}", ylim=(0, 1.05),
+            )  # fmt: skip
+            panel.grid(alpha=0.25)
+        pictures[axis] = _png(figure)
+    return pictures
+
+
+def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, float]) -> bytes:
+    """Held-out loss against tokens seen, one curve per training; lines across for models that are not trained here.
+
+    Args:
+        logs: model name to lines of its training log; only those with ``val_loss`` are drawn.
+        levels: model name to held-out loss, drawn as a horizontal line.
+
+    Returns:
+        PNG.
+    """
+    figure, panel = plt.subplots(figsize=(6.4, 3.4), constrained_layout=True)
+    for name, lines in logs.items():
+        points = [(line["tokens"] / 1e6, line["val_loss"]) for line in lines if "val_loss" in line]
+        if name in levels and name == "student" and "pruned" in levels:
+            points = [(0.0, levels["pruned"]), *points]
+        if points:
+            panel.plot(*zip(*points, strict=True), marker="o", ms=3, color=COLOURS[name], label=name)
+    for name in ("teacher", "pruned"):
+        if name in levels:
+            panel.axhline(levels[name], ls="--", lw=1, color=COLOURS[name], label=name)
+    panel.set(xlabel="training tokens (millions)", ylabel="held-out loss (nats per token)", title="Recovery")
+    panel.grid(alpha=0.25)
+    panel.legend()
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()

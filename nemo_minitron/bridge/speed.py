@@ -1,0 +1,99 @@
+"""Speed and memory of one model, measured in a process that does nothing else: ``python -m nemo_minitron.bridge.speed``.
+
+Prints one JSON object. Peak memory is the most that the process held beyond what the libraries take: weights,
+activations, KV cache; on a GPU, the most that torch allocated there.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+REPEATS = 3
+
+
+def measure_in_process(folder: Path, device: str, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+    """Measures a model in a fresh process.
+
+    Returns:
+        ``prefill_tokens_per_second``, ``decode_tokens_per_second`` (batch 1, best of three), ``peak_megabytes``.
+
+    Raises:
+        RuntimeError: the process failed; its last words are the message.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "nemo_minitron.bridge.speed",
+        str(folder),
+        device,
+        str(prompt_tokens),
+        str(new_tokens),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"speed of {folder}: {done.stderr.strip().splitlines()[-1]}")
+    numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return numbers
+
+
+def _measure(folder: Path, device_name: str, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+    import torch
+
+    from nemo_minitron.bridge.models import frozen, load_model, pick_device
+
+    device = pick_device(device_name)
+    before = _resident_megabytes()
+    model = load_model(folder, device=device)
+    torch.manual_seed(0)
+    room = getattr(model.config, "max_position_embeddings", prompt_tokens + new_tokens)
+    prompt_tokens = max(1, min(prompt_tokens, room - new_tokens))
+    prompt_1S = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), device=device)
+    with frozen(model):
+        runs = [_once(model, prompt_1S, new_tokens) for _ in range(REPEATS)]
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return {
+        "prefill_tokens_per_second": round(prompt_tokens / min(run[0] for run in runs), 1),
+        "decode_tokens_per_second": round(new_tokens / min(run[1] for run in runs), 1),
+        "peak_megabytes": round(peak, 1),
+    }
+
+
+def _once(model: Any, prompt_1S: Any, new_tokens: int) -> tuple[float, float]:
+    """Seconds of prefill, and of greedy decoding with the cache."""
+    import torch
+
+    start = _clock(prompt_1S)
+    out = model(prompt_1S, use_cache=True, logits_to_keep=1)
+    filled = _clock(prompt_1S)
+    token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+    for _ in range(new_tokens):
+        out = model(token, past_key_values=cache, use_cache=True)
+        token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+    assert torch.isfinite(out.logits).all()
+    return filled - start, _clock(prompt_1S) - filled
+
+
+def _clock(on: Any) -> float:
+    import torch
+
+    if on.device.type == "cuda":
+        torch.cuda.synchronize(on.device)
+    return time.perf_counter()
+
+
+def _resident_megabytes() -> float:
+    import os
+
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))

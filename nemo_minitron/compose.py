@@ -1,0 +1,124 @@
+"""Hydra: from a configuration name and overrides to a checked ``Config``."""
+
+import dataclasses
+import difflib
+import re
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import nemo_minitron
+from nemo_minitron.stages.config import Config, describe
+
+_PACKAGE = Path(nemo_minitron.__file__).parent
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+"""Folder of the configurations that come with the package: inside it where installed, beside it in a checkout."""
+
+OPEN = ("trainer", "optim", "exp_manager", "pretrain.model", "pretrain.trainer", "pretrain.optim", "correct.trainer",
+        "correct.optim")  # fmt: skip
+"""Sections that take any key with ``+``: what they hold is checked by those they are handed to."""
+
+
+def load_config(name: str, overrides: list[str], folder: str | None = None) -> Config:
+    """Composes a configuration.
+
+    Args:
+        name: a configuration of the package (``configs/NAME.yaml``) or of ``folder``.
+        overrides: in Hydra's grammar, ``plan.hidden=3072``, ``+trainer.limit_val_batches=2``, ``~optim.sched``.
+        folder: a folder of the user's own, searched first.
+
+    Returns:
+        The configuration, every value checked against the schema.
+
+    Raises:
+        ValueError: an unknown or mistyped key (the nearest known ones are named), a value of the wrong type or out of
+            range, an unknown configuration.
+    """
+    OmegaConf.register_new_resolver("stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
+    ConfigStore.instance().store(name="schema", node=Config)
+    own = Path(folder or CONFIGS).expanduser().resolve()
+    if not own.is_dir():
+        raise ValueError(f"--config-dir: no such folder: {own}")
+    GlobalHydra.instance().clear()
+    name = name.removesuffix(".yaml")
+    try:
+        with initialize_config_dir(str(own), version_base="1.3"):
+            search = [] if folder is None else [f"hydra.searchpath=[file://{CONFIGS}]"]
+            composed = compose(name, [*overrides, *search])
+        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        config = OmegaConf.to_object(merged)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, name, own)) from error
+    assert isinstance(config, Config)
+    _check_choices(config)
+    return config
+
+
+def _explain(error: Exception, name: str, folder: Path) -> str:
+    """One line: what is wrong and, for a key that is not known, which known ones are near."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = " ".join(str(error).split())
+    wanted = re.search(
+        r"Could not (?:override|append to|delete from) config[^']*'([^']+)'|Could not override '([^']+)'",
+        text,
+    )
+    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in)", text)
+    if wanted or unknown:
+        key = next(group for match in (wanted, unknown) if match for group in match.groups() if group)
+        full_key = getattr(cause, "full_key", None) or key
+        return _unknown_key(key if "." in key or wanted else str(full_key))
+    if "Cannot find primary config" in text:
+        known = sorted(path.stem for path in folder.glob("*.yaml"))
+        return f"--config-name: no configuration {name!r} in {folder}; there are: {', '.join(known)}"
+    first = str(error).strip().splitlines()
+    key = getattr(cause, "full_key", None)
+    return f"{key}: {str(cause).splitlines()[0]}" if key else first[0]
+
+
+def _unknown_key(key: str) -> str:
+    known = [name for name, _, _ in describe()] + list(OPEN)
+    near = difflib.get_close_matches(key, known, 3, 0.5)
+    leaf = key.rsplit(".", 1)[-1]
+    near += [name for name in known if name.rsplit(".", 1)[-1] == leaf and name not in near]
+    hint = f"; nearest known: {', '.join(near[:3])}" if near else ""
+    section = next((name for name in OPEN if key.startswith(f"{name}.")), None)
+    if section:
+        hint = f"; {section} is handed on as it is: write +{key}=... to add a key"
+    return f"{key}: no such configuration key{hint}"
+
+
+def _check_choices(config: Config) -> None:
+    for name, item, _ in describe():
+        choices = item.metadata["choices"]
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain dictionaries, for crossing process borders."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The configuration back from plain dictionaries.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error, "parameters", CONFIGS)) from error
+    assert isinstance(config, Config)
+    _check_choices(config)
+    return config

@@ -1,0 +1,161 @@
+"""Importance of a model's units from activations, weights or chance ([P1] section 2.2).
+
+Shape suffixes: B samples, S positions, U units, H hidden channels, L layers; ``x_BSU`` has the shape
+[samples, positions, units].
+
+An activation score is two aggregations, first over the positions of each sample, then over samples. What is kept
+between batches are the sums over samples of the first aggregation and of its square: they merge associatively, so
+that any split of the samples over batches, ranks, machines or resumed runs gives the score of the whole.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.families import TensorRow
+from nemo_minitron.families.grammar import dim_size
+
+AGGREGATIONS = ("l2", "mean", "var")
+
+
+def over_sequence(x_BSU: Tensor, mask_BS: Tensor | None, how: str) -> Tensor:
+    """Aggregates each sample's activations over its valid positions, in float32.
+
+    ``mean`` is the mean of \\|x\\|, ``l2`` is sqrt(sum x^2), ``var`` is the mean of (x - mean)^2 ([P1] section 2.2).
+
+    Args:
+        x_BSU: Tensor of shape [samples, positions, units].
+        mask_BS: Tensor of shape [samples, positions], True where a position counts; None where all do.
+        how: one of ``AGGREGATIONS``.
+
+    Returns:
+        Tensor of shape [samples, units], float32.
+    """
+    if mask_BS is None:
+        count_B1 = torch.full((x_BSU.shape[0], 1), float(x_BSU.shape[1]), device=x_BSU.device)
+    else:
+        x_BSU = torch.where(
+            mask_BS[..., None], x_BSU, torch.zeros((), dtype=x_BSU.dtype, device=x_BSU.device)
+        )
+        count_B1 = mask_BS.sum(1, keepdim=True).float().clamp(min=1)
+    if how == "mean":
+        return torch.linalg.vector_norm(x_BSU, ord=1, dim=1, dtype=torch.float32) / count_B1
+    norm_BU = torch.linalg.vector_norm(x_BSU, ord=2, dim=1, dtype=torch.float32)
+    if how == "l2":
+        return norm_BU
+    assert how == "var", how
+    mean_BU = x_BSU.sum(1, dtype=torch.float32) / count_B1
+    deviation_BSU = x_BSU.float() - mean_BU[:, None]
+    if mask_BS is not None:
+        deviation_BSU = deviation_BSU * mask_BS[..., None]
+    return deviation_BSU.square().sum(1) / count_B1
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over samples of a per-sample value and of its square, float64, shape [..., units]."""
+
+    samples: int
+    total: Tensor
+    squares: Tensor
+
+
+def moments(value_BU: Tensor) -> Moments:
+    """Moments of one batch of per-sample values of shape [samples, units]."""
+    value_BU = value_BU.double()
+    return Moments(value_BU.shape[0], value_BU.sum(0), value_BU.square().sum(0))
+
+
+def merge(left: Moments, right: Moments) -> Moments:
+    """Moments of two disjoint sets of samples together."""
+    return Moments(left.samples + right.samples, left.total + right.total, left.squares + right.squares)
+
+
+def over_batch(sums: Moments, how: str) -> Tensor:
+    """Aggregates per-sample values, given as sums, over all samples.
+
+    Args:
+        sums: moments of shape [..., units]; the per-sample values are never negative, so that \\|s\\| = s.
+        how: one of ``AGGREGATIONS``.
+
+    Returns:
+        Tensor of shape [..., units], float64.
+    """
+    if how == "l2":
+        return sums.squares.sqrt()
+    mean = sums.total / sums.samples
+    if how == "mean":
+        return mean
+    assert how == "var", how
+    return (sums.squares / sums.samples - mean.square()).clamp(min=0)
+
+
+def head_norms(x_BSF: Tensor, heads: int) -> Tensor:
+    """L2 norm of every head's channels ([P1] eq. for head importance).
+
+    Args:
+        x_BSF: attention output before the output projection, shape [samples, positions, heads x head_dim].
+        heads: number of query heads.
+
+    Returns:
+        Tensor of shape [samples, positions, heads], float32.
+    """
+    return torch.linalg.vector_norm(x_BSF.unflatten(-1, (heads, -1)), dim=-1, dtype=torch.float32)
+
+
+def cosine_sums(before_BSH: Tensor, after_BSH: Tensor, mask_BS: Tensor | None) -> tuple[float, int]:
+    """Sum over valid tokens of cos(x_i, x_{i+1}), and their number: what block influence is made of ([P1] eq. 4)."""
+    cosine_BS = torch.nn.functional.cosine_similarity(before_BSH.float(), after_BSH.float(), dim=-1)
+    if mask_BS is not None:
+        cosine_BS = cosine_BS[mask_BS]
+    return float(cosine_BS.double().sum()), cosine_BS.numel()
+
+
+def group_scores(heads_LN: Tensor, groups: int) -> Tensor:
+    """Score of each KV group: the L2 norm over its query heads' scores. [layers, heads] to [layers, groups]."""
+    return torch.linalg.vector_norm(heads_LN.unflatten(-1, (groups, -1)), dim=-1)
+
+
+def unit_squares(tensor: Tensor, row: TensorRow, sizes: Mapping[str, int], axis: str) -> Tensor:
+    """Sum of squared weights of every unit of one axis in one tensor: the magnitude baseline.
+
+    Args:
+        tensor: weights of the shape that ``row`` states.
+        row: the tensor's row in the family table.
+        sizes: size of every axis.
+        axis: the axis whose units are measured.
+
+    Returns:
+        Tensor of shape [sizes[axis]], float64; zeros where the row does not mention the axis.
+    """
+    squares = tensor.double().square()
+    total = torch.zeros(sizes[axis], dtype=torch.float64, device=tensor.device)
+    for position, dim in enumerate(row.dims):
+        offset = 0
+        for product in dim:
+            width = dim_size((product,), sizes)
+            if axis in product:
+                part = squares.narrow(position, offset, width)
+                part = part.transpose(0, position).reshape(*(sizes[name] for name in product), -1)
+                keep = product.index(axis)
+                total += part.sum([i for i in range(part.dim()) if i != keep])
+            offset += width
+    return total
+
+
+def random_scores(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Scores drawn uniformly from [0, 1): the baseline that every ranking must beat."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def concentration(scores: Tensor) -> float:
+    """How unequal the units of an axis are: the Gini coefficient of their scores, 0 (all alike) to 1."""
+    ordered = scores.flatten().double().sort().values
+    total = float(ordered.sum())
+    if total == 0 or not math.isfinite(total):
+        return 0.0
+    rank = torch.arange(1, ordered.numel() + 1, dtype=torch.float64)
+    return float((2 * rank - ordered.numel() - 1) @ ordered / (ordered.numel() * total))

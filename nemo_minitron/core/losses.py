@@ -1,0 +1,199 @@
+"""Distillation losses ([P1] section 3), with the output projection fused in.
+
+Shape suffixes: T tokens, V vocabulary, H hidden of the student, G hidden of the teacher.
+
+The logits of 4096 tokens at a vocabulary of 256000 take 4.2 GB in float32, for each model, and as much again for their
+gradient. Because the loss is a scalar, its gradient with respect to the logits is known as soon as the logits are: it
+is turned into the gradients of hidden states and head chunk by chunk **in the forward pass**, so that one chunk of
+logits exists at a time and nothing is recomputed. Four matrix products a chunk, as many as the naive way.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 64 * 2**20
+"""Memory for one chunk of logits in float32; a chunk is processed in about three buffers of this size."""
+
+
+def forward_kl(teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Forward Kullback-Leibler divergence KL(teacher || student) of every token, times temperature squared.
+
+    p(x; tau) = softmax(x / tau) ([P1] eq. 5). The factor tau^2 keeps the gradient's scale independent of tau.
+
+    Args:
+        teacher_TV: teacher logits, Tensor of shape [tokens, vocabulary].
+        student_TV: student logits, same shape.
+        temperature: tau > 0.
+
+    Returns:
+        Tensor of shape [tokens], float32.
+    """
+    log_p_TV = torch.log_softmax(teacher_TV.float() / temperature, -1)
+    log_q_TV = torch.log_softmax(student_TV.float() / temperature, -1)
+    return (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1) * temperature**2
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Mix of the terms: ``L = kl * KL(teacher || student; tau) + ce * cross-entropy``, means over valid tokens."""
+
+    kl: float = 1.0
+    ce: float = 0.0
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Result of one evaluation.
+
+    Attributes:
+        loss: scalar to differentiate.
+        kl: mean divergence over valid tokens (nats), detached; NaN without a teacher.
+        ce: mean cross-entropy over valid tokens (nats), detached.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    ce: Tensor
+
+
+def fused_linear_loss(
+    student_TH: Tensor,
+    head_VH: Tensor,
+    labels_T: Tensor,
+    weights: LossWeights,
+    teacher: tuple[Tensor, Tensor] | None = None,
+    chunk_tokens: int | None = None,
+) -> LossTerms:
+    """Divergence and cross-entropy from hidden states, one chunk of logits at a time.
+
+    Args:
+        student_TH: the student's last hidden states, Tensor of shape [tokens, student hidden].
+        head_VH: its output projection, Tensor of shape [vocabulary, student hidden].
+        labels_T: next-token ids, Tensor of shape [tokens]; negative where a token does not count.
+        weights: the mix.
+        teacher: hidden states [tokens, teacher hidden] and head [vocabulary, teacher hidden]; None: cross-entropy only.
+        chunk_tokens: tokens per chunk; None chooses from the vocabulary so that a chunk takes ``CHUNK_BYTES``.
+
+    Returns:
+        The terms; ``loss`` carries gradients for ``student_TH`` and ``head_VH``.
+
+    Raises:
+        ValueError: the vocabularies differ, or a divergence is asked for without a teacher.
+    """
+    if teacher is None and weights.kl != 0:
+        raise ValueError("a divergence needs a teacher")
+    if teacher is not None and teacher[1].shape[0] != head_VH.shape[0]:
+        raise ValueError(f"vocabulary: teacher has {teacher[1].shape[0]} entries, student {head_VH.shape[0]}")
+    valid_T = labels_T >= 0
+    labels_T, student_TH = labels_T[valid_T], student_TH[valid_T]
+    if teacher is not None:
+        teacher = (teacher[0][valid_T].detach(), teacher[1].detach())
+    device = student_TH.device.type
+    if torch.is_autocast_enabled(
+        device
+    ):  # mixed precision: the products run in the low precision, sums do not
+        low = torch.get_autocast_dtype(device)
+        student_TH, head_VH = student_TH.to(low), head_VH.to(low)
+        teacher = None if teacher is None else (teacher[0].to(low), teacher[1].to(low))
+    chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VH.shape[0]))
+    wants_gradient = torch.is_grad_enabled() and (student_TH.requires_grad or head_VH.requires_grad)
+    with torch.autocast(device, enabled=False):
+        terms = _FusedLinearLoss.apply(student_TH, head_VH, labels_T, weights, teacher, chunk, wants_gradient)
+    loss, kl, ce = terms
+    return LossTerms(loss, kl.detach(), ce.detach())
+
+
+class _FusedLinearLoss(torch.autograd.Function):
+    """Computes the loss and, in the same sweep, both gradients; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_TH: Tensor,
+        head_VH: Tensor,
+        labels_T: Tensor,
+        weights: LossWeights,
+        teacher: tuple[Tensor, Tensor] | None,
+        chunk: int,
+        wants_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = student_TH.shape[0]
+        sums = torch.zeros(2, dtype=torch.float64, device=student_TH.device)
+        grad_TH = torch.empty_like(student_TH) if wants_gradient else None
+        grad_VH = torch.zeros_like(head_VH, dtype=torch.float32) if wants_gradient else None
+        for start in range(0, tokens, chunk):
+            part = slice(start, start + chunk)
+            student_CH = student_TH[part]
+            student_CV = (student_CH @ head_VH.T).float()
+            teacher_CV = None if teacher is None else (teacher[0][part] @ teacher[1].T).float()
+            kl, ce, grad_CV = _chunk_terms(student_CV, teacher_CV, labels_T[part], weights, wants_gradient)
+            sums += torch.stack([kl, ce])
+            if grad_CV is not None and grad_TH is not None and grad_VH is not None:
+                grad_CV = (grad_CV / tokens).to(head_VH.dtype)
+                torch.mm(grad_CV, head_VH, out=grad_TH[part])
+                _accumulate(grad_VH, grad_CV, student_CH)
+        means = (sums / max(tokens, 1)).float()
+        kl, ce = means[0], means[1]
+        if wants_gradient:
+            assert grad_VH is not None
+            ctx.save_for_backward(grad_TH, grad_VH.to(head_VH.dtype))
+        loss = weights.ce * ce if teacher is None else weights.kl * kl + weights.ce * ce
+        if teacher is None:
+            kl = torch.full_like(kl, float("nan"))
+        ctx.mark_non_differentiable(kl, ce)
+        return loss, kl, ce
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_TH, grad_VH = ctx.saved_tensors
+        return grad_TH * grad_loss, grad_VH * grad_loss, None, None, None, None, None
+
+
+def _accumulate(grad_VH: Tensor, grad_CV: Tensor, student_CH: Tensor) -> None:
+    """Adds one chunk's gradient of the head; the sum over chunks stays in float32 whatever the model's dtype."""
+    if grad_CV.dtype == torch.float32:
+        grad_VH.addmm_(grad_CV.T, student_CH)
+    else:
+        grad_VH += grad_CV.T @ student_CH
+
+
+def _chunk_terms(
+    student_CV: Tensor,
+    teacher_CV: Tensor | None,
+    labels_C: Tensor,
+    weights: LossWeights,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums of both terms over one chunk, and the gradient of their mix with respect to the student's logits."""
+    tau = weights.temperature
+    log_q1_CV = torch.log_softmax(student_CV, -1)
+    picked_C = log_q1_CV.gather(1, labels_C[:, None])[:, 0]
+    ce = -picked_C.double().sum()
+    grad_CV = None
+    if teacher_CV is None or weights.kl == 0:
+        kl = torch.zeros_like(ce)
+        if wants_gradient:
+            grad_CV = _cross_entropy_gradient(log_q1_CV.exp_(), labels_C, weights.ce)
+        return kl, ce, grad_CV
+    log_q_CV = log_q1_CV if tau == 1 else torch.log_softmax(student_CV / tau, -1)
+    log_p_CV = torch.log_softmax(teacher_CV if tau == 1 else teacher_CV / tau, -1)
+    p_CV = log_p_CV.exp()
+    kl = log_p_CV.sub_(log_q_CV).mul_(p_CV).sum(-1).double().sum() * tau**2
+    if wants_gradient:
+        if weights.ce == 0:
+            return kl, ce, log_q_CV.exp_().sub_(p_CV).mul_(weights.kl * tau)
+        q1_CV = log_q1_CV.exp()
+        q_CV = q1_CV if tau == 1 else log_q_CV.exp_()
+        grad_CV = (q_CV - p_CV).mul_(weights.kl * tau)
+        grad_CV += _cross_entropy_gradient(q1_CV, labels_C, weights.ce)
+    return kl, ce, grad_CV
+
+
+def _cross_entropy_gradient(q_CV: Tensor, labels_C: Tensor, weight: float) -> Tensor:
+    """Turns probabilities into the gradient of weighted cross-entropy, in place: weight x (q - one_hot)."""
+    q_CV[torch.arange(q_CV.shape[0], device=q_CV.device), labels_C] -= 1.0
+    return q_CV.mul_(weight)

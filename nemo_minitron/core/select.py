@@ -1,0 +1,98 @@
+"""From scores to the units that stay ([P1] section 2.3: rank, keep the top, in their original order)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.core.importance import group_scores
+from nemo_minitron.families import Family
+
+Keep = dict[str, Tensor]
+"""Axis name to the kept units, int64, ascending: shape [kept] for the axes of scope ``model`` and for ``layers``,
+[layers of the source, kept] for the axes of scope ``layer``. An axis that keeps all its units is absent."""
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` highest scores along the last dimension, ascending; of equals the lower index wins."""
+    if not torch.isfinite(scores).all():
+        raise ValueError("importance scores contain NaN or infinity: the calibration pass overflowed")
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values
+
+
+def top_within(scores_LN: Tensor, kept_groups_LG: Tensor, groups: int, per_group: int) -> Tensor:
+    """Keeps the best units inside each kept group, the same number everywhere.
+
+    Args:
+        scores_LN: Tensor of shape [layers, units]; unit u belongs to group u // (units / groups).
+        kept_groups_LG: Tensor of shape [layers, kept groups], ascending.
+        groups: groups of the source model.
+        per_group: units to keep in each.
+
+    Returns:
+        Tensor of shape [layers, kept groups x per_group], ascending.
+    """
+    size = scores_LN.shape[-1] // groups
+    inside_LGK = top(scores_LN.unflatten(-1, (groups, size)), per_group)
+    unit_LGK = inside_LGK + torch.arange(groups)[None, :, None] * size
+    chosen = torch.gather(unit_LGK, 1, kept_groups_LG[..., None].expand(-1, -1, per_group))
+    return chosen.flatten(1)
+
+
+def select_units(
+    family: Family, scores: Mapping[str, Tensor], sizes: Mapping[str, int], targets: Mapping[str, int]
+) -> Keep:
+    """Chooses the units of every axis that a plan shrinks.
+
+    Args:
+        family: the model's table.
+        scores: axis name to scores, [units] for scope ``model``, [layers, units] for scope ``layer``.
+        sizes: the source model's axis sizes.
+        targets: axis name to target size, for every axis.
+
+    Returns:
+        The kept units of every axis that shrinks.
+
+    Raises:
+        ValueError: scores for a shrinking axis are missing or not finite.
+    """
+    keep: Keep = {}
+    outer = {axis.within for axis in family.axes.values() if axis.within}
+    for name in sorted(targets, key=lambda name: name not in outer):
+        axis = family.axes[name]
+        inner = [a.name for a in family.axes.values() if a.within == name]
+        shrinks = targets[name] < sizes[name]
+        if axis.within and (shrinks or axis.within in keep):
+            keep[name] = _select_within(axis.within, _scores(scores, name), keep, sizes, targets, name)
+        elif shrinks and inner:
+            grouped = group_scores(_scores(scores, inner[0]), sizes[name])
+            keep[name] = top(grouped, targets[name])
+        elif shrinks:
+            keep[name] = top(_scores(scores, name), targets[name])
+    return keep
+
+
+def _select_within(
+    group: str, scores_LN: Tensor, keep: Keep, sizes: Mapping[str, int], targets: Mapping[str, int], name: str
+) -> Tensor:
+    every = torch.arange(sizes[group]).expand(scores_LN.shape[0], -1)
+    kept = keep[group] if group in keep else every
+    return top_within(scores_LN, kept, sizes[group], targets[name] // targets[group])
+
+
+def _scores(scores: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in scores:
+        raise ValueError(f"the scores hold no ranking for axis {name!r}; they hold {sorted(scores)}")
+    return scores[name]
+
+
+def kept_layers(layers: int, dropped: list[int]) -> list[int]:
+    """The 0-based layers that remain, in order."""
+    return [layer for layer in range(layers) if layer not in set(dropped)]
+
+
+def scattered(scores_L: Tensor, count: int) -> list[int]:
+    """The ``count`` least important layers, wherever they are, ascending; of equals the higher index goes first."""
+    kept = top(scores_L, scores_L.numel() - count).tolist()
+    return [layer for layer in range(scores_L.numel()) if layer not in kept]

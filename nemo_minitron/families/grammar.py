@@ -1,0 +1,173 @@
+"""The little language of a family table: shapes of tensors and arithmetic over config keys.
+
+A row is a list of dimensions. Three operators only::
+
+    row     = dim+                              space: the next dimension
+    dim     = axis | "(" product { "|" product } ")"   bar: concatenation along the dimension
+    product = axis+                             parentheses: a product of axes, slowest first
+
+``(heads head_dim | kv_heads head_dim) hidden`` is a matrix whose rows are all query heads followed by all key heads,
+each head ``head_dim`` long, and whose columns are the hidden channels.
+"""
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Product = tuple[str, ...]
+"""Axis names whose sizes multiply, slowest-varying first."""
+Dim = tuple[Product, ...]
+"""Products laid end to end along one dimension."""
+Row = tuple[Dim, ...]
+"""One ``Dim`` per dimension of the tensor."""
+
+_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|[()|])")
+
+
+def parse_row(text: str) -> Row:
+    """Parses the right-hand side of a tensor row.
+
+    Args:
+        text: for instance ``"(heads head_dim) hidden"``.
+
+    Returns:
+        The dimensions, outermost first.
+
+    Raises:
+        ValueError: the text does not follow the grammar; the message quotes it.
+    """
+    tokens = _tokens(text)
+    dims: list[Dim] = []
+    while tokens:
+        token = tokens.pop(0)
+        if token == "(":
+            dims.append(_parse_group(tokens, text))
+        elif token in ")|":
+            raise ValueError(f"row {text!r}: unexpected {token!r}")
+        else:
+            dims.append(((token,),))
+    if not dims:
+        raise ValueError("row is empty")
+    return tuple(dims)
+
+
+def _tokens(text: str) -> list[str]:
+    tokens, position = [], 0
+    stripped = text.rstrip()
+    while position < len(stripped):
+        match = _TOKEN.match(stripped, position)
+        if match is None:
+            raise ValueError(f"row {text!r}: unexpected character {stripped[position:].lstrip()[0]!r}")
+        tokens.append(match.group(1))
+        position = match.end()
+    return tokens
+
+
+def _parse_group(tokens: list[str], text: str) -> Dim:
+    products: list[Product] = []
+    axes: list[str] = []
+    while tokens:
+        token = tokens.pop(0)
+        if token == "(":
+            raise ValueError(f"row {text!r}: parentheses do not nest")
+        if token not in (")", "|"):
+            axes.append(token)
+            continue
+        if not axes:
+            raise ValueError(f"row {text!r}: nothing before {token!r}")
+        products.append(tuple(axes))
+        axes = []
+        if token == ")":
+            return tuple(products)
+    raise ValueError(f"row {text!r}: missing ')'")
+
+
+def row_axes(row: Row) -> set[str]:
+    """Names of all axes that a row mentions."""
+    return {axis for dim in row for product in dim for axis in product}
+
+
+def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
+    """Number of elements along one dimension, given the size of every axis."""
+    total = 0
+    for product in dim:
+        count = 1
+        for axis in product:
+            count *= sizes[axis]
+        total += count
+    return total
+
+
+def row_shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape of a tensor, given the size of every axis."""
+    return tuple(dim_size(dim, sizes) for dim in row)
+
+
+def _divide(left: Any, right: Any) -> Any:
+    quotient = left / right
+    return int(quotient) if quotient == int(quotient) else quotient
+
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: _divide,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+def evaluate(expression: str, values: Mapping[str, Any]) -> Any:
+    """Evaluates arithmetic, comparison and boolean expressions over named values; nothing else.
+
+    Args:
+        expression: for instance ``"hidden_size / num_attention_heads"`` or ``"not tie_word_embeddings"``.
+        values: what the names stand for.
+
+    Returns:
+        The number or truth value; a whole quotient is an ``int``.
+
+    Raises:
+        ValueError: a construct that is not arithmetic, or a name without a value.
+    """
+    try:
+        tree = ast.parse(expression, mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"expression {expression!r} is not valid: {error.msg}") from error
+    return _evaluate(tree.body, values, expression)
+
+
+def _evaluate(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() | None as value):
+            return value
+        case ast.Name(id=name):
+            if name not in values:
+                raise ValueError(f"expression {text!r}: {name!r} has no value")
+            return values[name]
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return _BINARY[type(op)](_evaluate(left, values, text), _evaluate(right, values, text))
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
+            return _COMPARE[type(op)](_evaluate(left, values, text), _evaluate(right, values, text))
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _evaluate(operand, values, text)
+        case ast.BoolOp(op=op, values=operands):
+            combine = all if isinstance(op, ast.And) else any
+            return combine(_evaluate(operand, values, text) for operand in operands)
+    raise ValueError(f"expression {text!r}: only arithmetic, comparison, and, or, not are allowed")
+
+
+def names_in(expression: str) -> set[str]:
+    """Names that an expression mentions."""
+    return {node.id for node in ast.walk(ast.parse(expression, mode="eval")) if isinstance(node, ast.Name)}

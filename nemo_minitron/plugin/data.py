@@ -1,0 +1,77 @@
+"""Batches of packed samples in an order that depends on the seed and the number of samples consumed, nothing else.
+
+Because of that a resumed run needs no state of the loader: the step in the checkpoint says which batch is next.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+
+class ConsumedSampler(Sampler[list[int]]):
+    """Indices of each batch of this rank, from the first batch that has not been consumed.
+
+    Every pass over the samples is a permutation of its own.
+
+    Attributes:
+        samples: samples in the data set.
+        batch_size: samples per batch and rank.
+        batches: batches of the whole training, for ``len``: also those consumed before.
+        consumed: gives the batches that have been consumed, asked when iteration begins.
+        rank, world: this rank's place among the data-parallel ranks.
+        seed: seed of the permutations.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        batches: int,
+        consumed: Callable[[], int],
+        rank: int,
+        world: int,
+        seed: int,
+    ) -> None:
+        self.samples, self.batch_size, self.batches = samples, batch_size, batches
+        self.consumed, self.rank, self.world, self.seed = consumed, rank, world, seed
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, known = [], -1
+        for batch in range(self.consumed(), self.batches):
+            first = (batch * self.world + self.rank) * self.batch_size
+            indices = []
+            for position in range(first, first + self.batch_size):
+                turn, place = divmod(position, self.samples)
+                if turn != known:
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+                    order, known = torch.randperm(self.samples, generator=generator).tolist(), turn
+                indices.append(order[place])
+            yield indices
+
+
+class PackedSamples(torch.utils.data.Dataset[Tensor]):
+    """Samples of shape [positions + 1]; the last token of each is only a label."""
+
+    def __init__(self, tokens_NS: Tensor) -> None:
+        self.tokens_NS = tokens_NS
+
+    def __len__(self) -> int:
+        return self.tokens_NS.shape[0]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.tokens_NS[index]
+
+
+def train_loader(tokens_NS: Tensor, sampler: ConsumedSampler) -> DataLoader[Tensor]:
+    """Loader of training batches, Tensor of shape [batch, positions + 1]."""
+    return DataLoader(PackedSamples(tokens_NS), batch_sampler=sampler)
+
+
+def validation_loader(tokens_NS: Tensor, batch_size: int) -> DataLoader[Tensor]:
+    """Loader of validation batches in order, Tensor of shape [batch, positions + 1]."""
+    return DataLoader(PackedSamples(tokens_NS), batch_size=batch_size)

@@ -1,0 +1,213 @@
+"""A causal LM of any supported family as a NeMo model: one class for pretraining, teacher correction and distillation.
+
+Shape suffixes: B batch, S positions, T tokens (batch x positions), H hidden, V vocabulary.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from nemo.core.classes import ModelPT
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import Tensor
+
+from nemo_minitron.artifacts.checkpoint import LICENCE_FILES, TOKENIZER_FILES, read_config
+from nemo_minitron.bridge.models import (
+    head_of,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    new_model,
+    save_model,
+)
+from nemo_minitron.bridge.text import find_text, pack
+from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
+from nemo_minitron.families import family_of
+from nemo_minitron.plugin.data import ConsumedSampler, train_loader, validation_loader
+
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor], LossTerms]
+"""(hidden states [tokens, hidden], head [vocabulary, hidden], labels [tokens], token ids [batch, positions]) to loss."""
+
+_SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES)
+
+
+class MinitronModel(ModelPT):
+    """A Hugging Face causal LM with NeMo's configuration, optimisers, exp_manager and ``.nemo`` archives.
+
+    The model's ``cfg`` holds:
+
+    * ``hf_config``: the model's config.json;
+    * ``files``: tokenizer, generation config and licence files, carried inside ``.nemo`` archives;
+    * ``optim``: a NeMo optimiser and scheduler;
+    * ``train_ds``, ``validation_ds``: optional, ``paths``, ``exclude``, ``format``, ``text_key``, ``sequence_length``,
+      ``samples``, ``seed``, ``batch_size`` and ``tokenizer`` (a model folder with its tokenizer).
+
+    It minimises cross-entropy; the ``KnowledgeDistillation`` callback replaces ``objective``.
+
+    Attributes:
+        model: the Hugging Face model.
+        objective: from hidden states to the loss.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None, model: Any = None) -> None:
+        """Builds the model.
+
+        Args:
+            cfg: see the class.
+            trainer: Lightning's Trainer.
+            model: the Hugging Face model where it exists already; None: from ``cfg.hf_config`` with random weights.
+        """
+        super().__init__(cfg=cfg, trainer=trainer)
+        hf_config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
+        assert isinstance(hf_config, dict)
+        self.family = family_of(hf_config, "hf_config")
+        self.model = new_model(hf_config, seed=0) if model is None else model
+        self.objective: Objective = cross_entropy
+        self.side_files: dict[str, bytes] = {}
+        for name, path in (self.cfg.files or {}).items():
+            source = self.register_artifact(f"files.{name}", path)
+            self.side_files[_file_name(name)] = Path(source).read_bytes()
+
+    @classmethod
+    def from_hf(
+        cls,
+        folder: Path,
+        optim: dict[str, Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+        **rest: Any,
+    ) -> "MinitronModel":
+        """Loads a Hugging Face folder for training.
+
+        Args:
+            folder: model folder, tokenizer beside it.
+            optim: NeMo optimiser and scheduler.
+            dtype: dtype of the trained weights.
+            **rest: ``trainer``, and further entries of ``cfg``.
+        """
+        trainer = rest.pop("trainer", None)
+        model = load_model(folder, dtype=dtype).train()
+        return cls(make_cfg(read_config(folder), folder, optim, **rest), trainer, model)
+
+    @classmethod
+    def list_available_models(cls) -> None:
+        """No models are registered with NVIDIA's catalogue."""
+        return None
+
+    def setup_training_data(self, train_data_config: DictConfig) -> None:
+        """Builds the training loader from ``cfg.train_ds``."""
+        tokens_NS = _tokens(train_data_config, "train_ds")
+        self.use_training_samples(tokens_NS, train_data_config.batch_size, train_data_config.seed)
+
+    def setup_validation_data(self, val_data_config: DictConfig) -> None:
+        """Builds the validation loader from ``cfg.validation_ds``."""
+        self._validation_dl = validation_loader(
+            _tokens(val_data_config, "validation_ds"), val_data_config.batch_size
+        )
+
+    def use_training_samples(self, tokens_NS: Tensor, batch_size: int, seed: int) -> None:
+        """Trains on packed samples, Tensor of shape [samples, positions + 1]."""
+        trainer = self._trainer
+        batches = len(tokens_NS) // (batch_size * max(1, trainer.world_size))
+        if trainer.max_steps > 0:
+            batches = trainer.max_steps * trainer.accumulate_grad_batches
+        sampler = ConsumedSampler(
+            samples=len(tokens_NS),
+            batch_size=batch_size,
+            batches=batches,
+            consumed=lambda: trainer.global_step * trainer.accumulate_grad_batches,
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            seed=seed,
+        )
+        self._train_dl = train_loader(tokens_NS, sampler)
+
+    def use_validation_samples(self, tokens_NS: Tensor, batch_size: int) -> None:
+        """Validates on packed samples, Tensor of shape [samples, positions + 1]."""
+        self._validation_dl = validation_loader(tokens_NS, batch_size)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Last hidden states: [batch, positions] token ids to [batch, positions, hidden]."""
+        return hidden_states(self.model, self.family, tokens_BS)
+
+    def evaluate_objective(self, batch_BS: Tensor) -> LossTerms:
+        """The objective on one batch of packed samples, Tensor of shape [batch, positions + 1]."""
+        tokens_BS, labels_BS = batch_BS[:, :-1], batch_BS[:, 1:]
+        hidden_TH = self(tokens_BS).flatten(0, 1)
+        return self.objective(hidden_TH, head_of(self.model), labels_BS.flatten(), tokens_BS)
+
+    def training_step(self, batch_BS: Tensor, batch_idx: int) -> Tensor:
+        """One micro-batch: the loss to differentiate; its terms are logged."""
+        terms = self.evaluate_objective(batch_BS)
+        self.log_dict(_named(terms, "train"), batch_size=len(batch_BS))
+        self.last_terms = terms
+        return terms.loss
+
+    def validation_step(self, batch_BS: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Logs the mean over the validation set: ``val_loss`` is the cross-entropy, ``val_kl`` the divergence."""
+        terms = self.evaluate_objective(batch_BS)
+        self.log("val_loss", terms.ce, on_epoch=True, sync_dist=True, batch_size=len(batch_BS), prog_bar=True)
+        if not torch.isnan(terms.kl):
+            self.log("val_kl", terms.kl, on_epoch=True, sync_dist=True, batch_size=len(batch_BS))
+
+    def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
+        """Nothing to gather: ``validation_step`` logs means."""
+
+    def save_hf(self, folder: Path) -> None:
+        """Writes a Hugging Face folder: weights, the config.json and the tokenizer that the model came with.
+
+        Args:
+            folder: an existing folder.
+        """
+        config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
+        assert isinstance(config, dict)
+        save_model(self.model, folder, {str(key): value for key, value in config.items()})
+        for name, content in self.side_files.items():
+            (folder / name).write_bytes(content)
+
+
+def cross_entropy(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, tokens_BS: Tensor) -> LossTerms:
+    """The objective of pretraining and teacher correction: mean cross-entropy with the next token."""
+    return fused_linear_loss(hidden_TH, head_VH, labels_T, LossWeights(kl=0.0, ce=1.0))
+
+
+def make_cfg(
+    hf_config: dict[str, Any], folder: Path | None, optim: dict[str, Any] | None, **rest: Any
+) -> DictConfig:
+    """The NeMo ``cfg`` of a model: its config.json, the side files in ``folder``, and its optimiser."""
+    present = [name for name in _SIDE_FILES if folder is not None and (folder / name).is_file()]
+    files = {_file_key(name): str((folder or Path()) / name) for name in present}
+    cfg = OmegaConf.create({"hf_config": hf_config, "files": files, **rest})
+    if optim is not None:
+        with open_dict(cfg):
+            cfg.optim = OmegaConf.create(optim)
+    return cfg
+
+
+def _file_key(name: str) -> str:
+    return name.replace(".", "__dot__")  # dots separate levels in NeMo's artifact keys
+
+
+def _file_name(key: str) -> str:
+    return key.replace("__dot__", ".")
+
+
+def _named(terms: LossTerms, prefix: str) -> dict[str, Tensor]:
+    named = {f"{prefix}_loss": terms.loss.detach(), f"{prefix}_ce": terms.ce}
+    return named if torch.isnan(terms.kl) else {**named, f"{prefix}_kl": terms.kl}
+
+
+def _tokens(cfg: DictConfig, where: str) -> Tensor:
+    texts = find_text(list(cfg.paths), list(cfg.exclude), cfg.format, cfg.text_key, where)
+    return pack(texts, load_tokenizer(Path(cfg.tokenizer)), cfg.sequence_length, cfg.samples, cfg.seed)
+
+
+def nemo_archive(model: MinitronModel, path: Path) -> Path:
+    """Writes a ``.nemo`` archive atomically and returns its path."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        model.save_to(str(temporary))
+        temporary.replace(path)
+    return path

@@ -1,0 +1,107 @@
+"""NeMo model transforms: callables ``nn.Module -> nn.Module`` that prune a model in memory by a plan.
+
+They read the same family table and call the same ``core.cut`` as the streaming stage, so that both give the same
+weights. The module is changed **in place** (NeMo 2.x ignores what a transform returns) and returned.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+import transformers.initialization
+from torch import nn
+
+from nemo_minitron.artifacts.plan import Plan, read_plan
+from nemo_minitron.core.cut import Cut, cut_config, cut_names, cut_tensor, layer_keep
+from nemo_minitron.core.select import Keep
+from nemo_minitron.families import axis_sizes, family_of
+
+
+class Pruning:
+    """Prunes width and depth by a plan."""
+
+    def __init__(self, plan: Plan | Path | str) -> None:
+        """Takes a plan, or the folder of one."""
+        self.plan = plan if isinstance(plan, Plan) else read_plan(Path(plan))
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        """Prunes the Hugging Face model that ``module`` is or wraps.
+
+        Raises:
+            ValueError: there is none, or the plan was made for another model.
+        """
+        model = _hf_model(module)
+        config = model.config.to_dict()
+        family = family_of(config, type(model).__name__)
+        sizes = axis_sizes(family, config)
+        planned = {axis: self.plan.before[axis] for axis in self.axes}
+        found = {axis: sizes[axis] for axis in self.axes}
+        if found != planned:
+            raise ValueError(f"the plan was made for sizes {planned}, the model has {found}")
+        cut = Cut(family, config, self.keep, self.layers)
+        state = model.state_dict()
+        pruned_state = {
+            new: cut_tensor(state[old].cpu(), row, sizes, layer_keep(family, cut.keep, layer)).to(
+                state[old].device
+            )
+            for new, old, row, layer in cut_names(cut, list(state))
+        }
+        pruned = _build(model, cut_config(cut))
+        pruned.load_state_dict(pruned_state, strict=not model.config.tie_word_embeddings, assign=True)
+        pruned.tie_weights()
+        pruned.train(model.training)
+        model.__dict__ = pruned.__dict__
+        return module
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Axes whose sizes in the model must be those that the plan was made for."""
+        return tuple(self.plan.before)
+
+    @property
+    def keep(self) -> Keep:
+        """Kept units of every axis that shrinks."""
+        return dict(self.plan.keep)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Kept layers."""
+        return self.plan.layers_kept
+
+
+class WidthPruning(Pruning):
+    """Prunes the width of a plan and leaves all layers in place."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers of the source model."""
+        return tuple(range(self.plan.before["layers"]))
+
+
+class DepthPruning(Pruning):
+    """Drops the layers of a plan and leaves their width as it is; the model may have been pruned in width before."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Only the number of layers matters."""
+        return ("layers",)
+
+    @property
+    def keep(self) -> Keep:
+        """Nothing is cut in width."""
+        return {}
+
+
+def _hf_model(module: nn.Module) -> Any:
+    for candidate in module.modules():
+        if isinstance(candidate, transformers.PreTrainedModel):
+            return candidate
+    raise ValueError(f"{type(module).__name__} holds no Hugging Face model")
+
+
+def _build(model: Any, config: dict[str, Any]) -> Any:
+    """An empty model of the pruned shape with real, computed buffers (rotary frequencies)."""
+    hf_config = type(model.config).from_dict(config)
+    with transformers.initialization.no_init_weights():
+        built = type(model)(hf_config)
+    return built.to(model.device)

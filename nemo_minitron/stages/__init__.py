@@ -1,0 +1,14 @@
+"""Floor 5: one file per arrow of the pipeline. Each has ``run(config) -> Result``; they meet on disk, not in memory."""
+
+STAGES = {
+    "download": "nemo_minitron.stages.download",
+    "pretrain": "nemo_minitron.stages.pretrain",
+    "correct": "nemo_minitron.stages.correct",
+    "score": "nemo_minitron.stages.score",
+    "plan": "nemo_minitron.stages.plan",
+    "prune": "nemo_minitron.stages.prune",
+    "distill": "nemo_minitron.stages.distill",
+    "evaluate": "nemo_minitron.stages.evaluate",
+    "export": "nemo_minitron.stages.export",
+}
+"""Stage name, as on the command line, to its module; imported when it is run."""

@@ -1,0 +1,73 @@
+"""The text of the model card."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_minitron.artifacts.plan import Plan
+from nemo_minitron.artifacts.report import columns, markdown, table
+
+_QUICKSTART = """import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this folder, or the name of its repository
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+inputs = tokenizer("The", return_tensors="pt")
+outputs = model.generate(**inputs, max_length=50)
+print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
+
+
+def card_text(name: str, source: Mapping[str, Any], plan: Plan, report: Mapping[str, Any]) -> str:
+    """Body of the card: what it is, quickstart, sizes, results, limits.
+
+    Args:
+        name: title.
+        source: contents of the workspace's ``teacher/source.json``.
+        plan: what was cut.
+        report: what was measured.
+    """
+    revision = f" at {source['revision']}" if source["revision"] else ""
+    sizes = [(axis, f"{plan.before[axis]:,}", f"{plan.after[axis]:,}") for axis in plan.before]
+    sizes.append(("parameters", f"{plan.cost_before.parameters:,}", f"{plan.cost_after.parameters:,}"))
+    student, teacher = report["models"]["student"], report["models"]["teacher"]
+    return f"""# {name}
+
+A {plan.model_type} model of {plan.cost_after.parameters:,} parameters, pruned from `{source["given"]}`{revision} \
+({plan.cost_before.parameters:,} parameters) and distilled from it, by the Minitron recipe \
+([arXiv 2407.14679](https://arxiv.org/abs/2407.14679), [arXiv 2408.11796](https://arxiv.org/abs/2408.11796)) \
+with nemo_minitron.
+
+## Quickstart
+
+```python
+{_QUICKSTART}
+```
+
+## Sizes
+
+{markdown(("axis", "before", "after"), tuple(sizes))}
+
+## Results
+
+Held-out text of {student["tokens"]:,} tokens. "quality kept" is the teacher's perplexity over the model's.
+
+{markdown(columns(report), table(report))}
+
+## Limits
+
+The student has been trained on far less text than its teacher, and on the text of one distillation run only. On that \
+kind of text its perplexity is {student["perplexity"]:.3f} against the teacher's {teacher["perplexity"]:.3f}; on other \
+text it may have lost more. It inherits the teacher's biases and gaps. Measure it on your own task before you rely on it.
+
+## Lineage
+
+`minitron.json` lists every step with its configuration, inputs and fingerprints.
+"""
+
+
+def quickstart(card: str) -> str:
+    """The code of a card's quickstart."""
+    match = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert match is not None
+    return match.group(1)

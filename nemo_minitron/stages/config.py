@@ -1,0 +1,204 @@
+"""Every key of the configuration: its type, its default and what it means.
+
+The classes are the schema that Hydra composes against: a key that is not declared here is refused. Sections that are
+handed on to Lightning and NeMo as they are (``trainer``, ``optim``, ``exp_manager``) are open dictionaries whose
+defaults lie in configs/config.yaml; add keys to them as NeMo users do, with ``+trainer.limit_val_batches=2``.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+def key(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A documented configuration key: its default, one sentence, and the values it takes where they are few."""
+    metadata = {"help": text, "choices": choices}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class SourceConfig:
+    """The model to compress."""
+
+    model: str | None = key(None, "hub id or local folder of the model to compress")
+    revision: str | None = key(None, "hub revision; the commit it stands for is pinned in the manifest")
+
+
+@dataclass
+class TextConfig:
+    """One set of text."""
+
+    paths: list[str] | None = key(None, "files, folders or glob patterns; null: see the section's own rule")
+    exclude: list[str] = key([], "glob patterns of files to leave out")
+    format: str = key("auto", "auto goes by the file name", ("auto", "text", "jsonl", "parquet", "hf"))
+    text_key: str = key("text", "column that holds the text in jsonl, parquet and hf")
+    sequence_length: int = key(1024, "tokens per sample; documents are packed end to end")
+    samples: int | None = key(None, "samples to take; null: all (train: as many as the steps need)")
+    seed: int = key(0, "seed of the order in which files and samples are taken")
+
+
+@dataclass
+class DataConfig:
+    """Text for scoring, training and measuring."""
+
+    calibration: TextConfig = field(default_factory=lambda: TextConfig(samples=1024))
+    train: TextConfig = field(default_factory=TextConfig)
+    validation: TextConfig = field(default_factory=TextConfig)
+    holdout: float = key(
+        0.05,
+        "share of data.train's documents kept out of training; they are the validation set if it has no paths",
+    )
+
+
+@dataclass
+class AggregationConfig:
+    """How activations become one number per unit ([P1] section 2.2)."""
+
+    batch: str = key("l2", "aggregation over samples", ("l2", "mean", "var"))
+    sequence: str = key(
+        "mean", "aggregation over the positions of a sample, done first", ("l2", "mean", "var")
+    )
+
+
+@dataclass
+class ScoreConfig:
+    """Importance of channels, heads, neurons and layers."""
+
+    importance: str = key("activation", "what the ranking rests on", ("activation", "magnitude", "random"))
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    depth: str = key("block_influence", "how layers are ranked", ("block_influence", "none"))
+    batch_size: int = key(8, "samples per forward pass")
+    device: str = key("auto", "auto, cpu, cuda, cuda:1 ...")
+    seed: int = key(0, "seed of the random baseline")
+
+
+@dataclass
+class PlanConfig:
+    """Target sizes; null keeps an axis as it is."""
+
+    hidden: int | None = key(None, "width of the residual stream")
+    ffn: int | None = key(None, "neurons of the dense MLP, per layer")
+    heads: int | None = key(None, "query heads, per layer")
+    kv_heads: int | None = key(None, "key/value heads (whole groups), per layer")
+    layers: int | None = key(None, "layers")
+    drop_layers: list[int] | None = key(None, "0-based layers to drop, instead of plan.layers")
+
+
+@dataclass
+class PruneConfig:
+    """How the pruned checkpoint is written."""
+
+    shard_size: int = key(5_000_000_000, "largest shard in bytes")
+
+
+@dataclass
+class DistillConfig:
+    """From the pruned model to the student ([P1] section 3)."""
+
+    teacher: str | None = key(
+        None, "model folder to distil from; null: the (corrected) model that was pruned"
+    )
+    kl: float = key(1.0, "weight of the forward KL divergence between teacher and student logits")
+    ce: float = key(0.0, "weight of the cross-entropy with the data")
+    temperature: float = key(1.0, "softmax temperature tau; the divergence carries the factor tau squared")
+    chunk_tokens: int | None = key(
+        None, "tokens whose logits exist at a time; null: chosen from the vocabulary"
+    )
+    batch_size: int = key(8, "samples per step and device, before trainer.accumulate_grad_batches")
+    seed: int = key(0, "seed of the sample order")
+
+
+@dataclass
+class PretrainConfig:
+    """Training from random weights: a small teacher, or the baseline of the student's shape."""
+
+    enabled: bool = key(False, "whether 'minitron run' begins by training its own teacher")
+    baseline: bool = key(
+        False, "train the from-scratch baseline: the pruned model's shape on the student's tokens"
+    )
+    model: dict[str, Any] = key({}, "config.json of the model to train, as its family writes it")
+    tokenizer: str | None = key(None, "folder of a tokenizer; null: train a byte-level BPE on data.train")
+    batch_size: int = key(8, "samples per step and device")
+    seed: int = key(0, "seed of the weights and the sample order")
+    trainer: dict[str, Any] = key({}, "keys that replace those of trainer")
+    optim: dict[str, Any] = key({}, "keys that replace those of optim")
+
+
+@dataclass
+class CorrectConfig:
+    """Teacher correction: the unpruned model goes on training on the distillation data ([P2] section 2)."""
+
+    enabled: bool = key(False, "whether 'minitron run' corrects the teacher before scoring it")
+    batch_size: int = key(8, "samples per step and device")
+    seed: int = key(1, "seed of the sample order")
+    trainer: dict[str, Any] = key({}, "keys that replace those of trainer")
+    optim: dict[str, Any] = key({}, "keys that replace those of optim")
+
+
+@dataclass
+class EvaluateConfig:
+    """What is measured, and the gate before export."""
+
+    tasks: list[str] = key(
+        [], "lm-eval tasks by name; held_out_choice and held_out_bytes are made from the validation text"
+    )
+    task_dir: str | None = key(None, "folder with own lm-eval task YAMLs")
+    task_limit: int | None = key(None, "documents per task; null: all")
+    from_scratch: bool = key(
+        False, "also train and measure a model of the student's shape from random weights"
+    )
+    min_retention: float | None = key(
+        None, "least allowed share of the teacher's quality (teacher perplexity / student perplexity), 0 to 1"
+    )
+    batch_size: int = key(8, "samples per forward pass")
+    speed: bool = key(True, "measure tokens per second and peak memory, each model in a process of its own")
+    prompt_tokens: int = key(256, "prompt length of the speed measurement")
+    new_tokens: int = key(64, "generated tokens of the speed measurement")
+    device: str = key("auto", "auto, cpu, cuda, cuda:1 ...")
+
+
+@dataclass
+class ExportConfig:
+    """The Hugging Face folder that goes out."""
+
+    dtype: str | None = key(
+        None, "dtype of the weights; null: the source's", ("float32", "bfloat16", "float16")
+    )
+    license: str | None = key(None, "licence id on the model card; null: the source's, where it names one")
+    name: str | None = key(None, "title of the model card; null: made from the source and its new size")
+    shard_size: int = key(5_000_000_000, "largest shard in bytes")
+    push_to_hub: str | None = key(None, "hub repository to upload to (private unless export.public)")
+    public: bool = key(False, "make the hub repository public")
+
+
+@dataclass
+class Config:
+    """The whole configuration of a run."""
+
+    workspace: str = key("runs/default", "folder of the run; every artifact lies below it")
+    source: SourceConfig = field(default_factory=SourceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    correct: CorrectConfig = field(default_factory=CorrectConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    trainer: dict[str, Any] = key({}, "arguments of Lightning's Trainer")
+    optim: dict[str, Any] = key({}, "NeMo optimiser and scheduler")
+    exp_manager: dict[str, Any] = key({}, "NeMo's exp_manager; its folders are set by the stage")
+
+
+def describe(section: Any = Config, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """All keys below a section as (dotted name, dataclass field, section class), for documentation and checks."""
+    rows: list[tuple[str, Any, Any]] = []
+    hints = section.__annotations__
+    for item in fields(section):
+        if is_dataclass(hints[item.name]):
+            rows += describe(hints[item.name], f"{prefix}{item.name}.")
+        else:
+            rows.append((f"{prefix}{item.name}", item, section))
+    return rows

@@ -1,0 +1,29 @@
+"""correct: teacher correction, training of the unpruned model on the distillation data ([P2] section 2)."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.checkpoint import read_config
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.fitting import last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.stages.stage import Result, source_folder, workspace_of
+
+
+def run(config: Config) -> Result:
+    """Trains the source model on with cross-entropy; the result takes its place as teacher and as what is pruned."""
+    source, item = source_folder(config)
+    folder = workspace_of(config) / "correct"
+
+    def start() -> tuple[Any, dict[str, Any], Path]:
+        import torch
+
+        from nemo_minitron.bridge.models import load_model
+
+        return load_model(source, dtype=torch.float32), read_config(source), source
+
+    inputs = [item, *training_inputs(config)]
+    made = train_into(
+        folder, "correct", config, asdict(config.correct), inputs, lambda: tokenizer_of(source), start
+    )
+    return Result("correct", folder, made, last_losses(folder))

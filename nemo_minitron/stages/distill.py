@@ -1,0 +1,80 @@
+"""distill: the pruned model learns from the teacher's logits ([P1] section 3)."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.checkpoint import open_checkpoint, read_config, tokenizer_fingerprint
+from nemo_minitron.artifacts.manifest import Input
+from nemo_minitron.artifacts.workspace import input_artifact
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.fitting import last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.stages.stage import Result, teacher_folder, workspace_of
+
+
+def run(config: Config) -> Result:
+    """Trains the pruned model against the teacher.
+
+    Raises:
+        ValueError: the teacher has another vocabulary or tokenizer, or a setting is out of range.
+    """
+    workspace = workspace_of(config)
+    settings = config.distill
+    if settings.temperature <= 0:
+        raise ValueError(f"distill.temperature: expected a number above 0, found {settings.temperature}")
+    if settings.kl < 0 or settings.ce < 0 or settings.kl + settings.ce == 0:
+        raise ValueError(
+            f"distill: kl and ce must not be negative, nor both 0, found {settings.kl} and {settings.ce}"
+        )
+    pruned = workspace / "pruned"
+    teacher, teacher_input = _teacher(config)
+    inputs = [input_artifact(workspace, "pruned", "prune"), teacher_input, *training_inputs(config)]
+    _check_vocabulary(teacher, pruned)
+
+    def start() -> tuple[Any, dict[str, Any], Path]:
+        import torch
+
+        from nemo_minitron.bridge.models import load_model
+
+        return load_model(pruned, dtype=torch.float32), read_config(pruned), pruned
+
+    def callbacks() -> list[Any]:
+        from nemo_minitron.bridge.models import load_model
+        from nemo_minitron.core.losses import LossWeights
+        from nemo_minitron.families import family_of
+        from nemo_minitron.plugin.callbacks import KnowledgeDistillation
+
+        weights = LossWeights(settings.kl, settings.ce, settings.temperature)
+        family = family_of(read_config(teacher))
+        return [KnowledgeDistillation(load_model(teacher), family, weights, settings.chunk_tokens)]
+
+    section = {**asdict(settings), "teacher": None, "trainer": {}, "optim": {}}
+    folder = workspace / "student"
+    made = train_into(
+        folder, "student", config, section, inputs, lambda: tokenizer_of(pruned), start, callbacks
+    )
+    return Result("distill", folder, made, last_losses(folder))
+
+
+def _teacher(config: Config) -> tuple[Path, Input]:
+    if config.distill.teacher is None:
+        return teacher_folder(config)
+    folder = Path(config.distill.teacher)
+    return folder, Input(str(folder), open_checkpoint(folder).fingerprint)
+
+
+def _check_vocabulary(teacher: Path, pruned: Path) -> None:
+    """Teacher and student must speak of the same tokens: their tokenizers' files are compared."""
+    ours, theirs = read_config(pruned)["vocab_size"], read_config(teacher)["vocab_size"]
+    if ours != theirs:
+        raise ValueError(
+            f"distill.teacher: {teacher} has a vocabulary of {theirs}, the pruned model one of {ours}"
+        )
+    if tokenizer_fingerprint(teacher) == tokenizer_fingerprint(pruned):
+        return
+    from nemo_minitron.bridge.models import load_tokenizer
+
+    if load_tokenizer(teacher).get_vocab() != load_tokenizer(pruned).get_vocab():
+        raise ValueError(
+            f"distill.teacher: {teacher} gives its token ids other meanings than the pruned model's tokenizer"
+        )

@@ -1,0 +1,61 @@
+"""download: the model to compress, checked and pointed at; a local folder is never copied."""
+
+import os
+from pathlib import Path
+
+from nemo_minitron.artifacts.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
+from nemo_minitron.artifacts.manifest import Input, make, read_manifest, write_json
+from nemo_minitron.core.size import model_size
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.stage import Result, workspace_of
+
+
+def run(config: Config) -> Result:
+    """Finds the source model, fetches it where it is on the hub, and checks it against its family's table.
+
+    Raises:
+        ValueError: no such model, or one that cannot be pruned; the message says why.
+    """
+    workspace = workspace_of(config)
+    folder, revision, given = _locate(config, workspace)
+    checkpoint = open_checkpoint(folder)
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        from nemo_minitron.bridge.models import load_tokenizer
+
+        load_tokenizer(folder)
+    inside = folder.is_relative_to(workspace)
+    inputs = [Input(given, checkpoint.fingerprint, _finished(folder.parent) if inside else None)]
+    # a folder of the workspace is pointed at from inside it, so that the workspace can move
+    pointer = os.path.relpath(folder, workspace) if inside else str(folder.resolve())
+    settings = {"revision": revision}
+    made = make(
+        workspace / "teacher", "teacher", settings, inputs,
+        lambda target: write_json(target / "source.json", {"path": pointer, "given": given, "revision": revision}),
+    )  # fmt: skip
+    return Result("download", workspace / "teacher", made, _headline(checkpoint))
+
+
+def _locate(config: Config, workspace: Path) -> tuple[Path, str | None, str]:
+    """Folder, pinned revision, and what the user called the model."""
+    name = config.source.model
+    if name is None and config.pretrain.enabled:
+        return workspace / "pretrain" / "hf", None, "pretrain/hf"
+    if name is None:
+        raise ValueError("source.model: no model given; name a local folder or a hub id")
+    local = Path(name).expanduser()
+    if local.exists() or name.startswith((".", "/", "~")):
+        return local, None, name
+    from nemo_minitron.bridge.hub import download
+
+    folder, commit = download(name, config.source.revision)
+    return folder, commit, name
+
+
+def _finished(folder: Path) -> str | None:
+    manifest = read_manifest(folder)
+    return None if manifest is None else manifest.finished
+
+
+def _headline(checkpoint: Checkpoint) -> str:
+    size = model_size(checkpoint.family, checkpoint.config)
+    return f"{checkpoint.family.model_type}, {size.parameters:,} parameters, from {checkpoint.folder}"

@@ -1,0 +1,177 @@
+"""export: the student as a Hugging Face folder that plain transformers loads, with its card, and a proof that it does."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.artifacts.checkpoint import (
+    Checkpoint,
+    Planned,
+    both_spellings,
+    copy_side_files,
+    open_checkpoint,
+    tensor_reader,
+    write_weights,
+)
+from nemo_minitron.artifacts.manifest import make, read_manifest, write_json
+from nemo_minitron.artifacts.plan import read_plan
+from nemo_minitron.artifacts.report import read_report
+from nemo_minitron.artifacts.workspace import artifacts_in, input_artifact
+from nemo_minitron.core.size import model_size
+from nemo_minitron.stages.card import card_text, quickstart
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.stage import Result, source_folder, workspace_of
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def run(config: Config) -> Result:
+    """Writes the export, loads it in a clean process, and uploads it where that is asked for.
+
+    Raises:
+        ValueError: an unknown dtype.
+        RuntimeError: plain transformers does not load it, or computes something else than the student.
+    """
+    workspace = workspace_of(config)
+    if config.export.dtype is not None and config.export.dtype not in _DTYPES:
+        raise ValueError(f"export.dtype: expected one of {', '.join(_DTYPES)}, found {config.export.dtype!r}")
+    inputs = [
+        input_artifact(workspace, "student", "distill"),
+        input_artifact(workspace, "report", "evaluate"),
+    ]
+    source, _ = source_folder(config)
+    dtype = config.export.dtype or _source_dtype(open_checkpoint(source))
+    settings = {**asdict(config.export), "dtype": dtype}
+    del settings["push_to_hub"], settings["public"]
+
+    def build(temporary: Path) -> dict[str, str]:
+        hashes = _write_model(workspace / "student" / "hf", temporary, dtype, config.export.shard_size)
+        copy_side_files(source, temporary)
+        (temporary / "README.md").write_text(_card(config, workspace, temporary, source), encoding="utf-8")
+        write_json(temporary / "minitron.json", _lineage(workspace))
+        check_in_clean_process(temporary, workspace / "student" / "hf", dtype)
+        return hashes
+
+    made = make(workspace / "export", "export", settings, inputs, build)
+    folder = workspace / "export"
+    headline = f"{folder} loads with plain transformers; same logits as the student in {dtype}"
+    if config.export.push_to_hub:
+        from nemo_minitron.bridge.hub import upload
+
+        headline += (
+            f"; uploaded: {upload(folder, config.export.push_to_hub, private=not config.export.public)}"
+        )
+    return Result("export", folder, made, headline)
+
+
+def _source_dtype(checkpoint: Checkpoint) -> str:
+    return _STORED[next(iter(checkpoint.entries.values())).dtype]
+
+
+def _write_model(student: Path, folder: Path, dtype: str, shard_bytes: int) -> dict[str, str]:
+    """Streams the student's weights into the export, cast to its dtype."""
+    checkpoint = open_checkpoint(student)
+    read = tensor_reader(checkpoint)
+    planned = [Planned(name, _DTYPES[dtype], entry.shape) for name, entry in checkpoint.entries.items()]
+
+    def cast(name: str) -> Tensor:
+        return read(name).to(_DTYPES[dtype])
+
+    hashes = write_weights(folder, planned, cast, shard_bytes)
+    write_json(
+        folder / "config.json", both_spellings({**checkpoint.config, "dtype": dtype, "torch_dtype": dtype})
+    )
+    copy_side_files(student, folder)
+    return hashes
+
+
+def _lineage(workspace: Path) -> dict[str, Any]:
+    """Where the export comes from: every artifact's recipe, fingerprint and inputs."""
+    stages = []
+    for folder in artifacts_in(workspace):
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.kind != "export":
+            entry = asdict(manifest)
+            stages.append(
+                {
+                    key: entry[key]
+                    for key in ("kind", "package", "config", "inputs", "fingerprint", "finished")
+                }
+            )
+    return {"made_by": "nemo_minitron", "stages": stages}
+
+
+def _card(config: Config, workspace: Path, folder: Path, source: Path) -> str:
+    from nemo_minitron.bridge.hub import licence_of, model_card
+
+    report = read_report(workspace / "report")
+    plan = read_plan(workspace / "plan")
+    pointer = json.loads((workspace / "teacher" / "source.json").read_text(encoding="utf-8"))
+    from_hub = pointer["revision"] is not None
+    size = model_size(*_family_and_config(folder))
+    name = config.export.name or f"{Path(pointer['given']).name}-minitron-{_short(size.parameters)}"
+    results = [
+        ("held-out perplexity", "held-out text", "perplexity", report["models"]["student"]["perplexity"])
+    ]
+    for task, metrics in report["models"]["student"].get("tasks", {}).items():
+        results += [
+            (task, task, metric, value) for metric, value in metrics.items() if not metric.endswith("_stderr")
+        ]
+    return model_card(
+        card_text(name, pointer, plan, report),
+        base_model=pointer["given"] if from_hub else None,
+        licence=config.export.license or licence_of(source),
+        name=name,
+        results=results,
+    )
+
+
+def _family_and_config(folder: Path) -> Any:
+    checkpoint = open_checkpoint(folder)
+    return checkpoint.family, checkpoint.config
+
+
+def _short(parameters: int) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= limit:
+            return f"{parameters / limit:.1f}{unit}"
+    return str(parameters)
+
+
+_CHECK = """
+import sys, torch
+exec(compile(sys.argv[4], "quickstart", "exec"))
+assert outputs.shape[1] > inputs["input_ids"].shape[1], "generate produced no token"
+dtype = getattr(torch, sys.argv[3])
+tokens = torch.arange(32)[None] % model.config.vocab_size
+logits = []
+for folder in sys.argv[1:3]:
+    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.inference_mode():
+        logits.append(loaded.eval()(tokens).logits)
+assert torch.equal(*logits), f"logits differ from the student's by {(logits[0] - logits[1]).abs().max()}"
+assert not [name for name in sys.modules if name.startswith(("nemo", "lightning", "prefect"))]
+"""
+
+
+def check_in_clean_process(folder: Path, student: Path, dtype: str) -> None:
+    """Runs the card's quickstart and compares logits, in a process that knows only torch and transformers.
+
+    Raises:
+        RuntimeError: it fails; the message is the process' last words.
+    """
+    code = quickstart((folder / "README.md").read_text(encoding="utf-8"))
+    command = [sys.executable, "-I", "-c", _CHECK, str(folder.resolve()), str(student.resolve()), dtype, code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"the export does not work with plain transformers: {done.stderr.strip().splitlines()[-1]}"
+        )

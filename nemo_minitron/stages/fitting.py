@@ -1,0 +1,99 @@
+"""What the three training stages have in common: their text, their recipe, and the model folder they write."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.manifest import Input, make_resumable
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.stage import deciding, merged, sampling, text_input, training_text, validation_text
+
+
+def training_inputs(config: Config) -> list[Input]:
+    """Training and validation text as inputs."""
+    return [text_input(training_text(config)), text_input(validation_text(config))]
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a model folder."""
+    from nemo_minitron.bridge.models import load_tokenizer
+
+    return load_tokenizer(folder)
+
+
+def train_into(
+    folder: Path,
+    kind: str,
+    config: Config,
+    section: Mapping[str, Any],
+    inputs: Sequence[Input],
+    tokenizer: Callable[[], Any],
+    start: Callable[[], tuple[Any, dict[str, Any], Path | None]],
+    callbacks: Callable[[], list[Any]] = lambda: [],
+    prepare: Callable[[Path], None] = lambda state: None,
+) -> bool:
+    """Trains a model and writes it as an artifact: ``hf/`` and ``metrics.jsonl``.
+
+    Args:
+        folder: the artifact's folder.
+        kind: its kind.
+        config: the whole configuration.
+        section: the stage's own keys: ``batch_size``, ``seed``, ``trainer``, ``optim`` and what else decides.
+        inputs: what it is made from.
+        tokenizer: gives the tokenizer that packs the text; called after ``prepare``.
+        start: gives the model to train, its config.json, and the folder whose side files it carries on.
+        callbacks: gives the Lightning callbacks of the role.
+        prepare: called with the state folder first.
+
+    Returns:
+        Whether it had to be trained.
+    """
+    trainer, optim = merged(config.trainer, section["trainer"]), merged(config.optim, section["optim"])
+    decides = {
+        **section,
+        "trainer": deciding(trainer),
+        "optim": optim,
+        "train": sampling(config.data.train),
+        "validation": sampling(config.data.validation),
+    }
+
+    def build(state: Path, target: Path) -> None:
+        from nemo_minitron.bridge.text import pack
+        from nemo_minitron.plugin.training import LOG, Recipe, check_trainer, samples_needed, train
+
+        check_trainer(trainer)
+        prepare(state)
+        packer = tokenizer()
+        text, held_out = config.data.train, config.data.validation
+        needed = text.samples or samples_needed(trainer, section["batch_size"])
+        train_NS = pack(
+            training_text(config),
+            packer,
+            text.sequence_length,
+            needed,
+            text.seed,
+            at_most=text.samples is None,
+        )
+        validation_NS = pack(
+            validation_text(config), packer, held_out.sequence_length, held_out.samples, held_out.seed
+        )
+        model, hf_config, files = start()
+        recipe = Recipe(trainer, optim, config.exp_manager, section["batch_size"], section["seed"])
+        trained = train(model, hf_config, files, recipe, train_NS, validation_NS, state, callbacks())
+        (target / "hf").mkdir()
+        trained.save_hf(target / "hf")
+        (target / LOG).write_bytes((state / LOG).read_bytes())
+
+    return make_resumable(folder, kind, decides, inputs, build)
+
+
+def last_losses(folder: Path) -> str:
+    """The end of a training in words, from its log."""
+    from nemo_minitron.plugin.callbacks import read_log
+
+    lines = read_log(folder / "metrics.jsonl")
+    validated = [line for line in lines if "val_loss" in line]
+    steps = max(line["step"] for line in lines)
+    if not validated:
+        return f"{steps} steps"
+    return f"{steps} steps, held-out loss {validated[-1]['val_loss']:.4f}"

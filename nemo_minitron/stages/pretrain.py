@@ -1,0 +1,81 @@
+"""pretrain: a small model from random weights: a teacher of one's own, or the baseline of the student's shape."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.checkpoint import read_config
+from nemo_minitron.artifacts.workspace import input_artifact
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.fitting import last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.stages.stage import Result, merged, training_text, workspace_of
+
+TOKENIZER = "tokenizer"
+
+
+def run(config: Config) -> Result:
+    """Trains from random weights.
+
+    With ``pretrain.baseline`` the model has the pruned model's config.json, and sees as many tokens as the student;
+    otherwise it has ``pretrain.model``, and a byte-level BPE is trained first unless ``pretrain.tokenizer`` names one.
+
+    Raises:
+        ValueError: no model is described, or its family or config is refused.
+    """
+    return _baseline(config) if config.pretrain.baseline else _teacher(config)
+
+
+def _teacher(config: Config) -> Result:
+    folder = workspace_of(config) / "pretrain"
+    shape = dict(config.pretrain.model)
+    if "model_type" not in shape or "vocab_size" not in shape:
+        raise ValueError("pretrain.model: model_type and vocab_size are needed, as in a config.json")
+    section = asdict(config.pretrain)
+    given = config.pretrain.tokenizer
+    files = folder / "state" / TOKENIZER if given is None else Path(given)
+
+    def prepare(_: Path) -> None:
+        if not (files / "tokenizer.json").is_file() and given is None:
+            from nemo_minitron.bridge.text import documents
+            from nemo_minitron.bridge.tokenizer import train_tokenizer
+
+            files.mkdir(exist_ok=True)
+            train_tokenizer(documents(training_text(config)), shape["vocab_size"], files)
+
+    def start() -> tuple[Any, dict[str, Any], Path]:
+        from nemo_minitron.bridge.models import new_model
+
+        model = new_model(shape, config.pretrain.seed)
+        return model, {**model.config.to_dict(), "architectures": [type(model).__name__]}, files
+
+    def tokenizer() -> Any:
+        from nemo_minitron.bridge.models import load_tokenizer
+
+        return load_tokenizer(files, shape["vocab_size"])
+
+    made = train_into(
+        folder, "pretrain", config, section, training_inputs(config), tokenizer, start, prepare=prepare
+    )
+    return Result("pretrain", folder, made, last_losses(folder))
+
+
+def _baseline(config: Config) -> Result:
+    workspace = workspace_of(config)
+    pruned = workspace / "pruned"
+    section = {
+        **asdict(config.pretrain),
+        "batch_size": config.distill.batch_size,
+        "trainer": merged(config.pretrain.trainer, {"max_steps": config.trainer["max_steps"]}),
+        "model": {},
+    }
+    inputs = [input_artifact(workspace, "pruned", "prune"), *training_inputs(config)]
+
+    def start() -> tuple[Any, dict[str, Any], Path]:
+        from nemo_minitron.bridge.models import new_model
+
+        hf_config = read_config(pruned)
+        return new_model(hf_config, config.pretrain.seed), hf_config, pruned
+
+    folder = workspace / "scratch"
+    made = train_into(folder, "scratch", config, section, inputs, lambda: tokenizer_of(pruned), start)
+    return Result("pretrain", folder, made, last_losses(folder))

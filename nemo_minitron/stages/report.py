@@ -1,0 +1,87 @@
+"""report.html: one self-contained page about a workspace, made from its artifacts; 'minitron report' rewrites it."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from nemo_minitron.artifacts.manifest import read_manifest, write_manifest
+from nemo_minitron.artifacts.plan import read_plan
+from nemo_minitron.artifacts.report import PAGE, columns, read_report, table
+from nemo_minitron.artifacts.workspace import artifacts_in
+from nemo_minitron.stages.stage import Result
+
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+def rewrite(workspace: Path) -> Result:
+    """Writes report.html anew from what lies in a workspace, and lists it in the report's manifest.
+
+    Raises:
+        ValueError: the workspace has not been evaluated.
+    """
+    folder = workspace / "report"
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ValueError(f"{folder}: no report yet; run 'minitron evaluate' first")
+    report = read_report(folder)
+    write_page(workspace, folder)
+    write_manifest(folder, manifest.kind, manifest.config, manifest.inputs, manifest.started)
+    return Result(
+        "report", folder, True, str(folder / PAGE), columns(report), table(report), report["models"]
+    )
+
+
+def write_page(workspace: Path, folder: Path) -> None:
+    """Writes report.html into ``folder``, from the report.json there and the artifacts of the workspace."""
+    report = read_report(folder)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        name=report["workspace"],
+        columns=columns(report),
+        rows=table(report),
+        models=report["models"],
+        plan=read_plan(workspace / "plan"),
+        curves=_inline(_curves(workspace, report)),
+        maps=_maps(workspace),
+        lineage=_lineage(workspace),
+    )
+    temporary = folder / f".{PAGE}.tmp"
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(folder / PAGE)
+
+
+def _curves(workspace: Path, report: dict[str, Any]) -> bytes:
+    from nemo_minitron.bridge.plots import loss_curves
+
+    logs = {}
+    for name in report["models"]:
+        path = workspace / name / "metrics.jsonl"
+        if path.is_file():
+            logs[name] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return loss_curves(logs, {name: row["loss"] for name, row in report["models"].items()})
+
+
+def _maps(workspace: Path) -> list[tuple[str, str]]:
+    pictures = sorted((workspace / "scores" / "plots").glob("*.png"))
+    return [(picture.stem, _inline(picture.read_bytes())) for picture in pictures]
+
+
+def _inline(picture: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+def _lineage(workspace: Path) -> list[dict[str, Any]]:
+    lines = []
+    for folder in artifacts_in(workspace):
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.kind not in ("report", "export"):
+            config = json.dumps(manifest.config, indent=1, ensure_ascii=False)
+            inputs = ", ".join(item.path for item in manifest.inputs)
+            lines.append({
+                "artifact": folder.name, "inputs": inputs, "fingerprint": manifest.fingerprint[:12],
+                "finished": manifest.finished[:19].replace("T", " "), "config": config,
+            })  # fmt: skip
+    return lines

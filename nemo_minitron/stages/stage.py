@@ -1,0 +1,133 @@
+"""What the stages share: their result, and how they find their inputs in a workspace."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.manifest import Input
+from nemo_minitron.artifacts.workspace import input_artifact
+from nemo_minitron.stages.config import Config, TextConfig
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage reports.
+
+    Attributes:
+        stage: its name.
+        folder: its artifact.
+        made: False where the artifact was there already.
+        headline: one line for the screen.
+        columns: column titles of the stage's table, empty where it has none.
+        rows: the table's rows.
+        facts: the numbers behind it, for ``--json``.
+    """
+
+    stage: str
+    folder: Path
+    made: bool
+    headline: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def workspace_of(config: Config) -> Path:
+    """The run's folder."""
+    return Path(config.workspace)
+
+
+def teacher_folder(config: Config) -> tuple[Path, Input]:
+    """The model that is scored, pruned and distilled from: the corrected teacher where correction is on.
+
+    Raises:
+        ValueError: it has not been made yet.
+    """
+    workspace = workspace_of(config)
+    if config.correct.enabled:
+        return workspace / "correct" / "hf", input_artifact(workspace, "correct", "correct")
+    return source_folder(config)
+
+
+def source_folder(config: Config) -> tuple[Path, Input]:
+    """The model that ``download`` points at.
+
+    Raises:
+        ValueError: it has not been made yet.
+    """
+    workspace = workspace_of(config)
+    item = input_artifact(workspace, "teacher", "download")
+    pointer = json.loads((workspace / "teacher" / "source.json").read_text(encoding="utf-8"))
+    return workspace / pointer["path"], item  # an absolute path stays as it is
+
+
+def calibration_text(config: Config) -> Any:
+    """Text for scoring: ``data.calibration``, or what ``data.train`` trains on where it has no paths."""
+    own = config.data.calibration
+    if own.paths:
+        return _find(own, "data.calibration")
+    return _find(config.data.train, "data.train", _split(config, "train"), config.data.holdout)
+
+
+def training_text(config: Config) -> Any:
+    """Text for training: ``data.train`` without what is held out of it."""
+    return _find(config.data.train, "data.train", _split(config, "train"), config.data.holdout)
+
+
+def validation_text(config: Config) -> Any:
+    """Text for measuring: ``data.validation``, or what is held out of ``data.train``."""
+    own = config.data.validation
+    if own.paths:
+        return _find(own, "data.validation")
+    return _find(config.data.train, "data.train", "held_out", config.data.holdout)
+
+
+def _split(config: Config, side: str) -> str:
+    return "all" if config.data.validation.paths else side
+
+
+def _find(text: TextConfig, where: str, side: str = "all", holdout: float = 0.0) -> Any:
+    from nemo_minitron.bridge.text import find_text
+
+    if not text.paths:
+        raise ValueError(f"{where}.paths: no text given; name files, folders or patterns")
+    if side != "all" and not 0 < holdout < 1:
+        raise ValueError(f"data.holdout: expected a share between 0 and 1, found {holdout}")
+    return find_text(list(text.paths), list(text.exclude), text.format, text.text_key, where, side, holdout)
+
+
+def text_input(texts: Any) -> Input:
+    """A text set as an artifact's input."""
+    return Input(f"{texts.where} ({len(texts.files)} files, {texts.side})", texts.fingerprint)
+
+
+def sampling(text: TextConfig) -> dict[str, Any]:
+    """The part of a text's configuration that decides its samples, for fingerprints."""
+    return {"sequence_length": text.sequence_length, "samples": text.samples, "seed": text.seed}
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the keys of ``changes`` that are not null, section by section."""
+    result = dict(base)
+    for name, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(result.get(name), Mapping):
+            result[name] = merged(result[name], value)
+        elif value is not None:
+            result[name] = value
+    return result
+
+
+_SHOWN_ONLY = (
+    "enable_progress_bar",
+    "enable_model_summary",
+    "log_every_n_steps",
+    "profiler",
+    "default_root_dir",
+)
+
+
+def deciding(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Trainer arguments that decide the weights, for fingerprints: what only changes the display is left out."""
+    return {name: value for name, value in trainer.items() if name not in _SHOWN_ONLY}
