@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_minitron.artifacts.manifest import digest, hash_file, write_json
-from nemo_minitron.families import Family, expected_tensors, family_of, find_row
+from nemo_minitron.families import Family, axis_sizes, expected_tensors, family_of, find_row
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -179,6 +179,12 @@ def read_header(path: Path) -> dict[str, Any]:
 def _check_entries(
     folder: Path, family: Family, config: Mapping[str, Any], entries: Mapping[str, Entry]
 ) -> None:
+    sizes = axis_sizes(family, config, str(folder / "config.json"))
+    for axis in family.indexed:
+        if sizes[axis.name] > len(entries):  # also keeps an absurd config from being expanded
+            raise ValueError(
+                f"{folder / 'config.json'}: {sizes[axis.name]} {axis.name}, but only {len(entries)} tensors"
+            )
     expected = {name: shape for name, _, shape in expected_tensors(family, config)}
     missing = sorted(set(expected) - set(entries))
     if missing:

@@ -1,9 +1,13 @@
 """lm-eval: its tasks, own task YAMLs, and two tasks made from held-out text, on a loaded Hugging Face model."""
 
+import contextlib
+import itertools
 import json
+import logging
 import os
 import random
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from torch import nn
 MADE_HERE = ("held_out_choice", "held_out_bytes")
 _CHOICES = 4
 _CONTEXT, _CONTINUATION, _DOCUMENT = 240, 80, 2000
-_MOST = 200
+_QUESTIONS = 200
 
 
 def write_held_out_tasks(documents: Iterable[str], folder: Path, seed: int = 0) -> None:
@@ -29,7 +33,8 @@ def write_held_out_tasks(documents: Iterable[str], folder: Path, seed: int = 0) 
     Raises:
         ValueError: fewer than four documents are long enough.
     """
-    usable = [text for text in documents if len(text) >= 2 * (_CONTEXT + _CONTINUATION)][:_MOST]
+    long_enough = (text for text in documents if len(text) >= 2 * (_CONTEXT + _CONTINUATION))
+    usable = list(itertools.islice(long_enough, _QUESTIONS))
     if len(usable) < _CHOICES:
         raise ValueError(
             f"evaluate.tasks: {MADE_HERE[0]} needs at least {_CHOICES} held-out documents of "
@@ -37,7 +42,9 @@ def write_held_out_tasks(documents: Iterable[str], folder: Path, seed: int = 0) 
         )
     draw = random.Random(seed)
     rows = []
-    for i, text in enumerate(usable):
+    for question in range(_QUESTIONS):
+        i = question % len(usable)
+        text = usable[i]
         start = draw.randrange(0, len(text) - _CONTEXT - _CONTINUATION)
         context, right = _passage(text, start, _CONTEXT), _passage(text, start + _CONTEXT, _CONTINUATION)
         others = draw.sample([j for j in range(len(usable)) if j != i], _CHOICES - 1)
@@ -121,9 +128,25 @@ def run_tasks(
         )
     tasks = [_made_here(name, held_out) if name in MADE_HERE else name for name in names]
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    # unless told otherwise lm-eval resamples 100000 times for the standard error of every metric
-    found = simple_evaluate(wrapped, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with _silence() if made_only else contextlib.nullcontext():
+        # unless told otherwise lm-eval resamples 100000 times for the standard error of some metrics
+        found = simple_evaluate(wrapped, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=100)
     return {name: _numbers(found["results"][name]) for name in names if name in found["results"]}
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps a minute's worth of progress bars, and git's complaint outside of a repository, off the screen."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _numbers(results: dict[str, Any]) -> dict[str, float]:

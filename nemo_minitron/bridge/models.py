@@ -86,6 +86,20 @@ def new_model(config: Mapping[str, Any], seed: int) -> Any:
     return model
 
 
+def stored_config(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model made from scratch: what its class declares, without transformers' general defaults.
+
+    Args:
+        model: the model.
+        given: what the user wrote; kept whatever it is.
+    """
+    general = transformers.PreTrainedConfig().to_dict()
+    needed = {*given, "tie_word_embeddings", "bos_token_id", "eos_token_id", "transformers_version"}
+    values = model.config.to_dict()
+    kept = {key: value for key, value in values.items() if key in needed or key not in general}
+    return {"architectures": [type(model).__name__], "model_type": model.config.model_type, **kept}
+
+
 def decoder_of(model: Any, family: Family) -> nn.Module:
     """The part of a causal LM that ends with the last hidden states."""
     module: nn.Module = model.get_submodule(family.modules["decoder"])

@@ -5,7 +5,6 @@ activations, KV cache; on a GPU, the most that torch allocated there.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -46,7 +45,8 @@ def _measure(folder: Path, device_name: str, prompt_tokens: int, new_tokens: int
     from nemo_minitron.bridge.models import frozen, load_model, pick_device
 
     device = pick_device(device_name)
-    before = _resident_megabytes()
+    _warm_up(folder)
+    before = _start_counting()
     model = load_model(folder, device=device)
     torch.manual_seed(0)
     room = getattr(model.config, "max_position_embeddings", prompt_tokens + new_tokens)
@@ -57,7 +57,7 @@ def _measure(folder: Path, device_name: str, prompt_tokens: int, new_tokens: int
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+        peak = _status_megabytes("VmHWM") - before
     return {
         "prefill_tokens_per_second": round(prompt_tokens / min(run[0] for run in runs), 1),
         "decode_tokens_per_second": round(new_tokens / min(run[1] for run in runs), 1),
@@ -88,11 +88,31 @@ def _clock(on: Any) -> float:
     return time.perf_counter()
 
 
-def _resident_megabytes() -> float:
-    import os
+def _warm_up(folder: Path) -> None:
+    """Imports the model's class and starts torch's threads, so that neither counts as the model's memory."""
+    import torch
+    import transformers
 
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        transformers.AutoModelForCausalLM.from_config(config)
+    torch.ones(512, 512) @ torch.ones(512, 512)
+
+
+def _start_counting() -> float:
+    """Sets the process' peak back to what it holds now (Linux, see proc(5) under clear_refs), and returns that.
+
+    ``getrusage`` cannot serve: its peak survives exec, so that a child starts with its parent's.
+    """
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_megabytes("VmRSS")
+
+
+def _status_megabytes(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from nemo_minitron.artifacts.log import read_log
 from nemo_minitron.bridge.models import frozen, head_of, hidden_states
 from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
 from nemo_minitron.families import Family
@@ -82,6 +83,20 @@ class KnowledgeDistillation(Callback):
         return fused_linear_loss(hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens)
 
 
+class ExactResume(Callback):
+    """Makes a checkpoint that was written after a batch's step resume behind that batch.
+
+    Lightning 2.4 writes such checkpoints before it counts the batch as completed, and counts from the completed ones on
+    resuming: one batch is lost from the accumulation of gradients and from the rhythm of validation.
+    """
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Counts every batch that has been processed as completed."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["current"], progress["total"]):
+            counts["completed"] = counts["processed"]
+
+
 class LossGuard(Callback):
     """Stops the training at a loss that is not finite, before it reaches a checkpoint."""
 
@@ -91,7 +106,7 @@ class LossGuard(Callback):
         Raises:
             FloatingPointError: it is NaN or infinite.
         """
-        loss = float(pl_module.last_terms.loss)
+        loss = float(pl_module.last_terms.loss.detach())
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"step {trainer.global_step + 1}: the loss is {loss}; the last checkpoint is good"
@@ -151,11 +166,3 @@ class TrainingLog(Callback):
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a training log; an unfinished last line is left out."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]

@@ -107,6 +107,11 @@ class MinitronModel(ModelPT):
             _tokens(val_data_config, "validation_ds"), val_data_config.batch_size
         )
 
+    def setup_multiple_validation_data(self, val_data_config: DictConfig) -> None:
+        """One validation set; NeMo's own would take every entry of ``paths`` for a set of its own."""
+        self._update_dataset_config(dataset_name="validation", config=val_data_config)
+        self.setup_validation_data(val_data_config)
+
     def use_training_samples(self, tokens_NS: Tensor, batch_size: int, seed: int) -> None:
         """Trains on packed samples, Tensor of shape [samples, positions + 1]."""
         trainer = self._trainer
@@ -179,7 +184,9 @@ def make_cfg(
     """The NeMo ``cfg`` of a model: its config.json, the side files in ``folder``, and its optimiser."""
     present = [name for name in _SIDE_FILES if folder is not None and (folder / name).is_file()]
     files = {_file_key(name): str((folder or Path()) / name) for name in present}
-    cfg = OmegaConf.create({"hf_config": hf_config, "files": files, **rest})
+    # NeMo restores only targets inside its own packages; of this one, it takes the subclass that is asked to restore
+    target = "nemo.core.classes.modelPT.ModelPT"
+    cfg = OmegaConf.create({"target": target, "hf_config": hf_config, "files": files, **rest})
     if optim is not None:
         with open_dict(cfg):
             cfg.optim = OmegaConf.create(optim)
@@ -200,7 +207,8 @@ def _named(terms: LossTerms, prefix: str) -> dict[str, Tensor]:
 
 
 def _tokens(cfg: DictConfig, where: str) -> Tensor:
-    texts = find_text(list(cfg.paths), list(cfg.exclude), cfg.format, cfg.text_key, where)
+    paths = [cfg.paths] if isinstance(cfg.paths, str) else list(cfg.paths)
+    texts = find_text(paths, list(cfg.exclude), cfg.format, cfg.text_key, where)
     return pack(texts, load_tokenizer(Path(cfg.tokenizer)), cfg.sequence_length, cfg.samples, cfg.seed)
 
 

@@ -18,10 +18,10 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from nemo_minitron.plugin.callbacks import LossGuard, TrainingLog
+from nemo_minitron.artifacts import log
+from nemo_minitron.plugin.callbacks import ExactResume, LossGuard, TrainingLog
 from nemo_minitron.plugin.model import MinitronModel, make_cfg
 
-LOG = "metrics.jsonl"
 _STEP = re.compile(r"step=(\d+)")
 
 
@@ -110,9 +110,9 @@ def _trainer(recipe: Recipe, positions: int, state: Path, callbacks: Sequence[Ca
     bar = [TQDMProgressBar(refresh_rate=10)] if arguments.get("enable_progress_bar", True) else []
     # logger, checkpoints and their folders are exp_manager's; the sampler knows its ranks itself
     fixed = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}
-    trainer = Trainer(**{**arguments, **fixed}, callbacks=[*callbacks, LossGuard(), *bar])
+    trainer = Trainer(**{**arguments, **fixed}, callbacks=[*callbacks, ExactResume(), LossGuard(), *bar])
     tokens = recipe.batch_size * positions * accumulate * trainer.world_size
-    trainer.callbacks.append(TrainingLog(state / LOG, every, tokens))
+    trainer.callbacks.append(TrainingLog(state / log.FILE, every, tokens))
     return trainer
 
 

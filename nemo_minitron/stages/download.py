@@ -19,19 +19,20 @@ def run(config: Config) -> Result:
     workspace = workspace_of(config)
     folder, revision, given = _locate(config, workspace)
     checkpoint = open_checkpoint(folder)
-    if any((folder / name).is_file() for name in TOKENIZER_FILES):
-        from nemo_minitron.bridge.models import load_tokenizer
-
-        load_tokenizer(folder)
     inside = folder.is_relative_to(workspace)
     inputs = [Input(given, checkpoint.fingerprint, _finished(folder.parent) if inside else None)]
     # a folder of the workspace is pointed at from inside it, so that the workspace can move
     pointer = os.path.relpath(folder, workspace) if inside else str(folder.resolve())
     settings = {"revision": revision}
-    made = make(
-        workspace / "teacher", "teacher", settings, inputs,
-        lambda target: write_json(target / "source.json", {"path": pointer, "given": given, "revision": revision}),
-    )  # fmt: skip
+
+    def build(target: Path) -> None:
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            from nemo_minitron.bridge.models import load_tokenizer
+
+            load_tokenizer(folder)
+        write_json(target / "source.json", {"path": pointer, "given": given, "revision": revision})
+
+    made = make(workspace / "teacher", "teacher", settings, inputs, build)
     return Result("download", workspace / "teacher", made, _headline(checkpoint))
 
 

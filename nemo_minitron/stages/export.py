@@ -116,7 +116,8 @@ def _card(config: Config, workspace: Path, folder: Path, source: Path) -> str:
     pointer = json.loads((workspace / "teacher" / "source.json").read_text(encoding="utf-8"))
     from_hub = pointer["revision"] is not None
     size = model_size(*_family_and_config(folder))
-    name = config.export.name or f"{Path(pointer['given']).name}-minitron-{_short(size.parameters)}"
+    origin = workspace.resolve().name if config.source.model is None else Path(pointer["given"]).name
+    name = config.export.name or f"{origin}-minitron-{_short(size.parameters)}"
     results = [
         ("held-out perplexity", "held-out text", "perplexity", report["models"]["student"]["perplexity"])
     ]

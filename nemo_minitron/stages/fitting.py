@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts import log
 from nemo_minitron.artifacts.manifest import Input, make_resumable
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import deciding, merged, sampling, text_input, training_text, validation_text
@@ -59,7 +60,7 @@ def train_into(
 
     def build(state: Path, target: Path) -> None:
         from nemo_minitron.bridge.text import pack
-        from nemo_minitron.plugin.training import LOG, Recipe, check_trainer, samples_needed, train
+        from nemo_minitron.plugin.training import Recipe, check_trainer, samples_needed, train
 
         check_trainer(trainer)
         prepare(state)
@@ -82,16 +83,14 @@ def train_into(
         trained = train(model, hf_config, files, recipe, train_NS, validation_NS, state, callbacks())
         (target / "hf").mkdir()
         trained.save_hf(target / "hf")
-        (target / LOG).write_bytes((state / LOG).read_bytes())
+        (target / log.FILE).write_bytes((state / log.FILE).read_bytes())
 
     return make_resumable(folder, kind, decides, inputs, build)
 
 
 def last_losses(folder: Path) -> str:
     """The end of a training in words, from its log."""
-    from nemo_minitron.plugin.callbacks import read_log
-
-    lines = read_log(folder / "metrics.jsonl")
+    lines = log.read_log(folder / log.FILE)
     validated = [line for line in lines if "val_loss" in line]
     steps = max(line["step"] for line in lines)
     if not validated:

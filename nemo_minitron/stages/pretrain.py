@@ -43,10 +43,10 @@ def _teacher(config: Config) -> Result:
             train_tokenizer(documents(training_text(config)), shape["vocab_size"], files)
 
     def start() -> tuple[Any, dict[str, Any], Path]:
-        from nemo_minitron.bridge.models import new_model
+        from nemo_minitron.bridge.models import new_model, stored_config
 
         model = new_model(shape, config.pretrain.seed)
-        return model, {**model.config.to_dict(), "architectures": [type(model).__name__]}, files
+        return model, stored_config(model, shape), files
 
     def tokenizer() -> Any:
         from nemo_minitron.bridge.models import load_tokenizer

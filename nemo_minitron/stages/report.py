@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from nemo_minitron.artifacts import log
 from nemo_minitron.artifacts.manifest import read_manifest, write_manifest
 from nemo_minitron.artifacts.plan import read_plan
 from nemo_minitron.artifacts.report import PAGE, columns, read_report, table
@@ -58,9 +59,9 @@ def _curves(workspace: Path, report: dict[str, Any]) -> bytes:
 
     logs = {}
     for name in report["models"]:
-        path = workspace / name / "metrics.jsonl"
-        if path.is_file():
-            logs[name] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = log.read_log(workspace / name / log.FILE)
+        if lines:
+            logs[name] = lines
     return loss_curves(logs, {name: row["loss"] for name, row in report["models"].items()})
 
 

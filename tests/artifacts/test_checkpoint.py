@@ -1,0 +1,161 @@
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from nemo_minitron.artifacts.checkpoint import (
+    Planned,
+    both_spellings,
+    open_checkpoint,
+    read_header,
+    tensor_reader,
+    write_weights,
+)
+from tests.conftest import make_model
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_sharded_and_a_single_file_checkpoint_open_alike(tmp_path):
+    import transformers
+
+    single = make_model(tmp_path / "single", "llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(single)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size=5000)
+    a, b = open_checkpoint(single), open_checkpoint(tmp_path / "sharded")
+    assert len({entry.file for entry in b.entries.values()}) > 3
+    read_a, read_b = tensor_reader(a), tensor_reader(b)
+    for name in a.entries:
+        assert torch.equal(read_a(name), read_b(name))
+    assert a.fingerprint != b.fingerprint
+    assert open_checkpoint(single).fingerprint == a.fingerprint
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def add_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.vision.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def missing_shard(folder):
+    index = {"weight_map": {"model.embed_tokens.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "no config.json here"),
+        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
+        (lambda f: change_config(f, model_type="t5"), "'t5' is not supported; supported families: llama, nemotron"),
+        (lambda f: change_config(f, intermediate_size=41), r"implies shape \[41, 24\], the file holds \[40, 24\]"),
+        (lambda f: change_config(f, num_hidden_layers=4), "are missing: model.layers.3"),
+        (lambda f: change_config(f, hidden_size="big"), "expected a positive whole number, found 'big'"),
+        (lambda f: change_config(f, quantization_config={"quant_method": "fp8"}), "quantised .fp8.; dequantise"),
+        (truncate, "truncated: expected"),
+        (drop_tensor, "1 tensors of family 'llama' are missing: model.layers.1.mlp.up_proj.weight"),
+        (add_tensor, "in no row of family 'llama': model.vision.weight"),
+        (pickle_only, "only pickled weights .pytorch_model.bin."),
+        (missing_shard, "model-00001-of-00002.safetensors is listed"),
+        (lambda f: (f / "model.safetensors").unlink(), "no safetensors weights"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_with_file_and_reason(tmp_path, damage, message):
+    folder = make_model(tmp_path / "model", "llama")
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_checkpoint(folder)
+    assert str(folder) in str(caught.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=200) | st.text(max_size=60).map(lambda t: struct.pack("<Q", len(t.encode())) + t.encode()))
+def test_no_bytes_crash_the_header_reader(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("fuzz") / "model.safetensors"
+    path.write_bytes(content)
+    try:
+        read_header(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["hidden_size", "num_attention_heads", "head_dim", "num_hidden_layers", "vocab_size"]),
+        st.none() | st.integers(-3, 10**12) | st.text(max_size=3) | st.lists(st.integers(), max_size=2) | st.floats(),
+        min_size=1,
+    )
+)
+def test_no_config_crashes(tmp_path_factory, changes):
+    folder = make_model(tmp_path_factory.mktemp("fuzz"), "llama", num_hidden_layers=1)
+    change_config(folder, **changes)
+    try:
+        open_checkpoint(folder)
+    except ValueError as error:
+        assert "config.json" in str(error) or str(folder) in str(error)
+
+
+def test_the_stream_writes_what_the_library_reads_back(tmp_path):
+    torch.manual_seed(0)
+    values = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(7).bfloat16(),
+        "c": torch.randint(0, 9, (2, 2)),
+        "d": torch.randn(1, 1).half(),
+        "e": torch.zeros(0, 4),
+    }
+    planned = [Planned(name, value.dtype, tuple(value.shape)) for name, value in values.items()]
+    seen = []
+    hashes = write_weights(tmp_path, planned, values.__getitem__, 10**6, seen.append)
+    assert list(hashes) == ["model.safetensors"]
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded[name], value) for name, value in values.items())
+    assert sum(seen) == sum(value.numel() * value.element_size() for value in values.values())
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_shards_stay_below_their_limit_and_the_index_is_exact(tmp_path):
+    values = {f"t{i}": torch.full((10, 10), float(i)) for i in range(7)}
+    planned = [Planned(name, value.dtype, tuple(value.shape)) for name, value in values.items()]
+    hashes = write_weights(tmp_path, planned, values.__getitem__, 1000)
+    assert list(hashes) == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 7 * 400
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], values[name])
+
+
+def test_both_spellings_of_dtype_and_rope():
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    written = both_spellings({"dtype": "bfloat16", "rope_parameters": rope})
+    assert written["torch_dtype"] == "bfloat16"
+    assert written["rope_theta"] == 5e5
+    assert written["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    plain = both_spellings({"torch_dtype": "float16", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+    assert plain["dtype"] == "float16"
+    assert "rope_scaling" not in plain

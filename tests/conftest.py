@@ -1,0 +1,118 @@
+"""Real, tiny parts for the tests: models with every weight at unit scale, a trained tokenizer, text."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DO_NOT_TRACK="1")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+
+import pytest
+import torch
+import transformers
+
+transformers.logging.disable_progress_bar()
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+}
+WORDS = (
+    "the model reads a file and writes the answer to another file while the reader waits for the next line of "
+    "text because every stage leaves an artifact that names its inputs and can be checked again"
+).split()
+
+
+def tiny_config(model_type: str, **changes: Any) -> dict[str, Any]:
+    """A config.json small enough for a test; every special token lies inside the vocabulary."""
+    return {"model_type": model_type, **SIZES, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, **changes}
+
+
+def make_model(folder: Path, model_type: str, seed: int = 0, **changes: Any) -> Path:
+    """Saves a random model whose norms and biases are at unit scale: at their usual constants a wrong row survives."""
+    config = tiny_config(model_type, **changes)
+    entries = {key: value for key, value in config.items() if key != "model_type"}
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(model_type, **entries)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 1.0 if parameter.dim() == 1 else 0.3
+            parameter.copy_(torch.randn_like(parameter) * scale)
+    model.save_pretrained(folder)
+    return folder
+
+
+def logits(folder: Path, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a saved model, float32, after a strict load."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[kind], (kind, info[kind])
+    tokens = torch.arange(20)[None] % model.config.vocab_size if tokens is None else tokens
+    with torch.inference_mode():
+        return model.eval()(tokens).logits
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Callable[..., Path]:
+    def build(model_type: str = "llama", name: str = "model", **changes: Any) -> Path:
+        return make_model(tmp_path / name, model_type, **changes)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty small documents of words with a grammar simple enough to be learnt in seconds."""
+    import random
+
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    for i in range(40):
+        lines = [" ".join(draw.choices(WORDS, k=12)) + "." for _ in range(40)]
+        (folder / f"doc{i:02d}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    from nemo_minitron.bridge.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([path.read_text() for path in sorted(corpus.iterdir())], 300, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A small random Llama with a tokenizer beside it."""
+    folder = make_model(tmp_path_factory.mktemp("teacher"), "llama", vocab_size=300)
+    for path in tokenizer_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def minitron(*arguments: str, cwd: Path | None = None, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "nemo_minitron", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=timeout,
+        check=False,
+    )

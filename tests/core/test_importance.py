@@ -1,0 +1,116 @@
+"""Against the formulas of [P1] section 2.2, written out naively in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from nemo_minitron.core.importance import (
+    AGGREGATIONS,
+    concentration,
+    cosine_sums,
+    group_scores,
+    head_norms,
+    merge,
+    moments,
+    over_batch,
+    over_sequence,
+    random_scores,
+    unit_squares,
+)
+from nemo_minitron.families import families
+
+
+def naive(values, how):
+    """One aggregation of a list of numbers, by the letter."""
+    values = [abs(float(v)) for v in values] if how == "mean" else [float(v) for v in values]
+    if how == "l2":
+        return sum(v * v for v in values) ** 0.5
+    mean = sum(values) / len(values)
+    return mean if how == "mean" else sum((v - mean) ** 2 for v in values) / len(values)
+
+
+@pytest.mark.parametrize(("batch", "sequence"), list(itertools.product(AGGREGATIONS, AGGREGATIONS)))
+def test_all_nine_aggregations_with_padding(batch, sequence):
+    torch.manual_seed(0)
+    x = torch.randn(5, 7, 3)
+    mask = torch.rand(5, 7) > 0.3
+    mask[:, 0] = True
+    expected = [
+        naive([naive(x[b, mask[b], u].double(), sequence) for b in range(5)], batch) for u in range(3)
+    ]
+    found = over_batch(moments(over_sequence(x, mask, sequence)), batch)
+    assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sequence", AGGREGATIONS)
+def test_padding_takes_no_part_whatever_it_holds(sequence):
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 3)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[:, 4:] = False
+    spoiled = x.clone()
+    spoiled[:, 4:] = float("nan")
+    expected = over_sequence(x[:, :4], None, sequence)
+    assert torch.allclose(over_sequence(spoiled, mask, sequence), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", AGGREGATIONS)
+def test_any_split_of_the_samples_merges_to_the_whole(batch):
+    torch.manual_seed(0)
+    per_sample = torch.rand(64, 9)
+    whole = over_batch(moments(per_sample), batch)
+    for sizes in ([1, 63], [10, 20, 34], [16] * 4, [1] * 64):
+        parts = [moments(part) for part in per_sample.split(sizes)]
+        merged = parts[0]
+        for part in parts[1:]:
+            merged = merge(merged, part)
+        assert merged.samples == 64
+        assert torch.allclose(over_batch(merged, batch), whole, rtol=1e-12)
+
+
+def test_half_precision_activations_accumulate_in_float32():
+    x = torch.full((1, 4096, 1), 0.01, dtype=torch.bfloat16)
+    assert over_sequence(x, None, "mean").item() == pytest.approx(float(x[0, 0, 0]), rel=1e-5)
+
+
+def test_a_head_is_the_norm_of_its_channels_and_a_group_the_norm_of_its_heads():
+    x = torch.randn(2, 3, 12)
+    expected = torch.stack([x[..., i * 4 : i * 4 + 4].norm(dim=-1) for i in range(3)], -1)
+    assert torch.allclose(head_norms(x, 3), expected)
+    assert group_scores(torch.tensor([[3.0, 4.0, 0.0, 2.0]]), 2).tolist() == [[5.0, 2.0]]
+
+
+def test_block_influence_is_zero_for_an_identity_and_ignores_padding():
+    x = torch.randn(2, 4, 8)
+    total, tokens = cosine_sums(x, x, None)
+    assert tokens == 8
+    assert 1 - total / tokens == pytest.approx(0, abs=1e-6)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+    other = torch.where(mask[..., None], x, -x)
+    total, tokens = cosine_sums(x, other, mask)
+    assert (tokens, round(total / tokens, 5)) == (3, 1.0)
+
+
+def test_magnitude_of_a_unit_is_the_norm_of_its_weights():
+    family = families()["llama"]
+    sizes = {"hidden": 5, "heads": 3, "head_dim": 2, "kv_heads": 3, "ffn": 4, "vocab": 7, "layers": 1}
+    row = next(row for row in family.rows if row.pattern.endswith("q_proj.weight"))
+    weight = torch.randn(6, 5)
+    heads = unit_squares(weight, row, sizes, "heads")
+    assert torch.allclose(heads, weight.double().square().view(3, -1).sum(1))
+    assert torch.allclose(unit_squares(weight, row, sizes, "hidden"), weight.double().square().sum(0))
+    assert unit_squares(weight, row, sizes, "ffn").tolist() == [0, 0, 0, 0]
+
+
+def test_random_scores_repeat_by_seed_only():
+    assert torch.equal(random_scores((3, 4), 5), random_scores((3, 4), 5))
+    assert not torch.equal(random_scores((3, 4), 5), random_scores((3, 4), 6))
+
+
+def test_concentration_is_the_gini_coefficient():
+    assert concentration(torch.ones(10)) == pytest.approx(0)
+    one = torch.zeros(10)
+    one[3] = 1
+    assert concentration(one) == pytest.approx(0.9)
+    assert concentration(torch.zeros(4)) == 0

@@ -1,0 +1,137 @@
+"""Against the textbook formulas in float64, values and gradients."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from nemo_minitron.core.losses import LossWeights, forward_kl, fused_linear_loss
+
+TOKENS, VOCABULARY, HIDDEN, TEACHER = 37, 101, 16, 24
+
+
+def parts(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    student = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
+    head = torch.randn(VOCABULARY, HIDDEN, dtype=dtype, requires_grad=True)
+    teacher = (torch.randn(TOKENS, TEACHER, dtype=dtype), torch.randn(VOCABULARY, TEACHER, dtype=dtype))
+    labels = torch.randint(0, VOCABULARY, (TOKENS,))
+    labels[[3, 20]] = -100
+    return student, head, teacher, labels
+
+
+def reference(student, head, teacher, labels, weights):
+    student, head = (x.detach().double().requires_grad_() for x in (student, head))
+    s, t = student @ head.T, (teacher[0].double() @ teacher[1].double().T)
+    p, q = torch.softmax(t / weights.temperature, -1), torch.softmax(s / weights.temperature, -1)
+    kl = (p * (p.log() - q.log())).sum(-1) * weights.temperature**2
+    valid = labels >= 0
+    kl, ce = kl[valid].mean(), cross_entropy(s[valid], labels[valid])
+    loss = weights.kl * kl + weights.ce * ce
+    loss.backward()
+    return loss, kl, ce, student.grad, head.grad
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 1000])
+@pytest.mark.parametrize(
+    "weights",
+    [LossWeights(), LossWeights(temperature=2.0), LossWeights(ce=0.3), LossWeights(0.7, 0.3, 0.5), LossWeights(0.0, 1.0)],
+)
+def test_values_and_gradients(weights, chunk):
+    student, head, teacher, labels = parts()
+    terms = fused_linear_loss(student, head, labels, weights, teacher, chunk)
+    (3 * terms.loss).backward()
+    loss, kl, ce, grad_student, grad_head = reference(student, head, teacher, labels, weights)
+    assert terms.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert terms.ce.item() == pytest.approx(ce.item(), rel=1e-5)
+    if weights.kl:
+        assert terms.kl.item() == pytest.approx(kl.item(), rel=1e-5)
+    assert torch.allclose(student.grad.double(), 3 * grad_student, atol=2e-6)
+    assert torch.allclose(head.grad.double(), 3 * grad_head, atol=2e-6)
+
+
+def test_tau_squared_keeps_the_gradient_scale():
+    # for large tau, tau^2 KL tends to half the variance of the centred logit difference: it does not vanish
+    teacher, student = torch.randn(4, 50), torch.randn(4, 50)
+    difference = (teacher - student).double()
+    limit = 0.5 * (difference - difference.mean(-1, keepdim=True)).square().mean(-1)
+    assert torch.allclose(forward_kl(teacher, student, 30.0).double(), limit, rtol=0.05)
+
+
+def test_the_divergence_of_equal_models_is_zero_and_so_is_its_gradient():
+    student, head, _, labels = parts()
+    terms = fused_linear_loss(student, head, labels, LossWeights(), (student.detach(), head.detach()))
+    terms.loss.backward()
+    assert abs(terms.loss.item()) < 1e-6
+    assert student.grad.abs().max() < 1e-6
+
+
+def test_the_student_is_taught():
+    """Gradient steps on the fused loss bring the student's distribution to the teacher's (a peer's gradient is zero)."""
+    student, head, teacher, labels = parts()
+    optimiser = torch.optim.Adam([student, head], 0.05)
+    losses = []
+    for _ in range(150):
+        terms = fused_linear_loss(student, head, labels, LossWeights(), teacher, 16)
+        optimiser.zero_grad()
+        terms.loss.backward()
+        optimiser.step()
+        losses.append(terms.loss.item())
+    assert losses[-1] < 0.02 * losses[0]
+
+
+def test_masked_tokens_get_no_gradient_and_do_not_count():
+    student, head, teacher, labels = parts()
+    fused_linear_loss(student, head, labels, LossWeights(1, 1), teacher, 8).loss.backward()
+    assert student.grad[labels < 0].abs().max() == 0
+    assert student.grad[labels >= 0].abs().min(1).values.max() > 0
+
+
+def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
+    """The largest tensor that is ever allocated, forward and backward, is a chunk: seen by the dispatcher."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[-1] == VOCABULARY:
+                    Largest.rows = max(Largest.rows, tensor.shape[0])
+            return out
+
+    student, head, teacher, labels = parts()
+    with Largest():
+        fused_linear_loss(student, head, labels, LossWeights(1, 1, 2.0), teacher, 5).loss.backward()
+    # the transposed head is HIDDEN (TEACHER) x VOCABULARY; logits would have a row per token
+    assert Largest.rows == TEACHER < TOKENS
+    Largest.rows = 0
+    with Largest():
+        fused_linear_loss(student, head, labels, LossWeights(1, 1, 2.0), teacher, 30).loss.backward()
+    assert Largest.rows == 30  # the watch does see chunks
+
+
+def test_bfloat16_gradients_stay_close_to_float64():
+    student, head, teacher, labels = parts(dtype=torch.bfloat16)
+    fused_linear_loss(student, head, labels, LossWeights(), teacher, 4).loss.backward()
+    _, _, _, grad_student, grad_head = reference(student, head, teacher, labels, LossWeights())
+    for found, expected in ((student.grad, grad_student), (head.grad, grad_head)):
+        assert (found.double() - expected).norm() / expected.norm() < 0.03
+
+
+def test_mixed_precision_reaches_float32_parameters():
+    student, head, teacher, labels = parts()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = fused_linear_loss(student, head, labels, LossWeights(), teacher)
+    terms.loss.backward()
+    assert head.grad.dtype == torch.float32
+    _, _, _, _, expected = reference(student, head, teacher, labels, LossWeights())
+    assert (head.grad.double() - expected).norm() / expected.norm() < 0.03
+
+
+def test_what_cannot_be_is_refused():
+    student, head, teacher, labels = parts()
+    with pytest.raises(ValueError, match="needs a teacher"):
+        fused_linear_loss(student, head, labels, LossWeights())
+    with pytest.raises(ValueError, match="teacher has 99 entries, student 101"):
+        fused_linear_loss(student, head, labels, LossWeights(), (teacher[0], teacher[1][:99]))

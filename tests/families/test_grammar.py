@@ -1,0 +1,50 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_minitron.families.grammar import evaluate, names_in, parse_row, row_axes, row_shape
+
+
+def test_the_three_operators():
+    row = parse_row("(heads head_dim | kv_heads head_dim | kv_heads head_dim) hidden")
+    assert row == ((("heads", "head_dim"), ("kv_heads", "head_dim"), ("kv_heads", "head_dim")), (("hidden",),))
+    assert row_axes(row) == {"heads", "head_dim", "kv_heads", "hidden"}
+    assert row_shape(row, {"heads": 6, "kv_heads": 2, "head_dim": 4, "hidden": 5}) == (40, 5)
+
+
+@pytest.mark.parametrize("text", ["", "(", ")", "a |", "(a | )", "()", "((a) b)", "a $ b", "(a b"])
+def test_what_is_not_a_row_is_refused_with_its_text(text):
+    with pytest.raises(ValueError, match="row"):
+        parse_row(text)
+
+
+@given(st.lists(st.lists(st.lists(st.sampled_from("abcde"), min_size=1), min_size=1), min_size=1))
+def test_a_printed_row_parses_back(dims):
+    text = " ".join("(" + " | ".join(" ".join(product) for product in dim) + ")" for dim in dims)
+    assert parse_row(text) == tuple(tuple(tuple(product) for product in dim) for dim in dims)
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("hidden / heads", 128),
+        ("heads % kv == 0", True),
+        ("not tied", False),
+        ("tied and hidden > 1", True),
+        ("hidden // 5 + 2 * kv", 835),
+    ],
+)
+def test_expressions(expression, expected):
+    assert evaluate(expression, {"hidden": 4096, "heads": 32, "kv": 8, "tied": True}) == expected
+
+
+@pytest.mark.parametrize("text", ["__import__('os')", "a.b", "[1]", "f(x)", "lambda: 1", "a <"])
+def test_expressions_run_nothing(text):
+    with pytest.raises(ValueError, match="expression"):
+        evaluate(text, {"a": 1})
+
+
+def test_a_name_without_value_is_named():
+    with pytest.raises(ValueError, match="'heads' has no value"):
+        evaluate("hidden / heads", {"hidden": 1})
+    assert names_in("hidden / heads") == {"hidden", "heads"}

@@ -1,0 +1,205 @@
+"""The NeMo model: real NeMo, real Lightning, real tiny Hugging Face models."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("nemo")
+
+from lightning.pytorch import Trainer
+
+from nemo_minitron.artifacts.checkpoint import read_config
+from nemo_minitron.artifacts.log import read_log
+from nemo_minitron.bridge.models import load_model
+from nemo_minitron.core.losses import LossWeights
+from nemo_minitron.families import families
+from nemo_minitron.plugin.callbacks import KnowledgeDistillation, LossGuard, ModelTransform
+from nemo_minitron.plugin.data import ConsumedSampler
+from nemo_minitron.plugin.model import MinitronModel, nemo_archive
+from nemo_minitron.plugin.training import Recipe, check_trainer, newest_checkpoint, train
+from tests.conftest import logits, make_model
+
+OPTIM = {"name": "adamw", "lr": 2e-2, "sched": {"name": "CosineAnnealing", "warmup_steps": 2, "min_lr": 1e-4}}
+EXP = {
+    "create_tensorboard_logger": False,
+    "create_checkpoint_callback": True,
+    "checkpoint_callback_params": {
+        "filename": "{step}", "monitor": "step", "mode": "max", "save_top_k": 1, "save_last": False,
+        "every_n_train_steps": 3, "every_n_epochs": None, "save_nemo_on_train_end": False,
+    },
+    "log_step_timing": False, "log_tflops_per_sec_per_gpu": False, "seconds_to_sleep": 0,
+}  # fmt: skip
+
+
+def recipe(steps, **trainer):
+    settings = {
+        "max_steps": steps, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "log_every_n_steps": 1,
+        "enable_model_summary": False, "num_sanity_val_steps": 0, "val_check_interval": 2,
+        "check_val_every_n_epoch": None,
+    }  # fmt: skip
+    return Recipe({**settings, **trainer}, OPTIM, EXP, 4, 0)
+
+
+def tokens(count=40, length=17, seed=0):
+    """Counting sequences: next token = token + 1, learnable in a few steps."""
+    start = torch.randint(0, 60, (count, 1), generator=torch.Generator().manual_seed(seed))
+    return start + torch.arange(length)
+
+
+def run(folder, state, steps, callbacks=(), **trainer):
+    state.mkdir(exist_ok=True)
+    config = read_config(folder)
+    model = load_model(folder, dtype=torch.float32)
+    return train(model, config, folder, recipe(steps, **trainer), tokens(), tokens(8, seed=1), state, callbacks)
+
+
+def test_training_learns_and_logs(tmp_path):
+    folder = make_model(tmp_path / "m", "nemotron")
+    run(folder, tmp_path / "state", 30)
+    lines = read_log(tmp_path / "state" / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 30
+    assert losses[-1] < 0.6 * losses[0]
+    assert [line["step"] for line in lines if "val_loss" in line] == list(range(2, 31, 2))
+    rates = [line["lr"] for line in lines if "lr" in line]
+    assert max(rates) == pytest.approx(2e-2)
+    assert rates[-1] < 1e-3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_done_in_two_parts_are_bit_for_bit_those_done_in_one(tmp_path, accumulate):
+    folder = make_model(tmp_path / "m", "llama")
+    options = {"accumulate_grad_batches": accumulate}
+    whole = run(folder, tmp_path / "whole", 9, **options)
+    state = tmp_path / "parts"
+
+    class Stop(LossGuard):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(folder, state, 9, [Stop()], **options)
+    assert newest_checkpoint(state / "nemo" / "checkpoints").name.startswith("step=3")
+    parts = run(folder, state, 9, **options)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, parts.model.state_dict()[name]), name
+    one = [(x["step"], x["loss"]) for x in read_log(tmp_path / "whole" / "metrics.jsonl") if "loss" in x]
+    two = [(x["step"], x["loss"]) for x in read_log(state / "metrics.jsonl") if "loss" in x]
+    assert one == two
+
+
+def test_distillation_pulls_the_student_to_the_teacher_and_leaves_the_teacher_alone(tmp_path):
+    teacher_folder = make_model(tmp_path / "teacher", "llama", seed=1)
+    student_folder = make_model(tmp_path / "student", "llama", seed=2, hidden_size=12, num_hidden_layers=2)
+    teacher = load_model(teacher_folder)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    distillation = KnowledgeDistillation(teacher, families()["llama"], LossWeights(), chunk_tokens=16)
+    model = run(student_folder, tmp_path / "state", 40, [distillation])
+    lines = [line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "kl" in line]
+    assert lines[-1]["kl"] < 0.5 * lines[0]["kl"]
+    assert lines[0]["loss"] == pytest.approx(lines[0]["kl"])
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert not any("teacher" in name for name in model.state_dict())
+
+
+def test_distillation_refuses_another_vocabulary(tmp_path):
+    teacher = load_model(make_model(tmp_path / "teacher", "llama", vocab_size=90))
+    student = make_model(tmp_path / "student", "llama")
+    with pytest.raises(ValueError, match="teacher has 90 entries, the student 96"):
+        run(student, tmp_path / "state", 2, [KnowledgeDistillation(teacher, families()["llama"], LossWeights())])
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_before_it_is_saved(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+
+    class Poison(LossGuard):
+        def on_train_batch_start(self, trainer, module, *_):
+            if trainer.global_step == 4:
+                with torch.no_grad():
+                    module.model.lm_head.weight[0, 0] = float("nan")
+
+    with pytest.raises(FloatingPointError, match="step 5"):
+        run(folder, tmp_path / "state", 9, [Poison()])
+    saved = torch.load(newest_checkpoint(tmp_path / "state" / "nemo" / "checkpoints"), weights_only=False)
+    assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
+
+
+def test_nemo_archive_round_trips_with_tokenizer(tmp_path, teacher):
+    model = MinitronModel.from_hf(teacher)
+    path = nemo_archive(model, tmp_path / "model.nemo")
+    restored = MinitronModel.restore_from(str(path), map_location="cpu")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, restored.state_dict()[name])
+    assert restored.side_files == model.side_files
+    assert "tokenizer.json" in restored.side_files
+    (tmp_path / "hf").mkdir()
+    restored.save_hf(tmp_path / "hf")
+    assert torch.equal(logits(tmp_path / "hf"), logits(teacher))
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
+
+
+def test_the_config_is_carried_through_training_unchanged(tmp_path):
+    import json
+
+    folder = make_model(tmp_path / "m", "llama")
+    config = read_config(folder)
+    config["a_key_of_the_users"] = {"kept": [1, 2]}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = run(folder, tmp_path / "state", 2)
+    (tmp_path / "hf").mkdir()
+    model.save_hf(tmp_path / "hf")
+    written = read_config(tmp_path / "hf")
+    assert {key: written[key] for key in config} == config
+    assert set(load_file(tmp_path / "hf" / "model.safetensors")) == set(load_file(folder / "model.safetensors"))
+
+
+def test_nemo_config_sets_up_data_by_itself(teacher, corpus):
+    data = {
+        "paths": [str(corpus)], "exclude": [], "format": "auto", "text_key": "text", "sequence_length": 16,
+        "samples": 12, "seed": 0, "batch_size": 4, "tokenizer": str(teacher),
+    }  # fmt: skip
+    trainer = Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    model = MinitronModel.from_hf(teacher, OPTIM, trainer=trainer, train_ds=data, validation_ds=data)
+    trainer.fit(model)
+    assert trainer.global_step == 2
+    assert torch.isfinite(trainer.callback_metrics["val_loss"])
+
+
+def test_the_sampler_depends_on_seed_and_consumption_alone():
+    def batches(consumed, rank=0, world=1, size=2):
+        return list(ConsumedSampler(10, size, 20, lambda: consumed, rank, world, 7))
+
+    assert batches(0)[6:] == batches(6)
+    assert len(ConsumedSampler(10, 2, 20, lambda: 6, 0, 1, 7)) == 20
+    assert sorted(i for batch in batches(0)[:5] for i in batch) == list(range(10))
+    assert batches(0)[:5] != batches(0)[5:10]
+    # two ranks together see what one rank of twice the batch sees
+    two = [a + b for a, b in zip(batches(0, 0, 2), batches(0, 1, 2), strict=True)]
+    assert two[:10] == batches(0, size=4)[:10]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [({"max_stepz": 3}, "trainer.max_stepz.*nearest: max_steps"), ({"max_steps": -1}, "expected a positive whole")],
+)
+def test_trainer_keys_are_checked_first(trainer, message):
+    with pytest.raises(ValueError, match=message):
+        check_trainer(trainer)
+
+
+def test_model_transform_is_applied_once_before_the_optimiser(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    calls = []
+
+    class Once(ModelTransform):
+        def setup(self, trainer, pl_module, stage):
+            pl_module.model_transform = lambda model: calls.append(model) or model
+            super().setup(trainer, pl_module, stage)
+            super().setup(trainer, pl_module, stage)
+
+    run(folder, tmp_path / "state", 1, [Once()])
+    assert len(calls) == 1

@@ -1,0 +1,74 @@
+"""Pruning in memory gives what the stream gives."""
+
+import pytest
+import torch
+
+pytest.importorskip("nemo")
+
+from nemo_minitron.artifacts.checkpoint import open_checkpoint
+from nemo_minitron.artifacts.plan import make_plan, read_plan, write_plan
+from nemo_minitron.bridge.models import load_model
+from nemo_minitron.core.cut import Cut
+from nemo_minitron.core.select import select_units
+from nemo_minitron.families import axis_sizes, families
+from nemo_minitron.plugin.model import MinitronModel
+from nemo_minitron.plugin.transforms import DepthPruning, Pruning, WidthPruning
+from nemo_minitron.stages.prune import write_pruned
+from tests.conftest import logits, make_model
+
+
+def plan_for(folder, layers=(0, 2)):
+    checkpoint = open_checkpoint(folder)
+    sizes = axis_sizes(checkpoint.family, checkpoint.config)
+    torch.manual_seed(0)
+    scores = {"hidden": torch.rand(24), "ffn": torch.rand(3, 40), "heads": torch.rand(3, 6)}
+    targets = {**sizes, "hidden": 12, "ffn": 17, "heads": 3}
+    keep = select_units(checkpoint.family, scores, sizes, targets)
+    return checkpoint, make_plan(checkpoint.family, checkpoint.config, keep, layers)
+
+
+def streamed(checkpoint, plan, folder):
+    folder.mkdir()
+    write_pruned(checkpoint, Cut(checkpoint.family, checkpoint.config, plan.keep, plan.layers_kept), folder, 10**9)
+    return logits(folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", sorted(families()))
+def test_in_place_equals_the_stream_and_trains(tmp_path, name, tied):
+    folder = make_model(tmp_path / "m", name, tie_word_embeddings=tied)
+    checkpoint, plan = plan_for(folder)
+    expected = streamed(checkpoint, plan, tmp_path / "pruned")
+    model = load_model(folder)
+    same = Pruning(plan)(model)
+    assert same is model
+    tokens = torch.arange(20)[None]
+    assert torch.equal(model(tokens).logits, expected)
+    assert sum(p.numel() for p in model.parameters()) == plan.cost_after.parameters
+    model.train()(tokens).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_width_then_depth_is_both_at_once_and_a_nemo_model_is_looked_into(tmp_path):
+    folder = make_model(tmp_path / "m", "nemotron")
+    checkpoint, plan = plan_for(folder)
+    expected = streamed(checkpoint, plan, tmp_path / "pruned")
+    wrapped = MinitronModel.from_hf(folder).eval()
+    DepthPruning(plan)(WidthPruning(plan)(wrapped))
+    assert torch.equal(wrapped.model(torch.arange(20)[None]).logits, expected)
+
+
+def test_a_plan_on_disk_and_a_plan_for_another_model(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    _, plan = plan_for(folder)
+    (tmp_path / "plan").mkdir()
+    write_plan(tmp_path / "plan", plan)
+    again = read_plan(tmp_path / "plan")
+    assert (again.after, again.layers_kept, again.cost_after) == (plan.after, plan.layers_kept, plan.cost_after)
+    assert all(torch.equal(again.keep[axis], plan.keep[axis]) for axis in plan.keep)
+    model = load_model(folder)
+    Pruning(tmp_path / "plan")(model)
+    with pytest.raises(ValueError, match="the plan was made for sizes"):
+        Pruning(plan)(model)
+    with pytest.raises(ValueError, match="holds no Hugging Face model"):
+        Pruning(plan)(torch.nn.Linear(2, 2))
