@@ -5,7 +5,8 @@ whether there is anything to do.
 """
 
 import base64
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from prefect.tasks import exponential_backoff
 
 from nemo_minitron.artifacts.report import PAGE, markdown
 from nemo_minitron.artifacts.workspace import locked
-from nemo_minitron.compose import as_dict, from_dict
+from nemo_minitron.compose import as_dict, from_dict, load_config
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result
 
-Announce = Callable[[str, int, int], None]
 TRANSIENT = (ConnectionError, TimeoutError, InterruptedError, BlockingIOError)
 """Failures worth another try: the network's and the machine's passing moods. A wrong configuration is not retried."""
 
@@ -93,25 +93,33 @@ def steps(config: Config) -> Iterator[str]:
 
 
 @flow(name="compress", flow_run_name="compress-{run_name}", log_prints=False, persist_result=False)
-def compress(config: dict[str, Any], run_name: str = "run") -> list[Result]:
-    """Compresses a model: from ``source.model`` to a Hugging Face folder, every stage an artifact in the workspace.
+def compress(
+    config_name: str = "config",
+    overrides: list[str] | None = None,
+    config: dict[str, Any] | None = None,
+    run_name: str = "run",
+) -> list[Result]:
+    """Compresses a model: from ``source.model`` to a Hugging Face folder, every stage an artifact on disk.
 
     Args:
-        config: the configuration, as ``minitron run --cfg`` prints it; what is left out has its default.
+        config_name: configuration to start from, as ``minitron run --config-name``.
+        overrides: in Hydra's grammar, as on the command line.
+        config: a whole configuration instead, as ``minitron run --cfg`` prints it.
         run_name: shown in Prefect; ``minitron run`` passes the workspace's name.
 
     Returns:
         What each stage reports, in order.
     """
-    checked = from_dict(config)
+    checked = load_config(config_name, overrides or []) if config is None else from_dict(config)
     names = list(steps(checked))
     results = []
     with locked(Path(checked.workspace)):
         for position, name in enumerate(names):
-            print(f"[{position + 1}/{len(names)}] {name} ...", flush=True)
+            print(f"[{position + 1}/{len(names)}] {name} ...", file=sys.stderr, flush=True)
             result = stage(name, as_dict(checked))
             results.append(result)
-            print(f"[{position + 1}/{len(names)}] {name}: {result.headline}" + _done(result), flush=True)
+            done = _done(result)
+            print(f"[{position + 1}/{len(names)}] {name}: {result.headline}{done}", file=sys.stderr, flush=True)
     return results
 
 

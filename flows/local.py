@@ -1,6 +1,7 @@
 """Runs the flow in this process, with Prefect's embedded server: nothing to install, nothing to start."""
 
 import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def prepare_environment() -> None:
     has_own = any(name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE"))
     if not has_own and not (Path.home() / ".prefect" / "profiles.toml").is_file():
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["PREFECT_HOME"] = str(cache / "nemo_minitron" / f"prefect-{version('prefect')}")
+        os.environ["PREFECT_HOME"] = str(_existing(cache / "nemo_minitron" / f"prefect-{version('prefect')}"))
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -26,9 +27,18 @@ def prepare_environment() -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, made if need be (Prefect makes no parents); a temporary one where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="minitron-prefect-"))
+    return folder
+
+
 def run_here(config: Config) -> list[Result]:
     """Runs the whole pipeline and returns what each stage reports."""
     prepare_environment()
     from nemo_minitron.flows.compress import compress
 
-    return compress(as_dict(config), run_name=Path(config.workspace).resolve().name)
+    return compress(config=as_dict(config), run_name=Path(config.workspace).resolve().name)

@@ -52,7 +52,8 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         with initialize_config_dir(str(own), version_base="1.3"):
             search = [] if folder is None else [f"hydra.searchpath=[file://{CONFIGS}]"]
             composed = compose(name, [*overrides, *search])
-        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        values = OmegaConf.to_container(composed)  # without its schema, or keys added with + would pass
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
         config = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, name, own)) from error
@@ -63,23 +64,27 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
 
 def _explain(error: Exception, name: str, folder: Path) -> str:
     """One line: what is wrong and, for a key that is not known, which known ones are near."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = " ".join(str(error).split())
-    wanted = re.search(
-        r"Could not (?:override|append to|delete from) config[^']*'([^']+)'|Could not override '([^']+)'",
-        text,
-    )
-    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in)", text)
-    if wanted or unknown:
-        key = next(group for match in (wanted, unknown) if match for group in match.groups() if group)
-        full_key = getattr(cause, "full_key", None) or key
-        return _unknown_key(key if "." in key or wanted else str(full_key))
+    text = str(error)
+    deeper = error.__cause__ or error.__context__  # Hydra wraps what OmegaConf says
+    cause = deeper if isinstance(deeper, OmegaConfBaseException) else error
+    full_key = getattr(cause, "full_key", None)
+    wanted = re.search(r"Could not (?:override|append to|delete from)[^'\n]*'([^']+)'", text)
+    if wanted:
+        return _unknown_key(wanted.group(1))
+    if re.search(r"Key '[^']+' (?:is not in struct|not in)", text) and full_key:
+        return _unknown_key(str(full_key))
     if "Cannot find primary config" in text:
         known = sorted(path.stem for path in folder.glob("*.yaml"))
         return f"--config-name: no configuration {name!r} in {folder}; there are: {', '.join(known)}"
-    first = str(error).strip().splitlines()
-    key = getattr(cause, "full_key", None)
-    return f"{key}: {str(cause).splitlines()[0]}" if key else first[0]
+    choice = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if choice:
+        group, value = choice.groups()
+        known = sorted(path.stem for root in {folder, CONFIGS} for path in (root / group).glob("*.yaml"))
+        return f"{group}: no choice {value!r}; there are: {', '.join(known)}"
+    if "is not a ListConfig" in text and full_key:
+        return f"{full_key}: expected a list, as in {full_key}=[first,second]"
+    first = str(cause).strip().splitlines()[0]
+    return f"{full_key}: {first}" if full_key else first
 
 
 def _unknown_key(key: str) -> str:

@@ -202,3 +202,25 @@ def describe(section: Any = Config, prefix: str = "") -> list[tuple[str, Any, An
         else:
             rows.append((f"{prefix}{item.name}", item, section))
     return rows
+
+
+def markdown() -> str:
+    """docs/configuration.md: every key with its default and meaning."""
+    lines = ["# Configuration", "", "Made by `make docs` from `nemo_minitron/stages/config.py`.", ""]
+    lines += ["| key | default | meaning |", "|---|---|---|"]
+    for name, item, section in describe():
+        default = getattr(section(), item.name)
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        choices = item.metadata["choices"]
+        text = item.metadata["help"] + (f" (one of: {', '.join(choices)})" if choices else "")
+        lines.append(f"| `{name}` | `{shown}` | {text} |")
+    lines += [
+        "",
+        "`trainer`, `optim` and `exp_manager` are handed to Lightning and NeMo as they are; their defaults lie in",
+        "`configs/config.yaml`, and further keys are added with `+`, as in `+trainer.limit_val_batches=2`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,1 @@
+"""Speed and memory duels and paper tables: each prints a table of ratios measured in one run, and writes JSON."""

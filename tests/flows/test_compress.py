@@ -1,0 +1,273 @@
+"""The whole pipeline: real Prefect with its embedded server, real processes, killed for real."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.artifacts.manifest import read_manifest
+from nemo_minitron.artifacts.workspace import artifacts_in
+from tests.conftest import minitron
+
+NAMES = ["teacher", "scores", "plan", "pruned", "student", "scratch", "report", "export"]
+
+
+def settings(workspace, teacher, corpus):
+    return [
+        f"workspace={workspace}", f"source.model={teacher}", f"data.train.paths=['{corpus}']", "data.holdout=0.2",
+        "data.train.sequence_length=16", "data.calibration.sequence_length=16", "data.calibration.samples=20",
+        "data.validation.sequence_length=16", "data.validation.samples=16", "plan.hidden=12", "plan.heads=3",
+        "plan.ffn=20", "plan.layers=2", "trainer.max_steps=12", "trainer.val_check_interval=4",
+        "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=4", "optim.lr=0.005", "optim.sched.warmup_steps=2",
+        "distill.batch_size=4", "evaluate.from_scratch=true", "evaluate.tasks=[held_out_choice,held_out_bytes]",
+        "evaluate.prompt_tokens=16", "evaluate.new_tokens=4", "evaluate.task_limit=20",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, teacher, corpus):
+    """A workspace that 'minitron run' has finished, and what it printed."""
+    workspace = tmp_path_factory.mktemp("finished") / "run"
+    done = minitron("run", *settings(workspace, teacher, corpus), timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workspace, done.stdout
+
+
+def prints(workspace):
+    return {folder.name: read_manifest(folder).fingerprint for folder in artifacts_in(workspace)}
+
+
+def contents(workspace):
+    """Hashes of everything whose bytes must not depend on how often a run was interrupted."""
+    kept = ["scores", "plan", "pruned", "student", "scratch"]
+    return {
+        name: {out.file: out.sha256 for out in read_manifest(workspace / name).outputs if out.file != "metrics.jsonl"}
+        for name in kept
+    }
+
+
+def test_every_artifact_is_there_and_verifies(finished):
+    workspace, out = finished
+    assert list(prints(workspace)) == NAMES
+    done = minitron("verify", str(workspace))
+    assert (done.returncode, done.stdout) == (0, "8 artifacts checked, 0 problems\n")
+    for name in ("teacher", "pruned", "distilled", "from scratch"):
+        assert name in out
+    manifest = read_manifest(workspace / "student")
+    assert [item.path for item in manifest.inputs][:2] == ["pruned", "teacher"]
+    assert not (workspace / "student" / "state").exists()
+
+
+def test_the_export_works_where_only_transformers_is_known(finished, tmp_path):
+    workspace, _ = finished
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+path = sys.argv[1]
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+outputs = model.generate(**tokenizer("the model", return_tensors="pt"), max_length=50)
+print(repr(tokenizer.decode(outputs[0], skip_special_tokens=True)))
+assert outputs.shape[1] > 3
+assert not [name for name in sys.modules if name.startswith("nemo")]
+"""
+    moved = shutil.copytree(workspace / "export", tmp_path / "elsewhere")
+    done = subprocess.run([sys.executable, "-I", "-c", code, str(moved)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    card = (moved / "README.md").read_text()
+    assert "from_pretrained(path, dtype=torch.bfloat16)" in card
+    lineage = json.loads((moved / "minitron.json").read_text())
+    assert [stage["kind"] for stage in lineage["stages"]] == NAMES[:-1]
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        assert (moved / name).read_bytes() == (workspace / "pruned" / name).read_bytes()
+
+
+def test_the_report_is_one_file_with_numbers_and_pictures(finished):
+    workspace, _ = finished
+    page = (workspace / "report" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5  # curves; hidden, ffn, heads, layers
+    assert "http" not in page.replace("http-equiv", "")
+    report = json.loads((workspace / "report" / "report.json").read_text())
+    assert list(report["models"]) == ["teacher", "pruned", "student", "scratch"]
+    for row in report["models"].values():
+        assert set(row["tasks"]) == {"held_out_choice", "held_out_bytes"}
+        assert row["speed"]["decode_tokens_per_second"] > 0
+    student = report["models"]["student"]
+    assert student["parameters"] < report["models"]["teacher"]["parameters"]
+
+
+def test_lm_eval_agrees_with_our_own_loss(finished, teacher):
+    """bits_per_byte of lm-eval against the same documents scored by hand with plain transformers."""
+    import math
+
+    import torch
+    import transformers
+
+    workspace, _ = finished
+    report = json.loads((workspace / "report" / "report.json").read_text())
+    lines = (workspace / "report" / "tasks" / "held_out_bytes.jsonl").read_text().splitlines()[:20]
+    texts = [json.loads(line)["text"] for line in lines]
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    nats, size = 0.0, 0
+    window = model.config.max_position_embeddings
+    for text in texts:
+        ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]
+        size += len(text.encode())
+        for start in range(0, len(ids) - 1, window):
+            stop = min(start + window, len(ids) - 1)
+            begin = max(0, stop - window)  # the last window is moved back to be full, as lm-eval does
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids[begin:stop]])).logits[0].double()
+            picked = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[begin + 1 : stop + 1])[:, None])[:, 0]
+            nats -= float(picked[start - begin :].sum())
+    found = report["models"]["teacher"]["tasks"]["held_out_bytes"]["bits_per_byte"]
+    assert found == pytest.approx(nats / math.log(2) / size, rel=2e-3)
+
+
+def test_again_everything_is_found_done_and_a_deleted_artifact_is_rebuilt_with_what_follows(
+    finished, tmp_path, teacher, corpus
+):
+    workspace = shutil.copytree(finished[0], tmp_path / "run")
+    before, bytes_before = prints(workspace), contents(workspace)
+    started = {name: read_manifest(workspace / name).started for name in NAMES}
+    again = minitron("run", *settings(workspace, teacher, corpus))
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert again.stderr.count("(already done)") == 8
+    assert {name: read_manifest(workspace / name).started for name in NAMES} == started
+    shutil.rmtree(workspace / "pruned")
+    rebuilt = minitron("run", *settings(workspace, teacher, corpus), timeout=400)
+    assert rebuilt.returncode == 0, rebuilt.stderr[-2000:]
+    assert rebuilt.stderr.count("(already done)") == 3
+    anew = [name for name in NAMES if read_manifest(workspace / name).started != started[name]]
+    assert anew == ["pruned", "student", "scratch", "report", "export"]
+    assert prints(workspace) == before
+    assert contents(workspace) == bytes_before
+
+
+def killed_when(condition, arguments):
+    """Starts a command and sends SIGKILL as soon as the condition holds."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nemo_minitron", *arguments],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def steps_logged(folder: Path) -> int:
+    path = folder / "state" / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.is_file() else 0
+
+
+def test_killed_in_the_middle_it_ends_with_the_same_bytes(finished, tmp_path, teacher, corpus):
+    workspace = tmp_path / "killed"
+    arguments = ["run", *settings(workspace, teacher, corpus)]
+    killed_when(lambda: (workspace / "plan" / "manifest.json").is_file(), arguments)
+    killed_when(lambda: steps_logged(workspace / "student") >= 6, arguments)
+    saved = list((workspace / "student" / "state" / "nemo" / "checkpoints").glob("*.ckpt"))
+    assert saved, "no checkpoint after six steps"
+    assert not (workspace / "student" / "manifest.json").exists()
+    killed_when(lambda: (workspace / ".report.partial").is_dir(), arguments)
+    done = minitron(*arguments, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert prints(workspace) == prints(finished[0])
+    assert contents(workspace) == contents(finished[0])
+    assert not list(workspace.glob(".*partial"))
+
+
+def test_a_failed_gate_stops_before_the_export(finished, tmp_path, teacher, corpus):
+    workspace = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(workspace / "export")
+    done = minitron("evaluate", *settings(workspace, teacher, corpus), "evaluate.min_retention=50")
+    assert done.returncode == 1
+    assert "at least 5000.0% is asked for; not exported" in done.stderr
+    assert not (workspace / "export").exists()
+
+
+@pytest.fixture(scope="module")
+def prefect_server():
+    pytest.importorskip("prefect")
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def test_transient_failures_are_retried_and_wrong_input_is_not(prefect_server, monkeypatch, tmp_path):
+    from prefect import flow
+
+    import nemo_minitron.cli as cli
+    from nemo_minitron.flows.compress import stage
+    from nemo_minitron.stages.stage import Result
+
+    calls = []
+
+    def flaky(name, config):
+        calls.append(name)
+        if name == "plan":
+            raise ValueError("plan.hidden: expected 1 to 24")
+        if len(calls) < 2:
+            raise ConnectionError("the hub cannot be reached")
+        return Result(name, tmp_path, True, "done")
+
+    monkeypatch.setattr(cli, "run_stage", flaky)
+
+    @flow
+    def two(name: str):
+        return stage(name, {"workspace": str(tmp_path)})
+
+    assert two("download").headline == "done"
+    assert calls == ["download", "download"]
+    with pytest.raises(ValueError, match="expected 1 to 24"):
+        two("plan")
+    assert calls == ["download", "download", "plan"]
+
+
+def test_prefect_shows_tables_links_and_pictures(prefect_server, finished, teacher, corpus):
+    import asyncio
+
+    from prefect.client.orchestration import get_client
+
+    from nemo_minitron.compose import as_dict, load_config
+    from nemo_minitron.flows.compress import compress
+
+    workspace, _ = finished
+    config = load_config("config", settings(workspace, teacher, corpus))
+    results = compress(config=as_dict(config), run_name="shown")
+    assert [result.made for result in results] == [False] * 8
+
+    async def read():
+        async with get_client() as client:
+            flow_run = (await client.read_flow_runs(limit=1))[0]
+            return flow_run.name, {artifact.key: artifact for artifact in await client.read_artifacts()}
+
+    name, artifacts = asyncio.run(read())
+    assert name == "compress-shown"
+    assert "| distilled |" in artifacts["minitron-evaluate-table"].data
+    assert artifacts["minitron-score-ffn"].data.startswith("data:image/png;base64,")
+    assert (workspace / "export").resolve().as_uri() in artifacts["minitron-export"].data
+
+
+def test_the_baseline_stage_follows_only_when_asked_for(finished):
+    from nemo_minitron.flows.compress import steps
+    from nemo_minitron.stages.config import Config
+
+    config = Config()
+    assert list(steps(config)) == ["download", "score", "plan", "prune", "distill", "evaluate", "export"]
+    config.pretrain.enabled = config.correct.enabled = config.evaluate.from_scratch = True
+    assert list(steps(config)) == [
+        "pretrain", "download", "correct", "score", "plan", "prune", "distill", "baseline", "evaluate", "export",
+    ]  # fmt: skip

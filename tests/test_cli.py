@@ -1,0 +1,227 @@
+"""Bad input gets one clear line and exit code 2, and leaves nothing behind; the light commands stay light."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from nemo_minitron.cli import main
+from tests.conftest import make_model, minitron
+
+
+def refused(capsys, *arguments):
+    """Runs a command that must be refused and returns its one line."""
+    code = main(list(arguments))
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert err.count("\n") == 1, err
+    assert err.startswith(f"minitron {arguments[0]}: ")
+    return err
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return tmp_path / "ws"
+
+
+@pytest.fixture
+def scored(teacher, workspace):
+    """A workspace that is ready to plan."""
+    common = [f"workspace={workspace}", f"source.model={teacher}"]
+    assert main(["score", *common, "score.importance=magnitude"]) == 0
+    return common
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("plan.hiden=3", ["plan.hiden", "plan.hidden"]),
+        ("sorce.model=x", ["sorce", "no such configuration key"]),
+        ("trainer.max_stepz=3", ["trainer.max_stepz", "+trainer.max_stepz"]),
+        ("data.calibration.smaples=3", ["data.calibration.smaples", "data.calibration.samples"]),
+        ("plan.hidden=wide", ["plan.hidden", "wide"]),
+        ("score.importance=gradient", ["score.importance", "activation, magnitude, random", "gradient"]),
+        ("plan.hidden", ["plan.hidden"]),
+        ("+nonsense.key=1", ["nonsense"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_what_is_near(capsys, workspace, override, parts):
+    line = refused(capsys, "plan", f"workspace={workspace}", override)
+    for part in parts:
+        assert part in line, line
+    assert not workspace.exists()
+
+
+def test_an_unknown_configuration_lists_those_that_exist(capsys):
+    line = refused(capsys, "run", "--config-name", "nowhere")
+    assert "nowhere" in line
+    assert "demo" in line
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["plan.hidden=25"], "plan.hidden: expected 1 to 24 (the source's size), found 25"),
+        (["plan.ffn=0"], "plan.ffn: expected 1 to 40"),
+        (["plan.heads=4"], "plan.heads: expected a multiple of kv_heads = 3"),
+        (["plan.kv_heads=1", "plan.heads=4"], "1 kv_heads can keep at most 2 heads"),
+        (["plan.hidden=10"], "llama needs hidden % heads == 0, found heads=6, hidden=10"),
+        ([], "no target size given"),
+        (["plan.drop_layers=[0,7]"], "plan.drop_layers: expected different layers of 0 to 2"),
+        (["plan.drop_layers=[0]", "plan.layers=2"], "give one of them, not both"),
+    ],
+)
+def test_a_target_that_cannot_be(capsys, scored, workspace, targets, message):
+    assert message in refused(capsys, "plan", *scored, *targets)
+    assert not (workspace / "plan").exists()
+
+
+def test_a_source_that_cannot_be(capsys, tmp_path, workspace, teacher):
+    common = f"workspace={workspace}"
+    assert "no such folder" in refused(capsys, "download", common, "source.model=./nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refused(capsys, "download", common, f"source.model={tmp_path / 'empty'}")
+    assert "no model given" in refused(capsys, "download", common)
+    other = shutil.copytree(teacher, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
+    assert "supported families: llama, nemotron" in refused(capsys, "download", common, f"source.model={other}")
+    foreign = make_model(tmp_path / "foreign", "llama", vocab_size=200)
+    shutil.copy(teacher / "tokenizer.json", foreign)
+    line = refused(capsys, "download", common, f"source.model={foreign}")
+    assert "the tokenizer does not fit the model" in line
+    assert not (workspace / "teacher").exists()
+
+
+def test_calibration_text_that_cannot_be(capsys, tmp_path, workspace, teacher, corpus):
+    common = [f"workspace={workspace}", f"source.model={teacher}", "data.calibration.sequence_length=16"]
+    assert "data.train.paths: no text given" in refused(capsys, "score", *common)
+    line = refused(capsys, "score", *common, f"data.calibration.paths=['{tmp_path}/none*']")
+    assert "matches no file" in line
+    (tmp_path / "empty.txt").write_text("\n\n")
+    line = refused(capsys, "score", *common, f"data.calibration.paths=['{tmp_path}/empty.txt']")
+    assert "hold no text" in line
+    line = refused(
+        capsys, "score", *common, f"data.calibration.paths=['{corpus}']", "data.calibration.samples=99999"
+    )
+    assert "expected 99999 samples of 16 tokens, the text yields" in line
+    assert not (workspace / "scores").exists()
+    assert not list(workspace.glob(".*partial"))
+
+
+def test_a_stage_without_its_input_says_what_to_run(capsys, workspace, teacher):
+    common = [f"workspace={workspace}", f"source.model={teacher}"]
+    assert "run 'minitron score' first" in refused(capsys, "plan", *common, "plan.ffn=20")
+    assert "run 'minitron plan' first" in refused(capsys, "prune", *common)
+    assert "run 'minitron prune' first" in refused(capsys, "distill", *common)
+    assert "run 'minitron evaluate' first" in refused(capsys, "report", str(workspace))
+
+
+def test_a_busy_workspace(capsys, workspace, teacher):
+    from nemo_minitron.artifacts.workspace import locked
+
+    with locked(workspace):
+        for command in ("score", "run"):
+            line = refused(capsys, command, f"workspace={workspace}", f"source.model={teacher}")
+            assert "another run is using it" in line
+
+
+def test_score_plan_prune_by_hand_and_again(capsys, scored, workspace):
+    targets = ["plan.hidden=12", "plan.heads=3", "plan.ffn=20", "plan.drop_layers=[1]"]
+    assert main(["plan", *scored, *targets]) == 0
+    assert main(["prune", *scored, *targets]) == 0
+    out = capsys.readouterr().out
+    assert "parameters" in out
+    config = json.loads((workspace / "pruned" / "config.json").read_text())
+    assert [config[k] for k in ("hidden_size", "num_attention_heads", "head_dim", "num_hidden_layers")] == [12, 3, 4, 2]
+    plan = json.loads((workspace / "plan" / "plan.json").read_text())
+    assert plan["before"]["hidden"], plan["after"]["hidden"] == (24, 12)
+    assert main(["prune", *scored, *targets, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["made"] is False
+    assert main(["verify", str(workspace)]) == 0
+    capsys.readouterr()
+    weights = workspace / "pruned" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    assert main(["verify", str(workspace), "--json"]) == 1
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert len(problems) == 1
+    assert str(weights) in problems[0]
+
+
+def test_size_reads_config_json_alone(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({
+            "model_type": "nemotron", "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 32,
+            "num_attention_heads": 48, "num_key_value_heads": 8, "vocab_size": 256000,
+        })  # fmt: skip
+    )
+    assert main(["size", str(tmp_path), "hidden=3072", "ffn=9216", "heads=24", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert round(facts["parameters"] / 1e9, 3) == 4.191
+    assert facts["kv_bytes_per_token"] == 2 * 32 * 8 * 128 * 2
+    assert main(["size", str(tmp_path / "config.json")]) == 0
+    assert "15.629 B" in capsys.readouterr().out
+    assert "expected AXIS=SIZE" in refused(capsys, "size", str(tmp_path), "width=3")
+    assert "heads % kv_heads == 0" in refused(capsys, "size", str(tmp_path), "heads=47")
+
+
+def test_families_are_listed(capsys):
+    assert main(["families", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert set(listed) >= {"llama", "nemotron"}
+    assert listed["llama"]["prunable"] == ["hidden", "ffn", "heads", "kv_heads", "layers"]
+
+
+def test_nemo_style_overrides_reach_the_configuration(capsys):
+    overrides = ["plan.hidden=3072", "trainer.devices=8", "+trainer.limit_val_batches=2", "~optim.sched", "optim.lr=3e-4"]
+    assert main(["distill", "--cfg", *overrides]) == 0
+    out = capsys.readouterr().out
+    assert "limit_val_batches: 2" in out
+    assert "devices: 8" in out
+    assert "sched" not in out.split("\noptim:")[1].split("\nexp_manager")[0]
+
+
+def test_own_folder_of_configurations(capsys, tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nplan: {ffn: 7}\n")
+    assert main(["plan", "--config-dir", str(tmp_path), "--config-name", "mine", "--cfg", "plan.hidden=9"]) == 0
+    out = capsys.readouterr().out
+    assert "ffn: 7" in out
+    assert "hidden: 9" in out
+    (tmp_path / "wrong.yaml").write_text("defaults: [config, _self_]\nplan: {fnn: 7}\n")
+    line = refused(capsys, "plan", "--config-dir", str(tmp_path), "--config-name", "wrong")
+    assert "plan.ffn" in line
+
+
+def test_help_and_light_commands_load_no_tensor_library():
+    code = (
+        "import sys; from nemo_minitron.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'hydra' not in sys.modules\n"
+        "assert main(['families']) == 0\n"
+        "assert not {'torch', 'transformers', 'nemo', 'prefect'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "export" in done.stdout
+
+
+def test_exit_codes_of_the_process(tmp_path):
+    done = minitron("plan", "plan.hiden=3", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert minitron("size", str(tmp_path / "none")).returncode == 2
+    assert minitron("--version").returncode == 0
+    assert minitron("nothing").returncode == 2
+
+
+def test_every_key_is_documented(capsys):
+    from nemo_minitron.stages.config import describe
+
+    for name, item, _ in describe():
+        assert item.metadata["help"], name
+    assert main(["run", "--keys"]) == 0
+    assert "distill.temperature: " in capsys.readouterr().out
