@@ -1,1 +1,4 @@
-"""Speed and memory duels and paper tables: each prints a table of ratios measured in one run, and writes JSON."""
+"""Speed and memory duels and paper tables.
+
+Each prints a table of ratios measured in one run, and writes JSON.
+"""

@@ -55,7 +55,9 @@ def loss() -> None:
 
     def fused() -> None:
         student_TH.grad = head_VH.grad = None
-        fused_linear_loss(student_TH, head_VH, labels_T, LossWeights(), (teacher_TH, teacher_VH)).loss.backward()
+        fused_linear_loss(
+            student_TH, head_VH, labels_T, LossWeights(), (teacher_TH, teacher_VH)
+        ).loss.backward()
 
     seconds = duel({"naive": naive, "fused": fused}, 4)
     show("distill-loss", "naive", seconds, {"fused": 1.05})

@@ -23,7 +23,9 @@ def duel(contestants: Mapping[str, Callable[[], object]], rounds: int = 5) -> di
     return best
 
 
-def show(title: str, reference: str, seconds: Mapping[str, float], aims: Mapping[str, float], **more: Any) -> None:
+def show(
+    title: str, reference: str, seconds: Mapping[str, float], aims: Mapping[str, float], **more: Any
+) -> None:
     """Prints ratios to the reference beside their aims, and writes benchmarks/results/TITLE.json."""
     print(f"\n{title}: reference is {reference}, {seconds[reference]:.3f} s")
     ratios = {name: value / seconds[reference] for name, value in seconds.items()}

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.duel import duel, show
-from nemo_minitron.artifacts.checkpoint import Planned, open_checkpoint, write_weights
+from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.artifacts.weights import Planned, write_weights
 from nemo_minitron.core.cut import Cut
 from nemo_minitron.core.select import select_units
 from nemo_minitron.families import axis_sizes, expected_tensors, families
@@ -25,7 +26,10 @@ SHAPE = {
 def make(folder: Path) -> Path:
     """Writes the source checkpoint in shards of 500 MB."""
     folder.mkdir()
-    planned = [Planned(name, torch.bfloat16, shape) for name, _, shape in expected_tensors(families()["llama"], SHAPE)]
+    planned = [
+        Planned(name, torch.bfloat16, shape)
+        for name, _, shape in expected_tensors(families()["llama"], SHAPE)
+    ]
     shapes = {tensor.name: tensor.shape for tensor in planned}
     write_weights(folder, planned, lambda name: torch.randn(shapes[name]).bfloat16(), 500_000_000)
     write_json(folder / "config.json", SHAPE)
@@ -80,7 +84,9 @@ def peak_megabytes(source: Path, target: Path) -> float:
         "p.prune(Path(sys.argv[1]), Path(sys.argv[2]), True); stop = True; t.join()\n"
         "print((peak - base) / 1024)"
     )
-    out = subprocess.run([sys.executable, "-c", code, source, target], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code, source, target], capture_output=True, text=True, check=True
+    )
     return float(out.stdout.splitlines()[-1])
 
 

@@ -33,9 +33,17 @@ def main() -> None:
             decoder(input_ids=tokens_BS, use_cache=False)
         recorder.stacked()
 
-    seconds = duel({"forward": forward, "forward without the output projection": decoder_only, "score": score}, 12)
+    seconds = duel(
+        {"forward": forward, "forward without the output projection": decoder_only, "score": score}, 12
+    )
     overhead = seconds["score"] / seconds["forward without the output projection"]
-    show("score", "forward", seconds, {"score": 1.05}, hooks_alone=f"{overhead:.3f} x the same forward without head")
+    show(
+        "score",
+        "forward",
+        seconds,
+        {"score": 1.05},
+        hooks_alone=f"{overhead:.3f} x the same forward without head",
+    )
 
 
 if __name__ == "__main__":

@@ -1,1 +1,4 @@
-"""Floor 6: Prefect flows. The only code that imports prefect; it orchestrates, the artifacts carry the truth."""
+"""Floor 6: Prefect flows. The only code that imports prefect.
+
+It orchestrates, the artifacts carry the truth.
+"""

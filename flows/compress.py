@@ -1,7 +1,7 @@
 """The whole pipeline as a Prefect flow: one task per stage, retried where the failure was transient.
 
-Only small dictionaries and paths cross tasks. Prefect's own result cache is off: the manifest of each artifact says
-whether there is anything to do.
+Only small dictionaries and paths cross tasks. Prefect's own result cache is off: the manifest of each
+artifact says whether there is anything to do.
 """
 
 import base64
@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
+from nemo_minitron import stages
 from nemo_minitron.artifacts.report import PAGE, markdown
 from nemo_minitron.artifacts.workspace import locked
 from nemo_minitron.compose import as_dict, from_dict, load_config
@@ -23,7 +24,10 @@ from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result
 
 TRANSIENT = (ConnectionError, TimeoutError, InterruptedError, BlockingIOError)
-"""Failures worth another try: the network's and the machine's passing moods. A wrong configuration is not retried."""
+"""Failures worth another try.
+
+The network's and the machine's passing moods. A wrong configuration is not retried.
+"""
 
 
 def is_transient(_: Any, run: TaskRun, state: State) -> bool:
@@ -53,12 +57,10 @@ def stage(name: str, values: dict[str, Any]) -> Result:
         name: a stage of the command line, or ``baseline``.
         values: the whole configuration as plain dictionaries.
     """
-    from nemo_minitron.cli import run_stage
-
     config = from_dict(values)
     if name == "baseline":
         config.pretrain.baseline = True
-    result = run_stage("pretrain" if name == "baseline" else name, config)
+    result = stages.run_stage("pretrain" if name == "baseline" else name, config)
     _publish(name, result)
     return result
 
@@ -119,7 +121,9 @@ def compress(
             result = stage(name, as_dict(checked))
             results.append(result)
             done = _done(result)
-            print(f"[{position + 1}/{len(names)}] {name}: {result.headline}{done}", file=sys.stderr, flush=True)
+            print(
+                f"[{position + 1}/{len(names)}] {name}: {result.headline}{done}", file=sys.stderr, flush=True
+            )
     return results
 
 

@@ -13,8 +13,8 @@ from nemo_minitron.stages.stage import Result
 def prepare_environment() -> None:
     """Settings that must stand before prefect is imported; what the user has set stays.
 
-    A user without a Prefect of their own gets a home with Prefect's version in its name: its database cannot be
-    downgraded, and a mismatch shows as nothing but a start-up time-out.
+    A user without a Prefect of their own gets a home with Prefect's version in its name: its database cannot
+    be downgraded, and a mismatch shows as nothing but a start-up time-out.
     """
     has_own = any(name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE"))
     if not has_own and not (Path.home() / ".prefect" / "profiles.toml").is_file():

@@ -1,9 +1,10 @@
-"""The command line: composes configurations, runs one stage or, imported late, the whole flow. Knows no tensor."""
+"""The command line: composes configurations, runs one stage or, imported late.
+
+The whole flow. Knows no tensor.
+"""
 
 import argparse
-import importlib
 import json
-import logging
 import os
 import re
 import sys
@@ -137,6 +138,8 @@ def _stage(args: argparse.Namespace) -> int:
     with locked(Path(config.workspace)):
         if args.command in NEED_SOURCE:
             _quick_download(config)
+        from nemo_minitron.stages import run_stage
+
         result = run_stage(args.command, config)
     _show(result, args.json)
     return 0
@@ -145,15 +148,9 @@ def _stage(args: argparse.Namespace) -> int:
 def _quick_download(config: "Config") -> None:
     """Makes the pointer to the source model where a stage is run on its own before ``download``."""
     if config.source.model is not None:
+        from nemo_minitron.stages import run_stage
+
         run_stage("download", config)
-
-
-def run_stage(name: str, config: "Config") -> "Result":
-    """Runs one stage by name."""
-    from nemo_minitron.stages import STAGES as MODULES
-
-    result: Result = importlib.import_module(MODULES[name]).run(config)
-    return result
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -174,7 +171,8 @@ def _run(args: argparse.Namespace) -> int:
     for result in evaluated:
         _print_table(result.columns, result.rows, result.headline)
     print(
-        f"report  {Path(config.workspace) / 'report' / 'report.html'}\nmodel   {Path(config.workspace) / 'export'}"
+        f"report  {Path(config.workspace) / 'report' / 'report.html'}\n"
+        f"model   {Path(config.workspace) / 'export'}"
     )
     return 0
 
@@ -300,8 +298,3 @@ _COMMANDS = {
     "report": _report,
     "verify": _verify,
 }
-
-logging.getLogger("torch.distributed.elastic.multiprocessing.redirects").setLevel(logging.ERROR)
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -19,9 +19,13 @@ from nemo_minitron.stages.config import Config, describe
 
 _PACKAGE = Path(nemo_minitron.__file__).parent
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
-"""Folder of the configurations that come with the package: inside it where installed, beside it in a checkout."""
+"""Folder of the configurations that come with the package.
 
-OPEN = ("trainer", "optim", "exp_manager", "pretrain.model", "pretrain.trainer", "pretrain.optim", "correct.trainer",
+Inside it where installed, beside it in a checkout.
+"""
+
+OPEN = ("trainer", "optim", "exp_manager", "pretrain.model", "pretrain.trainer", "pretrain.optim",
+        "correct.trainer",
         "correct.optim")  # fmt: skip
 """Sections that take any key with ``+``: what they hold is checked by those they are handed to."""
 
@@ -31,15 +35,16 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
 
     Args:
         name: a configuration of the package (``configs/NAME.yaml``) or of ``folder``.
-        overrides: in Hydra's grammar, ``plan.hidden=3072``, ``+trainer.limit_val_batches=2``, ``~optim.sched``.
+        overrides: in Hydra's grammar, ``plan.hidden=3072``, ``+trainer.limit_val_batches=2``,
+            ``~optim.sched``.
         folder: a folder of the user's own, searched first.
 
     Returns:
         The configuration, every value checked against the schema.
 
     Raises:
-        ValueError: an unknown or mistyped key (the nearest known ones are named), a value of the wrong type or out of
-            range, an unknown configuration.
+        ValueError: an unknown or mistyped key (the nearest known ones are named), a value of the wrong type
+            or out of range, an unknown configuration.
     """
     OmegaConf.register_new_resolver("stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
     ConfigStore.instance().store(name="schema", node=Config)

@@ -30,19 +30,64 @@ SIZES = {
     "head_dim": 4,
     "max_position_embeddings": 64,
 }
-WORDS = (
-    "the model reads a file and writes the answer to another file while the reader waits for the next line of "
-    "text because every stage leaves an artifact that names its inputs and can be checked again"
-).split()
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "file",
+    "and",
+    "writes",
+    "the",
+    "answer",
+    "to",
+    "another",
+    "file",
+    "while",
+    "the",
+    "reader",
+    "waits",
+    "for",
+    "the",
+    "next",
+    "line",
+    "of",
+    "text",
+    "because",
+    "every",
+    "stage",
+    "leaves",
+    "an",
+    "artifact",
+    "that",
+    "names",
+    "its",
+    "inputs",
+    "and",
+    "can",
+    "be",
+    "checked",
+    "again",
+]
 
 
 def tiny_config(model_type: str, **changes: Any) -> dict[str, Any]:
     """A config.json small enough for a test; every special token lies inside the vocabulary."""
-    return {"model_type": model_type, **SIZES, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, **changes}
+    return {
+        "model_type": model_type,
+        **SIZES,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+        **changes,
+    }
 
 
 def make_model(folder: Path, model_type: str, seed: int = 0, **changes: Any) -> Path:
-    """Saves a random model whose norms and biases are at unit scale: at their usual constants a wrong row survives."""
+    """Saves a random model whose norms and biases are at unit scale.
+
+    At their usual constants a wrong row survives.
+    """
     config = tiny_config(model_type, **changes)
     entries = {key: value for key, value in config.items() if key != "model_type"}
     torch.manual_seed(seed)
@@ -108,7 +153,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) ->
     return folder
 
 
-def minitron(*arguments: str, cwd: Path | None = None, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+def minitron(
+    *arguments: str, cwd: Path | None = None, timeout: int = 240
+) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "nemo_minitron", *arguments],

@@ -1,4 +1,7 @@
-"""The shape of the house: imports go down only, nothing foreign is loaded, and an installed wheel stands on its own."""
+"""The shape of the house.
+
+Imports go down only, nothing foreign is loaded, and an installed wheel stands on its own.
+"""
 
 import ast
 import os
@@ -25,7 +28,11 @@ def test_import_contracts_hold():
 
 
 def test_style_and_types():
-    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", "--config-file", "setup.cfg"]):
+    for command in (
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy", "--config-file", "setup.cfg"],
+    ):
         done = tool(sys.executable, "-m", *command)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -33,8 +40,7 @@ def test_style_and_types():
 def test_modules_and_functions_stay_small():
     for path in SOURCES:
         text = path.read_text()
-        # cli.py and checkpoint.py are lists of small things
-        assert text.count("\n") <= 300 + 60 * (path.name in ("cli.py", "checkpoint.py", "manifest.py")), path
+        assert text.count("\n") <= 300, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 52, f"{path}: {node.name}"
@@ -47,7 +53,10 @@ def test_no_family_is_special_and_nothing_is_unpickled_from_outside():
                 assert "model_type ==" not in ast.unparse(node), path
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("pickle.load", "pickle.loads", "torch.load", "eval", "exec"), (path, called)
+                assert called not in ("pickle.load", "pickle.loads", "torch.load", "eval", "exec"), (
+                    path,
+                    called,
+                )
                 assert not any(k.arg == "trust_remote_code" for k in node.keywords), path
 
 
@@ -57,11 +66,15 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", ".prefect", "build", "*.egg-info", "__pycache__")
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(
+            ".git", ".venv", "runs", ".prefect", "build", "*.egg-info", "__pycache__"
+        ),
     )
     built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(source)],
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder),
+        str(source)], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert built.returncode == 0, built.stderr
     (wheel,) = folder.glob("*.whl")
@@ -91,7 +104,12 @@ assert _TEMPLATE.is_file()
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
 

@@ -87,7 +87,9 @@ def test_a_source_that_cannot_be(capsys, tmp_path, workspace, teacher):
     other = shutil.copytree(teacher, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
-    assert "supported families: llama, nemotron" in refused(capsys, "download", common, f"source.model={other}")
+    assert "supported families: llama, nemotron" in refused(
+        capsys, "download", common, f"source.model={other}"
+    )
     foreign = make_model(tmp_path / "foreign", "llama", vocab_size=200)
     shutil.copy(teacher / "tokenizer.json", foreign)
     line = refused(capsys, "download", common, f"source.model={foreign}")
@@ -135,7 +137,12 @@ def test_score_plan_prune_by_hand_and_again(capsys, scored, workspace):
     out = capsys.readouterr().out
     assert "parameters" in out
     config = json.loads((workspace / "pruned" / "config.json").read_text())
-    assert [config[k] for k in ("hidden_size", "num_attention_heads", "head_dim", "num_hidden_layers")] == [12, 3, 4, 2]
+    assert [config[k] for k in ("hidden_size", "num_attention_heads", "head_dim", "num_hidden_layers")] == [
+        12,
+        3,
+        4,
+        2,
+    ]
     plan = json.loads((workspace / "plan" / "plan.json").read_text())
     assert plan["before"]["hidden"], plan["after"]["hidden"] == (24, 12)
     assert main(["prune", *scored, *targets, "--json"]) == 0
@@ -154,10 +161,17 @@ def test_score_plan_prune_by_hand_and_again(capsys, scored, workspace):
 
 def test_size_reads_config_json_alone(capsys, tmp_path):
     (tmp_path / "config.json").write_text(
-        json.dumps({
-            "model_type": "nemotron", "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 32,
-            "num_attention_heads": 48, "num_key_value_heads": 8, "vocab_size": 256000,
-        })  # fmt: skip
+        json.dumps(
+            {
+                "model_type": "nemotron",
+                "hidden_size": 6144,
+                "intermediate_size": 24576,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 48,
+                "num_key_value_heads": 8,
+                "vocab_size": 256000,
+            }
+        )
     )
     assert main(["size", str(tmp_path), "hidden=3072", "ffn=9216", "heads=24", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -177,7 +191,13 @@ def test_families_are_listed(capsys):
 
 
 def test_nemo_style_overrides_reach_the_configuration(capsys):
-    overrides = ["plan.hidden=3072", "trainer.devices=8", "+trainer.limit_val_batches=2", "~optim.sched", "optim.lr=3e-4"]
+    overrides = [
+        "plan.hidden=3072",
+        "trainer.devices=8",
+        "+trainer.limit_val_batches=2",
+        "~optim.sched",
+        "optim.lr=3e-4",
+    ]
     assert main(["distill", "--cfg", *overrides]) == 0
     out = capsys.readouterr().out
     assert "limit_val_batches: 2" in out
@@ -187,7 +207,9 @@ def test_nemo_style_overrides_reach_the_configuration(capsys):
 
 def test_own_folder_of_configurations(capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nplan: {ffn: 7}\n")
-    assert main(["plan", "--config-dir", str(tmp_path), "--config-name", "mine", "--cfg", "plan.hidden=9"]) == 0
+    assert (
+        main(["plan", "--config-dir", str(tmp_path), "--config-name", "mine", "--cfg", "plan.hidden=9"]) == 0
+    )
     out = capsys.readouterr().out
     assert "ffn: 7" in out
     assert "hidden: 9" in out

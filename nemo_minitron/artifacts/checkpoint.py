@@ -1,18 +1,19 @@
-"""Hugging Face checkpoints on disk: opened without reading weights, checked against the family table, written as a stream."""
+"""Hugging Face checkpoints on disk.
 
-import hashlib
+Opened without reading weights, checked against the family table, written as a stream.
+"""
+
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemo_minitron.artifacts.manifest import digest, hash_file, write_json
+from nemo_minitron.artifacts.manifest import digest, hash_file
 from nemo_minitron.families import Family, axis_sizes, expected_tensors, family_of, find_row
 
 INDEX = "model.safetensors.index.json"
@@ -29,11 +30,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -71,8 +67,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Reads config.json and the safetensors headers only.
 
     Raises:
-        ValueError: no config.json, no safetensors weights, a missing or truncated shard, an unknown family, tensors
-            that the table does not know or that have another shape, quantised weights; each with file and names.
+        ValueError: no config.json, no safetensors weights, a missing or truncated shard, an unknown family,
+            tensors that the table does not know or that have another shape, quantised weights; each with
+            file and names.
     """
     config = read_config(folder)
     family = family_of(config, str(folder / "config.json"))
@@ -229,96 +226,11 @@ def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
     return read
 
 
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to be written: its name, dtype and shape are known before its values are."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-
-def write_weights(
-    folder: Path,
-    tensors: Sequence[Planned],
-    read: Callable[[str], Tensor],
-    shard_bytes: int,
-    progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, str]:
-    """Writes safetensors shards and, where there are several, their index, one tensor in memory at a time.
-
-    Args:
-        folder: an existing folder.
-        tensors: what to write, in the order of the file.
-        read: gives the values of one tensor by name.
-        shard_bytes: largest shard, in bytes of tensors; a larger tensor gets a shard of its own.
-        progress: called with the bytes of each tensor written.
-
-    Returns:
-        File name to SHA-256, computed while writing.
-    """
-    shards: list[list[Planned]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
-    names = [SINGLE] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
-    ]  # fmt: skip
-    hashes = {}
-    for file, shard in zip(names, shards, strict=True):
-        hashes[file] = _write_shard(folder / file, shard, read, progress)
-    if len(shards) > 1:
-        weight_map = {
-            tensor.name: file for file, shard in zip(names, shards, strict=True) for tensor in shard
-        }
-        total = sum(tensor.size for tensor in tensors)
-        write_json(
-            folder / INDEX,
-            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-        )
-    return hashes
-
-
-def _write_shard(
-    path: Path, tensors: Iterable[Planned], read: Callable[[str], Tensor], progress: Callable[[int], None]
-) -> str:
-    # widest numbers first keeps every tensor aligned to its own width, as the safetensors library does
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in ordered:
-        span = [offset, offset + tensor.size]
-        header[tensor.name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": span,
-        }
-        offset = span[1]
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    digester = hashlib.sha256()
-    with path.open("wb") as file:
-        for block in (struct.pack("<Q", len(encoded)), encoded):
-            file.write(block)
-            digester.update(block)
-        for tensor in ordered:
-            values = read(tensor.name)
-            assert tuple(values.shape) == tensor.shape and values.dtype == tensor.dtype, tensor
-            data = memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())
-            file.write(data)
-            digester.update(data)
-            progress(tensor.size)
-    return digester.hexdigest()
-
-
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copies what belongs to a model besides config and weights: tokenizer, generation config, licence; byte for byte."""
+    """Copies what belongs to a model besides config and weights.
+
+    Tokenizer, generation config, licence; byte for byte.
+    """
     for name in (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES):
         if (source / name).is_file():
             (target / name).write_bytes((source / name).read_bytes())
@@ -330,7 +242,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the keys under which transformers 4 and 5 look for the same facts, where the config has only one spelling.
+    """Spells out dtype and rope settings for transformers 4 and 5 alike.
 
     transformers 5 writes ``rope_parameters`` and ``dtype``; 4.57 reads ``rope_theta``, ``rope_scaling``,
     ``partial_rotary_factor`` and ``torch_dtype`` and silently falls back to defaults without them.

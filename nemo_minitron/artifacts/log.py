@@ -8,7 +8,10 @@ FILE = "metrics.jsonl"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a training log, in order; none where there is no file, and a line cut off by a kill is left out."""
+    """Lines of a training log, in order.
+
+    None where there is no file, and a line cut off by a kill is left out.
+    """
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")

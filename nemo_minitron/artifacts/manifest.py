@@ -1,19 +1,20 @@
 """The manifest of an artifact: what it is, what it was made from, and the bytes it consists of.
 
-A folder without ``manifest.json`` is no artifact. Stages build into a temporary neighbour, which is renamed into place
-with its manifest inside: whatever interrupts them, nothing that looks finished is incomplete. A stage whose artifact
-already carries the fingerprint it would get, and is not older than its inputs, has nothing to do: this is the only
+A folder without ``manifest.json`` is no artifact. Stages build into a temporary neighbour, which is renamed
+into place
+with its manifest inside: whatever interrupts them, nothing that looks finished is incomplete. A stage whose
+    artifact
+already carries the fingerprint it would get, and is not older than its inputs, has nothing to do: this is
+    the only
 cache.
 """
 
-import contextlib
 import datetime
 import hashlib
 import json
 import os
 import platform
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,7 +79,10 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(kind: str, config: Mapping[str, Any], inputs: Sequence[Input]) -> str:
-    """Identity of an artifact before it exists: its kind, schema, resolved config and its inputs' fingerprints."""
+    """Identity of an artifact before it exists.
+
+    Its kind, schema, resolved config and its inputs' fingerprints.
+    """
     return digest([kind, SCHEMA, config, [item.fingerprint for item in inputs]])
 
 
@@ -112,8 +116,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 def is_done(folder: Path, expected: str, inputs: Sequence[Input]) -> bool:
     """Whether the artifact in ``folder`` is what a stage would make now.
 
-    Its fingerprint must match, its files must be there in the right sizes, and no input may have been made anew since:
-    a fingerprint names the recipe, not the bytes, and a rebuilt input may differ in bytes.
+    Its fingerprint must match, its files must be there in the right sizes, and no input may have been made
+    anew since: a fingerprint names the recipe, not the bytes, and a rebuilt input may differ in bytes.
     """
     try:
         manifest = read_manifest(folder)
@@ -194,32 +198,6 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-@contextlib.contextmanager
-def building(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its place when the block ends well, and vanishes when not.
-
-    Leftovers of a killed run are cleared first. The caller writes the manifest inside the block.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.partial")
-    discard(temporary)
-    temporary.mkdir()
-    try:
-        yield temporary
-    except BaseException:
-        discard(temporary)
-        raise
-    discard(target)
-    temporary.rename(target)
-
-
-def discard(folder: Path) -> None:
-    """Removes an artifact; its manifest goes first, so that a part of it is never taken for the whole."""
-    if folder.exists():
-        (folder / NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder)
-
-
 def verify(folder: Path) -> list[str]:
     """Re-hashes an artifact.
 
@@ -241,77 +219,3 @@ def verify(folder: Path) -> list[str]:
     if manifest.fingerprint != fingerprint(manifest.kind, manifest.config, manifest.inputs):
         problems.append(f"{folder / NAME}: fingerprint does not match its own config and inputs")
     return problems
-
-
-def make(
-    folder: Path,
-    kind: str,
-    config: Mapping[str, Any],
-    inputs: Sequence[Input],
-    build: Callable[[Path], Mapping[str, str] | None],
-) -> bool:
-    """Builds an artifact unless it is there already.
-
-    Args:
-        folder: where it belongs.
-        kind: what it is.
-        config: the part of the configuration that decides its contents.
-        inputs: what it is made from.
-        build: fills a temporary folder; may return hashes that it knows, by file name.
-
-    Returns:
-        Whether it had to be built.
-    """
-    if is_done(folder, fingerprint(kind, config, inputs), inputs):
-        return False
-    started = now()
-    with building(folder) as temporary:
-        known = build(temporary)
-        write_manifest(temporary, kind, config, inputs, started, known)
-    return True
-
-
-STATE = "state"
-"""Sub-folder of an artifact in the making that survives interruption: what a training resumes from."""
-
-
-def make_resumable(
-    folder: Path,
-    kind: str,
-    config: Mapping[str, Any],
-    inputs: Sequence[Input],
-    build: Callable[[Path, Path], None],
-) -> bool:
-    """Builds an artifact that takes long, in place, so that a killed run goes on where it was.
-
-    Args:
-        folder: where it belongs; has no manifest until it is complete.
-        kind: what it is.
-        config: the part of the configuration that decides its contents.
-        inputs: what it is made from.
-        build: gets the state folder, as an earlier run with the same recipe left it, and an empty folder whose
-            contents become the artifact.
-
-    Returns:
-        Whether it had to be built.
-    """
-    expected = fingerprint(kind, config, inputs)
-    if is_done(folder, expected, inputs):
-        return False
-    started = now()
-    state = folder / STATE
-    recipe = digest([expected, [item.finished for item in inputs]])
-    stamp = state / "recipe.json"
-    if not stamp.is_file() or json.loads(stamp.read_text(encoding="utf-8")) != recipe:
-        discard(folder)
-        state.mkdir(parents=True)
-        write_json(stamp, recipe)
-    with building(folder / "result") as temporary:
-        build(state, temporary)
-    for child in (folder / "result").iterdir():
-        discard(folder / child.name) if child.is_dir() else None
-        child.replace(folder / child.name)
-    discard(folder / "result")
-    write_manifest(folder, kind, config, inputs, started, without=(STATE,))
-    discard(state)
-    return True

@@ -1,4 +1,7 @@
-"""report.json and the one table that stands on the screen, in the report, on the model card and in Prefect."""
+"""report.json and the one table that stands on the screen, in the report.
+
+On the model card and in Prefect.
+"""
 
 import json
 from collections.abc import Mapping

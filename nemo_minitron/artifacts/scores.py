@@ -17,7 +17,8 @@ class Scores:
     """Importance scores of one model.
 
     Attributes:
-        ranking: axis name to scores, float64: [units] for scope ``model`` and for ``layers``, [layers, units] else.
+        ranking: axis name to scores, float64: [units] for scope ``model`` and for ``layers``, [layers,
+            units] else.
         sums: axis name to sums over samples ([taps or layers, units]); empty for the baselines.
     """
 

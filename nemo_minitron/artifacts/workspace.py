@@ -36,7 +36,7 @@ def locked(workspace: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"workspace {workspace}: another run is using it; wait for it to end, or choose another workspace=..."
+            f"workspace {workspace}: another run is using it; wait for it to end, or choose another one"
         ) from None
     try:
         yield

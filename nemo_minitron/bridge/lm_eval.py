@@ -1,4 +1,7 @@
-"""lm-eval: its tasks, own task YAMLs, and two tasks made from held-out text, on a loaded Hugging Face model."""
+"""lm-eval: its tasks, own task YAMLs, and two tasks made from held-out text.
+
+On a loaded Hugging Face model.
+"""
 
 import contextlib
 import itertools
@@ -22,7 +25,8 @@ _QUESTIONS = 200
 def write_held_out_tasks(documents: Iterable[str], folder: Path, seed: int = 0) -> None:
     """Writes the data of the tasks made from held-out text, as JSONL.
 
-    ``held_out_choice``: the start of a document, and which of four passages of equal length goes on; the other three
+    ``held_out_choice``: the start of a document, and which of four passages of equal length goes on; the
+        other three
     come from other documents. ``held_out_bytes``: documents, to be scored in bits per byte.
 
     Args:
@@ -79,9 +83,14 @@ def _made_here(name: str, folder: Path) -> dict[str, Any]:
             "metric_list": metrics,
         }  # fmt: skip
     return {
-        **base, "output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}", "target_delimiter": "", "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
+        **base,
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
 
 
 def run_tasks(
@@ -137,7 +146,10 @@ def run_tasks(
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps a minute's worth of progress bars, and git's complaint outside of a repository, off the screen."""
+    """Keeps a minute's worth of progress bars, and git's complaint outside of a repository.
+
+    Off the screen.
+    """
     sys.stderr.flush()
     saved = os.dup(2)
     try:

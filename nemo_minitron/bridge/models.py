@@ -87,7 +87,7 @@ def new_model(config: Mapping[str, Any], seed: int) -> Any:
 
 
 def stored_config(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a model made from scratch: what its class declares, without transformers' general defaults.
+    """The config.json of a model made from scratch: what its class declares, no general defaults.
 
     Args:
         model: the model.
@@ -113,7 +113,10 @@ def head_of(model: Any) -> Tensor:
 
 
 def hidden_states(model: Any, family: Family, tokens_BS: Tensor) -> Tensor:
-    """Last hidden states, after the final norm: [batch, positions] token ids to [batch, positions, hidden]."""
+    """Last hidden states, after the final norm.
+
+    [batch, positions] token ids to [batch, positions, hidden].
+    """
     hidden: Tensor = decoder_of(model, family)(input_ids=tokens_BS, use_cache=False).last_hidden_state
     return hidden
 

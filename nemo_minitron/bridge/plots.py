@@ -56,7 +56,7 @@ def importance_maps(ranking: Mapping[str, Tensor]) -> dict[str, bytes]:
 
 
 def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, float]) -> bytes:
-    """Held-out loss against tokens seen, one curve per training; lines across for models that are not trained here.
+    """Held-out loss against tokens seen, one curve per training; the others are lines across.
 
     Args:
         logs: model name to lines of its training log; only those with ``val_loss`` are drawn.

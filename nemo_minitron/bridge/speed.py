@@ -1,4 +1,4 @@
-"""Speed and memory of one model, measured in a process that does nothing else: ``python -m nemo_minitron.bridge.speed``.
+"""Speed and memory of one model, measured in a process of its own (``python -m nemo_minitron.bridge.speed``).
 
 Prints one JSON object. Peak memory is the most that the process held beyond what the libraries take: weights,
 activations, KV cache; on a GPU, the most that torch allocated there.
@@ -18,7 +18,8 @@ def measure_in_process(folder: Path, device: str, prompt_tokens: int, new_tokens
     """Measures a model in a fresh process.
 
     Returns:
-        ``prefill_tokens_per_second``, ``decode_tokens_per_second`` (batch 1, best of three), ``peak_megabytes``.
+        ``prefill_tokens_per_second``, ``decode_tokens_per_second`` (batch 1, best of three),
+        ``peak_megabytes``.
 
     Raises:
         RuntimeError: the process failed; its last words are the message.
@@ -100,7 +101,7 @@ def _warm_up(folder: Path) -> None:
 
 
 def _start_counting() -> float:
-    """Sets the process' peak back to what it holds now (Linux, see proc(5) under clear_refs), and returns that.
+    """Sets the process' peak back to what it holds now (Linux, proc(5), clear_refs); returns that.
 
     ``getrusage`` cannot serve: its peak survives exec, so that a child starts with its parent's.
     """

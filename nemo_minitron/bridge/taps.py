@@ -23,7 +23,8 @@ class Recorder:
     Attributes:
         sums: axis name to one ``Moments`` per tap position, in layer order.
         cosines: per layer, sum of cosines between its input and output, and the number of tokens.
-        mask: positions that count in the coming forward pass, Tensor of shape [samples, positions], or None for all.
+        mask: positions that count in the coming forward pass, Tensor of shape [samples, positions], or None
+            for all.
     """
 
     def __init__(self, family: Family, config: Mapping[str, Any], sequence: str, depth: bool) -> None:
@@ -86,7 +87,10 @@ class Recorder:
         self.cosines[layer] = (self.cosines[layer][0] + total, self.cosines[layer][1] + tokens)
 
     def stacked(self) -> dict[str, Moments]:
-        """Sums of all tap positions together: axis name to ``Moments`` of shape [tap positions, units], on the CPU."""
+        """Sums of all tap positions together.
+
+        Axis name to ``Moments`` of shape [tap positions, units], on the CPU.
+        """
         result = {}
         for axis, places in self.sums.items():
             full = [item for item in places if item is not None]

@@ -1,4 +1,7 @@
-"""datasets and plain files: from paths to packed samples of token ids, the same on every machine for a given seed."""
+"""datasets and plain files.
+
+From paths to packed samples of token ids, the same on every machine for a given seed.
+"""
 
 import fnmatch
 import functools
@@ -44,7 +47,10 @@ class TextSet:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the files' contents (files over 64 MiB: size, first and last MiB), the format and the split."""
+        """SHA-256 over the files' contents (files over 64 MiB.
+
+        Size, first and last MiB), the format and the split.
+        """
         contents = [_fingerprint(path) for path in self.files]
         return digest(
             [contents, self.format, self.text_key, self.side, self.holdout if self.side != "all" else None]
@@ -107,8 +113,9 @@ def _fingerprint(path: Path) -> str:
 def documents(texts: TextSet, seed: int = 0) -> Iterator[str]:
     """The documents of a text set, files in an order drawn by ``seed``, empty ones left out.
 
-    A document's side of the split is drawn from its content, so that copies of one text fall on the same side. Where
-    the split by document would hold out nothing (few documents), the end of each document is held out instead.
+    A document's side of the split is drawn from its content, so that copies of one text fall on the same
+    side. Where the split by document would hold out nothing (few documents), the end of each document is
+    held out instead.
     """
     whole = texts.side == "all"
     by_document = whole or any(_held_out(text, texts.holdout) for text in _documents(texts, seed))
@@ -180,7 +187,8 @@ def pack(
 ) -> Tensor:
     """Packs documents end to end, separated by the tokenizer's own begin and end tokens, into samples.
 
-    A sample is ``length`` tokens and the one that follows, which is the label of the last: consecutive samples
+    A sample is ``length`` tokens and the one that follows, which is the label of the last: consecutive
+        samples
     overlap by one token, so that every token but the first is predicted once.
 
     Args:
@@ -211,7 +219,8 @@ def pack(
     count = (total - 1) // length
     if samples is not None and count < samples and not at_most:
         raise ValueError(
-            f"{texts.where}.samples: expected {samples} samples of {length} tokens, the text yields {max(count, 0)}"
+            f"{texts.where}.samples: expected {samples} samples of {length} tokens, "
+            f"the text yields {max(count, 0)}"
         )
     if count < 1:
         raise ValueError(f"{texts.where}: the text has {total} tokens, one sample needs {length + 1}")

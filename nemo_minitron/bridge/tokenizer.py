@@ -43,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> None
 
 
 def _speak_both_versions(folder: Path) -> None:
-    """Names the class that transformers 4 knows too, and writes the special tokens where it looks for them."""
+    """Names the class that transformers 4 knows, and the special tokens where it looks for them."""
     import json
 
     path = folder / "tokenizer_config.json"

@@ -2,10 +2,13 @@
 
 Shape suffixes: T tokens, V vocabulary, H hidden of the student, G hidden of the teacher.
 
-The logits of 4096 tokens at a vocabulary of 256000 take 4.2 GB in float32, for each model, and as much again for their
-gradient. Because the loss is a scalar, its gradient with respect to the logits is known as soon as the logits are: it
-is turned into the gradients of hidden states and head chunk by chunk **in the forward pass**, so that one chunk of
-logits exists at a time and nothing is recomputed. Four matrix products a chunk, as many as the naive way.
+The logits of 4096 tokens at a vocabulary of 256000 take 4.2 GB in float32, for each model, and as much again
+for their gradient. Because the loss is a scalar, its gradient with respect to the logits is known as soon as
+the
+logits are: it is turned into the gradients of hidden states and head chunk by chunk **in the forward pass**,
+    so that one
+chunk of logits exists at a time and nothing is recomputed. Four matrix products a chunk, as many as the
+naive way.
 """
 
 from dataclasses import dataclass
@@ -38,7 +41,10 @@ def forward_kl(teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0)
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Mix of the terms: ``L = kl * KL(teacher || student; tau) + ce * cross-entropy``, means over valid tokens."""
+    """Mix of the terms: ``L = kl * KL(teacher || student.
+
+    Tau) + ce * cross-entropy``, means over valid tokens.
+    """
 
     kl: float = 1.0
     ce: float = 0.0
@@ -75,8 +81,10 @@ def fused_linear_loss(
         head_VH: its output projection, Tensor of shape [vocabulary, student hidden].
         labels_T: next-token ids, Tensor of shape [tokens]; negative where a token does not count.
         weights: the mix.
-        teacher: hidden states [tokens, teacher hidden] and head [vocabulary, teacher hidden]; None: cross-entropy only.
-        chunk_tokens: tokens per chunk; None chooses from the vocabulary so that a chunk takes ``CHUNK_BYTES``.
+        teacher: hidden states [tokens, teacher hidden] and head [vocabulary, teacher hidden]; None:
+            cross-entropy only.
+        chunk_tokens: tokens per chunk; None chooses from the vocabulary so that a chunk takes
+            ``CHUNK_BYTES``.
 
     Returns:
         The terms; ``loss`` carries gradients for ``student_TH`` and ``head_VH``.
@@ -148,13 +156,16 @@ class _FusedLinearLoss(torch.autograd.Function):
         return loss, kl, ce
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_TH, grad_VH = ctx.saved_tensors
         return grad_TH * grad_loss, grad_VH * grad_loss, None, None, None, None, None
 
 
 def _accumulate(grad_VH: Tensor, grad_CV: Tensor, student_CH: Tensor) -> None:
-    """Adds one chunk's gradient of the head; the sum over chunks stays in float32 whatever the model's dtype."""
+    """Adds one chunk's gradient of the head.
+
+    The sum over chunks stays in float32 whatever the model's dtype.
+    """
     if grad_CV.dtype == torch.float32:
         grad_VH.addmm_(grad_CV.T, student_CH)
     else:
@@ -168,7 +179,7 @@ def _chunk_terms(
     weights: LossWeights,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums of both terms over one chunk, and the gradient of their mix with respect to the student's logits."""
+    """Sums of both terms over one chunk, and the gradient of their mix by the student's logits."""
     tau = weights.temperature
     log_q1_CV = torch.log_softmax(student_CV, -1)
     picked_C = log_q1_CV.gather(1, labels_C[:, None])[:, 0]

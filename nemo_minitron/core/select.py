@@ -9,12 +9,15 @@ from nemo_minitron.core.importance import group_scores
 from nemo_minitron.families import Family
 
 Keep = dict[str, Tensor]
-"""Axis name to the kept units, int64, ascending: shape [kept] for the axes of scope ``model`` and for ``layers``,
-[layers of the source, kept] for the axes of scope ``layer``. An axis that keeps all its units is absent."""
+"""Axis name to the kept units, int64, ascending: shape [kept] for the axes of scope ``model``, [layers of the
+source, kept] for the axes of scope ``layer``. An axis that keeps all its units is absent."""
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` highest scores along the last dimension, ascending; of equals the lower index wins."""
+    """Indices of the ``count`` highest scores along the last dimension, ascending.
+
+    Of equals the lower index wins.
+    """
     if not torch.isfinite(scores).all():
         raise ValueError("importance scores contain NaN or infinity: the calibration pass overflowed")
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
@@ -93,6 +96,9 @@ def kept_layers(layers: int, dropped: list[int]) -> list[int]:
 
 
 def scattered(scores_L: Tensor, count: int) -> list[int]:
-    """The ``count`` least important layers, wherever they are, ascending; of equals the higher index goes first."""
+    """The ``count`` least important layers, wherever they are, ascending.
+
+    Of equals the higher index goes first.
+    """
     kept = top(scores_L, scores_L.numel() - count).tolist()
     return [layer for layer in range(scores_L.numel()) if layer not in kept]

@@ -37,7 +37,8 @@ def model_size(family: Family, config: Mapping[str, Any], context: int = 4096, c
     Args:
         family: the model's table.
         config: its config.json.
-        context: tokens in the context that attention FLOPs assume; a causal token sees half of them on average.
+        context: tokens in the context that attention FLOPs assume; a causal token sees half of them on
+            average.
         cache_bytes: bytes per number in the KV cache (2 for bfloat16).
     """
     sizes = axis_sizes(family, config)

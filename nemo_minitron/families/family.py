@@ -1,4 +1,7 @@
-"""A model family as data: axes, tensor rows, taps. Loading, validation and the pure questions asked of a table."""
+"""A model family as data.
+
+Axes, tensor rows, taps. Loading, validation and the pure questions asked of a table.
+"""
 
 import functools
 import re
@@ -21,7 +24,8 @@ class Axis:
 
     Attributes:
         name: the axis' name; the same in every family, also the key under ``plan`` and of ``minitron size``.
-        config: keys of config.json that hold the size, first present wins; the first is written where none was.
+        config: keys of config.json that hold the size, first present wins; the first is written where none
+            was.
         scope: ``model`` where one ranking serves the whole model, ``layer`` where every layer has its own.
         within: axis inside whose units this one is ranked (query heads inside their KV group).
         fallback: expression over config keys for the size where no key is present.
@@ -60,7 +64,10 @@ class Tap:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: everything that scoring, planning, cutting and sizing need to know about an architecture."""
+    """A model family: everything that scoring, planning.
+
+    Cutting and sizing need to know about an architecture.
+    """
 
     model_type: str
     architecture: str
@@ -85,8 +92,8 @@ class Family:
 
 
 _KEYS = {
-    "model_type", "architecture", "axes", "defaults", "tensors", "when", "ignored", "taps", "modules", "constraints",
-    "zero_centred_norms",
+    "model_type", "architecture", "axes", "defaults", "tensors", "when", "ignored", "taps", "modules",
+    "constraints", "zero_centred_norms",
 }  # fmt: skip
 _AXIS_KEYS = {f.name for f in fields(Axis)} - {"name", "fallback"} | {"or"}
 
@@ -98,8 +105,8 @@ def load_family(path: Path) -> Family:
         path: a YAML file as described in docs/families.md.
 
     Raises:
-        ValueError: unknown keys, rows that do not parse, axes that are not declared, '?' without a condition; the
-            message names the file and the line's content.
+        ValueError: unknown keys, rows that do not parse, axes that are not declared, '?' without a
+            condition; the message names the file and the line's content.
     """
     table = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
@@ -148,13 +155,15 @@ def _axis(name: str, entry: Mapping[str, Any]) -> Axis:
     unknown = set(entry) - _AXIS_KEYS
     if unknown:
         raise ValueError(f"axis {name}: unknown keys {sorted(unknown)}; known are {sorted(_AXIS_KEYS)}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+    }
     if "or" in values:
         values["fallback"] = values.pop("or")
     return Axis(name=name, **values)
 
 
-def _regex(pattern: str, placeholders: set[str | None]) -> re.Pattern[str]:
+def _regex(pattern: str, placeholders: set[str]) -> re.Pattern[str]:
     used = set(_INDEX.findall(pattern))
     if used - placeholders:
         raise ValueError(f"{pattern}: placeholders {sorted(used - placeholders)} belong to no axis")
@@ -183,7 +192,7 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
     Raises:
         ValueError: no family table has this model type; the message lists those that exist.
     """
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     if model_type not in families():
         known = ", ".join(sorted(families()))
         raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported families: {known}")
@@ -233,7 +242,10 @@ def check_sizes(family: Family, sizes: Mapping[str, int], where: str) -> None:
 
 
 def config_with_sizes(family: Family, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """A copy of a config.json with the given axis sizes written out, also those it left implicit (``head_dim``)."""
+    """A copy of a config.json with the given axis sizes written out.
+
+    Also those it left implicit (``head_dim``).
+    """
     written = dict(config)
     for name, axis in family.axes.items():
         keys = [key for key in axis.config if key in config] or [axis.config[0]]

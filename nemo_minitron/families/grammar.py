@@ -6,8 +6,8 @@ A row is a list of dimensions. Three operators only::
     dim     = axis | "(" product { "|" product } ")"   bar: concatenation along the dimension
     product = axis+                             parentheses: a product of axes, slowest first
 
-``(heads head_dim | kv_heads head_dim) hidden`` is a matrix whose rows are all query heads followed by all key heads,
-each head ``head_dim`` long, and whose columns are the hidden channels.
+``(heads head_dim | kv_heads head_dim) hidden`` is a matrix whose rows are all query heads followed by all
+key heads, each head ``head_dim`` long, and whose columns are the hidden channels.
 """
 
 import ast

@@ -1,4 +1,4 @@
-"""Lightning callbacks: distillation from a frozen teacher, model transforms, a loss guard, and the training log."""
+"""Lightning callbacks: distillation, model transforms, exact resume, a loss guard, the training log."""
 
 import json
 import math
@@ -22,7 +22,7 @@ try:  # NeMo 2.x has its own; it calls pl_module.model_transform(trainer.model) 
 except ImportError:
 
     class ModelTransform(Callback):  # type: ignore[no-redef]
-        """Applies ``pl_module.model_transform`` once, before the optimiser is made; NeMo 2.x's callback of that name.
+        """Applies ``pl_module.model_transform`` once, before the optimiser is made.
 
         The transform may change the module in place, return another one, or both.
         """
@@ -42,7 +42,7 @@ except ImportError:
 
 
 class KnowledgeDistillation(Callback):
-    """Trains the model against a frozen teacher by logits ([P1] section 3): forward KL, optionally cross-entropy.
+    """Trains the model against a frozen teacher by logits ([P1] section 3).
 
     The teacher is no part of the trained module: it is in no checkpoint and no optimiser.
 
@@ -86,11 +86,14 @@ class KnowledgeDistillation(Callback):
 class ExactResume(Callback):
     """Makes a checkpoint that was written after a batch's step resume behind that batch.
 
-    Lightning 2.4 writes such checkpoints before it counts the batch as completed, and counts from the completed ones on
+    Lightning 2.4 writes such checkpoints before it counts the batch as completed, and counts from the
+    completed ones on
     resuming: one batch is lost from the accumulation of gradients and from the rhythm of validation.
     """
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Counts every batch that has been processed as completed."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["current"], progress["total"]):

@@ -1,6 +1,7 @@
-"""Batches of packed samples in an order that depends on the seed and the number of samples consumed, nothing else.
+"""Batches in an order that depends on the seed and on how much was consumed, nothing else.
 
-Because of that a resumed run needs no state of the loader: the step in the checkpoint says which batch is next.
+Because of that a resumed run needs no state of the loader: the step in the checkpoint says which batch is
+    next.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""A causal LM of any supported family as a NeMo model: one class for pretraining, teacher correction and distillation.
+"""A causal LM of any supported family as a NeMo model, for pretraining, correction and distillation.
 
 Shape suffixes: B batch, S positions, T tokens (batch x positions), H hidden, V vocabulary.
 """
@@ -29,7 +29,8 @@ from nemo_minitron.families import family_of
 from nemo_minitron.plugin.data import ConsumedSampler, train_loader, validation_loader
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor], LossTerms]
-"""(hidden states [tokens, hidden], head [vocabulary, hidden], labels [tokens], token ids [batch, positions]) to loss."""
+"""From hidden states [tokens, hidden], head [vocabulary, hidden], labels [tokens] and token ids
+[batch, positions] to the loss."""
 
 _SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES)
 
@@ -42,7 +43,8 @@ class MinitronModel(ModelPT):
     * ``hf_config``: the model's config.json;
     * ``files``: tokenizer, generation config and licence files, carried inside ``.nemo`` archives;
     * ``optim``: a NeMo optimiser and scheduler;
-    * ``train_ds``, ``validation_ds``: optional, ``paths``, ``exclude``, ``format``, ``text_key``, ``sequence_length``,
+    * ``train_ds``, ``validation_ds``: optional, ``paths``, ``exclude``, ``format``, ``text_key``,
+        ``sequence_length``,
       ``samples``, ``seed``, ``batch_size`` and ``tokenizer`` (a model folder with its tokenizer).
 
     It minimises cross-entropy; the ``KnowledgeDistillation`` callback replaces ``objective``.
@@ -58,7 +60,8 @@ class MinitronModel(ModelPT):
         Args:
             cfg: see the class.
             trainer: Lightning's Trainer.
-            model: the Hugging Face model where it exists already; None: from ``cfg.hf_config`` with random weights.
+            model: the Hugging Face model where it exists already; None: from ``cfg.hf_config`` with random
+                weights.
         """
         super().__init__(cfg=cfg, trainer=trainer)
         hf_config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
@@ -151,7 +154,10 @@ class MinitronModel(ModelPT):
         return terms.loss
 
     def validation_step(self, batch_BS: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Logs the mean over the validation set: ``val_loss`` is the cross-entropy, ``val_kl`` the divergence."""
+        """Logs the mean over the validation set.
+
+        ``val_loss`` is the cross-entropy, ``val_kl`` the divergence.
+        """
         terms = self.evaluate_objective(batch_BS)
         self.log("val_loss", terms.ce, on_epoch=True, sync_dist=True, batch_size=len(batch_BS), prog_bar=True)
         if not torch.isnan(terms.kl):
@@ -184,7 +190,8 @@ def make_cfg(
     """The NeMo ``cfg`` of a model: its config.json, the side files in ``folder``, and its optimiser."""
     present = [name for name in _SIDE_FILES if folder is not None and (folder / name).is_file()]
     files = {_file_key(name): str((folder or Path()) / name) for name in present}
-    # NeMo restores only targets inside its own packages; of this one, it takes the subclass that is asked to restore
+    # NeMo restores only targets inside its own packages; of this one, it takes the subclass that is asked to
+    # restore
     target = "nemo.core.classes.modelPT.ModelPT"
     cfg = OmegaConf.create({"target": target, "hf_config": hf_config, "files": files, **rest})
     if optim is not None:

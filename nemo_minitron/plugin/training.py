@@ -1,4 +1,7 @@
-"""One training, through NeMo: Lightning's Trainer, exp_manager for checkpoints and loggers, resumable at any time."""
+"""One training, through NeMo.
+
+Lightning's Trainer, exp_manager for checkpoints and loggers, resumable at any time.
+"""
 
 import inspect
 import logging
@@ -97,7 +100,7 @@ def train(
         model.use_training_samples(train_NS, recipe.batch_size, recipe.seed)
         model.use_validation_samples(validation_NS, recipe.batch_size)
         _manage(trainer, recipe, state)
-        trainer.fit(model, ckpt_path=trainer.ckpt_path)
+        trainer.fit(model)
     except MisconfigurationException as error:
         raise ValueError(f"trainer, exp_manager: {str(error).splitlines()[0]}") from error
     return model
@@ -150,13 +153,19 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def samples_needed(trainer: Mapping[str, Any], batch_size: int) -> int:
-    """Samples that the training of one rank consumes."""
-    accumulate = trainer["accumulate_grad_batches"] if "accumulate_grad_batches" in trainer else 1
-    return int(trainer["max_steps"] * accumulate * batch_size)
+    """Samples that a training consumes over all ranks (``auto`` devices count as one)."""
+    count = int(trainer["max_steps"]) * batch_size
+    for key in ("accumulate_grad_batches", "devices", "num_nodes"):
+        if isinstance(trainer.get(key), int):
+            count *= trainer[key]
+    return count
 
 
 def _quiet() -> None:
-    """Keeps NeMo's and Lightning's chatter out of the way of the progress bar; warnings of substance remain."""
+    """Keeps NeMo's and Lightning's chatter out of the way of the progress bar.
+
+    Warnings of substance remain.
+    """
     nemo_logging.setLevel(logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
 """NeMo model transforms: callables ``nn.Module -> nn.Module`` that prune a model in memory by a plan.
 
-They read the same family table and call the same ``core.cut`` as the streaming stage, so that both give the same
-weights. The module is changed **in place** (NeMo 2.x ignores what a transform returns) and returned.
+They read the same family table and call the same ``core.cut`` as the streaming stage, so that both give the
+same weights. The module is changed **in place** (NeMo 2.x ignores what a transform returns) and returned.
 """
 
 from pathlib import Path
@@ -79,7 +79,10 @@ class WidthPruning(Pruning):
 
 
 class DepthPruning(Pruning):
-    """Drops the layers of a plan and leaves their width as it is; the model may have been pruned in width before."""
+    """Drops the layers of a plan and leaves their width as it is.
+
+    The model may have been pruned in width before.
+    """
 
     @property
     def axes(self) -> tuple[str, ...]:

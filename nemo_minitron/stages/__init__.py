@@ -1,4 +1,14 @@
-"""Floor 5: one file per arrow of the pipeline. Each has ``run(config) -> Result``; they meet on disk, not in memory."""
+"""Floor 5: one file per arrow of the pipeline. Each has ``run(config) -> Result``.
+
+They meet on disk, not in memory.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nemo_minitron.stages.config import Config
+    from nemo_minitron.stages.stage import Result
 
 STAGES = {
     "download": "nemo_minitron.stages.download",
@@ -12,3 +22,9 @@ STAGES = {
     "export": "nemo_minitron.stages.export",
 }
 """Stage name, as on the command line, to its module; imported when it is run."""
+
+
+def run_stage(name: str, config: "Config") -> "Result":
+    """Runs one stage by its name."""
+    result: Result = importlib.import_module(STAGES[name]).run(config)
+    return result

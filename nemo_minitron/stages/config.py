@@ -1,8 +1,10 @@
 """Every key of the configuration: its type, its default and what it means.
 
-The classes are the schema that Hydra composes against: a key that is not declared here is refused. Sections that are
-handed on to Lightning and NeMo as they are (``trainer``, ``optim``, ``exp_manager``) are open dictionaries whose
-defaults lie in configs/config.yaml; add keys to them as NeMo users do, with ``+trainer.limit_val_batches=2``.
+The classes are the schema that Hydra composes against: a key that is not declared here is refused. Sections
+    that are
+handed on to Lightning and NeMo as they are (``trainer``, ``optim``, ``exp_manager``) are open dictionaries
+whose defaults lie in configs/config.yaml; add keys to them as NeMo users do, with
+``+trainer.limit_val_batches=2``.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -10,7 +12,10 @@ from typing import Any
 
 
 def key(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A documented configuration key: its default, one sentence, and the values it takes where they are few."""
+    """A documented configuration key.
+
+    Its default, one sentence, and the values it takes where they are few.
+    """
     metadata = {"help": text, "choices": choices}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -47,7 +52,7 @@ class DataConfig:
     validation: TextConfig = field(default_factory=TextConfig)
     holdout: float = key(
         0.05,
-        "share of data.train's documents kept out of training; they are the validation set if it has no paths",
+        "share of data.train's documents kept out of training, for validation without paths of its own",
     )
 
 
@@ -193,7 +198,10 @@ class Config:
 
 
 def describe(section: Any = Config, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """All keys below a section as (dotted name, dataclass field, section class), for documentation and checks."""
+    """All keys below a section as (dotted name, dataclass field, section class).
+
+    For documentation and checks.
+    """
     rows: list[tuple[str, Any, Any]] = []
     hints = section.__annotations__
     for item in fields(section):
@@ -216,8 +224,9 @@ def markdown() -> str:
         lines.append(f"| `{name}` | `{shown}` | {text} |")
     lines += [
         "",
-        "`trainer`, `optim` and `exp_manager` are handed to Lightning and NeMo as they are; their defaults lie in",
-        "`configs/config.yaml`, and further keys are added with `+`, as in `+trainer.limit_val_batches=2`.",
+        "`trainer`, `optim` and `exp_manager` are handed to Lightning and NeMo as they are; their defaults",
+        "lie in `configs/config.yaml`, and further keys are added with `+`,",
+        "as in `+trainer.limit_val_batches=2`.",
     ]
     return "\n".join(lines) + "\n"
 

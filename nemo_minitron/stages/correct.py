@@ -11,7 +11,10 @@ from nemo_minitron.stages.stage import Result, source_folder, workspace_of
 
 
 def run(config: Config) -> Result:
-    """Trains the source model on with cross-entropy; the result takes its place as teacher and as what is pruned."""
+    """Trains the source model on with cross-entropy.
+
+    The result takes its place as teacher and as what is pruned.
+    """
     source, item = source_folder(config)
     folder = workspace_of(config) / "correct"
 
@@ -23,7 +26,6 @@ def run(config: Config) -> Result:
         return load_model(source, dtype=torch.float32), read_config(source), source
 
     inputs = [item, *training_inputs(config)]
-    made = train_into(
-        folder, "correct", config, asdict(config.correct), inputs, lambda: tokenizer_of(source), start
-    )
+    role = Role(lambda: tokenizer_of(source), start)
+    made = train_into(folder, "correct", config, asdict(config.correct), inputs, role)
     return Result("correct", folder, made, last_losses(folder))

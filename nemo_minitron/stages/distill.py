@@ -50,9 +50,8 @@ def run(config: Config) -> Result:
 
     section = {**asdict(settings), "teacher": None, "trainer": {}, "optim": {}}
     folder = workspace / "student"
-    made = train_into(
-        folder, "student", config, section, inputs, lambda: tokenizer_of(pruned), start, callbacks
-    )
+    role = Role(lambda: tokenizer_of(pruned), start, callbacks)
+    made = train_into(folder, "student", config, section, inputs, role)
     return Result("distill", folder, made, last_losses(folder))
 
 

@@ -6,9 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.build import make
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.artifacts.manifest import Input, make, read_manifest, write_json
-from nemo_minitron.artifacts.report import FILE, columns, read_report, table
+from nemo_minitron.artifacts.manifest import Input, read_manifest, write_json
+from nemo_minitron.artifacts.report import FILE, PAGE, columns, read_report, table
 from nemo_minitron.artifacts.workspace import input_artifact
 from nemo_minitron.core.size import model_size
 from nemo_minitron.stages.config import Config
@@ -32,7 +33,8 @@ def run(config: Config) -> Result:
 
     Raises:
         ValueError: an unknown task, or no held-out text.
-        GateError: the student keeps less of the teacher's quality than ``evaluate.min_retention``; the report is there.
+        GateError: the student keeps less of the teacher's quality than ``evaluate.min_retention``; the
+            report is there.
     """
     workspace = workspace_of(config)
     models, inputs = _models(config)
@@ -138,7 +140,8 @@ def _gate(config: Config, report: Mapping[str, Any]) -> None:
     least = config.evaluate.min_retention
     kept = report["models"]["student"]["retention"]
     if least is not None and kept < least:
+        page = workspace_of(config) / "report" / PAGE
         raise GateError(
-            f"evaluate.min_retention: the student keeps {kept:.1%} of the teacher's quality, at least {least:.1%} is "
-            f"asked for; not exported (see {workspace_of(config) / 'report' / 'report.html'})"
+            f"evaluate.min_retention: the student keeps {kept:.1%} of the teacher's quality, "
+            f"at least {least:.1%} is asked for; not exported (see {page})"
         )

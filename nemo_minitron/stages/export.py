@@ -1,4 +1,4 @@
-"""export: the student as a Hugging Face folder that plain transformers loads, with its card, and a proof that it does."""
+"""export: the student as a Hugging Face folder that plain transformers loads, with a card and a proof."""
 
 import json
 import subprocess
@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.artifacts.build import make
 from nemo_minitron.artifacts.checkpoint import (
     Checkpoint,
-    Planned,
     both_spellings,
     copy_side_files,
     open_checkpoint,
     tensor_reader,
-    write_weights,
 )
-from nemo_minitron.artifacts.manifest import make, read_manifest, write_json
+from nemo_minitron.artifacts.manifest import read_manifest, write_json
 from nemo_minitron.artifacts.plan import read_plan
 from nemo_minitron.artifacts.report import read_report
+from nemo_minitron.artifacts.weights import Planned, write_weights
 from nemo_minitron.artifacts.workspace import artifacts_in, input_artifact
 from nemo_minitron.core.size import model_size
 from nemo_minitron.stages.card import card_text, quickstart

@@ -1,13 +1,32 @@
-"""What the three training stages have in common: their text, their recipe, and the model folder they write."""
+"""What the three training stages have in common: their text, their recipe, and the model they write."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import log
-from nemo_minitron.artifacts.manifest import Input, make_resumable
+from nemo_minitron.artifacts.build import make_resumable
+from nemo_minitron.artifacts.manifest import Input
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import deciding, merged, sampling, text_input, training_text, validation_text
+
+
+@dataclass(frozen=True)
+class Role:
+    """What makes a training pretraining, correction or distillation; called only where one is due.
+
+    Attributes:
+        tokenizer: gives the tokenizer that packs the text; called after ``prepare``.
+        start: gives the model to train, its config.json, and the folder whose side files it carries on.
+        callbacks: gives the Lightning callbacks.
+        prepare: called first.
+    """
+
+    tokenizer: Callable[[], Any]
+    start: Callable[[], tuple[Any, dict[str, Any], Path | None]]
+    callbacks: Callable[[], list[Any]] = list
+    prepare: Callable[[], None] = lambda: None
 
 
 def training_inputs(config: Config) -> list[Input]:
@@ -23,15 +42,7 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def train_into(
-    folder: Path,
-    kind: str,
-    config: Config,
-    section: Mapping[str, Any],
-    inputs: Sequence[Input],
-    tokenizer: Callable[[], Any],
-    start: Callable[[], tuple[Any, dict[str, Any], Path | None]],
-    callbacks: Callable[[], list[Any]] = lambda: [],
-    prepare: Callable[[Path], None] = lambda state: None,
+    folder: Path, kind: str, config: Config, section: Mapping[str, Any], inputs: Sequence[Input], role: Role
 ) -> bool:
     """Trains a model and writes it as an artifact: ``hf/`` and ``metrics.jsonl``.
 
@@ -41,51 +52,51 @@ def train_into(
         config: the whole configuration.
         section: the stage's own keys: ``batch_size``, ``seed``, ``trainer``, ``optim`` and what else decides.
         inputs: what it is made from.
-        tokenizer: gives the tokenizer that packs the text; called after ``prepare``.
-        start: gives the model to train, its config.json, and the folder whose side files it carries on.
-        callbacks: gives the Lightning callbacks of the role.
-        prepare: called with the state folder first.
+        role: the rest.
 
     Returns:
         Whether it had to be trained.
     """
     trainer, optim = merged(config.trainer, section["trainer"]), merged(config.optim, section["optim"])
+    resolved = {**section, "trainer": trainer, "optim": optim}
     decides = {
-        **section,
+        **resolved,
         "trainer": deciding(trainer),
-        "optim": optim,
         "train": sampling(config.data.train),
         "validation": sampling(config.data.validation),
     }
+    return make_resumable(
+        folder, kind, decides, inputs, lambda state, target: _train(config, resolved, role, state, target)
+    )
 
-    def build(state: Path, target: Path) -> None:
-        from nemo_minitron.bridge.text import pack
-        from nemo_minitron.plugin.training import Recipe, check_trainer, samples_needed, train
 
-        check_trainer(trainer)
-        prepare(state)
-        packer = tokenizer()
-        text, held_out = config.data.train, config.data.validation
-        needed = text.samples or samples_needed(trainer, section["batch_size"])
-        train_NS = pack(
-            training_text(config),
-            packer,
-            text.sequence_length,
-            needed,
-            text.seed,
-            at_most=text.samples is None,
-        )
-        validation_NS = pack(
-            validation_text(config), packer, held_out.sequence_length, held_out.samples, held_out.seed
-        )
-        model, hf_config, files = start()
-        recipe = Recipe(trainer, optim, config.exp_manager, section["batch_size"], section["seed"])
-        trained = train(model, hf_config, files, recipe, train_NS, validation_NS, state, callbacks())
-        (target / "hf").mkdir()
-        trained.save_hf(target / "hf")
-        (target / log.FILE).write_bytes((state / log.FILE).read_bytes())
+def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path, target: Path) -> None:
+    from nemo_minitron.bridge.text import pack
+    from nemo_minitron.plugin.training import Recipe, check_trainer, samples_needed, train
 
-    return make_resumable(folder, kind, decides, inputs, build)
+    trainer = section["trainer"]
+    check_trainer(trainer)
+    role.prepare()
+    tokenizer = role.tokenizer()
+    text, held_out = config.data.train, config.data.validation
+    needed = text.samples or samples_needed(trainer, section["batch_size"])
+    train_NS = pack(
+        training_text(config),
+        tokenizer,
+        text.sequence_length,
+        needed,
+        text.seed,
+        at_most=text.samples is None,
+    )
+    validation_NS = pack(
+        validation_text(config), tokenizer, held_out.sequence_length, held_out.samples, held_out.seed
+    )
+    model, hf_config, files = role.start()
+    recipe = Recipe(trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"])
+    trained = train(model, hf_config, files, recipe, train_NS, validation_NS, state, role.callbacks())
+    (target / "hf").mkdir()
+    trained.save_hf(target / "hf")
+    (target / log.FILE).write_bytes((state / log.FILE).read_bytes())
 
 
 def last_losses(folder: Path) -> str:

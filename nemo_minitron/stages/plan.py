@@ -4,8 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.build import make
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.artifacts.manifest import make
 from nemo_minitron.artifacts.plan import Plan, make_plan, read_plan, write_plan
 from nemo_minitron.artifacts.scores import Scores, read_scores
 from nemo_minitron.artifacts.workspace import input_artifact

@@ -1,4 +1,7 @@
-"""pretrain: a small model from random weights: a teacher of one's own, or the baseline of the student's shape."""
+"""pretrain: a small model from random weights.
+
+A teacher of one's own, or the baseline of the student's shape.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Any
 from nemo_minitron.artifacts.checkpoint import read_config
 from nemo_minitron.artifacts.workspace import input_artifact
 from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.fitting import last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
 from nemo_minitron.stages.stage import Result, merged, training_text, workspace_of
 
 TOKENIZER = "tokenizer"
@@ -16,8 +19,9 @@ TOKENIZER = "tokenizer"
 def run(config: Config) -> Result:
     """Trains from random weights.
 
-    With ``pretrain.baseline`` the model has the pruned model's config.json, and sees as many tokens as the student;
-    otherwise it has ``pretrain.model``, and a byte-level BPE is trained first unless ``pretrain.tokenizer`` names one.
+    With ``pretrain.baseline`` the model has the pruned model's config.json, and sees as many tokens as the
+    student; otherwise it has ``pretrain.model``, and a byte-level BPE is trained first unless
+    ``pretrain.tokenizer`` names one.
 
     Raises:
         ValueError: no model is described, or its family or config is refused.
@@ -34,7 +38,7 @@ def _teacher(config: Config) -> Result:
     given = config.pretrain.tokenizer
     files = folder / "state" / TOKENIZER if given is None else Path(given)
 
-    def prepare(_: Path) -> None:
+    def prepare() -> None:
         if not (files / "tokenizer.json").is_file() and given is None:
             from nemo_minitron.bridge.text import documents
             from nemo_minitron.bridge.tokenizer import train_tokenizer
@@ -53,9 +57,8 @@ def _teacher(config: Config) -> Result:
 
         return load_tokenizer(files, shape["vocab_size"])
 
-    made = train_into(
-        folder, "pretrain", config, section, training_inputs(config), tokenizer, start, prepare=prepare
-    )
+    role = Role(tokenizer, start, prepare=prepare)
+    made = train_into(folder, "pretrain", config, section, training_inputs(config), role)
     return Result("pretrain", folder, made, last_losses(folder))
 
 
@@ -77,5 +80,5 @@ def _baseline(config: Config) -> Result:
         return new_model(hf_config, config.pretrain.seed), hf_config, pruned
 
     folder = workspace / "scratch"
-    made = train_into(folder, "scratch", config, section, inputs, lambda: tokenizer_of(pruned), start)
+    made = train_into(folder, "scratch", config, section, inputs, Role(lambda: tokenizer_of(pruned), start))
     return Result("pretrain", folder, made, last_losses(folder))

@@ -1,4 +1,7 @@
-"""prune: a Hugging Face folder in, a smaller one out, one tensor at a time; no framework, no model in memory."""
+"""prune: a Hugging Face folder in, a smaller one out, one tensor at a time.
+
+No framework, no model in memory.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemo_minitron.artifacts.build import make
 from nemo_minitron.artifacts.checkpoint import (
     Checkpoint,
-    Planned,
     both_spellings,
     copy_side_files,
     open_checkpoint,
     tensor_reader,
-    write_weights,
 )
-from nemo_minitron.artifacts.manifest import make, write_json
+from nemo_minitron.artifacts.manifest import write_json
 from nemo_minitron.artifacts.plan import read_plan
+from nemo_minitron.artifacts.weights import Planned, write_weights
 from nemo_minitron.artifacts.workspace import input_artifact
 from nemo_minitron.core.cut import Cut, cut_config, cut_names, cut_tensor, layer_keep
 from nemo_minitron.core.size import model_size

@@ -1,4 +1,7 @@
-"""report.html: one self-contained page about a workspace, made from its artifacts; 'minitron report' rewrites it."""
+"""report.html: one self-contained page about a workspace, made from its artifacts.
+
+'minitron report' rewrites it.
+"""
 
 import base64
 import json

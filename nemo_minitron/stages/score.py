@@ -1,4 +1,7 @@
-"""score: the importance of every channel, head, neuron and layer ([P1] section 2.2), all from one forward pass."""
+"""score: the importance of every channel, head, neuron and layer ([P1] section 2.2).
+
+All from one forward pass.
+"""
 
 import time
 from collections.abc import Mapping
@@ -8,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.artifacts.build import make
 from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint, tensor_reader
-from nemo_minitron.artifacts.manifest import make
 from nemo_minitron.artifacts.scores import Scores, read_scores, write_scores
 from nemo_minitron.core.importance import AGGREGATIONS, concentration, over_batch, random_scores, unit_squares
 from nemo_minitron.families import axis_sizes, find_row
@@ -64,7 +67,10 @@ def run(config: Config) -> Result:
 
 
 def _by_activation(config: Config, checkpoint: Checkpoint) -> Scores:
-    """One pass over the calibration samples, through the decoder alone: no axis needs the output projection."""
+    """One pass over the calibration samples, through the decoder alone.
+
+    No axis needs the output projection.
+    """
     from rich.progress import track
 
     from nemo_minitron.bridge.models import decoder_of, frozen, load_model, load_tokenizer, pick_device
@@ -100,7 +106,10 @@ def _by_activation(config: Config, checkpoint: Checkpoint) -> Scores:
 
 
 def _by_magnitude(config: Config, checkpoint: Checkpoint) -> Scores:
-    """L2 norm of each unit's weights, one tensor in memory at a time; a layer's score is the norm of all its weights."""
+    """L2 norm of each unit's weights, one tensor in memory at a time.
+
+    A layer's score is the norm of all its weights.
+    """
     family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
     squares = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in _shapes(checkpoint).items()}
     read = tensor_reader(checkpoint)

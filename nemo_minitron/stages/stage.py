@@ -129,5 +129,8 @@ _SHOWN_ONLY = (
 
 
 def deciding(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Trainer arguments that decide the weights, for fingerprints: what only changes the display is left out."""
+    """Trainer arguments that decide the weights, for fingerprints.
+
+    What only changes the display is left out.
+    """
     return {name: value for name, value in trainer.items() if name not in _SHOWN_ONLY}

@@ -8,14 +8,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nemo_minitron.artifacts.checkpoint import (
-    Planned,
-    both_spellings,
-    open_checkpoint,
-    read_header,
-    tensor_reader,
-    write_weights,
-)
+from nemo_minitron.artifacts.checkpoint import both_spellings, open_checkpoint, read_header, tensor_reader
+from nemo_minitron.artifacts.weights import Planned, write_weights
 from tests.conftest import make_model
 
 
@@ -52,7 +46,9 @@ def drop_tensor(folder):
 
 def add_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "model.vision.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "model.vision.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"}
+    )
 
 
 def pickle_only(folder):
@@ -70,11 +66,20 @@ def missing_shard(folder):
         (lambda f: (f / "config.json").unlink(), "no config.json here"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
-        (lambda f: change_config(f, model_type="t5"), "'t5' is not supported; supported families: llama, nemotron"),
-        (lambda f: change_config(f, intermediate_size=41), r"implies shape \[41, 24\], the file holds \[40, 24\]"),
+        (
+            lambda f: change_config(f, model_type="t5"),
+            "'t5' is not supported; supported families: llama, nemotron",
+        ),
+        (
+            lambda f: change_config(f, intermediate_size=41),
+            r"implies shape \[41, 24\], the file holds \[40, 24\]",
+        ),
         (lambda f: change_config(f, num_hidden_layers=4), "are missing: model.layers.3"),
         (lambda f: change_config(f, hidden_size="big"), "expected a positive whole number, found 'big'"),
-        (lambda f: change_config(f, quantization_config={"quant_method": "fp8"}), "quantised .fp8.; dequantise"),
+        (
+            lambda f: change_config(f, quantization_config={"quant_method": "fp8"}),
+            "quantised .fp8.; dequantise",
+        ),
         (truncate, "truncated: expected"),
         (drop_tensor, "1 tensors of family 'llama' are missing: model.layers.1.mlp.up_proj.weight"),
         (add_tensor, "in no row of family 'llama': model.vision.weight"),
@@ -92,7 +97,10 @@ def test_a_damaged_checkpoint_is_refused_with_file_and_reason(tmp_path, damage, 
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.binary(max_size=200) | st.text(max_size=60).map(lambda t: struct.pack("<Q", len(t.encode())) + t.encode()))
+@given(
+    st.binary(max_size=200)
+    | st.text(max_size=60).map(lambda t: struct.pack("<Q", len(t.encode())) + t.encode())
+)
 def test_no_bytes_crash_the_header_reader(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("fuzz") / "model.safetensors"
     path.write_bytes(content)
@@ -105,8 +113,14 @@ def test_no_bytes_crash_the_header_reader(tmp_path_factory, content):
 @settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(["hidden_size", "num_attention_heads", "head_dim", "num_hidden_layers", "vocab_size"]),
-        st.none() | st.integers(-3, 10**12) | st.text(max_size=3) | st.lists(st.integers(), max_size=2) | st.floats(),
+        st.sampled_from(
+            ["hidden_size", "num_attention_heads", "head_dim", "num_hidden_layers", "vocab_size"]
+        ),
+        st.none()
+        | st.integers(-3, 10**12)
+        | st.text(max_size=3)
+        | st.lists(st.integers(), max_size=2)
+        | st.floats(),
         min_size=1,
     )
 )
@@ -156,6 +170,8 @@ def test_both_spellings_of_dtype_and_rope():
     assert written["torch_dtype"] == "bfloat16"
     assert written["rope_theta"] == 5e5
     assert written["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
-    plain = both_spellings({"torch_dtype": "float16", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+    plain = both_spellings(
+        {"torch_dtype": "float16", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    )
     assert plain["dtype"] == "float16"
     assert "rope_scaling" not in plain

@@ -7,16 +7,8 @@ import time
 
 import pytest
 
-from nemo_minitron.artifacts.manifest import (
-    Input,
-    building,
-    fingerprint,
-    is_done,
-    make,
-    make_resumable,
-    read_manifest,
-    verify,
-)
+from nemo_minitron.artifacts.build import building, make, make_resumable
+from nemo_minitron.artifacts.manifest import Input, fingerprint, is_done, read_manifest, verify
 from nemo_minitron.artifacts.workspace import input_artifact, locked, verify_tree
 
 
@@ -101,7 +93,7 @@ def test_what_carries_no_manifest_is_said_so(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from nemo_minitron.artifacts.manifest import make
+from nemo_minitron.artifacts.build import make
 def build(folder):
     (folder / "weights").write_bytes(b"x" * 1000)
     print("half", flush=True)

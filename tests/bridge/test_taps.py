@@ -1,4 +1,7 @@
-"""One hooked pass against activations caught by hand and formulas written out, on real tiny models with padding."""
+"""One hooked pass against activations caught by hand and formulas written out.
+
+On real tiny models with padding.
+"""
 
 import pytest
 import torch
@@ -79,7 +82,10 @@ def test_batches_and_shards_merge_to_the_whole(tmp_path):
     tokens = torch.randint(0, 96, (8, 12))
     whole = record(folder, "nemotron", tokens).stacked()
     batched = record(folder, "nemotron", tokens, batches=4).stacked()
-    left, right = record(folder, "nemotron", tokens[:3]).stacked(), record(folder, "nemotron", tokens[3:]).stacked()
+    left, right = (
+        record(folder, "nemotron", tokens[:3]).stacked(),
+        record(folder, "nemotron", tokens[3:]).stacked(),
+    )
     for axis in whole:
         for other in (batched[axis], merge(left[axis], right[axis])):
             assert other.samples == 8

@@ -75,7 +75,9 @@ def test_samples_hold_every_token_once_and_repeat_by_seed(corpus, tokenizer):
     texts = found([corpus])
     packed = pack(texts, tokenizer, 16, None, 3)
     assert packed.shape[1] == 17
-    stream = [i for text in documents(texts, 3) for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    stream = [
+        i for text in documents(texts, 3) for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    ]
     expected = torch.tensor(stream[: len(packed) * 16 + 1]).unfold(0, 17, 16)
     assert sorted(packed.tolist()) == sorted(expected.tolist())
     assert torch.equal(packed, pack(texts, tokenizer, 16, None, 3))

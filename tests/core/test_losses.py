@@ -34,7 +34,13 @@ def reference(student, head, teacher, labels, weights):
 @pytest.mark.parametrize("chunk", [1, 8, 1000])
 @pytest.mark.parametrize(
     "weights",
-    [LossWeights(), LossWeights(temperature=2.0), LossWeights(ce=0.3), LossWeights(0.7, 0.3, 0.5), LossWeights(0.0, 1.0)],
+    [
+        LossWeights(),
+        LossWeights(temperature=2.0),
+        LossWeights(ce=0.3),
+        LossWeights(0.7, 0.3, 0.5),
+        LossWeights(0.0, 1.0),
+    ],
 )
 def test_values_and_gradients(weights, chunk):
     student, head, teacher, labels = parts()
@@ -66,7 +72,10 @@ def test_the_divergence_of_equal_models_is_zero_and_so_is_its_gradient():
 
 
 def test_the_student_is_taught():
-    """Gradient steps on the fused loss bring the student's distribution to the teacher's (a peer's gradient is zero)."""
+    """Gradient steps on the fused loss bring the student's distribution to the teacher's.
+
+    A peer's gradient is zero.
+    """
     student, head, teacher, labels = parts()
     optimiser = torch.optim.Adam([student, head], 0.05)
     losses = []

@@ -19,8 +19,8 @@ def test_the_best_stay_in_their_original_order_and_ties_go_to_the_lower_index():
 
 
 @given(
-    groups=st.integers(1, 4), size=st.integers(1, 5), kept_groups=st.integers(1, 4), per_group=st.integers(1, 5),
-    seed=st.integers(0, 99),
+    groups=st.integers(1, 4), size=st.integers(1, 5), kept_groups=st.integers(1, 4), per_group=st.integers(1,
+    5), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_every_kept_group_keeps_the_same_number_of_its_best(groups, size, kept_groups, per_group, seed):
     kept_groups, per_group = min(groups, kept_groups), min(size, per_group)
@@ -108,7 +108,9 @@ def test_removing_dead_neurons_heads_and_identity_layers_changes_nothing(tmp_pat
     kv=st.integers(1, 3), ratio=st.integers(1, 3), width=st.sampled_from([2, 6, 10]), ffn=st.integers(3, 17),
     layers=st.integers(1, 4), tied=st.booleans(), data=st.data(),
 )  # fmt: skip
-def test_any_cut_of_any_shape_loads_strictly_and_generates(tmp_path_factory, kv, ratio, width, ffn, layers, tied, data):
+def test_any_cut_of_any_shape_loads_strictly_and_generates(
+    tmp_path_factory, kv, ratio, width, ffn, layers, tied, data
+):
     import transformers
 
     folder = tmp_path_factory.mktemp("any")
@@ -126,7 +128,11 @@ def test_any_cut_of_any_shape_loads_strictly_and_generates(tmp_path_factory, kv,
         "kv_heads": new_kv,
         "heads": new_kv * data.draw(st.integers(1, ratio)),
     }
-    scores = {"hidden": torch.rand(24), "ffn": torch.rand(layers, ffn), "heads": torch.rand(layers, kv * ratio)}
+    scores = {
+        "hidden": torch.rand(24),
+        "ffn": torch.rand(layers, ffn),
+        "heads": torch.rand(layers, kv * ratio),
+    }
     keep = select_units(checkpoint.family, scores, sizes, targets)
     kept = tuple(kept_layers(layers, list(range(data.draw(st.integers(0, layers - 1))))))
     target = folder / "pruned"
@@ -136,7 +142,11 @@ def test_any_cut_of_any_shape_loads_strictly_and_generates(tmp_path_factory, kv,
     model = transformers.AutoModelForCausalLM.from_pretrained(target)
     out = model.generate(torch.tensor([[2, 3, 4]]), max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert out.shape == (1, 6)
-    for key, value in (("hidden_size", targets["hidden"]), ("head_dim", width), ("num_hidden_layers", len(kept))):
+    for key, value in (
+        ("hidden_size", targets["hidden"]),
+        ("head_dim", width),
+        ("num_hidden_layers", len(kept)),
+    ):
         assert getattr(model.config, key) == value
 
 
@@ -152,7 +162,10 @@ def test_layers_are_renumbered_and_their_lists_cut():
     }  # fmt: skip
     cut = Cut(family, config, {}, (0, 2))
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
-    assert [(new, old) for new, old, _, _ in cut_names(cut, names)] == [(names[0], names[0]), (names[1], names[2])]
+    assert [(new, old) for new, old, _, _ in cut_names(cut, names)] == [
+        (names[0], names[0]),
+        (names[1], names[2]),
+    ]
     written = cut_config(cut)
     assert (written["layer_types"], written["num_hidden_layers"], written["head_dim"]) == (["a", "c"], 2, 4)
     with pytest.raises(ValueError, match="layer_types should list 3 layers"):

@@ -3,7 +3,13 @@ import pytest
 from nemo_minitron.core.size import model_size
 from nemo_minitron.families import families
 
-NEMOTRON = {"model_type": "nemotron", "vocab_size": 256000, "num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128}
+NEMOTRON = {
+    "model_type": "nemotron",
+    "vocab_size": 256000,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
 
 
 # [P1] Tables 2 and 3; the third decimal as recomputed

@@ -7,7 +7,10 @@ from nemo_minitron.families.grammar import evaluate, names_in, parse_row, row_ax
 
 def test_the_three_operators():
     row = parse_row("(heads head_dim | kv_heads head_dim | kv_heads head_dim) hidden")
-    assert row == ((("heads", "head_dim"), ("kv_heads", "head_dim"), ("kv_heads", "head_dim")), (("hidden",),))
+    assert row == (
+        (("heads", "head_dim"), ("kv_heads", "head_dim"), ("kv_heads", "head_dim")),
+        (("hidden",),),
+    )
     assert row_axes(row) == {"heads", "head_dim", "kv_heads", "hidden"}
     assert row_shape(row, {"heads": 6, "kv_heads": 2, "head_dim": 4, "hidden": 5}) == (40, 5)
 

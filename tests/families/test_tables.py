@@ -26,7 +26,10 @@ CASES = list(itertools.product(sorted(families()), VARIANTS))
 
 
 def permutation(family, config, axes, seed=1):
-    """Kept units that keep all of them, in another order: heads move inside their group, groups move whole."""
+    """Kept units that keep all of them, in another order.
+
+    Heads move inside their group, groups move whole.
+    """
     sizes = axis_sizes(family, config)
     generator = torch.Generator().manual_seed(seed)
     layers, groups = sizes["layers"], sizes["kv_heads"]
@@ -59,7 +62,9 @@ def permuted(source: Path, target: Path, axes, family=None) -> Path:
         checkpoint = replace(checkpoint, family=family)
     keep = permutation(checkpoint.family, checkpoint.config, axes)
     target.mkdir()
-    cut = Cut(checkpoint.family, checkpoint.config, keep, tuple(range(checkpoint.config["num_hidden_layers"])))
+    cut = Cut(
+        checkpoint.family, checkpoint.config, keep, tuple(range(checkpoint.config["num_hidden_layers"]))
+    )
     write_pruned(checkpoint, cut, target, 10**9)
     return target
 
@@ -74,7 +79,13 @@ def test_permuting_every_axis_leaves_the_logits(tmp_path, name, variant):
 
 
 # every size that could be confused is equal here, so that only the permutation can tell
-ALIKE = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 4}
+ALIKE = {
+    "hidden_size": 24,
+    "intermediate_size": 24,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "head_dim": 4,
+}
 WRONG = {
     "transposed": ("mlp.down_proj.weight", "ffn hidden"),
     "norm of another axis": ("post_attention_layernorm.weight", "ffn"),

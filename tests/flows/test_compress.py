@@ -48,7 +48,11 @@ def contents(workspace):
     """Hashes of everything whose bytes must not depend on how often a run was interrupted."""
     kept = ["scores", "plan", "pruned", "student", "scratch"]
     return {
-        name: {out.file: out.sha256 for out in read_manifest(workspace / name).outputs if out.file != "metrics.jsonl"}
+        name: {
+            out.file: out.sha256
+            for out in read_manifest(workspace / name).outputs
+            if out.file != "metrics.jsonl"
+        }
         for name in kept
     }
 
@@ -79,7 +83,9 @@ assert outputs.shape[1] > 3
 assert not [name for name in sys.modules if name.startswith("nemo")]
 """
     moved = shutil.copytree(workspace / "export", tmp_path / "elsewhere")
-    done = subprocess.run([sys.executable, "-I", "-c", code, str(moved)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(moved)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     card = (moved / "README.md").read_text()
     assert "from_pretrained(path, dtype=torch.bfloat16)" in card
@@ -126,7 +132,9 @@ def test_lm_eval_agrees_with_our_own_loss(finished, teacher):
             begin = max(0, stop - window)  # the last window is moved back to be full, as lm-eval does
             with torch.inference_mode():
                 logits = model(torch.tensor([ids[begin:stop]])).logits[0].double()
-            picked = torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[begin + 1 : stop + 1])[:, None])[:, 0]
+            picked = torch.log_softmax(logits, -1).gather(
+                1, torch.tensor(ids[begin + 1 : stop + 1])[:, None]
+            )[:, 0]
             nats -= float(picked[start - begin :].sum())
     found = report["models"]["teacher"]["tasks"]["held_out_bytes"]["bits_per_byte"]
     assert found == pytest.approx(nats / math.log(2) / size, rel=2e-3)
@@ -207,10 +215,10 @@ def prefect_server():
 
 
 def test_transient_failures_are_retried_and_wrong_input_is_not(prefect_server, monkeypatch, tmp_path):
+    from nemo_minitron.flows.compress import stage
     from prefect import flow
 
-    import nemo_minitron.cli as cli
-    from nemo_minitron.flows.compress import stage
+    from nemo_minitron import stages
     from nemo_minitron.stages.stage import Result
 
     calls = []
@@ -223,7 +231,7 @@ def test_transient_failures_are_retried_and_wrong_input_is_not(prefect_server, m
             raise ConnectionError("the hub cannot be reached")
         return Result(name, tmp_path, True, "done")
 
-    monkeypatch.setattr(cli, "run_stage", flaky)
+    monkeypatch.setattr(stages, "run_stage", flaky)
 
     @flow
     def two(name: str):
@@ -239,10 +247,10 @@ def test_transient_failures_are_retried_and_wrong_input_is_not(prefect_server, m
 def test_prefect_shows_tables_links_and_pictures(prefect_server, finished, teacher, corpus):
     import asyncio
 
+    from nemo_minitron.flows.compress import compress
     from prefect.client.orchestration import get_client
 
     from nemo_minitron.compose import as_dict, load_config
-    from nemo_minitron.flows.compress import compress
 
     workspace, _ = finished
     config = load_config("config", settings(workspace, teacher, corpus))
@@ -263,6 +271,7 @@ def test_prefect_shows_tables_links_and_pictures(prefect_server, finished, teach
 
 def test_the_baseline_stage_follows_only_when_asked_for(finished):
     from nemo_minitron.flows.compress import steps
+
     from nemo_minitron.stages.config import Config
 
     config = Config()

@@ -50,7 +50,9 @@ def run(folder, state, steps, callbacks=(), **trainer):
     state.mkdir(exist_ok=True)
     config = read_config(folder)
     model = load_model(folder, dtype=torch.float32)
-    return train(model, config, folder, recipe(steps, **trainer), tokens(), tokens(8, seed=1), state, callbacks)
+    return train(
+        model, config, folder, recipe(steps, **trainer), tokens(), tokens(8, seed=1), state, callbacks
+    )
 
 
 def test_training_learns_and_logs(tmp_path):
@@ -107,7 +109,12 @@ def test_distillation_refuses_another_vocabulary(tmp_path):
     teacher = load_model(make_model(tmp_path / "teacher", "llama", vocab_size=90))
     student = make_model(tmp_path / "student", "llama")
     with pytest.raises(ValueError, match="teacher has 90 entries, the student 96"):
-        run(student, tmp_path / "state", 2, [KnowledgeDistillation(teacher, families()["llama"], LossWeights())])
+        run(
+            student,
+            tmp_path / "state",
+            2,
+            [KnowledgeDistillation(teacher, families()["llama"], LossWeights())],
+        )
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_before_it_is_saved(tmp_path):
@@ -151,7 +158,9 @@ def test_the_config_is_carried_through_training_unchanged(tmp_path):
     model.save_hf(tmp_path / "hf")
     written = read_config(tmp_path / "hf")
     assert {key: written[key] for key in config} == config
-    assert set(load_file(tmp_path / "hf" / "model.safetensors")) == set(load_file(folder / "model.safetensors"))
+    assert set(load_file(tmp_path / "hf" / "model.safetensors")) == set(
+        load_file(folder / "model.safetensors")
+    )
 
 
 def test_nemo_config_sets_up_data_by_itself(teacher, corpus):
@@ -184,7 +193,10 @@ def test_the_sampler_depends_on_seed_and_consumption_alone():
 
 @pytest.mark.parametrize(
     ("trainer", "message"),
-    [({"max_stepz": 3}, "trainer.max_stepz.*nearest: max_steps"), ({"max_steps": -1}, "expected a positive whole")],
+    [
+        ({"max_stepz": 3}, "trainer.max_stepz.*nearest: max_steps"),
+        ({"max_steps": -1}, "expected a positive whole"),
+    ],
 )
 def test_trainer_keys_are_checked_first(trainer, message):
     with pytest.raises(ValueError, match=message):

@@ -29,7 +29,9 @@ def plan_for(folder, layers=(0, 2)):
 
 def streamed(checkpoint, plan, folder):
     folder.mkdir()
-    write_pruned(checkpoint, Cut(checkpoint.family, checkpoint.config, plan.keep, plan.layers_kept), folder, 10**9)
+    write_pruned(
+        checkpoint, Cut(checkpoint.family, checkpoint.config, plan.keep, plan.layers_kept), folder, 10**9
+    )
     return logits(folder)
 
 
@@ -64,7 +66,11 @@ def test_a_plan_on_disk_and_a_plan_for_another_model(tmp_path):
     (tmp_path / "plan").mkdir()
     write_plan(tmp_path / "plan", plan)
     again = read_plan(tmp_path / "plan")
-    assert (again.after, again.layers_kept, again.cost_after) == (plan.after, plan.layers_kept, plan.cost_after)
+    assert (again.after, again.layers_kept, again.cost_after) == (
+        plan.after,
+        plan.layers_kept,
+        plan.cost_after,
+    )
     assert all(torch.equal(again.keep[axis], plan.keep[axis]) for axis in plan.keep)
     model = load_model(folder)
     Pruning(tmp_path / "plan")(model)
