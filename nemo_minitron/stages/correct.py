@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.checkpoint import read_config
 from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.fitting import last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
 from nemo_minitron.stages.stage import Result, source_folder, workspace_of
 
 

@@ -8,7 +8,7 @@ from nemo_minitron.artifacts.checkpoint import open_checkpoint, read_config, tok
 from nemo_minitron.artifacts.manifest import Input
 from nemo_minitron.artifacts.workspace import input_artifact
 from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.fitting import last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
 from nemo_minitron.stages.stage import Result, teacher_folder, workspace_of
 
 

@@ -80,13 +80,9 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path, 
     tokenizer = role.tokenizer()
     text, held_out = config.data.train, config.data.validation
     needed = text.samples or samples_needed(trainer, section["batch_size"])
+    as_many_as_there_are = text.samples is None
     train_NS = pack(
-        training_text(config),
-        tokenizer,
-        text.sequence_length,
-        needed,
-        text.seed,
-        at_most=text.samples is None,
+        training_text(config), tokenizer, text.sequence_length, needed, text.seed, as_many_as_there_are
     )
     validation_NS = pack(
         validation_text(config), tokenizer, held_out.sequence_length, held_out.samples, held_out.seed
