@@ -129,6 +129,7 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError("evaluate.tasks needs lm-eval: pip install 'nemo-minitron[eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=task_dir, include_defaults=not made_only, verbosity="ERROR")
     unknown = [name for name in names if name not in MADE_HERE and name not in manager.all_tasks]
     if unknown:
@@ -137,7 +138,6 @@ def run_tasks(
         )
     tasks = [_made_here(name, held_out) if name in MADE_HERE else name for name in names]
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with _silence() if made_only else contextlib.nullcontext():
         # unless told otherwise lm-eval resamples 100000 times for the standard error of some metrics
         found = simple_evaluate(wrapped, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=100)

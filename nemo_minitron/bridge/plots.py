@@ -8,7 +8,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+from nemo_minitron.artifacts.report import NAMES
 
 COLOURS = {"teacher": "#555555", "pruned": "#d1862b", "student": "#2b6cb0", "scratch": "#b03a5b"}
 _TITLES = {
@@ -43,6 +46,7 @@ def importance_maps(ranking: Mapping[str, Tensor]) -> dict[str, bytes]:
         elif axis == "layers":
             panel.bar(range(len(scores)), scores.numpy(), color=COLOURS["student"])
             panel.set(xlabel="layer", ylabel="importance", title="Importance of layers")
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:
             ordered = scores.sort(descending=True).values
             panel.plot((ordered / ordered[0].clamp(min=1e-30)).numpy(), color=COLOURS["student"])
@@ -65,17 +69,17 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping
     Returns:
         PNG.
     """
-    figure, panel = plt.subplots(figsize=(6.4, 3.4), constrained_layout=True)
+    figure, panel = plt.subplots(figsize=(8.4, 3.6), constrained_layout=True)
     for name, lines in logs.items():
         points = [(line["tokens"] / 1e6, line["val_loss"]) for line in lines if "val_loss" in line]
         if name in levels and name == "student" and "pruned" in levels:
             points = [(0.0, levels["pruned"]), *points]
         if points:
-            panel.plot(*zip(*points, strict=True), marker="o", ms=3, color=COLOURS[name], label=name)
+            panel.plot(*zip(*points, strict=True), marker="o", ms=3, color=COLOURS[name], label=NAMES[name])
     for name in ("teacher", "pruned"):
         if name in levels:
-            panel.axhline(levels[name], ls="--", lw=1, color=COLOURS[name], label=name)
-    panel.set(xlabel="training tokens (millions)", ylabel="held-out loss (nats per token)", title="Recovery")
+            panel.axhline(levels[name], ls="--", lw=1, color=COLOURS[name], label=NAMES[name])
+    panel.set(xlabel="training tokens (millions)", ylabel="held-out loss (nats per token)")
     panel.grid(alpha=0.25)
     panel.legend()
     return _png(figure)

@@ -51,7 +51,7 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Refuses what Lightning's Trainer would not take.
 
     Raises:
-        ValueError: an unknown key, or no positive ``max_steps``.
+        ValueError: an unknown key, no positive ``max_steps``, or more than one device.
     """
     known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
     unknown = sorted(set(trainer) - known)
@@ -65,6 +65,9 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     steps = trainer["max_steps"] if "max_steps" in trainer else None
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"trainer.max_steps: expected a positive whole number, found {steps!r}")
+    for key in ("devices", "num_nodes"):
+        if trainer.get(key) not in (None, 1, "1", [0]):
+            raise ValueError(f"trainer.{key}: this version trains on one device, found {trainer[key]!r}")
 
 
 def train(
@@ -153,12 +156,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def samples_needed(trainer: Mapping[str, Any], batch_size: int) -> int:
-    """Samples that a training consumes over all ranks (``auto`` devices count as one)."""
-    count = int(trainer["max_steps"]) * batch_size
-    for key in ("accumulate_grad_batches", "devices", "num_nodes"):
-        if isinstance(trainer.get(key), int):
-            count *= trainer[key]
-    return count
+    """Samples that a training consumes."""
+    accumulate = trainer["accumulate_grad_batches"] if "accumulate_grad_batches" in trainer else 1
+    return int(trainer["max_steps"] * accumulate * batch_size)
 
 
 def _quiet() -> None:

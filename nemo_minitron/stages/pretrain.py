@@ -11,7 +11,7 @@ from nemo_minitron.artifacts.checkpoint import read_config
 from nemo_minitron.artifacts.workspace import input_artifact
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
-from nemo_minitron.stages.stage import Result, merged, training_text, workspace_of
+from nemo_minitron.stages.stage import Result, training_text, workspace_of
 
 TOKENIZER = "tokenizer"
 
@@ -68,7 +68,7 @@ def _baseline(config: Config) -> Result:
     section = {
         **asdict(config.pretrain),
         "batch_size": config.distill.batch_size,
-        "trainer": merged(config.pretrain.trainer, {"max_steps": config.trainer["max_steps"]}),
+        "trainer": {},  # the student's steps and rhythm
         "model": {},
     }
     inputs = [input_artifact(workspace, "pruned", "prune"), *training_inputs(config)]

@@ -196,6 +196,7 @@ def test_the_sampler_depends_on_seed_and_consumption_alone():
     [
         ({"max_stepz": 3}, "trainer.max_stepz.*nearest: max_steps"),
         ({"max_steps": -1}, "expected a positive whole"),
+        ({"max_steps": 3, "devices": 8}, "trains on one device, found 8"),
     ],
 )
 def test_trainer_keys_are_checked_first(trainer, message):
