@@ -54,6 +54,19 @@ def test_a_wrong_key_or_value_is_named_with_what_is_near(capsys, workspace, over
     assert not workspace.exists()
 
 
+def test_the_flow_refuses_in_one_line_too_and_leaves_nothing(tmp_path, teacher):
+    workspace = tmp_path / "ws"
+    common = [f"workspace={workspace}", f"source.model={teacher}", "score.importance=magnitude"]
+    done = minitron("run", f"workspace={workspace}", "source.model=./nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("Traceback")) == (2, 0), done.stderr
+    assert done.stderr.splitlines()[-1] == "minitron run: nowhere: no such folder"
+    assert not workspace.exists()
+    done = minitron("run", *common, "plan.hidden=99")
+    assert (done.returncode, done.stderr.count("Traceback")) == (2, 0), done.stderr
+    assert "plan.hidden: expected 1 to 24" in done.stderr.splitlines()[-1]
+    assert sorted(path.name for path in workspace.iterdir()) == [".lock", "scores", "teacher"]
+
+
 def test_an_unknown_configuration_lists_those_that_exist(capsys):
     line = refused(capsys, "run", "--config-name", "nowhere")
     assert "nowhere" in line
@@ -69,6 +82,7 @@ def test_an_unknown_configuration_lists_those_that_exist(capsys):
         (["plan.kv_heads=1", "plan.heads=4"], "1 kv_heads can keep at most 2 heads"),
         (["plan.hidden=10"], "llama needs hidden % heads == 0, found heads=6, hidden=10"),
         ([], "no target size given"),
+        (["plan.experts=2"], "plan.experts: family 'llama' has no prunable axis of that name"),
         (["plan.drop_layers=[0,7]"], "plan.drop_layers: expected different layers of 0 to 2"),
         (["plan.drop_layers=[0]", "plan.layers=2"], "give one of them, not both"),
     ],

@@ -39,7 +39,7 @@ class TextConfig:
     format: str = key("auto", "auto goes by the file name", ("auto", "text", "jsonl", "parquet", "hf"))
     text_key: str = key("text", "column that holds the text in jsonl, parquet and hf")
     sequence_length: int = key(1024, "tokens per sample; documents are packed end to end")
-    samples: int | None = key(None, "samples to take; null: all (train: as many as the steps need)")
+    samples: int | None = key(None, "samples to take; null: as many as are needed")
     seed: int = key(0, "seed of the order in which files and samples are taken")
 
 
@@ -86,6 +86,10 @@ class PlanConfig:
     ffn: int | None = key(None, "neurons of the dense MLP, per layer")
     heads: int | None = key(None, "query heads, per layer")
     kv_heads: int | None = key(None, "key/value heads (whole groups), per layer")
+    experts: int | None = key(None, "routed experts, per layer")
+    expert_ffn: int | None = key(None, "neurons inside a routed expert")
+    shared_ffn: int | None = key(None, "neurons of a shared expert")
+    mamba_heads: int | None = key(None, "Mamba heads, per layer")
     layers: int | None = key(None, "layers")
     drop_layers: list[int] | None = key(None, "0-based layers to drop, instead of plan.layers")
 

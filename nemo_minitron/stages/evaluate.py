@@ -19,6 +19,7 @@ from nemo_minitron.stages.stage import (
     sampling,
     teacher_folder,
     text_input,
+    validation_samples,
     validation_text,
     workspace_of,
 )
@@ -51,7 +52,7 @@ def run(config: Config) -> Result:
 
             (temporary / "tasks").mkdir()
             write_held_out_tasks(documents(texts), temporary / "tasks")
-        measured = _measure_all(config, models, texts, temporary / "tasks")
+        measured = _measure_all(config, models, temporary / "tasks")
         write_json(temporary / FILE, {"workspace": workspace.name, "models": measured})
         write_page(workspace, temporary)
 
@@ -79,15 +80,13 @@ def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
     return models, inputs
 
 
-def _measure_all(config: Config, models: Mapping[str, Path], texts: Any, tasks: Path) -> dict[str, Any]:
+def _measure_all(config: Config, models: Mapping[str, Path], tasks: Path) -> dict[str, Any]:
     from rich.progress import track
 
     from nemo_minitron.bridge.models import load_tokenizer
-    from nemo_minitron.bridge.text import pack
 
-    held_out = config.data.validation
     tokenizer = load_tokenizer(models["teacher"])
-    tokens_NS = pack(texts, tokenizer, held_out.sequence_length, held_out.samples, held_out.seed)
+    tokens_NS = validation_samples(config, tokenizer)
     measured: dict[str, Any] = {}
     for name in track(list(models), description="evaluating", transient=True):
         measured[name] = _measure(config, models[name], tokenizer, tokens_NS, tasks)

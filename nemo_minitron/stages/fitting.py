@@ -9,7 +9,15 @@ from nemo_minitron.artifacts import log
 from nemo_minitron.artifacts.build import make_resumable
 from nemo_minitron.artifacts.manifest import Input
 from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.stage import deciding, merged, sampling, text_input, training_text, validation_text
+from nemo_minitron.stages.stage import (
+    deciding,
+    merged,
+    sampling,
+    text_input,
+    training_text,
+    validation_samples,
+    validation_text,
+)
 
 
 @dataclass(frozen=True)
@@ -78,15 +86,13 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path, 
     check_trainer(trainer)
     role.prepare()
     tokenizer = role.tokenizer()
-    text, held_out = config.data.train, config.data.validation
+    text = config.data.train
     needed = text.samples or samples_needed(trainer, section["batch_size"])
     as_many_as_there_are = text.samples is None
     train_NS = pack(
         training_text(config), tokenizer, text.sequence_length, needed, text.seed, as_many_as_there_are
     )
-    validation_NS = pack(
-        validation_text(config), tokenizer, held_out.sequence_length, held_out.samples, held_out.seed
-    )
+    validation_NS = validation_samples(config, tokenizer)
     model, hf_config, files = role.start()
     recipe = Recipe(trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"])
     trained = train(model, hf_config, files, recipe, train_NS, validation_NS, state, role.callbacks())

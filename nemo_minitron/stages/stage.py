@@ -103,6 +103,21 @@ def text_input(texts: Any) -> Input:
     return Input(f"{texts.where} ({len(texts.files)} files, {texts.side})", texts.fingerprint)
 
 
+VALIDATION_SAMPLES = 512
+"""Samples to measure on where ``data.validation.samples`` is null; fewer where there are fewer."""
+
+
+def validation_samples(config: Config, tokenizer: Any) -> Any:
+    """Packed held-out samples, Tensor of shape [samples, positions + 1]."""
+    from nemo_minitron.bridge.text import pack
+
+    own = config.data.validation
+    wanted = own.samples or VALIDATION_SAMPLES
+    return pack(
+        validation_text(config), tokenizer, own.sequence_length, wanted, own.seed, at_most=own.samples is None
+    )
+
+
 def sampling(text: TextConfig) -> dict[str, Any]:
     """The part of a text's configuration that decides its samples, for fingerprints."""
     return {"sequence_length": text.sequence_length, "samples": text.samples, "seed": text.seed}

@@ -105,6 +105,23 @@ def test_distillation_pulls_the_student_to_the_teacher_and_leaves_the_teacher_al
     assert not any("teacher" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("precision", "stored"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)]
+)
+def test_low_precision_distils_too(tmp_path, precision, stored):
+    teacher = load_model(make_model(tmp_path / "teacher", "llama", seed=1), dtype=torch.bfloat16)
+    student = make_model(tmp_path / "student", "llama", seed=2, hidden_size=12)
+    distillation = KnowledgeDistillation(teacher, families()["llama"], LossWeights(1.0, 0.1, 2.0))
+    model = run(student, tmp_path / "state", 20, [distillation], precision=precision)
+    lines = [line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "kl" in line]
+    assert lines[-1]["kl"] < 0.8 * lines[0]["kl"]
+    (tmp_path / "hf").mkdir()
+    model.save_hf(tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors} == {stored}
+    assert read_config(tmp_path / "hf")["dtype"] == str(stored).removeprefix("torch.")
+
+
 def test_distillation_refuses_another_vocabulary(tmp_path):
     teacher = load_model(make_model(tmp_path / "teacher", "llama", vocab_size=90))
     student = make_model(tmp_path / "student", "llama")
