@@ -1,9 +1,7 @@
-"""The command line: composes configurations, runs one stage or, imported late.
-
-The whole flow. Knows no tensor.
-"""
+"""The command line: composes configurations, runs one stage or, imported late, the flow. Knows no tensor."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -13,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nemo_minitron
+from nemo_minitron.stages import STAGES, run_stage
 
 if TYPE_CHECKING:
     from nemo_minitron.stages.config import Config
     from nemo_minitron.stages.stage import Result
 
-STAGES = ("download", "pretrain", "correct", "score", "plan", "prune", "distill", "evaluate", "export")
-NEED_SOURCE = ("correct", "score", "plan", "prune", "distill", "evaluate", "export")
 _HELP = {
     "run": "the whole pipeline, as a Prefect flow",
     "download": "find, fetch and check the model to compress",
@@ -136,11 +133,10 @@ def _stage(args: argparse.Namespace) -> int:
 
     config = _config(args)
     with locked(Path(config.workspace)):
-        if args.command in NEED_SOURCE:
+        if args.command not in ("download", "pretrain"):
             _quick_download(config)
-        from nemo_minitron.stages import run_stage
-
-        result = run_stage(args.command, config)
+        with contextlib.redirect_stdout(sys.stderr):  # progress bars; standard output is for the result
+            result = run_stage(args.command, config)
     _show(result, args.json)
     return 0
 
@@ -148,8 +144,6 @@ def _stage(args: argparse.Namespace) -> int:
 def _quick_download(config: "Config") -> None:
     """Makes the pointer to the source model where a stage is run on its own before ``download``."""
     if config.source.model is not None:
-        from nemo_minitron.stages import run_stage
-
         run_stage("download", config)
 
 
@@ -163,7 +157,8 @@ def _run(args: argparse.Namespace) -> int:
         pass
     from nemo_minitron.flows.local import run_here
 
-    results = run_here(config)
+    with contextlib.redirect_stdout(sys.stderr):
+        results = run_here(config)
     if args.json:
         print(json.dumps([_json(result) for result in results], indent=2))
         return 0
@@ -231,6 +226,8 @@ def _size(args: argparse.Namespace) -> int:
             raise ValueError(f"size: expected AXIS=SIZE with an axis of {', '.join(sizes)}, found {text!r}")
         sizes[axis] = int(value)
     check_sizes(family, sizes, "size")
+    if args.context < 1:
+        raise ValueError(f"size: --context: expected at least 1, found {args.context}")
     size = model_size(family, config_with_sizes(family, config, sizes), args.context)
     facts = {**sizes, **asdict(size)}
     if args.json:

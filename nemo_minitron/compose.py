@@ -7,6 +7,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -62,8 +63,12 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         config = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, name, own)) from error
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{own}: a configuration is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
     assert isinstance(config, Config)
-    _check_choices(config)
+    _check_values(config)
     return config
 
 
@@ -104,7 +109,7 @@ def _unknown_key(key: str) -> str:
     return f"{key}: no such configuration key{hint}"
 
 
-def _check_choices(config: Config) -> None:
+def _check_values(config: Config) -> None:
     for name, item, _ in describe():
         choices = item.metadata["choices"]
         value: Any = config
@@ -112,6 +117,9 @@ def _check_choices(config: Config) -> None:
             value = getattr(value, part)
         if choices and value is not None and value not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+        least = item.metadata["least"]
+        if least is not None and value is not None and value < least:
+            raise ValueError(f"{name}: expected at least {least}, found {value!r}")
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -130,5 +138,5 @@ def from_dict(values: dict[str, Any]) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, "parameters", CONFIGS)) from error
     assert isinstance(config, Config)
-    _check_choices(config)
+    _check_values(config)
     return config

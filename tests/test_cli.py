@@ -261,3 +261,36 @@ def test_every_key_is_documented(capsys):
         assert item.metadata["help"], name
     assert main(["run", "--keys"]) == 0
     assert "distill.temperature: " in capsys.readouterr().out
+
+
+def test_artifacts_of_another_model_are_not_mixed(capsys, tmp_path, scored, workspace):
+    assert main(["plan", *scored, "plan.ffn=20"]) == 0
+    capsys.readouterr()
+    other = [
+        f"workspace={workspace}",
+        f"source.model={make_model(tmp_path / 'other', 'llama', seed=5, vocab_size=300)}",
+    ]
+    line = refused(capsys, "prune", *other, "plan.ffn=20")
+    assert "made from another teacher than the one there now; run 'minitron plan' again" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "data.calibration.sequence_length=0",
+            "data.calibration.sequence_length: expected at least 1, found 0",
+        ),
+        ("data.calibration.samples=-1", "expected at least 1, found -1"),
+        ("distill.batch_size=0", "distill.batch_size: expected at least 1"),
+    ],
+)
+def test_a_number_out_of_range(capsys, workspace, override, message):
+    assert message in refused(capsys, "score", f"workspace={workspace}", override)
+
+
+def test_a_workspace_that_is_a_file_and_yaml_that_is_none(capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "cannot be used as a folder" in refused(capsys, "score", f"workspace={tmp_path / 'file'}")
+    (tmp_path / "broken.yaml").write_text("a: [1\n  b: }")
+    assert "valid YAML" in refused(capsys, "plan", "--config-dir", str(tmp_path), "--config-name", "broken")

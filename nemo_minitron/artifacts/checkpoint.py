@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nemo_minitron.artifacts.manifest import digest, hash_file
 from nemo_minitron.families import Family, axis_sizes, expected_tensors, family_of, find_row
+from nemo_minitron.families.grammar import row_axes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,6 +31,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+_SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES)
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -51,7 +53,7 @@ class Checkpoint:
         config: its config.json.
         family: its family table.
         entries: tensor name to entry.
-        fingerprint: SHA-256 of file names, sizes, safetensors headers and config.json.
+        fingerprint: SHA-256 of weight files' names, sizes and headers, config.json and side files.
     """
 
     folder: Path
@@ -74,7 +76,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     family = family_of(config, str(folder / "config.json"))
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "quantised")
+        settings = config["quantization_config"]
+        method = settings.get("quant_method", "quantised") if isinstance(settings, dict) else settings
         raise ValueError(
             f"{folder / 'config.json'}: weights are quantised ({method}); dequantise the model first"
         )
@@ -88,7 +91,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     }
     _check_entries(folder, family, config, entries)
     stamp = [[file, (folder / file).stat().st_size, digest(headers[file])] for file in files]
-    return Checkpoint(folder, config, family, entries, digest([stamp, config]))
+    sides = [[name, hash_file(folder / name)] for name in _SIDE_FILES if (folder / name).is_file()]
+    return Checkpoint(folder, config, family, entries, digest([stamp, config, sides]))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -188,14 +192,13 @@ def _check_entries(
         raise ValueError(
             f"{folder}: {len(missing)} tensors of family {family.model_type!r} are missing: {missing[0]}"
         )
-    unknown = sorted(
-        name
-        for name in set(entries) - set(expected)
-        if find_row(family, name) is None and not any(p.fullmatch(name) for p in family.ignored)
-    )
+    unknown = sorted(name for name in set(entries) - set(expected) if not _is_surplus(family, name))
     if unknown:
+        reason = (
+            "that config.json does not ask for" if find_row(family, unknown[0]) else "in no row of the table"
+        )
         raise ValueError(
-            f"{folder}: {len(unknown)} tensors are in no row of family {family.model_type!r}: {unknown[0]}"
+            f"{folder}: {len(unknown)} tensors {reason} of family {family.model_type!r}: {unknown[0]}"
         )
     for name, shape in expected.items():
         if entries[name].shape != shape:
@@ -207,6 +210,14 @@ def _check_entries(
             raise ValueError(
                 f"{folder}: {name} is stored as {entries[name].dtype}; dequantise the model first"
             )
+
+
+def _is_surplus(family: Family, name: str) -> bool:
+    """Whether a checkpoint may hold a tensor that its config does not imply: a tied head, old buffers."""
+    found = find_row(family, name)
+    if found is not None:
+        return found[0].when is not None and "vocab" in row_axes(found[0].dims)
+    return any(pattern.fullmatch(name) for pattern in family.ignored)
 
 
 def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
@@ -231,7 +242,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 
     Tokenizer, generation config, licence; byte for byte.
     """
-    for name in (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES):
+    for name in _SIDE_FILES:
         if (source / name).is_file():
             (target / name).write_bytes((source / name).read_bytes())
 

@@ -216,6 +216,10 @@ def verify(folder: Path) -> list[str]:
             problems.append(f"{path}: expected {output.size} bytes, found {path.stat().st_size}")
         elif hash_file(path) != output.sha256:
             problems.append(f"{path}: SHA-256 differs from the manifest's")
+    listed = {output.file for output in manifest.outputs} | {NAME}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() not in listed:
+            problems.append(f"{path}: not in the manifest")
     if manifest.fingerprint != fingerprint(manifest.kind, manifest.config, manifest.inputs):
         problems.append(f"{folder / NAME}: fingerprint does not match its own config and inputs")
     return problems

@@ -26,6 +26,24 @@ def read_report(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+class GateError(RuntimeError):
+    """The student is too weak to go out; the report says how weak."""
+
+
+def check_gate(report: Mapping[str, Any], least: float | None) -> None:
+    """Holds a report against the quality gate.
+
+    Raises:
+        GateError: the student keeps less than ``least`` of the teacher's quality, or no number at all.
+    """
+    kept = report["models"]["student"]["retention"]
+    if least is not None and not kept >= least:  # NaN must not pass
+        raise GateError(
+            f"evaluate.min_retention: the student keeps {kept:.1%} of the teacher's quality, "
+            f"at least {least:.1%} is asked for; not exported (the workspace's {PAGE} has the numbers)"
+        )
+
+
 def task_columns(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(task, metric) of every task result, in order; standard errors left out."""
     found = []

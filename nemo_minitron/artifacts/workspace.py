@@ -23,6 +23,12 @@ ARTIFACTS = (
 """Sub-folders of a workspace that can hold an artifact, in the order in which they are made."""
 
 
+def _busy(workspace: Path) -> ValueError:
+    return ValueError(
+        f"workspace {workspace}: another run is using it; wait for it to end, or choose another one"
+    )
+
+
 @contextlib.contextmanager
 def locked(workspace: Path) -> Iterator[None]:
     """Holds the workspace for this process; the operating system lets go of it when the process dies.
@@ -30,14 +36,14 @@ def locked(workspace: Path) -> Iterator[None]:
     Raises:
         ValueError: another run holds it.
     """
-    workspace.mkdir(parents=True, exist_ok=True)
     lock = FileLock(workspace / ".lock", timeout=0)
     try:
+        workspace.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"workspace {workspace}: another run is using it; wait for it to end, or choose another one"
-        ) from None
+    except OSError as error:
+        if isinstance(error, Timeout):
+            raise _busy(workspace) from None
+        raise ValueError(f"workspace {workspace}: cannot be used as a folder: {error.strerror}") from error
     try:
         yield
     finally:
@@ -52,13 +58,20 @@ def input_artifact(workspace: Path, name: str, made_by: str) -> Input:
     """An artifact of the workspace as the input of another.
 
     Raises:
-        ValueError: it does not exist yet.
+        ValueError: it does not exist yet, or what it was made from has changed since.
     """
     manifest = read_manifest(workspace / name)
     if manifest is None:
         raise ValueError(
             f"{workspace / name}: not made yet (or not complete); run 'minitron {made_by}' first"
         )
+    for item in manifest.inputs:
+        upstream = read_manifest(workspace / item.path) if item.path in ARTIFACTS else None
+        if upstream is not None and upstream.fingerprint != item.fingerprint:
+            raise ValueError(
+                f"{workspace / name}: made from another {item.path} than the one there now; "
+                f"run 'minitron {made_by}' again"
+            )
     return Input(name, manifest.fingerprint, manifest.finished)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import httpx
 import huggingface_hub
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -11,7 +12,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.md"]
 
 
 def download(repository: str, revision: str | None) -> tuple[Path, str]:
@@ -36,7 +37,7 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
         if status in (401, 403, 404):
             raise ValueError(f"source.model: {repository!r}: {str(error).splitlines()[0]}") from error
         raise ConnectionError(f"source.model: {repository!r}: {str(error).splitlines()[0]}") from error
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, httpx.TransportError) as error:
         raise ConnectionError(
             f"source.model: {repository!r} is no folder here, and the hub cannot be reached"
         ) from error
@@ -48,12 +49,23 @@ def upload(folder: Path, repository: str, private: bool) -> str:
 
     Returns:
         The commit's address.
+
+    Raises:
+        ValueError: the hub refuses (no such name, no right to write).
+        ConnectionError: it could not be reached; worth another try.
     """
     api = huggingface_hub.HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    info: Any = api.upload_folder(
-        repo_id=repository, folder_path=folder, commit_message="Export by nemo_minitron"
-    )
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        info: Any = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Export by nemo_minitron"
+        )
+    except (HfHubHTTPError, HFValidationError) as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 400
+        text = f"export.push_to_hub: {repository!r}: {str(error).splitlines()[0]}"
+        raise (ConnectionError(text) if status >= 500 else ValueError(text)) from error
+    except httpx.TransportError as error:
+        raise ConnectionError(f"export.push_to_hub: {repository!r}: the hub cannot be reached") from error
     return str(info)
 
 

@@ -35,7 +35,8 @@ def measure_in_process(folder: Path, device: str, prompt_tokens: int, new_tokens
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"speed of {folder}: {done.stderr.strip().splitlines()[-1]}")
+        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise RuntimeError(f"speed of {folder}: {last}")
     numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return numbers
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class TextSet:
 
         Size, first and last MiB), the format and the split.
         """
-        contents = [_fingerprint(path) for path in self.files]
+        contents = [[_format_of(path), _fingerprint(path)] for path in self.files]
         return digest(
             [contents, self.format, self.text_key, self.side, self.holdout if self.side != "all" else None]
         )
@@ -88,7 +89,8 @@ def _expand(pattern: str) -> set[Path]:
     if path.is_dir():
         if _is_dataset(path):
             return {path}
-        return {file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")}
+        files = (file for file in path.rglob("*") if file.is_file())
+        return {f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)}
     if path.is_file():
         return {path}
     return {Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()}
@@ -145,12 +147,18 @@ def _documents(texts: TextSet, seed: int) -> Iterator[str]:
 def _read(path: Path, texts: TextSet) -> Iterator[str]:
     kind = texts.format if texts.format != "auto" else _format_of(path)
     if kind == "text":
-        yield path.read_text(encoding="utf-8", errors="replace")
+        with fsspec.open(str(path), "rb", compression="infer") as file:
+            content: bytes = file.read()
+        if b"\0" in content:
+            raise ValueError(f"{texts.where}: {path} is not text")
+        yield content.decode("utf-8", errors="replace")
         return
     import datasets
 
     datasets.disable_progress_bars()
     if kind == "hf":
+        if not _is_dataset(path):
+            raise ValueError(f"{texts.where}: {path} is no saved dataset (no dataset_info.json)")
         rows = datasets.load_from_disk(str(path))
         rows = datasets.concatenate_datasets(list(rows.values())) if isinstance(rows, dict) else rows
     else:
@@ -183,7 +191,13 @@ def _format_of(path: Path) -> str:
 
 
 def pack(
-    texts: TextSet, tokenizer: Any, length: int, samples: int | None, seed: int, at_most: bool = False
+    texts: TextSet,
+    tokenizer: Any,
+    length: int,
+    samples: int | None,
+    seed: int,
+    at_most: bool = False,
+    where: str | None = None,
 ) -> Tensor:
     """Packs documents end to end, separated by the tokenizer's own begin and end tokens, into samples.
 
@@ -197,6 +211,7 @@ def pack(
         length: tokens per sample.
         samples: how many to make; None: all.
         seed: order of files, and of samples.
+        where: configuration section of ``samples``, for messages; None: that of the text.
         at_most: whether fewer than ``samples`` are acceptable.
 
     Returns:
@@ -205,7 +220,24 @@ def pack(
     Raises:
         ValueError: no text, too little for one sample, or for ``samples``.
     """
-    wanted = None if samples is None else samples * length + 1
+    stream = _token_stream(texts, tokenizer, seed, None if samples is None else samples * length + 1)
+    total = len(stream)
+    count = (total - 1) // length
+    if samples is not None and count < samples and not at_most:
+        raise ValueError(
+            f"{where or texts.where}.samples: expected {samples} samples of {length} tokens, "
+            f"the text yields {max(count, 0)}"
+        )
+    if count < 1:
+        raise ValueError(f"{texts.where}: the text has {total} tokens, one sample needs {length + 1}")
+    count = count if samples is None else min(count, samples)
+    packed = stream[: count * length + 1].unfold(0, length + 1, length)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return packed[order].long()
+
+
+def _token_stream(texts: TextSet, tokenizer: Any, seed: int, wanted: int | None) -> Tensor:
+    """Token ids of the documents end to end, int32, until there are as many as wanted."""
     chunks: list[Tensor] = []
     total = 0
     for ids in _tokenised(documents(texts, seed), tokenizer):
@@ -215,19 +247,7 @@ def pack(
             break
     if not chunks:
         raise ValueError(f"{texts.where}.paths: {len(texts.files)} files hold no text")
-    stream = torch.cat(chunks)
-    count = (total - 1) // length
-    if samples is not None and count < samples and not at_most:
-        raise ValueError(
-            f"{texts.where}.samples: expected {samples} samples of {length} tokens, "
-            f"the text yields {max(count, 0)}"
-        )
-    if count < 1:
-        raise ValueError(f"{texts.where}: the text has {total} tokens, one sample needs {length + 1}")
-    count = count if samples is None else min(count, samples)
-    packed = stream[: count * length + 1].unfold(0, length + 1, length)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return packed[order].long()
+    return torch.cat(chunks)
 
 
 def _tokenised(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:

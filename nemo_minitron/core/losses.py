@@ -141,14 +141,15 @@ class _FusedLinearLoss(torch.autograd.Function):
             kl, ce, grad_CV = _chunk_terms(student_CV, teacher_CV, labels_T[part], weights, wants_gradient)
             sums += torch.stack([kl, ce])
             if grad_CV is not None and grad_TH is not None and grad_VH is not None:
-                grad_CV = (grad_CV / tokens).to(head_VH.dtype)
+                grad_CV = grad_CV.to(head_VH.dtype)
                 torch.mm(grad_CV, head_VH, out=grad_TH[part])
                 _accumulate(grad_VH, grad_CV, student_CH)
         means = (sums / max(tokens, 1)).float()
         kl, ce = means[0], means[1]
         if wants_gradient:
             assert grad_VH is not None
-            ctx.save_for_backward(grad_TH, grad_VH.to(head_VH.dtype))
+            ctx.save_for_backward(grad_TH, grad_VH)
+            ctx.tokens, ctx.head_dtype = max(tokens, 1), head_VH.dtype
         loss = weights.ce * ce if teacher is None else weights.kl * kl + weights.ce * ce
         if teacher is None:
             kl = torch.full_like(kl, float("nan"))
@@ -158,7 +159,14 @@ class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_TH, grad_VH = ctx.saved_tensors
-        return grad_TH * grad_loss, grad_VH * grad_loss, None, None, None, None, None
+        # the mean is taken here, in float32 and together with the scale that float16 training puts on the
+        # loss: divided by the number of tokens before, most of its gradients would round to zero
+        scale = grad_loss.float() / ctx.tokens
+        return (
+            (grad_TH * scale).to(grad_TH.dtype),
+            (grad_VH * scale).to(ctx.head_dtype),
+            *(None for _ in range(5)),
+        )
 
 
 def _accumulate(grad_VH: Tensor, grad_CV: Tensor, student_CH: Tensor) -> None:

@@ -101,19 +101,31 @@ class ExactResume(Callback):
 
 
 class LossGuard(Callback):
-    """Stops the training at a loss that is not finite, before it reaches a checkpoint."""
+    """Stops the training at a loss or gradient that is not finite, before it reaches the weights."""
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Looks at the loss of the micro-batch that has just been differentiated.
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the loss of every micro-batch.
 
         Raises:
             FloatingPointError: it is NaN or infinite.
         """
-        loss = float(pl_module.last_terms.loss.detach())
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"step {trainer.global_step + 1}: the loss is {loss}; the last checkpoint is good"
-            )
+        self._refuse(trainer, "loss", float(pl_module.last_terms.loss.detach()))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Looks at the gradients of a step (float16 training may see infinity and copes by itself).
+
+        Raises:
+            FloatingPointError: their norm is NaN or infinite.
+        """
+        if trainer.precision in ("16-mixed", "16-true"):
+            return
+        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+        self._refuse(trainer, "gradient", float(torch.nn.utils.get_total_norm(gradients)))
+
+    def _refuse(self, trainer: Trainer, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            step = trainer.global_step + 1
+            raise FloatingPointError(f"step {step}: the {what} is {value}; the last checkpoint is good")
 
 
 class TrainingLog(Callback):

@@ -25,7 +25,7 @@ from nemo_minitron.bridge.models import (
 )
 from nemo_minitron.bridge.text import find_text, pack
 from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
-from nemo_minitron.families import family_of
+from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
 from nemo_minitron.plugin.data import ConsumedSampler, train_loader, validation_loader
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor], LossTerms]
@@ -77,7 +77,7 @@ class MinitronModel(ModelPT):
     @classmethod
     def from_hf(
         cls,
-        folder: Path,
+        folder: Path | str,
         optim: dict[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
         **rest: Any,
@@ -90,7 +90,7 @@ class MinitronModel(ModelPT):
             dtype: dtype of the trained weights.
             **rest: ``trainer``, and further entries of ``cfg``.
         """
-        trainer = rest.pop("trainer", None)
+        folder, trainer = Path(folder), rest.pop("trainer", None)
         model = load_model(folder, dtype=dtype).train()
         return cls(make_cfg(read_config(folder), folder, optim, **rest), trainer, model)
 
@@ -166,12 +166,31 @@ class MinitronModel(ModelPT):
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
         """Nothing to gather: ``validation_step`` logs means."""
 
+    def follow_model(self) -> None:
+        """Writes the sizes that the model has now into ``cfg.hf_config``: a transform may have pruned it."""
+        config = self.model.config.to_dict()
+        sizes = axis_sizes(self.family, config)
+        stored = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
+        assert isinstance(stored, dict)
+        changed = config_with_sizes(self.family, {str(key): value for key, value in stored.items()}, sizes)
+        for axis in self.family.axes.values():
+            changed |= {key: config[key] for key in axis.lists if key in changed}
+        if changed != stored:
+            with open_dict(self.cfg):
+                self.cfg.hf_config = changed
+
+    def save_to(self, save_path: str) -> None:
+        """Writes a ``.nemo`` archive of the model as it is now."""
+        self.follow_model()
+        super().save_to(save_path)
+
     def save_hf(self, folder: Path) -> None:
         """Writes a Hugging Face folder: weights, the config.json and the tokenizer that the model came with.
 
         Args:
             folder: an existing folder.
         """
+        self.follow_model()
         config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(config, dict)
         save_model(self.model, folder, {str(key): value for key, value in config.items()})

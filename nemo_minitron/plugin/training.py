@@ -103,7 +103,16 @@ def train(
         model.use_training_samples(train_NS, recipe.batch_size, recipe.seed)
         model.use_validation_samples(validation_NS, recipe.batch_size)
         _manage(trainer, recipe, state)
+        model.setup_optimization()  # once now, so that wrong arguments show before anything runs
+    except (MisconfigurationException, TypeError) as error:
+        raise ValueError(f"trainer, optim, exp_manager: {str(error).splitlines()[0]}") from error
+    try:
         trainer.fit(model)
+        if trainer.global_step < trainer.max_steps:
+            raise RuntimeError(
+                f"training stopped at step {trainer.global_step} of {trainer.max_steps} (time limit, early "
+                "stopping); its checkpoint stays, run it again to go on"
+            )
     except MisconfigurationException as error:
         raise ValueError(f"trainer, exp_manager: {str(error).splitlines()[0]}") from error
     return model

@@ -34,9 +34,9 @@ def card_text(name: str, source: Mapping[str, Any], plan: Plan, report: Mapping[
     return f"""# {name}
 
 A {plan.model_type} model of {plan.cost_after.parameters:,} parameters, pruned from
-`{source["given"]}`{revision} \ ({plan.cost_before.parameters:,} parameters) and distilled from it, by the
-Minitron recipe \ ([arXiv 2407.14679](https://arxiv.org/abs/2407.14679), [arXiv
-2408.11796](https://arxiv.org/abs/2408.11796)) \ with nemo_minitron.
+`{source["given"]}`{revision} ({plan.cost_before.parameters:,} parameters) and distilled from its teacher
+by the Minitron recipe ([arXiv 2407.14679](https://arxiv.org/abs/2407.14679),
+[arXiv 2408.11796](https://arxiv.org/abs/2408.11796)) with nemo_minitron.
 
 ## Quickstart
 
@@ -57,8 +57,8 @@ Held-out text of {student["tokens"]:,} tokens. "quality kept" is the teacher's p
 ## Limits
 
 The student has been trained on far less text than its teacher, and on the text of one distillation run only.
-On that \ kind of text its perplexity is {student["perplexity"]:.3f} against the teacher's
-{teacher["perplexity"]:.3f}; on other \ text it may have lost more. It inherits the teacher's biases and
+On that kind of text its perplexity is {student["perplexity"]:.3f} against the teacher's
+{teacher["perplexity"]:.3f}; on other text it may have lost more. It inherits the teacher's biases and
 gaps. Measure it on your own task before you rely on it.
 
 ## Lineage

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 
-def key(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+def key(default: Any, text: str, choices: tuple[str, ...] | None = None, least: float | None = None) -> Any:
     """A documented configuration key.
 
     Its default, one sentence, and the values it takes where they are few.
     """
-    metadata = {"help": text, "choices": choices}
+    metadata = {"help": text, "choices": choices, "least": least}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -38,8 +38,8 @@ class TextConfig:
     exclude: list[str] = key([], "glob patterns of files to leave out")
     format: str = key("auto", "auto goes by the file name", ("auto", "text", "jsonl", "parquet", "hf"))
     text_key: str = key("text", "column that holds the text in jsonl, parquet and hf")
-    sequence_length: int = key(1024, "tokens per sample; documents are packed end to end")
-    samples: int | None = key(None, "samples to take; null: as many as are needed")
+    sequence_length: int = key(1024, "tokens per sample; documents are packed end to end", least=1)
+    samples: int | None = key(None, "samples to take; null: as many as are needed", least=1)
     seed: int = key(0, "seed of the order in which files and samples are taken")
 
 
@@ -73,7 +73,7 @@ class ScoreConfig:
     importance: str = key("activation", "what the ranking rests on", ("activation", "magnitude", "random"))
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     depth: str = key("block_influence", "how layers are ranked", ("block_influence", "none"))
-    batch_size: int = key(8, "samples per forward pass")
+    batch_size: int = key(8, "samples per forward pass", least=1)
     device: str = key("auto", "auto, cpu, cuda, cuda:1 ...")
     seed: int = key(0, "seed of the random baseline")
 
@@ -98,7 +98,7 @@ class PlanConfig:
 class PruneConfig:
     """How the pruned checkpoint is written."""
 
-    shard_size: int = key(5_000_000_000, "largest shard in bytes")
+    shard_size: int = key(5_000_000_000, "largest shard in bytes", least=1)
 
 
 @dataclass
@@ -114,7 +114,7 @@ class DistillConfig:
     chunk_tokens: int | None = key(
         None, "tokens whose logits exist at a time; null: chosen from the vocabulary"
     )
-    batch_size: int = key(8, "samples per step and device, before trainer.accumulate_grad_batches")
+    batch_size: int = key(8, "samples per step and device, before trainer.accumulate_grad_batches", least=1)
     seed: int = key(0, "seed of the sample order")
 
 
@@ -128,7 +128,7 @@ class PretrainConfig:
     )
     model: dict[str, Any] = key({}, "config.json of the model to train, as its family writes it")
     tokenizer: str | None = key(None, "folder of a tokenizer; null: train a byte-level BPE on data.train")
-    batch_size: int = key(8, "samples per step and device")
+    batch_size: int = key(8, "samples per step and device", least=1)
     seed: int = key(0, "seed of the weights and the sample order")
     trainer: dict[str, Any] = key({}, "keys that replace those of trainer")
     optim: dict[str, Any] = key({}, "keys that replace those of optim")
@@ -139,7 +139,7 @@ class CorrectConfig:
     """Teacher correction: the unpruned model goes on training on the distillation data ([P2] section 2)."""
 
     enabled: bool = key(False, "whether 'minitron run' corrects the teacher before scoring it")
-    batch_size: int = key(8, "samples per step and device")
+    batch_size: int = key(8, "samples per step and device", least=1)
     seed: int = key(1, "seed of the sample order")
     trainer: dict[str, Any] = key({}, "keys that replace those of trainer")
     optim: dict[str, Any] = key({}, "keys that replace those of optim")
@@ -153,17 +153,17 @@ class EvaluateConfig:
         [], "lm-eval tasks by name; held_out_choice and held_out_bytes are made from the validation text"
     )
     task_dir: str | None = key(None, "folder with own lm-eval task YAMLs")
-    task_limit: int | None = key(None, "documents per task; null: all")
+    task_limit: int | None = key(None, "documents per task; null: all", least=1)
     from_scratch: bool = key(
         False, "also train and measure a model of the student's shape from random weights"
     )
     min_retention: float | None = key(
         None, "least allowed share of the teacher's quality (teacher perplexity / student perplexity), 0 to 1"
     )
-    batch_size: int = key(8, "samples per forward pass")
+    batch_size: int = key(8, "samples per forward pass", least=1)
     speed: bool = key(True, "measure tokens per second and peak memory, each model in a process of its own")
-    prompt_tokens: int = key(256, "prompt length of the speed measurement")
-    new_tokens: int = key(64, "generated tokens of the speed measurement")
+    prompt_tokens: int = key(256, "prompt length of the speed measurement", least=1)
+    new_tokens: int = key(64, "generated tokens of the speed measurement", least=1)
     device: str = key("auto", "auto, cpu, cuda, cuda:1 ...")
 
 
@@ -176,7 +176,7 @@ class ExportConfig:
     )
     license: str | None = key(None, "licence id on the model card; null: the source's, where it names one")
     name: str | None = key(None, "title of the model card; null: made from the source and its new size")
-    shard_size: int = key(5_000_000_000, "largest shard in bytes")
+    shard_size: int = key(5_000_000_000, "largest shard in bytes", least=1)
     push_to_hub: str | None = key(None, "hub repository to upload to (private unless export.public)")
     public: bool = key(False, "make the hub repository public")
 

@@ -9,12 +9,13 @@ from typing import Any
 from nemo_minitron.artifacts.build import make
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.artifacts.manifest import Input, read_manifest, write_json
-from nemo_minitron.artifacts.report import FILE, PAGE, columns, read_report, table
+from nemo_minitron.artifacts.report import FILE, check_gate, columns, read_report, table
 from nemo_minitron.artifacts.workspace import input_artifact
 from nemo_minitron.core.size import model_size
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.report import write_page
 from nemo_minitron.stages.stage import (
+    VALIDATION_SAMPLES,
     Result,
     sampling,
     teacher_folder,
@@ -23,10 +24,6 @@ from nemo_minitron.stages.stage import (
     validation_text,
     workspace_of,
 )
-
-
-class GateError(RuntimeError):
-    """The student is too weak to go out; the report says how weak."""
 
 
 def run(config: Config) -> Result:
@@ -41,7 +38,7 @@ def run(config: Config) -> Result:
     models, inputs = _models(config)
     texts = validation_text(config)
     inputs.append(text_input(texts))
-    settings = {**asdict(config.evaluate), "validation": sampling(config.data.validation)}
+    settings = {**asdict(config.evaluate), "validation": sampling(config.data.validation, VALIDATION_SAMPLES)}
     del settings["min_retention"], settings["from_scratch"]
     folder = workspace / "report"
 
@@ -58,7 +55,7 @@ def run(config: Config) -> Result:
 
     made = make(folder, "report", settings, inputs, build)
     report = read_report(folder)
-    _gate(config, report)
+    check_gate(report, config.evaluate.min_retention)
     student = report["models"]["student"]
     headline = f"the student keeps {student['retention']:.1%} of the teacher's quality (perplexity ratio)"
     return Result("evaluate", folder, made, headline, columns(report), table(report), report["models"])
@@ -133,14 +130,3 @@ def _measure(config: Config, folder: Path, tokenizer: Any, tokens_NS: Any, tasks
             folder, settings.device, settings.prompt_tokens, settings.new_tokens
         )
     return row
-
-
-def _gate(config: Config, report: Mapping[str, Any]) -> None:
-    least = config.evaluate.min_retention
-    kept = report["models"]["student"]["retention"]
-    if least is not None and kept < least:
-        page = workspace_of(config) / "report" / PAGE
-        raise GateError(
-            f"evaluate.min_retention: the student keeps {kept:.1%} of the teacher's quality, "
-            f"at least {least:.1%} is asked for; not exported (see {page})"
-        )

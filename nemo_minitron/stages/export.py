@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from nemo_minitron.artifacts.checkpoint import (
 )
 from nemo_minitron.artifacts.manifest import read_manifest, write_json
 from nemo_minitron.artifacts.plan import read_plan
-from nemo_minitron.artifacts.report import read_report
+from nemo_minitron.artifacts.report import check_gate, read_report
 from nemo_minitron.artifacts.weights import Planned, write_weights
 from nemo_minitron.artifacts.workspace import artifacts_in, input_artifact
 from nemo_minitron.core.size import model_size
+from nemo_minitron.families import find_row
 from nemo_minitron.stages.card import card_text, quickstart
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result, source_folder, workspace_of
@@ -37,7 +39,7 @@ def run(config: Config) -> Result:
 
     Raises:
         ValueError: an unknown dtype.
-        RuntimeError: plain transformers does not load it, or computes something else than the student.
+        RuntimeError: the gate failed; plain transformers does not load it, or computes something else.
     """
     workspace = workspace_of(config)
     if config.export.dtype is not None and config.export.dtype not in _DTYPES:
@@ -46,6 +48,7 @@ def run(config: Config) -> Result:
         input_artifact(workspace, "student", "distill"),
         input_artifact(workspace, "report", "evaluate"),
     ]
+    check_gate(read_report(workspace / "report"), config.evaluate.min_retention)
     source, _ = source_folder(config)
     dtype = config.export.dtype or _source_dtype(open_checkpoint(source))
     settings = {**asdict(config.export), "dtype": dtype}
@@ -72,7 +75,12 @@ def run(config: Config) -> Result:
 
 
 def _source_dtype(checkpoint: Checkpoint) -> str:
-    return _STORED[next(iter(checkpoint.entries.values())).dtype]
+    """The dtype that most of the model's weights are stored in."""
+    counts: Counter[str] = Counter()
+    for name, entry in checkpoint.entries.items():
+        if find_row(checkpoint.family, name) is not None:
+            counts[_STORED[entry.dtype]] += torch.Size(entry.shape).numel()
+    return counts.most_common(1)[0][0]
 
 
 def _write_model(student: Path, folder: Path, dtype: str, shard_bytes: int) -> dict[str, str]:
@@ -173,6 +181,5 @@ def check_in_clean_process(folder: Path, student: Path, dtype: str) -> None:
     command = [sys.executable, "-I", "-c", _CHECK, str(folder.resolve()), str(student.resolve()), dtype, code]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(
-            f"the export does not work with plain transformers: {done.stderr.strip().splitlines()[-1]}"
-        )
+        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise RuntimeError(f"the export does not work with plain transformers: {last}")

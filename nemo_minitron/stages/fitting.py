@@ -37,6 +37,10 @@ class Role:
     prepare: Callable[[], None] = lambda: None
 
 
+_DECIDING = ("ema",)
+"""What of exp_manager decides the weights; the rest only logs and saves."""
+
+
 def training_inputs(config: Config) -> list[Input]:
     """Training and validation text as inputs."""
     return [text_input(training_text(config)), text_input(validation_text(config))]
@@ -66,12 +70,16 @@ def train_into(
         Whether it had to be trained.
     """
     trainer, optim = merged(config.trainer, section["trainer"]), merged(config.optim, section["optim"])
-    resolved = {**section, "trainer": trainer, "optim": optim}
+    resolved = {
+        **{key: section[key] for key in section if key not in ("enabled", "baseline")},
+        "trainer": trainer,
+        "optim": optim,
+    }
     decides = {
         **resolved,
         "trainer": deciding(trainer),
+        "exp_manager": {key: config.exp_manager[key] for key in _DECIDING if key in config.exp_manager},
         "train": sampling(config.data.train),
-        "validation": sampling(config.data.validation),
     }
     return make_resumable(
         folder, kind, decides, inputs, lambda state, target: _train(config, resolved, role, state, target)

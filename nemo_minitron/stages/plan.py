@@ -35,8 +35,12 @@ def run(config: Config) -> Result:
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
         write_plan(temporary, make_plan(checkpoint.family, checkpoint.config, keep, tuple(layers)))
 
-    made = make(workspace / "plan", "plan", asdict(config.plan), inputs, build)
+    made = make(workspace / "plan", "plan", _given(config.plan), inputs, build)
     return _result(workspace / "plan", made, read_plan(workspace / "plan"))
+
+
+def _given(plan: PlanConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(plan).items() if value is not None}
 
 
 def target_sizes(family: Family, sizes: dict[str, int], plan: PlanConfig) -> dict[str, int]:
@@ -45,9 +49,7 @@ def target_sizes(family: Family, sizes: dict[str, int], plan: PlanConfig) -> dic
     Raises:
         ValueError: a target that cannot be, with what was expected and found.
     """
-    asked = {
-        name: value for name, value in asdict(plan).items() if name != "drop_layers" and value is not None
-    }
+    asked = {name: value for name, value in _given(plan).items() if name != "drop_layers"}
     if not asked and not plan.drop_layers:
         options = ", ".join(f"plan.{name}" for name in family.prunable)
         raise ValueError(f"plan: no target size given; set at least one of {options}, plan.drop_layers")

@@ -5,13 +5,14 @@
 
 import base64
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from nemo_minitron.artifacts import log
-from nemo_minitron.artifacts.manifest import read_manifest, write_manifest
+from nemo_minitron.artifacts.manifest import NAME, Output, hash_file, read_manifest, write_json
 from nemo_minitron.artifacts.plan import read_plan
 from nemo_minitron.artifacts.report import PAGE, columns, read_report, table
 from nemo_minitron.artifacts.workspace import artifacts_in
@@ -31,8 +32,12 @@ def rewrite(workspace: Path) -> Result:
     if manifest is None:
         raise ValueError(f"{folder}: no report yet; run 'minitron evaluate' first")
     report = read_report(folder)
+    if read_manifest(workspace / "plan") is None:
+        raise ValueError(f"{workspace / 'plan'}: no plan; the report describes it")
     write_page(workspace, folder)
-    write_manifest(folder, manifest.kind, manifest.config, manifest.inputs, manifest.started)
+    page = Output(PAGE, (folder / PAGE).stat().st_size, hash_file(folder / PAGE))
+    outputs = [page if output.file == PAGE else output for output in manifest.outputs]
+    write_json(folder / NAME, asdict(replace(manifest, outputs=tuple(outputs))))
     return Result(
         "report", folder, True, str(folder / PAGE), columns(report), table(report), report["models"]
     )

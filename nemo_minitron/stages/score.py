@@ -84,6 +84,7 @@ def _by_activation(config: Config, checkpoint: Checkpoint) -> Scores:
         calibration.sequence_length,
         calibration.samples,
         calibration.seed,
+        where="data.calibration",
     )[:, :-1]
     device = pick_device(config.score.device)
     model = load_model(checkpoint.folder, device=device)

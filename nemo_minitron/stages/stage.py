@@ -114,13 +114,19 @@ def validation_samples(config: Config, tokenizer: Any) -> Any:
     own = config.data.validation
     wanted = own.samples or VALIDATION_SAMPLES
     return pack(
-        validation_text(config), tokenizer, own.sequence_length, wanted, own.seed, at_most=own.samples is None
+        validation_text(config),
+        tokenizer,
+        own.sequence_length,
+        wanted,
+        own.seed,
+        own.samples is None,
+        "data.validation",
     )
 
 
-def sampling(text: TextConfig) -> dict[str, Any]:
-    """The part of a text's configuration that decides its samples, for fingerprints."""
-    return {"sequence_length": text.sequence_length, "samples": text.samples, "seed": text.seed}
+def sampling(text: TextConfig, default: int | None = None) -> dict[str, Any]:
+    """What decides a text's samples, for fingerprints; ``default`` stands for null samples."""
+    return {"sequence_length": text.sequence_length, "samples": text.samples or default, "seed": text.seed}
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,12 @@ def missing_shard(folder):
         ),
         (truncate, "truncated: expected"),
         (drop_tensor, "1 tensors of family 'llama' are missing: model.layers.1.mlp.up_proj.weight"),
-        (add_tensor, "in no row of family 'llama': model.vision.weight"),
+        (add_tensor, "in no row of the table of family 'llama': model.vision.weight"),
+        (
+            lambda f: change_config(f, num_hidden_layers=2),
+            "does not ask for of family 'llama': model.layers.2",
+        ),
+        (lambda f: change_config(f, quantization_config="fp8"), "quantised .fp8."),
         (pickle_only, "only pickled weights .pytorch_model.bin."),
         (missing_shard, "model-00001-of-00002.safetensors is listed"),
         (lambda f: (f / "model.safetensors").unlink(), "no safetensors weights"),

@@ -72,7 +72,9 @@ def test_verify_names_every_defect(tmp_path):
     assert f"{folder / 'a'}: SHA-256" in problems
     assert f"{folder / 'b'}: expected 10 bytes, found 5" in problems
     assert f"{folder / 'c'}: missing" in problems
-    assert "/d" not in problems
+    assert "/d:" not in problems
+    (folder / "stray").write_text("x")
+    assert f"{folder / 'stray'}: not in the manifest" in verify(folder)
     raw = json.loads((folder / "manifest.json").read_text())
     raw["config"]["x"] = 2
     (folder / "manifest.json").write_text(json.dumps(raw))

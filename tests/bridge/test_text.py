@@ -120,3 +120,14 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer_folder, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer"):
         load_tokenizer(tmp_path, 300)
+
+
+def test_compressed_text_is_read_hidden_files_are_not_and_binaries_are_refused(tmp_path):
+    (tmp_path / ".git" / "objects").mkdir(parents=True)
+    (tmp_path / ".git" / "objects" / "ab").write_text("hidden")
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
+        file.write("packed text")
+    assert list(documents(found([tmp_path]))) == ["packed text"]
+    (tmp_path / "b.bin").write_bytes(b"\x00\x01")
+    with pytest.raises(ValueError, match=r"b\.bin is not text"):
+        list(documents(found([tmp_path])))

@@ -144,3 +144,17 @@ def test_what_cannot_be_is_refused():
         fused_linear_loss(student, head, labels, LossWeights())
     with pytest.raises(ValueError, match="teacher has 99 entries, student 101"):
         fused_linear_loss(student, head, labels, LossWeights(), (teacher[0], teacher[1][:99]))
+
+
+def test_the_scale_of_float16_training_saves_small_gradients():
+    """Gradients of a mean over many tokens and a large vocabulary underflow in float16 unless scaled in time."""
+    torch.manual_seed(0)
+    student = torch.randn(2048, 8, dtype=torch.float16, requires_grad=True)
+    head = (torch.randn(8192, 8) * 0.1).half().requires_grad_()
+    teacher = (torch.randn(2048, 8).half(), (torch.randn(8192, 8) * 0.1).half())
+    labels = torch.zeros(2048, dtype=torch.long)
+    terms = fused_linear_loss(student, head, labels, LossWeights(), teacher, 256)
+    (terms.loss * 2.0**14).backward()
+    _, _, _, grad_student, grad_head = reference(student, head, teacher, labels, LossWeights())
+    for found, expected in ((student.grad, grad_student), (head.grad, grad_head)):
+        assert (found.double() / 2.0**14 - expected).norm() / expected.norm() < 0.05

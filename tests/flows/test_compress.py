@@ -203,6 +203,19 @@ def test_a_failed_gate_stops_before_the_export(finished, tmp_path, teacher, corp
     assert done.returncode == 1
     assert "at least 5000.0% is asked for; not exported" in done.stderr
     assert not (workspace / "export").exists()
+    around = minitron("export", *settings(workspace, teacher, corpus), "evaluate.min_retention=50")
+    assert around.returncode == 1
+    assert not (workspace / "export").exists()
+
+
+def test_standard_output_is_json_alone_also_with_progress_bars(finished, tmp_path, teacher, corpus):
+    workspace = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(workspace / "student")
+    overrides = [*settings(workspace, teacher, corpus), "trainer.enable_progress_bar=true"]
+    done = minitron("distill", "--json", *overrides)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["made"] is True
+    assert "12/12" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from nemo_minitron.bridge.models import load_model
 from nemo_minitron.core.cut import Cut
 from nemo_minitron.core.select import select_units
 from nemo_minitron.families import axis_sizes, families
-from nemo_minitron.plugin.model import MinitronModel
+from nemo_minitron.plugin.model import MinitronModel, nemo_archive
 from nemo_minitron.plugin.transforms import DepthPruning, Pruning, WidthPruning
 from nemo_minitron.stages.prune import write_pruned
 from tests.conftest import logits, make_model
@@ -78,3 +78,18 @@ def test_a_plan_on_disk_and_a_plan_for_another_model(tmp_path):
         Pruning(plan)(model)
     with pytest.raises(ValueError, match="holds no Hugging Face model"):
         Pruning(plan)(torch.nn.Linear(2, 2))
+
+
+def test_what_a_transform_pruned_is_saved_as_what_it_is(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    checkpoint, plan = plan_for(folder)
+    expected = streamed(checkpoint, plan, tmp_path / "pruned")
+    model = MinitronModel.from_hf(str(folder)).eval()
+    Pruning(plan)(model)
+    (tmp_path / "hf").mkdir()
+    model.save_hf(tmp_path / "hf")
+    assert torch.equal(logits(tmp_path / "hf"), expected)
+    restored = MinitronModel.restore_from(
+        str(nemo_archive(model, tmp_path / "m.nemo")), map_location="cpu"
+    ).eval()
+    assert torch.equal(restored.model(torch.arange(20)[None]).logits, expected)
