@@ -1,7 +1,4 @@
-"""Hugging Face checkpoints on disk.
-
-Opened without reading weights, checked against the family table, written as a stream.
-"""
+"""Hugging Face checkpoints on disk: opened without reading weights, checked against the table."""
 
 import json
 import struct

@@ -1,7 +1,4 @@
-"""report.json and the one table that stands on the screen, in the report.
-
-On the model card and in Prefect.
-"""
+"""report.json and its table: the one on the screen, in the report, on the card and in Prefect."""
 
 import json
 from collections.abc import Mapping
@@ -80,7 +77,8 @@ def table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
             speed = row["speed"]
             cells.append(f"{speed['prefill_tokens_per_second']:,.0f}")
             cells.append(f"{speed['decode_tokens_per_second']:,.0f}")
-            cells.append(f"{speed['peak_megabytes']:,.0f}")
+            peak = speed["peak_megabytes"]
+            cells.append("–" if peak is None else f"{peak:,.0f}")
         rows.append(tuple(cells))
     return tuple(rows)
 

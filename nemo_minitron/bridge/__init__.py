@@ -1,4 +1,1 @@
-"""Floor 4: one foreign library per file.
-
-Transformers, tokenizers, datasets, lm-eval, huggingface_hub, matplotlib.
-"""
+"""Floor 4: one foreign library per file (transformers, tokenizers, datasets, lm-eval, matplotlib ...)."""

@@ -1,7 +1,4 @@
-"""lm-eval: its tasks, own task YAMLs, and two tasks made from held-out text.
-
-On a loaded Hugging Face model.
-"""
+"""lm-eval on a loaded model: its tasks, own task YAMLs, and two tasks made from held-out text."""
 
 import contextlib
 import itertools
@@ -146,10 +143,7 @@ def run_tasks(
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps a minute's worth of progress bars, and git's complaint outside of a repository.
-
-    Off the screen.
-    """
+    """Keeps progress bars, and git's complaint outside of a repository, off the screen."""
     sys.stderr.flush()
     saved = os.dup(2)
     try:

@@ -14,7 +14,9 @@ from typing import Any
 REPEATS = 3
 
 
-def measure_in_process(folder: Path, device: str, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+def measure_in_process(
+    folder: Path, device: str, prompt_tokens: int, new_tokens: int
+) -> dict[str, float | None]:
     """Measures a model in a fresh process.
 
     Returns:
@@ -37,11 +39,11 @@ def measure_in_process(folder: Path, device: str, prompt_tokens: int, new_tokens
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise RuntimeError(f"speed of {folder}: {last}")
-    numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    numbers: dict[str, float | None] = json.loads(done.stdout.splitlines()[-1])
     return numbers
 
 
-def _measure(folder: Path, device_name: str, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
+def _measure(folder: Path, device_name: str, prompt_tokens: int, new_tokens: int) -> dict[str, float | None]:
     import torch
 
     from nemo_minitron.bridge.models import frozen, load_model, pick_device
@@ -59,11 +61,11 @@ def _measure(folder: Path, device_name: str, prompt_tokens: int, new_tokens: int
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:
-        peak = _status_megabytes("VmHWM") - before
+        peak = None if before is None else _status_megabytes("VmHWM") - before
     return {
         "prefill_tokens_per_second": round(prompt_tokens / min(run[0] for run in runs), 1),
         "decode_tokens_per_second": round(new_tokens / min(run[1] for run in runs), 1),
-        "peak_megabytes": round(peak, 1),
+        "peak_megabytes": None if peak is None else round(peak, 1),
     }
 
 
@@ -101,12 +103,15 @@ def _warm_up(folder: Path) -> None:
     torch.ones(512, 512) @ torch.ones(512, 512)
 
 
-def _start_counting() -> float:
+def _start_counting() -> float | None:
     """Sets the process' peak back to what it holds now (Linux, proc(5), clear_refs); returns that.
 
     ``getrusage`` cannot serve: its peak survives exec, so that a child starts with its parent's.
     """
-    Path("/proc/self/clear_refs").write_text("5")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # another system: memory is not measured
+        return None
     return _status_megabytes("VmRSS")
 
 

@@ -48,10 +48,7 @@ class TextSet:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the files' contents (files over 64 MiB.
-
-        Size, first and last MiB), the format and the split.
-        """
+        """SHA-256 over contents, format and split; of files over 64 MiB, size, first and last MiB."""
         contents = [[_format_of(path), _fingerprint(path)] for path in self.files]
         return digest(
             [contents, self.format, self.text_key, self.side, self.holdout if self.side != "all" else None]

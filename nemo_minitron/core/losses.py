@@ -41,10 +41,7 @@ def forward_kl(teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0)
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Mix of the terms: ``L = kl * KL(teacher || student.
-
-    Tau) + ce * cross-entropy``, means over valid tokens.
-    """
+    """L = kl x KL(teacher || student; tau) + ce x cross-entropy, means over valid tokens."""
 
     kl: float = 1.0
     ce: float = 0.0

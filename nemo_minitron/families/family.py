@@ -64,10 +64,7 @@ class Tap:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: everything that scoring, planning.
-
-    Cutting and sizing need to know about an architecture.
-    """
+    """What scoring, planning, cutting and sizing need to know about an architecture."""
 
     model_type: str
     architecture: str

@@ -202,10 +202,7 @@ class Config:
 
 
 def describe(section: Any = Config, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """All keys below a section as (dotted name, dataclass field, section class).
-
-    For documentation and checks.
-    """
+    """All keys below a section as (dotted name, dataclass field, section class)."""
     rows: list[tuple[str, Any, Any]] = []
     hints = section.__annotations__
     for item in fields(section):

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.build import make
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.artifacts.manifest import Input, read_manifest, write_json
+from nemo_minitron.artifacts.manifest import Input, digest, hash_file, read_manifest, write_json
 from nemo_minitron.artifacts.report import FILE, check_gate, columns, read_report, table
 from nemo_minitron.artifacts.workspace import input_artifact
 from nemo_minitron.core.size import model_size
@@ -38,6 +38,9 @@ def run(config: Config) -> Result:
     models, inputs = _models(config)
     texts = validation_text(config)
     inputs.append(text_input(texts))
+    if config.evaluate.task_dir is not None:
+        own = sorted(path for path in Path(config.evaluate.task_dir).rglob("*") if path.is_file())
+        inputs.append(Input(config.evaluate.task_dir, digest([[p.name, hash_file(p)] for p in own])))
     settings = {**asdict(config.evaluate), "validation": sampling(config.data.validation, VALIDATION_SAMPLES)}
     del settings["min_retention"], settings["from_scratch"]
     folder = workspace / "report"

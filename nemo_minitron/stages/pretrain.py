@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.checkpoint import read_config
+from nemo_minitron.artifacts.checkpoint import read_config, tokenizer_fingerprint
+from nemo_minitron.artifacts.manifest import Input
 from nemo_minitron.artifacts.workspace import input_artifact
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
@@ -58,7 +59,10 @@ def _teacher(config: Config) -> Result:
         return load_tokenizer(files, shape["vocab_size"])
 
     role = Role(tokenizer, start, prepare=prepare)
-    made = train_into(folder, "pretrain", config, section, training_inputs(config), role)
+    inputs = training_inputs(config)
+    if given is not None:
+        inputs.append(Input(given, tokenizer_fingerprint(files)))
+    made = train_into(folder, "pretrain", config, section, inputs, role)
     return Result("pretrain", folder, made, last_losses(folder))
 
 
