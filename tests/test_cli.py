@@ -158,7 +158,7 @@ def test_score_plan_prune_by_hand_and_again(capsys, scored, workspace):
         2,
     ]
     plan = json.loads((workspace / "plan" / "plan.json").read_text())
-    assert plan["before"]["hidden"], plan["after"]["hidden"] == (24, 12)
+    assert (plan["before"]["hidden"], plan["after"]["hidden"]) == (24, 12)
     assert main(["prune", *scored, *targets, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["made"] is False
     assert main(["verify", str(workspace)]) == 0

@@ -96,20 +96,6 @@ def over_batch(sums: Moments, how: str) -> Tensor:
     return (sums.squares / sums.samples - mean.square()).clamp(min=0)
 
 
-def head_norms(x_BSF: Tensor, heads: int) -> Tensor:
-    """L2 norm of every head's channels ([P1] eq. for head importance).
-
-    Args:
-        x_BSF: attention output before the output projection, shape [samples, positions, heads x head_dim].
-        heads: number of query heads.
-
-    Returns:
-        Tensor of shape [samples, positions, heads], float32.
-    """
-    norms: Tensor = torch.linalg.vector_norm(x_BSF.unflatten(-1, (heads, -1)), dim=-1, dtype=torch.float32)
-    return norms
-
-
 def cosine_sums(before_BSH: Tensor, after_BSH: Tensor, mask_BS: Tensor | None) -> tuple[float, int]:
     """Sum over valid tokens of cos(x_i, x_{i+1}), and their number.
 

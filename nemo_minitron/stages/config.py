@@ -217,8 +217,11 @@ def markdown() -> str:
     """docs/configuration.md: every key with its default and meaning."""
     lines = ["# Configuration", "", "Made by `make docs` from `nemo_minitron/stages/config.py`.", ""]
     lines += ["| key | default | meaning |", "|---|---|---|"]
-    for name, item, section in describe():
-        default = getattr(section(), item.name)
+    defaults = Config()
+    for name, item, _ in describe():
+        default: Any = defaults
+        for part in name.split("."):
+            default = getattr(default, part)
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
         choices = item.metadata["choices"]
         text = item.metadata["help"] + (f" (one of: {', '.join(choices)})" if choices else "")
