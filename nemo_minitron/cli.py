@@ -6,11 +6,12 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nemo_minitron
+from nemo_minitron import lookup
+from nemo_minitron.lookup import print_table
 from nemo_minitron.stages import STAGES, run_stage
 
 if TYPE_CHECKING:
@@ -61,6 +62,12 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     size.add_argument("--context", type=int, default=4096, help="tokens of context that FLOPs assume")
     size.add_argument("--json", action="store_true")
     families = commands.add_parser("families", help=_HELP["families"], description=_HELP["families"])
+    families.add_argument(
+        "names", nargs="*", metavar="MODEL_TYPE", help="these only; families.path=TABLE adds your own"
+    )
+    families.add_argument(
+        "--prove", action="store_true", help="prove the tables on tiny models (seconds each)"
+    )
     families.add_argument("--json", action="store_true")
     for name, operand in (("report", "workspace"), ("verify", "path")):
         command = commands.add_parser(name, help=_HELP[name], description=_HELP[name])
@@ -132,19 +139,37 @@ def _stage(args: argparse.Namespace) -> int:
     from nemo_minitron.artifacts.workspace import locked
 
     config = _config(args)
-    with locked(Path(config.workspace)):
-        if args.command not in ("download", "pretrain"):
-            _quick_download(config)
-        with contextlib.redirect_stdout(sys.stderr):  # progress bars; standard output is for the result
-            result = run_stage(args.command, config)
+    # progress bars go to the error output: standard output is for the result
+    with locked(Path(config.workspace)), contextlib.redirect_stdout(sys.stderr):
+        for name in _before(args.command, config):
+            _notes(run_stage(name, config))
+        result = run_stage(args.command, config)
     _show(result, args.json)
+    _notes(result)
     return 0
 
 
-def _quick_download(config: "Config") -> None:
-    """Makes the pointer to the source model where a stage is run on its own before ``download``."""
-    if config.source.model is not None:
-        run_stage("download", config)
+def _before(command: str, config: "Config") -> list[str]:
+    """Stages that cost next to nothing, brought up to date before one that is run on its own.
+
+    The pointer to the source model; the plan, where its sizes are given; a ranking that needs no data.
+    """
+    names = (
+        ["download"] if config.source.model is not None and command not in ("download", "pretrain") else []
+    )
+    from nemo_minitron.stages.plan import given, needs_scores
+
+    if command in ("plan", "prune") and given(config.plan):
+        if needs_scores(config.plan) and config.score.importance != "activation":
+            names.append("score")
+        if command == "prune":
+            names.append("plan")
+    return names
+
+
+def _notes(result: "Result") -> None:
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -164,7 +189,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     evaluated = [result for result in results if result.stage == "evaluate"]
     for result in evaluated:
-        _print_table(result.columns, result.rows, result.headline)
+        print_table(result.columns, result.rows, result.headline)
     print(
         f"report  {Path(config.workspace) / 'report' / 'report.html'}\n"
         f"model   {Path(config.workspace) / 'export'}"
@@ -177,90 +202,15 @@ def _show(result: "Result", as_json: bool) -> None:
         print(json.dumps(_json(result), indent=2))
         return
     if result.columns:
-        _print_table(result.columns, result.rows)
+        print_table(result.columns, result.rows)
     print(f"{result.stage}: {result.headline}" + ("" if result.made else " (already done)"))
 
 
 def _json(result: "Result") -> dict[str, Any]:
     return {
         "stage": result.stage, "folder": str(result.folder), "made": result.made, "headline": result.headline,
-        "facts": result.facts,
+        "facts": result.facts, "notes": list(result.notes),
     }  # fmt: skip
-
-
-def _print_table(
-    columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...], title: str | None = None
-) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
-
-
-def _size(args: argparse.Namespace) -> int:
-    from nemo_minitron.artifacts.checkpoint import read_config
-    from nemo_minitron.core.size import model_size
-    from nemo_minitron.families import axis_sizes, check_sizes, config_with_sizes, family_of
-
-    path = Path(args.model).expanduser()
-    if path.name == "config.json":
-        path = path.parent
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
-        from nemo_minitron.bridge.hub import download_config
-
-        path = download_config(args.model)
-    config = read_config(path)
-    family = family_of(config, str(path / "config.json"))
-    sizes = axis_sizes(family, config, str(path / "config.json"))
-    for text in args.sizes:
-        axis, _, value = text.partition("=")
-        if axis not in sizes or not value.isdecimal() or int(value) < 1:
-            raise ValueError(f"size: expected AXIS=SIZE with an axis of {', '.join(sizes)}, found {text!r}")
-        sizes[axis] = int(value)
-    check_sizes(family, sizes, "size")
-    if args.context < 1:
-        raise ValueError(f"size: --context: expected at least 1, found {args.context}")
-    size = model_size(family, config_with_sizes(family, config, sizes), args.context)
-    facts = {**sizes, **asdict(size)}
-    if args.json:
-        print(json.dumps(facts, indent=2))
-        return 0
-    rows = [(axis, f"{value:,}") for axis, value in sizes.items()]
-    rows += [
-        ("parameters", f"{size.parameters:,} ({size.parameters / 1e9:.3f} B)"),
-        ("without embeddings", f"{size.non_embedding:,} ({size.non_embedding / 1e9:.3f} B)"),
-        (f"FLOPs per token at {size.context} tokens", f"{size.flops_per_token:,}"),
-        (f"KV-cache bytes per token ({size.cache_bytes} bytes each)", f"{size.kv_bytes_per_token:,}"),
-    ]
-    _print_table(("", str(args.model)), tuple(rows))
-    return 0
-
-
-def _families(args: argparse.Namespace) -> int:
-    from nemo_minitron.families import families
-
-    if args.json:
-        listed = {
-            name: {
-                "architecture": family.architecture,
-                "prunable": list(family.prunable),
-                "axes": list(family.axes),
-            }
-            for name, family in families().items()
-        }
-        print(json.dumps(listed, indent=2))
-        return 0
-    rows = [(name, family.architecture, ", ".join(family.prunable)) for name, family in families().items()]
-    _print_table(("model_type", "architecture", "axes that can be pruned"), tuple(rows))
-    return 0
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -274,24 +224,11 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
-    from nemo_minitron.artifacts.workspace import verify_tree
-
-    if not args.path.is_dir():
-        raise ValueError(f"{args.path}: no such folder")
-    count, problems = verify_tree(args.path)
-    if args.json:
-        print(json.dumps({"artifacts": count, "problems": problems}, indent=2))
-    else:
-        print("\n".join([*problems, f"{count} artifacts checked, {len(problems)} problems"]))
-    return 1 if problems else 0
-
-
 _COMMANDS = {
     "run": _run,
     **dict.fromkeys(STAGES, _stage),
-    "size": _size,
-    "families": _families,
+    "size": lookup.size,
+    "families": lookup.families,
     "report": _report,
-    "verify": _verify,
+    "verify": lookup.verify,
 }

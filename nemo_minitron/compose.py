@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import nemo_minitron
+from nemo_minitron.families import use_tables
 from nemo_minitron.stages.config import Config, describe
 
 _PACKAGE = Path(nemo_minitron.__file__).parent
@@ -68,8 +69,7 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
             f"{own}: a configuration is not valid YAML: {' '.join(str(error).split())}"
         ) from error
     assert isinstance(config, Config)
-    _check_values(config)
-    return config
+    return _checked(config)
 
 
 def _explain(error: Exception, name: str, folder: Path) -> str:
@@ -109,6 +109,13 @@ def _unknown_key(key: str) -> str:
     return f"{key}: no such configuration key{hint}"
 
 
+def _checked(config: Config) -> Config:
+    _check_values(config)
+    if config.families.path is not None:
+        use_tables(config.families.path)
+    return config
+
+
 def _check_values(config: Config) -> None:
     for name, item, _ in describe():
         choices = item.metadata["choices"]
@@ -138,5 +145,4 @@ def from_dict(values: dict[str, Any]) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, "parameters", CONFIGS)) from error
     assert isinstance(config, Config)
-    _check_values(config)
-    return config
+    return _checked(config)

@@ -152,8 +152,25 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) ->
     return folder
 
 
+def stream(
+    source: Path, target: Path, keep: dict[str, torch.Tensor], layers: tuple[int, ...] | None = None
+) -> Path:
+    """Cuts a saved model through the streaming writer."""
+    from nemo_minitron.artifacts.checkpoint import open_checkpoint
+    from nemo_minitron.artifacts.pruned import write_pruned
+    from nemo_minitron.core.cut import Cut
+    from nemo_minitron.families import axis_sizes
+
+    checkpoint = open_checkpoint(source)
+    every = range(axis_sizes(checkpoint.family, checkpoint.config)["layers"])
+    target.mkdir()
+    cut = Cut(checkpoint.family, checkpoint.config, keep, tuple(every) if layers is None else layers)
+    write_pruned(checkpoint, [(target, cut)], 10**9)
+    return target
+
+
 def minitron(
-    *arguments: str, cwd: Path | None = None, timeout: int = 240
+    *arguments: str, cwd: Path | None = None, timeout: int = 240, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs the command line in a process of its own."""
     return subprocess.run(
@@ -161,6 +178,7 @@ def minitron(
         capture_output=True,
         text=True,
         cwd=cwd,
+        env={**os.environ, **(env or {})},
         timeout=timeout,
         check=False,
     )

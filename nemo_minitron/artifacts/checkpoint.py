@@ -1,7 +1,7 @@
 """Hugging Face checkpoints on disk: opened without reading weights, checked against the table."""
 
+import itertools
 import json
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemo_minitron.artifacts.foreign import check_config, check_folder, check_names
+from nemo_minitron.artifacts.headers import FLOATS, read_header
 from nemo_minitron.artifacts.manifest import digest, hash_file
-from nemo_minitron.families import Family, axis_sizes, expected_tensors, family_of, find_row
+from nemo_minitron.families import (
+    Family,
+    axis_sizes,
+    expected_tensors,
+    family_of,
+    find_row,
+    own_tables,
+)
 from nemo_minitron.families.grammar import row_axes
 
 INDEX = "model.safetensors.index.json"
@@ -29,16 +38,21 @@ TOKENIZER_FILES = (
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 _SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES)
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a checkpoint: its file, safetensors dtype name and shape."""
+    """One tensor of a checkpoint: its file, safetensors dtype name, shape, and where its bytes start."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    start: int
+
+    @property
+    def width(self) -> int:
+        """Bytes of one number."""
+        return FLOATS[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -70,26 +84,26 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             tensors that the table does not know or that have another shape, quantised weights; each with
             file and names.
     """
+    check_folder(folder)
     config = read_config(folder)
     family = family_of(config, str(folder / "config.json"))
-    if config.get("quantization_config"):
-        settings = config["quantization_config"]
-        method = settings.get("quant_method", "quantised") if isinstance(settings, dict) else settings
-        raise ValueError(
-            f"{folder / 'config.json'}: weights are quantised ({method}); dequantise the model first"
-        )
+    check_config(folder, config)
     files = weight_files(folder)
-    headers = {file: read_header(folder / file) for file in files}
-    entries = {
-        name: Entry(file, item["dtype"], tuple(item["shape"]))
-        for file, header in headers.items()
-        for name, item in header.items()
-        if name != "__metadata__"
-    }
+    headers = {}
+    entries: dict[str, Entry] = {}
+    for file in files:
+        headers[file], data = read_header(folder / file)
+        for name, item in headers[file].items():
+            if name == "__metadata__":
+                continue
+            if name in entries:
+                raise ValueError(f"{folder}: {name} is in two shards, {entries[name].file} and {file}")
+            entries[name] = Entry(file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0])
     _check_entries(folder, family, config, entries)
     stamp = [[file, (folder / file).stat().st_size, digest(headers[file])] for file in files]
     sides = [[name, hash_file(folder / name)] for name in _SIDE_FILES if (folder / name).is_file()]
-    return Checkpoint(folder, config, family, entries, digest([stamp, config, sides]))
+    table = [] if family.model_type not in own_tables() else [repr(family)]
+    return Checkpoint(folder, config, family, entries, digest([stamp, config, sides, *table]))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -141,55 +155,27 @@ def weight_files(folder: Path) -> list[str]:
     raise ValueError(f"{folder}: no safetensors weights ({SINGLE} or {INDEX})")
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Header of a safetensors file, after checking that the file is as long as its header says.
-
-    Raises:
-        ValueError: the file is truncated, has trailing bytes, or its header is not one of safetensors.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > min(size - 8, 100 * 2**20):
-                raise ValueError("header is longer than the file")
-            header = json.loads(file.read(length))
-        spans = [item["data_offsets"] for name, item in header.items() if name != "__metadata__"]
-        shapes = [tuple(item["shape"]) for name, item in header.items() if name != "__metadata__"]
-        if not all(isinstance(extent, int) and extent >= 0 for shape in shapes for extent in shape):
-            raise ValueError("shapes are not whole numbers")
-        end = 8 + length + max((span[1] for span in spans), default=0)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        struct.error,
-        RecursionError,
-    ) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from error
-    if end != size:
-        raise ValueError(f"{path}: truncated: expected {end} bytes, found {size}")
-    return dict(header)
-
-
 def _check_entries(
     folder: Path, family: Family, config: Mapping[str, Any], entries: Mapping[str, Entry]
 ) -> None:
     sizes = axis_sizes(family, config, str(folder / "config.json"))
-    for axis in family.indexed:
-        if sizes[axis.name] > len(entries):  # also keeps an absurd config from being expanded
-            raise ValueError(
-                f"{folder / 'config.json'}: {sizes[axis.name]} {axis.name}, but only {len(entries)} tensors"
-            )
-    expected = {name: shape for name, _, shape in expected_tensors(family, config)}
+    if sizes["layers"] > len(entries):  # also keeps an absurd config from being expanded
+        raise ValueError(
+            f"{folder / 'config.json'}: {sizes['layers']} layers, but only {len(entries)} tensors"
+        )
+    try:
+        # one more than there are is enough to find one that is missing
+        first = itertools.islice(expected_tensors(family, config), len(entries) + 1)
+        expected = {name: shape for name, _, shape in first}
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    unknown = sorted(name for name in set(entries) - set(expected) if not _is_surplus(family, name))
+    check_names(folder, unknown, sizes["layers"])
     missing = sorted(set(expected) - set(entries))
     if missing:
         raise ValueError(
             f"{folder}: {len(missing)} tensors of family {family.model_type!r} are missing: {missing[0]}"
         )
-    unknown = sorted(name for name in set(entries) - set(expected) if not _is_surplus(family, name))
     if unknown:
         reason = (
             "that config.json does not ask for" if find_row(family, unknown[0]) else "in no row of the table"
@@ -198,14 +184,14 @@ def _check_entries(
             f"{folder}: {len(unknown)} tensors {reason} of family {family.model_type!r}: {unknown[0]}"
         )
     for name, shape in expected.items():
+        if entries[name].dtype not in FLOATS:
+            raise ValueError(
+                f"{folder}: {name} is stored as {entries[name].dtype}; dequantise the model first"
+            )
         if entries[name].shape != shape:
             found = list(entries[name].shape)
             raise ValueError(
                 f"{folder}: {name}: config.json implies shape {list(shape)}, the file holds {found}"
-            )
-        if entries[name].dtype not in _FLOATS:
-            raise ValueError(
-                f"{folder}: {name} is stored as {entries[name].dtype}; dequantise the model first"
             )
 
 
@@ -253,13 +239,17 @@ def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Spells out dtype and rope settings for transformers 4 and 5 alike.
 
     transformers 5 writes ``rope_parameters`` and ``dtype``; 4.57 reads ``rope_theta``, ``rope_scaling``,
-    ``partial_rotary_factor`` and ``torch_dtype`` and silently falls back to defaults without them.
+    ``partial_rotary_factor``, ``rope_local_base_freq`` (where layer types differ) and ``torch_dtype``, and
+    silently falls back to defaults without them.
     """
     written = dict(config)
     for ours, theirs in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
         if written.get(ours) is not None and written.get(theirs) is None:
             written[theirs] = written[ours]
     rope = written.get("rope_parameters")
+    if isinstance(rope, Mapping) and isinstance(rope.get("sliding_attention"), Mapping):
+        written.setdefault("rope_local_base_freq", rope["sliding_attention"].get("rope_theta"))
+        rope = rope.get("full_attention")
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         written.setdefault("rope_theta", rope["rope_theta"])
         if "partial_rotary_factor" in rope:

@@ -1,111 +1,224 @@
-"""safetensors shards written as a stream: one tensor in memory at a time, hashed on the way."""
+"""safetensors shards written as a stream of blocks: hashed on the way, nothing held but the block at hand."""
 
+import errno
 import hashlib
 import json
+import shutil
 import struct
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nemo_minitron.artifacts.checkpoint import INDEX, SINGLE
 from nemo_minitron.artifacts.manifest import write_json
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
 }  # fmt: skip
+_WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+Block = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: its name, dtype and shape are known before its values are."""
+    """A tensor to be written: its name, safetensors dtype and shape are known before its values are."""
 
     name: str
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Bytes of one number."""
+        return _WIDTH[self.dtype]
 
     @property
     def size(self) -> int:
         """Bytes."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
+        return self.width * int(np.prod(self.shape, dtype=np.int64))
+
+
+def stored_order(tensors: Sequence[Planned]) -> list[Planned]:
+    """Widest numbers first.
+
+    So every tensor lies aligned to its own width in its file, as the safetensors library has it.
+    """
+    return sorted(tensors, key=lambda tensor: -tensor.width)
+
+
+class ShardWriter:
+    """Writes tensors, block by block, into shards and, where there are several, their index.
+
+    Blocks are written and hashed, each in a thread of its own, while the caller makes the next. A block must
+    not be changed before ``wait`` has returned for its ticket.
+    """
+
+    MOST = 4
+    """Blocks that may be on their way to the disk."""
+
+    def __init__(self, folder: Path, tensors: Sequence[Planned], shard_bytes: int) -> None:
+        """Plans the shards.
+
+        Args:
+            folder: an existing folder.
+            tensors: what will be written, in ``stored_order``.
+            shard_bytes: largest shard, in bytes of tensors; a larger tensor gets a shard of its own.
+
+        Raises:
+            OSError: the disk has no room for them.
+        """
+        total = sum(tensor.size for tensor in tensors)
+        free = shutil.disk_usage(folder).free
+        if total > free:
+            text = f"no space left: {folder} needs {total:,} bytes, {free:,} are free"
+            raise OSError(errno.ENOSPC, text)
+        self.hashes: dict[str, str] = {}
+        self._folder, self._total = folder, total
+        self._shards = _shards(tensors, shard_bytes)
+        self._files = _file_names(len(self._shards))
+        self._position, self._left = -1, 0
+        self._file: RawIOBase | None = None
+        self._digester = hashlib.sha256()
+        self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._pending: list[tuple[Future[Any], Future[Any]]] = []
+        self._ticket = 0
+
+    def __enter__(self) -> "ShardWriter":
+        """Opens the first shard."""
+        self._next_shard()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finishes the last shard and the index; after an error only lets go of the file and the threads."""
+        try:
+            if kind is None:
+                self._finish_shard()
+                assert self._position == len(self._shards) - 1, "fewer bytes than planned"
+                self._write_index()
+        finally:
+            self._writer.shutdown(cancel_futures=True)
+            self._hasher.shutdown(cancel_futures=True)
+            if self._file is not None:
+                self._file.close()
+
+    def write(self, block: Block) -> int:
+        """Appends a contiguous block, which may end a tensor but not reach into the next shard.
+
+        Returns:
+            The block's ticket.
+        """
+        data = memoryview(block.reshape(-1).view(np.uint8).data)
+        if self._left == 0:
+            self._finish_shard()
+            self._next_shard()
+        assert len(data) <= self._left and self._file is not None, "more bytes than planned"
+        self._left -= len(data)
+        self._pending.append(
+            (self._writer.submit(_put, self._file, data), self._hasher.submit(self._digester.update, data))
+        )
+        self._ticket += 1
+        self.wait(self._ticket - self.MOST)
+        return self._ticket
+
+    def wait(self, ticket: int) -> None:
+        """Returns when the block with this ticket is written and hashed."""
+        while self._pending and self._ticket - len(self._pending) < ticket:
+            for future in self._pending.pop(0):
+                future.result()
+
+    def _next_shard(self) -> None:
+        self._position += 1
+        shard = self._shards[self._position]
+        header = _header(shard)
+        self._file = (self._folder / self._files[self._position]).open("wb", buffering=0)
+        self._digester = hashlib.sha256(header)
+        self._file.write(header)
+        self._left = sum(tensor.size for tensor in shard)
+
+    def _finish_shard(self) -> None:
+        self.wait(self._ticket)
+        assert self._left == 0 and self._file is not None, "fewer bytes than planned"
+        self._file.close()
+        self.hashes[self._files[self._position]] = self._digester.hexdigest()
+
+    def _write_index(self) -> None:
+        if len(self._shards) == 1:
+            return
+        weight_map = {
+            tensor.name: file
+            for file, shard in zip(self._files, self._shards, strict=True)
+            for tensor in shard
+        }
+        meta = {"total_size": self._total}
+        write_json(self._folder / INDEX, {"metadata": meta, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _put(file: RawIOBase, data: memoryview) -> None:
+    """Writes all of it; a disk takes less than asked when it runs full, and 2 GiB at most at a time."""
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:]) or 0
+
+
+def _shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.size > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.size
+    return shards
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _header(tensors: Sequence[Planned]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for tensor in tensors:
+        span = [start, start + tensor.size]
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        start = span[1]
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def write_weights(
-    folder: Path,
-    tensors: Sequence[Planned],
-    read: Callable[[str], Tensor],
-    shard_bytes: int,
-    progress: Callable[[int], None] = lambda _: None,
+    folder: Path, tensors: Sequence[Planned], read: Callable[[str], Tensor], shard_bytes: int
 ) -> dict[str, str]:
-    """Writes safetensors shards and, where there are several, their index, one tensor in memory at a time.
+    """Writes safetensors shards, one tensor in memory at a time.
 
     Args:
         folder: an existing folder.
-        tensors: what to write, in the order of the file.
+        tensors: what to write.
         read: gives the values of one tensor by name.
-        shard_bytes: largest shard, in bytes of tensors; a larger tensor gets a shard of its own.
-        progress: called with the bytes of each tensor written.
+        shard_bytes: largest shard, in bytes of tensors.
 
     Returns:
         File name to SHA-256, computed while writing.
     """
-    shards: list[list[Planned]] = [[]]
-    for tensor in tensors:
-        if shards[-1] and sum(t.size for t in shards[-1]) + tensor.size > shard_bytes:
-            shards.append([])
-        shards[-1].append(tensor)
-    names = [SINGLE] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
-    ]  # fmt: skip
-    hashes = {}
-    for file, shard in zip(names, shards, strict=True):
-        hashes[file] = _write_shard(folder / file, shard, read, progress)
-    if len(shards) > 1:
-        weight_map = {
-            tensor.name: file for file, shard in zip(names, shards, strict=True) for tensor in shard
-        }
-        total = sum(tensor.size for tensor in tensors)
-        write_json(
-            folder / INDEX,
-            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
-        )
-    return hashes
-
-
-def _write_shard(
-    path: Path, tensors: Iterable[Planned], read: Callable[[str], Tensor], progress: Callable[[int], None]
-) -> str:
-    # widest numbers first keeps every tensor aligned to its own width, as the safetensors library does
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in ordered:
-        span = [offset, offset + tensor.size]
-        header[tensor.name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": span,
-        }
-        offset = span[1]
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    digester = hashlib.sha256()
-    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
-        for block in (struct.pack("<Q", len(encoded)), encoded):
-            file.write(block)
-            digester.update(block)
+    ordered = stored_order(tensors)
+    with ShardWriter(folder, ordered, shard_bytes) as writer:
         for tensor in ordered:
-            values = read(tensor.name)
-            assert tuple(values.shape) == tensor.shape and values.dtype == tensor.dtype, tensor
-            data = values.contiguous().reshape(-1).view(torch.uint8).numpy().data
-            hashed = hasher.submit(digester.update, data)  # both let go of the interpreter's lock
-            file.write(data)
-            hashed.result()
-            progress(tensor.size)
-    return digester.hexdigest()
+            values = read(tensor.name).detach().contiguous()
+            assert tuple(values.shape) == tensor.shape and DTYPES[values.dtype] == tensor.dtype, tensor
+            if tensor.size:
+                writer.write(values.reshape(-1).view(torch.uint8).numpy())
+    return writer.hashes

@@ -113,12 +113,21 @@ def head_of(model: Any) -> Tensor:
 
 
 def hidden_states(model: Any, family: Family, tokens_BS: Tensor) -> Tensor:
-    """Last hidden states, after the final norm.
+    """What the output projection gets: last hidden states, after the final norm.
 
-    [batch, positions] token ids to [batch, positions, hidden].
+    Divided where the family divides its logits. [batch, positions] token ids to [batch, positions, hidden].
     """
     hidden: Tensor = decoder_of(model, family)(input_ids=tokens_BS, use_cache=False).last_hidden_state
-    return hidden
+    divisor = getattr(model.config, family.logits["divide"]) if "divide" in family.logits else 1
+    return hidden if divisor == 1 else hidden / divisor
+
+
+def softcap_of(model: Any, family: Family) -> float | None:
+    """The cap c of a model whose logits x are c tanh(x / c), or None."""
+    cap: float | None = (
+        getattr(model.config, family.logits["softcap"]) if "softcap" in family.logits else None
+    )
+    return cap
 
 
 def save_model(model: Any, folder: Path, config: Mapping[str, Any], shard_size: int = 5_000_000_000) -> None:

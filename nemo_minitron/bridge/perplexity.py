@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nemo_minitron.bridge.models import head_of, hidden_states
+from nemo_minitron.bridge.models import head_of, hidden_states, softcap_of
 from nemo_minitron.core.losses import LossWeights, fused_linear_loss
 from nemo_minitron.families import Family
 
@@ -23,7 +23,11 @@ def held_out_loss(model: Any, family: Family, tokens_NS: Tensor, batch_size: int
         batch_BS = batch_BS.to(head_of(model).device)
         hidden_TH = hidden_states(model, family, batch_BS[:, :-1]).flatten(0, 1)
         terms = fused_linear_loss(
-            hidden_TH, head_of(model), batch_BS[:, 1:].flatten(), LossWeights(kl=0.0, ce=1.0)
+            hidden_TH,
+            head_of(model),
+            batch_BS[:, 1:].flatten(),
+            LossWeights(kl=0.0, ce=1.0),
+            softcaps=(softcap_of(model, family), None),
         )
         total += float(terms.ce) * len(batch_BS)
     return total / len(tokens_NS)

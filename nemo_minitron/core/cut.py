@@ -1,15 +1,25 @@
 """Slicing tensors along named axes, and rewriting config.json to match ([P1] section 2.3, trimming)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.core.select import Keep
-from nemo_minitron.families import Family, TensorRow, axis_sizes, config_with_sizes, find_row
-from nemo_minitron.families.grammar import Dim, dim_size, row_shape
+from nemo_minitron.families import (
+    Family,
+    TensorRow,
+    axis_sizes,
+    config_values,
+    config_with_sizes,
+    evaluate,
+    fill,
+    find_row,
+)
+from nemo_minitron.families.grammar import Dim, dim_size, extent, row_axes, row_shape
 
 
 @dataclass(frozen=True)
@@ -21,59 +31,134 @@ class Cut:
     keep: Keep
     layers: tuple[int, ...]
 
+    @cached_property
+    def before(self) -> dict[str, int]:
+        """Axis sizes of the source."""
+        return axis_sizes(self.family, self.config)
 
-def cut_tensor(
-    tensor: Tensor, row: TensorRow, sizes: Mapping[str, int], keep: Mapping[str, Tensor]
-) -> Tensor:
-    """Slices one tensor along every axis that its row names.
+    @cached_property
+    def after(self) -> dict[str, int]:
+        """Axis sizes of the result."""
+        kept = {name: index.shape[-1] for name, index in self.keep.items()}
+        return {**self.before, **kept, "layers": len(self.layers)}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the result.
+
+    Attributes:
+        name: its name in the result.
+        source: its name in the source checkpoint.
+        row: its row in the table.
+        shape: its shape in the result.
+        indices: per dimension the positions that survive, or None where all do; a tensor of shape [extent of
+            dimension 0, surviving] where each unit of dimension 0 keeps positions of its own.
+        scale, offset: ``offset`` + weights are multiplied by ``scale`` (a folded constant); 1 and 0 else.
+    """
+
+    name: str
+    source: str
+    row: TensorRow
+    shape: tuple[int, ...]
+    indices: tuple[Tensor | None, ...]
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+def pieces(cut: Cut, names: Sequence[str]) -> Iterator[Piece]:
+    """The tensors that survive a cut, in the order of the source.
 
     Args:
-        tensor: weights of the shape that ``row`` states.
-        row: the tensor's row in the family table.
-        sizes: size of every axis in the source model.
-        keep: axis name to kept units, shape [kept], for this tensor's layer.
-
-    Returns:
-        A contiguous tensor; ``tensor`` itself where nothing is cut.
+        cut: what is cut.
+        names: tensor names of the source checkpoint.
 
     Raises:
-        ValueError: the tensor does not have the shape that its row states.
+        ValueError: a name that no row of the family knows.
     """
-    expected = row_shape(row.dims, sizes)
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{row.pattern}: expected shape {list(expected)}, found {list(tensor.shape)}")
-    for position, dim in enumerate(
-        row.dims
-    ):  # rows first: they are the cheap cut, columns then touch less memory
-        tensor = _cut_dim(tensor, position, dim, sizes, keep)
-    return tensor.contiguous()
+    for name in names:
+        if any(pattern.fullmatch(name) for pattern in cut.family.ignored):
+            continue
+        found = find_row(cut.family, name)
+        if found is None:
+            raise ValueError(f"tensor {name!r} belongs to no row of family {cut.family.model_type!r}")
+        row, units = found
+        renumbered = _renumbered(cut, units)
+        if renumbered is None:
+            continue
+        keep = unit_keep(cut, row, units)
+        indices = surviving(row, cut.before, keep)
+        scale, offset = _fold(cut, name)
+        yield Piece(
+            fill(row.pattern, renumbered), name, row, row_shape(row.dims, cut.after), indices, scale, offset
+        )
 
 
-def _cut_dim(
-    tensor: Tensor, position: int, dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, Tensor]
-) -> Tensor:
-    if len(dim) > 1:
-        index = dim_index(dim, sizes, keep)
-        return tensor if index is None else _take(tensor, position, index)
-    # a product of axes is cut axis by axis, so that what stays together (a head's channels) is moved together
-    (product,) = dim
-    for place, axis in enumerate(product):
-        if axis in keep:
-            extents = [len(keep[name]) if name in keep else sizes[name] for name in product[:place]]
-            extents += [sizes[name] for name in product[place:]]
-            opened = tensor.unflatten(position, extents)
-            tensor = _take(opened, position + place, keep[axis]).flatten(
-                position, position + len(product) - 1
+def _renumbered(cut: Cut, units: Mapping[str, int]) -> dict[str, int] | None:
+    """The numbers that a tensor's units have in the result, or None where one of them goes."""
+    result = {}
+    for placeholder, unit in units.items():
+        axis = cut.family.indexed[placeholder].name
+        if axis == "layers":
+            kept = list(cut.layers)
+        elif axis in cut.keep:
+            kept = _at(cut, axis, units).tolist()
+        else:
+            kept = list(range(cut.before[axis]))
+        if unit not in kept:
+            return None
+        result[placeholder] = kept.index(unit)
+    return result
+
+
+def _at(cut: Cut, axis: str, units: Mapping[str, int]) -> Tensor:
+    """The kept units of an axis for the units that a tensor's name names, as far as it names them."""
+    index = cut.keep[axis]
+    for owner in cut.family.ranked_per(axis):
+        placeholder = cut.family.axes[owner].index or ""
+        if placeholder not in units:
+            break
+        index = index[units[placeholder]]
+    return index
+
+
+def unit_keep(cut: Cut, row: TensorRow, units: Mapping[str, int]) -> dict[str, Tensor]:
+    """The kept units of each axis of a row for one tensor.
+
+    Shape [kept]; [extent of dimension 0, kept] where dimension 0 is the axis whose units rank it each.
+
+    Raises:
+        ValueError: the row mixes such an axis with a dimension 0 of another kind.
+    """
+    keep = {}
+    for axis in row_axes(row.dims) & set(cut.keep):
+        index = _at(cut, axis, units)
+        if index.dim() > 1 and (index.dim() > 2 or row.dims[0] != ((cut.family.ranked_per(axis)[-1],),)):
+            raise ValueError(
+                f"{row.pattern}: nothing in the name or in dimension 0 says whose {axis} these are"
             )
-    return tensor
+        keep[axis] = index
+    return keep
 
 
-def _take(tensor: Tensor, position: int, index: Tensor) -> Tensor:
-    """``index_select``; along columns numpy's is three times as fast, for any two-byte numbers."""
-    if position == 0 or tensor.element_size() != 2 or tensor.device.type != "cpu":
-        return tensor.index_select(position, index.to(tensor.device))
-    taken = tensor.detach().view(torch.int16).numpy().take(index.numpy(), axis=position)
-    return torch.from_numpy(taken).view(tensor.dtype)
+def surviving(
+    row: TensorRow, sizes: Mapping[str, int], keep: Mapping[str, Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Positions that survive along every dimension of a tensor; see ``Piece.indices``."""
+    own = {axis: index for axis, index in keep.items() if index.dim() > 1}
+    shared = {axis: index for axis, index in keep.items() if index.dim() == 1}
+    indices: list[Tensor | None] = []
+    for dim in row.dims:
+        if any(axis in own for product in dim for axis in product):
+            count = next(iter(own.values())).shape[0]
+            each = [
+                dim_index(dim, sizes, {**shared, **{a: i[unit] for a, i in own.items()}})
+                for unit in range(count)
+            ]
+            indices.append(torch.stack([index for index in each if index is not None]))
+        else:
+            indices.append(dim_index(dim, sizes, shared))
+    return tuple(indices)
 
 
 def dim_index(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, Tensor]) -> Tensor | None:
@@ -89,55 +174,62 @@ def dim_index(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, Tensor]) ->
     """
     if not any(axis in keep for product in dim for axis in product):
         return None
-    parts, offset = [], 0
+    parts, start = [], 0
     for product in dim:
         index = torch.zeros(1, dtype=torch.int64)
         for axis in product:
-            units = keep[axis] if axis in keep else torch.arange(sizes[axis])
-            index = (index[:, None] * sizes[axis] + units[None, :]).flatten()
-        parts.append(index + offset)
-        offset += dim_size((product,), sizes)
+            units = keep[axis] if axis in keep else torch.arange(extent(axis, sizes))
+            index = (index[:, None] * extent(axis, sizes) + units[None, :]).flatten()
+        parts.append(index + start)
+        start += dim_size((product,), sizes)
     return torch.cat(parts)
 
 
-def layer_keep(family: Family, keep: Keep, layer: int | None) -> dict[str, Tensor]:
-    """The kept units that apply to one layer's tensors (None: to tensors outside the layers)."""
-    chosen = {}
-    for name, index in keep.items():
-        if family.axes[name].scope == "model":
-            chosen[name] = index
-        elif layer is not None:
-            chosen[name] = index[layer]
-    return chosen
-
-
-def cut_names(cut: Cut, names: list[str]) -> Iterator[tuple[str, str, TensorRow, int | None]]:
-    """Which tensors survive, and under which name.
+def cut_tensor(tensor: Tensor, piece: Piece, sizes: Mapping[str, int]) -> Tensor:
+    """Slices one tensor in memory along every axis that its row names.
 
     Args:
-        cut: what is cut.
-        names: tensor names of the source checkpoint.
+        tensor: weights of the shape that ``piece.row`` states.
+        piece: what survives.
+        sizes: size of every axis in the source model.
 
-    Yields:
-        New name, source name, row, and the source layer (None outside the layers).
+    Returns:
+        A contiguous tensor of ``piece.shape``.
 
     Raises:
-        ValueError: a name that no row of the family knows.
+        ValueError: the tensor does not have the shape that its row states.
     """
-    renumbered = {old: new for new, old in enumerate(cut.layers)}
-    placeholder = cut.family.axes["layers"].index
-    for name in names:
-        if any(pattern.fullmatch(name) for pattern in cut.family.ignored):
-            continue
-        found = find_row(cut.family, name)
-        if found is None:
-            raise ValueError(f"tensor {name!r} belongs to no row of family {cut.family.model_type!r}")
-        row, units = found
-        layer = units.get(placeholder) if placeholder else None
-        if layer is None:
-            yield name, name, row, None
-        elif layer in renumbered:
-            yield row.pattern.replace(f"{{{placeholder}}}", str(renumbered[layer])), name, row, layer
+    expected = row_shape(piece.row.dims, sizes)
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{piece.source}: expected shape {list(expected)}, found {list(tensor.shape)}")
+    for position, index in enumerate(piece.indices):
+        if index is not None and index.dim() == 1:
+            tensor = tensor.index_select(position, index.to(tensor.device))
+    for position, index in enumerate(piece.indices):
+        if index is not None and index.dim() == 2:
+            kept = index if piece.indices[0] is None else index[piece.indices[0]]
+            sides = {0: kept.shape[0], position: kept.shape[1]}
+            shape = [sides.get(i, 1) for i in range(tensor.dim())]
+            target = [*tensor.shape[:position], kept.shape[1], *tensor.shape[position + 1 :]]
+            tensor = tensor.gather(position, kept.reshape(shape).expand(target).to(tensor.device))
+    return rescaled(tensor, piece).contiguous()
+
+
+def rescaled(tensor: Tensor, piece: Piece) -> Tensor:
+    """Multiplies ``offset`` + weights by the piece's scale, computed in float32."""
+    if piece.scale == 1.0:
+        return tensor
+    return ((tensor.float() + piece.offset) * piece.scale - piece.offset).to(tensor.dtype)
+
+
+def _fold(cut: Cut, name: str) -> tuple[float, float]:
+    """Scale and offset of a tensor that the model multiplies by a constant of its sizes."""
+    for fold in cut.family.folds:
+        if fold.tensor == name and (
+            fold.when is None or evaluate(fold.when, config_values(cut.family, cut.config))
+        ):
+            return evaluate(fold.by, cut.before) / evaluate(fold.by, cut.after), fold.offset
+    return 1.0, 0.0
 
 
 def cut_config(cut: Cut) -> dict[str, Any]:
@@ -146,17 +238,23 @@ def cut_config(cut: Cut) -> dict[str, Any]:
     Raises:
         ValueError: a per-layer list does not have one entry per layer.
     """
-    sizes = axis_sizes(cut.family, cut.config)
-    for name, index in cut.keep.items():
-        sizes[name] = index.shape[-1]
-    layers = sizes["layers"]
-    sizes["layers"] = len(cut.layers)
-    written = config_with_sizes(cut.family, cut.config, sizes)
-    for key in cut.family.axes["layers"].lists:
+    written = config_with_sizes(cut.family, cut.config, cut.after)
+    axis = cut.family.axes["layers"]
+    if len(cut.layers) == cut.before["layers"]:
+        return written
+    values = config_values(cut.family, cut.config)
+    every = [{**values, axis.index or "": layer} for layer in range(cut.before["layers"])]
+    for key, meaning in axis.lists.items():
         entries = cut.config.get(key)
-        if entries is None:
+        if entries is None and meaning is None:
             continue
-        if not isinstance(entries, list) or len(entries) != layers:
-            raise ValueError(f"config.json: {key} should list {layers} layers, found {entries!r}")
-        written[key] = [entries[layer] for layer in cut.layers]
-    return written
+        if entries is None and meaning is not None:
+            entries = [evaluate(meaning, one) for one in every]
+        if not isinstance(entries, list | str) or len(entries) != len(every):
+            raise ValueError(f"config.json: {key} should list {len(every)} layers, found {entries!r:.80}")
+        chosen = [entries[layer] for layer in cut.layers]
+        written[key] = "".join(chosen) if isinstance(entries, str) else chosen
+    for key, meaning in axis.indices.items():
+        belongs = [bool(evaluate(meaning, one)) for one in every]
+        written[key] = [new for new, old in enumerate(cut.layers) if belongs[old]]
+    return {**written, **axis.after}

@@ -70,6 +70,7 @@ def fused_linear_loss(
     weights: LossWeights,
     teacher: tuple[Tensor, Tensor] | None = None,
     chunk_tokens: int | None = None,
+    softcaps: tuple[float | None, float | None] = (None, None),
 ) -> LossTerms:
     """Divergence and cross-entropy from hidden states, one chunk of logits at a time.
 
@@ -82,6 +83,8 @@ def fused_linear_loss(
             cross-entropy only.
         chunk_tokens: tokens per chunk; None chooses from the vocabulary so that a chunk takes
             ``CHUNK_BYTES``.
+        softcaps: caps c of the student's and the teacher's logits x, which then are c tanh(x / c) (Gemma 2);
+            None: as the projection gives them.
 
     Returns:
         The terms; ``loss`` carries gradients for ``student_TH`` and ``head_VH``.
@@ -107,7 +110,9 @@ def fused_linear_loss(
     chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VH.shape[0]))
     wants_gradient = torch.is_grad_enabled() and (student_TH.requires_grad or head_VH.requires_grad)
     with torch.autocast(device, enabled=False):
-        terms = _FusedLinearLoss.apply(student_TH, head_VH, labels_T, weights, teacher, chunk, wants_gradient)
+        terms = _FusedLinearLoss.apply(
+            student_TH, head_VH, labels_T, weights, teacher, chunk, softcaps, wants_gradient
+        )
     loss, kl, ce = terms
     return LossTerms(loss, kl.detach(), ce.detach())
 
@@ -124,6 +129,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         weights: LossWeights,
         teacher: tuple[Tensor, Tensor] | None,
         chunk: int,
+        softcaps: tuple[float | None, float | None],
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = student_TH.shape[0]
@@ -133,11 +139,16 @@ class _FusedLinearLoss(torch.autograd.Function):
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
             student_CH = student_TH[part]
-            student_CV = (student_CH @ head_VH.T).float()
-            teacher_CV = None if teacher is None else (teacher[0][part] @ teacher[1].T).float()
+            student_CV = _capped((student_CH @ head_VH.T).float(), softcaps[0])
+            teacher_CV = None
+            if teacher is not None:
+                teacher_CV = _capped((teacher[0][part] @ teacher[1].T).float(), softcaps[1])
+            slope_CV = None if softcaps[0] is None else 1 - (student_CV / softcaps[0]).square()
             kl, ce, grad_CV = _chunk_terms(student_CV, teacher_CV, labels_T[part], weights, wants_gradient)
             sums += torch.stack([kl, ce])
             if grad_CV is not None and grad_TH is not None and grad_VH is not None:
+                if slope_CV is not None:
+                    grad_CV *= slope_CV
                 grad_CV = grad_CV.to(head_VH.dtype)
                 torch.mm(grad_CV, head_VH, out=grad_TH[part])
                 _accumulate(grad_VH, grad_CV, student_CH)
@@ -162,8 +173,12 @@ class _FusedLinearLoss(torch.autograd.Function):
         return (
             (grad_TH * scale).to(grad_TH.dtype),
             (grad_VH * scale).to(ctx.head_dtype),
-            *(None for _ in range(5)),
+            *(None for _ in range(6)),
         )
+
+
+def _capped(logits_CV: Tensor, softcap: float | None) -> Tensor:
+    return logits_CV if softcap is None else softcap * torch.tanh(logits_CV / softcap)
 
 
 def _accumulate(grad_VH: Tensor, grad_CV: Tensor, student_CH: Tensor) -> None:

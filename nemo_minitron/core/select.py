@@ -10,7 +10,8 @@ from nemo_minitron.families import Family
 
 Keep = dict[str, Tensor]
 """Axis name to the kept units, int64, ascending: shape [kept] for the axes of scope ``model``, [layers of the
-source, kept] for the axes of scope ``layer``. An axis that keeps all its units is absent."""
+source, kept] for scope ``layer``, [layers, experts, kept] for scope ``expert``. An axis that keeps all its
+units is absent; layers that do not have an axis keep its first units."""
 
 
 def top(scores: Tensor, count: int) -> Tensor:
@@ -43,6 +44,52 @@ def top_within(scores_LN: Tensor, kept_groups_LG: Tensor, groups: int, per_group
     return chosen.flatten(1)
 
 
+def score_shape(family: Family, sizes: Mapping[str, int], axis: str) -> tuple[int, ...]:
+    """Shape of an axis' scores: [units], [layers, units] or [layers, experts, units]."""
+    return (*(sizes[owner] for owner in family.ranked_per(axis)), sizes[axis])
+
+
+def complete_targets(
+    family: Family, sizes: Mapping[str, int], asked: Mapping[str, int], where: str = "plan"
+) -> dict[str, int]:
+    """Target size of every axis; an axis whose groups shrink keeps as many units in each group.
+
+    Args:
+        family: the model's table.
+        sizes: the source model's axis sizes.
+        asked: the targets that were asked for.
+        where: what an error message puts before the axis' name.
+
+    Raises:
+        ValueError: a target out of range, or units that cannot be spread evenly over their groups.
+    """
+    targets = {**sizes, **asked}
+    for name, value in asked.items():
+        if not 1 <= value <= sizes[name]:
+            raise ValueError(
+                f"{where}.{name}: expected 1 to {sizes[name]} (the source's size), found {value}"
+            )
+    for name, axis in family.axes.items():
+        group = axis.within
+        if group is None:
+            continue
+        inside = sizes[name] // sizes[group]
+        if name not in asked and group in asked:
+            targets[name] = targets[group] * inside
+        if targets[name] % targets[group]:
+            raise ValueError(
+                f"{where}.{name}: expected a multiple of {group} = {targets[group]} "
+                f"(every group keeps the same number), found {targets[name]}"
+            )
+        most = targets[group] * inside
+        if targets[name] > most:
+            raise ValueError(
+                f"{where}.{name}: {targets[group]} {group} can keep at most {most} {name} "
+                f"({inside} in each group of the source), found {targets[name]}"
+            )
+    return targets
+
+
 def select_units(
     family: Family, scores: Mapping[str, Tensor], sizes: Mapping[str, int], targets: Mapping[str, int]
 ) -> Keep:
@@ -50,7 +97,7 @@ def select_units(
 
     Args:
         family: the model's table.
-        scores: axis name to scores, [units] for scope ``model``, [layers, units] for scope ``layer``.
+        scores: axis name to scores, of ``score_shape``.
         sizes: the source model's axis sizes.
         targets: axis name to target size, for every axis.
 
@@ -86,7 +133,10 @@ def _select_within(
 
 def _scores(scores: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in scores:
-        raise ValueError(f"the scores hold no ranking for axis {name!r}; they hold {sorted(scores)}")
+        raise ValueError(
+            f"the scores hold no ranking for axis {name!r}; they hold {', '.join(sorted(scores)) or 'none'}; "
+            "score.importance=magnitude ranks every axis"
+        )
     return scores[name]
 
 

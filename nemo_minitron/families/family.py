@@ -1,20 +1,23 @@
-"""A model family as data.
+"""A model family as data: axes, tensor rows, taps; loading and validating a table.
 
-Axes, tensor rows, taps. Loading, validation and the pure questions asked of a table.
+What the stages ask of a table lies in ``shapes.py``.
 """
 
 import functools
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nemo_minitron.families.grammar import Row, evaluate, names_in, parse_row, row_axes, row_shape
+from nemo_minitron.families.grammar import Product, Row, names_in, parse_row, row_axes
 
 TABLES = Path(__file__).parent / "tables"
+OWN_TABLES = "MINITRON_FAMILIES"
+"""Environment variable that names a table, or a folder of tables, of the user's; it outlives a process."""
 _INDEX = re.compile(r"\{(\w+)\}")
 
 
@@ -26,12 +29,17 @@ class Axis:
         name: the axis' name; the same in every family, also the key under ``plan`` and of ``minitron size``.
         config: keys of config.json that hold the size, first present wins; the first is written where none
             was.
-        scope: ``model`` where one ranking serves the whole model, ``layer`` where every layer has its own.
+        scope: ``model`` where one ranking serves the whole model, else the placeholder whose every unit has
+            a ranking of its own (``layer``, ``expert``).
         within: axis inside whose units this one is ranked (query heads inside their KV group).
         fallback: expression over config keys for the size where no key is present.
         fixed: never pruned.
         index: placeholder in tensor names that runs over this axis (``layer``), or None.
-        lists: config keys holding one entry per unit, cut together with the axis.
+        lists: config keys with one entry per unit, cut with the axis; the value is an expression of the
+            placeholder that says what a config without the key means, or None where it means nothing.
+        indices: config keys that list unit numbers; the value is an expression that says which belong.
+        after: config values that hold once the axis was cut and its lists are spelled out.
+        inexact: why removing a unit of zeros changes the output, or None where it does not.
     """
 
     name: str
@@ -41,25 +49,53 @@ class Axis:
     fallback: str | None = None
     fixed: bool = False
     index: str | None = None
-    lists: tuple[str, ...] = ()
+    lists: Mapping[str, str | None] = field(default_factory=dict)
+    indices: Mapping[str, str] = field(default_factory=dict)
+    after: Mapping[str, Any] = field(default_factory=dict)
+    inexact: str | None = None
 
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One row of the table: the tensors whose name matches ``pattern`` have the shape ``dims``."""
+    """One row of the table: the tensors whose name matches ``pattern`` have the shape ``dims``.
+
+    ``when`` is the condition under which a model has them, over config keys and the name's placeholders.
+    """
 
     pattern: str
     dims: Row
     when: str | None
     regex: re.Pattern[str]
 
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """Placeholders of the pattern, in order."""
+        return tuple(_INDEX.findall(self.pattern))
+
 
 @dataclass(frozen=True)
 class Tap:
-    """Where an activation is read: the ``side`` (input or output) of the module at path ``module``."""
+    """Where an activation is read: the ``side`` (input or output) of the module at path ``module``.
+
+    ``product`` are the axes along its last dimension; None: those of the row of the module's weight.
+    """
 
     side: str
     module: str
+    product: Product | None = None
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A constant of the sizes by which the model multiplies a tensor of weights.
+
+    When the sizes change, ``offset`` + the weights are multiplied by the constant before / after.
+    """
+
+    tensor: str
+    by: str
+    offset: float = 0.0
+    when: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +109,13 @@ class Family:
     taps: Mapping[str, tuple[Tap, ...]]
     modules: Mapping[str, str]
     constraints: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     ignored: tuple[re.Pattern[str], ...] = ()
+    folds: tuple[Fold, ...] = ()
+    logits: Mapping[str, str] = field(default_factory=dict)
+    proofs: tuple[Mapping[str, Any], ...] = ({},)
+    since: str = "5.0"
     zero_centred_norms: bool = False
 
     @property
@@ -82,15 +123,23 @@ class Family:
         """Names of the axes whose size a plan may change, in the table's order."""
         return tuple(name for name, axis in self.axes.items() if not axis.fixed)
 
-    @property
-    def indexed(self) -> tuple[Axis, ...]:
-        """Axes that appear as placeholders in tensor names."""
-        return tuple(axis for axis in self.axes.values() if axis.index is not None)
+    def ranked_per(self, name: str) -> tuple[str, ...]:
+        """The axes each of whose units has its own ranking of this axis, outermost first."""
+        axis = self.axes[name]
+        if axis.scope in ("model", axis.index):
+            return ()
+        owner = self.indexed[axis.scope].name
+        return (*self.ranked_per(owner), owner)
+
+    @functools.cached_property
+    def indexed(self) -> Mapping[str, Axis]:
+        """Axes that appear as placeholders, by placeholder."""
+        return {axis.index: axis for axis in self.axes.values() if axis.index is not None}
 
 
 _KEYS = {
-    "model_type", "architecture", "axes", "defaults", "tensors", "when", "ignored", "taps", "modules",
-    "constraints", "zero_centred_norms",
+    "model_type", "architecture", "axes", "defaults", "tensors", "ignored", "taps", "modules", "constraints",
+    "define", "fold", "logits", "needs", "proofs", "since", "zero_centred_norms",
 }  # fmt: skip
 _AXIS_KEYS = {f.name for f in fields(Axis)} - {"name", "fallback"} | {"or"}
 
@@ -105,10 +154,14 @@ def load_family(path: Path) -> Family:
         ValueError: unknown keys, rows that do not parse, axes that are not declared, '?' without a
             condition; the message names the file and the line's content.
     """
-    table = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise ValueError("expected a mapping")
         return _family(table)
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ValueError(f"family table {path}: key {error} is missing") from error
+    except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
         raise ValueError(f"family table {path}: {error}") from error
 
 
@@ -116,21 +169,17 @@ def _family(table: Mapping[str, Any]) -> Family:
     unknown = set(table) - _KEYS
     if unknown:
         raise ValueError(f"unknown keys {sorted(unknown)}; known are {sorted(_KEYS)}")
-    axes = {name: _axis(name, entry) for name, entry in table["axes"].items()}
+    spelled = _spelled(table.get("define", {}))
+    axes = {name: _axis(name, entry, spelled) for name, entry in table["axes"].items()}
     placeholders = {axis.index for axis in axes.values() if axis.index}
-    conditions = dict(table.get("when", {}))
-    rows = []
-    for key, text in table["tensors"].items():
-        pattern, optional = key.removesuffix("?"), key.endswith("?")
-        if optional != (pattern in conditions):
-            raise ValueError(f"{key}: a row with '?' needs an entry under 'when', and only such a row")
-        dims = parse_row(text)
-        undeclared = row_axes(dims) - set(axes)
-        if undeclared:
-            raise ValueError(f"{key}: axes {sorted(undeclared)} are not declared")
-        rows.append(TensorRow(pattern, dims, conditions.pop(pattern, None), _regex(pattern, placeholders)))
-    if conditions:
-        raise ValueError(f"'when' names rows that do not exist: {sorted(conditions)}")
+    if "layers" not in axes or axes["layers"].index is None:
+        raise ValueError("an axis 'layers' with an index is needed")
+    for axis in axes.values():
+        if axis.scope not in {"model", "layer", *placeholders}:
+            raise ValueError(f"axis {axis.name}: scope {axis.scope!r} is no placeholder")
+        if axis.within is not None and axis.within not in axes:
+            raise ValueError(f"axis {axis.name}: within {axis.within!r} is no axis")
+    rows = tuple(_row(key, text, axes, placeholders, spelled) for key, text in table["tensors"].items())
     for constraint in table.get("constraints", []):
         if names_in(constraint) - set(axes):
             raise ValueError(f"constraint {constraint!r} names axes that are not declared")
@@ -138,17 +187,38 @@ def _family(table: Mapping[str, Any]) -> Family:
         model_type=table["model_type"],
         architecture=table["architecture"],
         axes=axes,
-        rows=tuple(rows),
+        rows=rows,
         taps={name: tuple(_tap(text) for text in taps) for name, taps in table["taps"].items()},
         modules=table["modules"],
         constraints=tuple(table.get("constraints", [])),
+        needs=tuple(table.get("needs", [])),
         defaults=table.get("defaults", {}),
         ignored=tuple(_regex(pattern, placeholders) for pattern in table.get("ignored", [])),
+        folds=tuple(Fold(**entry) for entry in table.get("fold", [])),
+        logits=table.get("logits", {}),
+        proofs=tuple(table.get("proofs", [{}])),
+        since=str(table.get("since", "5.0")),
         zero_centred_norms=table.get("zero_centred_norms", False),
     )
 
 
-def _axis(name: str, entry: Mapping[str, Any]) -> Axis:
+def _spelled(define: Mapping[str, str]) -> Callable[[str], str]:
+    """A function that writes out the names which the table defines for longer expressions."""
+    known: dict[str, str] = {}
+
+    def spell(expression: str) -> str:
+        for name, meaning in known.items():
+            pattern = rf"\b{name}\b(?!['\"])"  # not inside a string
+            expression = re.sub(pattern, lambda _, text=f"({meaning})": text, expression)  # type: ignore[misc]
+        names_in(expression)  # refuses what does not parse
+        return expression
+
+    for name, meaning in define.items():
+        known[name] = spell(meaning)
+    return spell
+
+
+def _axis(name: str, entry: Mapping[str, Any], spelled: Callable[[str], str]) -> Axis:
     unknown = set(entry) - _AXIS_KEYS
     if unknown:
         raise ValueError(f"axis {name}: unknown keys {sorted(unknown)}; known are {sorted(_AXIS_KEYS)}")
@@ -156,8 +226,25 @@ def _axis(name: str, entry: Mapping[str, Any]) -> Axis:
         key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
     }
     if "or" in values:
-        values["fallback"] = values.pop("or")
+        values["fallback"] = str(values.pop("or"))
+    for key in ("lists", "indices"):
+        entries = values.get(key, {})
+        values[key] = {item: text and spelled(str(text)) for item, text in entries.items()}
     return Axis(name=name, **values)
+
+
+def _row(
+    key: str, text: str, axes: Mapping[str, Axis], placeholders: set[str], spelled: Callable[[str], str]
+) -> TensorRow:
+    shape, _, when = text.partition(" if ")
+    if key.endswith("?") != bool(when):
+        raise ValueError(f"{key}: a row with '?' needs 'if CONDITION' after its shape, and only such a row")
+    dims = parse_row(shape)
+    undeclared = row_axes(dims) - set(axes)
+    if undeclared:
+        raise ValueError(f"{key}: axes {sorted(undeclared)} are not declared")
+    pattern = key.removesuffix("?")
+    return TensorRow(pattern, dims, spelled(when.strip()) if when else None, _regex(pattern, placeholders))
 
 
 def _regex(pattern: str, placeholders: set[str]) -> re.Pattern[str]:
@@ -170,121 +257,42 @@ def _regex(pattern: str, placeholders: set[str]) -> re.Pattern[str]:
 
 
 def _tap(text: str) -> Tap:
-    match = re.fullmatch(r"(input|output) of (\S+)", text)
+    match = re.fullmatch(r"(input|output) of (\S+)(?: as (.+))?", text)
     if match is None:
-        raise ValueError(f"tap {text!r}: expected 'input of MODULE' or 'output of MODULE'")
-    return Tap(match.group(1), match.group(2))
+        raise ValueError(f"tap {text!r}: expected 'input of MODULE' or 'output of MODULE' [as AXES]")
+    return Tap(match.group(1), match.group(2), tuple(match.group(3).split()) if match.group(3) else None)
+
+
+def use_tables(path: str | Path) -> None:
+    """Adds the user's own table, or a folder of tables; they go before those of the package.
+
+    It also holds for processes that this one starts.
+
+    Raises:
+        ValueError: there is none, or one does not load.
+    """
+    found = Path(path).expanduser().absolute()
+    for table in _own(found):
+        load_family(table)
+    os.environ[OWN_TABLES] = str(found)
+    families.cache_clear()
+
+
+def _own(path: Path) -> list[Path]:
+    tables = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
+    if not tables or not tables[0].is_file():
+        raise ValueError(f"families.path: {path}: no such table (expected a .yaml file or a folder of them)")
+    return tables
+
+
+def own_tables() -> Mapping[str, Family]:
+    """The user's own families by ``model_type``."""
+    paths = _own(Path(os.environ[OWN_TABLES])) if os.environ.get(OWN_TABLES) else []
+    return {family.model_type: family for family in map(load_family, paths)}
 
 
 @functools.cache
 def families() -> Mapping[str, Family]:
-    """All families that come with the package, by ``model_type``."""
-    loaded = [load_family(path) for path in sorted(TABLES.glob("*.yaml"))]
-    return {family.model_type: family for family in loaded}
-
-
-def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family of a model, by the ``model_type`` in its config.json.
-
-    Raises:
-        ValueError: no family table has this model type; the message lists those that exist.
-    """
-    model_type = str(config.get("model_type"))
-    if model_type not in families():
-        known = ", ".join(sorted(families()))
-        raise ValueError(f"{where}: model_type {model_type!r} is not supported; supported families: {known}")
-    return families()[model_type]
-
-
-def axis_sizes(family: Family, config: Mapping[str, Any], where: str = "config.json") -> dict[str, int]:
-    """Size of every axis of a model.
-
-    Args:
-        family: the table.
-        config: the model's config.json.
-        where: what an error message calls the config.
-
-    Returns:
-        Axis name to size, in the table's order.
-
-    Raises:
-        ValueError: a size is missing, or is no positive integer.
-    """
-    values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    sizes: dict[str, int] = {}
-    for name, axis in family.axes.items():
-        present = [key for key in axis.config if key in values]
-        if present:
-            size = values[present[0]]
-        elif axis.fallback is not None:
-            size = evaluate(axis.fallback, values)
-        else:
-            raise ValueError(f"{where}: key {axis.config[0]!r} is missing (size of axis {name})")
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{where}: axis {name}: expected a positive whole number, found {size!r}")
-        sizes[name] = size
-    return sizes
-
-
-def check_sizes(family: Family, sizes: Mapping[str, int], where: str) -> None:
-    """Refuses sizes that the architecture cannot have.
-
-    Raises:
-        ValueError: a constraint of the family does not hold; the message states it with its numbers.
-    """
-    for constraint in family.constraints:
-        if not evaluate(constraint, sizes):
-            found = ", ".join(f"{name}={sizes[name]}" for name in sorted(names_in(constraint)))
-            raise ValueError(f"{where}: {family.model_type} needs {constraint}, found {found}")
-
-
-def config_with_sizes(family: Family, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """A copy of a config.json with the given axis sizes written out.
-
-    Also those it left implicit (``head_dim``).
-    """
-    written = dict(config)
-    for name, axis in family.axes.items():
-        keys = [key for key in axis.config if key in config] or [axis.config[0]]
-        for key in keys:
-            written[key] = sizes[name]
-    return written
-
-
-def has_row(family: Family, row: TensorRow, config: Mapping[str, Any]) -> bool:
-    """Whether a model with this config has the tensors of this row."""
-    if row.when is None:
-        return True
-    values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    return bool(evaluate(row.when, values))
-
-
-def expected_tensors(
-    family: Family, config: Mapping[str, Any]
-) -> Iterator[tuple[str, TensorRow, tuple[int, ...]]]:
-    """Every tensor that a checkpoint with this config holds: its name, its row and its shape."""
-    sizes = axis_sizes(family, config)
-    for row in family.rows:
-        if has_row(family, row, config):
-            shape = row_shape(row.dims, sizes)
-            for name in expand(family, row.pattern, sizes):
-                yield name, row, shape
-
-
-def expand(family: Family, pattern: str, sizes: Mapping[str, int]) -> Iterator[str]:
-    """All names that a pattern with placeholders stands for, in order."""
-    for axis in family.indexed:
-        if f"{{{axis.index}}}" in pattern:
-            for unit in range(sizes[axis.name]):
-                yield from expand(family, pattern.replace(f"{{{axis.index}}}", str(unit)), sizes)
-            return
-    yield pattern
-
-
-def find_row(family: Family, name: str) -> tuple[TensorRow, dict[str, int]] | None:
-    """The row that a tensor name matches and the units its placeholders stand for, or None."""
-    for row in family.rows:
-        match = row.regex.fullmatch(name)
-        if match:
-            return row, {index: int(unit) for index, unit in match.groupdict().items()}
-    return None
+    """All families by ``model_type``: those that come with the package, and the user's own."""
+    loaded = map(load_family, sorted(TABLES.glob("*.yaml")))
+    return {**{family.model_type: family for family in loaded}, **own_tables()}

@@ -5,12 +5,14 @@ A row is a list of dimensions. Three operators only::
     row     = dim+                              space: the next dimension
     dim     = axis | "(" product { "|" product } ")"   bar: concatenation along the dimension
     product = axis+                             parentheses: a product of axes, slowest first
+    axis    = a declared name, or a number for a dimension that is always as long
 
 ``(heads head_dim | kv_heads head_dim) hidden`` is a matrix whose rows are all query heads followed by all
 key heads, each head ``head_dim`` long, and whose columns are the hidden channels.
 """
 
 import ast
+import functools
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -23,7 +25,7 @@ Dim = tuple[Product, ...]
 Row = tuple[Dim, ...]
 """One ``Dim`` per dimension of the tensor."""
 
-_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|[()|])")
+_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|[1-9][0-9]*|[()|])")
 
 
 def parse_row(text: str) -> Row:
@@ -85,8 +87,13 @@ def _parse_group(tokens: list[str], text: str) -> Dim:
 
 
 def row_axes(row: Row) -> set[str]:
-    """Names of all axes that a row mentions."""
-    return {axis for dim in row for product in dim for axis in product}
+    """Names of all axes that a row mentions; numbers are none."""
+    return {axis for dim in row for product in dim for axis in product if not axis.isdecimal()}
+
+
+def extent(axis: str, sizes: Mapping[str, int]) -> int:
+    """Size of one factor of a product: of the axis, or the number itself."""
+    return int(axis) if axis.isdecimal() else sizes[axis]
 
 
 def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
@@ -95,7 +102,7 @@ def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
     for product in dim:
         count = 1
         for axis in product:
-            count *= sizes[axis]
+            count *= extent(axis, sizes)
         total += count
     return total
 
@@ -117,6 +124,7 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Div: _divide,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
 }
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -125,27 +133,37 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
+    ast.In: lambda item, items: item in items,
+    ast.NotIn: lambda item, items: item not in items,
 }
 
 
 def evaluate(expression: str, values: Mapping[str, Any]) -> Any:
-    """Evaluates arithmetic, comparison and boolean expressions over named values; nothing else.
+    """Evaluates an expression over named values: arithmetic, comparison, logic, indexing, ``len``; no more.
 
     Args:
-        expression: for instance ``"hidden_size / num_attention_heads"`` or ``"not tie_word_embeddings"``.
+        expression: for instance ``"hidden_size / num_attention_heads"``, ``"not tie_word_embeddings"`` or
+            ``"layer in mlp_only_layers"``.
         values: what the names stand for.
 
     Returns:
-        The number or truth value; a whole quotient is an ``int``.
+        Its value; a whole quotient is an ``int``.
 
     Raises:
-        ValueError: a construct that is not arithmetic, or a name without a value.
+        ValueError: a construct that is not allowed, a name without a value, or values that do not fit.
     """
     try:
-        tree = ast.parse(expression, mode="eval")
+        return _evaluate(_parse(expression).body, values, expression)
+    except (ArithmeticError, TypeError, LookupError) as error:
+        raise ValueError(f"expression {expression!r} cannot be computed: {error}") from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(expression: str) -> ast.Expression:
+    try:
+        return ast.parse(expression, mode="eval")
     except SyntaxError as error:
         raise ValueError(f"expression {expression!r} is not valid: {error.msg}") from error
-    return _evaluate(tree.body, values, expression)
 
 
 def _evaluate(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:
@@ -162,12 +180,31 @@ def _evaluate(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:
             return _COMPARE[type(op)](_evaluate(left, values, text), _evaluate(right, values, text))
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             return not _evaluate(operand, values, text)
-        case ast.BoolOp(op=op, values=operands):
-            combine = all if isinstance(op, ast.And) else any
-            return combine(_evaluate(operand, values, text) for operand in operands)
-    raise ValueError(f"expression {text!r}: only arithmetic, comparison, and, or, not are allowed")
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, values, text)
+        case ast.BoolOp(op=op, values=operands):  # as in Python, the last operand looked at is the value
+            for operand in operands:
+                value = _evaluate(operand, values, text)
+                if bool(value) != isinstance(op, ast.And):
+                    break
+            return value
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            return _evaluate(body if _evaluate(test, values, text) else orelse, values, text)
+        case ast.Subscript(value=container, slice=position):
+            return _evaluate(container, values, text)[_evaluate(position, values, text)]
+        case ast.List(elts=elements):
+            return [_evaluate(element, values, text) for element in elements]
+        case ast.Call(func=ast.Name(id="len"), args=[argument], keywords=[]):
+            return len(_evaluate(argument, values, text))
+    raise ValueError(
+        f"expression {text!r}: only arithmetic, comparison, logic, 'if else', indexing and len are allowed"
+    )
 
 
 def names_in(expression: str) -> set[str]:
-    """Names that an expression mentions."""
-    return {node.id for node in ast.walk(ast.parse(expression, mode="eval")) if isinstance(node, ast.Name)}
+    """Names that an expression mentions.
+
+    Raises:
+        ValueError: it does not parse.
+    """
+    return {node.id for node in ast.walk(_parse(expression)) if isinstance(node, ast.Name)} - {"len"}

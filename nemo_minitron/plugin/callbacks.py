@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.bridge.models import frozen, head_of, hidden_states
+from nemo_minitron.bridge.models import frozen, head_of, hidden_states, softcap_of
 from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
 from nemo_minitron.families import Family
 from nemo_minitron.plugin.model import MinitronModel
@@ -75,12 +75,15 @@ class KnowledgeDistillation(Callback):
         """Moves the teacher to the student's device."""
         self.teacher.to(pl_module.device)
 
-    def objective(self, hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, tokens_BS: Tensor) -> LossTerms:
+    def objective(
+        self, hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, tokens_BS: Tensor, softcap: float | None
+    ) -> LossTerms:
         """Divergence from the teacher on the same tokens; shapes as in ``plugin.model.Objective``."""
         with torch.no_grad(), frozen(self.teacher):
             teacher_TG = hidden_states(self.teacher, self.family, tokens_BS).flatten(0, 1)
         teacher = (teacher_TG, head_of(self.teacher))
-        return fused_linear_loss(hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens)
+        caps = (softcap, softcap_of(self.teacher, self.family))
+        return fused_linear_loss(hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens, caps)
 
 
 class ExactResume(Callback):

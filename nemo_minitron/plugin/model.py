@@ -22,13 +22,14 @@ from nemo_minitron.bridge.models import (
     load_tokenizer,
     new_model,
     save_model,
+    softcap_of,
 )
 from nemo_minitron.bridge.text import find_text, pack
 from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
 from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
 from nemo_minitron.plugin.data import ConsumedSampler, train_loader, validation_loader
 
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor], LossTerms]
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], LossTerms]
 """From hidden states [tokens, hidden], head [vocabulary, hidden], labels [tokens] and token ids
 [batch, positions] to the loss."""
 
@@ -144,7 +145,8 @@ class MinitronModel(ModelPT):
         """The objective on one batch of packed samples, Tensor of shape [batch, positions + 1]."""
         tokens_BS, labels_BS = batch_BS[:, :-1], batch_BS[:, 1:]
         hidden_TH = self(tokens_BS).flatten(0, 1)
-        return self.objective(hidden_TH, head_of(self.model), labels_BS.flatten(), tokens_BS)
+        cap = softcap_of(self.model, self.family)
+        return self.objective(hidden_TH, head_of(self.model), labels_BS.flatten(), tokens_BS, cap)
 
     def training_step(self, batch_BS: Tensor, batch_idx: int) -> Tensor:
         """One micro-batch: the loss to differentiate; its terms are logged."""
@@ -174,7 +176,7 @@ class MinitronModel(ModelPT):
         assert isinstance(stored, dict)
         changed = config_with_sizes(self.family, {str(key): value for key, value in stored.items()}, sizes)
         for axis in self.family.axes.values():
-            changed |= {key: config[key] for key in axis.lists if key in changed}
+            changed |= {key: config[key] for key in (*axis.lists, *axis.indices) if key in changed}
         if changed != stored:
             with open_dict(self.cfg):
                 self.cfg.hf_config = changed
@@ -198,9 +200,12 @@ class MinitronModel(ModelPT):
             (folder / name).write_bytes(content)
 
 
-def cross_entropy(hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, tokens_BS: Tensor) -> LossTerms:
+def cross_entropy(
+    hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, tokens_BS: Tensor, softcap: float | None
+) -> LossTerms:
     """The objective of pretraining and teacher correction: mean cross-entropy with the next token."""
-    return fused_linear_loss(hidden_TH, head_VH, labels_T, LossWeights(kl=0.0, ce=1.0))
+    weights = LossWeights(kl=0.0, ce=1.0)
+    return fused_linear_loss(hidden_TH, head_VH, labels_T, weights, softcaps=(softcap, None))
 
 
 def make_cfg(

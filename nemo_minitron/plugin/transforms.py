@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-import transformers.initialization
-from torch import nn
+from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from nemo_minitron.artifacts.plan import Plan, read_plan
-from nemo_minitron.core.cut import Cut, cut_config, cut_names, cut_tensor, layer_keep
+from nemo_minitron.core.cut import Cut, cut_config, cut_tensor, pieces
 from nemo_minitron.core.select import Keep
 from nemo_minitron.families import axis_sizes, family_of
 
@@ -39,16 +39,11 @@ class Pruning:
         if found != planned:
             raise ValueError(f"the plan was made for sizes {planned}, the model has {found}")
         cut = Cut(family, config, self.keep, self.layers)
-        state = model.state_dict()
+        state = _stored_state(model)
         pruned_state = {
-            new: cut_tensor(state[old].cpu(), row, sizes, layer_keep(family, cut.keep, layer)).to(
-                state[old].device
-            )
-            for new, old, row, layer in cut_names(cut, list(state))
+            piece.name: cut_tensor(state[piece.source], piece, sizes) for piece in pieces(cut, list(state))
         }
-        pruned = _build(model, cut_config(cut))
-        pruned.load_state_dict(pruned_state, strict=not model.config.tie_word_embeddings, assign=True)
-        pruned.tie_weights()
+        pruned = _build(model, cut_config(cut), pruned_state)
         pruned.train(model.training)
         model.__dict__ = pruned.__dict__
         return module
@@ -102,9 +97,26 @@ def _hf_model(module: nn.Module) -> Any:
     raise ValueError(f"{type(module).__name__} holds no Hugging Face model")
 
 
-def _build(model: Any, config: dict[str, Any]) -> Any:
-    """An empty model of the pruned shape with real, computed buffers (rotary frequencies)."""
+def _stored_state(model: Any) -> dict[str, Tensor]:
+    """The weights under the names and in the shapes that they have on disk, which the tables describe.
+
+    In memory, transformers fuses experts and renames modules.
+    """
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        tied = [name for name, tensor in state.items() if tensor is not None and name.startswith("lm_head.")]
+        for name in tied:
+            del state[name]
+    return dict(revert_weight_conversion(model, state))
+
+
+def _build(model: Any, config: dict[str, Any], state: dict[str, Tensor]) -> Any:
+    """A model of the pruned shape with these weights, strictly loaded."""
     hf_config = type(model.config).from_dict(config)
-    with transformers.initialization.no_init_weights():
-        built = type(model)(hf_config)
+    built, info = type(model).from_pretrained(
+        None, config=hf_config, state_dict=state, dtype=model.dtype, output_loading_info=True
+    )
+    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys")}
+    if any(wrong.values()):
+        raise ValueError(f"the pruned {type(model).__name__} does not load strictly: {wrong}")
     return built.to(model.device)

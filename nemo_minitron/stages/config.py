@@ -23,6 +23,13 @@ def key(default: Any, text: str, choices: tuple[str, ...] | None = None, least: 
 
 
 @dataclass
+class FamiliesConfig:
+    """Family tables."""
+
+    path: str | None = key(None, "table of your own (.yaml, docs/families.md), or a folder of them")
+
+
+@dataclass
 class SourceConfig:
     """The model to compress."""
 
@@ -90,6 +97,9 @@ class PlanConfig:
     expert_ffn: int | None = key(None, "neurons inside a routed expert")
     shared_ffn: int | None = key(None, "neurons of a shared expert")
     mamba_heads: int | None = key(None, "Mamba heads, per layer")
+    mamba_groups: int | None = key(None, "groups of Mamba heads (whole groups), per layer")
+    mamba_head_dim: int | None = key(None, "channels of every Mamba head, the same in all heads of a layer")
+    mamba_state: int | None = key(None, "state size of the Mamba layers")
     layers: int | None = key(None, "layers")
     drop_layers: list[int] | None = key(None, "0-based layers to drop, instead of plan.layers")
 
@@ -99,6 +109,9 @@ class PruneConfig:
     """How the pruned checkpoint is written."""
 
     shard_size: int = key(5_000_000_000, "largest shard in bytes", least=1)
+    also: list[str] = key(
+        [], "further workspaces with a plan for the same model: pruned in the same pass over its weights"
+    )
 
 
 @dataclass
@@ -186,6 +199,7 @@ class Config:
     """The whole configuration of a run."""
 
     workspace: str = key("runs/default", "folder of the run; every artifact lies below it")
+    families: FamiliesConfig = field(default_factory=FamiliesConfig)
     source: SourceConfig = field(default_factory=SourceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)

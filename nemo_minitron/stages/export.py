@@ -22,7 +22,7 @@ from nemo_minitron.artifacts.checkpoint import (
 from nemo_minitron.artifacts.manifest import read_manifest, write_json
 from nemo_minitron.artifacts.plan import read_plan
 from nemo_minitron.artifacts.report import check_gate, read_report
-from nemo_minitron.artifacts.weights import Planned, write_weights
+from nemo_minitron.artifacts.weights import DTYPES, Planned, write_weights
 from nemo_minitron.artifacts.workspace import artifacts_in, input_artifact
 from nemo_minitron.core.size import model_size
 from nemo_minitron.families import find_row
@@ -87,7 +87,8 @@ def _write_model(student: Path, folder: Path, dtype: str, shard_bytes: int) -> d
     """Streams the student's weights into the export, cast to its dtype."""
     checkpoint = open_checkpoint(student)
     read = tensor_reader(checkpoint)
-    planned = [Planned(name, _DTYPES[dtype], entry.shape) for name, entry in checkpoint.entries.items()]
+    stored = DTYPES[_DTYPES[dtype]]
+    planned = [Planned(name, stored, entry.shape) for name, entry in checkpoint.entries.items()]
 
     def cast(name: str) -> Tensor:
         return read(name).to(_DTYPES[dtype])

@@ -1,5 +1,6 @@
 """plan: from scores and target sizes to the units that stay."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.artifacts.plan import Plan, make_plan, read_plan, write_plan
 from nemo_minitron.artifacts.scores import Scores, read_scores
 from nemo_minitron.artifacts.workspace import input_artifact
-from nemo_minitron.core.select import kept_layers, scattered, select_units
-from nemo_minitron.families import Family, axis_sizes, check_sizes
+from nemo_minitron.core.select import complete_targets, kept_layers, scattered, select_units
+from nemo_minitron.core.size import alignment
+from nemo_minitron.families import Family, axis_sizes, check_layers, check_sizes, present_axes
 from nemo_minitron.stages.config import Config, PlanConfig
 from nemo_minitron.stages.stage import Result, teacher_folder, workspace_of
 
@@ -25,63 +27,56 @@ def run(config: Config) -> Result:
     source, teacher = teacher_folder(config)
     checkpoint = open_checkpoint(source)
     sizes = axis_sizes(checkpoint.family, checkpoint.config)
-    targets = target_sizes(checkpoint.family, sizes, config.plan)
-    inputs = [teacher, input_artifact(workspace, "scores", "score")]
+    targets = target_sizes(checkpoint.family, checkpoint.config, config.plan)
+    inputs = [teacher]
+    if needs_scores(config.plan):
+        inputs.append(input_artifact(workspace, "scores", "score"))
 
     def build(temporary: Path) -> None:
-        scores = read_scores(workspace / "scores")
+        scores = read_scores(workspace / "scores") if needs_scores(config.plan) else Scores({}, {})
         layers = _layers(config.plan, sizes, scores)
+        check_layers(checkpoint.family, checkpoint.config, layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
         write_plan(temporary, make_plan(checkpoint.family, checkpoint.config, keep, tuple(layers)))
 
-    made = make(workspace / "plan", "plan", _given(config.plan), inputs, build)
+    made = make(workspace / "plan", "plan", given(config.plan), inputs, build)
     return _result(workspace / "plan", made, read_plan(workspace / "plan"))
 
 
-def _given(plan: PlanConfig) -> dict[str, Any]:
+def given(plan: PlanConfig) -> dict[str, Any]:
+    """The keys of the plan that were set."""
     return {name: value for name, value in asdict(plan).items() if value is not None}
 
 
-def target_sizes(family: Family, sizes: dict[str, int], plan: PlanConfig) -> dict[str, int]:
-    """Target size of every axis; an axis whose groups shrink keeps as many units in each group.
+def needs_scores(plan: PlanConfig) -> bool:
+    """Whether a ranking decides anything: a list of layers to drop alone needs none."""
+    return bool(set(given(plan)) - {"drop_layers"})
+
+
+def target_sizes(family: Family, config: Mapping[str, Any], plan: PlanConfig) -> dict[str, int]:
+    """Target size of every axis.
 
     Raises:
         ValueError: a target that cannot be, with what was expected and found.
     """
-    asked = {name: value for name, value in _given(plan).items() if name != "drop_layers"}
+    asked = {name: value for name, value in given(plan).items() if name != "drop_layers"}
+    sizes, present = axis_sizes(family, config), present_axes(family, config)
+    axes = [name for name in family.prunable if name in present]
     if not asked and not plan.drop_layers:
-        options = ", ".join(f"plan.{name}" for name in family.prunable)
+        options = ", ".join(f"plan.{name}" for name in axes)
         raise ValueError(f"plan: no target size given; set at least one of {options}, plan.drop_layers")
-    for name, value in asked.items():
-        if name not in family.prunable:
-            raise ValueError(f"plan.{name}: family {family.model_type!r} has no prunable axis of that name")
-        if not 1 <= value <= sizes[name]:
-            raise ValueError(f"plan.{name}: expected 1 to {sizes[name]} (the source's size), found {value}")
-    targets = {**sizes, **asked}
+    for name in asked:
+        if name not in axes:
+            which = f"family {family.model_type!r}" if name not in family.prunable else "this model"
+            raise ValueError(
+                f"plan.{name}: {which} has no prunable axis of that name; it has {', '.join(axes)}"
+            )
+    targets = complete_targets(family, sizes, asked)
     if plan.drop_layers:
         targets["layers"] = sizes["layers"] - len(_checked_drop(plan, sizes["layers"]))
-    for name, axis in family.axes.items():
-        if axis.within:
-            _check_groups(name, axis.within, asked, sizes, targets)
     check_sizes(family, targets, "plan")
     return targets
-
-
-def _check_groups(name: str, group: str, asked: Any, sizes: dict[str, int], targets: dict[str, int]) -> None:
-    if name not in asked and group in asked:
-        targets[name] = targets[group] * (sizes[name] // sizes[group])
-    if targets[name] % targets[group]:
-        raise ValueError(
-            f"plan.{name}: expected a multiple of {group} = {targets[group]} "
-            f"(every group keeps the same number), found {targets[name]}"
-        )
-    most = targets[group] * (sizes[name] // sizes[group])
-    if targets[name] > most:
-        raise ValueError(
-            f"plan.{name}: {targets[group]} {group} can keep at most {most} {name} "
-            f"({sizes[name] // sizes[group]} in each group of the source), found {targets[name]}"
-        )
 
 
 def _checked_drop(plan: PlanConfig, layers: int) -> list[int]:
@@ -112,6 +107,7 @@ def _result(folder: Path, made: bool, plan: Plan) -> Result:
     for title, attribute in (
         ("parameters", "parameters"),
         ("without embeddings", "non_embedding"),
+        ("active per token", "active"),
         (f"FLOPs per token at {before.context}", "flops_per_token"),
         ("KV-cache bytes per token", "kv_bytes_per_token"),
     ):
@@ -121,4 +117,5 @@ def _result(folder: Path, made: bool, plan: Plan) -> Result:
     if plan.layers_dropped:
         headline += f", layers {', '.join(map(str, plan.layers_dropped))} dropped"
     facts = {"before": asdict(before), "after": asdict(after), "layers_dropped": list(plan.layers_dropped)}
-    return Result("plan", folder, made, headline, ("", "before", "after"), tuple(rows), facts)
+    notes = tuple(alignment(plan.before, plan.after))
+    return Result("plan", folder, made, headline, ("", "before", "after"), tuple(rows), facts, notes)

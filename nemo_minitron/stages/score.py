@@ -15,7 +15,8 @@ from nemo_minitron.artifacts.build import make
 from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint, tensor_reader
 from nemo_minitron.artifacts.scores import Scores, read_scores, write_scores
 from nemo_minitron.core.importance import AGGREGATIONS, concentration, over_batch, random_scores, unit_squares
-from nemo_minitron.families import axis_sizes, find_row
+from nemo_minitron.core.select import score_shape
+from nemo_minitron.families import Family, axis_sizes, find_row, present_axes
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import (
     Result,
@@ -119,17 +120,16 @@ def _by_magnitude(config: Config, checkpoint: Checkpoint) -> Scores:
         if found is None:
             continue
         row, units = found
-        layer = units.get(family.axes["layers"].index or "")
         tensor = read(name)
-        for axis, total in squares.items():
-            if axis == "layers":
-                if layer is not None:
-                    total[layer] += tensor.double().square().sum()
-            elif family.axes[axis].scope == "model":
-                total += unit_squares(tensor, row, sizes, axis)
-            elif layer is not None:
-                total[layer] += unit_squares(tensor, row, sizes, axis)
+        for axis, part in unit_squares(tensor, row, sizes, family, units).items():
+            squares[axis][_place(family, axis, units)] += part
     return Scores({axis: total.sqrt() for axis, total in squares.items()}, {})
+
+
+def _place(family: Family, axis: str, units: Mapping[str, int]) -> tuple[int, ...]:
+    """Where a tensor's share of an axis' scores belongs: in its layer, in its expert, at its unit."""
+    numbers = [units.get(family.axes[name].index or "") for name in (*family.ranked_per(axis), axis)]
+    return tuple(number for number in numbers if number is not None)
 
 
 def _by_chance(config: Config, checkpoint: Checkpoint) -> Scores:
@@ -142,13 +142,10 @@ def _by_chance(config: Config, checkpoint: Checkpoint) -> Scores:
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Shape of every prunable axis' scores."""
-    sizes = axis_sizes(checkpoint.family, checkpoint.config)
-    shapes = {}
-    for name in checkpoint.family.prunable:
-        per_layer = checkpoint.family.axes[name].scope == "layer" and name != "layers"
-        shapes[name] = (sizes["layers"], sizes[name]) if per_layer else (sizes[name],)
-    return shapes
+    """Shape of the scores of every axis that can be pruned."""
+    family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
+    present = present_axes(family, checkpoint.config)
+    return {name: score_shape(family, sizes, name) for name in family.prunable if name in present}
 
 
 _METHODS = {"activation": _by_activation, "magnitude": _by_magnitude, "random": _by_chance}

@@ -23,6 +23,7 @@ class Result:
         columns: column titles of the stage's table, empty where it has none.
         rows: the table's rows.
         facts: the numbers behind it, for ``--json``.
+        notes: advice, one line each.
     """
 
     stage: str
@@ -32,6 +33,7 @@ class Result:
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def workspace_of(config: Config) -> Path:

@@ -8,8 +8,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nemo_minitron.artifacts.checkpoint import both_spellings, open_checkpoint, read_header, tensor_reader
-from nemo_minitron.artifacts.weights import Planned, write_weights
+from nemo_minitron.artifacts.checkpoint import both_spellings, open_checkpoint, tensor_reader
+from nemo_minitron.artifacts.headers import read_header
+from nemo_minitron.artifacts.manifest import hash_file
+from nemo_minitron.artifacts.weights import DTYPES, Planned, write_weights
+from nemo_minitron.bridge.specimens import tiny_model
+from nemo_minitron.core.cut import Cut, cut_config
+from nemo_minitron.families import families
 from tests.conftest import make_model
 
 
@@ -68,7 +73,7 @@ def missing_shard(folder):
         (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
         (
             lambda f: change_config(f, model_type="t5"),
-            "'t5' is not supported; supported families: llama, nemotron",
+            "'t5' is not supported; supported families: gemma, .*llama, .*families.path",
         ),
         (
             lambda f: change_config(f, intermediate_size=41),
@@ -85,7 +90,7 @@ def missing_shard(folder):
         (add_tensor, "in no row of the table of family 'llama': model.vision.weight"),
         (
             lambda f: change_config(f, num_hidden_layers=2),
-            "does not ask for of family 'llama': model.layers.2",
+            "tensors of layers beyond the 2 of config.json, as model.layers.2",
         ),
         (lambda f: change_config(f, quantization_config="fp8"), "quantised .fp8."),
         (pickle_only, "only pickled weights .pytorch_model.bin."),
@@ -115,27 +120,74 @@ def test_no_bytes_crash_the_header_reader(tmp_path_factory, content):
         assert str(path) in str(error)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.dictionaries(
-        st.sampled_from(
-            ["hidden_size", "num_attention_heads", "head_dim", "num_hidden_layers", "vocab_size"]
-        ),
-        st.none()
-        | st.integers(-3, 10**12)
-        | st.text(max_size=3)
-        | st.lists(st.integers(), max_size=2)
-        | st.floats(),
-        min_size=1,
-    )
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """One saved model of every family."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return {
+        name: tiny_model(families()[name], families()[name].proofs[0], folder / name)
+        for name in ("llama", "gemma3_text", "qwen2_moe", "phi3", "stablelm", "gpt_oss", "smollm3")
+    }
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**12)
+    | st.just(10**400)
+    | st.floats()
+    | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
 )
-def test_no_config_crashes(tmp_path_factory, changes):
-    folder = make_model(tmp_path_factory.mktemp("fuzz"), "llama", num_hidden_layers=1)
-    change_config(folder, **changes)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_config_crashes(tmp_path_factory, tiny, data):
+    """Whatever config.json says, opening and cutting end well or with one clear error."""
+    name = data.draw(st.sampled_from(sorted(tiny)))
+    folder = tiny[name]
+    config = json.loads((folder / "config.json").read_text())
+    keys = sorted(
+        {*config, "quantization_config", "text_config", "hybrid_override_pattern", "mlp_only_layers"}
+    )
+    changes = data.draw(st.dictionaries(st.sampled_from(keys), JSON, min_size=1, max_size=3))
+    broken = tmp_path_factory.mktemp("fuzz")
+    (broken / "config.json").write_text(json.dumps({**config, **changes}))
+    (broken / "model.safetensors").symlink_to(folder / "model.safetensors")
     try:
-        open_checkpoint(folder)
+        checkpoint = open_checkpoint(broken)
+        cut_config(Cut(checkpoint.family, checkpoint.config, {"hidden": torch.arange(16)}, (0, 2)))
     except ValueError as error:
-        assert "config.json" in str(error) or str(folder) in str(error)
+        assert "config.json" in str(error) or str(broken) in str(error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_no_header_crashes(tmp_path_factory, tiny, data):
+    """A header with one entry changed is refused, or is still the header of the same model."""
+    folder = tiny["llama"]
+    raw = (folder / "model.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    name = data.draw(st.sampled_from(sorted(header)))
+    part = data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "all"]))
+    value = data.draw(JSON)
+    if part == "all" or name == "__metadata__":
+        header[name] = value
+    else:
+        header[name][part] = value
+    encoded = json.dumps(header).encode()
+    broken = tmp_path_factory.mktemp("fuzz")
+    (broken / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (broken / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + raw[8 + length :])
+    try:
+        open_checkpoint(broken)
+    except ValueError as error:
+        assert str(broken) in str(error)
+    else:
+        assert name == "__metadata__" or json.loads(raw[8 : 8 + length])[name] == header[name]
 
 
 def test_the_stream_writes_what_the_library_reads_back(tmp_path):
@@ -143,24 +195,23 @@ def test_the_stream_writes_what_the_library_reads_back(tmp_path):
     values = {
         "b": torch.randn(3, 5),
         "a": torch.randn(7).bfloat16(),
-        "c": torch.randint(0, 9, (2, 2)),
+        "c": torch.randn(2, 2).double(),
         "d": torch.randn(1, 1).half(),
         "e": torch.zeros(0, 4),
     }
-    planned = [Planned(name, value.dtype, tuple(value.shape)) for name, value in values.items()]
-    seen = []
-    hashes = write_weights(tmp_path, planned, values.__getitem__, 10**6, seen.append)
+    planned = [Planned(name, DTYPES[value.dtype], tuple(value.shape)) for name, value in values.items()]
+    hashes = write_weights(tmp_path, planned, values.__getitem__, 10**6)
     assert list(hashes) == ["model.safetensors"]
     loaded = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(loaded[name], value) for name, value in values.items())
-    assert sum(seen) == sum(value.numel() * value.element_size() for value in values.values())
+    assert hashes["model.safetensors"] == hash_file(tmp_path / "model.safetensors")
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
 def test_shards_stay_below_their_limit_and_the_index_is_exact(tmp_path):
     values = {f"t{i}": torch.full((10, 10), float(i)) for i in range(7)}
-    planned = [Planned(name, value.dtype, tuple(value.shape)) for name, value in values.items()]
+    planned = [Planned(name, DTYPES[value.dtype], tuple(value.shape)) for name, value in values.items()]
     hashes = write_weights(tmp_path, planned, values.__getitem__, 1000)
     assert list(hashes) == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -180,3 +231,9 @@ def test_both_spellings_of_dtype_and_rope():
     )
     assert plain["dtype"] == "float16"
     assert "rope_scaling" not in plain
+    both = {
+        "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 1e4},
+    }
+    gemma = both_spellings({"rope_parameters": both})
+    assert (gemma["rope_theta"], gemma["rope_local_base_freq"]) == (1e6, 1e4)

@@ -55,7 +55,7 @@ def aggregate(x, mask):
     return torch.stack(per_sample).square().sum(0).sqrt()
 
 
-@pytest.mark.parametrize("name", sorted(families()))
+@pytest.mark.parametrize("name", ["llama", "nemotron"])
 def test_every_axis_against_the_formula(tmp_path, name):
     folder = make_model(tmp_path / "m", name)
     torch.manual_seed(0)

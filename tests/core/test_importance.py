@@ -93,10 +93,34 @@ def test_magnitude_of_a_unit_is_the_norm_of_its_weights():
     sizes = {"hidden": 5, "heads": 3, "head_dim": 2, "kv_heads": 3, "ffn": 4, "vocab": 7, "layers": 1}
     row = next(row for row in family.rows if row.pattern.endswith("q_proj.weight"))
     weight = torch.randn(6, 5)
-    heads = unit_squares(weight, row, sizes, "heads")
-    assert torch.allclose(heads, weight.double().square().view(3, -1).sum(1))
-    assert torch.allclose(unit_squares(weight, row, sizes, "hidden"), weight.double().square().sum(0))
-    assert unit_squares(weight, row, sizes, "ffn").tolist() == [0, 0, 0, 0]
+    found = unit_squares(weight, row, sizes, family, {"layer": 0})
+    assert set(found) == {"heads", "hidden", "layers"}
+    assert torch.allclose(found["heads"], weight.double().square().view(3, -1).sum(1))
+    assert torch.allclose(found["hidden"], weight.double().square().sum(0))
+    assert float(found["layers"]) == pytest.approx(float(weight.double().square().sum()))
+
+
+def test_magnitude_of_fused_and_concatenated_tensors(monkeypatch):
+    from nemo_minitron.core import importance
+
+    monkeypatch.setattr(importance, "_BLOCK", 40)  # several blocks
+    family = families()["gpt_oss"]
+    sizes = {"experts": 3, "hidden": 4, "expert_ffn": 5}
+    row = next(row for row in family.rows if row.pattern.endswith("gate_up_proj"))
+    weight = torch.randn(3, 4, 10)
+    found = unit_squares(weight, row, sizes, family, {})
+    squares = weight.double().square()
+    assert torch.allclose(found["expert_ffn"], squares.view(3, 4, 5, 2).sum((1, 3)))
+    assert torch.allclose(found["experts"], squares.sum((1, 2)))
+    assert torch.allclose(found["hidden"], squares.sum((0, 2)))
+    family = families()["phi3"]
+    row = next(row for row in family.rows if row.pattern.endswith("qkv_proj.weight"))
+    weight = torch.randn(16, 3)
+    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 2, "hidden": 3}
+    found = unit_squares(weight, row, sizes, family, {})
+    squares = weight.double().square().sum(1)
+    assert torch.allclose(found["heads"], squares[:8].view(4, 2).sum(1))
+    assert torch.allclose(found["kv_heads"], squares[8:].view(2, 2, 2).sum((0, 2)))
 
 
 def test_random_scores_repeat_by_seed_only():

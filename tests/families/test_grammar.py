@@ -35,16 +35,39 @@ def test_a_printed_row_parses_back(dims):
         ("not tied", False),
         ("tied and hidden > 1", True),
         ("hidden // 5 + 2 * kv", 835),
+        ("hidden ** 0.5", 64.0),
+        ("tied or hidden", True),
+        ("missing or blocks", ["a", "b"]),
+        ("len(missing or blocks)", 2),
+        ("blocks[1] in ['b', 'c'] and kv not in [1]", True),
+        ("'x' if blocks[0] == 'b' else -kv", -8),
     ],
 )
 def test_expressions(expression, expected):
-    assert evaluate(expression, {"hidden": 4096, "heads": 32, "kv": 8, "tied": True}) == expected
+    assert (
+        evaluate(
+            expression,
+            {"hidden": 4096, "heads": 32, "kv": 8, "tied": True, "missing": None, "blocks": ["a", "b"]},
+        )
+        == expected
+    )
 
 
-@pytest.mark.parametrize("text", ["__import__('os')", "a.b", "[1]", "f(x)", "lambda: 1", "a <"])
+@pytest.mark.parametrize("text", ["__import__('os')", "a.b", "{1: 2}", "f(x)", "lambda: 1", "a <"])
 def test_expressions_run_nothing(text):
     with pytest.raises(ValueError, match="expression"):
         evaluate(text, {"a": 1})
+
+
+@pytest.mark.parametrize("text", ["a / 0", "a + 'x'", "a[0]", "'abc'[5]", "len(a)", "10 ** 400 / 3"])
+def test_what_cannot_be_computed_is_a_clear_error(text):
+    with pytest.raises(ValueError, match="cannot be computed"):
+        evaluate(text, {"a": 1})
+
+
+def test_numbers_are_dimensions_of_their_own():
+    assert row_shape(parse_row("1 (ffn 2) kernel"), {"ffn": 5, "kernel": 4}) == (1, 10, 4)
+    assert row_axes(parse_row("1 (ffn 2)")) == {"ffn"}
 
 
 def test_a_name_without_value_is_named():

@@ -1,7 +1,6 @@
-"""A table is proven by permuting every axis through it: a correct table leaves the logits as they were."""
+"""Loading tables, the user's own among them, and whether their taps exist in the installed transformers."""
 
-import itertools
-from dataclasses import replace
+import json
 from pathlib import Path
 
 import pytest
@@ -9,142 +8,43 @@ import torch
 import yaml
 
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.core.cut import Cut
-from nemo_minitron.core.size import model_size
-from nemo_minitron.families import axis_sizes, families, find_row, load_family, parse_row
-from nemo_minitron.families.family import TABLES, expand
-from nemo_minitron.stages.prune import write_pruned
-from tests.conftest import logits, make_model
-
-VARIANTS = {
-    "plain": {},
-    "tied": {"tie_word_embeddings": True},
-    "biased": {"attention_bias": True, "mlp_bias": True},
-    "multi_head": {"num_key_value_heads": 6},
-}
-CASES = list(itertools.product(sorted(families()), VARIANTS))
+from nemo_minitron.bridge.models import load_model
+from nemo_minitron.bridge.specimens import tiny_model
+from nemo_minitron.bridge.taps import Recorder
+from nemo_minitron.families import families, family_of, load_family, use_tables
+from nemo_minitron.families.family import OWN_TABLES, TABLES
+from tests.conftest import make_model, minitron
+from tests.families.test_proofs import INSTALLED
 
 
-def permutation(family, config, axes, seed=1):
-    """Kept units that keep all of them, in another order.
-
-    Heads move inside their group, groups move whole.
-    """
-    sizes = axis_sizes(family, config)
-    generator = torch.Generator().manual_seed(seed)
-    layers, groups = sizes["layers"], sizes["kv_heads"]
-    per_group = sizes["heads"] // groups
-    keep = {}
-    if "hidden" in axes:
-        keep["hidden"] = torch.randperm(sizes["hidden"], generator=generator)
-    if "ffn" in axes:
-        keep["ffn"] = torch.stack([torch.randperm(sizes["ffn"], generator=generator) for _ in range(layers)])
-    if "kv_heads" in axes or "heads" in axes:
-        order, heads = [], []
-        for _ in range(layers):
-            still = torch.arange(groups)
-            group = torch.randperm(groups, generator=generator) if "kv_heads" in axes else still
-            inside = [
-                torch.randperm(per_group, generator=generator) if "heads" in axes else torch.arange(per_group)
-                for _ in range(groups)
-            ]
-            order.append(group)
-            heads.append(torch.cat([g * per_group + inside[int(g)] for g in group]))
-        keep["heads"] = torch.stack(heads)
-        if "kv_heads" in axes:
-            keep["kv_heads"] = torch.stack(order)
-    return keep
-
-
-def permuted(source: Path, target: Path, axes, family=None) -> Path:
-    checkpoint = open_checkpoint(source)
-    if family is not None:
-        checkpoint = replace(checkpoint, family=family)
-    keep = permutation(checkpoint.family, checkpoint.config, axes)
-    target.mkdir()
-    cut = Cut(
-        checkpoint.family, checkpoint.config, keep, tuple(range(checkpoint.config["num_hidden_layers"]))
-    )
-    write_pruned(checkpoint, cut, target, 10**9)
-    return target
-
-
-@pytest.mark.parametrize(("name", "variant"), CASES)
-def test_permuting_every_axis_leaves_the_logits(tmp_path, name, variant):
-    source = make_model(tmp_path / "source", name, **VARIANTS[variant])
-    before = logits(source)
-    for axes in (["hidden"], ["ffn"], ["heads"], ["kv_heads"], ["hidden", "ffn", "heads", "kv_heads"]):
-        after = logits(permuted(source, tmp_path / "-".join(axes), axes))
-        assert torch.allclose(before, after, atol=1e-5 * before.abs().max()), axes
-
-
-# every size that could be confused is equal here, so that only the permutation can tell
-ALIKE = {
-    "hidden_size": 24,
-    "intermediate_size": 24,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 6,
-    "head_dim": 4,
-}
-WRONG = {
-    "transposed": ("mlp.down_proj.weight", "ffn hidden"),
-    "norm of another axis": ("post_attention_layernorm.weight", "ffn"),
-    "final norm forgotten": ("model.norm.weight", "still"),
-    "head order swapped": ("self_attn.v_proj.weight", "(head_dim kv_heads) hidden"),
-    "output heads forgotten": ("self_attn.o_proj.weight", "hidden still"),
-    "embedding forgotten": ("embed_tokens.weight", "vocab still"),
-    "mlp neurons forgotten": ("mlp.up_proj.weight", "still hidden"),
-}
-
-
-@pytest.mark.parametrize("name", sorted(families()))
-@pytest.mark.parametrize("mistake", WRONG)
-def test_the_permutation_test_bites(tmp_path, name, mistake):
-    source = make_model(tmp_path / "source", name, **ALIKE)
-    before = logits(source)
-    ending, text = WRONG[mistake]
+@pytest.mark.parametrize("name", sorted(INSTALLED))
+def test_taps_and_modules_are_those_of_the_installed_transformers(tmp_path, name):
     family = families()[name]
-    # an axis of the right size that nothing permutes stands for 'this row forgot the axis'
-    still = replace(family.axes["hidden"], name="still", fixed=True)
-    rows = tuple(
-        replace(row, dims=parse_row(text)) if row.pattern.endswith(ending) else row for row in family.rows
-    )
-    assert rows != family.rows
-    wrong = replace(family, rows=rows, axes={**family.axes, "still": still})
-    after = logits(permuted(source, tmp_path / "wrong", ["hidden", "ffn", "heads", "kv_heads"], wrong))
-    assert (before - after).abs().max() > 1e-2 * before.abs().max()
+    for i, changes in enumerate(family.proofs):
+        folder = tiny_model(family, changes, tmp_path / f"{i}")
+        config = open_checkpoint(folder).config
+        model = load_model(folder)
+        assert type(model).__name__ == family.architecture
+        recorder = Recorder(family, config, "mean", depth=True)
+        with torch.inference_mode(), recorder.attached(model):
+            model.get_submodule(family.modules["decoder"])(
+                input_ids=torch.arange(24).view(2, 12), use_cache=False
+            )
+        stacked = recorder.stacked()
+        assert set(stacked) == {axis for axis in family.taps if axis != "layers" and axis in recorder.present}
+        for axis, sums in stacked.items():
+            assert sums.total.shape[-1] == recorder.sizes[axis], axis
+            if family.axes[axis].scope != "model":
+                seen = sums.total.sum(-1).nonzero().flatten().tolist()
+                assert seen == recorder.present[axis], axis
+        assert all(tokens == 24 for _, tokens in recorder.cosines)
 
 
-@pytest.mark.parametrize(("name", "variant"), CASES)
-def test_size_counts_every_parameter(tmp_path, name, variant):
-    source = make_model(tmp_path / "source", name, **VARIANTS[variant])
-    checkpoint = open_checkpoint(source)
-    counted = sum(torch.Size(entry.shape).numel() for entry in checkpoint.entries.values())
-    assert model_size(checkpoint.family, checkpoint.config).parameters == counted
-
-
-@pytest.mark.parametrize("name", sorted(families()))
-def test_taps_and_modules_exist_in_the_installed_transformers(tmp_path, name):
-    import transformers
-
-    family = families()[name]
-    model = transformers.AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "m", name))
-    sizes = axis_sizes(family, model.config.to_dict())
-    assert set(family.taps) >= {"hidden", "ffn", "heads", "layers"}
-    for taps in family.taps.values():
-        for tap in taps:
-            for path in expand(family, tap.module, sizes):
-                model.get_submodule(path)
-    for path in family.modules.values():
-        model.get_submodule(path)
-    assert type(model).__name__ == family.architecture
-
-
-def edited(tmp_path, change):
-    table = yaml.safe_load((TABLES / "llama.yaml").read_text())
+def edited(tmp_path, change, name="llama"):
+    table = yaml.safe_load((TABLES / f"{name}.yaml").read_text())
     change(table)
     path = tmp_path / "edited.yaml"
-    path.write_text(yaml.safe_dump(table))
+    path.write_text(yaml.safe_dump(table, sort_keys=False))
     return path
 
 
@@ -153,12 +53,18 @@ def edited(tmp_path, change):
     [
         (lambda t: t.update(colour="red"), "unknown keys .'colour'"),
         (lambda t: t["axes"]["ffn"].update(color="red"), "axis ffn: unknown keys"),
+        (lambda t: t["axes"]["ffn"].update(scope="expert"), "scope 'expert' is no placeholder"),
+        (lambda t: t["axes"]["ffn"].update(within="groups"), "within 'groups' is no axis"),
+        (lambda t: t["axes"].pop("layers"), "an axis 'layers' with an index is needed"),
         (lambda t: t["tensors"].update({"x": "hidden width"}), "axes .'width'. are not declared"),
-        (lambda t: t["tensors"].update({"x?": "hidden"}), "needs an entry under 'when'"),
-        (lambda t: t["when"].update({"y": "tied"}), "rows that do not exist"),
+        (lambda t: t["tensors"].update({"x?": "hidden"}), "needs 'if CONDITION'"),
+        (lambda t: t["tensors"].update({"x": "hidden if tied"}), "needs 'if CONDITION'"),
+        (lambda t: t["tensors"].update({"x?": "hidden if tied and"}), "is not valid"),
         (lambda t: t["tensors"].update({"x.{expert}": "hidden"}), "belong to no axis"),
         (lambda t: t["taps"].update(ffn=["side of x"]), "expected 'input of MODULE'"),
         (lambda t: t.update(constraints=["width > 1"]), "not declared"),
+        (lambda t: t.pop("architecture"), "key 'architecture' is missing"),
+        (lambda t: t.update(axes=3), "edited.yaml"),
     ],
 )
 def test_a_table_with_a_mistake_is_refused_by_name(tmp_path, change, message):
@@ -166,10 +72,85 @@ def test_a_table_with_a_mistake_is_refused_by_name(tmp_path, change, message):
         load_family(edited(tmp_path, change))
 
 
-def test_every_tensor_name_matches_one_row():
-    for family in families().values():
-        names = [name for row in family.rows for name in expand(family, row.pattern, {"layers": 2})]
-        assert len(set(names)) == len(names)
-        for name in names:
-            assert sum(row.regex.fullmatch(name) is not None for row in family.rows) == 1
-        assert find_row(family, "model.layers.0.surprise.weight") is None
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00"])
+def test_what_is_no_table_is_refused(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"broken\.yaml"):
+        load_family(path)
+
+
+@pytest.fixture
+def own_table(tmp_path, monkeypatch):
+    """A family of the user's own: what transformers calls ``olmo``, which no table of ours describes."""
+    monkeypatch.delenv(OWN_TABLES, raising=False)
+
+    def change(table):
+        table.update(
+            model_type="olmo", architecture="OlmoForCausalLM", proofs=[{}, {"tie_word_embeddings": True}]
+        )
+        table["tensors"] = {k: v for k, v in table["tensors"].items() if "norm" not in k and "mlp.b" not in k}
+        table.pop("ignored")
+
+    path = edited(tmp_path, change)
+    yield path
+    monkeypatch.delenv(OWN_TABLES, raising=False)
+    families.cache_clear()
+
+
+def test_a_table_of_the_users_own_is_proven_and_used(tmp_path, own_table):
+    assert "olmo" not in families()
+    proven = minitron("families", "--prove", "--json", "olmo", f"families.path={own_table}")
+    assert proven.returncode == 0, proven.stderr
+    rows = json.loads(proven.stdout)
+    assert {row["axis"] for row in rows} >= {"hidden", "ffn", "heads", "layers"}
+    assert all(row["strict load"] == "yes" for row in rows)
+    use_tables(own_table)
+    model = tiny_model(families()["olmo"], {}, tmp_path / "model")
+    arguments = [
+        f"workspace={tmp_path / 'run'}",
+        f"source.model={model}",
+        "plan.ffn=16",
+        "score.importance=magnitude",
+    ]
+    refused = minitron("prune", *arguments, env={OWN_TABLES: ""})
+    assert refused.returncode == 2
+    assert "model_type 'olmo' is not supported" in refused.stderr
+    assert "families.path" in refused.stderr
+    done = minitron("prune", *arguments, f"families.path={own_table}", env={OWN_TABLES: ""})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/pruned/config.json").read_text())["intermediate_size"] == 16
+    sized = minitron(
+        "size", str(model), "ffn=16", "--json", f"families.path={own_table}", env={OWN_TABLES: ""}
+    )
+    assert json.loads(sized.stdout)["ffn"] == 16
+
+
+def test_a_changed_table_of_ones_own_makes_a_checkpoint_another_input(tmp_path, own_table):
+    use_tables(own_table)
+    model = tiny_model(families()["olmo"], {}, tmp_path / "model")
+    first = open_checkpoint(model).fingerprint
+    own_table.write_text(own_table.read_text().replace("fixed: true", "fixed: true\n    inexact: why"))
+    use_tables(own_table)
+    assert open_checkpoint(model).fingerprint != first
+
+
+def test_no_such_table(tmp_path):
+    shown = minitron("families", f"families.path={tmp_path / 'none.yaml'}")
+    assert shown.returncode == 2
+    assert "none.yaml: no such table" in shown.stderr
+    assert minitron("families", "t5").returncode == 2
+
+
+def test_a_model_with_other_towers_is_refused_by_what_it_wraps(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"wraps a text model .'llama'. together with other towers"):
+        family_of({"model_type": "llava", "text_config": config})
+
+
+def test_tables_are_short_and_hold_one_family_each():
+    for path in sorted(Path(TABLES).glob("*.yaml")):
+        table = yaml.safe_load(path.read_text())
+        assert table["model_type"] == path.stem
+        assert len(path.read_text().splitlines()) < 90, path

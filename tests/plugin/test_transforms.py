@@ -8,13 +8,14 @@ pytest.importorskip("nemo")
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.artifacts.plan import make_plan, read_plan, write_plan
 from nemo_minitron.bridge.models import load_model
-from nemo_minitron.core.cut import Cut
-from nemo_minitron.core.select import select_units
-from nemo_minitron.families import axis_sizes, families
+from nemo_minitron.bridge.proof import TOGETHER, halved
+from nemo_minitron.bridge.specimens import tiny_model
+from nemo_minitron.core.importance import random_scores
+from nemo_minitron.core.select import score_shape, select_units
+from nemo_minitron.families import axis_sizes, families, present_axes
 from nemo_minitron.plugin.model import MinitronModel, nemo_archive
 from nemo_minitron.plugin.transforms import DepthPruning, Pruning, WidthPruning
-from nemo_minitron.stages.prune import write_pruned
-from tests.conftest import logits, make_model
+from tests.conftest import logits, make_model, stream
 
 
 def plan_for(folder, layers=(0, 2)):
@@ -28,15 +29,28 @@ def plan_for(folder, layers=(0, 2)):
 
 
 def streamed(checkpoint, plan, folder):
-    folder.mkdir()
-    write_pruned(
-        checkpoint, Cut(checkpoint.family, checkpoint.config, plan.keep, plan.layers_kept), folder, 10**9
-    )
-    return logits(folder)
+    return logits(stream(checkpoint.folder, folder, plan.keep, plan.layers_kept))
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_every_family_is_pruned_in_memory_as_on_disk(tmp_path, name):
+    """Also where transformers fuses experts or renames modules in memory, and where a constant is folded."""
+    family = families()[name]
+    folder = tiny_model(family, family.proofs[0], tmp_path / "m")
+    checkpoint = open_checkpoint(folder)
+    sizes, axes = axis_sizes(family, checkpoint.config), present_axes(family, checkpoint.config)
+    targets = halved(family, sizes, TOGETHER, [axis for axis in family.prunable if axis in axes])
+    scores = {axis: random_scores(score_shape(family, sizes, axis), 0) for axis in family.prunable}
+    keep = select_units(family, scores, sizes, {k: v for k, v in targets.items() if k != "layers"})
+    plan = make_plan(family, checkpoint.config, keep, (1, 3))
+    expected = logits(stream(folder, tmp_path / "pruned", keep, (1, 3)))
+    model = load_model(folder, torch.float32)
+    assert Pruning(plan)(model) is model
+    assert torch.equal(model(torch.arange(20)[None]).logits, expected)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", sorted(families()))
+@pytest.mark.parametrize("name", ["llama", "nemotron"])
 def test_in_place_equals_the_stream_and_trains(tmp_path, name, tied):
     folder = make_model(tmp_path / "m", name, tie_word_embeddings=tied)
     checkpoint, plan = plan_for(folder)

@@ -1,0 +1,75 @@
+"""Weights that are not a plain causal LM: recognised by name, refused with what to do about it."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+_DEQUANTISE = (
+    "dequantise it first: load it with transformers, model.dequantize(), save_pretrained in bfloat16"
+)
+_KINDS = (
+    (r"\.lora_[AB]\b|\.lora_(embedding|magnitude)|\.base_layer\.", "LoRA adapter weights",
+     "merge the adapter first (peft: merge_and_unload) and save the merged model"),
+    (r"weight_scale(_inv)?$|\.input_scale$|\.(k|v)_scale$|activation_scale$", "fp8 block or tensor scales",
+     _DEQUANTISE),
+    (r"\.(qweight|qzeros|g_idx|scales)$|weight_packed$|weight_zero_point$", "GPTQ/AWQ weights", _DEQUANTISE),
+    (r"\.(absmax|quant_map|nested_absmax|SCB|weight_format)$|quant_state", "bitsandbytes weights",
+     _DEQUANTISE),
+    (r"_proj_(blocks|scales)$", "mxfp4 blocks", _DEQUANTISE),
+    (r"(^|\.)(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|mm_projector|image_newline|"
+     r"vision_embed_tokens|sound_encoder)\b", "a vision or audio tower",
+     "save the text model alone as a causal LM first"),
+    (r"(^|\.)mtp\b|\.(eh_proj|enorm|hnorm|shared_head)\b|nextn", "multi-token prediction (MTP) layers",
+     "remove them first: load the model with transformers, which leaves them out, and save_pretrained"),
+)  # fmt: skip
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that holds an adapter and no model.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: a LoRA adapter, not a model (adapter_config.json, no config.json); "
+            "merge it into its base model first (peft: merge_and_unload) and save the merged model"
+        )
+
+
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a config.json that declares quantised weights.
+
+    Raises:
+        ValueError: it does; the message names the method.
+    """
+    settings = config.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method", "quantised") if isinstance(settings, Mapping) else settings
+        raise ValueError(f"{folder / 'config.json'}: weights are quantised ({method!s:.40}); {_DEQUANTISE}")
+
+
+def check_names(folder: Path, unknown: Iterable[str], layers: int) -> None:
+    """Refuses tensors that the family does not have, where their names tell what they are.
+
+    Args:
+        folder: the checkpoint.
+        unknown: names of tensors that the family's table does not expect.
+        layers: layers of the model; tensors of further ones are prediction layers.
+
+    Raises:
+        ValueError: one of them is recognised; the message says how many and what to do.
+    """
+    names = sorted(unknown)
+    for pattern, kind, advice in _KINDS:
+        found = [name for name in names if re.search(pattern, name)]
+        if found:
+            raise ValueError(f"{folder}: holds {kind} ({len(found)} tensors, as {found[0]}); {advice}")
+    beyond = [n for n in names if (m := re.search(r"\blayers\.(\d{1,9})\.", n)) and int(m[1]) >= layers]
+    if beyond:
+        kind, advice = _KINDS[-1][1:]
+        raise ValueError(
+            f"{folder}: {len(beyond)} tensors of layers beyond the {layers} of config.json, as {beyond[0]}: "
+            f"{kind}, most likely; {advice}"
+        )

@@ -1,0 +1,59 @@
+"""The header of a safetensors file: read and checked without touching the weights."""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Names of the dtypes that weights may have here, and bytes of one number."""
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Header of a safetensors file, and where its tensors begin.
+
+    Raises:
+        ValueError: the file is truncated, has trailing bytes, or its header is not one of safetensors; each
+            tensor's span must be as long as its dtype and shape say, and no two may overlap.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            if length > min(size - 8, 100 * 2**20):
+                raise ValueError("header is longer than the file")
+            header = json.loads(file.read(length))
+        spans = sorted(_span(name, item) for name, item in header.items() if name != "__metadata__")
+        end = 0
+        for begin, stop in spans:
+            if begin != end:
+                raise ValueError(f"tensors overlap or leave a gap at byte {begin}")
+            end = stop
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        struct.error,
+        RecursionError,
+    ) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from error
+    if 8 + length + end != size:
+        raise ValueError(f"{path}: truncated: expected {8 + length + end} bytes, found {size}")
+    return dict(header), 8 + length
+
+
+def _span(name: str, item: Mapping[str, Any]) -> tuple[int, int]:
+    begin, end = item["data_offsets"]
+    shape = item["shape"]
+    if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)):
+        raise ValueError(f"{name}: shape and offsets must be whole numbers")
+    if not isinstance(item["dtype"], str):
+        raise ValueError(f"{name}: dtype must be a name")
+    width = FLOATS.get(item["dtype"])
+    if end < begin or (width is not None and end - begin != width * math.prod(shape)):
+        raise ValueError(f"{name}: {end - begin} bytes do not hold {item['dtype']} of shape {shape}")
+    return begin, end

@@ -1,0 +1,245 @@
+"""Proof of a family table on real, tiny models: a table is either proven or refused.
+
+Every weight of the models, norms, biases and router buffers included, is random at unit scale: at their usual
+constants a wrong row would survive.
+"""
+
+import itertools
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.artifacts.checkpoint import SINGLE, Checkpoint, open_checkpoint
+from nemo_minitron.artifacts.pruned import write_pruned
+from nemo_minitron.bridge.models import load_model
+from nemo_minitron.bridge.specimens import dead_copy, permutation, tiny_model
+from nemo_minitron.core.cut import Cut
+from nemo_minitron.core.importance import random_scores
+from nemo_minitron.core.select import Keep, complete_targets, score_shape, select_units
+from nemo_minitron.core.size import model_size
+from nemo_minitron.families import Family, axis_sizes, check_sizes, config_with_sizes, present_axes
+
+PROOFS = ("permutation", "dead units", "strict load", "generate")
+TOGETHER = "all together"
+TOLERANCE = 1e-5
+"""Largest difference of logits that counts as equal, relative to the largest logit."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one proof of one axis found: whether it holds, or why it does not apply."""
+
+    axis: str
+    proof: str
+    holds: bool
+    note: str = ""
+
+
+def logits_of(folder: Path) -> Tensor:
+    """Logits of a saved model after a strict load, float32, shape [2, 12, vocabulary]."""
+    model = load_model(folder, torch.float32)
+    with torch.inference_mode():
+        logits: Tensor = model(_tokens(model.config.vocab_size)).logits
+    return logits
+
+
+def _tokens(vocabulary: int) -> Tensor:
+    return torch.randint(2, vocabulary, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def equal(before: Tensor, after: Tensor) -> bool:
+    """Whether logits are equal up to rounding."""
+    return bool((before - after).abs().max() <= TOLERANCE * before.abs().max())
+
+
+def prove(family: Family, changes: Mapping[str, Any]) -> Iterator[Finding]:
+    """Proves a table on a tiny model.
+
+    Args:
+        family: the table.
+        changes: config values beyond the sizes, one of the table's ``proofs``.
+
+    Yields:
+        One finding per axis and proof.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        source = tiny_model(family, changes, work / "source")
+        checkpoint = replace(open_checkpoint(source), family=family)
+        present = present_axes(family, checkpoint.config)
+        axes = [axis for axis in family.prunable if axis in present]
+        yield from permutations(checkpoint, [axis for axis in axes if axis != "layers"], work)
+        for axis in axes:
+            yield _dead_units(checkpoint, axis, work)
+        for axis in [*axes, TOGETHER]:
+            try:
+                yield from _half(checkpoint, axis, axes, work)
+            except (ValueError, RuntimeError) as error:  # a wrong table: the result is no model
+                yield from (Finding(axis, proof, False, str(error)) for proof in PROOFS[2:])
+
+
+def permutations(
+    checkpoint: Checkpoint, axes: Sequence[str], work: Path, alone: bool = True
+) -> Iterator[Finding]:
+    """Permutes every axis alone, then all together: the logits must stay as they were."""
+    before = logits_of(checkpoint.folder)
+    for label, moved in [*((axis, [axis]) for axis in axes if alone), (TOGETHER, list(axes))]:
+        keep = permutation(checkpoint.family, checkpoint.config, moved)
+        with tempfile.TemporaryDirectory(dir=work) as target:
+            after = logits_of(_cut(checkpoint, keep, None, Path(target)))
+        yield Finding(label, "permutation", equal(before, after))
+
+
+def _cut(checkpoint: Checkpoint, keep: Keep, layers: Sequence[int] | None, target: Path) -> Path:
+    every = range(axis_sizes(checkpoint.family, checkpoint.config)["layers"])
+    cut = Cut(checkpoint.family, checkpoint.config, keep, tuple(every if layers is None else layers))
+    write_pruned(checkpoint, [(target, cut)], 10**9)
+    return target
+
+
+def _dead_units(checkpoint: Checkpoint, axis: str, work: Path) -> Finding:
+    """Removes units that were dead: the logits must stay as they were."""
+    sizes, group = axis_sizes(checkpoint.family, checkpoint.config), checkpoint.family.axes[axis].within
+    reason = "norm statistics change" if axis == "hidden" else checkpoint.family.axes[axis].inexact
+    if group is not None and sizes[group] == sizes[axis]:
+        reason = f"one in each of {group}: cut together"
+    if reason is not None:
+        return Finding(axis, "dead units", True, reason)
+    with tempfile.TemporaryDirectory(dir=work) as name:
+        dead = Path(name) / "dead"
+        keep, layers = dead_copy(checkpoint, axis, dead)
+        target = Path(name) / "cut"
+        target.mkdir()
+        try:
+            copy = replace(open_checkpoint(dead), family=checkpoint.family)
+            check_sizes(copy.family, Cut(copy.family, copy.config, keep, tuple(layers)).after, axis)
+        except ValueError as error:
+            return Finding(axis, "dead units", True, f"cannot be cut alone: {error}")
+        try:
+            after = logits_of(_cut(copy, keep, layers, target))
+        except (ValueError, RuntimeError) as error:
+            return Finding(axis, "dead units", False, str(error))
+        return Finding(axis, "dead units", equal(logits_of(dead), after))
+
+
+def halved(family: Family, sizes: Mapping[str, int], axis: str, axes: Sequence[str]) -> dict[str, int]:
+    """Targets with half of one axis, and of as few others as the architecture's rules then ask for."""
+    asked = list(axes) if axis == TOGETHER else [axis]
+    others = [name for name in axes if name not in asked and name != "layers"]
+    for extra in itertools.chain.from_iterable(itertools.combinations(others, n) for n in range(3)):
+        half = {name: sizes[name] // 2 for name in (*asked, *extra)}
+        try:
+            targets = complete_targets(family, sizes, half)
+            check_sizes(family, targets, axis)
+        except ValueError:
+            continue
+        return targets
+    raise ValueError(f"{family.model_type}: no way to halve {axis}")
+
+
+def _half(checkpoint: Checkpoint, axis: str, axes: Sequence[str], work: Path) -> Iterator[Finding]:
+    """Cuts an axis to half: loads strictly, has the predicted size, round-trips, generates with a cache."""
+    family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
+    targets = halved(family, sizes, axis, axes)
+    scores = {name: random_scores(score_shape(family, sizes, name), seed) for seed, name in enumerate(axes)}
+    keep = select_units(family, scores, sizes, {n: t for n, t in targets.items() if n != "layers"})
+    layers = list(range(sizes["layers"]))
+    if targets["layers"] < sizes["layers"]:
+        layers = layers[1::2]
+    others = [
+        n
+        for n in axes
+        if targets[n] < sizes[n] and n not in (axis, family.axes[axis].within if axis in axes else "")
+    ]
+    note = "with " + ", ".join(others) if others and axis != TOGETHER else ""
+    with tempfile.TemporaryDirectory(dir=work) as name:
+        target = Path(name) / "half"
+        target.mkdir()
+        _cut(checkpoint, keep, layers, target)
+        model = load_model(target, torch.float32)
+        fine = _stored(target) == model_size(family, open_checkpoint(target).config).parameters
+        if axis != "layers" and axis != TOGETHER:
+            fine &= (
+                _stored(target)
+                == model_size(family, config_with_sizes(family, checkpoint.config, targets)).parameters
+            )
+        fine &= _ties_kept(checkpoint, model) and _round_trips(model, Path(name))
+        yield Finding(axis, "strict load", fine, note)
+        yield Finding(axis, "generate", generates(model), note)
+
+
+def _stored(folder: Path) -> int:
+    return sum(torch.Size(entry.shape).numel() for entry in open_checkpoint(folder).entries.values())
+
+
+def _ties_kept(checkpoint: Checkpoint, model: Any) -> bool:
+    """Whether head and embeddings are one tensor in the cut model if and only if they were."""
+    tied = not any("lm_head" in name for name in checkpoint.entries)
+    one = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return tied == one
+
+
+def _round_trips(model: Any, work: Path) -> bool:
+    """Whether save, load, save gives the same bytes."""
+    model.save_pretrained(work / "first")
+    load_model(work / "first").save_pretrained(work / "second")
+    files = sorted(path.name for path in (work / "first").iterdir())
+    assert SINGLE in files, files
+    return all((work / "first" / n).read_bytes() == (work / "second" / n).read_bytes() for n in files)
+
+
+def generates(model: Any, length: int = 6) -> bool:
+    """Whether greedy generation with the KV cache picks what full forward passes pick."""
+    tokens = _tokens(model.config.vocab_size)[:1]
+    with torch.inference_mode():
+        out = model.generate(
+            tokens,
+            max_new_tokens=length,
+            min_new_tokens=length,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+        )
+        for end in range(tokens.shape[1], out.shape[1]):
+            logits = model(out[:, :end], use_cache=False).logits[0, -1]
+            logits[1] = -torch.inf  # min_new_tokens forbids the end token
+            if logits.max() - logits[out[0, end]] > TOLERANCE * logits[2:].abs().max():
+                return False
+    return bool(out.shape[1] == tokens.shape[1] + length)
+
+
+def proof_table(chosen: Mapping[str, Family]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], int]:
+    """Proves families under all of their configs.
+
+    Args:
+        chosen: families by ``model_type``.
+
+    Returns:
+        Column titles, a row per family and axis, and how many cells failed. A cell says ``yes``, ``FAILS``,
+        why the proof does not apply, or that the installed transformers does not have the architecture.
+    """
+    rows, failed = [], 0
+    for model_type, family in chosen.items():
+        cells: dict[tuple[str, str], set[str]] = {}
+        try:
+            for changes in family.proofs:
+                for finding in prove(family, changes):
+                    cell = finding.note if finding.holds and finding.proof == "dead units" else ""
+                    text = (cell or "yes") if finding.holds else "FAILS"
+                    cells.setdefault((finding.axis, finding.proof), set()).add(text)
+        except ModuleNotFoundError as error:
+            rows.append((model_type, "all", *[str(error)] * len(PROOFS)))
+            continue
+        for axis in [*family.prunable, TOGETHER]:
+            found = [cells.get((axis, proof), {"–"}) for proof in PROOFS]
+            failed += sum("FAILS" in cell for cell in found)
+            texts = (
+                "FAILS" if "FAILS" in c else "yes" if "yes" in c else "; ".join(sorted(c)) for c in found
+            )
+            rows.append((model_type, axis, *texts))
+    return ("family", "axis", *PROOFS), tuple(rows), failed

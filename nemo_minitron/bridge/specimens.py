@@ -1,0 +1,180 @@
+"""Tiny models made from a family table, and what is done to them in its proofs."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemo_minitron.artifacts.checkpoint import SINGLE, Checkpoint
+from nemo_minitron.core.cut import dim_index
+from nemo_minitron.core.select import Keep, score_shape
+from nemo_minitron.families import Family, axis_sizes, find_row
+from nemo_minitron.families.grammar import Dim, dim_size
+
+SIZES = {
+    "hidden": 32, "ffn": 40, "heads": 8, "kv_heads": 2, "head_dim": 4, "vocab": 96, "layers": 4, "experts": 4,
+    "expert_ffn": 16, "shared_ffn": 28, "experts_per_token": 2, "expert_groups": 1, "mamba_heads": 8,
+    "mamba_groups": 2, "mamba_head_dim": 6, "mamba_state": 10, "conv_kernel": 4,
+}  # fmt: skip
+"""Sizes of the tiny models. Grouped axes have several units per group, no two axes can be confused."""
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "max_position_embeddings": 64}
+
+
+def tiny_config(family: Family, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of this family, small enough for a test.
+
+    Args:
+        family: the table.
+        changes: config values that replace those made from the table.
+    """
+    sizes = {axis.config[0]: SIZES.get(name, 4) for name, axis in family.axes.items()}
+    return {"model_type": family.model_type, **sizes, "chunk_size": 8, **_TOKENS, **changes}
+
+
+def tiny_model(family: Family, changes: Mapping[str, Any], folder: Path, seed: int = 0) -> Path:
+    """Saves a random model with norms, biases and router buffers at unit scale.
+
+    Raises:
+        ModuleNotFoundError: the installed transformers does not have this architecture.
+    """
+    config = tiny_config(family, changes)
+    entries = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        settings = transformers.AutoConfig.for_model(family.model_type, **entries)
+    except ValueError as error:
+        text = f"transformers {transformers.__version__} has no {family.model_type} (since {family.since})"
+        raise ModuleNotFoundError(text) from error
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    with torch.no_grad():
+        for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values():
+            scale = 1.0 if tensor.dim() == 1 else 0.3
+            tensor.copy_(torch.randn(tensor.shape) * scale)
+    model.save_pretrained(folder)
+    return folder
+
+
+def permutation(family: Family, config: Mapping[str, Any], axes: Sequence[str], seed: int = 1) -> Keep:
+    """Kept units that keep all of them, in another order.
+
+    Units move inside their group, groups move whole.
+    """
+    sizes = axis_sizes(family, config)
+    generator = torch.Generator().manual_seed(seed)
+    keep: Keep = {}
+    for name in sorted(family.prunable, key=lambda name: family.axes[name].within is not None):
+        group = family.axes[name].within
+        if name not in axes and group not in axes:
+            continue
+        shape = score_shape(family, sizes, name)
+        orders = []
+        for owner in range(math.prod(shape[:-1])):
+            if group is None:
+                orders.append(_shuffled(sizes[name], generator))
+                continue
+            inside = sizes[name] // sizes[group]
+            moved = (
+                keep[group].reshape(-1, sizes[group])[owner] if group in keep else torch.arange(sizes[group])
+            )
+            still = torch.arange(inside)
+            orders.append(torch.cat([
+                g * inside + (_shuffled(inside, generator) if name in axes else still)
+                for g in moved
+            ]))  # fmt: skip
+        keep[name] = torch.stack(orders).reshape(shape)
+    return keep
+
+
+def _shuffled(count: int, generator: torch.Generator) -> Tensor:
+    """A random order that is never the one there was: of two units, chance would leave half as they are."""
+    order = torch.randperm(count, generator=generator)
+    return order.roll(1) if torch.equal(order, torch.arange(count)) else order
+
+
+def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, list[int]]:
+    """Saves a copy in which half the units of an axis are dead: weights of zero, experts that get no token.
+
+    Args:
+        checkpoint: a tiny model in one file.
+        axis: whose units die.
+        folder: where the copy goes.
+
+    Returns:
+        The units and the layers that live.
+    """
+    family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
+    tensors = load_file(checkpoint.folder / SINGLE)
+    living = sizes[axis] // 2
+    per_group = {a.name: sizes[a.name] // sizes[axis] for a in family.axes.values() if a.within == axis}
+    dead = {axis: torch.arange(living, sizes[axis])}
+    group = family.axes[axis].within
+    if group is not None:  # the same number in every group
+        inside = sizes[axis] // sizes[group]
+        living = inside // 2 * sizes[group]
+        dead[axis] = torch.cat(
+            [torch.arange(g * inside + inside // 2, (g + 1) * inside) for g in range(sizes[group])]
+        )
+    dead |= {inner: torch.arange(living * many, sizes[inner]) for inner, many in per_group.items()}
+    if axis == "experts":
+        _deafen(family, tensors, dead[axis])
+    for name, tensor in tensors.items():
+        row, units = find_row(family, name) or (None, {})
+        assert row is not None, name
+        for dying, which in dead.items():
+            placeholder = family.axes[dying].index
+            if placeholder in units:
+                if units[placeholder] in which.tolist():
+                    tensor.zero_()
+            elif (row.dims[0], axis) != (((axis,),), "experts"):
+                for position, dim in enumerate(row.dims):
+                    tensor.index_fill_(position, _positions(dim, sizes, dying, which), 0)
+    folder.mkdir()
+    for path in checkpoint.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    every = list(range(sizes["layers"]))
+    if axis == "layers":
+        return {}, every[: sizes[axis] // 2]
+    keep: Keep = {}
+    for name, which in dead.items():
+        alive = torch.tensor([unit for unit in range(sizes[name]) if unit not in which.tolist()])
+        keep[name] = alive.expand(*score_shape(family, sizes, name)[:-1], -1).contiguous()
+    return keep, every
+
+
+def _positions(dim: Dim, sizes: Mapping[str, int], axis: str, units: Tensor) -> Tensor:
+    """Positions along a dimension that belong to the given units of an axis."""
+    parts, start = [torch.zeros(0, dtype=torch.int64)], 0
+    for product in dim:
+        if axis in product:
+            index = dim_index((product,), sizes, {axis: units})
+            assert index is not None
+            parts.append(index + start)
+        start += dim_size((product,), sizes)
+    return torch.cat(parts)
+
+
+def _deafen(family: Family, tensors: dict[str, Tensor], experts: Tensor) -> None:
+    """Makes routers never choose some experts.
+
+    Hidden channel 0 is made a large constant that no block writes and every norm lets through; the routers'
+    weights for these experts are strongly negative there, and zero elsewhere.
+    """
+    for name, tensor in tensors.items():
+        row, _ = find_row(family, name) or (None, {})
+        assert row is not None, name
+        router = row.dims[0] == (("experts",),) and len(row.dims) <= 2
+        for position, dim in enumerate(row.dims):
+            if dim == (("hidden",),):
+                channel: Callable[..., Tensor] = tensor.select(position, 0).fill_
+                channel(30.0 if "embed" in name else 1.0 if "norm" in name else 0.0)
+        if router:
+            tensor[experts] = 0.0
+            tensor[experts] = (
+                tensor[experts].index_fill_(-1, torch.tensor([0]), -1000.0) if tensor.dim() > 1 else -100.0
+            )

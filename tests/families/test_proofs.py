@@ -1,0 +1,206 @@
+"""A table is either proven or refused: every table, under every config it names, on real tiny models."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+
+from nemo_minitron.artifacts.checkpoint import open_checkpoint
+from nemo_minitron.bridge.proof import PROOFS, TOGETHER, permutations, proof_table, prove
+from nemo_minitron.bridge.specimens import tiny_config, tiny_model
+from nemo_minitron.core.cut import Cut, rescaled
+from nemo_minitron.core.size import model_size
+from nemo_minitron.families import axis_sizes, families, has_tensor, present_axes
+from nemo_minitron.families.grammar import row_axes
+from tests.conftest import logits, stream
+
+INSTALLED = {
+    name: family
+    for name, family in families().items()
+    if Version(transformers.__version__) >= Version(family.since)
+}
+CASES = [(name, i) for name, family in sorted(INSTALLED.items()) for i in range(len(family.proofs))]
+
+
+def test_the_families_that_users_have_are_there():
+    asked = {
+        "llama", "mistral", "nemotron", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "mixtral",
+        "qwen2_moe", "qwen3_moe", "granite", "olmo2", "smollm3", "stablelm", "starcoder2", "gpt_oss",
+        "nemotron_h",
+    }  # fmt: skip
+    assert asked <= set(families())
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_every_proof_of_every_family_holds(name, i):
+    findings = list(prove(families()[name], families()[name].proofs[i]))
+    assert not [finding for finding in findings if not finding.holds]
+    assert {finding.proof for finding in findings} == set(PROOFS)
+    proven = {finding.axis for finding in findings if finding.proof == "strict load"}
+    assert {"hidden", "heads", "kv_heads", "layers", TOGETHER} <= proven
+
+
+@pytest.mark.parametrize("name", sorted(INSTALLED))
+def test_every_prunable_axis_is_proven_under_some_config(tmp_path, name):
+    family = families()[name]
+    seen = set()
+    for i, changes in enumerate(family.proofs):
+        seen |= set(
+            present_axes(family, open_checkpoint(tiny_model(family, changes, tmp_path / f"{i}")).config)
+        )
+    assert set(family.prunable) <= seen
+
+
+def wrong_rows(row, family):
+    """The row with one axis forgotten, for each that can be pruned, and with the factors of a product swapped.
+
+    ``still`` is an axis of the right size that nothing moves.
+    """
+    for i, dim in enumerate(row.dims):
+        for j, product in enumerate(dim):
+            for k, axis in enumerate(product):
+                if axis in family.prunable:
+                    changed = (*product[:k], f"still_{axis}", *product[k + 1 :])
+                    yield f"{axis} forgotten", replaced(row, i, (*dim[:j], changed, *dim[j + 1 :]))
+            if len(product) == 2:
+                yield "product swapped", replaced(row, i, (*dim[:j], product[::-1], *dim[j + 1 :]))
+
+
+def replaced(row, position, dim):
+    return replace(row, dims=(*row.dims[:position], dim, *row.dims[position + 1 :]))
+
+
+@pytest.mark.parametrize("name", sorted(INSTALLED))
+def test_the_proof_bites_on_every_axis_of_every_row(tmp_path, name):
+    """Every axis that a row names is needed: without it, the permuted model computes something else."""
+    family = families()[name]
+    still = {
+        f"still_{axis}": replace(family.axes[axis], name=f"still_{axis}", fixed=True, index=None, within=None)
+        for axis in family.prunable
+    }
+    tried = set()
+    for i, changes in enumerate(family.proofs):
+        checkpoint = open_checkpoint(tiny_model(family, changes, tmp_path / f"{i}"))
+        axes = [a for a in family.prunable if a in present_axes(family, checkpoint.config) and a != "layers"]
+        for row in family.rows:
+            if row.pattern in tried or not has_tensor(family, row, checkpoint.config):
+                continue
+            tried.add(row.pattern)
+            for mistake, wrong in wrong_rows(row, family):
+                rows = tuple(wrong if r is row else r for r in family.rows)
+                bad = replace(checkpoint, family=replace(family, rows=rows, axes={**family.axes, **still}))
+                try:
+                    found = [finding.holds for finding in permutations(bad, axes, tmp_path, alone=False)]
+                except ValueError as error:  # so wrong that the cut itself says no
+                    assert "nothing in the name or in dimension 0" in str(error)
+                    found = [False]
+                assert found == [False], (row.pattern, mistake)
+    assert tried == {row.pattern for row in family.rows}
+
+
+def test_a_wrong_table_fails_its_proof_by_name():
+    family = families()["llama"]
+    rows = tuple(
+        replace(row, dims=((("still",),), *row.dims[1:])) if row.pattern.endswith("down_proj.weight") else row
+        for row in family.rows
+    )
+    still = replace(
+        family.axes["hidden"], name="still", config=("still",), fallback="hidden_size", fixed=True
+    )
+    wrong = replace(family, rows=rows, axes={**family.axes, "still": still}, proofs=({"still": 32},))
+    columns, table, failed = proof_table({"llama": wrong})
+    cells = {row[1]: dict(zip(columns[2:], row[2:], strict=True)) for row in table}
+    assert failed >= 2
+    assert cells["hidden"]["permutation"] == "FAILS"
+    assert cells["ffn"]["permutation"] == "yes"
+
+
+@pytest.mark.parametrize("name", sorted(INSTALLED))
+def test_size_counts_every_parameter_before_anything_is_cut(tmp_path, name):
+    for i, changes in enumerate(families()[name].proofs):
+        checkpoint = open_checkpoint(tiny_model(families()[name], changes, tmp_path / f"{i}"))
+        counted = sum(torch.Size(entry.shape).numel() for entry in checkpoint.entries.values())
+        assert model_size(checkpoint.family, checkpoint.config).parameters == counted
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3_text"])
+def test_the_embedding_scale_is_folded(tmp_path, name, tied):
+    """Gemma multiplies embeddings by sqrt(hidden_size); a cut must not change how they weigh.
+
+    Half of the channels are dead. What their removal does to the norms is taken back by hand (the mean square
+    over half as many channels is twice as large), so that nothing but the embeddings' scale is left to differ.
+    """
+    from safetensors.torch import load_file, save_file
+
+    family = families()[name]
+    source = tiny_model(family, {"tie_word_embeddings": tied, "rms_norm_eps": 0.0}, tmp_path / "source")
+    file = "model.safetensors"
+    tensors = load_file(source / file)
+    alive = torch.arange(0, 32, 2)
+    for tensor_name, tensor in tensors.items():
+        if "_norm" not in tensor_name.replace("layernorm", "_norm") and "model.norm" not in tensor_name:
+            row = next(row for row in family.rows if row.regex.fullmatch(tensor_name))
+            for position, dim in enumerate(row.dims):
+                if dim == (("hidden",),):
+                    tensor.index_fill_(position, torch.arange(1, 32, 2), 0)
+    save_file(tensors, source / file, {"format": "pt"})
+    target = stream(source, tmp_path / "cut", {"hidden": alive})
+    cut = load_file(target / file)
+    for tensor_name, tensor in cut.items():
+        if tensor.shape == (16,) and "norm" in tensor_name:
+            tensor.copy_((1 + tensor) * 2**0.5 - 1)
+    save_file(cut, target / file, {"format": "pt"})
+    before, after = logits(source), logits(target)
+    assert torch.allclose(before, after, atol=2e-5 * before.abs().max())
+
+
+def test_a_fold_is_exact_in_float32_and_leaves_other_tensors_alone(tmp_path):
+    family = families()["gemma"]
+    checkpoint = open_checkpoint(tiny_model(family, {}, tmp_path / "m"))
+    from nemo_minitron.core.cut import pieces
+
+    cut = Cut(family, checkpoint.config, {"hidden": torch.arange(8)}, (0, 1, 2, 3))
+    scaled = {p.source: p for p in pieces(cut, list(checkpoint.entries)) if p.scale != 1}
+    assert {name: (round(p.scale, 6), p.offset) for name, p in scaled.items()} == {
+        "model.embed_tokens.weight": (2.0, 0.0),
+        "model.norm.weight": (0.5, 1.0),
+    }
+    x = torch.tensor([0.5, -0.25])
+    assert rescaled(x, scaled["model.norm.weight"]).tolist() == [-0.25, -0.625]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "layers", "expected"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [1, 3]}, (1, 2), {"mlp_only_layers": [0], "decoder_sparse_step": 1}),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, (0, 1, 3), {"mlp_only_layers": [0], "decoder_sparse_step": 1}),
+        ("gemma3_text", {"sliding_window_pattern": 2}, (1, 2), {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("smollm3", {"no_rope_layer_interval": 2}, (1, 2), {"no_rope_layers": [0, 1]}),
+        ("nemotron_h", {"hybrid_override_pattern": "M*-E"}, (1, 3), {"hybrid_override_pattern": "*E"}),
+        ("nemotron_h", {"layers_block_type": ["mamba", "attention"], "num_hidden_layers": 2}, (1,), {"layers_block_type": ["attention"]}),
+        ("gpt_oss", {}, (1, 3), {"layer_types": ["full_attention", "full_attention"]}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, (1, 3), {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("llama", {}, (1, 3), {}),
+    ],
+)  # fmt: skip
+def test_what_a_config_says_per_layer_goes_with_the_layers(name, changes, layers, expected):
+    from nemo_minitron.core.cut import cut_config
+
+    family = families()[name]
+    config = tiny_config(family, changes)
+    written = cut_config(Cut(family, config, {}, layers))
+    assert {key: written[key] for key in expected} == expected
+    assert written["num_hidden_layers"] == len(layers)
+    assert axis_sizes(family, written)["layers"] == len(layers)
+    assert set(written) - set(config) <= {*expected, *family.axes["layers"].lists, *family.axes["layers"].indices, *family.axes["layers"].after, "head_dim"}  # fmt: skip
+
+
+def test_no_two_rows_of_a_table_name_the_same_tensor():
+    for family in families().values():
+        for left, right in itertools.combinations(family.rows, 2):
+            assert not left.regex.fullmatch(right.pattern.replace("{layer}", "0").replace("{expert}", "0"))
+        assert row_axes(family.rows[0].dims)
