@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import RawIOBase
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,7 +85,7 @@ class ShardWriter:
         self._shards = _shards(tensors, shard_bytes)
         self._files = _file_names(len(self._shards))
         self._position, self._left = -1, 0
-        self._file: RawIOBase | None = None
+        self._file: FileIO | None = None
         self._digester = hashlib.sha256()
         self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._pending: list[tuple[Future[Any], Future[Any]]] = []
@@ -163,11 +163,14 @@ class ShardWriter:
         write_json(self._folder / INDEX, {"metadata": meta, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def _put(file: RawIOBase, data: memoryview) -> None:
+def _put(file: FileIO, data: memoryview) -> None:
     """Writes all of it; a disk takes less than asked when it runs full, and 2 GiB at most at a time."""
     done = 0
-    while done < len(data):
-        done += file.write(data[done:]) or 0
+    try:
+        while done < len(data):
+            done += file.write(data[done:])
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, file.name) from error
 
 
 def _shards(tensors: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:

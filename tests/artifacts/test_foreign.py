@@ -1,0 +1,86 @@
+"""Weights that are not a plain causal LM are refused by name, with what to do."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemo_minitron.artifacts.checkpoint import open_checkpoint
+from tests.conftest import make_model
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def add(folder, *names):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {**tensors, **{n: torch.ones(2) for n in names}}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
+def replace_weight(folder, **suffixes):
+    """What quantisers do: the weight goes, other tensors take its place."""
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[f"{LAYER}.weight"]
+    tensors |= {f"{LAYER}.{name}": value for name, value in suffixes.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind", "advice"),
+    [
+        (lambda f: add(f, f"{LAYER}.weight_scale_inv"), "fp8 block or tensor scales", "dequantise it first"),
+        (
+            lambda f: replace_weight(f, qweight=torch.ones(4, dtype=torch.int32), scales=torch.ones(4)),
+            "GPTQ/AWQ weights",
+            "dequantise it first",
+        ),
+        (lambda f: add(f, f"{LAYER}.weight.absmax"), "bitsandbytes weights", "dequantise it first"),
+        (lambda f: add(f, f"{LAYER}.SCB"), "bitsandbytes weights", "dequantise it first"),
+        (lambda f: add(f, "model.layers.0.mlp.experts.down_proj_blocks"), "mxfp4 blocks", "dequantise"),
+        (
+            lambda f: add(f, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
+            "LoRA adapter weights",
+            "merge the adapter first",
+        ),
+        (lambda f: add(f, "model.vision_tower.patch.weight"), "a vision or audio tower", "the text model"),
+        (lambda f: add(f, "visual.blocks.0.attn.qkv.weight"), "a vision or audio tower", "the text model"),
+        (lambda f: add(f, "mtp.layers.0.eh_proj.weight"), "multi-token prediction", "remove them first"),
+        (lambda f: add(f, "model.layers.3.self_attn.q_proj.weight"), "multi-token prediction", "remove"),
+    ],
+)
+def test_tensors_that_do_not_belong_are_known_by_name(tmp_path, spoil, kind, advice):
+    folder = make_model(tmp_path / "m", "llama")
+    spoil(folder)
+    with pytest.raises(ValueError, match=kind) as caught:
+        open_checkpoint(folder)
+    assert advice in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_stored_in_eight_bits_are_refused_even_without_scales(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="F8_E4M3"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "mxfp4", "compressed-tensors"])
+def test_a_config_that_declares_quantisation(tmp_path, method):
+    folder = make_model(tmp_path / "m", "llama")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": {"quant_method": method}}))
+    with pytest.raises(ValueError, match=rf"quantised \({method}\); dequantise it first"):
+        open_checkpoint(folder)
+
+
+def test_an_adapter_alone(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"a.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"a LoRA adapter, not a model .*merge_and_unload"):
+        open_checkpoint(tmp_path)
