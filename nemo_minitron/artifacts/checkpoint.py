@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemo_minitron.artifacts.foreign import check_config, check_folder, check_names
-from nemo_minitron.artifacts.headers import FLOATS, read_header
+from nemo_minitron.artifacts.headers import FLOATS, read_header, sample
 from nemo_minitron.artifacts.manifest import digest, hash_file
 from nemo_minitron.families import (
     Family,
@@ -64,7 +64,8 @@ class Checkpoint:
         config: its config.json.
         family: its family table.
         entries: tensor name to entry.
-        fingerprint: SHA-256 of weight files' names, sizes and headers, config.json and side files.
+        fingerprint: SHA-256 of weight files' names, sizes and headers, of a sample of every tensor's bytes
+            (two fine-tunes of one model differ in nothing else), config.json and side files.
     """
 
     folder: Path
@@ -100,7 +101,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 raise ValueError(f"{folder}: {name} is in two shards, {entries[name].file} and {file}")
             entries[name] = Entry(file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0])
     _check_entries(folder, family, config, entries)
-    stamp = [[file, (folder / file).stat().st_size, digest(headers[file])] for file in files]
+    stamp = [
+        [file, (folder / file).stat().st_size, digest(headers[file]), sample(folder / file, headers[file])]
+        for file in files
+    ]
     sides = [[name, hash_file(folder / name)] for name in _SIDE_FILES if (folder / name).is_file()]
     table = [] if family.model_type not in own_tables() else [repr(family)]
     return Checkpoint(folder, config, family, entries, digest([stamp, config, sides, *table]))
@@ -136,8 +140,11 @@ def weight_files(folder: Path) -> list[str]:
     if index.is_file():
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index}: not a safetensors index: {error!r}") from error
+            outside = [file for file in files if Path(file).name != file]
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(f"{index}: not a safetensors index: {error!r:.200}") from error
+        if outside or not files:
+            raise ValueError(f"{index}: expected names of files beside it, found {outside[:1]}")
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise ValueError(

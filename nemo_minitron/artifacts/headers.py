@@ -1,5 +1,6 @@
 """The header of a safetensors file: read and checked without touching the weights."""
 
+import hashlib
 import json
 import math
 import struct
@@ -9,6 +10,8 @@ from typing import Any
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Names of the dtypes that weights may have here, and bytes of one number."""
+_SAMPLE = 512
+"""Bytes of each tensor that tell it from another of the same name and shape."""
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -44,6 +47,24 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     if 8 + length + end != size:
         raise ValueError(f"{path}: truncated: expected {8 + length + end} bytes, found {size}")
     return dict(header), 8 + length
+
+
+def sample(path: Path, header: Mapping[str, Any]) -> str:
+    """SHA-256 over some bytes from the middle of every tensor, in hexadecimal.
+
+    Args:
+        path: a safetensors file.
+        header: what ``read_header`` gave for it.
+    """
+    spans = sorted(item["data_offsets"] for name, item in header.items() if name != "__metadata__")
+    digester = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        start = 8 + struct.unpack("<Q", file.read(8))[0]
+        for begin, end in spans:
+            middle = max(begin, (begin + end - _SAMPLE) // 2)
+            file.seek(start + middle)
+            digester.update(file.read(min(_SAMPLE, end - middle)))
+    return digester.hexdigest()
 
 
 def _span(name: str, item: Mapping[str, Any]) -> tuple[int, int]:

@@ -130,13 +130,15 @@ def _stream(
     rows, *rest = entry.shape or (1,)
     row_bytes = entry.width * int(np.prod(rest, dtype=np.int64))
     for takers in _schedule([piece for _, piece in wanted], rows, max(1, BLOCK_BYTES // row_bytes)):
-        needed = np.unique(np.concatenate([index for _, index in takers]))
+        needed = takers[0][1]
+        if len(takers) > 1 or (np.diff(needed) <= 0).any():
+            needed = np.unique(np.concatenate([index for _, index in takers]))
         block = _read_rows(file, entry.start, row_bytes, needed, sources)
         values = block.view(_INTEGER[entry.width]).reshape(len(needed), *rest)
         for place, index in takers:
             target, piece = wanted[place]
             mine = values
-            if len(index) != len(needed) or not np.array_equal(index, needed):
+            if index is not needed and not np.array_equal(index, needed):
                 mine = values[np.searchsorted(needed, index)]
             cut = _columns(mine, piece, int(index[0]), results)
             ticket = target.writer.write(_rescaled(cut, piece, entry.dtype))

@@ -1,6 +1,7 @@
 """matplotlib: pictures of importance and of training, as PNG bytes."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,9 @@ from nemo_minitron.artifacts.report import NAMES
 COLOURS = {"teacher": "#555555", "pruned": "#d1862b", "student": "#2b6cb0", "scratch": "#b03a5b"}
 _TITLES = {
     "hidden": "hidden channels", "ffn": "MLP neurons", "heads": "query heads", "layers": "layers",
-    "kv_heads": "KV heads",
+    "kv_heads": "KV heads", "expert_ffn": "experts' neurons", "shared_ffn": "shared expert's neurons",
+    "mamba_heads": "Mamba heads", "mamba_groups": "Mamba groups", "mamba_head_dim": "Mamba head channels",
+    "mamba_state": "Mamba state channels",
 }  # fmt: skip
 
 
@@ -24,7 +27,8 @@ def importance_maps(ranking: Mapping[str, Tensor]) -> dict[str, bytes]:
     """One picture per axis: a heat map over layers, or a curve where there is one ranking for the model.
 
     Args:
-        ranking: axis name to scores, [layers, units] or [units].
+        ranking: axis name to scores, [layers, units] or [units]; of [layers, experts, units] the heat map
+            has a line per layer and expert.
 
     Returns:
         Axis name to PNG.
@@ -33,15 +37,18 @@ def importance_maps(ranking: Mapping[str, Tensor]) -> dict[str, bytes]:
     for axis, scores in ranking.items():
         figure, panel = plt.subplots(figsize=(6.4, 2.8), constrained_layout=True)
         title = _TITLES[axis] if axis in _TITLES else axis
-        if scores.dim() == 2:
+        if scores.dim() > 1:
+            per_layer = math.prod(scores.shape[1:-1])
+            scores = scores.flatten(0, -2)
             # sorted, relative to the layer's own best unit: what shows is how fast importance falls off
             ordered = scores.sort(-1, descending=True).values
             relative = ordered / ordered[:, :1].clamp(min=1e-30)
             image = panel.imshow(
                 relative.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest"
             )
-            figure.colorbar(image, label="share of the layer's best")
-            panel.set(xlabel=f"{title}, most important first", ylabel="layer", title=f"Importance of {title}")
+            figure.colorbar(image, label="share of the line's best")
+            owner = "layer" if per_layer == 1 else f"layer x {per_layer} + expert"
+            panel.set(xlabel=f"{title}, most important first", ylabel=owner, title=f"Importance of {title}")
             panel.set_yticks(range(0, scores.shape[0], max(1, scores.shape[0] // 8)))
         elif axis == "layers":
             panel.bar(range(len(scores)), scores.numpy(), color=COLOURS["student"])

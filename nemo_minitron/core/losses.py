@@ -5,8 +5,8 @@ Shape suffixes: T tokens, V vocabulary, H hidden of the student, G hidden of the
 The logits of 4096 tokens at a vocabulary of 256000 take 4.2 GB in float32, for each model, and as much again
 for their gradient. Because the loss is a scalar, its gradient with respect to the logits is known as soon as
 the logits are: it is turned into the gradients of hidden states and head chunk by chunk **in the forward
-pass**, so that one chunk of logits exists at a time and nothing is recomputed. Four matrix products a chunk, as
-many as the naive way.
+pass**, so that one chunk of logits exists at a time and nothing is recomputed. Four matrix products a chunk,
+as many as the naive way.
 """
 
 from dataclasses import dataclass

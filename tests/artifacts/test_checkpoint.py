@@ -38,6 +38,25 @@ def test_a_sharded_and_a_single_file_checkpoint_open_alike(tmp_path):
     assert open_checkpoint(single).fingerprint == a.fingerprint
 
 
+def test_two_fine_tunes_of_one_model_are_told_apart(tmp_path):
+    a, b = (open_checkpoint(make_model(tmp_path / f"{seed}", "llama", seed=seed)) for seed in (0, 1))
+    assert a.fingerprint != b.fingerprint
+    path = tmp_path / "0" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.self_attn.q_proj.weight"] *= 1.01  # a merged adapter
+    save_file(tensors, path, {"format": "pt"})
+    assert open_checkpoint(tmp_path / "0").fingerprint not in (a.fingerprint, b.fingerprint)
+
+
+@pytest.mark.parametrize("names", [["../elsewhere.safetensors"], ["/etc/passwd"], [5], [None], [["a"]], []])
+def test_an_index_that_leads_elsewhere(tmp_path, names):
+    folder = make_model(tmp_path / "m", "llama")
+    index = {"weight_map": {f"t{i}": name for i, name in enumerate(names)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json"):
+        open_checkpoint(folder)
+
+
 def truncate(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

@@ -158,3 +158,26 @@ def test_the_scale_of_float16_training_saves_small_gradients():
     _, _, _, grad_student, grad_head = reference(student, head, teacher, labels, LossWeights())
     for found, expected in ((student.grad, grad_student), (head.grad, grad_head)):
         assert (found.double() / 2.0**14 - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(0.7, 0.3, 2.0), LossWeights(0.0, 1.0)])
+@pytest.mark.parametrize("softcaps", [(5.0, 8.0), (None, 8.0), (5.0, None)])
+def test_softcapped_logits_and_their_gradients(weights, softcaps):
+    student, head, teacher, labels = parts()
+    terms = fused_linear_loss(student, head, labels, weights, teacher, 8, softcaps)
+    terms.loss.backward()
+
+    def capped(x, cap):
+        return x if cap is None else cap * torch.tanh(x / cap)
+
+    hidden, weight = (x.detach().double().requires_grad_() for x in (student, head))
+    s = capped(hidden @ weight.T, softcaps[0])
+    t = capped(teacher[0].double() @ teacher[1].double().T, softcaps[1])
+    p, q = torch.softmax(t / weights.temperature, -1), torch.log_softmax(s / weights.temperature, -1)
+    valid = labels >= 0
+    kl = (p * (p.log() - q)).sum(-1)[valid].mean() * weights.temperature**2
+    ce = cross_entropy(s[valid], labels[valid])
+    (weights.kl * kl + weights.ce * ce).backward()
+    assert terms.loss.item() == pytest.approx((weights.kl * kl + weights.ce * ce).item(), rel=1e-5)
+    assert torch.allclose(student.grad.double(), hidden.grad, atol=2e-6)
+    assert torch.allclose(head.grad.double(), weight.grad, atol=2e-6)
