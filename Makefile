@@ -1,6 +1,7 @@
 # make setup   the environment in .venv, with everything that demo and tests need
 # make demo    the main job: trains a small teacher, compresses it, exports it (minutes)
 # make test    all tests
+# make oldest  the families' proofs on the oldest transformers admitted
 # make bench   speed and memory against references, as ratios
 # make paper   toy-scale counterparts of the papers' claims, several seeds (slow)
 # make gpu     checks and measurements on a GPU
@@ -15,7 +16,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test bench paper gpu docs clean
+.PHONY: setup demo test oldest bench paper gpu docs clean
 
 setup: $(VENV)/.done
 
@@ -33,6 +34,11 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# the proofs of all families on the oldest transformers that setup.cfg admits
+oldest: setup
+	$(BIN)/python -m pip install -q --no-deps --target .oldest --upgrade transformers==5.0.0 "tokenizers<=0.23.0" "huggingface-hub>=1.3,<2"
+	PYTHONPATH=.oldest $(BIN)/python -m pytest -p no:cacheprovider tests/families tests/core/test_select_cut.py
+
 bench: setup
 	$(BIN)/python -m benchmarks.score
 	$(BIN)/python -m benchmarks.prune
@@ -46,6 +52,7 @@ gpu: setup
 
 docs: setup
 	$(BIN)/python -m nemo_minitron.stages.config > docs/configuration.md
+	$(BIN)/python -m nemo_minitron.bridge.proof docs/families.md
 
 clean:
-	rm -rf $(VENV) .prefect build *.egg-info
+	rm -rf $(VENV) .oldest .prefect build *.egg-info

@@ -5,6 +5,7 @@ constants a wrong row would survive.
 """
 
 import itertools
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from nemo_minitron.artifacts.checkpoint import SINGLE, Checkpoint, open_checkpoint
@@ -22,7 +24,14 @@ from nemo_minitron.core.cut import Cut
 from nemo_minitron.core.importance import random_scores
 from nemo_minitron.core.select import Keep, complete_targets, score_shape, select_units
 from nemo_minitron.core.size import model_size
-from nemo_minitron.families import Family, axis_sizes, check_sizes, config_with_sizes, present_axes
+from nemo_minitron.families import (
+    Family,
+    axis_sizes,
+    check_sizes,
+    config_with_sizes,
+    families,
+    present_axes,
+)
 
 PROOFS = ("permutation", "dead units", "strict load", "generate")
 TOGETHER = "all together"
@@ -213,7 +222,11 @@ def generates(model: Any, length: int = 6) -> bool:
     return bool(out.shape[1] == tokens.shape[1] + length)
 
 
-def proof_table(chosen: Mapping[str, Family]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...], int]:
+Row = tuple[str, ...]
+COLUMNS = ("family", "axis", *PROOFS)
+
+
+def proof_table(chosen: Mapping[str, Family]) -> tuple[Row, tuple[Row, ...], int]:
     """Proves families under all of their configs.
 
     Args:
@@ -223,23 +236,51 @@ def proof_table(chosen: Mapping[str, Family]) -> tuple[tuple[str, ...], tuple[tu
         Column titles, a row per family and axis, and how many cells failed. A cell says ``yes``, ``FAILS``,
         why the proof does not apply, or that the installed transformers does not have the architecture.
     """
-    rows, failed = [], 0
+    rows: list[Row] = []
     for model_type, family in chosen.items():
-        cells: dict[tuple[str, str], set[str]] = {}
         try:
-            for changes in family.proofs:
-                for finding in prove(family, changes):
-                    cell = finding.note if finding.holds and finding.proof == "dead units" else ""
-                    text = (cell or "yes") if finding.holds else "FAILS"
-                    cells.setdefault((finding.axis, finding.proof), set()).add(text)
+            findings = [finding for changes in family.proofs for finding in prove(family, changes)]
         except ModuleNotFoundError as error:
             rows.append((model_type, "all", *[str(error)] * len(PROOFS)))
             continue
-        for axis in [*family.prunable, TOGETHER]:
-            found = [cells.get((axis, proof), {"–"}) for proof in PROOFS]
-            failed += sum("FAILS" in cell for cell in found)
-            texts = (
-                "FAILS" if "FAILS" in c else "yes" if "yes" in c else "; ".join(sorted(c)) for c in found
-            )
-            rows.append((model_type, axis, *texts))
-    return ("family", "axis", *PROOFS), tuple(rows), failed
+        rows += tabulate(model_type, family, findings)
+    return COLUMNS, tuple(rows), sum("FAILS" in row for row in rows)
+
+
+def tabulate(model_type: str, family: Family, findings: Sequence[Finding]) -> list[Row]:
+    """A row per axis, in the words of ``proof_table``."""
+    cells: dict[tuple[str, str], set[str]] = {}
+    for finding in findings:
+        reason = finding.note if finding.holds and finding.proof == "dead units" else ""
+        text = (reason or "yes") if finding.holds else "FAILS"
+        cells.setdefault((finding.axis, finding.proof), set()).add(text)
+    rows = []
+    for axis in [*family.prunable, TOGETHER]:
+        found = [cells.get((axis, proof), {"–"}) for proof in PROOFS]
+        texts = ("FAILS" if "FAILS" in c else "yes" if "yes" in c else "; ".join(sorted(c)) for c in found)
+        rows.append((model_type, axis, *texts))
+    return rows
+
+
+MARKS = ("<!-- proofs -->", "<!-- end of proofs -->")
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of proofs as docs/families.md has it, between its marks."""
+    head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    made = f"Made by `make docs`, with transformers {transformers.__version__}."
+    return "\n".join([MARKS[0], made, "", *head, *lines, MARKS[1]])
+
+
+def _write(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    start, end = text.index(MARKS[0]), text.index(MARKS[1]) + len(MARKS[1])
+    _, rows, failed = proof_table(families())
+    if failed:
+        raise SystemExit(f"{failed} proofs fail: minitron families --prove")
+    page.write_text(text[:start] + markdown(rows) + text[end:], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _write(Path(sys.argv[1]))
