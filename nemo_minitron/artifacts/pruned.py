@@ -1,6 +1,6 @@
 """Cuts as a stream: blocks of rows from the source's shards, straight into the shards of the results.
 
-One pass over the source serves any number of cuts. Memory holds a few blocks of about two megabytes (of one
+One pass over the source serves any number of cuts. Memory holds a few blocks of about eight megabytes (of one
 unit of dimension 0 where that is longer), whatever the size of model and tensors.
 """
 
@@ -26,7 +26,7 @@ from nemo_minitron.artifacts.manifest import write_json
 from nemo_minitron.artifacts.weights import Block, Planned, ShardWriter, stored_order
 from nemo_minitron.core.cut import Cut, Piece, cut_config, pieces, rescaled
 
-BLOCK_BYTES = 2 * 2**20
+BLOCK_BYTES = 8 * 2**20
 GAP_BYTES = 32 * 1024
 """Bytes that cost less to read along than a call of their own."""
 _INTEGER = {2: np.int16, 4: np.int32, 8: np.int64}
