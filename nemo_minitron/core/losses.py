@@ -99,9 +99,7 @@ def fused_linear_loss(
     if teacher is not None:
         teacher = (teacher[0][valid_T].detach(), teacher[1].detach())
     device = student_TH.device.type
-    if torch.is_autocast_enabled(
-        device
-    ):  # mixed precision: the products run in the low precision, sums do not
+    if torch.is_autocast_enabled(device):  # the products run in the low precision, sums do not
         low = torch.get_autocast_dtype(device)
         student_TH, head_VH = student_TH.to(low), head_VH.to(low)
         teacher = None if teacher is None else (teacher[0].to(low), teacher[1].to(low))
