@@ -17,6 +17,8 @@ import pytest
 import torch
 import transformers
 
+from nemo_minitron.bridge.specimens import random_model
+
 transformers.logging.disable_progress_bar()
 
 SIZES = {
@@ -70,35 +72,10 @@ WORDS = [
 ]
 
 
-def tiny_config(model_type: str, **changes: Any) -> dict[str, Any]:
-    """A config.json small enough for a test; every special token lies inside the vocabulary."""
-    return {
-        "model_type": model_type,
-        **SIZES,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": None,
-        **changes,
-    }
-
-
 def make_model(folder: Path, model_type: str, seed: int = 0, **changes: Any) -> Path:
-    """Saves a random model whose norms and biases are at unit scale.
-
-    At their usual constants a wrong row survives.
-    """
-    config = tiny_config(model_type, **changes)
-    entries = {key: value for key, value in config.items() if key != "model_type"}
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(
-        transformers.AutoConfig.for_model(model_type, **entries)
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 1.0 if parameter.dim() == 1 else 0.3
-            parameter.copy_(torch.randn_like(parameter) * scale)
-    model.save_pretrained(folder)
-    return folder
+    """Saves a random model, small enough for a test; every special token lies inside the vocabulary."""
+    tokens = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    return random_model({"model_type": model_type, **SIZES, **tokens, **changes}, folder, seed)
 
 
 def logits(folder: Path, tokens: torch.Tensor | None = None) -> torch.Tensor:

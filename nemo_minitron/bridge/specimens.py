@@ -42,13 +42,26 @@ def tiny_model(family: Family, changes: Mapping[str, Any], folder: Path, seed: i
     Raises:
         ModuleNotFoundError: the installed transformers does not have this architecture.
     """
-    config = tiny_config(family, changes)
-    entries = {key: value for key, value in config.items() if key != "model_type"}
     try:
-        settings = transformers.AutoConfig.for_model(family.model_type, **entries)
+        return random_model(tiny_config(family, changes), folder, seed)
     except ValueError as error:
         text = f"transformers {transformers.__version__} has no {family.model_type} (since {family.since})"
         raise ModuleNotFoundError(text) from error
+
+
+def random_model(config: Mapping[str, Any], folder: Path, seed: int = 0) -> Path:
+    """Saves a model whose every weight is random: vectors at unit scale, matrices at 0.3.
+
+    Args:
+        config: a config.json.
+        folder: where it goes.
+        seed: seed of the weights.
+
+    Raises:
+        ValueError: the installed transformers does not know the ``model_type``.
+    """
+    entries = {key: value for key, value in config.items() if key != "model_type"}
+    settings = transformers.AutoConfig.for_model(config["model_type"], **entries)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(settings)
     with torch.no_grad():

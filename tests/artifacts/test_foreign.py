@@ -84,3 +84,42 @@ def test_an_adapter_alone(tmp_path):
     save_file({"a.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"a LoRA adapter, not a model .*merge_and_unload"):
         open_checkpoint(tmp_path)
+
+
+def test_what_peft_writes(tmp_path):
+    """An adapter folder, a model saved with its adapter inside, and the merged model, which is fine."""
+    import peft
+    import transformers
+
+    folder = make_model(tmp_path / "m", "llama")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="merge it into its base model first"):
+        open_checkpoint(tmp_path / "adapter")
+    tensors = {name: tensor.contiguous() for name, tensor in adapted.state_dict().items()}
+    (tmp_path / "whole").mkdir()
+    save_file(tensors, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "whole" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="holds LoRA adapter weights"):
+        open_checkpoint(tmp_path / "whole")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    open_checkpoint(tmp_path / "merged")
+
+
+def test_block_scales_as_published_fp8_checkpoints_have_them(tmp_path):
+    """Every projection in float8 with a float32 scale per block, declared in config.json or not."""
+    folder = make_model(tmp_path / "m", "qwen3")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj.weight" in name]:
+        scale = tensors[name].abs().max() / 448
+        tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
+        tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="dequantise it first"):
+        open_checkpoint(folder)
+    path = folder / "config.json"
+    settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
+    with pytest.raises(ValueError, match=r"quantised \(fp8\); dequantise it first"):
+        open_checkpoint(folder)

@@ -1,0 +1,73 @@
+"""Models by hub id, fetched by the real huggingface_hub from a server on loopback."""
+
+import json
+
+import pytest
+from safetensors import safe_open
+
+from tests.conftest import make_model, minitron
+from tests.hub import COMMIT, serve
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A hub with one sharded model, and a pickle that must not be fetched."""
+    import transformers
+
+    folder = make_model(tmp_path / "made", "llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "served", max_shard_size="10KB")
+    (tmp_path / "served" / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert (tmp_path / "served" / "model.safetensors.index.json").is_file()
+    with serve({"org/tiny": tmp_path / "served"}) as served:
+        yield served
+
+
+def run(hub, tmp_path, *words):
+    place = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+    return minitron(*words, env={**place, "HF_HUB_ETAG_TIMEOUT": "3", "HF_TOKEN": "hf_secretsecretsecret"})
+
+
+def test_prune_by_hub_id(hub, tmp_path):
+    words = ["prune", "source.model=org/tiny", "plan.ffn=20", "score.importance=magnitude"]
+    done = run(hub, tmp_path, *words, f"workspace={tmp_path / 'ws'}")
+    assert done.returncode == 0, done.stderr
+    with safe_open(tmp_path / "ws" / "pruned" / "model.safetensors", "pt") as file:
+        assert file.get_slice("model.layers.0.mlp.up_proj.weight").get_shape() == [20, 24]
+    manifest = (tmp_path / "ws" / "teacher" / "manifest.json").read_text()
+    assert json.loads(manifest)["config"] == {"revision": COMMIT}
+    assert "secret" not in manifest + done.stderr + done.stdout
+    assert not any("pytorch_model.bin" in line for line in hub.requests)
+    # a second workspace takes the files from the cache
+    hub.requests.clear()
+    again = run(hub, tmp_path, *words, f"workspace={tmp_path / 'ws2'}")
+    assert again.returncode == 0, again.stderr
+    assert not any(line.startswith("GET") and "safetensors" in line for line in hub.requests)
+
+
+def test_size_reads_the_config_alone(hub, tmp_path):
+    done = run(hub, tmp_path, "size", "org/tiny", "--json")
+    assert done.returncode == 0, done.stderr
+    assert not any("safetensors" in line for line in hub.requests)
+    absent = run(hub, tmp_path, "size", "org/absent")
+    assert absent.returncode == 2 and "org/absent" in absent.stderr
+
+
+def test_no_such_model_or_revision_is_the_users_mistake(hub, tmp_path):
+    words = ["prune", "plan.ffn=20", "score.importance=magnitude", f"workspace={tmp_path / 'ws'}"]
+    for given in (["source.model=org/absent"], ["source.model=org/tiny", "source.revision=v9"]):
+        done = run(hub, tmp_path, *words, *given)
+        assert done.returncode == 2, done.stderr
+        assert given[0].removeprefix("source.model=") in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "ws").exists()
+
+
+def test_a_hub_in_trouble_is_a_failure_not_a_mistake(hub, tmp_path):
+    hub.failures = 100
+    words = ["prune", "source.model=org/tiny", "plan.ffn=20", "score.importance=magnitude"]
+    done = run(hub, tmp_path, *words, f"workspace={tmp_path / 'ws'}")
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    hub.failures = 0
+    assert run(hub, tmp_path, *words, f"workspace={tmp_path / 'ws'}").returncode == 0
