@@ -135,7 +135,5 @@ def download_config(repository: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(repository, "config.json")).parent
     except LocalEntryNotFoundError as error:  # first: it is a kind of EntryNotFoundError
         raise ConnectionError(f"{repository!r} is no folder here, and the hub cannot be reached") from error
-    except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{repository!r}: {str(error).splitlines()[0]}") from error
-    except (RepositoryNotFoundError, HFValidationError, HfHubHTTPError) as error:
+    except (EntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
         raise ValueError(f"{repository!r} is neither a folder here nor a repository on the hub") from error
