@@ -51,7 +51,7 @@ gpu: setup
 	$(BIN)/python -m benchmarks.gpu
 
 docs: setup
-	$(BIN)/python -m nemo_minitron.stages.config > docs/configuration.md
+	$(BIN)/python -m nemo_minitron.stages.config_page > docs/configuration.md
 	$(BIN)/python -m nemo_minitron.bridge.proof docs/families.md
 
 clean:

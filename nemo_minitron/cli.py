@@ -139,6 +139,9 @@ def _stage(args: argparse.Namespace) -> int:
     from nemo_minitron.artifacts.workspace import locked
 
     config = _config(args)
+    if args.command == "score" and _follows():
+        run_stage(args.command, config)
+        return 0
     # progress bars go to the error output: standard output is for the result
     with locked(Path(config.workspace)), contextlib.redirect_stdout(sys.stderr):
         for name in _before(args.command, config):
@@ -149,6 +152,11 @@ def _stage(args: argparse.Namespace) -> int:
     return 0
 
 
+def _follows() -> bool:
+    """Whether torchrun started this process beside another one, its rank 0, that holds the workspace."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
 def _before(command: str, config: "Config") -> list[str]:
     """Stages that cost next to nothing, brought up to date before one that is run on its own.
 
@@ -157,7 +165,7 @@ def _before(command: str, config: "Config") -> list[str]:
     names = (
         ["download"] if config.source.model is not None and command not in ("download", "pretrain") else []
     )
-    from nemo_minitron.stages.plan import given, needs_scores
+    from nemo_minitron.stages.targets import given, needs_scores
 
     if command in ("plan", "prune") and given(config.plan):
         if needs_scores(config.plan) and config.score.importance != "activation":

@@ -115,6 +115,6 @@ assert _TEMPLATE.is_file()
 
 
 def test_the_configuration_page_is_current():
-    from nemo_minitron.stages.config import markdown
+    from nemo_minitron.stages.config_page import markdown
 
     assert (ROOT / "docs" / "configuration.md").read_text() == markdown(), "run make docs"

@@ -2,12 +2,13 @@
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from nemo_minitron.artifacts.foreign import check_config, check_folder, check_names
@@ -37,6 +38,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""safetensors' names of the dtypes that weights may have here."""
 _SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES)
 
 
@@ -53,6 +56,11 @@ class Entry:
     def width(self) -> int:
         """Bytes of one number."""
         return FLOATS[self.dtype]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.width * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,11 @@ class Checkpoint:
     family: Family
     entries: Mapping[str, Entry]
     fingerprint: str
+
+    def units(self, name: str) -> dict[str, int]:
+        """The units that a tensor's name names: placeholder to number."""
+        found = find_row(self.family, name)
+        return {} if found is None else found[1]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -210,21 +223,24 @@ def _is_surplus(family: Family, name: str) -> bool:
     return any(pattern.fullmatch(name) for pattern in family.ignored)
 
 
-def tensor_reader(checkpoint: Checkpoint) -> Callable[[str], Tensor]:
-    """A function that maps one tensor at a time from the files; pages are read when touched."""
-    handles: dict[str, Any] = {}
+def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """Reads one tensor into memory of its own; the file is not mapped, so nothing of it stays resident.
 
-    def read(name: str) -> Tensor:
-        file = checkpoint.entries[name].file
-        if file not in handles:
-            try:
-                handles[file] = safe_open(checkpoint.folder / file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{checkpoint.folder / file}: {error}") from error
-        tensor: Tensor = handles[file].get_tensor(name)
-        return tensor
-
-    return read
+    Raises:
+        ValueError: the file ends early.
+    """
+    entry = checkpoint.entries[name]
+    size = entry.size
+    memory = torch.empty(size, dtype=torch.uint8)
+    with (checkpoint.folder / entry.file).open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        view, done = memory.numpy().data, 0
+        while done < size:  # a read takes 2 GiB at most at a time
+            count = file.readinto(view[done:])
+            if not count:
+                raise ValueError(f"{checkpoint.folder / entry.file}: ends early, in {name}")
+            done += count
+    return memory.view(TORCH[entry.dtype]).reshape(entry.shape)
 
 
 def copy_side_files(source: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from nemo_minitron.artifacts.checkpoint import (
+    TORCH,
     Checkpoint,
     Entry,
     both_spellings,
@@ -30,7 +31,6 @@ BLOCK_BYTES = 8 * 2**20
 GAP_BYTES = 32 * 1024
 """Bytes that cost less to read along than a call of their own."""
 _INTEGER = {2: np.int16, 4: np.int32, 8: np.int64}
-_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -187,7 +187,7 @@ def _columns(values: Block, piece: Piece, unit: int, results: _Buffers) -> Block
 def _rescaled(values: Block, piece: Piece, dtype: str) -> Block:
     if piece.scale == 1.0:
         return values
-    tensor = torch.from_numpy(values).view(_TORCH[dtype])
+    tensor = torch.from_numpy(values).view(TORCH[dtype])
     result: Block = rescaled(tensor, piece).reshape(-1).view(torch.uint8).numpy()
     return result
 

@@ -1,15 +1,21 @@
 """scores.safetensors: rankings of every axis, and the mergeable sums they were made from."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.core.depth import DepthSums
 from nemo_minitron.core.importance import Moments
+from nemo_minitron.core.tally import Tally
 
 FILE = "scores.safetensors"
+SAMPLES = "samples.json"
 
 
 @dataclass(frozen=True)
@@ -18,34 +24,69 @@ class Scores:
 
     Attributes:
         ranking: axis name to scores, float64: [units] for scope ``model`` and for ``layers``, [layers,
-            units] else.
-        sums: axis name to sums over samples ([taps or layers, units]); empty for the baselines.
+            units] or [layers, experts, units] else.
+        tally: the sums behind them, and the samples they are over; empty for the baselines.
+        greedy: layers in the order in which greedy removal took them; empty where it was not asked for.
     """
 
     ranking: dict[str, Tensor]
-    sums: dict[str, Moments]
+    tally: Tally = field(default_factory=Tally)
+    greedy: tuple[int, ...] = ()
 
 
 def write_scores(folder: Path, scores: Scores) -> None:
-    """Writes ``scores.safetensors``: ``ranking.AXIS``, ``sums.AXIS.total``, ``.squares`` and ``.samples``."""
+    """Writes ``scores.safetensors`` and, where there are calibration samples, ``samples.json``.
+
+    Names: ``ranking.AXIS``; ``sums.AXIS.AGGREGATION.`` and ``total``, ``squares``, ``samples``;
+    ``routed.AXIS``; ``depth.METRIC.LENGTH.`` and ``total``, ``base``, ``count``; ``greedy``.
+    ``samples.json``: number of each sample to the fingerprint of its tokens.
+    """
     tensors = {f"ranking.{axis}": value.double().contiguous() for axis, value in scores.ranking.items()}
-    for axis, sums in scores.sums.items():
-        tensors[f"sums.{axis}.total"] = sums.total.contiguous()
-        tensors[f"sums.{axis}.squares"] = sums.squares.contiguous()
-        tensors[f"sums.{axis}.samples"] = torch.tensor([sums.samples])
+    tensors |= _tensors(scores.tally)
+    if scores.greedy:
+        tensors["greedy"] = torch.tensor(scores.greedy)
     save_file(tensors, folder / FILE)
+    if scores.tally.samples:
+        write_json(folder / SAMPLES, {str(index): name for index, name in scores.tally.samples.items()})
 
 
 def read_scores(folder: Path) -> Scores:
     """Reads what ``write_scores`` wrote."""
     tensors = load_file(folder / FILE)
     ranking = {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith("ranking.")}
-    sums = {
-        axis: Moments(
-            int(tensors[f"sums.{axis}.samples"]),
-            tensors[f"sums.{axis}.total"],
-            tensors[f"sums.{axis}.squares"],
-        )
-        for axis in (name.split(".")[1] for name in tensors if name.endswith(".samples"))
-    }
-    return Scores(ranking, sums)
+    greedy = tuple(tensors["greedy"].tolist()) if "greedy" in tensors else ()
+    samples = {}
+    if (folder / SAMPLES).is_file():
+        named = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
+        samples = {int(index): name for index, name in named.items()}
+    return Scores(ranking, _tally(tensors, samples), greedy)
+
+
+def _tensors(tally: Tally) -> dict[str, Tensor]:
+    tensors = {f"routed.{axis}": counts.contiguous() for axis, counts in tally.routed.items()}
+    for (axis, how), sums in tally.sums.items():
+        tensors[f"sums.{axis}.{how}.total"] = sums.total.contiguous()
+        tensors[f"sums.{axis}.{how}.squares"] = sums.squares.contiguous()
+        tensors[f"sums.{axis}.{how}.samples"] = torch.tensor(sums.samples)
+    for (metric, length), depth in tally.depth.items():
+        tensors[f"depth.{metric}.{length}.total"] = depth.total.contiguous()
+        tensors[f"depth.{metric}.{length}.base"] = torch.tensor(depth.base, dtype=torch.float64)
+        tensors[f"depth.{metric}.{length}.count"] = torch.tensor(depth.count)
+    return tensors
+
+
+def _tally(tensors: Mapping[str, Tensor], samples: Mapping[int, str]) -> Tally:
+    sums, routed, depth = {}, {}, {}
+    for name, value in tensors.items():
+        kind, *words = name.split(".")
+        stem = name.rpartition(".")[0]
+        if kind == "sums" and words[-1] == "samples":
+            sums[words[0], words[1]] = Moments(
+                int(value), tensors[f"{stem}.total"], tensors[f"{stem}.squares"]
+            )
+        elif kind == "routed":
+            routed[words[0]] = value
+        elif kind == "depth" and words[-1] == "count":
+            base = float(tensors[f"{stem}.base"])
+            depth[words[0], int(words[1])] = DepthSums(tensors[f"{stem}.total"], base, int(value))
+    return Tally(sums, routed, depth, samples)

@@ -57,6 +57,19 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: torch.de
     return model.to(device or torch.device("cpu")).eval()
 
 
+def load_layers(folder: Path, family: Family, tensors: Mapping[str, Tensor]) -> Any:
+    """A causal LM made of tensors in memory, which it takes over without a copy.
+
+    Args:
+        folder: holds the model's config.json; a cut model's, where tensors of some layers only are given.
+        family: its table.
+        tensors: names on disk to weights.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder)
+    architecture = getattr(transformers, family.architecture)
+    return architecture.from_pretrained(None, config=config, state_dict=dict(tensors), dtype="auto").eval()
+
+
 def new_model(config: Mapping[str, Any], seed: int) -> Any:
     """A causal LM with random weights.
 
@@ -109,15 +122,18 @@ def decoder_of(model: Any, family: Family) -> nn.Module:
 def head_of(model: Any) -> Tensor:
     """The output projection's weight, shape [vocabulary, hidden]; the embedding's where they are tied."""
     weight: Tensor = model.get_output_embeddings().weight
-    return weight
+    # a weight that is sharded over ranks (tied to embeddings under FSDP2) is gathered
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-def hidden_states(model: Any, family: Family, tokens_BS: Tensor) -> Tensor:
+def hidden_states(model: Any, family: Family, tokens_BS: Tensor, **more: Any) -> Tensor:
     """What the output projection gets: last hidden states, after the final norm.
 
-    Divided where the family divides its logits. [batch, positions] token ids to [batch, positions, hidden].
+    Divided where the family divides its logits. [batch, positions] token ids to [batch, positions, hidden];
+    ``more`` are further arguments of the decoder.
     """
-    hidden: Tensor = decoder_of(model, family)(input_ids=tokens_BS, use_cache=False).last_hidden_state
+    arguments = {"input_ids": tokens_BS, "use_cache": False, **more}
+    hidden: Tensor = decoder_of(model, family)(**arguments).last_hidden_state
     divisor = getattr(model.config, family.logits["divide"]) if "divide" in family.logits else 1
     return hidden if divisor == 1 else hidden / divisor
 

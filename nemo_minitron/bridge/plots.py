@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -17,7 +18,8 @@ from nemo_minitron.artifacts.report import NAMES
 COLOURS = {"teacher": "#555555", "pruned": "#d1862b", "student": "#2b6cb0", "scratch": "#b03a5b"}
 _TITLES = {
     "hidden": "hidden channels", "ffn": "MLP neurons", "heads": "query heads", "layers": "layers",
-    "kv_heads": "KV heads", "expert_ffn": "experts' neurons", "shared_ffn": "shared expert's neurons",
+    "kv_heads": "KV heads", "experts": "experts",
+    "expert_ffn": "experts' neurons", "shared_ffn": "shared expert's neurons",
     "mamba_heads": "Mamba heads", "mamba_groups": "Mamba groups", "mamba_head_dim": "Mamba head channels",
     "mamba_state": "Mamba state channels",
 }  # fmt: skip
@@ -64,6 +66,47 @@ def importance_maps(ranking: Mapping[str, Tensor]) -> dict[str, bytes]:
             panel.grid(alpha=0.25)
         pictures[axis] = _png(figure)
     return pictures
+
+
+_METRICS = {
+    "block_influence": "block influence", "lm_loss": "rise of the loss", "task": "fall of the accuracy",
+}  # fmt: skip
+
+
+def depth_map(importance: Mapping[tuple[str, int], Tensor]) -> bytes:
+    """What it costs to lose each layer, or each block of consecutive layers.
+
+    Args:
+        importance: (metric, block length) to the blocks' importance, by their first layer.
+
+    Returns:
+        PNG: a panel per metric; a curve where there are single layers only, else a heat map of first layer
+        and length.
+    """
+    metrics = list(dict.fromkeys(metric for metric, _ in importance))
+    height = max(2.8, 1.2 + 0.22 * len(importance) / len(metrics))
+    figure, panels = plt.subplots(
+        1, len(metrics), figsize=(6.4 * len(metrics), height), constrained_layout=True, squeeze=False
+    )
+    for panel, metric in zip(panels[0], metrics, strict=True):
+        lengths = sorted(length for name, length in importance if name == metric)
+        if len(lengths) == 1:
+            panel.plot(importance[metric, lengths[0]].numpy(), marker="o", ms=4, color=COLOURS["student"])
+            panel.axhline(0, color="#999999", lw=0.8)
+            panel.set(xlabel="layer", ylabel=_METRICS[metric], title="One layer less")
+            panel.grid(alpha=0.25)
+        else:
+            layers = len(importance[metric, lengths[0]]) + lengths[0] - 1
+            grid = np.full((len(lengths), layers), np.nan)
+            for row, length in enumerate(lengths):
+                values = importance[metric, length].numpy()
+                grid[row, : len(values)] = values
+            image = panel.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
+            figure.colorbar(image, label=_METRICS[metric])
+            panel.set_yticks(range(len(lengths)), [str(length) for length in lengths])
+            panel.set(xlabel="first layer of the block", ylabel="layers in the block", title="A block less")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _png(figure)
 
 
 def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, float]) -> bytes:

@@ -1,127 +1,256 @@
 """torch hooks: the activations that a family's taps name, gathered while a model runs forward.
 
-Shape suffixes: B samples, S positions, U units, H hidden channels.
+Shape suffixes: B samples, S positions, U units, H hidden channels, T tokens, E experts.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nemo_minitron.core.importance import Moments, cosine_sums, merge, moments, over_sequence
+from nemo_minitron.bridge.experts import Visit, watched
+from nemo_minitron.core.depth import DepthSums, cosine_sum
+from nemo_minitron.core.importance import Moments, merge, moments, over_routed, over_sequence
+from nemo_minitron.core.tally import Tally
 from nemo_minitron.families import Family, Tap, axis_sizes, fill, find_row, present_axes
-from nemo_minitron.families.grammar import Product
+from nemo_minitron.families.grammar import Dim, dim_size, extent
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a scoring pass sums.
+
+    Attributes:
+        sequence: aggregations over positions.
+        pre_activation: whether neurons are read before their activation function, where the family says how.
+        influence: lengths of the blocks of layers whose influence is measured.
+        losses: lengths of the blocks without which the loss is measured.
+    """
+
+    sequence: tuple[str, ...] = ("mean",)
+    pre_activation: bool = False
+    influence: tuple[int, ...] = (1,)
+    losses: tuple[int, ...] = ()
 
 
 class Recorder:
     """Sums of a forward pass over calibration samples, for every tapped axis.
 
     Attributes:
-        sums: axis name to one ``Moments`` per tap position, in layer order.
-        cosines: per layer, sum of cosines between its input and output, and the number of tokens.
         mask: positions that count in the coming forward pass, Tensor of shape [samples, positions], or None
             for all.
+        paused: whether a forward pass goes unrecorded.
     """
 
-    def __init__(self, family: Family, config: Mapping[str, Any], sequence: str, depth: bool) -> None:
+    def __init__(
+        self,
+        family: Family,
+        config: Mapping[str, Any],
+        measures: Measures,
+        only: Sequence[int] | None = None,
+    ) -> None:
+        """Prepares the sums.
+
+        Args:
+            family: the model's table.
+            config: its config.json.
+            measures: what to sum.
+            only: layers to watch; None: all.
+        """
         self.family = family
         self.sizes = axis_sizes(family, config)
-        self.present = present_axes(family, config)
-        self.placeholder = family.axes["layers"].index or ""
-        self.sequence = sequence
-        self.depth = depth
-        self.sums: dict[str, list[Moments | None]] = {}
-        self.cosines = [(0.0, 0)] * self.sizes["layers"]
+        self.measures = measures
+        present = present_axes(family, config)
+        watch = range(self.sizes["layers"]) if only is None else only
+        self.layers = list(watch)
+        where = {
+            axis: [layer for layer in self._where(axis, present) if layer in watch]
+            for axis in family.taps
+            if axis != "layers" and axis in present and measures.sequence
+        }
+        self.places = {axis: layers for axis, layers in where.items() if layers}
         self.mask: Tensor | None = None
+        self.paused = False
+        self._sums: dict[tuple[str, str, int, int], Moments] = {}
+        self._routed: dict[tuple[str, int], Tensor] = {}
+        self._depth: dict[tuple[int, int], list[Any]] = {}
+        self._inputs: dict[int, Tensor] = {}
         self._samples_positions = torch.Size()
-        self._layer_input: list[Tensor | None] = [None] * self.sizes["layers"]
+        self._now: dict[str, dict[str, list[Tensor]]] = {}
+
+    def _where(self, axis: str, present: Mapping[str, list[int]]) -> Sequence[int]:
+        return range(self.sizes["layers"]) if self.family.axes[axis].scope == "model" else present[axis]
+
+    def _taps(self, axis: str) -> tuple[Tap, ...]:
+        early = f"{axis}.pre_activation"
+        if self.measures.pre_activation and early in self.family.taps:
+            return self.family.taps[early]
+        return self.family.taps[axis]
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Hooks the model for the length of the block."""
         handles = []
-        for axis, taps in self.family.taps.items():
-            if axis == "layers" or axis not in self.present:
-                continue
-            per_layer = self.family.axes[axis].scope != "model"
-            layers = self.present[axis] if per_layer else range(self.sizes["layers"])
-            places = [(layer, tap) for tap in taps for layer in layers]
-            self.sums.setdefault(axis, [None] * len(places))
-            for place, (layer, tap) in enumerate(places):
-                path = fill(tap.module, {self.placeholder: layer})
-                record = partial(self._record, axis, place, self._product(path, tap, axis))
-                handles.append(_hook(model.get_submodule(path), tap, record))
-        for tap in self.family.taps["layers"] if self.depth else ():
-            record_side = self._enter if tap.side == "input" else self._leave
-            for layer in range(self.sizes["layers"]):
-                path = fill(tap.module, {self.placeholder: layer})
-                handles.append(_hook(model.get_submodule(path), tap, partial(record_side, layer)))
-        first = self.family.taps["layers"][0].module
-        module = model.get_submodule(fill(first, {self.placeholder: 0}))
-        handles.append(_hook(module, Tap("input", first), self._see_shape))
+        index = self.family.axes["layers"].index or ""
+        routed: dict[str, list[str]] = {}
+        for tap in self.family.taps["layers"]:
+            side = self._enter if tap.side == "input" else self._leave
+            for layer in self.layers:
+                path = fill(tap.module, {index: layer})
+                handles.append(_hook(model.get_submodule(path), tap, partial(side, layer)))
+        for axis, layers in self.places.items():
+            for number, tap in enumerate(self._taps(axis)):
+                for layer in layers:
+                    path = fill(tap.module, {index: layer})
+                    if tap.side == "experts":
+                        routed.setdefault(path, []).append(axis)
+                        continue
+                    record = partial(self._record, axis, number, layer, self._dim(path, tap, axis))
+                    handles.append(_hook(model.get_submodule(path), tap, record))
+        visits = {
+            path: partial(self._visit, layer, axes)
+            for layer in self.layers
+            for path, axes in routed.items()
+            if path in {fill(t.module, {index: layer}) for axis in axes for t in self._taps(axis)}
+        }
         try:
-            yield
+            with watched(model, visits):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _product(self, path: str, tap: Tap, axis: str) -> Product:
+    def _dim(self, path: str, tap: Tap, axis: str) -> Dim:
         """The axes along the tapped activation's last dimension: the tap's, or the module's weight's."""
-        if tap.product is not None:
-            return tap.product
+        if tap.dim is not None:
+            return tap.dim
         found = find_row(self.family, f"{path}.weight")
         assert found is not None, path
         dim = found[0].dims[-1 if tap.side == "input" else 0]
-        assert len(dim) == 1 and axis in dim[0], (path, axis, dim)
-        return dim[0]
+        assert any(axis in product for product in dim), (path, axis, dim)
+        return dim
 
-    def _see_shape(self, x_BSH: Tensor) -> None:
-        self._samples_positions = x_BSH.shape[:2]
-
-    def _record(self, axis: str, place: int, product: Product, x_BSU: Tensor) -> None:
-        if x_BSU.dim() == 2:  # experts get their tokens as one list
+    def _record(self, axis: str, tap: int, layer: int, dim: Dim, x_BSU: Tensor) -> None:
+        if self.paused:
+            return
+        if x_BSU.dim() == 2:  # some modules get their tokens as one list
             x_BSU = x_BSU.unflatten(0, self._samples_positions)
-        if len(product) > 1:  # a unit is a vector (a head): its L2 norm stands for it ([P1] section 2.2)
-            x_BSU = x_BSU.unflatten(-1, [self.sizes[name] for name in product])
-            others = [2 + i for i, name in enumerate(product) if name != axis]
-            x_BSU = torch.linalg.vector_norm(x_BSU, dim=others, dtype=torch.float32)
-        batch = moments(over_sequence(x_BSU, self.mask, self.sequence))
-        known = self.sums[axis][place]
-        self.sums[axis][place] = batch if known is None else merge(known, batch)
+        values = over_sequence(self._units(axis, dim, x_BSU), self.mask, self.measures.sequence)
+        for how, value_BU in values.items():
+            self._add(axis, how, layer, tap, moments(value_BU))
+
+    def _units(self, axis: str, dim: Dim, x_BSU: Tensor) -> Tensor:
+        """One number per unit: where a unit is a vector (a head), its L2 norm ([P1] section 2.2)."""
+        if dim == ((axis,),):
+            return x_BSU
+        parts, start = [], 0
+        for product in dim:
+            width = dim_size((product,), self.sizes)
+            if axis in product:
+                opened = x_BSU.narrow(-1, start, width).unflatten(
+                    -1, [extent(name, self.sizes) for name in product]
+                )
+                others = [2 + i for i, name in enumerate(product) if name != axis]
+                parts.append(
+                    torch.linalg.vector_norm(opened, dim=others, dtype=torch.float32) if others else opened
+                )
+            start += width
+        return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts).float(), dim=0)
+
+    def _add(self, axis: str, how: str, layer: int, tap: int, batch: Moments) -> None:
+        key = (axis, how, layer, tap)
+        known = self._sums.get(key)
+        self._sums[key] = batch if known is None else merge(known, batch)
+
+    def _visit(self, layer: int, axes: Sequence[str], visit: Visit) -> None:
+        """Sums what one expert did: its neurons, and the norm of what it gave, weighted by its router."""
+        if self.paused:
+            return
+        samples, positions = self._samples_positions
+        if visit.expert == 0:
+            self._now = {axis: {how: [] for how in self.measures.sequence} for axis in axes}
+            self._routed.setdefault(("experts", layer), torch.zeros(visit.experts, dtype=torch.int64))
+        token_T = visit.token_T
+        count_B = torch.full((samples,), positions, device=token_T.device)
+        neurons_TU, given_TH = visit.neurons_TU, visit.weighted_TH
+        if self.mask is not None:
+            counts_T = self.mask.flatten()[token_T]
+            token_T, neurons_TU, given_TH = token_T[counts_T], neurons_TU[counts_T], given_TH[counts_T]
+            count_B = self.mask.sum(1)
+        self._routed["experts", layer][visit.expert] += len(token_T)
+        sample_T = token_T // positions
+        for axis in axes:
+            if axis == "experts":
+                x_TU = torch.linalg.vector_norm(given_TH, dim=-1, keepdim=True, dtype=torch.float32)
+            else:
+                x_TU = neurons_TU
+            for how, value_BU in over_routed(x_TU, sample_T, count_B, self.measures.sequence).items():
+                self._now[axis][how].append(value_BU)
+        if visit.expert == visit.experts - 1:
+            for axis, hows in self._now.items():
+                for how, values in hows.items():
+                    value_BEU = torch.stack(values, 1)
+                    value_BEU = value_BEU[..., 0] if axis == "experts" else value_BEU
+                    self._add(axis, how, layer, 0, moments(value_BEU))
 
     def _enter(self, layer: int, x_BSH: Tensor) -> None:
-        self._layer_input[layer] = x_BSH
+        self._samples_positions = x_BSH.shape[:2]
+        if not self.paused:
+            self._inputs[layer] = x_BSH
 
     def _leave(self, layer: int, x_BSH: Tensor) -> None:
-        before_BSH = self._layer_input[layer]
-        assert before_BSH is not None
-        total, tokens = cosine_sums(before_BSH, x_BSH, self.mask)
-        self._layer_input[layer] = None
-        self.cosines[layer] = (self.cosines[layer][0] + total, self.cosines[layer][1] + tokens)
+        if self.paused:
+            return
+        for length in self.measures.influence:
+            first = layer - length + 1
+            if first in self._inputs:
+                total, tokens = cosine_sum(self._inputs[first], x_BSH, self.mask)
+                known = self._depth.setdefault((first, length), [0.0, 0])
+                known[0], known[1] = known[0] + total, known[1] + tokens
+        for old in [
+            old for old in self._inputs if old <= layer + 1 - max(self.measures.influence, default=1)
+        ]:
+            del self._inputs[old]
 
-    def stacked(self) -> dict[str, Moments]:
-        """Sums of all tap positions together, on the CPU.
+    def tally(self) -> Tally:
+        """The sums of all layers, on the CPU; the samples are the caller's to name."""
+        sums: dict[tuple[str, str], Moments] = {}
+        for axis, layers in self.places.items():
+            for how in self.measures.sequence:
+                sums[axis, how] = self._stacked(axis, how, layers)
+        routed: dict[str, Tensor] = {}
+        for (axis, layer), counts in self._routed.items():
+            routed.setdefault(axis, torch.zeros(self.sizes["layers"], len(counts), dtype=torch.int64))
+            routed[axis][layer] = counts
+        depth: dict[tuple[str, int], DepthSums] = {}
+        for length in self.measures.influence:
+            blocks = self.sizes["layers"] - length + 1
+            found = [(i, *self._depth[i, length]) for i in range(blocks) if (i, length) in self._depth]
+            total = torch.zeros(blocks, dtype=torch.float64)
+            for first, cosines, _ in found:
+                total[first] = float(cosines)
+            depth["block_influence", length] = DepthSums(total, 0.0, found[0][2] if found else 0)
+        return Tally(sums, routed, depth)
 
-        Axis name to ``Moments`` of shape [tap positions, units] for the axes ranked once for the model, and
-        of shape [layers, units] for the others, zero in layers that do not have the axis.
-        """
-        result = {}
-        for axis, places in self.sums.items():
-            full = [item for item in places if item is not None]
-            assert len(full) == len(places), f"no activation reached the taps of {axis}"
-            total = torch.stack([item.total for item in full]).cpu()
-            squares = torch.stack([item.squares for item in full]).cpu()
-            if self.family.axes[axis].scope != "model":
-                total, squares = (self._by_layer(axis, sums) for sums in (total, squares))
-            result[axis] = Moments(full[0].samples, total, squares)
-        return result
-
-    def _by_layer(self, axis: str, sums: Tensor) -> Tensor:
-        spread = torch.zeros(self.sizes["layers"], sums.shape[1], dtype=sums.dtype)
-        return spread.index_add(0, torch.tensor(self.present[axis]), sums)
+    def _stacked(self, axis: str, how: str, layers: Sequence[int]) -> Moments:
+        taps = range(len(self._taps(axis)) if self.family.axes[axis].scope == "model" else 1)
+        total = squares = None
+        samples = 0
+        for layer in layers:
+            places = [self._sums[axis, how, layer, tap] for tap in taps]
+            one = [torch.stack([getattr(p, part) for p in places]).cpu() for part in ("total", "squares")]
+            one = one if self.family.axes[axis].scope == "model" else [part[0] for part in one]
+            if total is None or squares is None:
+                shape = (self.sizes["layers"], *one[0].shape)
+                total, squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+                samples = places[0].samples
+            total[layer], squares[layer] = one
+        assert total is not None and squares is not None, f"no activation reached the taps of {axis}"
+        return Moments(samples, total, squares)
 
 
 def _hook(module: nn.Module, tap: Tap, record: Callable[[Tensor], None]) -> Any:

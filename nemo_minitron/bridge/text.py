@@ -1,12 +1,14 @@
-"""datasets and plain files.
+"""datasets and plain files: from paths to documents, the same on every machine for a given seed.
 
-From paths to packed samples of token ids, the same on every machine for a given seed.
+A document is text, a conversation (a list of messages with ``role`` and ``content``), or the token ids of a
+Megatron data set.
 """
 
 import fnmatch
 import functools
 import glob
 import hashlib
+import json
 import os
 import random
 from collections.abc import Iterable, Iterator
@@ -15,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import torch
-from torch import Tensor
+import numpy as np
 
 from nemo_minitron.artifacts.manifest import digest
+from nemo_minitron.bridge import megatron
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 _WHOLE = 64 * 2**20
 _SUFFIXES = {"jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+HUB = "hf://"
+Document = str | list[dict[str, Any]] | np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class TextSet:
 
     Attributes:
         files: files (or dataset folders), sorted.
+        remote: data sets on the hub, as ``hf://owner/name[/config][:split]``.
         format: one of text, jsonl, parquet, hf; or auto, by file.
         text_key: column of the text.
         side: ``all``, or ``train`` / ``held_out`` of the split by document.
@@ -45,11 +49,13 @@ class TextSet:
     side: str
     holdout: float
     where: str
+    remote: tuple[str, ...] = ()
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over contents, format and split; of files over 64 MiB, size, first and last MiB."""
         contents = [[_format_of(path), _fingerprint(path)] for path in self.files]
+        contents += [[name, _revision(name)] for name in self.remote]
         return digest(
             [contents, self.format, self.text_key, self.side, self.holdout if self.side != "all" else None]
         )
@@ -70,15 +76,16 @@ def find_text(
         ValueError: a path matches nothing, or everything is excluded.
     """
     found: set[Path] = set()
-    for pattern in paths:
+    remote = tuple(sorted(path for path in paths if path.startswith(HUB)))
+    for pattern in [path for path in paths if not path.startswith(HUB)]:
         matches = _expand(pattern)
         if not matches:
             raise ValueError(f"{where}.paths: {pattern!r} matches no file")
         found |= matches
     kept = sorted(path for path in found if not any(fnmatch.fnmatch(str(path), rule) for rule in exclude))
-    if not kept:
+    if not kept and not remote:
         raise ValueError(f"{where}.paths: all {len(found)} files are excluded by {where}.exclude")
-    return TextSet(tuple(kept), format, text_key, side, holdout, where)
+    return TextSet(tuple(kept), format, text_key, side, holdout, where, remote)
 
 
 def _expand(pattern: str) -> set[Path]:
@@ -86,18 +93,38 @@ def _expand(pattern: str) -> set[Path]:
     if path.is_dir():
         if _is_dataset(path):
             return {path}
-        files = (file for file in path.rglob("*") if file.is_file())
-        return {f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)}
-    if path.is_file():
-        return {path}
-    return {Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()}
+        found = {file for file in path.rglob("*") if file.is_file()}
+        found = {f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)}
+    elif path.is_file():
+        found = {path}
+    else:
+        found = {Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()}
+        found |= {file for file in (Path(f"{path}.bin"),) if megatron.is_megatron(file)}
+    found = {path.with_suffix(".bin") if megatron.is_megatron(path) else path for path in found}
+    return found
 
 
 def _is_dataset(path: Path) -> bool:
     return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
+def _revision(name: str) -> str:
+    import huggingface_hub
+
+    repository = "/".join(name.removeprefix(HUB).partition(":")[0].split("/")[:2])
+    try:
+        return str(huggingface_hub.HfApi().dataset_info(repository).sha)
+    except Exception as error:  # whatever the hub's client raises: no such data set, no connection
+        raise ValueError(f"{name}: no such data set on the hub ({str(error).splitlines()[0]})") from error
+
+
 def _fingerprint(path: Path) -> str:
+    if path.suffix == ".bin" and megatron.is_megatron(path):
+        return digest([_file_fingerprint(path), _file_fingerprint(path.with_suffix(".idx"))])
+    return _file_fingerprint(path)
+
+
+def _file_fingerprint(path: Path) -> str:
     if path.is_dir():
         return digest([_fingerprint(file) for file in sorted(path.rglob("*")) if file.is_file()])
     size = path.stat().st_size
@@ -109,7 +136,7 @@ def _fingerprint(path: Path) -> str:
         return hashlib.sha256(str(size).encode() + head + file.read()).hexdigest()
 
 
-def documents(texts: TextSet, seed: int = 0) -> Iterator[str]:
+def documents(texts: TextSet, seed: int = 0) -> Iterator[Document]:
     """The documents of a text set, files in an order drawn by ``seed``, empty ones left out.
 
     A document's side of the split is drawn from its content, so that copies of one text fall on the same
@@ -124,25 +151,57 @@ def documents(texts: TextSet, seed: int = 0) -> Iterator[str]:
         elif not by_document:
             cut = int(len(text) * (1 - texts.holdout))
             part = text[:cut] if texts.side == "train" else text[cut:]
-            if part.strip():
+            if not _blank(part):
                 yield part
 
 
-def _held_out(text: str, share: float) -> bool:
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big") < share * 2**64
+def plain(found: Iterable[Document]) -> Iterator[str]:
+    """The documents that are text, and conversations as their messages one below the other."""
+    for document in found:
+        if isinstance(document, str):
+            yield document
+        elif isinstance(document, list):
+            yield "\n".join(str(message["content"]) for message in document)
 
 
-def _documents(texts: TextSet, seed: int) -> Iterator[str]:
-    files = list(texts.files)
-    random.Random(seed).shuffle(files)
-    for path in files:
-        for text in _read(path, texts):
-            if text.strip():
-                yield text
+def _held_out(text: Document, share: float) -> bool:
+    if isinstance(text, np.ndarray):
+        content = text.astype("<i8").tobytes()
+    else:
+        content = (text if isinstance(text, str) else json.dumps(text)).encode("utf-8", "replace")
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") < share * 2**64
 
 
-def _read(path: Path, texts: TextSet) -> Iterator[str]:
+def _blank(document: Document) -> bool:
+    return not document.strip() if isinstance(document, str) else len(document) == 0
+
+
+def _documents(texts: TextSet, seed: int) -> Iterator[Document]:
+    sources: list[Path | str] = [*texts.files, *texts.remote]
+    random.Random(seed).shuffle(sources)
+    for source in sources:
+        for document in _read(source, texts) if isinstance(source, Path) else _from_hub(source, texts):
+            if not _blank(document):
+                yield document
+
+
+def _from_hub(name: str, texts: TextSet) -> Iterator[Document]:
+    import datasets
+
+    place, _, split = name.removeprefix(HUB).partition(":")
+    owner, repository, *config = place.split("/")
+    try:
+        rows = datasets.load_dataset(f"{owner}/{repository}", *config, split=split or "train", streaming=True)
+        yield from _column(rows, name, texts)
+    except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{texts.where}: {name}: {str(error).splitlines()[0]}") from error
+
+
+def _read(path: Path, texts: TextSet) -> Iterator[Document]:
     kind = texts.format if texts.format != "auto" else _format_of(path)
+    if kind == "megatron":
+        yield from megatron.documents(path, texts.where)
+        return
     if kind == "text":
         with fsspec.open(str(path), "rb", compression="infer") as file:
             content: bytes = file.read()
@@ -169,96 +228,30 @@ def _read(path: Path, texts: TextSet) -> Iterator[str]:
         ) from error
 
 
-def _column(rows: Iterable[dict[str, Any]], path: Path, texts: TextSet) -> Iterator[str]:
+def _column(rows: Iterable[dict[str, Any]], path: Path | str, texts: TextSet) -> Iterator[Document]:
+    """Text, or the messages of a conversation, from the column that holds it."""
     for row in rows:
-        if not isinstance(row.get(texts.text_key), str):
+        found = row.get(texts.text_key)
+        if found is None and texts.text_key == "text":  # the usual names of conversations
+            found = next((row[key] for key in ("messages", "conversations") if row.get(key)), None)
+        if (
+            isinstance(found, list)
+            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in found)
+        ) or isinstance(found, str):
+            yield found
+        else:
             raise ValueError(
-                f"{texts.where}: {path}: expected text under {texts.text_key!r}, found {sorted(row)}"
+                f"{texts.where}: {path}: expected text, or messages with role and content, under "
+                f"{texts.text_key!r}, found {sorted(row)}"
             )
-        yield row[texts.text_key]
 
 
 def _format_of(path: Path) -> str:
     if path.is_dir():
         return "hf"
+    if path.suffix == ".bin" and megatron.is_megatron(path):
+        return "megatron"
     name = path.name
     for ending in _COMPRESSED:
         name = name.removesuffix(ending)
     return next((kind for kind, endings in _SUFFIXES.items() if name.endswith(endings)), "text")
-
-
-def pack(
-    texts: TextSet,
-    tokenizer: Any,
-    length: int,
-    samples: int | None,
-    seed: int,
-    at_most: bool = False,
-    where: str | None = None,
-) -> Tensor:
-    """Packs documents end to end, separated by the tokenizer's own begin and end tokens, into samples.
-
-    A sample is ``length`` tokens and the one that follows, which is the label of the last: consecutive
-        samples
-    overlap by one token, so that every token but the first is predicted once.
-
-    Args:
-        texts: what to read.
-        tokenizer: a Hugging Face tokenizer.
-        length: tokens per sample.
-        samples: how many to make; None: all.
-        seed: order of files, and of samples.
-        where: configuration section of ``samples``, for messages; None: that of the text.
-        at_most: whether fewer than ``samples`` are acceptable.
-
-    Returns:
-        Tensor of shape [samples, length + 1], int64.
-
-    Raises:
-        ValueError: no text, too little for one sample, or for ``samples``.
-    """
-    stream = _token_stream(texts, tokenizer, seed, None if samples is None else samples * length + 1)
-    total = len(stream)
-    count = (total - 1) // length
-    if samples is not None and count < samples and not at_most:
-        raise ValueError(
-            f"{where or texts.where}.samples: expected {samples} samples of {length} tokens, "
-            f"the text yields {max(count, 0)}"
-        )
-    if count < 1:
-        raise ValueError(f"{texts.where}: the text has {total} tokens, one sample needs {length + 1}")
-    count = count if samples is None else min(count, samples)
-    packed = stream[: count * length + 1].unfold(0, length + 1, length)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return packed[order].long()
-
-
-def _token_stream(texts: TextSet, tokenizer: Any, seed: int, wanted: int | None) -> Tensor:
-    """Token ids of the documents end to end, int32, until there are as many as wanted."""
-    chunks: list[Tensor] = []
-    total = 0
-    for ids in _tokenised(documents(texts, seed), tokenizer):
-        chunks.append(torch.tensor(ids, dtype=torch.int32))
-        total += len(ids)
-        if wanted is not None and total >= wanted:
-            break
-    if not chunks:
-        raise ValueError(f"{texts.where}.paths: {len(texts.files)} files hold no text")
-    return torch.cat(chunks)
-
-
-def _tokenised(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == 64:
-            yield from _encode(batch, tokenizer, end)
-            batch = []
-    if batch:
-        yield from _encode(batch, tokenizer, end)
-
-
-def _encode(batch: list[str], tokenizer: Any, end: list[int]) -> Iterator[list[int]]:
-    for ids in tokenizer(batch, verbose=False)["input_ids"]:
-        yield ids if end and ids and ids[-1] == end[0] else ids + end

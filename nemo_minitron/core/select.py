@@ -145,6 +145,17 @@ def kept_layers(layers: int, dropped: list[int]) -> list[int]:
     return [layer for layer in range(layers) if layer not in set(dropped)]
 
 
+def contiguous(scores: Tensor, length: int) -> list[int]:
+    """The layers of the least important block of consecutive layers; of equals the later one goes first.
+
+    Args:
+        scores: importance of every block of this length, by its first layer.
+        length: layers in a block.
+    """
+    first = scores.numel() - 1 - int(scores.flip(0).argmin())
+    return list(range(first, first + length))
+
+
 def scattered(scores_L: Tensor, count: int) -> list[int]:
     """The ``count`` least important layers, wherever they are, ascending.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from nemo_minitron.families.grammar import Product, Row, names_in, parse_row, row_axes
+from nemo_minitron.families.grammar import Dim, Row, names_in, parse_row, row_axes
 
 TABLES = Path(__file__).parent / "tables"
 OWN_TABLES = "MINITRON_FAMILIES"
@@ -77,12 +77,13 @@ class TensorRow:
 class Tap:
     """Where an activation is read: the ``side`` (input or output) of the module at path ``module``.
 
-    ``product`` are the axes along its last dimension; None: those of the row of the module's weight.
+    ``experts`` as a side: from inside the routed experts that this module holds. ``dim`` are the axes along
+    the activation's last dimension; None: those of the row of the module's weight.
     """
 
     side: str
     module: str
-    product: Product | None = None
+    dim: Dim | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class Family:
     proofs: tuple[Mapping[str, Any], ...] = ({},)
     since: str = "5.0"
     zero_centred_norms: bool = False
+    recurrent: bool = False
 
     @property
     def prunable(self) -> tuple[str, ...]:
@@ -140,6 +142,7 @@ class Family:
 _KEYS = {
     "model_type", "architecture", "axes", "defaults", "tensors", "ignored", "taps", "modules", "constraints",
     "define", "fold", "logits", "needs", "proofs", "since", "zero_centred_norms",
+    "recurrent",
 }  # fmt: skip
 _AXIS_KEYS = {f.name for f in fields(Axis)} - {"name", "fallback"} | {"or"}
 
@@ -199,6 +202,7 @@ def _family(table: Mapping[str, Any]) -> Family:
         proofs=tuple(table.get("proofs", [{}])),
         since=str(table.get("since", "5.0")),
         zero_centred_norms=table.get("zero_centred_norms", False),
+        recurrent=table.get("recurrent", False),
     )
 
 
@@ -257,10 +261,14 @@ def _regex(pattern: str, placeholders: set[str]) -> re.Pattern[str]:
 
 
 def _tap(text: str) -> Tap:
-    match = re.fullmatch(r"(input|output) of (\S+)(?: as (.+))?", text)
+    match = re.fullmatch(r"(input|output|experts) of (\S+)(?: as (.+))?", text)
     if match is None:
-        raise ValueError(f"tap {text!r}: expected 'input of MODULE' or 'output of MODULE' [as AXES]")
-    return Tap(match.group(1), match.group(2), tuple(match.group(3).split()) if match.group(3) else None)
+        raise ValueError(
+            f"tap {text!r}: expected 'input of MODULE', 'output of MODULE' [as AXES] or 'experts of MODULE'"
+        )
+    return Tap(
+        match.group(1), match.group(2), parse_row(f"({match.group(3)})")[0] if match.group(3) else None
+    )
 
 
 def use_tables(path: str | Path) -> None:

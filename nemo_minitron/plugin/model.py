@@ -24,7 +24,8 @@ from nemo_minitron.bridge.models import (
     save_model,
     softcap_of,
 )
-from nemo_minitron.bridge.text import find_text, pack
+from nemo_minitron.bridge.samples import pack
+from nemo_minitron.bridge.text import find_text
 from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
 from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
 from nemo_minitron.plugin.data import ConsumedSampler, train_loader, validation_loader

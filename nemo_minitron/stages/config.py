@@ -8,7 +8,7 @@ whose defaults lie in configs/config.yaml; add keys to them as NeMo users do, wi
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 
 def key(default: Any, text: str, choices: tuple[str, ...] | None = None, least: float | None = None) -> Any:
@@ -41,20 +41,45 @@ class SourceConfig:
 class TextConfig:
     """One set of text."""
 
-    paths: list[str] | None = key(None, "files, folders or glob patterns; null: see the section's own rule")
+    paths: list[str] | None = key(
+        None,
+        "files, folders, glob patterns, hf://owner/name[/config][:split]; null: see the section's own rule",
+    )
     exclude: list[str] = key([], "glob patterns of files to leave out")
-    format: str = key("auto", "auto goes by the file name", ("auto", "text", "jsonl", "parquet", "hf"))
-    text_key: str = key("text", "column that holds the text in jsonl, parquet and hf")
+    format: str = key(
+        "auto", "auto goes by the file name", ("auto", "text", "jsonl", "parquet", "hf", "megatron")
+    )
+    text_key: str = key(
+        "text",
+        "column that holds the text, or a conversation (messages with role and content), in jsonl, parquet "
+        "and hf",
+    )
     sequence_length: int = key(1024, "tokens per sample; documents are packed end to end", least=1)
     samples: int | None = key(None, "samples to take; null: as many as are needed", least=1)
     seed: int = key(0, "seed of the order in which files and samples are taken")
 
 
 @dataclass
+class CalibrationConfig(TextConfig):
+    """Text for scoring."""
+
+    samples: int | None = key(1024, "samples to take; null: all of them", least=1)
+    weights: list[float] | None = key(
+        None, "shares of the samples, one for each entry of paths; null: all text is one pool"
+    )
+    packing: str = key(
+        "plain",
+        "plain: documents end to end, as in the papers; documents: the same, but attention and positions "
+        "begin anew with each document; off: one document per sample, cut or padded",
+        ("plain", "documents", "off"),
+    )
+
+
+@dataclass
 class DataConfig:
     """Text for scoring, training and measuring."""
 
-    calibration: TextConfig = field(default_factory=lambda: TextConfig(samples=1024))
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     train: TextConfig = field(default_factory=TextConfig)
     validation: TextConfig = field(default_factory=TextConfig)
     holdout: float = key(
@@ -71,18 +96,55 @@ class AggregationConfig:
     sequence: str = key(
         "mean", "aggregation over the positions of a sample, done first", ("l2", "mean", "var")
     )
+    also: list[str] = key(
+        [], "further aggregations over positions, summed in the same pass and stored beside the first"
+    )
 
 
 @dataclass
 class ScoreConfig:
-    """Importance of channels, heads, neurons and layers."""
+    """Importance of channels, heads, neurons, experts and layers."""
 
     importance: str = key("activation", "what the ranking rests on", ("activation", "magnitude", "random"))
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
-    depth: str = key("block_influence", "how layers are ranked", ("block_influence", "none"))
+    neurons: str = key(
+        "post_activation",
+        "where the neurons of dense and shared MLPs are read: at the input of the down projection, or at the "
+        "output of the up projection",
+        ("post_activation", "pre_activation"),
+    )
+    depth: str = key(
+        "block_influence", "how layers are ranked", ("block_influence", "lm_loss", "task", "none")
+    )
+    blocks: list[int] = key(
+        [],
+        "lengths of blocks of consecutive layers to measure besides single layers; plan.layers with "
+        "plan.layer_choice=contiguous adds its own",
+    )
+    tasks: list[str] = key([], "lm-eval tasks of score.depth=task, as in evaluate.tasks")
+    task_limit: int | None = key(None, "documents per task; null: all", least=1)
+    iterations: int = key(
+        1, "rounds of score and cut on the way to the plan's widths; 1: score the whole model once", least=1
+    )
     batch_size: int = key(8, "samples per forward pass", least=1)
     device: str = key("auto", "auto, cpu, cuda, cuda:1 ...")
     seed: int = key(0, "seed of the random baseline")
+    streaming: str = key(
+        "auto",
+        "one layer's weights in memory at a time; auto: where the model does not fit",
+        ("auto", "on", "off"),
+    )
+    activation_budget: int = key(
+        2_000_000_000, "bytes of hidden states that streaming keeps in memory; the rest goes to disk", least=0
+    )
+    parallel: str = key(
+        "replicate",
+        "under torchrun: a copy of the model on every rank, or its layers sharded over them (FSDP2)",
+        ("replicate", "shard"),
+    )
+    shard: str | None = key(None, "score only part i of n of the samples, as in 2/4; to be merged")
+    merge: list[str] = key([], "workspaces with the parts: their scores are added up, nothing is run")
+    save_seconds: float = key(60.0, "how often the sums so far are saved", least=0)
 
 
 @dataclass
@@ -102,6 +164,12 @@ class PlanConfig:
     mamba_state: int | None = key(None, "state size of the Mamba layers")
     layers: int | None = key(None, "layers")
     drop_layers: list[int] | None = key(None, "0-based layers to drop, instead of plan.layers")
+    layer_choice: str | None = key(
+        None,
+        "which layers go: the least important wherever they are (scattered, also null), the best block of "
+        "consecutive ones, or one after the other with all others measured anew",
+        ("scattered", "contiguous", "greedy"),
+    )
 
 
 @dataclass
@@ -218,36 +286,10 @@ class Config:
 def describe(section: Any = Config, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """All keys below a section as (dotted name, dataclass field, section class)."""
     rows: list[tuple[str, Any, Any]] = []
-    hints = section.__annotations__
+    hints = get_type_hints(section)
     for item in fields(section):
         if is_dataclass(hints[item.name]):
             rows += describe(hints[item.name], f"{prefix}{item.name}.")
         else:
             rows.append((f"{prefix}{item.name}", item, section))
     return rows
-
-
-def markdown() -> str:
-    """docs/configuration.md: every key with its default and meaning."""
-    lines = ["# Configuration", "", "Made by `make docs` from `nemo_minitron/stages/config.py`.", ""]
-    lines += ["| key | default | meaning |", "|---|---|---|"]
-    defaults = Config()
-    for name, item, _ in describe():
-        default: Any = defaults
-        for part in name.split("."):
-            default = getattr(default, part)
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-        choices = item.metadata["choices"]
-        text = item.metadata["help"] + (f" (one of: {', '.join(choices)})" if choices else "")
-        lines.append(f"| `{name}` | `{shown}` | {text} |")
-    lines += [
-        "",
-        "`trainer`, `optim` and `exp_manager` are handed to Lightning and NeMo as they are; their defaults",
-        "lie in `configs/config.yaml`, and further keys are added with `+`,",
-        "as in `+trainer.limit_val_batches=2`.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

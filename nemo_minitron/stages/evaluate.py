@@ -48,10 +48,10 @@ def run(config: Config) -> Result:
     def build(temporary: Path) -> None:
         if any(name.startswith("held_out") for name in config.evaluate.tasks):
             from nemo_minitron.bridge.lm_eval import write_held_out_tasks
-            from nemo_minitron.bridge.text import documents
+            from nemo_minitron.bridge.text import documents, plain
 
             (temporary / "tasks").mkdir()
-            write_held_out_tasks(documents(texts), temporary / "tasks")
+            write_held_out_tasks(plain(documents(texts)), temporary / "tasks")
         measured = _measure_all(config, models, temporary / "tasks")
         write_json(temporary / FILE, {"workspace": workspace.name, "models": measured})
         write_page(workspace, temporary)

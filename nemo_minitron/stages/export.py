@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from nemo_minitron.artifacts.checkpoint import (
     Checkpoint,
     both_spellings,
     copy_side_files,
+    load_tensor,
     open_checkpoint,
-    tensor_reader,
 )
 from nemo_minitron.artifacts.manifest import read_manifest, write_json
 from nemo_minitron.artifacts.plan import read_plan
@@ -86,7 +87,7 @@ def _source_dtype(checkpoint: Checkpoint) -> str:
 def _write_model(student: Path, folder: Path, dtype: str, shard_bytes: int) -> dict[str, str]:
     """Streams the student's weights into the export, cast to its dtype."""
     checkpoint = open_checkpoint(student)
-    read = tensor_reader(checkpoint)
+    read = partial(load_tensor, checkpoint)
     stored = DTYPES[_DTYPES[dtype]]
     planned = [Planned(name, stored, entry.shape) for name, entry in checkpoint.entries.items()]
 

@@ -87,7 +87,7 @@ def train_into(
 
 
 def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path, target: Path) -> None:
-    from nemo_minitron.bridge.text import pack
+    from nemo_minitron.bridge.samples import pack
     from nemo_minitron.plugin.training import Recipe, check_trainer, samples_needed, train
 
     trainer = section["trainer"]

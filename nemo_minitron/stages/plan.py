@@ -1,20 +1,20 @@
 """plan: from scores and target sizes to the units that stay."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from nemo_minitron.artifacts.build import make
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.artifacts.plan import Plan, make_plan, read_plan, write_plan
 from nemo_minitron.artifacts.scores import Scores, read_scores
 from nemo_minitron.artifacts.workspace import input_artifact
-from nemo_minitron.core.select import complete_targets, kept_layers, scattered, select_units
+from nemo_minitron.core.depth import block_importance
+from nemo_minitron.core.select import contiguous, kept_layers, scattered, select_units
 from nemo_minitron.core.size import alignment
-from nemo_minitron.families import Family, axis_sizes, check_layers, check_sizes, present_axes
-from nemo_minitron.stages.config import Config, PlanConfig
+from nemo_minitron.families import axis_sizes, check_layers
+from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result, teacher_folder, workspace_of
+from nemo_minitron.stages.targets import given, needs_scores, target_sizes
 
 
 def run(config: Config) -> Result:
@@ -33,72 +33,45 @@ def run(config: Config) -> Result:
         inputs.append(input_artifact(workspace, "scores", "score"))
 
     def build(temporary: Path) -> None:
-        scores = read_scores(workspace / "scores") if needs_scores(config.plan) else Scores({}, {})
-        layers = _layers(config.plan, sizes, scores)
+        scores = read_scores(workspace / "scores") if needs_scores(config.plan) else Scores({})
+        layers = _layers(config, sizes, scores)
         check_layers(checkpoint.family, checkpoint.config, layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
         write_plan(temporary, make_plan(checkpoint.family, checkpoint.config, keep, tuple(layers)))
 
-    made = make(workspace / "plan", "plan", given(config.plan), inputs, build)
+    settings = given(config.plan)
+    if settings.get("layer_choice") == "contiguous":
+        settings["depth"] = config.score.depth
+    made = make(workspace / "plan", "plan", settings, inputs, build)
     return _result(workspace / "plan", made, read_plan(workspace / "plan"))
 
 
-def given(plan: PlanConfig) -> dict[str, Any]:
-    """The keys of the plan that were set."""
-    return {name: value for name, value in asdict(plan).items() if value is not None}
-
-
-def needs_scores(plan: PlanConfig) -> bool:
-    """Whether a ranking decides anything: a list of layers to drop alone needs none."""
-    return bool(set(given(plan)) - {"drop_layers"})
-
-
-def target_sizes(family: Family, config: Mapping[str, Any], plan: PlanConfig) -> dict[str, int]:
-    """Target size of every axis.
-
-    Raises:
-        ValueError: a target that cannot be, with what was expected and found.
-    """
-    asked = {name: value for name, value in given(plan).items() if name != "drop_layers"}
-    sizes, present = axis_sizes(family, config), present_axes(family, config)
-    axes = [name for name in family.prunable if name in present]
-    if not asked and not plan.drop_layers:
-        options = ", ".join(f"plan.{name}" for name in axes)
-        raise ValueError(f"plan: no target size given; set at least one of {options}, plan.drop_layers")
-    for name in asked:
-        if name not in axes:
-            which = f"family {family.model_type!r}" if name not in family.prunable else "this model"
-            raise ValueError(
-                f"plan.{name}: {which} has no prunable axis of that name; it has {', '.join(axes)}"
-            )
-    targets = complete_targets(family, sizes, asked)
+def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:
+    plan, layers = config.plan, sizes["layers"]
     if plan.drop_layers:
-        targets["layers"] = sizes["layers"] - len(_checked_drop(plan, sizes["layers"]))
-    check_sizes(family, targets, "plan")
-    return targets
-
-
-def _checked_drop(plan: PlanConfig, layers: int) -> list[int]:
-    dropped = list(plan.drop_layers or [])
-    if plan.layers is not None:
-        raise ValueError("plan.layers and plan.drop_layers: give one of them, not both")
-    wrong = [layer for layer in dropped if not 0 <= layer < layers]
-    if wrong or len(set(dropped)) != len(dropped) or len(dropped) >= layers:
-        raise ValueError(
-            f"plan.drop_layers: expected different layers of 0 to {layers - 1}, not all, found {dropped}"
-        )
-    return dropped
-
-
-def _layers(plan: PlanConfig, sizes: dict[str, int], scores: Scores) -> list[int]:
-    if plan.drop_layers:
-        return kept_layers(sizes["layers"], plan.drop_layers)
-    if plan.layers is None or plan.layers == sizes["layers"]:
-        return list(range(sizes["layers"]))
+        return kept_layers(layers, plan.drop_layers)
+    if plan.layers is None or plan.layers == layers:
+        return list(range(layers))
     if "layers" not in scores.ranking:
         raise ValueError("plan.layers: the scores rank no layers; run score with score.depth=block_influence")
-    return kept_layers(sizes["layers"], scattered(scores.ranking["layers"], sizes["layers"] - plan.layers))
+    going = layers - plan.layers
+    if plan.layer_choice == "contiguous" and going > 1:
+        blocks = (config.score.depth, going)
+        if blocks not in scores.tally.depth:
+            raise ValueError(
+                f"plan.layer_choice=contiguous: the scores measured no blocks of {going} layers by "
+                f"{config.score.depth}; run score with score.blocks=[{going}]"
+            )
+        return kept_layers(layers, contiguous(block_importance(blocks[0], scores.tally.depth[blocks]), going))
+    if plan.layer_choice == "greedy":
+        if len(scores.greedy) < going:
+            raise ValueError(
+                f"plan.layer_choice=greedy: the scores removed {len(scores.greedy)} layers, expected "
+                f"{going}; run score with the same plan.layers and plan.layer_choice"
+            )
+        return kept_layers(layers, list(scores.greedy[:going]))
+    return kept_layers(layers, scattered(scores.ranking["layers"], going))
 
 
 def _result(folder: Path, made: bool, plan: Plan) -> Result:

@@ -41,11 +41,11 @@ def _teacher(config: Config) -> Result:
 
     def prepare() -> None:
         if not (files / "tokenizer.json").is_file() and given is None:
-            from nemo_minitron.bridge.text import documents
+            from nemo_minitron.bridge.text import documents, plain
             from nemo_minitron.bridge.tokenizer import train_tokenizer
 
             files.mkdir(exist_ok=True)
-            train_tokenizer(documents(training_text(config)), shape["vocab_size"], files)
+            train_tokenizer(plain(documents(training_text(config))), shape["vocab_size"], files)
 
     def start() -> tuple[Any, dict[str, Any], Path]:
         from nemo_minitron.bridge.models import new_model, stored_config

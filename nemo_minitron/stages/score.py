@@ -1,31 +1,35 @@
-"""score: the importance of every channel, head, neuron and layer ([P1] section 2.2).
+"""score: the importance of every channel, head, neuron, expert and layer ([P1] section 2.2)."""
 
-All from one forward pass.
-"""
-
-import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nemo_minitron.artifacts.build import make
-from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint, tensor_reader
+from nemo_minitron.artifacts.build import make_resumable
+from nemo_minitron.artifacts.checkpoint import Checkpoint, load_tensor, open_checkpoint
+from nemo_minitron.artifacts.manifest import SCHEMA, Input, fingerprint, is_done, read_manifest
 from nemo_minitron.artifacts.scores import Scores, read_scores, write_scores
-from nemo_minitron.core.importance import AGGREGATIONS, concentration, over_batch, random_scores, unit_squares
+from nemo_minitron.core.depth import block_importance
+from nemo_minitron.core.importance import AGGREGATIONS, concentration, random_scores
+from nemo_minitron.core.magnitude import unit_squares
 from nemo_minitron.core.select import score_shape
+from nemo_minitron.core.tally import Tally
 from nemo_minitron.families import Family, axis_sizes, find_row, present_axes
+from nemo_minitron.stages.activation import Outcome, by_activation, prepare
 from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.depth import block_lengths, greedy_steps
 from nemo_minitron.stages.stage import (
     Result,
-    calibration_text,
+    calibration_mixture,
     sampling,
     teacher_folder,
     text_input,
     workspace_of,
 )
+from nemo_minitron.stages.targets import given, target_sizes
 
 
 def run(config: Config) -> Result:
@@ -34,77 +38,121 @@ def run(config: Config) -> Result:
     Raises:
         ValueError: an unknown choice, or no (or too little) calibration text.
     """
-    folder, item = teacher_folder(config)
-    inputs = [item]
-    score = config.score
-    for name, how in (("batch", score.aggregation.batch), ("sequence", score.aggregation.sequence)):
-        if how not in AGGREGATIONS:
-            raise ValueError(
-                f"score.aggregation.{name}: expected one of {', '.join(AGGREGATIONS)}, found {how!r}"
-            )
-    settings: dict[str, Any] = {"importance": score.importance, "depth": score.depth}
-    if score.importance == "activation":
-        inputs.append(text_input(calibration_text(config)))
-        aggregation = {"batch": score.aggregation.batch, "sequence": score.aggregation.sequence}
-        settings |= {"aggregation": aggregation, "calibration": sampling(config.data.calibration)}
-    elif score.importance == "random":
-        settings["seed"] = score.seed
-    target = workspace_of(config) / "scores"
-    compute = _METHODS[score.importance]
-    started = time.monotonic()
+    from nemo_minitron.bridge.ranks import follows, join
 
-    def build(temporary: Path) -> None:
-        scores = compute(config, open_checkpoint(folder))
+    if follows():
+        from nemo_minitron.bridge.passes import follow
+
+        follow(join(config.score.device))
+        return Result("score", workspace_of(config) / "scores", False, "see rank 0")
+    folder, item = teacher_folder(config)
+    inputs, settings = [item], _settings(config, open_checkpoint(folder))
+    if config.score.importance == "activation":
+        inputs += [text_input(text) for text, _ in calibration_mixture(config)]
+    target = workspace_of(config) / "scores"
+    before = _earlier(target, config, item)
+    outcome: list[Outcome] = []
+    due = not is_done(target, fingerprint("scores", settings, inputs), inputs)
+    # what may be wrong with the text is found out before the scores that are there give way
+    prepared = prepare(config, folder, item) if due and config.score.importance == "activation" else None
+
+    def build(state: Path, temporary: Path) -> None:
+        if prepared is not None:
+            ranks = join(config.score.device)
+            outcome.append(by_activation(config, folder, prepared, state, before, ranks))
+            scores = outcome[0].scores
+        else:
+            scores = _BASELINES[config.score.importance](config, open_checkpoint(folder))
         write_scores(temporary, scores)
-        from nemo_minitron.bridge.plots import importance_maps
+        from nemo_minitron.bridge.plots import depth_map, importance_maps
 
         (temporary / "plots").mkdir()
-        for name, picture in importance_maps(scores.ranking).items():
+        pictures = importance_maps(scores.ranking)
+        measured = {
+            name: block_importance(name[0], sums)
+            for name, sums in scores.tally.depth.items()
+            if len(sums.total) > 1
+        }
+        if measured:
+            pictures["depth"] = depth_map(measured)
+        for name, picture in pictures.items():
             (temporary / "plots" / f"{name}.png").write_bytes(picture)
 
-    made = make(target, "scores", settings, inputs, build)
-    seconds = time.monotonic() - started
-    return _result(target, made, config, read_scores(target), seconds)
+    made = make_resumable(target, "scores", settings, inputs, build)
+    return _result(target, made, config, read_scores(target), outcome)
 
 
-def _by_activation(config: Config, checkpoint: Checkpoint) -> Scores:
-    """One pass over the calibration samples, through the decoder alone.
+def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What decides the scores.
 
-    No axis needs the output projection.
+    Raises:
+        ValueError: an unknown aggregation, or choices that exclude each other.
     """
-    from rich.progress import track
-
-    from nemo_minitron.bridge.models import decoder_of, frozen, load_model, load_tokenizer, pick_device
-    from nemo_minitron.bridge.taps import Recorder
-    from nemo_minitron.bridge.text import pack
-
+    score = config.score
+    settings: dict[str, Any] = {"importance": score.importance, "depth": score.depth}
+    if score.importance == "random":
+        settings["seed"] = score.seed
+    if score.importance != "activation":
+        return settings
+    unknown = [how for how in score.aggregation.also if how not in AGGREGATIONS]
+    if unknown:
+        raise ValueError(
+            f"score.aggregation.also: expected some of {', '.join(AGGREGATIONS)}, found {unknown[0]!r}"
+        )
+    if score.shard and (score.merge or score.iterations > 1 or config.plan.layer_choice == "greedy"):
+        raise ValueError(
+            "score.shard: a part can neither be merged, nor be iterated, nor remove layers greedily: "
+            "merge the parts first"
+        )
+    if score.merge and (
+        score.iterations > 1 or score.depth == "task" or config.plan.layer_choice == "greedy"
+    ):
+        raise ValueError(
+            "score.merge: adds up what was scored, and runs no model: not with iterations, tasks, greedy"
+        )
+    layers = axis_sizes(checkpoint.family, checkpoint.config)["layers"]
     calibration = config.data.calibration
-    tokens_NS = pack(
-        calibration_text(config),
-        load_tokenizer(checkpoint.folder),
-        calibration.sequence_length,
-        calibration.samples,
-        calibration.seed,
-        where="data.calibration",
-    )[:, :-1]
-    device = pick_device(config.score.device)
-    model = load_model(checkpoint.folder, device=device)
-    depth = config.score.depth == "block_influence"
-    recorder = Recorder(checkpoint.family, checkpoint.config, config.score.aggregation.sequence, depth)
-    decoder = decoder_of(model, checkpoint.family)
-    batches = tokens_NS.split(config.score.batch_size)
-    with frozen(model), recorder.attached(model):
-        for tokens_BS in track(batches, description="scoring", transient=True):
-            decoder(input_ids=tokens_BS.to(device), use_cache=False)
-    ranking = {}
-    for axis, sums in recorder.stacked().items():
-        per_place = over_batch(sums, config.score.aggregation.batch)
-        # one ranking for the model: the sum over all places where the axis is read
-        ranking[axis] = per_place.sum(0) if checkpoint.family.axes[axis].scope == "model" else per_place
-    if depth:
-        cosines = torch.tensor([total / tokens for total, tokens in recorder.cosines], dtype=torch.float64)
-        ranking["layers"] = 1 - cosines
-    return Scores(ranking, recorder.stacked())
+    settings |= {
+        "aggregation": asdict(score.aggregation),
+        "neurons": score.neurons,
+        "blocks": list(block_lengths(config, layers)),
+        "calibration": {
+            **sampling(calibration),
+            "packing": calibration.packing,
+            "weights": calibration.weights,
+        },
+    }
+    if score.depth == "task":
+        if not score.tasks:
+            raise ValueError(
+                "score.depth=task: no task given; set score.tasks, as in score.tasks=[winogrande]"
+            )
+        settings["tasks"] = [list(score.tasks), score.task_limit, config.evaluate.task_dir]
+    if greedy_steps(config, layers):
+        settings["greedy"] = greedy_steps(config, layers)
+    if score.iterations > 1:
+        target_sizes(checkpoint.family, checkpoint.config, config.plan)
+        settings["iterations"] = [score.iterations, given(config.plan)]
+    if score.shard:
+        settings["shard"] = score.shard
+    return settings
+
+
+def _earlier(target: Path, config: Config, teacher: Input) -> Tally:
+    """The sums of scores that are there already, of the same model read in the same way."""
+    try:
+        manifest = read_manifest(target)
+    except ValueError:
+        return Tally()
+    if manifest is None or manifest.schema != SCHEMA or manifest.config.get("importance") != "activation":
+        return Tally()
+    first = manifest.inputs[0]
+    rebuilt = teacher.finished is not None and teacher.finished > manifest.started
+    if first.fingerprint != teacher.fingerprint or rebuilt or "iterations" in manifest.config:
+        return Tally()
+    same = manifest.config.get("neurons") == config.score.neurons
+    packing = manifest.config["calibration"].get("packing") == config.data.calibration.packing
+    return read_scores(target).tally if same and packing else Tally()
 
 
 def _by_magnitude(config: Config, checkpoint: Checkpoint) -> Scores:
@@ -114,16 +162,15 @@ def _by_magnitude(config: Config, checkpoint: Checkpoint) -> Scores:
     """
     family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
     squares = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in _shapes(checkpoint).items()}
-    read = tensor_reader(checkpoint)
     for name in checkpoint.entries:
         found = find_row(family, name)
         if found is None:
             continue
         row, units = found
-        tensor = read(name)
+        tensor = load_tensor(checkpoint, name)
         for axis, part in unit_squares(tensor, row, sizes, family, units).items():
             squares[axis][_place(family, axis, units)] += part
-    return Scores({axis: total.sqrt() for axis, total in squares.items()}, {})
+    return Scores({axis: total.sqrt() for axis, total in squares.items()})
 
 
 def _place(family: Family, axis: str, units: Mapping[str, int]) -> tuple[int, ...]:
@@ -137,7 +184,7 @@ def _by_chance(config: Config, checkpoint: Checkpoint) -> Scores:
     shapes = _shapes(checkpoint)
     seed = config.score.seed
     return Scores(
-        {axis: random_scores(shape, seed * 1000 + i) for i, (axis, shape) in enumerate(shapes.items())}, {}
+        {axis: random_scores(shape, seed * 1000 + i) for i, (axis, shape) in enumerate(shapes.items())}
     )
 
 
@@ -148,27 +195,36 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     return {name: score_shape(family, sizes, name) for name in family.prunable if name in present}
 
 
-_METHODS = {"activation": _by_activation, "magnitude": _by_magnitude, "random": _by_chance}
+_BASELINES = {"magnitude": _by_magnitude, "random": _by_chance}
 
 
-def _result(folder: Path, made: bool, config: Config, scores: Scores, seconds: float) -> Result:
-    rows, facts = [], {}
+def _result(folder: Path, made: bool, config: Config, scores: Scores, outcome: list[Outcome]) -> Result:
+    rows: list[tuple[str, ...]] = []
+    facts: dict[str, Any] = {}
     for axis, ranking in scores.ranking.items():
-        spread = concentration(ranking)
-        facts[axis] = {"shape": list(ranking.shape), "concentration": spread, **_extremes(axis, ranking)}
-        extremes = _extremes(axis, ranking)
+        spread, extremes = concentration(ranking), _extremes(axis, ranking)
+        facts[axis] = {"shape": list(ranking.shape), "concentration": spread, **extremes}
         rows.append((
             axis, " x ".join(map(str, ranking.shape)), f"{spread:.3f}",
             ", ".join(map(str, extremes.get("least", []))), ", ".join(map(str, extremes.get("most", []))),
         ))  # fmt: skip
-    samples = config.data.calibration.samples
     headline = f"{config.score.importance} importance of {len(rows)} axes"
-    if made and config.score.importance == "activation" and samples:
-        tokens = samples * config.data.calibration.sequence_length
-        headline += f", {tokens:,} tokens in {seconds:.1f} s"
+    if scores.tally.samples:
+        headline += f" from {len(scores.tally.samples):,} samples"
+        facts["samples"] = len(scores.tally.samples)
+    if scores.greedy:
+        facts["greedy"] = list(scores.greedy)
+    notes: list[str] = []
+    if outcome and outcome[0].tokens:
+        speed = outcome[0].tokens / max(outcome[0].seconds, 1e-9)
+        headline += f", {outcome[0].tokens:,} tokens in {outcome[0].seconds:.1f} s ({speed:,.0f} tokens/s)"
+        facts["tokens_per_second"] = speed
+    if outcome:
+        notes = outcome[0].notes
     return Result(
         "score", folder, made, headline,
         ("axis", "scores", "concentration (Gini)", "least important", "most important"), tuple(rows), facts,
+        tuple(notes),
     )  # fmt: skip
 
 

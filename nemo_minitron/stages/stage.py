@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,28 @@ def source_folder(config: Config) -> tuple[Path, Input]:
     return workspace / pointer["path"], item  # an absolute path stays as it is
 
 
-def calibration_text(config: Config) -> Any:
-    """Text for scoring: ``data.calibration``, or what ``data.train`` trains on where it has no paths."""
+def calibration_mixture(config: Config) -> list[tuple[Any, float]]:
+    """Text for scoring and its weights: ``data.calibration``, or what ``data.train`` trains on.
+
+    Raises:
+        ValueError: no text, or weights that do not fit the paths.
+    """
     own = config.data.calibration
-    if own.paths:
-        return _find(own, "data.calibration")
-    return _find(config.data.train, "data.train", _split(config, "train"), config.data.holdout)
+    if own.weights is None:
+        if own.paths:
+            return [(_find(own, "data.calibration"), 1.0)]
+        text = _find(config.data.train, "data.train", _split(config, "train"), config.data.holdout)
+        return [(text, 1.0)]
+    paths = own.paths or []
+    if len(own.weights) != len(paths) or not all(weight > 0 for weight in own.weights):
+        raise ValueError(
+            f"data.calibration.weights: expected a positive weight for each of {len(paths)} paths, "
+            f"found {list(own.weights)}"
+        )
+    if own.samples is None:
+        raise ValueError("data.calibration.weights: shares of how many samples? set data.calibration.samples")
+    found = [_find(replace(own, paths=[path]), "data.calibration") for path in paths]
+    return list(zip(found, own.weights, strict=True))
 
 
 def training_text(config: Config) -> Any:
@@ -111,7 +127,7 @@ VALIDATION_SAMPLES = 512
 
 def validation_samples(config: Config, tokenizer: Any) -> Any:
     """Packed held-out samples, Tensor of shape [samples, positions + 1]."""
-    from nemo_minitron.bridge.text import pack
+    from nemo_minitron.bridge.samples import pack
 
     own = config.data.validation
     wanted = own.samples or VALIDATION_SAMPLES

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_minitron.artifacts import pruned
-from nemo_minitron.artifacts.checkpoint import open_checkpoint, tensor_reader
+from nemo_minitron.artifacts.checkpoint import load_tensor, open_checkpoint
 from nemo_minitron.artifacts.manifest import hash_file, write_json
 from nemo_minitron.artifacts.pruned import planned_bytes, write_pruned
 from nemo_minitron.artifacts.weights import Planned, ShardWriter, write_weights
@@ -83,7 +84,7 @@ def test_the_stream_equals_slices_in_memory_whatever_blocks_shards_and_dtypes(
     family = families()[name]
     checkpoint = open_checkpoint(retype(tiny_model(family, family.proofs[0], tmp_path / "m"), dtypes))
     turned = permutation(family, checkpoint.config, [a for a in family.prunable if a != "layers"])
-    read = tensor_reader(checkpoint)
+    read = partial(load_tensor, checkpoint)
     for i, cut in enumerate(
         (half_of_everything(checkpoint), Cut(family, checkpoint.config, turned, (0, 1, 2, 3)))
     ):

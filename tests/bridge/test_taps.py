@@ -3,29 +3,43 @@
 On real tiny models with padding.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
-from nemo_minitron.bridge.models import decoder_of, frozen, load_model
-from nemo_minitron.bridge.taps import Recorder
-from nemo_minitron.core.importance import merge, over_batch
+from nemo_minitron.artifacts.checkpoint import open_checkpoint
+from nemo_minitron.bridge.models import load_model
+from nemo_minitron.bridge.samples import Samples
+from nemo_minitron.bridge.scoring import in_memory
+from nemo_minitron.bridge.specimens import tiny_model
+from nemo_minitron.bridge.taps import Measures, Recorder
+from nemo_minitron.core.importance import AGGREGATIONS, over_batch
+from nemo_minitron.core.tally import merge_tallies, rank
 from nemo_minitron.families import families
 from tests.conftest import make_model
+from tests.families.test_proofs import INSTALLED
+
+ALL = Measures(AGGREGATIONS, influence=(1, 2))
 
 
-def record(folder, name, tokens, mask=None, depth=True, batches=1):
-    model = load_model(folder)
-    recorder = Recorder(families()[name], model.config.to_dict(), "mean", depth)
-    masks = [None] * batches if mask is None else mask.chunk(batches)
-    with frozen(model), recorder.attached(model):
-        for part, recorder.mask in zip(tokens.chunk(batches), masks, strict=True):
-            attention = None if recorder.mask is None else recorder.mask.long()
-            decoder_of(model, recorder.family)(input_ids=part, attention_mask=attention, use_cache=False)
-    return recorder
+def padded(count=4, length=12, vocabulary=96):
+    """Samples one token longer than the length, two of them padded."""
+    torch.manual_seed(0)
+    tokens = torch.randint(2, vocabulary, (count, length + 1))
+    valid = torch.ones(count, length + 1, dtype=torch.bool)
+    valid[0, 9:] = valid[2, 5:] = False
+    return Samples(tokens, valid)
 
 
-def by_hand(folder, tokens, mask):
+def score(folder, samples, measures=ALL, batch=2):
+    checkpoint = open_checkpoint(folder)
+    groups = [list(range(i, min(i + batch, len(samples)))) for i in range(0, len(samples), batch)]
+    return in_memory(load_model(folder), checkpoint, samples, groups, measures)
+
+
+def by_hand(folder, samples):
     """Hidden states of every module we need, straight from a plain forward pass."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     caught = {}
@@ -42,59 +56,150 @@ def by_hand(folder, tokens, mask):
         layer.register_forward_hook(keep(f"{i}.out", "out"), with_kwargs=True)
         layer.input_layernorm.register_forward_hook(keep(f"{i}.n1", "out"), with_kwargs=True)
         layer.post_attention_layernorm.register_forward_hook(keep(f"{i}.n2", "out"), with_kwargs=True)
-        layer.mlp.down_proj.register_forward_hook(keep(f"{i}.ffn", "in"), with_kwargs=True)
+        layer.mlp.register_forward_hook(keep(f"{i}.mlp", "in"), with_kwargs=True)
+        for name in ("up_proj", "down_proj"):
+            if hasattr(layer.mlp, name):
+                side = "in" if name == "down_proj" else "out"
+                getattr(layer.mlp, name).register_forward_hook(keep(f"{i}.{name}", side), with_kwargs=True)
         layer.self_attn.o_proj.register_forward_hook(keep(f"{i}.att", "in"), with_kwargs=True)
     with torch.inference_mode():
-        model(tokens, attention_mask=mask.long())
-    return caught, model.config
+        model(samples.tokens_NS[:, :-1], attention_mask=samples.valid_NS[:, :-1].long())
+    return caught, model
 
 
-def aggregate(x, mask):
-    """Mean of absolute values over valid positions, then root of the sum of squares over samples."""
-    per_sample = [x[b, mask[b]].double().abs().mean(0) for b in range(len(x))]
-    return torch.stack(per_sample).square().sum(0).sqrt()
+def naive(values, how):
+    """One aggregation along dimension 0, float64."""
+    values = values.double()
+    if how == "l2":
+        return values.square().sum(0).sqrt()
+    if how == "mean":
+        return values.abs().mean(0)
+    return (values - values.mean(0)).square().mean(0)
+
+
+def aggregate(x, samples, batch, sequence):
+    """First over the valid positions of each sample, then over samples ([P1] section 2.2)."""
+    mask = samples.valid_NS[:, :-1]
+    return naive(torch.stack([naive(x[b, mask[b]], sequence) for b in range(len(x))]), batch)
 
 
 @pytest.mark.parametrize("name", ["llama", "nemotron"])
-def test_every_axis_against_the_formula(tmp_path, name):
-    folder = make_model(tmp_path / "m", name)
-    torch.manual_seed(0)
-    tokens = torch.randint(0, 96, (4, 12))
-    mask = torch.ones(4, 12, dtype=torch.bool)
-    mask[0, 9:] = mask[2, 5:] = False
-    recorder = record(folder, name, tokens, mask)
-    caught, config = by_hand(folder, tokens, mask)
-    found = {axis: over_batch(sums, "l2") for axis, sums in recorder.stacked().items()}
-    hidden = sum(aggregate(caught[f"{i}.{n}"], mask) for i in range(3) for n in ("n1", "n2"))
-    assert torch.allclose(found["hidden"].sum(0), hidden, rtol=1e-4)
+@pytest.mark.parametrize("sequence", AGGREGATIONS)
+@pytest.mark.parametrize("batch", AGGREGATIONS)
+def test_every_axis_against_the_formula(tmp_path, name, batch, sequence):
+    folder, samples = make_model(tmp_path / "m", name), padded()
+    caught, model = by_hand(folder, samples)
+    tally = score(folder, samples)
+    found = rank(tally, families()[name], batch, sequence, "block_influence")
+
+    def same(result, x):
+        expected = aggregate(x, samples, batch, sequence)
+        return torch.allclose(result, expected, rtol=2e-4, atol=1e-6 * float(expected.max()))
+
+    hidden = [caught[f"{i}.{n}"] for i in range(3) for n in ("n1", "n2")]
+    expected = sum(aggregate(x, samples, batch, sequence) for x in hidden)
+    assert torch.allclose(found["hidden"], expected, rtol=2e-4)
     for i in range(3):
-        assert torch.allclose(found["ffn"][i], aggregate(caught[f"{i}.ffn"], mask), rtol=1e-4)
-        heads = caught[f"{i}.att"].unflatten(-1, (config.num_attention_heads, -1)).norm(dim=-1)
-        assert torch.allclose(found["heads"][i], aggregate(heads, mask), rtol=1e-4)
-        before, after = caught[f"{i}.in"], caught[f"{i}.out"]
-        cosine = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)[mask]
-        total, count = recorder.cosines[i]
-        assert (count, total / count) == (int(mask.sum()), pytest.approx(float(cosine.mean()), rel=1e-5))
+        assert same(found["ffn"][i], caught[f"{i}.down_proj"])
+        heads = caught[f"{i}.att"].unflatten(-1, (model.config.num_attention_heads, -1)).norm(dim=-1)
+        assert same(found["heads"][i], heads)
 
 
-def test_batches_and_shards_merge_to_the_whole(tmp_path):
-    folder = make_model(tmp_path / "m", "nemotron")
-    tokens = torch.randint(0, 96, (8, 12))
-    whole = record(folder, "nemotron", tokens).stacked()
-    batched = record(folder, "nemotron", tokens, batches=4).stacked()
-    left, right = (
-        record(folder, "nemotron", tokens[:3]).stacked(),
-        record(folder, "nemotron", tokens[3:]).stacked(),
+def test_block_influence_of_layers_and_of_blocks(tmp_path):
+    folder, samples = make_model(tmp_path / "m", "llama"), padded()
+    caught, _ = by_hand(folder, samples)
+    tally = score(folder, samples)
+    mask = samples.valid_NS[:, :-1]
+    for length, blocks in ((1, 3), (2, 2)):
+        sums = tally.depth["block_influence", length]
+        assert len(sums.total) == blocks
+        for i in range(blocks):
+            pair = caught[f"{i}.in"].double(), caught[f"{i + length - 1}.out"].double()
+            cosine = torch.nn.functional.cosine_similarity(*pair, dim=-1)[mask]
+            assert (sums.count, float(sums.total[i])) == (
+                len(cosine),
+                pytest.approx(float(cosine.sum()), rel=1e-5),
+            )
+
+
+def test_neurons_before_their_activation(tmp_path):
+    folder, samples = make_model(tmp_path / "m", "nemotron"), padded()
+    caught, _ = by_hand(folder, samples)
+    tally = score(folder, samples, replace(ALL, pre_activation=True))
+    for i in range(3):
+        expected = aggregate(caught[f"{i}.up_proj"], samples, "l2", "mean")
+        assert torch.allclose(over_batch(tally.sums["ffn", "mean"], "l2")[i], expected, rtol=1e-4)
+    assert not torch.allclose(
+        over_batch(score(folder, samples).sums["ffn", "mean"], "l2"),
+        over_batch(tally.sums["ffn", "mean"], "l2"),
+        rtol=0.01,
     )
-    for axis in whole:
-        for other in (batched[axis], merge(left[axis], right[axis])):
-            assert other.samples == 8
-            assert torch.allclose(over_batch(other, "l2"), over_batch(whole[axis], "l2"), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sequence", AGGREGATIONS)
+def test_experts_and_their_neurons_against_the_formula(tmp_path, sequence):
+    folder, samples = tiny_model(families()["mixtral"], {}, tmp_path / "m"), padded()
+    caught, model = by_hand(folder, samples)
+    tally = score(folder, samples)
+    mask = samples.valid_NS[:, :-1]
+    for i, layer in enumerate(model.model.layers):
+        x = caught[f"{i}.mlp"]
+        logits = torch.nn.functional.linear(x, layer.mlp.gate.weight)
+        weights, chosen = torch.topk(logits.softmax(-1), 2, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        for expert in range(4):
+            gate, up = layer.mlp.experts.gate_up_proj[expert].chunk(2)
+            neurons = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+            given = neurons @ layer.mlp.experts.down_proj[expert].T
+            share = (weights * (chosen == expert)).sum(-1)
+            came = (chosen == expert).any(-1)
+            assert int(tally.routed["experts"][i, expert]) == int((came & mask).sum())
+            norm = (given * share[..., None]).norm(dim=-1)[..., None]
+            expected = aggregate(norm.detach(), samples, "l2", sequence)[0]
+            found = over_batch(tally.sums["experts", sequence], "l2")[i, expert]
+            assert float(found) == pytest.approx(float(expected), rel=1e-3)
+            expected = aggregate((neurons * came[..., None]).detach(), samples, "l2", sequence)
+            found = over_batch(tally.sums["expert_ffn", sequence], "l2")[i, expert]
+            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(INSTALLED))
+def test_watching_the_experts_changes_nothing(tmp_path, name):
+    family = families()[name]
+    folder = tiny_model(family, family.proofs[0], tmp_path / "m")
+    model = load_model(folder)
+    tokens = torch.randint(2, 96, (2, 12))
+    recorder = Recorder(family, open_checkpoint(folder).config, ALL)
+    with torch.inference_mode():
+        before = model(tokens, use_cache=False).logits
+        with recorder.attached(model):
+            during = model(tokens, use_cache=False).logits
+        after = model(tokens, use_cache=False).logits
+    assert torch.allclose(before, during, atol=1e-4 * float(before.abs().max()))
+    assert torch.equal(before, after)
+
+
+def test_any_split_over_batches_and_runs_merges_to_the_whole(tmp_path):
+    folder, samples = make_model(tmp_path / "m", "nemotron"), padded(8)
+    whole = score(folder, samples, batch=8)
+    checkpoint, model = open_checkpoint(folder), load_model(folder)
+    parts = [
+        in_memory(model, checkpoint, samples, groups, ALL) for groups in ([[5, 0], [7]], [[1, 2, 3, 4, 6]])
+    ]
+    for other in (score(folder, samples, batch=3), merge_tallies(*parts)):
+        assert dict(sorted(other.samples.items())) == whole.samples
+        for key, sums in whole.sums.items():
+            assert other.sums[key].samples == 8
+            assert torch.allclose(other.sums[key].squares, sums.squares, rtol=1e-6)
+        for key, sums in whole.depth.items():
+            assert torch.allclose(other.depth[key].total, sums.total, rtol=1e-6)
+    with pytest.raises(ValueError, match="share calibration sample 0"):
+        merge_tallies(parts[0], whole)
 
 
 def test_hooks_are_gone_afterwards_also_after_an_error(tmp_path):
     model = load_model(make_model(tmp_path / "m", "llama"))
-    recorder = Recorder(families()["llama"], model.config.to_dict(), "mean", True)
+    recorder = Recorder(families()["llama"], model.config.to_dict(), ALL)
     with pytest.raises(RuntimeError, match="stop"), recorder.attached(model):
         raise RuntimeError("stop")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -1,11 +1,14 @@
 import gzip
 import json
+import struct
 
+import numpy as np
 import pytest
 import torch
 
 from nemo_minitron.bridge.models import load_tokenizer
-from nemo_minitron.bridge.text import documents, find_text, pack
+from nemo_minitron.bridge.samples import calibration_samples, pack
+from nemo_minitron.bridge.text import documents, find_text, plain
 
 
 def found(paths, side="all", holdout=0.0, **changes):
@@ -130,4 +133,116 @@ def test_compressed_text_is_read_hidden_files_are_not_and_binaries_are_refused(t
     assert list(documents(found([tmp_path]))) == ["packed text"]
     (tmp_path / "b.bin").write_bytes(b"\x00\x01")
     with pytest.raises(ValueError, match=r"b\.bin is not text"):
+        list(documents(found([tmp_path])))
+
+
+def calibrate(texts, tokenizer, samples=None, packing="plain", length=16):
+    mixture = texts if isinstance(texts, list) else [(texts, 1.0)]
+    return calibration_samples(mixture, tokenizer, length, samples, 3, packing)
+
+
+def test_the_first_samples_are_the_same_however_many_are_asked_for(corpus, tokenizer):
+    texts = found([corpus])
+    every = calibrate(texts, tokenizer)
+    few = calibrate(texts, tokenizer, 10)
+    assert few.fingerprints() == every.fingerprints()[:10]
+    assert len(set(every.fingerprints())) == len(every)
+    stream = [
+        i for text in documents(texts, 3) for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    ]
+    assert torch.equal(every.tokens_NS, torch.tensor(stream[: len(every) * 16 + 1]).unfold(0, 17, 16))
+    with pytest.raises(ValueError, match="expected 99999 samples of 16 tokens, the text yields"):
+        calibrate(texts, tokenizer, 99999)
+
+
+def test_documents_that_share_a_sample_keep_their_own_positions(tmp_path, tokenizer):
+    for i in range(30):
+        (tmp_path / f"{i:02d}.txt").write_text("the model reads a file " * (i % 3 + 1))
+    texts = found([tmp_path])
+    packed = calibrate(texts, tokenizer, packing="documents", length=40)
+    assert torch.equal(packed.tokens_NS, calibrate(texts, tokenizer, length=40).tokens_NS)
+    ends = packed.tokens_NS[:, :-1] == tokenizer.eos_token_id
+    starts = packed.positions_NS[:, 1:] == 0
+    assert torch.equal(ends, starts) and starts.any()
+    assert ((packed.positions_NS[:, 1:] - packed.positions_NS[:, :-1] == 1) | starts).all()
+    batch = packed.batch([0, 1])
+    assert torch.equal(batch.labels_BS == -1, starts[:2])
+    assert set(batch.inputs()) == {"input_ids", "use_cache", "position_ids"}
+
+
+def test_one_document_per_sample_is_padded(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("the model")
+    (tmp_path / "b.txt").write_text("the model reads a file and writes the answer " * 9)
+    samples = calibrate(found([tmp_path]), tokenizer, packing="off", length=20)
+    lengths = samples.valid_NS.sum(1).tolist()
+    assert sorted(lengths) == [len(tokenizer("the model")["input_ids"]) + 1, 21]
+    batch = samples.batch([0, 1])
+    assert torch.equal(batch.labels_BS >= 0, samples.valid_NS[:, 1:])
+    assert torch.equal(batch.inputs()["attention_mask"].bool(), samples.valid_NS[:, :-1])
+
+
+def test_a_mixture_has_the_shares_that_were_asked_for_at_every_length(tmp_path, tokenizer):
+    for name, word in (("a", "model "), ("b", "file "), ("c", "answer ")):
+        (tmp_path / f"{name}.txt").write_text(word * 2000)
+    sets = [(found([tmp_path / f"{name}.txt"]), weight) for name, weight in (("a", 5), ("b", 3), ("c", 2))]
+    owners = [tokenizer(word)["input_ids"][0] for word in ("model ", "file ", "answer ")]
+    samples = calibrate(sets, tokenizer, 30)
+    heads = [next(i for i, owner in enumerate(owners) if owner in row) for row in samples.tokens_NS.tolist()]
+    for count in (10, 20, 30):
+        assert [heads[:count].count(i) for i in range(3)] == [
+            count * 5 // 10,
+            count * 3 // 10,
+            count * 2 // 10,
+        ]
+    assert calibrate(sets, tokenizer, 10).fingerprints() == samples.fingerprints()[:10]
+
+
+def test_conversations_go_through_the_tokenizers_template(tmp_path, tokenizer):
+    import copy
+
+    talk = [{"role": "user", "content": "the model"}, {"role": "assistant", "content": "reads a file"}]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(50)))
+    texts = found([tmp_path / "chat.jsonl"])
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        calibrate(texts, tokenizer, 2)
+    speaking = copy.deepcopy(tokenizer)
+    speaking.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</{{ m['role'] }}>{% endfor %}"
+    )
+    samples = calibrate(texts, speaking, 2, length=30)
+    text = speaking.decode(samples.tokens_NS[0], skip_special_tokens=False)
+    assert text.startswith("<user>the model</user><assistant>reads a file</assistant>")
+    assert next(plain(documents(texts))) == "the model\nreads a file"
+
+
+def write_megatron(prefix, sequences, boundaries, code=8):
+    """The two files of an indexed data set, as Megatron-LM lays them out."""
+    dtype = {4: "<i4", 8: "<u2"}[code]
+    arrays = [np.array(ids, dtype) for ids in sequences]
+    prefix.with_suffix(".bin").write_bytes(b"".join(array.tobytes() for array in arrays))
+    offsets = np.cumsum([0, *[array.nbytes for array in arrays]])[:-1]
+    prefix.with_suffix(".idx").write_bytes(
+        b"MMIDIDX\x00\x00"
+        + struct.pack("<QBQQ", 1, code, len(arrays), len(boundaries))
+        + np.array([len(array) for array in arrays], "<i4").tobytes()
+        + np.array(offsets, "<i8").tobytes()
+        + np.array(boundaries, "<i8").tobytes()
+    )
+
+
+@pytest.mark.parametrize("code", [4, 8])
+def test_megatron_data_sets_are_read_as_they_are(tmp_path, tokenizer, code):
+    write_megatron(tmp_path / "set", [[5, 6, 7], [8, 9], [10, 11, 12, 13]], [0, 2, 3], code)
+    for path in ("set", "set.bin", "set.idx", ""):
+        texts = found([tmp_path / path])
+        assert [document.tolist() for document in documents(texts)] == [[5, 6, 7, 8, 9], [10, 11, 12, 13]]
+    end = tokenizer.eos_token_id
+    samples = calibrate(texts, tokenizer, length=10)
+    assert samples.tokens_NS.tolist() == [[5, 6, 7, 8, 9, end, 10, 11, 12, 13, end]]
+    write_megatron(tmp_path / "set", [[5, 6, 299], [400]], [0, 1, 2], code)
+    with pytest.raises(ValueError, match="token ids up to 400 do not fit the tokenizer"):
+        calibrate(found([tmp_path]), tokenizer, length=2)
+    raw = (tmp_path / "set.bin").read_bytes()
+    (tmp_path / "set.bin").write_bytes(raw[:-1])
+    with pytest.raises(ValueError, match=r"set\.idx: not a usable index"):
         list(documents(found([tmp_path])))

@@ -5,18 +5,19 @@ import itertools
 import pytest
 import torch
 
+from nemo_minitron.core.depth import cosine_sum
 from nemo_minitron.core.importance import (
     AGGREGATIONS,
     concentration,
-    cosine_sums,
     group_scores,
     merge,
     moments,
     over_batch,
+    over_routed,
     over_sequence,
     random_scores,
-    unit_squares,
 )
+from nemo_minitron.core.magnitude import unit_squares
 from nemo_minitron.families import families
 
 
@@ -38,7 +39,9 @@ def test_all_nine_aggregations_with_padding(batch, sequence):
     expected = [
         naive([naive(x[b, mask[b], u].double(), sequence) for b in range(5)], batch) for u in range(3)
     ]
-    found = over_batch(moments(over_sequence(x, mask, sequence)), batch)
+    values = over_sequence(x, mask, AGGREGATIONS)  # several at once, side by side
+    assert set(values) == set(AGGREGATIONS)
+    found = over_batch(moments(values[sequence]), batch)
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-6)
 
 
@@ -50,8 +53,20 @@ def test_padding_takes_no_part_whatever_it_holds(sequence):
     mask[:, 4:] = False
     spoiled = x.clone()
     spoiled[:, 4:] = float("nan")
-    expected = over_sequence(x[:, :4], None, sequence)
-    assert torch.allclose(over_sequence(spoiled, mask, sequence), expected, atol=1e-6)
+    expected = over_sequence(x[:, :4], None, [sequence])[sequence]
+    assert torch.allclose(over_sequence(spoiled, mask, [sequence])[sequence], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("sequence", AGGREGATIONS)
+def test_tokens_that_did_not_come_to_an_expert_count_as_zeros(sequence):
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 2)
+    came = torch.rand(3, 5) > 0.5
+    token = came.flatten().nonzero().flatten()
+    dense = torch.where(came[..., None], x, 0.0)
+    expected = over_sequence(dense, None, [sequence])[sequence]
+    found = over_routed(x.flatten(0, 1)[token], token // 5, torch.full((3,), 5), [sequence])[sequence]
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("batch", AGGREGATIONS)
@@ -70,7 +85,7 @@ def test_any_split_of_the_samples_merges_to_the_whole(batch):
 
 def test_half_precision_activations_accumulate_in_float32():
     x = torch.full((1, 4096, 1), 0.01, dtype=torch.bfloat16)
-    assert over_sequence(x, None, "mean").item() == pytest.approx(float(x[0, 0, 0]), rel=1e-5)
+    assert over_sequence(x, None, ["mean"])["mean"].item() == pytest.approx(float(x[0, 0, 0]), rel=1e-5)
 
 
 def test_a_group_is_the_norm_of_its_heads():
@@ -79,13 +94,13 @@ def test_a_group_is_the_norm_of_its_heads():
 
 def test_block_influence_is_zero_for_an_identity_and_ignores_padding():
     x = torch.randn(2, 4, 8)
-    total, tokens = cosine_sums(x, x, None)
+    total, tokens = cosine_sum(x, x, None)
     assert tokens == 8
-    assert 1 - total / tokens == pytest.approx(0, abs=1e-6)
+    assert 1 - float(total) / tokens == pytest.approx(0, abs=1e-6)
     mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
     other = torch.where(mask[..., None], x, -x)
-    total, tokens = cosine_sums(x, other, mask)
-    assert (tokens, round(total / tokens, 5)) == (3, 1.0)
+    total, tokens = cosine_sum(x, other, mask)
+    assert (tokens, round(float(total) / tokens, 5)) == (3, 1.0)
 
 
 def test_magnitude_of_a_unit_is_the_norm_of_its_weights():
@@ -101,9 +116,9 @@ def test_magnitude_of_a_unit_is_the_norm_of_its_weights():
 
 
 def test_magnitude_of_fused_and_concatenated_tensors(monkeypatch):
-    from nemo_minitron.core import importance
+    from nemo_minitron.core import magnitude
 
-    monkeypatch.setattr(importance, "_BLOCK", 40)  # several blocks
+    monkeypatch.setattr(magnitude, "_BLOCK", 40)  # several blocks
     family = families()["gpt_oss"]
     sizes = {"experts": 3, "hidden": 4, "expert_ffn": 5}
     row = next(row for row in family.rows if row.pattern.endswith("gate_up_proj"))

@@ -10,8 +10,9 @@ import yaml
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.bridge.models import load_model
 from nemo_minitron.bridge.specimens import tiny_model
-from nemo_minitron.bridge.taps import Recorder
-from nemo_minitron.families import families, family_of, load_family, use_tables
+from nemo_minitron.bridge.taps import Measures, Recorder
+from nemo_minitron.core.select import score_shape
+from nemo_minitron.families import axis_sizes, families, family_of, load_family, present_axes, use_tables
 from nemo_minitron.families.family import OWN_TABLES, TABLES
 from tests.conftest import make_model, minitron
 from tests.families.test_proofs import INSTALLED
@@ -25,19 +26,25 @@ def test_taps_and_modules_are_those_of_the_installed_transformers(tmp_path, name
         config = open_checkpoint(folder).config
         model = load_model(folder)
         assert type(model).__name__ == family.architecture
-        recorder = Recorder(family, config, "mean", depth=True)
-        with torch.inference_mode(), recorder.attached(model):
-            model.get_submodule(family.modules["decoder"])(
-                input_ids=torch.arange(24).view(2, 12), use_cache=False
-            )
-        stacked = recorder.stacked()
-        assert set(stacked) == {axis for axis in family.taps if axis != "layers" and axis in recorder.present}
-        for axis, sums in stacked.items():
-            assert sums.total.shape[-1] == recorder.sizes[axis], axis
-            if family.axes[axis].scope != "model":
-                seen = sums.total.sum(-1).nonzero().flatten().tolist()
-                assert seen == recorder.present[axis], axis
-        assert all(tokens == 24 for _, tokens in recorder.cosines)
+        sizes, present = axis_sizes(family, config), present_axes(family, config)
+        for early in (False, True):
+            recorder = Recorder(family, config, Measures(("mean",), early))
+            with torch.inference_mode(), recorder.attached(model):
+                model.get_submodule(family.modules["decoder"])(
+                    input_ids=torch.arange(24).view(2, 12), use_cache=False
+                )
+            tally = recorder.tally()
+            prunable = {axis for axis in family.prunable if axis in present}
+            groups = {family.axes[axis].within for axis in prunable} - {None}
+            # every axis that a plan can cut has a score of its own, or its group's
+            assert {axis for axis, _ in tally.sums} == prunable - groups - {"layers"}
+            for (axis, _), sums in tally.sums.items():
+                assert sums.total.shape[-1] == sizes[axis], axis
+                if family.axes[axis].scope != "model":
+                    assert sums.total.shape == score_shape(family, sizes, axis)
+                    seen = sums.total.flatten(1).sum(-1).nonzero().flatten().tolist()
+                    assert seen == present[axis], axis
+            assert tally.depth["block_influence", 1].count == 24
 
 
 def edited(tmp_path, change, name="llama"):

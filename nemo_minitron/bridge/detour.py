@@ -1,0 +1,69 @@
+"""torch hooks: a decoder whose layers can be left out and fed by hand, whatever its family.
+
+Nothing of the decoder's own code is repeated: embeddings, masks, position embeddings and the final norm are
+its own, each layer gets the arguments that it would get.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from nemo_minitron.families import Family, fill
+
+
+class Detour:
+    """Control over the layers of one model.
+
+    Attributes:
+        skip: layers that hand on what they get.
+        inject: layer to the hidden states that it gets in the place of its input.
+        inputs: what each layer got in the last forward pass, where ``catch`` is set.
+        output: what the last layer that ran gave, where ``catch`` is set.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, layers: int) -> None:
+        path, index = family.taps["layers"][0].module, family.axes["layers"].index or ""
+        self._modules = [model.get_submodule(fill(path, {index: layer})) for layer in range(layers)]
+        self._in_tuples = False
+        self.skip: frozenset[int] = frozenset()
+        self.inject: Mapping[int, Tensor] = {}
+        self.catch = False
+        self.inputs: list[Tensor | None] = [None] * layers
+        self.output: Tensor | None = None
+
+    @contextmanager
+    def attached(self) -> Iterator["Detour"]:
+        """In force for the length of the block; to be attached before hooks that read the layers' inputs."""
+        handles = []
+        for layer, module in enumerate(self._modules):
+            handles.append(module.register_forward_pre_hook(partial(self._before, layer), with_kwargs=True))
+            module.forward = partial(self._forward, layer, module.forward)
+        try:
+            yield self
+        finally:
+            for handle, module in zip(handles, self._modules, strict=True):
+                handle.remove()
+                del module.forward  # uncovers the method of its class
+            self.inputs = [None] * len(self._modules)
+            self.output = None
+
+    def _before(self, layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if layer in self.inject:
+            fed = self.inject[layer]
+            args, kwargs = ((fed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": fed})
+        if self.catch:
+            self.inputs[layer] = args[0] if args else kwargs["hidden_states"]
+        return args, kwargs
+
+    def _forward(self, layer: int, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if layer in self.skip:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden,) if self._in_tuples else hidden
+        result = original(*args, **kwargs)
+        self._in_tuples = isinstance(result, tuple)
+        if self.catch:
+            self.output = result[0] if self._in_tuples else result
+        return result

@@ -1,0 +1,200 @@
+"""Scoring passes, alone or spread over the ranks of torchrun: rank 0 says what to do, the others follow."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_minitron.artifacts.build import discard
+from nemo_minitron.artifacts.checkpoint import open_checkpoint
+from nemo_minitron.artifacts.scores import Scores, read_scores, write_scores
+from nemo_minitron.bridge.models import decoder_of, load_model, pick_device
+from nemo_minitron.bridge.ranks import Ranks
+from nemo_minitron.bridge.samples import Samples
+from nemo_minitron.bridge.scoring import in_memory
+from nemo_minitron.bridge.streaming import streamed
+from nemo_minitron.bridge.taps import Measures
+from nemo_minitron.core.tally import Tally, merge_tallies
+from nemo_minitron.families import Family, axis_sizes, fill
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pass, as rank 0 hands it out.
+
+    Attributes:
+        folder: the model.
+        samples: the calibration samples.
+        groups: for every rank, the numbers of the samples of each of its batches.
+        measures: what to sum.
+        removed: layers that are left out all along.
+        device: as ``score.device``.
+        streaming: whether one layer is in memory at a time.
+        sharded: whether the model is sharded over the ranks.
+        budget: bytes of hidden states that streaming keeps in memory.
+        state: folder for sums so far, and for what streaming spills.
+        save_seconds: how often they are saved; None: not at all.
+    """
+
+    folder: Path
+    samples: Samples
+    groups: tuple[tuple[tuple[int, ...], ...], ...]
+    measures: Measures
+    removed: frozenset[int]
+    device: str
+    streaming: bool
+    sharded: bool
+    budget: int
+    state: Path
+    save_seconds: float | None
+
+
+@contextmanager
+def leading(ranks: Ranks) -> Iterator["Lead"]:
+    """Rank 0's part; the others are let go at the end of the block, however it ends."""
+    try:
+        yield Lead(ranks)
+    finally:
+        ranks.broadcast(None)
+
+
+def follow(ranks: Ranks) -> None:
+    """The other ranks' part: does what rank 0 says until it says no more."""
+    models = _Models(ranks)
+    while (job := ranks.broadcast(None)) is not None:
+        ranks.gather(_perform(job, ranks, models, lambda _: None))
+
+
+class Lead:
+    """Runs passes; keeps the model in memory between them."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._models = _Models(ranks)
+
+    def run(self, job: Job, progress: Callable[[int], None] = lambda _: None) -> Tally:
+        """Sums over all ranks.
+
+        Args:
+            job: the pass.
+            progress: called with tokens that this rank has read.
+        """
+        self.ranks.broadcast(job)
+        return reduce(merge_tallies, self.ranks.gather(_perform(job, self.ranks, self._models, progress)))
+
+    def model(self, folder: Path, device: str) -> Any:
+        """A model in memory, for what is no pass."""
+        return self._models.get(folder, device, False)
+
+
+class _Models:
+    """The model that was used last."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._key: tuple[Path, str, bool] | None = None
+        self._model: Any = None
+
+    def get(self, folder: Path, device: str, sharded: bool) -> Any:
+        if self._key != (folder, device, sharded):
+            self._model = None  # the old one goes before the new one comes
+            place = _device(device, self._ranks)
+            self._model = load_model(folder, device=place)
+            if sharded and self._ranks.several:
+                _shard(self._model, open_checkpoint(folder).family)
+            self._key = (folder, device, sharded)
+        return self._model
+
+
+def _device(name: str, ranks: Ranks) -> torch.device:
+    device = pick_device(name)
+    if ranks.several and device.type == "cuda":
+        return torch.device("cuda", ranks.local)
+    return device
+
+
+def _shard(model: Any, family: Family) -> None:
+    """FSDP2: each layer's weights are gathered for its own forward pass only; the head stays whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    decoder, index = decoder_of(model, family), family.axes["layers"].index or ""
+    path = family.taps["layers"][0].module
+    for layer in range(axis_sizes(family, model.config.to_dict())["layers"]):
+        fully_shard(model.get_submodule(fill(path, {index: layer})))
+    fully_shard(decoder)
+
+
+def deal(indices: Sequence[int], batch_size: int, ranks: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Batches of samples, dealt to the ranks in turn."""
+    batches = [tuple(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+    return tuple(tuple(batches[rank::ranks]) for rank in range(ranks))
+
+
+def _perform(job: Job, ranks: Ranks, models: _Models, progress: Callable[[int], None]) -> Tally:
+    groups = job.groups[ranks.rank]
+    checkpoint = open_checkpoint(job.folder)
+    if job.streaming:
+        device = _device(job.device, ranks)
+        return streamed(
+            checkpoint,
+            job.samples,
+            groups,
+            job.measures,
+            device,
+            job.budget,
+            job.state,
+            job.removed,
+            progress,
+        )
+    idle = max(map(len, job.groups)) - len(groups) if job.sharded else 0
+    saved = time.monotonic()
+
+    def report(sums: Callable[[], Tally], tokens: int) -> None:
+        nonlocal saved
+        progress(tokens)
+        if job.save_seconds is not None and time.monotonic() - saved >= job.save_seconds:
+            _save(job.state / f"part-{ranks.rank}", sums())
+            saved = time.monotonic()
+
+    model = models.get(job.folder, job.device, job.sharded)
+    return in_memory(model, checkpoint, job.samples, groups, job.measures, job.removed, idle, report)
+
+
+def _save(target: Path, tally: Tally) -> None:
+    """Writes sums so that a reader finds the old ones or the new ones, whole."""
+    fresh = target.with_name(f"{target.name}.new")
+    discard(fresh)
+    fresh.mkdir(parents=True)
+    write_scores(fresh, Scores({}, tally))
+    old = target.with_name(f"{target.name}.old")
+    discard(old)
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    discard(old)
+
+
+def saved(state: Path) -> Tally:
+    """The sums that a killed run left, those of all its ranks together.
+
+    A sample that lies in several files (an older one that was not cleared away in time) counts once.
+    """
+    parts = [read_scores(path).tally for path in state.glob("part-*") if path.suffix != ".new"]
+    found = Tally()
+    for part in sorted(parts, key=lambda part: -len(part.samples)):
+        if not set(part.samples) & set(found.samples):
+            found = merge_tallies(found, part)
+    return found
+
+
+def keep(state: Path, tally: Tally) -> None:
+    """Leaves sums where ``saved`` finds them, whatever ranks then save beside them."""
+    _save(state / "part-all", tally)
+    for path in state.glob("part-*"):
+        if path.name != "part-all":
+            discard(path)

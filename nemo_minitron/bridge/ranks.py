@@ -1,0 +1,64 @@
+"""torch.distributed: the processes that torchrun starts, as far as scoring needs them."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of one run."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+    neighbours: int = 1
+    """How many of the processes run on this machine."""
+
+    @property
+    def several(self) -> bool:
+        """Whether there are others."""
+        return self.size > 1
+
+    def broadcast(self, value: Any) -> Any:
+        """What rank 0 gives, on every rank."""
+        if not self.several:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank gives, in order, on every rank."""
+        if not self.several:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+
+def join(device: str) -> Ranks:
+    """Joins the process group that torchrun's environment describes; alone where there is none.
+
+    Args:
+        device: ``score.device``; on a GPU every rank takes its own.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Ranks()
+    cuda = torch.cuda.is_available() and device != "cpu"
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda:
+        torch.cuda.set_device(local)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    return Ranks(dist.get_rank(), size, local, neighbours)
+
+
+def follows() -> bool:
+    """Whether this process is one that another, rank 0, tells what to do."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0

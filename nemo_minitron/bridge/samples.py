@@ -1,0 +1,281 @@
+"""tokenizers: from documents to samples of token ids, the same on every machine for a given seed.
+
+Shape suffixes: N or B samples, S positions.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemo_minitron.bridge.text import Document, TextSet, documents
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+PACKING = ("plain", "documents", "off")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Calibration samples, each one token longer than what a model reads: the labels are shifted by one.
+
+    Attributes:
+        tokens_NS: token ids, int64.
+        valid_NS: where a token is no padding; None: nowhere.
+        positions_NS: position of each token in its own document; None: that in the sample.
+    """
+
+    tokens_NS: Tensor
+    valid_NS: Tensor | None = None
+    positions_NS: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.tokens_NS)
+
+    def fingerprints(self) -> list[str]:
+        """The first 16 hexadecimal digits of the SHA-256 of every sample's ids and document boundaries."""
+        result = []
+        for i, row_S in enumerate(self.tokens_NS):
+            row_S = row_S if self.valid_NS is None else row_S[self.valid_NS[i]]
+            digester = hashlib.sha256(row_S.numpy().astype("<i4").tobytes())
+            if self.positions_NS is not None:
+                digester.update((self.positions_NS[i] == 0).numpy().tobytes())
+            result.append(digester.hexdigest()[:16])
+        return result
+
+    def batch(self, indices: Sequence[int]) -> "Batch":
+        """Some of them, as a model reads them."""
+        chosen = list(indices)
+        tokens_BS = self.tokens_NS[chosen]
+        labels_BS = tokens_BS[:, 1:].clone()
+        mask_BS = positions_BS = None
+        if self.valid_NS is not None:
+            labels_BS[~self.valid_NS[chosen][:, 1:]] = -1
+            mask_BS = self.valid_NS[chosen][:, :-1]
+        if self.positions_NS is not None:
+            labels_BS[self.positions_NS[chosen][:, 1:] == 0] = -1  # a document does not predict the next
+            positions_BS = self.positions_NS[chosen][:, :-1]
+        return Batch(tokens_BS[:, :-1], labels_BS, mask_BS, positions_BS)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass reads.
+
+    Attributes:
+        tokens_BS: token ids.
+        labels_BS: ids of the tokens that follow, -1 where none counts.
+        mask_BS: where a token is no padding; None: everywhere.
+        positions_BS: position ids where documents share a sample: where they start over, transformers keeps
+            attention inside the document; None: one after the other.
+    """
+
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    mask_BS: Tensor | None = None
+    positions_BS: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        parts = (self.tokens_BS, self.labels_BS, self.mask_BS, self.positions_BS)
+        moved = [None if part is None else part.to(device) for part in parts]
+        assert moved[0] is not None and moved[1] is not None
+        return Batch(moved[0], moved[1], moved[2], moved[3])
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of a decoder's forward pass."""
+        given: dict[str, Any] = {"input_ids": self.tokens_BS, "use_cache": False}
+        if self.mask_BS is not None:
+            given["attention_mask"] = self.mask_BS.long()
+        if self.positions_BS is not None:
+            given["position_ids"] = self.positions_BS
+        return given
+
+
+def calibration_samples(
+    mixture: Sequence[tuple[TextSet, float]],
+    tokenizer: Any,
+    length: int,
+    samples: int | None,
+    seed: int,
+    packing: str = "plain",
+    where: str = "data.calibration",
+) -> Samples:
+    """Samples for scoring; the first of them are the same however many are asked for.
+
+    ``plain``: documents end to end, as the papers pack. ``documents``: so too, but attention and positions
+    begin anew with each document. ``off``: one document per sample, cut or padded to the length.
+
+    Args:
+        mixture: text sets and their weights, shares of the samples.
+        tokenizer: a Hugging Face tokenizer.
+        length: positions per sample.
+        samples: how many; None: all of a single text set.
+        seed: order of the files.
+        packing: one of ``PACKING``.
+        where: configuration section, for messages.
+
+    Raises:
+        ValueError: too little text.
+    """
+    streams = [_windows(texts, tokenizer, length, seed, packing) for texts, _ in mixture]
+    weights = [weight for _, weight in mixture]
+    taken = [0] * len(streams)
+    rows: list[tuple[Tensor, Tensor]] = []
+    while samples is None or len(rows) < samples:
+        # whose share lags furthest behind comes next: any first n samples are mixed as asked
+        due = [(len(rows) + 1) * weight / sum(weights) - n for weight, n in zip(weights, taken, strict=True)]
+        source = due.index(max(due))
+        row = next(streams[source], None)
+        if row is None:
+            break
+        rows.append(row)
+        taken[source] += 1
+    texts = mixture[0][0]
+    if samples is not None and len(rows) < samples:
+        raise ValueError(
+            f"{where}.samples: expected {samples} samples of {length} tokens, the text yields {len(rows)}"
+        )
+    if not rows:
+        raise ValueError(f"{texts.where}: the text does not fill one sample of {length} tokens")
+    width = length + 1
+    tokens_NS = torch.zeros(len(rows), width, dtype=torch.int64)
+    positions_NS = torch.zeros(len(rows), width, dtype=torch.int64)
+    valid_NS = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (ids_S, positions_S) in enumerate(rows):
+        tokens_NS[i, : len(ids_S)], positions_NS[i, : len(ids_S)] = ids_S, positions_S
+        valid_NS[i, : len(ids_S)] = True
+    return Samples(
+        tokens_NS, valid_NS if packing == "off" else None, positions_NS if packing == "documents" else None
+    )
+
+
+def _windows(
+    texts: TextSet, tokenizer: Any, length: int, seed: int, packing: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and positions in their document, up to ``length`` + 1 of them, window after window."""
+    ids: list[int] = []
+    positions: list[int] = []
+    for document in tokenised(documents(texts, seed), tokenizer, texts.where):
+        if packing == "off":
+            if len(document) > 1:
+                cut = document[: length + 1]
+                yield torch.tensor(cut), torch.arange(len(cut))
+            continue
+        ids += document
+        positions += range(len(document))
+        while len(ids) > length:
+            begin = next((i for i, p in enumerate(positions[: length + 1]) if p == 0), length + 1)
+            continued = [*range(begin), *positions[begin : length + 1]]
+            yield torch.tensor(ids[: length + 1]), torch.tensor(continued)
+            ids, positions = ids[length:], positions[length:]
+
+
+def pack(
+    texts: TextSet,
+    tokenizer: Any,
+    length: int,
+    samples: int | None,
+    seed: int,
+    at_most: bool = False,
+    where: str | None = None,
+) -> Tensor:
+    """Packs documents end to end, separated by the tokenizer's own begin and end tokens, into samples.
+
+    A sample is ``length`` tokens and the one that follows, which is the label of the last: consecutive
+        samples
+    overlap by one token, so that every token but the first is predicted once.
+
+    Args:
+        texts: what to read.
+        tokenizer: a Hugging Face tokenizer.
+        length: tokens per sample.
+        samples: how many to make; None: all.
+        seed: order of files, and of samples.
+        where: configuration section of ``samples``, for messages; None: that of the text.
+        at_most: whether fewer than ``samples`` are acceptable.
+
+    Returns:
+        Tensor of shape [samples, length + 1], int64.
+
+    Raises:
+        ValueError: no text, too little for one sample, or for ``samples``.
+    """
+    stream = _token_stream(texts, tokenizer, seed, None if samples is None else samples * length + 1)
+    total = len(stream)
+    count = (total - 1) // length
+    if samples is not None and count < samples and not at_most:
+        raise ValueError(
+            f"{where or texts.where}.samples: expected {samples} samples of {length} tokens, "
+            f"the text yields {max(count, 0)}"
+        )
+    if count < 1:
+        raise ValueError(f"{texts.where}: the text has {total} tokens, one sample needs {length + 1}")
+    count = count if samples is None else min(count, samples)
+    packed = stream[: count * length + 1].unfold(0, length + 1, length)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return packed[order].long()
+
+
+def _token_stream(texts: TextSet, tokenizer: Any, seed: int, wanted: int | None) -> Tensor:
+    """Token ids of the documents end to end, int32, until there are as many as wanted."""
+    chunks: list[Tensor] = []
+    total = 0
+    for ids in tokenised(documents(texts, seed), tokenizer, texts.where):
+        chunks.append(torch.tensor(ids, dtype=torch.int32))
+        total += len(ids)
+        if wanted is not None and total >= wanted:
+            break
+    if not chunks:
+        raise ValueError(f"{texts.where}.paths: {len(texts.files)} files hold no text")
+    return torch.cat(chunks)
+
+
+def tokenised(found: Iterator[Document], tokenizer: Any, where: str) -> Iterator[list[int]]:
+    """Token ids of documents, each ended by the tokenizer's end token; conversations by its chat template.
+
+    Raises:
+        ValueError: a conversation without a template, or ids beyond the vocabulary.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    largest = max(tokenizer.get_vocab().values())
+    waiting: list[str] = []
+    for document in found:
+        if isinstance(document, str):
+            waiting.append(document)
+            if len(waiting) < 64:
+                continue
+        yield from _encode(waiting, tokenizer, end)
+        waiting = []
+        if isinstance(document, list):
+            yield _ended(_conversation(document, tokenizer, where), end)
+        elif isinstance(document, np.ndarray):
+            if document.max() > largest or document.min() < 0:
+                raise ValueError(
+                    f"{where}: token ids up to {int(document.max())} do not fit the tokenizer, whose largest "
+                    f"is {largest}: the data set was made with another one"
+                )
+            yield _ended(document.tolist(), end)
+    yield from _encode(waiting, tokenizer, end)
+
+
+def _conversation(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> list[int]:
+    if not tokenizer.chat_template:
+        raise ValueError(f"{where}: the text holds conversations, but the tokenizer has no chat template")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _encode(batch: list[str], tokenizer: Any, end: list[int]) -> Iterator[list[int]]:
+    if batch:
+        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+            yield _ended(ids, end)
+
+
+def _ended(ids: list[int], end: list[int]) -> list[int]:
+    return ids if end and ids and ids[-1] == end[0] else ids + end

@@ -1,0 +1,159 @@
+"""A scoring pass over a model in memory, and the loss without layers.
+
+Shape suffixes: B samples, S positions, H hidden channels, T tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.artifacts.checkpoint import Checkpoint
+from nemo_minitron.bridge.detour import Detour
+from nemo_minitron.bridge.models import decoder_of, frozen, head_of, hidden_states, softcap_of
+from nemo_minitron.bridge.samples import Batch, Samples
+from nemo_minitron.bridge.taps import Measures, Recorder
+from nemo_minitron.core.depth import DepthSums
+from nemo_minitron.core.losses import LossWeights, fused_linear_loss
+from nemo_minitron.core.tally import Tally
+from nemo_minitron.families import Family, axis_sizes
+
+Block = tuple[int, ...]
+"""Layers that are left out together, ascending."""
+Report = Callable[[Callable[[], Tally], int], None]
+"""Called with a function that gives the sums so far, and with the tokens that were read since."""
+
+
+def blocks_of(layers: int, length: int, removed: frozenset[int]) -> list[Block]:
+    """All blocks of consecutive layers of one length; none that holds a layer which is gone already."""
+    every = [tuple(range(first, first + length)) for first in range(layers - length + 1)]
+    return [block for block in every if not removed & set(block)]
+
+
+def loss_sum(model: Any, family: Family, hidden_BSH: Tensor, labels_BS: Tensor) -> tuple[float, int]:
+    """Cross-entropy in nats summed over the labels that count, and their number.
+
+    Args:
+        model: the causal LM.
+        family: its table.
+        hidden_BSH: what ``hidden_states`` gives.
+        labels_BS: ids of the next tokens, -1 where none counts.
+    """
+    terms = fused_linear_loss(
+        hidden_BSH.flatten(0, 1),
+        head_of(model),
+        labels_BS.flatten(),
+        LossWeights(kl=0.0, ce=1.0),
+        softcaps=(softcap_of(model, family), None),
+    )
+    count = int((labels_BS >= 0).sum())
+    return float(terms.ce) * count, count
+
+
+class Losses:
+    """Sums of the loss of a whole model and of it without each of some blocks."""
+
+    def __init__(self, layers: int, lengths: Sequence[int], removed: frozenset[int]) -> None:
+        self.layers, self.lengths = layers, lengths
+        self.blocks = [block for length in lengths for block in blocks_of(layers, length, removed)]
+        self.without = dict.fromkeys(self.blocks, 0.0)
+        self.base, self.count = 0.0, 0
+
+    def add(self, block: Block | None, loss: tuple[float, int]) -> None:
+        """Adds a batch's loss without a block; None: of the whole model."""
+        if block is None:
+            self.base, self.count = self.base + loss[0], self.count + loss[1]
+        else:
+            self.without[block] += loss[0]
+
+    def depth(self) -> dict[tuple[str, int], DepthSums]:
+        """The sums by block length; infinite for blocks that cannot be left out any more."""
+        result = {}
+        for length in self.lengths:
+            total = torch.full((self.layers - length + 1,), torch.inf, dtype=torch.float64)
+            for block, loss in self.without.items():
+                if len(block) == length:
+                    total[block[0]] = loss
+            result["lm_loss", length] = DepthSums(total, self.base, self.count)
+        return result
+
+
+def losses_without(
+    model: Any, family: Family, detour: Detour, batch: Batch, losses: Losses, removed: frozenset[int]
+) -> None:
+    """Loss of one batch without each block: only the layers behind the block run again ([P2] section 3).
+
+    The forward pass of the whole model has just been made, with ``detour.catch``.
+    """
+    inputs = list(detour.inputs)
+    detour.catch = False
+    more = {key: value for key, value in batch.inputs().items() if key != "input_ids"}
+    for block in losses.blocks:
+        start = inputs[block[0]]
+        assert start is not None
+        detour.skip = frozenset(range(block[0])) | set(block) | removed
+        detour.inject = {0: start}
+        hidden_BSH = hidden_states(model, family, batch.tokens_BS, **more)
+        losses.add(block, loss_sum(model, family, hidden_BSH, batch.labels_BS))
+    detour.skip, detour.inject, detour.inputs = removed, {}, [None] * len(inputs)
+
+
+def in_memory(
+    model: Any,
+    checkpoint: Checkpoint,
+    samples: Samples,
+    groups: Sequence[Sequence[int]],
+    measures: Measures,
+    removed: frozenset[int] = frozenset(),
+    idle: int = 0,
+    report: Report = lambda *_: None,
+) -> Tally:
+    """One pass: every axis, block influence, and the loss without layers, batch after batch.
+
+    Args:
+        model: the causal LM, on the device that computes.
+        checkpoint: where it came from.
+        samples: the calibration samples.
+        groups: numbers of the samples of each batch.
+        measures: what to sum.
+        removed: layers that are left out all along.
+        idle: forward passes at the end that count for nothing: every rank of a sharded model must make as
+            many as the others.
+        report: called after each batch.
+    """
+    family, config = checkpoint.family, checkpoint.config
+    layers = axis_sizes(family, config)["layers"]
+    recorder = Recorder(family, config, measures)
+    losses = Losses(layers, measures.losses, removed)
+    decoder, device = decoder_of(model, family), next(model.parameters()).device
+    detour = Detour(model, family, layers)
+    detour.skip = removed
+    done: dict[int, str] = {}
+    fingerprints = samples.fingerprints()
+
+    def tally() -> Tally:
+        if not done:
+            return Tally()
+        found = recorder.tally()
+        return replace(found, depth={**found.depth, **losses.depth()}, samples=dict(done))
+
+    with frozen(model), detour.attached(), recorder.attached(model):
+        for turn, group in enumerate([*groups, *[[0]] * idle]):
+            batch = samples.batch(group).to(device)
+            recorder.mask, recorder.paused = batch.mask_BS, turn >= len(groups)
+            if losses.blocks:
+                detour.catch = True
+                more = {key: value for key, value in batch.inputs().items() if key != "input_ids"}
+                hidden_BSH = hidden_states(model, family, batch.tokens_BS, **more)
+                counted = losses if turn < len(groups) else Losses(layers, measures.losses, removed)
+                counted.add(None, loss_sum(model, family, hidden_BSH, batch.labels_BS))
+                recorder.paused = True
+                losses_without(model, family, detour, batch, counted, removed)
+            else:
+                decoder(**batch.inputs())
+            if turn < len(groups):
+                done |= {index: fingerprints[index] for index in group}
+                report(tally, batch.tokens_BS.numel())
+    return tally()

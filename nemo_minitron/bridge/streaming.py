@@ -1,0 +1,258 @@
+"""A scoring pass over a model that does not fit into memory: one decoder layer at a time, over all batches.
+
+A layer is loaded as a causal LM of its own, cut out of the checkpoint by the family's table as a depth cut
+would: transformers does what it does for any model (renamed and fused tensors, masks, rope), and no family
+needs code here. Embedding, final norm and head stay in memory, every byte of the checkpoint is read once. The
+hidden states of all batches wait between two layers in memory, and beyond a budget on disk.
+
+Shape suffixes: B samples, S positions, H hidden channels.
+"""
+
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemo_minitron.artifacts.checkpoint import Checkpoint, both_spellings, load_tensor
+from nemo_minitron.bridge.detour import Detour
+from nemo_minitron.bridge.models import decoder_of, frozen, hidden_states, load_layers
+from nemo_minitron.bridge.samples import Batch, Samples
+from nemo_minitron.bridge.scoring import Block, Losses, loss_sum
+from nemo_minitron.bridge.taps import Measures, Recorder
+from nemo_minitron.core.cut import Cut, cut_config, pieces
+from nemo_minitron.core.importance import Moments, merge
+from nemo_minitron.core.tally import Tally, place
+from nemo_minitron.families import axis_sizes, present_axes
+
+Stream = tuple[Block | None, int]
+"""Hidden states that wait for the next layer: of the model without a block (None: whole), for a batch."""
+
+
+class Shelf:
+    """Tensors kept in memory up to a budget, and beyond it on disk."""
+
+    def __init__(self, budget: int, folder: Path) -> None:
+        """An empty shelf.
+
+        Args:
+            budget: bytes to keep in memory.
+            folder: an existing folder for the rest.
+        """
+        self._left, self._folder = budget, folder
+        self._memory: dict[Stream, Tensor] = {}
+        self._disk: dict[Stream, Path] = {}
+        self.spilled = 0
+
+    def put(self, key: Stream, tensor: Tensor) -> None:
+        """Keeps a tensor; one with the same key gives way."""
+        self.drop(key)
+        if tensor.nbytes <= self._left:
+            self._left -= tensor.nbytes
+            self._memory[key] = tensor.cpu()
+            return
+        block, batch = key
+        name = f"{batch}-{'-'.join(map(str, block or ()))}.safetensors"
+        save_file({"hidden": tensor.cpu().contiguous()}, self._folder / name)
+        self._disk[key] = self._folder / name
+        self.spilled += tensor.nbytes
+
+    def get(self, key: Stream) -> Tensor:
+        """A tensor, by key."""
+        return self._memory[key] if key in self._memory else load_file(self._disk[key])["hidden"]
+
+    def drop(self, key: Stream) -> None:
+        """Forgets a tensor, where there is one."""
+        if key in self._memory:
+            self._left += self._memory.pop(key).nbytes
+        elif key in self._disk:
+            self._disk.pop(key).unlink()
+
+
+def layer_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Bytes of the weights outside of the layers, and of the largest layer."""
+    placeholder = checkpoint.family.axes["layers"].index or ""
+    outside, layers = 0, [0] * axis_sizes(checkpoint.family, checkpoint.config)["layers"]
+    for name, entry in checkpoint.entries.items():
+        units = checkpoint.units(name)
+        if placeholder in units:
+            layers[units[placeholder]] += entry.size
+        else:
+            outside += entry.size
+    return outside, max(layers)
+
+
+class _OneLayer:
+    """Loads one layer at a time as a model of its own."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, folder: Path) -> None:
+        self.checkpoint, self.device, self.folder = checkpoint, device, folder
+        self.present = present_axes(checkpoint.family, checkpoint.config)
+        self._kept: dict[str, Tensor] = {}
+
+    @contextmanager
+    def loaded(self, layer: int) -> Iterator[tuple[Any, Detour, int, dict[str, Any]]]:
+        """The model, control over its layers, the layer's number in it, and its config.json."""
+        family = self.checkpoint.family
+        company = {
+            self.present[axis][0]
+            for axis in family.needs
+            if axis in self.present and layer not in self.present[axis]
+        }  # layers without which the architecture does not run; they are left out of the computation
+        layers = tuple(sorted({layer, *company}))
+        cut = Cut(family, self.checkpoint.config, {}, layers)
+        config = both_spellings(cut_config(cut))
+        (self.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        tensors = {}
+        placeholder = family.axes["layers"].index or ""
+        for piece in pieces(cut, list(self.checkpoint.entries)):
+            units = self.checkpoint.units(piece.source)
+            stays = placeholder not in units or units[placeholder] in company
+            if piece.source in self._kept:
+                tensors[piece.name] = self._kept[piece.source]
+                continue
+            tensors[piece.name] = load_tensor(self.checkpoint, piece.source)
+            if stays:
+                self._kept[piece.source] = tensors[piece.name]
+        model = load_layers(self.folder, family, tensors).to(self.device)
+        del tensors
+        detour = Detour(model, family, len(layers))
+        here = layers.index(layer)
+        detour.skip = frozenset(range(len(layers))) - {here}
+        try:
+            with frozen(model), detour.attached():
+                yield model, detour, here, config
+        finally:
+            del model, detour
+            gc.collect()  # hooks and modules refer to each other
+
+
+def streamed(
+    checkpoint: Checkpoint,
+    samples: Samples,
+    groups: Sequence[Sequence[int]],
+    measures: Measures,
+    device: torch.device,
+    budget: int,
+    spill: Path,
+    removed: frozenset[int] = frozenset(),
+    progress: Callable[[int], None] = lambda _: None,
+) -> Tally:
+    """The sums of ``scoring.in_memory``, with one layer in memory at a time.
+
+    Args:
+        checkpoint: the model.
+        samples: the calibration samples.
+        groups: numbers of the samples of each batch.
+        measures: what to sum; of block influence, single layers only.
+        device: where a layer computes.
+        budget: bytes of hidden states kept in memory.
+        spill: an existing folder, for the hidden states beyond.
+        removed: layers that are left out all along.
+        progress: called with the tokens that each layer read.
+
+    Raises:
+        ValueError: influence of longer blocks was asked for: that needs all layers' hidden states at once.
+    """
+    if any(length > 1 for length in measures.influence):
+        raise ValueError(
+            "block influence of several layers together needs the model in memory: score.streaming=off"
+        )
+    family, layers = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)["layers"]
+    losses = Losses(layers, measures.losses, removed)
+    found = Tally()
+    batches = [samples.batch(group) for group in groups]
+    with tempfile.TemporaryDirectory(dir=spill) as name:
+        (Path(name) / "model").mkdir()
+        loader = _OneLayer(checkpoint, device, Path(name) / "model")
+        shelf = Shelf(budget, Path(name))
+        kept = [layer for layer in range(layers) if layer not in removed]
+        for layer in kept:
+            with loader.loaded(layer) as (model, detour, here, config):
+                recorder = Recorder(family, config, measures, only=[here])
+                with recorder.attached(model):
+                    for number, batch in enumerate(batches):
+                        born = [block for block in losses.blocks if block[0] == layer]
+                        _advance(
+                            model, detour, here, recorder, shelf, batch.to(device), number, born,
+                            [b for b in losses.blocks if b[0] < layer and layer not in b], layer == kept[0],
+                        )  # fmt: skip
+                        progress(batch.tokens_BS.numel())
+                found = _joined(found, recorder.tally(), layer, here, layers)
+        if losses.blocks:
+            with loader.loaded(kept[-1]) as (model, detour, _, _):
+                detour.skip = frozenset(range(layers))
+                for number, batch in enumerate(batches):
+                    for block in [None, *losses.blocks]:
+                        detour.inject = {0: shelf.get((block, number)).to(device)}
+                        hidden_BSH = hidden_states(model, family, **_arguments(batch.to(device)))
+                        losses.add(block, loss_sum(model, family, hidden_BSH, batch.labels_BS.to(device)))
+    fingerprints = samples.fingerprints()
+    done = {index: fingerprints[index] for group in groups for index in group}
+    return replace(found, depth={**found.depth, **losses.depth()}, samples=done)
+
+
+def _arguments(batch: Batch) -> dict[str, Any]:
+    given = batch.inputs()
+    return {"tokens_BS": given.pop("input_ids"), **given}
+
+
+def _advance(
+    model: Any,
+    detour: Detour,
+    here: int,
+    recorder: Recorder,
+    shelf: Shelf,
+    batch: Batch,
+    number: int,
+    born: list[Block],
+    lacking: list[Block],
+    first: bool,
+) -> None:
+    """Takes one batch through one layer, as the whole model has it and as models without a block have it."""
+    decoder = decoder_of(model, recorder.family)
+    recorder.mask, recorder.paused, detour.catch = batch.mask_BS, False, True
+    detour.inject = {} if first else {here: shelf.get((None, number)).to(batch.tokens_BS.device)}
+    decoder(**batch.inputs())
+    before, after = detour.inputs[here], detour.output
+    assert before is not None and after is not None
+    for block in born:  # the model without this block goes on from here behind the block
+        shelf.put((block, number), before)
+    shelf.put((None, number), after)
+    recorder.paused = True
+    for block in lacking:
+        detour.inject = {here: shelf.get((block, number)).to(batch.tokens_BS.device)}
+        decoder(**batch.inputs())
+        assert detour.output is not None
+        shelf.put((block, number), detour.output)
+    detour.output, detour.inject, detour.inputs[here] = None, {}, None
+
+
+def _joined(found: Tally, one: Tally, layer: int, here: int, layers: int) -> Tally:
+    """Adds the sums of one layer to those of the layers before it."""
+    sums: dict[tuple[str, str], Moments] = dict(found.sums)
+    for key, value in one.sums.items():
+        placed = place(Moments(value.samples, value.total[here : here + 1], value.squares[here : here + 1]),
+                       layer, layers)  # fmt: skip
+        known = sums.get(key)
+        sums[key] = placed if known is None else replace(merge(known, placed), samples=placed.samples)
+    routed = dict(found.routed)
+    for axis, counts in one.routed.items():
+        known_counts = (
+            routed[axis] if axis in routed else torch.zeros(layers, counts.shape[1], dtype=counts.dtype)
+        )
+        known_counts[layer] = counts[here]
+        routed[axis] = known_counts
+    depth = dict(found.depth)
+    for name, part in one.depth.items():
+        total = depth[name].total if name in depth else torch.zeros(layers, dtype=torch.float64)
+        total[layer] = part.total[here]
+        depth[name] = replace(part, total=total)
+    return replace(found, sums=sums, routed=routed, depth=depth)

@@ -1,0 +1,77 @@
+"""lm-eval: accuracy of a model without some of its layers, which are left out where they stand."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_minitron.artifacts.checkpoint import Checkpoint
+from nemo_minitron.bridge.detour import Detour
+from nemo_minitron.bridge.lm_eval import MADE_HERE, run_tasks, write_held_out_tasks
+from nemo_minitron.bridge.models import frozen, load_tokenizer
+from nemo_minitron.bridge.scoring import blocks_of
+from nemo_minitron.core.depth import DepthSums
+from nemo_minitron.families import axis_sizes
+
+_ACCURACIES = ("acc_norm", "acc", "exact_match")
+
+
+def accuracy_without(
+    model: Any,
+    checkpoint: Checkpoint,
+    tasks: Sequence[str],
+    task_dir: str | None,
+    held_out: Callable[[], Iterable[str]],
+    limit: int | None,
+    batch_size: int,
+    length: int,
+    removed: frozenset[int],
+) -> DepthSums:
+    """Accuracy, the mean over the tasks, of a model whole and without each block of layers.
+
+    Args:
+        model: the causal LM.
+        checkpoint: where it came from.
+        tasks: lm-eval tasks.
+        task_dir: folder with own task YAMLs, or None.
+        held_out: gives documents for the tasks that are made from held-out text.
+        limit: documents per task, or None.
+        batch_size: samples per forward pass.
+        length: layers in a block.
+        removed: layers that are left out all along.
+
+    Raises:
+        ValueError: a task that reports no accuracy.
+    """
+    layers = axis_sizes(checkpoint.family, checkpoint.config)["layers"]
+    detour = Detour(model, checkpoint.family, layers)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    cached = model.config.use_cache
+    model.config.use_cache = False  # a cache counts what its first layer has seen, which may be left out
+    with tempfile.TemporaryDirectory() as name, frozen(model), detour.attached():
+        if any(task in MADE_HERE for task in tasks):
+            write_held_out_tasks(held_out(), Path(name))
+
+        def accuracy(block: Iterable[int]) -> float:
+            detour.skip = removed | set(block)
+            found = run_tasks(model, tokenizer, list(tasks), task_dir, Path(name), limit, batch_size)
+            return sum(_accuracy(task, found[task]) for task in tasks) / len(tasks)
+
+        try:
+            total = torch.full((layers - length + 1,), -torch.inf, dtype=torch.float64)
+            for block in blocks_of(layers, length, removed):
+                total[block[0]] = accuracy(block)
+            return DepthSums(total, accuracy(()), 1)
+        finally:
+            model.config.use_cache = cached
+
+
+def _accuracy(task: str, numbers: dict[str, float]) -> float:
+    for metric in _ACCURACIES:
+        if metric in numbers:
+            return numbers[metric]
+    raise ValueError(
+        f"score.tasks: {task} reports {', '.join(sorted(numbers))}; expected one of {', '.join(_ACCURACIES)}"
+    )

@@ -1,0 +1,246 @@
+"""Scores from activations: which samples, which sums, in memory or layer by layer, on one rank or many."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.artifacts.manifest import Input, read_manifest
+from nemo_minitron.artifacts.pruned import write_pruned
+from nemo_minitron.artifacts.scores import Scores, read_scores
+from nemo_minitron.core.cut import Cut
+from nemo_minitron.core.iterate import outranked, sizes_after, spread
+from nemo_minitron.core.select import Keep, select_units
+from nemo_minitron.core.tally import Tally, merge_tallies, rank
+from nemo_minitron.families import axis_sizes
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.depth import block_lengths, greedy, greedy_steps, with_tasks
+from nemo_minitron.stages.runner import Runner
+from nemo_minitron.stages.stage import calibration_mixture
+
+if TYPE_CHECKING:
+    from nemo_minitron.bridge.ranks import Ranks
+    from nemo_minitron.bridge.taps import Measures
+
+
+@dataclass
+class Outcome:
+    """What came of scoring, and how fast it went.
+
+    Attributes:
+        scores: the result.
+        tokens: tokens that were read, of all ranks and rounds; 0 where everything was there already.
+        seconds: how long that took.
+        notes: what was chosen on the way, one line each.
+    """
+
+    scores: Scores
+    tokens: int
+    seconds: float
+    notes: list[str]
+
+
+def measures_of(config: Config, layers: int) -> "Measures":
+    """What a pass sums."""
+    from nemo_minitron.bridge.taps import Measures
+
+    lengths = block_lengths(config, layers)
+    depth = config.score.depth
+    aggregation = config.score.aggregation
+    return Measures(
+        tuple(dict.fromkeys((aggregation.sequence, *aggregation.also))),
+        config.score.neurons == "pre_activation",
+        lengths if depth == "block_influence" else (),
+        lengths if depth == "lm_loss" else (),
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before anything is run.
+
+    Attributes:
+        samples: the calibration samples.
+        wanted: number to fingerprint of those that this run is to score.
+        measures: what to sum.
+        merged: the sums of ``score.merge``; empty where nothing is merged.
+    """
+
+    samples: "Samples"
+    wanted: dict[int, str]
+    measures: "Measures"
+    merged: Tally
+
+
+def prepare(config: Config, folder: Path, teacher: Input) -> Prepared:
+    """Reads the calibration text, and the parts that are to be merged.
+
+    Args:
+        config: the whole configuration.
+        folder: the model.
+        teacher: the model as an artifact's input.
+
+    Raises:
+        ValueError: too little text, or parts that do not make a whole.
+    """
+    from nemo_minitron.bridge.models import load_tokenizer
+    from nemo_minitron.bridge.samples import calibration_samples
+
+    checkpoint, calibration = open_checkpoint(folder), config.data.calibration
+    if calibration.packing == "documents" and checkpoint.family.recurrent:
+        raise ValueError(
+            f"data.calibration.packing=documents: the recurrent layers of {checkpoint.family.model_type} "
+            "carry one document into the next; use off (one document per sample) or plain"
+        )
+    samples = calibration_samples(
+        calibration_mixture(config), load_tokenizer(folder), calibration.sequence_length, calibration.samples,
+        calibration.seed, calibration.packing,
+    )  # fmt: skip
+    named = dict(enumerate(samples.fingerprints()))
+    wanted = {index: named[index] for index in part_of(config.score.shard, len(samples))}
+    measures = measures_of(config, axis_sizes(checkpoint.family, checkpoint.config)["layers"])
+    merged = _merged(config, teacher, measures, wanted) if config.score.merge else Tally()
+    return Prepared(samples, wanted, measures, merged)
+
+
+def by_activation(
+    config: Config, folder: Path, prepared: Prepared, state: Path, before: Tally, ranks: "Ranks"
+) -> Outcome:
+    """Scores a model on the calibration samples.
+
+    Args:
+        config: the whole configuration.
+        folder: the model.
+        prepared: what ``prepare`` gave.
+        state: folder that survives interruption.
+        before: sums of an earlier scoring of this model, which count as far as they fit.
+        ranks: this process among others.
+    """
+    from nemo_minitron.bridge.passes import keep, leading, saved
+
+    checkpoint, wanted, measures = open_checkpoint(folder), prepared.wanted, prepared.measures
+    if prepared.merged.samples:
+        return Outcome(_scores(config, checkpoint, prepared.merged), 0, 0.0, [])
+    known = usable(saved(state), measures, wanted)
+    known = known if known.samples else usable(before, measures, wanted)
+    missing = [index for index in wanted if index not in known.samples]
+    notes = [f"{len(known.samples)} of {len(wanted)} samples were scored before"] if known.samples else []
+    with leading(ranks) as lead:
+        run = Runner(config, lead, prepared.samples, state, notes)
+        tally = known
+        if missing:
+            keep(state, known)
+            tally = merge_tallies(known, run(folder, measures, missing))
+            keep(state, tally)
+        scores = _scores(config, checkpoint, tally)
+        if config.score.depth == "task":
+            scores = with_tasks(config, lead, checkpoint, scores)
+        steps = greedy_steps(config, axis_sizes(checkpoint.family, checkpoint.config)["layers"])
+        if steps:
+            scores = replace(scores, greedy=greedy(config, run, checkpoint, scores, list(wanted), steps))
+        if config.score.iterations > 1:
+            scores = _iterated(config, run, checkpoint, scores, measures, list(wanted))
+    return Outcome(scores, run.tokens, run.seconds, notes)
+
+
+def part_of(shard: str | None, count: int) -> list[int]:
+    """Numbers of the samples of part i of n: every n-th, from the i-th.
+
+    Raises:
+        ValueError: not of the form i/n, or out of range.
+    """
+    if shard is None:
+        return list(range(count))
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"score.shard: expected i/n with 1 <= i <= n, as in 2/4, found {shard!r}")
+    if int(match[2]) > count:
+        raise ValueError(f"score.shard: {count} samples cannot be split into {match[2]} parts")
+    return list(range(int(match[1]) - 1, count, int(match[2])))
+
+
+def usable(tally: Tally, measures: "Measures", wanted: dict[int, str]) -> Tally:
+    """The sums that a pass need not make again; empty where they lack something, or hold too much."""
+    if any(wanted.get(index) != name for index, name in tally.samples.items()):
+        return Tally()
+    depth = [("block_influence", n) for n in measures.influence] + [("lm_loss", n) for n in measures.losses]
+    held = {how for _, how in tally.sums}
+    if not set(measures.sequence) <= held or not set(depth) <= set(tally.depth):
+        return Tally()
+    sums = {key: value for key, value in tally.sums.items() if key[1] in measures.sequence}
+    return replace(tally, sums=sums, depth={key: tally.depth[key] for key in depth})
+
+
+def _merged(config: Config, teacher: Input, measures: "Measures", wanted: dict[int, str]) -> Tally:
+    """Adds up the parts that other runs scored."""
+    found = Tally()
+    for name in config.score.merge:
+        place = Path(name).expanduser() / "scores"
+        manifest = read_manifest(place)
+        if manifest is None or manifest.config.get("importance") != "activation":
+            raise ValueError(f"score.merge: {place}: no scores from activations there")
+        if manifest.inputs[0].fingerprint != teacher.fingerprint:
+            raise ValueError(f"score.merge: {place}: scores of another model")
+        if manifest.config.get("neurons") != config.score.neurons:
+            raise ValueError(
+                f"score.merge: {place}: neurons were read elsewhere ({manifest.config['neurons']})"
+            )
+        part = read_scores(place).tally
+        fitting = usable(part, measures, wanted)
+        if not fitting.samples:
+            raise ValueError(
+                f"score.merge: {place}: not the samples, aggregations and blocks that are asked for here"
+            )
+        try:
+            found = merge_tallies(found, fitting)
+        except ValueError as error:
+            raise ValueError(f"score.merge: {place}: {error}") from error
+    missing = [index for index in wanted if index not in found.samples]
+    if missing:
+        raise ValueError(
+            f"score.merge: the parts hold {len(found.samples)} of {len(wanted)} samples; "
+            f"number {missing[0]} is the first that is missing"
+        )
+    return found
+
+
+def _scores(config: Config, checkpoint: Checkpoint, tally: Tally) -> Scores:
+    aggregation = config.score.aggregation
+    ranking = rank(tally, checkpoint.family, aggregation.batch, aggregation.sequence, config.score.depth)
+    return Scores(ranking, tally)
+
+
+def _iterated(
+    config: Config,
+    run: Runner,
+    checkpoint: Checkpoint,
+    scores: Scores,
+    measures: "Measures",
+    indices: list[int],
+) -> Scores:
+    """Iterative importance: cuts a part of the way, scores what is left, T rounds in all."""
+    from nemo_minitron.artifacts.build import building, discard
+    from nemo_minitron.stages.targets import target_sizes
+
+    family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
+    target = target_sizes(family, checkpoint.config, config.plan)
+    rounds = config.score.iterations
+    ranking = dict(scores.ranking)
+    every = tuple(range(sizes["layers"]))
+    for round_ in range(rounds - 1):
+        between = sizes_after(family, sizes, target, round_, rounds)
+        widths = {axis: size for axis, size in between.items() if axis != "layers"}
+        keep: Keep = select_units(family, ranking, sizes, widths)
+        folder = run.state / f"narrowed-{round_}"
+        with building(folder) as temporary:
+            write_pruned(
+                checkpoint, [(temporary, Cut(family, checkpoint.config, keep, every))], 5_000_000_000
+            )
+        tally = run(folder, replace(measures, influence=(), losses=()), indices, save=False)
+        found = rank(tally, family, config.score.aggregation.batch, config.score.aggregation.sequence, "none")
+        for axis, values in found.items():
+            now, alive = spread(family, sizes, keep, axis, values)
+            ranking[axis] = outranked(ranking[axis], now, alive)
+        discard(folder)
+    return Scores(ranking, replace(scores.tally, sums={}), scores.greedy)

@@ -1,0 +1,31 @@
+"""docs/configuration.md, made from the configuration classes."""
+
+from typing import Any
+
+from nemo_minitron.stages.config import Config, describe
+
+
+def markdown() -> str:
+    """docs/configuration.md: every key with its default and meaning."""
+    lines = ["# Configuration", "", "Made by `make docs` from `nemo_minitron/stages/config.py`.", ""]
+    lines += ["| key | default | meaning |", "|---|---|---|"]
+    defaults = Config()
+    for name, item, _ in describe():
+        default: Any = defaults
+        for part in name.split("."):
+            default = getattr(default, part)
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        choices = item.metadata["choices"]
+        text = item.metadata["help"] + (f" (one of: {', '.join(choices)})" if choices else "")
+        lines.append(f"| `{name}` | `{shown}` | {text} |")
+    lines += [
+        "",
+        "`trainer`, `optim` and `exp_manager` are handed to Lightning and NeMo as they are; their defaults",
+        "lie in `configs/config.yaml`, and further keys are added with `+`,",
+        "as in `+trainer.limit_val_batches=2`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,93 @@
+"""Which blocks of layers are measured, by task accuracy too, and greedy removal ([P2] section 3)."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.artifacts.checkpoint import Checkpoint
+from nemo_minitron.artifacts.scores import Scores
+from nemo_minitron.core.depth import DepthSums, block_importance
+from nemo_minitron.families import axis_sizes
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.runner import Runner
+
+if TYPE_CHECKING:
+    from nemo_minitron.bridge.passes import Lead
+
+
+def block_lengths(config: Config, layers: int) -> tuple[int, ...]:
+    """Lengths of the blocks of layers that are measured, single layers first.
+
+    Raises:
+        ValueError: a length that no block can have.
+    """
+    lengths = {1, *config.score.blocks}
+    if config.plan.layer_choice == "contiguous" and config.plan.layers is not None:
+        lengths.add(layers - config.plan.layers)
+    wrong = [length for length in config.score.blocks if not 1 <= length < layers]
+    if wrong:
+        raise ValueError(f"score.blocks: expected lengths of 1 to {layers - 1}, found {wrong[0]}")
+    return tuple(sorted(length for length in lengths if 1 <= length < layers))
+
+
+def greedy_steps(config: Config, layers: int) -> int:
+    """How many layers greedy removal takes."""
+    asked = config.plan.layer_choice == "greedy" and config.plan.layers is not None
+    return layers - (config.plan.layers or 0) if asked else 0
+
+
+def greedy(
+    config: Config, run: Runner, checkpoint: Checkpoint, scores: Scores, indices: list[int], steps: int
+) -> tuple[int, ...]:
+    """Removes the least important layer and measures all others anew, again and again ([P1] A.5)."""
+    from nemo_minitron.bridge.taps import Measures
+
+    metric = config.score.depth
+    importance = scores.ranking["layers"]
+    order: list[int] = []
+    measures = Measures(
+        (), False, (1,) if metric == "block_influence" else (), (1,) if metric == "lm_loss" else ()
+    )
+    while True:
+        left = importance.clone()
+        left[order] = torch.inf
+        order.append(len(left) - 1 - int(left.flip(0).argmin()))  # of equals the later one
+        if len(order) == steps:
+            return tuple(order)
+        if metric == "task":
+            importance = _task_importance(config, run.lead, checkpoint, 1, frozenset(order))
+        else:
+            tally = run(checkpoint.folder, measures, indices, frozenset(order), save=False)
+            importance = block_importance(metric, tally.depth[metric, 1])
+
+
+def with_tasks(config: Config, lead: "Lead", checkpoint: Checkpoint, scores: Scores) -> Scores:
+    """Ranks layers, and blocks of them, by a task's accuracy without them ([P2] section 3)."""
+    layers = axis_sizes(checkpoint.family, checkpoint.config)["layers"]
+    depth: dict[tuple[str, int], DepthSums] = dict(scores.tally.depth)
+    for length in block_lengths(config, layers):
+        depth["task", length] = _task_sums(config, lead, checkpoint, length, frozenset())
+    ranking = {**scores.ranking, "layers": block_importance("task", depth["task", 1])}
+    return Scores(ranking, replace(scores.tally, depth=depth))
+
+
+def _task_importance(
+    config: Config, lead: "Lead", checkpoint: Checkpoint, length: int, removed: frozenset[int]
+) -> Tensor:
+    return block_importance("task", _task_sums(config, lead, checkpoint, length, removed))
+
+
+def _task_sums(
+    config: Config, lead: "Lead", checkpoint: Checkpoint, length: int, removed: frozenset[int]
+) -> DepthSums:
+    from nemo_minitron.bridge.tasks import accuracy_without
+    from nemo_minitron.bridge.text import documents, plain
+    from nemo_minitron.stages.stage import validation_text
+
+    return accuracy_without(
+        lead.model(checkpoint.folder, config.score.device), checkpoint, config.score.tasks,
+        config.evaluate.task_dir, lambda: plain(documents(validation_text(config))), config.score.task_limit,
+        config.score.batch_size, length, removed,
+    )  # fmt: skip

@@ -1,0 +1,109 @@
+"""Runs scoring passes as a configuration asks for them: in memory or layer by layer, with a bar, counted."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nemo_minitron.artifacts.checkpoint import open_checkpoint
+from nemo_minitron.core.tally import Tally
+from nemo_minitron.families import axis_sizes
+from nemo_minitron.stages.config import Config
+
+if TYPE_CHECKING:
+    from nemo_minitron.bridge.passes import Job, Lead
+    from nemo_minitron.bridge.samples import Samples
+    from nemo_minitron.bridge.taps import Measures
+
+
+class Runner:
+    """Runs passes with the settings of one configuration, and counts tokens and seconds."""
+
+    def __init__(
+        self, config: Config, lead: "Lead", samples: "Samples", state: Path, notes: list[str]
+    ) -> None:
+        self.config, self.lead, self.samples, self.state, self.notes = config, lead, samples, state, notes
+        self.tokens, self.seconds = 0, 0.0
+
+    def __call__(
+        self,
+        folder: Path,
+        measures: "Measures",
+        indices: Sequence[int],
+        removed: frozenset[int] = frozenset(),
+        save: bool = True,
+    ) -> Tally:
+        """Sums over some samples."""
+        from nemo_minitron.bridge.passes import Job, deal
+
+        score = self.config.score
+        streaming, note = self._choose(folder, measures)
+        if note and note not in self.notes:
+            self.notes.append(note)
+            print(note, flush=True)
+        job = Job(
+            folder, self.samples, deal(indices, score.batch_size, self.lead.ranks.size), measures, removed,
+            score.device, streaming, score.parallel == "shard", score.activation_budget, self.state,
+            score.save_seconds if save else None,
+        )  # fmt: skip
+        tokens = len(indices) * (self.samples.tokens_NS.shape[1] - 1)
+        started = time.monotonic()
+        with _progress(job, folder) as advance:
+            tally = self.lead.run(job, advance)
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + time.monotonic() - started
+        return tally
+
+    def _choose(self, folder: Path, measures: "Measures") -> tuple[bool, str]:
+        """Whether to stream, and why."""
+        from nemo_minitron.bridge.memory import available_bytes
+        from nemo_minitron.bridge.models import pick_device
+        from nemo_minitron.bridge.streaming import layer_bytes
+
+        score = self.config.score
+        if score.streaming != "auto":
+            return score.streaming == "on", ""
+        checkpoint = open_checkpoint(folder)
+        sizes = axis_sizes(checkpoint.family, checkpoint.config)
+        weights = sum(entry.size for entry in checkpoint.entries.values())
+        width = max(entry.width for entry in checkpoint.entries.values())
+        tokens = score.batch_size * self.samples.tokens_NS.shape[1]
+        kept = sizes["layers"] if measures.losses or len(measures.influence) > 1 else 0
+        widest = max(sizes[axis] for axis in ("ffn", "expert_ffn", "hidden") if axis in sizes)
+        needed = weights + tokens * width * ((8 + kept) * sizes["hidden"] + 4 * widest)
+        device = pick_device(score.device)
+        # ranks share the memory of a machine, but not that of a GPU
+        free = available_bytes(device) // (1 if device.type == "cuda" else self.lead.ranks.neighbours)
+        if needed <= 0.8 * free or len(measures.influence) > 1 or self.config.score.depth == "task":
+            return False, ""
+        outside, layer = layer_bytes(checkpoint)
+        return True, (
+            f"score.streaming: on, for the model needs about {_gigabytes(needed)} and {_gigabytes(free)} are "
+            f"free; one layer at a time needs {_gigabytes(outside + layer)} and activations"
+        )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+@contextmanager
+def _progress(job: "Job", folder: Path) -> Iterator[Callable[[int], None]]:
+    """A bar over tokens (of every layer, where layers come one by one)."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    tokens = job.samples.tokens_NS.shape[1] - 1
+    rounds = 1
+    if job.streaming:
+        checkpoint = open_checkpoint(folder)
+        rounds = axis_sizes(checkpoint.family, checkpoint.config)["layers"] - len(job.removed)
+    own = sum(len(group) for group in job.groups[0])
+    columns = (
+        TextColumn("scoring"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("", total=own * tokens * rounds)
+        yield lambda done: progress.advance(task, done)

@@ -1,0 +1,59 @@
+"""What a plan asks for: target sizes, checked against the model before anything is scored or cut."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from nemo_minitron.core.select import complete_targets
+from nemo_minitron.families import Family, axis_sizes, check_sizes, present_axes
+from nemo_minitron.stages.config import PlanConfig
+
+_CHOICES = ("drop_layers", "layer_choice")
+"""Keys of the plan that are no sizes."""
+
+
+def given(plan: PlanConfig) -> dict[str, Any]:
+    """The keys of the plan that were set."""
+    return {name: value for name, value in asdict(plan).items() if value is not None}
+
+
+def needs_scores(plan: PlanConfig) -> bool:
+    """Whether a ranking decides anything: a list of layers to drop alone needs none."""
+    return bool(set(given(plan)) - set(_CHOICES))
+
+
+def target_sizes(family: Family, config: Mapping[str, Any], plan: PlanConfig) -> dict[str, int]:
+    """Target size of every axis.
+
+    Raises:
+        ValueError: a target that cannot be, with what was expected and found.
+    """
+    asked = {name: value for name, value in given(plan).items() if name not in _CHOICES}
+    sizes, present = axis_sizes(family, config), present_axes(family, config)
+    axes = [name for name in family.prunable if name in present]
+    if not asked and not plan.drop_layers:
+        options = ", ".join(f"plan.{name}" for name in axes)
+        raise ValueError(f"plan: no target size given; set at least one of {options}, plan.drop_layers")
+    for name in asked:
+        if name not in axes:
+            which = f"family {family.model_type!r}" if name not in family.prunable else "this model"
+            raise ValueError(
+                f"plan.{name}: {which} has no prunable axis of that name; it has {', '.join(axes)}"
+            )
+    targets = complete_targets(family, sizes, asked)
+    if plan.drop_layers:
+        targets["layers"] = sizes["layers"] - len(_checked_drop(plan, sizes["layers"]))
+    check_sizes(family, targets, "plan")
+    return targets
+
+
+def _checked_drop(plan: PlanConfig, layers: int) -> list[int]:
+    dropped = list(plan.drop_layers or [])
+    if plan.layers is not None:
+        raise ValueError("plan.layers and plan.drop_layers: give one of them, not both")
+    wrong = [layer for layer in dropped if not 0 <= layer < layers]
+    if wrong or len(set(dropped)) != len(dropped) or len(dropped) >= layers:
+        raise ValueError(
+            f"plan.drop_layers: expected different layers of 0 to {layers - 1}, not all, found {dropped}"
+        )
+    return dropped

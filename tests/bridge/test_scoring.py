@@ -1,0 +1,165 @@
+"""Depth by what it costs, and scoring layer by layer: against models that were really cut, and against memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nemo_minitron.artifacts.checkpoint import open_checkpoint
+from nemo_minitron.bridge.detour import Detour
+from nemo_minitron.bridge.models import load_model
+from nemo_minitron.bridge.samples import Samples
+from nemo_minitron.bridge.scoring import in_memory
+from nemo_minitron.bridge.specimens import tiny_model
+from nemo_minitron.bridge.streaming import layer_bytes, streamed
+from nemo_minitron.bridge.taps import Measures
+from nemo_minitron.core.depth import block_importance
+from nemo_minitron.core.importance import AGGREGATIONS
+from nemo_minitron.families import families
+from tests.bridge.test_taps import padded
+from tests.conftest import make_model, stream
+from tests.families.test_proofs import INSTALLED
+
+DEPTH = Measures((), influence=(), losses=(1, 2))
+GROUPS = [[0, 1], [2, 3]]
+
+
+def loss_of(folder, samples):
+    """Cross-entropy over valid next tokens, the plain way."""
+    model = load_model(folder, torch.float32)
+    tokens, valid = samples.tokens_NS, samples.valid_NS
+    with torch.inference_mode():
+        logits = model(tokens[:, :-1], attention_mask=valid[:, :-1].long(), use_cache=False).logits
+    chosen = logits.double().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return float(-chosen[valid[:, 1:]].mean())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+def test_loss_without_layers_is_that_of_the_cut_model(tmp_path, name):
+    family = families()[name]
+    folder, samples = tiny_model(family, family.proofs[0], tmp_path / "m"), padded()
+    tally = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, DEPTH)
+    whole = loss_of(folder, samples)
+    for length in (1, 2):
+        sums = tally.depth["lm_loss", length]
+        assert sums.base / sums.count == pytest.approx(whole, abs=1e-4)
+        for first, rise in enumerate(block_importance("lm_loss", sums).tolist()):
+            kept = tuple(layer for layer in range(4) if not first <= layer < first + length)
+            cut = stream(folder, tmp_path / f"cut{length}-{first}", {}, kept)
+            assert rise == pytest.approx(loss_of(cut, samples) - whole, abs=2e-4), (length, first)
+
+
+def test_with_layers_gone_already(tmp_path):
+    folder, samples = make_model(tmp_path / "m", "llama"), padded()
+    checkpoint, gone = open_checkpoint(folder), frozenset({1})
+    for tally in (
+        in_memory(load_model(folder), checkpoint, samples, GROUPS, DEPTH, gone),
+        streamed(checkpoint, samples, GROUPS, DEPTH, torch.device("cpu"), 10**9, tmp_path, gone),
+    ):
+        sums = tally.depth["lm_loss", 1]
+        assert sums.base / sums.count == pytest.approx(
+            loss_of(stream(folder, tmp_path / f"one{id(tally)}", {}, (0, 2)), samples), abs=1e-4
+        )
+        assert sums.total[1] == torch.inf
+        alone = loss_of(stream(folder, tmp_path / f"two{id(tally)}", {}, (2,)), samples)
+        assert float(sums.total[0]) / sums.count == pytest.approx(alone, abs=1e-4)
+
+
+def test_an_identity_layer_costs_nothing(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder, samples = make_model(tmp_path / "m", "llama"), padded()
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.1.{name}.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    measures = Measures(("mean",), influence=(1,), losses=(1,))
+    tally = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, measures)
+    for metric in ("block_influence", "lm_loss"):
+        importance = block_importance(metric, tally.depth[metric, 1])
+        assert float(importance[1]) == pytest.approx(0, abs=1e-6)
+        assert importance.abs().argmin() == 1
+
+
+@pytest.mark.parametrize("name", sorted(INSTALLED))
+def test_layer_by_layer_gives_the_scores_of_the_model_in_memory(tmp_path, name):
+    family = families()[name]
+    samples = padded()
+    for number, changes in enumerate(family.proofs):
+        folder = tiny_model(family, changes, tmp_path / f"m{number}")
+        checkpoint = open_checkpoint(folder)
+        measures = Measures(AGGREGATIONS, influence=(1,), losses=(1,))
+        whole = in_memory(load_model(folder), checkpoint, samples, GROUPS, measures)
+        budget = 4000  # most of the hidden states go to disk
+        found = streamed(checkpoint, samples, GROUPS, measures, torch.device("cpu"), budget, tmp_path)
+        assert set(found.sums) == set(whole.sums)
+        assert found.samples == whole.samples
+        for key, sums in whole.sums.items():
+            assert found.sums[key].samples == sums.samples
+            assert torch.allclose(found.sums[key].squares, sums.squares, rtol=1e-6), key
+            assert torch.allclose(found.sums[key].total, sums.total, rtol=1e-6), key
+        for key, sums in whole.depth.items():
+            assert torch.allclose(found.depth[key].total, sums.total, rtol=1e-6), key
+            assert found.depth[key].count == sums.count
+        for axis, counts in whole.routed.items():
+            assert torch.equal(found.routed[axis], counts)
+
+
+def test_streaming_refuses_what_needs_all_layers_at_once(tmp_path):
+    checkpoint = open_checkpoint(make_model(tmp_path / "m", "llama"))
+    with pytest.raises(ValueError, match="needs the model in memory"):
+        streamed(
+            checkpoint, padded(), GROUPS, Measures(influence=(1, 2)), torch.device("cpu"), 10**9, tmp_path
+        )
+
+
+def test_layer_bytes_are_those_on_disk(tmp_path):
+    checkpoint = open_checkpoint(make_model(tmp_path / "m", "llama"))
+    outside, layer = layer_bytes(checkpoint)
+    assert outside + 3 * layer == sum(entry.size for entry in checkpoint.entries.values())
+
+
+def test_a_detour_leaves_no_trace(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    model = load_model(folder)
+    tokens = torch.arange(8)[None]
+    with torch.inference_mode():
+        before = model(tokens).logits
+        with Detour(model, families()["llama"], 3).attached() as detour:
+            assert torch.equal(model(tokens).logits, before)
+            detour.skip = frozenset({1})
+            assert not torch.allclose(model(tokens, use_cache=False).logits, before)
+        assert torch.equal(model(tokens).logits, before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", sorted(set(INSTALLED) - {"nemotron_h"}))
+def test_packed_documents_do_not_see_each_other(tmp_path, name):
+    """Two documents in one sample, positions starting over: the hidden states of two separate samples."""
+    family = families()[name]
+    folder = tiny_model(family, family.proofs[0], tmp_path / "m")
+    torch.manual_seed(0)
+    left, right = torch.randint(2, 96, (1, 5)), torch.randint(2, 96, (1, 7))
+    both = torch.cat([left, right], 1)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    batch = Samples(
+        torch.cat([both, both[:, :1]], 1), None, torch.cat([positions, torch.tensor([[7]])], 1)
+    ).batch([0])
+    model = load_model(folder, torch.float32)
+    decoder = model.get_submodule(family.modules["decoder"])
+    with torch.inference_mode():
+        packed = decoder(**batch.inputs()).last_hidden_state
+        apart = [decoder(input_ids=ids, use_cache=False).last_hidden_state for ids in (left, right)]
+        plain = decoder(input_ids=both, use_cache=False).last_hidden_state
+    scale = float(packed.abs().max())
+    assert torch.allclose(packed, torch.cat(apart, 1), atol=1e-5 * scale)
+    assert not torch.allclose(packed[:, 5:], plain[:, 5:], atol=1e-3 * scale)
+    assert batch.labels_BS[0, 4] == -1 and (batch.labels_BS[0, :4] >= 0).all()
+
+
+def test_the_loss_of_several_lengths_shares_one_base(tmp_path):
+    folder, samples = make_model(tmp_path / "m", "llama"), padded()
+    tally = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, DEPTH)
+    one = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, replace(DEPTH, losses=(1,)))
+    assert torch.equal(tally.depth["lm_loss", 1].total, one.depth["lm_loss", 1].total)
+    assert tally.depth["lm_loss", 1].base == tally.depth["lm_loss", 2].base
