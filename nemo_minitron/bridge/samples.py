@@ -96,6 +96,11 @@ class Batch:
             given["position_ids"] = self.positions_BS
         return given
 
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of ``models.hidden_states``."""
+        given = self.inputs()
+        return {"tokens_BS": given.pop("input_ids"), **given}
+
 
 def calibration_samples(
     mixture: Sequence[tuple[TextSet, float]],
@@ -143,10 +148,13 @@ def calibration_samples(
         )
     if not rows:
         raise ValueError(f"{texts.where}: the text does not fill one sample of {length} tokens")
-    width = length + 1
-    tokens_NS = torch.zeros(len(rows), width, dtype=torch.int64)
-    positions_NS = torch.zeros(len(rows), width, dtype=torch.int64)
-    valid_NS = torch.zeros(len(rows), width, dtype=torch.bool)
+    return _padded(rows, length + 1, packing)
+
+
+def _padded(rows: Sequence[tuple[Tensor, Tensor]], width: int, packing: str) -> Samples:
+    shape = (len(rows), width)
+    tokens_NS, positions_NS = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    valid_NS = torch.zeros(shape, dtype=torch.bool)
     for i, (ids_S, positions_S) in enumerate(rows):
         tokens_NS[i, : len(ids_S)], positions_NS[i, : len(ids_S)] = ids_S, positions_S
         valid_NS[i, : len(ids_S)] = True

@@ -52,6 +52,29 @@ def loss_sum(model: Any, family: Family, hidden_BSH: Tensor, labels_BS: Tensor) 
     return float(terms.ce) * count, count
 
 
+def check_isolation(model: Any, family: Family) -> None:
+    """Refuses packed documents where one would see another, found out by trying.
+
+    Attention is kept inside documents by transformers where a family hands on its position ids; one that does
+    not, and recurrent layers, would leak without a word.
+
+    Raises:
+        ValueError: two short documents in one sample come out otherwise than apart.
+    """
+    decoder, device = decoder_of(model, family), next(model.parameters()).device
+    ids_BS = torch.arange(2, 18, device=device)[None] % model.config.vocab_size
+    positions_BS = torch.arange(8, device=device).repeat(2)[None]
+    with frozen(model):
+        packed_BSH = decoder(input_ids=ids_BS, position_ids=positions_BS, use_cache=False).last_hidden_state
+        alone_BSH = decoder(input_ids=ids_BS[:, 8:], use_cache=False).last_hidden_state
+    tolerance = 1e-3 if packed_BSH.dtype == torch.float32 else 3e-2
+    if not torch.allclose(packed_BSH[:, 8:], alone_BSH, atol=tolerance * float(alone_BSH.abs().max())):
+        raise ValueError(
+            f"data.calibration.packing=documents: in {family.model_type}, as the installed transformers "
+            "computes it, one document sees another; use off (one document per sample) or plain"
+        )
+
+
 class Losses:
     """Sums of the loss of a whole model and of it without each of some blocks."""
 
@@ -89,13 +112,12 @@ def losses_without(
     """
     inputs = list(detour.inputs)
     detour.catch = False
-    more = {key: value for key, value in batch.inputs().items() if key != "input_ids"}
     for block in losses.blocks:
         start = inputs[block[0]]
         assert start is not None
         detour.skip = frozenset(range(block[0])) | set(block) | removed
         detour.inject = {0: start}
-        hidden_BSH = hidden_states(model, family, batch.tokens_BS, **more)
+        hidden_BSH = hidden_states(model, family, **batch.arguments())
         losses.add(block, loss_sum(model, family, hidden_BSH, batch.labels_BS))
     detour.skip, detour.inject, detour.inputs = removed, {}, [None] * len(inputs)
 
@@ -127,7 +149,7 @@ def in_memory(
     layers = axis_sizes(family, config)["layers"]
     recorder = Recorder(family, config, measures)
     losses = Losses(layers, measures.losses, removed)
-    decoder, device = decoder_of(model, family), next(model.parameters()).device
+    device = next(model.parameters()).device
     detour = Detour(model, family, layers)
     detour.skip = removed
     done: dict[int, str] = {}
@@ -139,21 +161,32 @@ def in_memory(
         found = recorder.tally()
         return replace(found, depth={**found.depth, **losses.depth()}, samples=dict(done))
 
+    if samples.positions_NS is not None:
+        check_isolation(model, family)
     with frozen(model), detour.attached(), recorder.attached(model):
-        for turn, group in enumerate([*groups, *[[0]] * idle]):
+        for group in groups:
             batch = samples.batch(group).to(device)
-            recorder.mask, recorder.paused = batch.mask_BS, turn >= len(groups)
-            if losses.blocks:
-                detour.catch = True
-                more = {key: value for key, value in batch.inputs().items() if key != "input_ids"}
-                hidden_BSH = hidden_states(model, family, batch.tokens_BS, **more)
-                counted = losses if turn < len(groups) else Losses(layers, measures.losses, removed)
-                counted.add(None, loss_sum(model, family, hidden_BSH, batch.labels_BS))
-                recorder.paused = True
-                losses_without(model, family, detour, batch, counted, removed)
-            else:
-                decoder(**batch.inputs())
-            if turn < len(groups):
-                done |= {index: fingerprints[index] for index in group}
-                report(tally, batch.tokens_BS.numel())
+            _read(model, recorder, detour, batch, losses, removed)
+            done |= {index: fingerprints[index] for index in group}
+            report(tally, batch.tokens_BS.numel())
+        recorder.idle = True
+        for _ in range(idle):
+            uncounted = Losses(layers, measures.losses, removed)
+            _read(model, recorder, detour, samples.batch([0]).to(device), uncounted, removed)
     return tally()
+
+
+def _read(
+    model: Any, recorder: Recorder, detour: Detour, batch: Batch, losses: Losses, removed: frozenset[int]
+) -> None:
+    """Takes one batch through the model, recorded, and through it without each block."""
+    family = recorder.family
+    recorder.mask, recorder.paused = batch.mask_BS, recorder.idle
+    if not losses.blocks:
+        decoder_of(model, family)(**batch.inputs())
+        return
+    detour.catch = True
+    hidden_BSH = hidden_states(model, family, **batch.arguments())
+    losses.add(None, loss_sum(model, family, hidden_BSH, batch.labels_BS))
+    recorder.paused = True
+    losses_without(model, family, detour, batch, losses, removed)

@@ -25,7 +25,7 @@ from nemo_minitron.artifacts.checkpoint import Checkpoint, both_spellings, load_
 from nemo_minitron.bridge.detour import Detour
 from nemo_minitron.bridge.models import decoder_of, frozen, hidden_states, load_layers
 from nemo_minitron.bridge.samples import Batch, Samples
-from nemo_minitron.bridge.scoring import Block, Losses, loss_sum
+from nemo_minitron.bridge.scoring import Block, Losses, check_isolation, loss_sum
 from nemo_minitron.bridge.taps import Measures, Recorder
 from nemo_minitron.core.cut import Cut, cut_config, pieces
 from nemo_minitron.core.importance import Moments, merge
@@ -176,6 +176,8 @@ def streamed(
         kept = [layer for layer in range(layers) if layer not in removed]
         for layer in kept:
             with loader.loaded(layer) as (model, detour, here, config):
+                if samples.positions_NS is not None:
+                    check_isolation(model, family)
                 recorder = Recorder(family, config, measures, only=[here])
                 with recorder.attached(model):
                     for number, batch in enumerate(batches):
@@ -192,16 +194,11 @@ def streamed(
                 for number, batch in enumerate(batches):
                     for block in [None, *losses.blocks]:
                         detour.inject = {0: shelf.get((block, number)).to(device)}
-                        hidden_BSH = hidden_states(model, family, **_arguments(batch.to(device)))
+                        hidden_BSH = hidden_states(model, family, **batch.to(device).arguments())
                         losses.add(block, loss_sum(model, family, hidden_BSH, batch.labels_BS.to(device)))
     fingerprints = samples.fingerprints()
     done = {index: fingerprints[index] for group in groups for index in group}
     return replace(found, depth={**found.depth, **losses.depth()}, samples=done)
-
-
-def _arguments(batch: Batch) -> dict[str, Any]:
-    given = batch.inputs()
-    return {"tokens_BS": given.pop("input_ids"), **given}
 
 
 def _advance(

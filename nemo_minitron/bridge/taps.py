@@ -43,7 +43,8 @@ class Recorder:
     Attributes:
         mask: positions that count in the coming forward pass, Tensor of shape [samples, positions], or None
             for all.
-        paused: whether a forward pass goes unrecorded.
+        paused: whether the coming forward pass goes unrecorded.
+        idle: whether all do from now on.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Recorder:
         }
         self.places = {axis: layers for axis, layers in where.items() if layers}
         self.mask: Tensor | None = None
-        self.paused = False
+        self.paused = self.idle = False
         self._sums: dict[tuple[str, str, int, int], Moments] = {}
         self._routed: dict[tuple[str, int], Tensor] = {}
         self._depth: dict[tuple[int, int], list[Any]] = {}

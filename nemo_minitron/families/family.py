@@ -118,7 +118,6 @@ class Family:
     proofs: tuple[Mapping[str, Any], ...] = ({},)
     since: str = "5.0"
     zero_centred_norms: bool = False
-    recurrent: bool = False
 
     @property
     def prunable(self) -> tuple[str, ...]:
@@ -142,7 +141,6 @@ class Family:
 _KEYS = {
     "model_type", "architecture", "axes", "defaults", "tensors", "ignored", "taps", "modules", "constraints",
     "define", "fold", "logits", "needs", "proofs", "since", "zero_centred_norms",
-    "recurrent",
 }  # fmt: skip
 _AXIS_KEYS = {f.name for f in fields(Axis)} - {"name", "fallback"} | {"or"}
 
@@ -202,7 +200,6 @@ def _family(table: Mapping[str, Any]) -> Family:
         proofs=tuple(table.get("proofs", [{}])),
         since=str(table.get("since", "5.0")),
         zero_centred_norms=table.get("zero_centred_norms", False),
-        recurrent=table.get("recurrent", False),
     )
 
 

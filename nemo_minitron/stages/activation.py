@@ -21,6 +21,7 @@ from nemo_minitron.stages.stage import calibration_mixture
 
 if TYPE_CHECKING:
     from nemo_minitron.bridge.ranks import Ranks
+    from nemo_minitron.bridge.samples import Samples
     from nemo_minitron.bridge.taps import Measures
 
 
@@ -88,11 +89,6 @@ def prepare(config: Config, folder: Path, teacher: Input) -> Prepared:
     from nemo_minitron.bridge.samples import calibration_samples
 
     checkpoint, calibration = open_checkpoint(folder), config.data.calibration
-    if calibration.packing == "documents" and checkpoint.family.recurrent:
-        raise ValueError(
-            f"data.calibration.packing=documents: the recurrent layers of {checkpoint.family.model_type} "
-            "carry one document into the next; use off (one document per sample) or plain"
-        )
     samples = calibration_samples(
         calibration_mixture(config), load_tokenizer(folder), calibration.sequence_length, calibration.samples,
         calibration.seed, calibration.packing,

@@ -9,7 +9,7 @@ from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.bridge.detour import Detour
 from nemo_minitron.bridge.models import load_model
 from nemo_minitron.bridge.samples import Samples
-from nemo_minitron.bridge.scoring import in_memory
+from nemo_minitron.bridge.scoring import check_isolation, in_memory
 from nemo_minitron.bridge.specimens import tiny_model
 from nemo_minitron.bridge.streaming import layer_bytes, streamed
 from nemo_minitron.bridge.taps import Measures
@@ -133,7 +133,11 @@ def test_a_detour_leaves_no_trace(tmp_path):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("name", sorted(set(INSTALLED) - {"nemotron_h"}))
+LEAKS = {"gpt_oss", "nemotron_h"}
+"""transformers does not hand gpt-oss' position ids to its masks; Mamba layers carry their state on."""
+
+
+@pytest.mark.parametrize("name", sorted(INSTALLED))
 def test_packed_documents_do_not_see_each_other(tmp_path, name):
     """Two documents in one sample, positions starting over: the hidden states of two separate samples."""
     family = families()[name]
@@ -146,6 +150,11 @@ def test_packed_documents_do_not_see_each_other(tmp_path, name):
         torch.cat([both, both[:, :1]], 1), None, torch.cat([positions, torch.tensor([[7]])], 1)
     ).batch([0])
     model = load_model(folder, torch.float32)
+    if name in LEAKS:
+        with pytest.raises(ValueError, match="one document sees another; use off"):
+            check_isolation(model, family)
+        return
+    check_isolation(model, family)
     decoder = model.get_submodule(family.modules["decoder"])
     with torch.inference_mode():
         packed = decoder(**batch.inputs()).last_hidden_state

@@ -142,7 +142,7 @@ def test_experts_and_their_neurons_against_the_formula(tmp_path, sequence):
     caught, model = by_hand(folder, samples)
     tally = score(folder, samples)
     mask = samples.valid_NS[:, :-1]
-    for i, layer in enumerate(model.model.layers):
+    for i, layer in enumerate(model.requires_grad_(False).model.layers):
         x = caught[f"{i}.mlp"]
         logits = torch.nn.functional.linear(x, layer.mlp.gate.weight)
         weights, chosen = torch.topk(logits.softmax(-1), 2, dim=-1)

@@ -160,4 +160,4 @@ def test_tables_are_short_and_hold_one_family_each():
     for path in sorted(Path(TABLES).glob("*.yaml")):
         table = yaml.safe_load(path.read_text())
         assert table["model_type"] == path.stem
-        assert len(path.read_text().splitlines()) < 90, path
+        assert len(path.read_text().splitlines()) <= 100, path

@@ -1,0 +1,293 @@
+"""The score stage: parts of a whole, growth, resumption, ranks, rounds; the same numbers on every way."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nemo_minitron.artifacts.plan import read_plan
+from nemo_minitron.artifacts.scores import read_scores
+from nemo_minitron.cli import main
+from tests.conftest import make_model, minitron
+from tests.test_cli import refused
+
+
+@pytest.fixture
+def words(teacher, corpus):
+    """A source and a little calibration text."""
+    return [
+        f"source.model={teacher}", f"data.calibration.paths=[{corpus}]", "data.calibration.samples=11",
+        "data.calibration.sequence_length=16", "score.batch_size=2", "score.aggregation.also=[l2,var]",
+    ]  # fmt: skip
+
+
+def score(place, words, *more):
+    assert main(["score", f"workspace={place}", *words, *more]) == 0
+    return read_scores(place / "scores")
+
+
+def ended(command, seconds=120):
+    """Runs a command in a process group of its own, and ends all of it after a while."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def same(found, expected, rtol=1e-6):
+    """All sums and rankings, to rounding."""
+    assert found.tally.samples == expected.tally.samples
+    assert set(found.tally.sums) == set(expected.tally.sums)
+    assert set(found.tally.depth) == set(expected.tally.depth)
+    for key, sums in expected.tally.sums.items():
+        assert torch.allclose(found.tally.sums[key].squares, sums.squares, rtol=rtol), key
+    for key, sums in expected.tally.depth.items():
+        assert found.tally.depth[key].count == sums.count
+        assert torch.allclose(found.tally.depth[key].total, sums.total, rtol=rtol), key
+    for axis, ranking in expected.ranking.items():
+        assert torch.allclose(found.ranking[axis], ranking, rtol=1e-4, atol=1e-7), axis
+    return True
+
+
+def test_parts_scored_apart_merge_to_the_whole(capsys, tmp_path, words):
+    words = [*words, "score.depth=lm_loss", "score.blocks=[2]"]
+    whole = score(tmp_path / "whole", words)
+    assert len(whole.tally.samples) == 11
+    parts = []
+    for part in ("1/3", "2/3", "3/3"):
+        place = tmp_path / part[0]
+        parts.append(set(score(place, words, f"score.shard={part}").tally.samples))
+    assert set.union(*parts) == set(range(11)) and sum(map(len, parts)) == 11
+    merge = [f"workspace={tmp_path / 'sum'}", *words]
+    capsys.readouterr()
+    line = refused(capsys, "score", *merge, f"score.merge=[{tmp_path / '1'},{tmp_path / '3'}]")
+    assert "the parts hold 7 of 11 samples; number 1 is the first that is missing" in line
+    line = refused(capsys, "score", *merge, f"score.merge=[{tmp_path / '1'},{tmp_path / '1'}]")
+    assert "share calibration sample 0" in line
+    line = refused(capsys, "score", *merge, f"score.merge=[{tmp_path / '1'}]", "data.calibration.seed=1")
+    assert "not the samples" in line
+    merged = score(
+        tmp_path / "sum", words, f"score.merge=[{tmp_path / '3'},{tmp_path / '1'},{tmp_path / '2'}]"
+    )
+    assert same(merged, whole)
+    capsys.readouterr()
+    assert main(["score", *merge, "--json"]) == 0  # to a plain run it is the scoring that it asks for
+    assert json.loads(capsys.readouterr().out)["made"] is False
+
+
+def test_more_samples_add_to_what_is_there(capsys, tmp_path, words):
+    small = score(tmp_path / "grown", words, "data.calibration.samples=7")
+    capsys.readouterr()
+    assert main(["score", f"workspace={tmp_path / 'grown'}", *words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["notes"] == ["7 of 11 samples were scored before"]
+    assert f"{4 * 16} tokens in" in result["headline"]
+    grown = read_scores(tmp_path / "grown" / "scores")
+    assert same(grown, score(tmp_path / "whole", words))
+    assert grown.tally.samples.items() > small.tally.samples.items()
+    capsys.readouterr()
+    # another aggregation is another ranking of the same sums: nothing is run
+    assert (
+        main(["score", f"workspace={tmp_path / 'grown'}", *words, "score.aggregation.sequence=l2", "--json"])
+        == 0
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert result["made"] and "tokens" not in result["headline"]
+    assert not torch.allclose(read_scores(tmp_path / "grown" / "scores").ranking["ffn"], grown.ranking["ffn"])
+    # sums over too many samples cannot be taken back
+    assert same(score(tmp_path / "grown", words, "data.calibration.samples=7"), small)
+
+
+@pytest.mark.parametrize("streaming", ["off", "on"])
+def test_a_killed_scoring_goes_on_where_it_was(tmp_path, words, streaming):
+    slow = ["data.calibration.samples=1500", "score.save_seconds=0", f"score.streaming={streaming}"]
+    command = [sys.executable, "-m", "nemo_minitron", "score", *words, *slow]
+    place = tmp_path / "killed"
+    process = subprocess.Popen([*command, f"workspace={place}"], stderr=subprocess.DEVNULL)
+    state = place / "scores" / "state"
+    while process.poll() is None and not any(state.glob("part-0")):
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (place / "scores" / "manifest.json").exists()
+    done = minitron("score", f"workspace={place}", *words, *slow, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    if streaming == "off":
+        (note,) = result["notes"]
+        assert 0 < int(re.match(r"(\d+) of 1500 samples were scored before", note)[1]) < 1500
+    assert not state.exists()
+    assert same(read_scores(place / "scores"), score(tmp_path / "whole", words, *slow))
+    assert main(["verify", str(place)]) == 0
+
+
+@pytest.mark.parametrize("more", [(), ("score.parallel=shard",), ("score.streaming=on",)])
+def test_two_ranks_give_what_one_gives(tmp_path, words, more):
+    depth = ["score.depth=lm_loss", "plan.layers=1", "plan.layer_choice=greedy"]
+    alone = score(tmp_path / "one", words, *depth)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m",
+               "nemo_minitron", "score", *words, *depth, *more, f"workspace={tmp_path / 'two'}"]  # fmt: skip
+    done = ended(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("score: activation importance") == 1
+    found = read_scores(tmp_path / "two" / "scores")
+    assert same(found, alone)
+    assert found.greedy == alone.greedy and len(found.greedy) == 2
+
+
+def test_a_mistake_on_rank_0_ends_all_ranks(tmp_path, words):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m",
+               "nemo_minitron", "score", *words, "data.calibration.samples=999999",
+               f"workspace={tmp_path / 'two'}"]  # fmt: skip
+    done = ended(command)
+    assert done.returncode != 0
+    assert "expected 999999 samples of 16 tokens" in done.stderr
+
+
+def test_layers_chosen_one_by_one_in_a_block_or_greedily(tmp_path, teacher, corpus):
+    words = [
+        f"source.model={teacher}", f"data.calibration.paths=[{corpus}]", "data.calibration.samples=6",
+        "data.calibration.sequence_length=16", "score.depth=lm_loss", "plan.layers=1",
+    ]  # fmt: skip
+    dropped = {}
+    for choice in ("scattered", "contiguous", "greedy"):
+        place = tmp_path / choice
+        scores = score(place, words, f"plan.layer_choice={choice}")
+        assert main(["plan", f"workspace={place}", *words, f"plan.layer_choice={choice}"]) == 0
+        dropped[choice] = read_plan(place / "plan").layers_dropped
+    importance = scores.ranking["layers"]
+    assert set(dropped["scattered"]) == set(importance.argsort()[:2].tolist())
+    assert dropped["contiguous"] in ((0, 1), (1, 2))
+    assert set(dropped["greedy"]) == set(scores.greedy)
+    assert scores.greedy[0] == int(importance.argmin())
+
+
+def test_a_choice_that_was_not_measured_says_what_to_run(capsys, tmp_path, words):
+    place = tmp_path / "ws"
+    score(place, words)
+    plan = ["plan", f"workspace={place}", *words, "plan.layers=1"]
+    assert "score.blocks=[2]" in refused(capsys, *plan, "plan.layer_choice=contiguous")
+    assert "run score with the same plan.layers" in refused(capsys, *plan, "plan.layer_choice=greedy")
+
+
+def test_layers_ranked_by_a_task(tmp_path, teacher, corpus):
+    words = [
+        f"source.model={teacher}", f"data.train.paths=[{corpus}]", "data.holdout=0.3",
+        "data.calibration.samples=4", "data.calibration.sequence_length=16", "score.depth=task",
+        "score.tasks=[held_out_choice]", "score.task_limit=20",
+    ]  # fmt: skip
+    scores = score(tmp_path / "ws", words, "plan.layers=1", "plan.layer_choice=greedy")
+    sums = scores.tally.depth["task", 1]
+    assert 0 <= sums.base <= 1 and ((sums.total >= 0) & (sums.total <= 1)).all()
+    assert torch.allclose(scores.ranking["layers"], sums.base - sums.total)
+    assert len(set(scores.greedy)) == 2
+    # by hand: the accuracy of the checkpoint that really lacks the layer
+    from nemo_minitron.artifacts.checkpoint import open_checkpoint
+    from nemo_minitron.bridge.models import load_model
+    from nemo_minitron.bridge.tasks import accuracy_without
+    from nemo_minitron.bridge.text import documents, find_text
+    from tests.conftest import stream
+
+    cut = stream(teacher, tmp_path / "cut", {}, (0, 2))
+    texts = find_text([str(corpus)], [], "auto", "text", "data.train", "held_out", 0.3)
+    found = accuracy_without(
+        load_model(cut), open_checkpoint(cut), ["held_out_choice"], None, lambda: documents(texts), 20, 8, 1,
+        frozenset(),
+    )  # fmt: skip
+    assert found.base == pytest.approx(float(sums.total[1]))
+
+
+def test_rounds_of_score_and_cut_go_down_the_line(tmp_path, words):
+    targets = ["plan.hidden=12", "plan.ffn=10", "plan.heads=3"]
+    place = tmp_path / "ws"
+    once = score(tmp_path / "once", words)
+    scores = score(place, words, *targets, "score.iterations=3")
+    # after two of three rounds 20 of 40 neurons are left: those that went are below zero, in two steps
+    ffn = scores.ranking["ffn"]
+    assert ((ffn < 0).sum(-1) == 20).all()
+    assert ((ffn < -1).sum(-1) == 10).all()
+    assert set(ffn[0].argsort()[:10].tolist()) == set(once.ranking["ffn"][0].argsort()[:10].tolist())
+    assert main(["plan", f"workspace={place}", *words, *targets, "score.iterations=3"]) == 0
+    keep = read_plan(place / "plan").keep
+    assert {axis: index.shape[-1] for axis, index in keep.items()} == {"hidden": 12, "ffn": 10, "heads": 3}
+    assert (ffn.gather(1, keep["ffn"]) >= 0).all()
+    line = minitron("score", f"workspace={place}", *words, "score.iterations=2")
+    assert line.returncode == 2 and "no target size given" in line.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("score.shard=4/3", "expected i/n"),
+        ("score.shard=1/99", "11 samples cannot be split into 99 parts"),
+        ("score.blocks=[3]", "score.blocks: expected lengths of 1 to 2, found 3"),
+        (
+            "score.aggregation.also=[max]",
+            "score.aggregation.also: expected some of l2, mean, var, found 'max'",
+        ),
+        ("score.depth=task", "score.depth=task: no task given"),
+        ("score.merge=[/nowhere]", "no scores from activations there"),
+        ("data.calibration.weights=[1,2]", "expected a positive weight for each of 1 paths"),
+        ("data.calibration.packing=documents", None),
+        ("data.calibration.packing=off", None),
+    ],
+)
+def test_settings_that_cannot_be(capsys, tmp_path, words, override, message):
+    if message is None:
+        score(tmp_path / "ws", words, override)
+        return
+    line = refused(capsys, "score", f"workspace={tmp_path / 'ws'}", *words, override)
+    assert message in line
+    assert not (tmp_path / "ws" / "scores").exists()
+
+
+def test_a_wrong_setting_leaves_the_scores_that_are_there(capsys, tmp_path, words):
+    score(tmp_path / "ws", words)
+    before = (tmp_path / "ws" / "scores" / "scores.safetensors").read_bytes()
+    refused(capsys, "score", f"workspace={tmp_path / 'ws'}", *words, "data.calibration.samples=999999")
+    assert (tmp_path / "ws" / "scores" / "scores.safetensors").read_bytes() == before
+    assert main(["verify", str(tmp_path / "ws")]) == 0
+
+
+def test_auto_streams_where_the_model_does_not_fit_and_says_so(tmp_path, tokenizer_folder, corpus):
+    """A model of 1.2 GB under a limit of 0.9 GB beyond what the imports take."""
+    sizes = {"hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 20, "vocab_size": 300}
+    folder = make_model(tmp_path / "big", "llama", **sizes, num_attention_heads=8, num_key_value_heads=8,
+                        head_dim=64)  # fmt: skip
+    for path in tokenizer_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    size = (folder / "model.safetensors").stat().st_size
+    assert size > 1.1e9
+    words = [f"source.model={folder}", f"data.calibration.paths=[{corpus}]", "data.calibration.samples=4",
+             "data.calibration.sequence_length=32", "score.activation_budget=100000"]  # fmt: skip
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_DATA, (1_600_000_000, 1_600_000_000))
+
+    def run(place, *more, limit=True):
+        return subprocess.run(
+            [sys.executable, "-m", "nemo_minitron", "score", f"workspace={place}", *words, *more, "--json"],
+            capture_output=True, text=True, timeout=300, check=False,
+            preexec_fn=limited if limit else None, env={**os.environ, "OMP_NUM_THREADS": "2"},
+        )  # fmt: skip
+
+    done = run(tmp_path / "auto")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (note,) = json.loads(done.stdout)["notes"]
+    assert note.startswith("score.streaming: on, for the model needs about 1.2")
+    assert run(tmp_path / "memory", "score.streaming=off").returncode == 1  # it really does not fit
+    assert run(tmp_path / "free", limit=False).returncode == 0
+    assert same(read_scores(tmp_path / "auto" / "scores"), read_scores(tmp_path / "free" / "scores"), 1e-4)
