@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 
 from nemo_minitron.artifacts.build import discard
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
+from nemo_minitron.artifacts.manifest import digest
 from nemo_minitron.artifacts.scores import Scores, read_scores, write_scores
 from nemo_minitron.bridge.models import decoder_of, load_model, pick_device
 from nemo_minitron.bridge.ranks import Ranks
 from nemo_minitron.bridge.samples import Samples
 from nemo_minitron.bridge.scoring import in_memory
+from nemo_minitron.bridge.shelf import Savings
 from nemo_minitron.bridge.streaming import streamed
 from nemo_minitron.bridge.taps import Measures
 from nemo_minitron.core.tally import Tally, merge_tallies
@@ -140,17 +142,14 @@ def _perform(job: Job, ranks: Ranks, models: _Models, progress: Callable[[int], 
     checkpoint = open_checkpoint(job.folder)
     if job.streaming:
         device = _device(job.device, ranks)
-        return streamed(
-            checkpoint,
-            job.samples,
-            groups,
-            job.measures,
-            device,
-            job.budget,
-            job.state,
-            job.removed,
-            progress,
-        )
+        recipe = digest([checkpoint.fingerprint, groups, asdict(job.measures), sorted(job.removed)])
+        savings = Savings(job.state / f"layers-{ranks.rank}", recipe, job.save_seconds)
+        tally = streamed(
+            checkpoint, job.samples, groups, job.measures, device, job.budget, job.state, job.removed,
+            progress, savings,
+        )  # fmt: skip
+        savings.clear()
+        return tally
     idle = max(map(len, job.groups)) - len(groups) if job.sharded else 0
     saved = time.monotonic()
 

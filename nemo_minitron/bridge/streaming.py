@@ -18,62 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_minitron.artifacts.checkpoint import Checkpoint, both_spellings, load_tensor
 from nemo_minitron.bridge.detour import Detour
 from nemo_minitron.bridge.models import decoder_of, frozen, hidden_states, load_layers
 from nemo_minitron.bridge.samples import Batch, Samples
-from nemo_minitron.bridge.scoring import Block, Losses, check_isolation, loss_sum
+from nemo_minitron.bridge.scoring import Losses, check_isolation, loss_sum
+from nemo_minitron.bridge.shelf import Savings, Shelf
 from nemo_minitron.bridge.taps import Measures, Recorder
 from nemo_minitron.core.cut import Cut, cut_config, pieces
 from nemo_minitron.core.importance import Moments, merge
 from nemo_minitron.core.tally import Tally, place
 from nemo_minitron.families import axis_sizes, present_axes
-
-Stream = tuple[Block | None, int]
-"""Hidden states that wait for the next layer: of the model without a block (None: whole), for a batch."""
-
-
-class Shelf:
-    """Tensors kept in memory up to a budget, and beyond it on disk."""
-
-    def __init__(self, budget: int, folder: Path) -> None:
-        """An empty shelf.
-
-        Args:
-            budget: bytes to keep in memory.
-            folder: an existing folder for the rest.
-        """
-        self._left, self._folder = budget, folder
-        self._memory: dict[Stream, Tensor] = {}
-        self._disk: dict[Stream, Path] = {}
-        self.spilled = 0
-
-    def put(self, key: Stream, tensor: Tensor) -> None:
-        """Keeps a tensor; one with the same key gives way."""
-        self.drop(key)
-        if tensor.nbytes <= self._left:
-            self._left -= tensor.nbytes
-            self._memory[key] = tensor.cpu()
-            return
-        block, batch = key
-        name = f"{batch}-{'-'.join(map(str, block or ()))}.safetensors"
-        save_file({"hidden": tensor.cpu().contiguous()}, self._folder / name)
-        self._disk[key] = self._folder / name
-        self.spilled += tensor.nbytes
-
-    def get(self, key: Stream) -> Tensor:
-        """A tensor, by key."""
-        return self._memory[key] if key in self._memory else load_file(self._disk[key])["hidden"]
-
-    def drop(self, key: Stream) -> None:
-        """Forgets a tensor, where there is one."""
-        if key in self._memory:
-            self._left += self._memory.pop(key).nbytes
-        elif key in self._disk:
-            self._disk.pop(key).unlink()
 
 
 def layer_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -144,6 +101,7 @@ def streamed(
     spill: Path,
     removed: frozenset[int] = frozenset(),
     progress: Callable[[int], None] = lambda _: None,
+    savings: Savings | None = None,
 ) -> Tally:
     """The sums of ``scoring.in_memory``, with one layer in memory at a time.
 
@@ -157,6 +115,7 @@ def streamed(
         spill: an existing folder, for the hidden states beyond.
         removed: layers that are left out all along.
         progress: called with the tokens that each layer read.
+        savings: where a killed pass goes on from.
 
     Raises:
         ValueError: influence of longer blocks was asked for: that needs all layers' hidden states at once.
@@ -165,71 +124,93 @@ def streamed(
         raise ValueError(
             "block influence of several layers together needs the model in memory: score.streaming=off"
         )
-    family, layers = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)["layers"]
-    losses = Losses(layers, measures.losses, removed)
-    found = Tally()
-    batches = [samples.batch(group) for group in groups]
     with tempfile.TemporaryDirectory(dir=spill) as name:
         (Path(name) / "model").mkdir()
         loader = _OneLayer(checkpoint, device, Path(name) / "model")
-        shelf = Shelf(budget, Path(name))
-        kept = [layer for layer in range(layers) if layer not in removed]
-        for layer in kept:
-            with loader.loaded(layer) as (model, detour, here, config):
-                if samples.positions_NS is not None:
-                    check_isolation(model, family)
-                recorder = Recorder(family, config, measures, only=[here])
-                with recorder.attached(model):
-                    for number, batch in enumerate(batches):
-                        born = [block for block in losses.blocks if block[0] == layer]
-                        _advance(
-                            model, detour, here, recorder, shelf, batch.to(device), number, born,
-                            [b for b in losses.blocks if b[0] < layer and layer not in b], layer == kept[0],
-                        )  # fmt: skip
-                        progress(batch.tokens_BS.numel())
-                found = _joined(found, recorder.tally(), layer, here, layers)
-        if losses.blocks:
-            with loader.loaded(kept[-1]) as (model, detour, _, _):
-                detour.skip = frozenset(range(layers))
-                for number, batch in enumerate(batches):
-                    for block in [None, *losses.blocks]:
-                        detour.inject = {0: shelf.get((block, number)).to(device)}
-                        hidden_BSH = hidden_states(model, family, **batch.to(device).arguments())
-                        losses.add(block, loss_sum(model, family, hidden_BSH, batch.labels_BS.to(device)))
+        batches = [samples.batch(group) for group in groups]
+        one = _Pass(loader, Shelf(budget, Path(name)), batches, measures, removed, progress)
+        found = one.run(savings, check=samples.positions_NS is not None)
     fingerprints = samples.fingerprints()
     done = {index: fingerprints[index] for group in groups for index in group}
-    return replace(found, depth={**found.depth, **losses.depth()}, samples=done)
+    return replace(found, depth={**found.depth, **one.losses.depth()}, samples=done)
 
 
-def _advance(
-    model: Any,
-    detour: Detour,
-    here: int,
-    recorder: Recorder,
-    shelf: Shelf,
-    batch: Batch,
-    number: int,
-    born: list[Block],
-    lacking: list[Block],
-    first: bool,
-) -> None:
-    """Takes one batch through one layer, as the whole model has it and as models without a block have it."""
-    decoder = decoder_of(model, recorder.family)
-    recorder.mask, recorder.paused, detour.catch = batch.mask_BS, False, True
-    detour.inject = {} if first else {here: shelf.get((None, number)).to(batch.tokens_BS.device)}
-    decoder(**batch.inputs())
-    before, after = detour.inputs[here], detour.output
-    assert before is not None and after is not None
-    for block in born:  # the model without this block goes on from here behind the block
-        shelf.put((block, number), before)
-    shelf.put((None, number), after)
-    recorder.paused = True
-    for block in lacking:
-        detour.inject = {here: shelf.get((block, number)).to(batch.tokens_BS.device)}
+class _Pass:
+    """One pass over all layers; what its steps have in common."""
+
+    def __init__(
+        self,
+        loader: _OneLayer,
+        shelf: Shelf,
+        batches: Sequence[Batch],
+        measures: Measures,
+        removed: frozenset[int],
+        progress: Callable[[int], None],
+    ) -> None:
+        self.loader, self.shelf, self.batches, self.measures = loader, shelf, batches, measures
+        self.progress = progress
+        self.family = loader.checkpoint.family
+        self.layers = axis_sizes(self.family, loader.checkpoint.config)["layers"]
+        self.kept = [layer for layer in range(self.layers) if layer not in removed]
+        self.losses = Losses(self.layers, measures.losses, removed)
+
+    def run(self, savings: Savings | None, check: bool) -> Tally:
+        """Takes all batches through layer after layer."""
+        start, found = savings.load(self.shelf) if savings is not None else (0, Tally())
+        if start:
+            print(f"scoring goes on at layer {self.kept[start]}", flush=True)
+        self.progress(start * sum(batch.tokens_BS.numel() for batch in self.batches))
+        for position, layer in enumerate(self.kept[start:], start):
+            with self.loader.loaded(layer) as (model, detour, here, config):
+                if check:
+                    check_isolation(model, self.family)
+                recorder = Recorder(self.family, config, self.measures, only=[here])
+                with recorder.attached(model):
+                    for number, batch in enumerate(self.batches):
+                        fed = batch.to(self.loader.device)
+                        self._advance(model, detour, here, recorder, fed, number, layer)
+                        self.progress(batch.tokens_BS.numel())
+                found = _joined(found, recorder.tally(), layer, here, self.layers)
+                if layer == self.kept[-1]:
+                    self._finish(model, detour)
+            if savings is not None and layer != self.kept[-1]:
+                savings.save(self.shelf, position + 1, found)
+        return found
+
+    def _advance(
+        self, model: Any, detour: Detour, here: int, recorder: Recorder, batch: Batch, number: int, layer: int
+    ) -> None:
+        """Takes a batch through a layer, as the whole model has it and as models without a block have it."""
+        decoder, shelf = decoder_of(model, self.family), self.shelf
+        recorder.mask, recorder.paused, detour.catch = batch.mask_BS, False, True
+        if layer != self.kept[0]:
+            detour.inject = {here: shelf.get((None, number)).to(self.loader.device)}
         decoder(**batch.inputs())
-        assert detour.output is not None
-        shelf.put((block, number), detour.output)
-    detour.output, detour.inject, detour.inputs[here] = None, {}, None
+        before, after = detour.inputs[here], detour.output
+        assert before is not None and after is not None
+        recorder.paused = True
+        for block in self.losses.blocks:
+            if block[0] == layer:  # the model without this block goes on from here behind it
+                shelf.put((block, number), before)
+            elif block[0] < layer and layer not in block:
+                detour.inject = {here: shelf.get((block, number)).to(self.loader.device)}
+                decoder(**batch.inputs())
+                assert detour.output is not None
+                shelf.put((block, number), detour.output)
+        shelf.put((None, number), after)
+        detour.output, detour.inject, detour.inputs[here] = None, {}, None
+
+    def _finish(self, model: Any, detour: Detour) -> None:
+        """Final norm, head and loss of all that has come through the last layer."""
+        if not self.losses.blocks:
+            return
+        detour.skip = frozenset(range(self.layers))
+        for number, batch in enumerate(self.batches):
+            fed = batch.to(self.loader.device)
+            for block in [None, *self.losses.blocks]:
+                detour.inject = {0: self.shelf.get((block, number)).to(self.loader.device)}
+                hidden_BSH = hidden_states(model, self.family, **fed.arguments())
+                self.losses.add(block, loss_sum(model, self.family, hidden_BSH, fed.labels_BS))
 
 
 def _joined(found: Tally, one: Tally, layer: int, here: int, layers: int) -> Tally:

@@ -75,9 +75,9 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class Tap:
-    """Where an activation is read: the ``side`` (input or output) of the module at path ``module``.
+    """Where an activation is read: the ``side`` of the module at path ``module``.
 
-    ``experts`` as a side: from inside the routed experts that this module holds. ``dim`` are the axes along
+    Its input, its output, or from inside the routed ``experts`` that it holds. ``dim`` are the axes along
     the activation's last dimension; None: those of the row of the module's weight.
     """
 
@@ -260,12 +260,8 @@ def _regex(pattern: str, placeholders: set[str]) -> re.Pattern[str]:
 def _tap(text: str) -> Tap:
     match = re.fullmatch(r"(input|output|experts) of (\S+)(?: as (.+))?", text)
     if match is None:
-        raise ValueError(
-            f"tap {text!r}: expected 'input of MODULE', 'output of MODULE' [as AXES] or 'experts of MODULE'"
-        )
-    return Tap(
-        match.group(1), match.group(2), parse_row(f"({match.group(3)})")[0] if match.group(3) else None
-    )
+        raise ValueError(f"tap {text!r}: expected 'input (output, experts) of MODULE' [as AXES]")
+    return Tap(match[1], match[2], parse_row(f"({match[3]})")[0] if match[3] else None)
 
 
 def use_tables(path: str | Path) -> None:
