@@ -41,10 +41,12 @@ oldest: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.score
+	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.prune
 	$(BIN)/python -m benchmarks.distill
 
 paper: setup
+	$(BIN)/python -m benchmarks.importance
 	$(BIN)/python -m benchmarks.paper
 
 gpu: setup

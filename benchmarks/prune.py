@@ -11,6 +11,7 @@ import sys
 import tempfile
 import venv
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,13 +33,13 @@ SHARD = 500_000_000
 MERGEKIT = "mergekit==0.1.5"
 
 
-def make(folder: Path) -> Path:
-    """Writes the source checkpoint in shards of 500 MB."""
+def make_checkpoint(folder: Path, shape: dict[str, Any], name: str, dtype: torch.dtype) -> Path:
+    """Writes a random Llama of a shape in shards of 500 MB."""
     folder.mkdir()
-    shapes = {name: shape for name, _, shape in expected_tensors(families()["llama"], SHAPE)}
-    planned = [Planned(name, "BF16", shape) for name, shape in shapes.items()]
-    write_weights(folder, planned, lambda name: torch.randn(shapes[name]).bfloat16(), SHARD)
-    write_json(folder / "config.json", SHAPE)
+    shapes = {tensor: size for tensor, _, size in expected_tensors(families()["llama"], shape)}
+    planned = [Planned(tensor, name, size) for tensor, size in shapes.items()]
+    write_weights(folder, planned, lambda tensor: (torch.randn(shapes[tensor]) * 0.02).to(dtype), SHARD)
+    write_json(folder / "config.json", shape)
     return folder
 
 
@@ -125,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         kept = Path(sys.argv[1]) if len(sys.argv) > 1 else work
-        source = make(work / "source")
+        source = make_checkpoint(work / "source", SHAPE, "BF16", torch.bfloat16)
         rival = mergekit(kept)
         for kind, width, depth, aim in (
             ("width", True, False, 2.0),

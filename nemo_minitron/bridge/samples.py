@@ -142,6 +142,8 @@ def calibration_samples(
         rows.append(row)
         taken[source] += 1
     texts = mixture[0][0]
+    if not rows and next(documents(texts), None) is None:
+        raise ValueError(f"{texts.where}.paths: {len(texts.files)} files hold no text")
     if samples is not None and len(rows) < samples:
         raise ValueError(
             f"{where}.samples: expected {samples} samples of {length} tokens, the text yields {len(rows)}"

@@ -161,21 +161,24 @@ class _Pass:
             print(f"scoring goes on at layer {self.kept[start]}", flush=True)
         self.progress(start * sum(batch.tokens_BS.numel() for batch in self.batches))
         for position, layer in enumerate(self.kept[start:], start):
-            with self.loader.loaded(layer) as (model, detour, here, config):
-                if check:
-                    check_isolation(model, self.family)
-                recorder = Recorder(self.family, config, self.measures, only=[here])
-                with recorder.attached(model):
-                    for number, batch in enumerate(self.batches):
-                        fed = batch.to(self.loader.device)
-                        self._advance(model, detour, here, recorder, fed, number, layer)
-                        self.progress(batch.tokens_BS.numel())
-                found = _joined(found, recorder.tally(), layer, here, self.layers)
-                if layer == self.kept[-1]:
-                    self._finish(model, detour)
+            found = self._layer(layer, found, check)
             if savings is not None and layer != self.kept[-1]:
                 savings.save(self.shelf, position + 1, found)
         return found
+
+    def _layer(self, layer: int, found: Tally, check: bool) -> Tally:
+        """Takes all batches through one layer; nothing of it is left when it returns."""
+        with self.loader.loaded(layer) as (model, detour, here, config):
+            if check:
+                check_isolation(model, self.family)
+            recorder = Recorder(self.family, config, self.measures, only=[here])
+            with recorder.attached(model):
+                for number, batch in enumerate(self.batches):
+                    self._advance(model, detour, here, recorder, batch.to(self.loader.device), number, layer)
+                    self.progress(batch.tokens_BS.numel())
+            if layer == self.kept[-1]:
+                self._finish(model, detour)
+            return _joined(found, recorder.tally(), layer, here, self.layers)
 
     def _advance(
         self, model: Any, detour: Detour, here: int, recorder: Recorder, batch: Batch, number: int, layer: int

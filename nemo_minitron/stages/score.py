@@ -83,33 +83,14 @@ def run(config: Config) -> Result:
 
 
 def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What decides the scores.
-
-    Raises:
-        ValueError: an unknown aggregation, or choices that exclude each other.
-    """
+    """What decides the scores."""
     score = config.score
     settings: dict[str, Any] = {"importance": score.importance, "depth": score.depth}
     if score.importance == "random":
         settings["seed"] = score.seed
     if score.importance != "activation":
         return settings
-    unknown = [how for how in score.aggregation.also if how not in AGGREGATIONS]
-    if unknown:
-        raise ValueError(
-            f"score.aggregation.also: expected some of {', '.join(AGGREGATIONS)}, found {unknown[0]!r}"
-        )
-    if score.shard and (score.merge or score.iterations > 1 or config.plan.layer_choice == "greedy"):
-        raise ValueError(
-            "score.shard: a part can neither be merged, nor be iterated, nor remove layers greedily: "
-            "merge the parts first"
-        )
-    if score.merge and (
-        score.iterations > 1 or score.depth == "task" or config.plan.layer_choice == "greedy"
-    ):
-        raise ValueError(
-            "score.merge: adds up what was scored, and runs no model: not with iterations, tasks, greedy"
-        )
+    _check(config, checkpoint)
     layers = axis_sizes(checkpoint.family, checkpoint.config)["layers"]
     calibration = config.data.calibration
     settings |= {
@@ -131,11 +112,39 @@ def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     if greedy_steps(config, layers):
         settings["greedy"] = greedy_steps(config, layers)
     if score.iterations > 1:
-        target_sizes(checkpoint.family, checkpoint.config, config.plan)
         settings["iterations"] = [score.iterations, given(config.plan)]
     if score.shard:
         settings["shard"] = score.shard
     return settings
+
+
+def _check(config: Config, checkpoint: Checkpoint) -> None:
+    """Refuses what cannot be, before anything is run.
+
+    Raises:
+        ValueError: an unknown aggregation, or choices that exclude each other.
+    """
+    score = config.score
+    unknown = [how for how in score.aggregation.also if how not in AGGREGATIONS]
+    if unknown:
+        raise ValueError(
+            f"score.aggregation.also: expected some of {', '.join(AGGREGATIONS)}, found {unknown[0]!r}"
+        )
+    if score.shard and (score.merge or score.iterations > 1 or config.plan.layer_choice == "greedy"):
+        raise ValueError(
+            "score.shard: a part can neither be merged, nor be iterated, nor remove layers greedily: "
+            "merge the parts first"
+        )
+    if score.merge and (
+        score.iterations > 1 or score.depth == "task" or config.plan.layer_choice == "greedy"
+    ):
+        raise ValueError(
+            "score.merge: adds up what was scored, and runs no model: not with iterations, tasks, greedy"
+        )
+    if score.depth == "task" and not score.tasks:
+        raise ValueError("score.depth=task: no task given; set score.tasks, as in score.tasks=[winogrande]")
+    if score.iterations > 1:
+        target_sizes(checkpoint.family, checkpoint.config, config.plan)
 
 
 def _earlier(target: Path, config: Config, teacher: Input) -> Tally:

@@ -68,7 +68,7 @@ def edited(tmp_path, change, name="llama"):
         (lambda t: t["tensors"].update({"x": "hidden if tied"}), "needs 'if CONDITION'"),
         (lambda t: t["tensors"].update({"x?": "hidden if tied and"}), "is not valid"),
         (lambda t: t["tensors"].update({"x.{expert}": "hidden"}), "belong to no axis"),
-        (lambda t: t["taps"].update(ffn=["side of x"]), "expected 'input of MODULE'"),
+        (lambda t: t["taps"].update(ffn=["side of x"]), "expected 'input .output, experts. of MODULE'"),
         (lambda t: t.update(constraints=["width > 1"]), "not declared"),
         (lambda t: t.pop("architecture"), "key 'architecture' is missing"),
         (lambda t: t.update(axes=3), "edited.yaml"),
