@@ -18,12 +18,14 @@ class Hub:
 
     Attributes:
         address: for HF_ENDPOINT.
-        repositories: repository id to the folder that holds its files.
+        repositories: model id to the folder that holds its files.
+        data_sets: the same for data sets.
         failures: answers of 503 before the next proper one.
         requests: "METHOD path" of every request.
     """
 
     repositories: dict[str, Path]
+    data_sets: dict[str, Path] = field(default_factory=dict)
     address: str = ""
     failures: int = 0
     requests: list[str] = field(default_factory=list)
@@ -33,35 +35,40 @@ class Hub:
         if self.failures:
             self.failures -= 1
             return 503, {}, b"{}"
-        for name, folder in self.repositories.items():
-            files = sorted(file for file in folder.iterdir() if file.is_file())
-            for kind in ("revision/main", f"revision/{COMMIT}"):
-                if path == f"/api/models/{name}/{kind}":
-                    info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
-                    return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
-            if path.startswith(f"/api/models/{name}/tree/"):
-                tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0"} for f in files]
-                return 200, {"Content-Type": "application/json"}, json.dumps(tree).encode()
-            for kind in ("main", COMMIT):
-                start = f"/{name}/resolve/{kind}/"
-                if path.startswith(start) and (folder / path.removeprefix(start)).is_file():
-                    body = (folder / path.removeprefix(start)).read_bytes()
-                    return (
-                        200,
-                        {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT},
-                        body,
-                    )
-                if path.startswith(start):
-                    return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"{}"
-            if f"/{name}/" in path:
-                return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+        for kind, names in (("models", self.repositories), ("datasets", self.data_sets)):
+            for name, folder in names.items():
+                found = self._of(path, kind, name, folder)
+                if found is not None:
+                    return found
         return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+
+    def _of(self, path: str, kind: str, name: str, folder: Path) -> tuple[int, dict[str, str], bytes] | None:
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        as_json = {"Content-Type": "application/json"}
+        about = f"/api/{kind}/{name}"
+        if path in (about, f"{about}/revision/main", f"{about}/revision/{COMMIT}"):
+            info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
+            return 200, as_json, json.dumps(info).encode()
+        if path == f"{about}/paths-info/{COMMIT}" or path.startswith(f"{about}/tree/"):
+            listed = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0"} for f in files]
+            return 200, as_json, json.dumps(listed).encode()
+        place = name if kind == "models" else f"datasets/{name}"
+        for revision in ("main", COMMIT):
+            start = f"/{place}/resolve/{revision}/"
+            if path.startswith(start) and (folder / path.removeprefix(start)).is_file():
+                body = (folder / path.removeprefix(start)).read_bytes()
+                return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}, body
+            if path.startswith(start):
+                return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"{}"
+        if f"/{kind}/{name}/" in path or path.startswith(f"/{place}/"):
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+        return None
 
 
 @contextlib.contextmanager
-def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
+def serve(repositories: dict[str, Path], data_sets: dict[str, Path] | None = None) -> Iterator[Hub]:
     """Runs the server for the length of the block."""
-    hub = Hub(repositories)
+    hub = Hub(repositories, data_sets or {})
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -79,10 +86,14 @@ def serve(repositories: dict[str, Path]) -> Iterator[Hub]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body) - begin))
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(body[begin:])
 
         do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.do_GET()
 
         def log_message(self, *_: object) -> None:
             pass

@@ -1,6 +1,9 @@
 """Models by hub id, fetched by the real huggingface_hub from a server on loopback."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from safetensors import safe_open
@@ -19,7 +22,10 @@ def hub(tmp_path):
     model.save_pretrained(tmp_path / "served", max_shard_size="10KB")
     (tmp_path / "served" / "pytorch_model.bin").write_bytes(b"a pickle")
     assert (tmp_path / "served" / "model.safetensors.index.json").is_file()
-    with serve({"org/tiny": tmp_path / "served"}) as served:
+    lines = [json.dumps({"body": f"line {i} of a data set on the hub"}) for i in range(200)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
+    with serve({"org/tiny": tmp_path / "served"}, {"org/lines": tmp_path / "data"}) as served:
         yield served
 
 
@@ -71,3 +77,32 @@ def test_a_hub_in_trouble_is_a_failure_not_a_mistake(hub, tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
     hub.failures = 0
     assert run(hub, tmp_path, *words, f"workspace={tmp_path / 'ws'}").returncode == 0
+
+
+def test_a_data_set_by_hub_id(hub, tmp_path):
+    code = (
+        "from nemo_minitron.bridge.text import documents, find_text\n"
+        "texts = find_text(['hf://org/lines'], [], 'auto', 'body', 'data.calibration')\n"
+        "print(texts.fingerprint)\n"
+        "for text in documents(texts): print(text)\n"
+    )
+    place = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+    environment = {**os.environ, **place, "HF_HOME": str(tmp_path / "cache")}
+
+    def read(program):
+        return subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=120,
+            check=False,
+        )
+
+    done = read(code)
+    assert done.returncode == 0, done.stderr
+    fingerprint, *lines = done.stdout.splitlines()
+    assert len(fingerprint) == 64
+    assert lines == [f"line {i} of a data set on the hub" for i in range(200)]
+    absent = read(code.replace("org/lines", "org/none"))
+    assert "ValueError: hf://org/none: no such data set on the hub" in absent.stderr
