@@ -4,7 +4,9 @@ Shape suffixes: N or B samples, S positions.
 """
 
 import hashlib
+import itertools
 import os
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,10 @@ from torch import Tensor
 from nemo_minitron.bridge.text import Document, TextSet, documents
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+POOL = 8192
+"""Samples among which the next is drawn; a constant, so that more samples begin with those that fewer are."""
+_SPREAD = 8
+"""How many times as much text is read as samples are taken from it in ``pack``."""
 PACKING = ("plain", "documents", "off")
 
 
@@ -128,7 +134,7 @@ def calibration_samples(
     Raises:
         ValueError: too little text.
     """
-    streams = [_windows(texts, tokenizer, length, seed, packing) for texts, _ in mixture]
+    streams = [_spread(_windows(texts, tokenizer, length, seed, packing), seed) for texts, _ in mixture]
     weights = [weight for _, weight in mixture]
     taken = [0] * len(streams)
     rows: list[tuple[Tensor, Tensor]] = []
@@ -163,6 +169,17 @@ def _padded(rows: Sequence[tuple[Tensor, Tensor]], width: int, packing: str) -> 
     return Samples(
         tokens_NS, valid_NS if packing == "off" else None, positions_NS if packing == "documents" else None
     )
+
+
+def _spread(windows: Iterator[tuple[Tensor, Tensor]], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows in an order drawn by ``seed``, one pool after the other.
+
+    Taken as they come, a thousand samples would be a handful of long documents.
+    """
+    draw = random.Random(seed)
+    while pool := list(itertools.islice(windows, POOL)):
+        draw.shuffle(pool)
+        yield from pool
 
 
 def _windows(
@@ -216,7 +233,8 @@ def pack(
     Raises:
         ValueError: no text, too little for one sample, or for ``samples``.
     """
-    stream = _token_stream(texts, tokenizer, seed, None if samples is None else samples * length + 1)
+    wanted = None if samples is None else _SPREAD * samples * length + 1
+    stream = _token_stream(texts, tokenizer, seed, wanted)
     total = len(stream)
     count = (total - 1) // length
     if samples is not None and count < samples and not at_most:
@@ -226,10 +244,9 @@ def pack(
         )
     if count < 1:
         raise ValueError(f"{texts.where}: the text has {total} tokens, one sample needs {length + 1}")
-    count = count if samples is None else min(count, samples)
     packed = stream[: count * length + 1].unfold(0, length + 1, length)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return packed[order].long()
+    return packed[order[:samples]].long()
 
 
 def _token_stream(texts: TextSet, tokenizer: Any, seed: int, wanted: int | None) -> Tensor:

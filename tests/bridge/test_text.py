@@ -152,7 +152,12 @@ def test_the_first_samples_are_the_same_however_many_are_asked_for(corpus, token
     stream = [
         i for text in documents(texts, 3) for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     ]
-    assert torch.equal(every.tokens_NS, torch.tensor(stream[: len(every) * 16 + 1]).unfold(0, 17, 16))
+    expected = torch.tensor(stream[: len(every) * 16 + 1]).unfold(0, 17, 16)
+    assert sorted(every.tokens_NS.tolist()) == sorted(expected.tolist())
+    # not a few long documents: half of the windows come from the second half of the text
+    places = {tuple(row): i for i, row in enumerate(expected.tolist())}
+    where = [places[tuple(row)] for row in every.tokens_NS[:200].tolist()]
+    assert 60 < sum(place >= len(every) / 2 for place in where) < 140
     with pytest.raises(ValueError, match="expected 99999 samples of 16 tokens, the text yields"):
         calibrate(texts, tokenizer, 99999)
 
@@ -214,7 +219,7 @@ def test_conversations_go_through_the_tokenizers_template(tmp_path, tokenizer):
     )
     samples = calibrate(texts, speaking, 2, length=60)
     text = speaking.decode(samples.tokens_NS[0], skip_special_tokens=False)
-    assert text.startswith("<user>the model</user><assistant>reads a file</assistant>")
+    assert "<user>the model</user><assistant>reads a file</assistant></s>" in text
     assert next(plain(documents(texts))) == "the model\nreads a file"
 
 
