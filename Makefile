@@ -37,7 +37,7 @@ test: setup
 # the proofs of all families on the oldest transformers that setup.cfg admits
 oldest: setup
 	$(BIN)/python -m pip install -q --no-deps --target .oldest --upgrade transformers==5.0.0 "tokenizers<=0.23.0" "huggingface-hub>=1.3,<2"
-	PYTHONPATH=.oldest $(BIN)/python -m pytest -p no:cacheprovider tests/families tests/core/test_select_cut.py
+	PYTHONPATH=.oldest $(BIN)/python -m pytest -p no:cacheprovider tests/families tests/core/test_select_cut.py tests/bridge/test_scoring.py
 
 bench: setup
 	$(BIN)/python -m benchmarks.score

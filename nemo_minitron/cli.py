@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import nemo_minitron
 from nemo_minitron import lookup
 from nemo_minitron.lookup import print_table
-from nemo_minitron.stages import STAGES, run_stage
+from nemo_minitron.stages import STAGES, follows, run_stage
 
 if TYPE_CHECKING:
     from nemo_minitron.stages.config import Config
@@ -139,7 +139,7 @@ def _stage(args: argparse.Namespace) -> int:
     from nemo_minitron.artifacts.workspace import locked
 
     config = _config(args)
-    if args.command == "score" and _follows():
+    if args.command == "score" and follows():
         run_stage(args.command, config)
         return 0
     # progress bars go to the error output: standard output is for the result
@@ -150,11 +150,6 @@ def _stage(args: argparse.Namespace) -> int:
     _show(result, args.json)
     _notes(result)
     return 0
-
-
-def _follows() -> bool:
-    """Whether torchrun started this process beside another one, its rank 0, that holds the workspace."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
 def _before(command: str, config: "Config") -> list[str]:

@@ -57,8 +57,3 @@ def join(device: str) -> Ranks:
         dist.init_process_group("nccl" if cuda else "gloo")
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
     return Ranks(dist.get_rank(), size, local, neighbours)
-
-
-def follows() -> bool:
-    """Whether this process is one that another, rank 0, tells what to do."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0

@@ -5,19 +5,17 @@ Shape suffixes: N or B samples, S positions.
 
 import hashlib
 import itertools
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_minitron.bridge.text import Document, TextSet, documents
+from nemo_minitron.bridge.text import TextSet, documents
+from nemo_minitron.bridge.tokenizer import tokenised
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 POOL = 8192
 """Samples among which the next is drawn; a constant, so that more samples begin with those that fewer are."""
 _SPREAD = 8
@@ -261,48 +259,3 @@ def _token_stream(texts: TextSet, tokenizer: Any, seed: int, wanted: int | None)
     if not chunks:
         raise ValueError(f"{texts.where}.paths: {len(texts.files)} files hold no text")
     return torch.cat(chunks)
-
-
-def tokenised(found: Iterator[Document], tokenizer: Any, where: str) -> Iterator[list[int]]:
-    """Token ids of documents, each ended by the tokenizer's end token; conversations by its chat template.
-
-    Raises:
-        ValueError: a conversation without a template, or ids beyond the vocabulary.
-    """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    largest = max(tokenizer.get_vocab().values())
-    waiting: list[str] = []
-    for document in found:
-        if isinstance(document, str):
-            waiting.append(document)
-            if len(waiting) < 64:
-                continue
-        yield from _encode(waiting, tokenizer, end)
-        waiting = []
-        if isinstance(document, list):
-            yield _ended(_conversation(document, tokenizer, where), end)
-        elif isinstance(document, np.ndarray):
-            if document.max() > largest or document.min() < 0:
-                raise ValueError(
-                    f"{where}: token ids up to {int(document.max())} do not fit the tokenizer, whose largest "
-                    f"is {largest}: the data set was made with another one"
-                )
-            yield _ended(document.tolist(), end)
-    yield from _encode(waiting, tokenizer, end)
-
-
-def _conversation(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> list[int]:
-    if not tokenizer.chat_template:
-        raise ValueError(f"{where}: the text holds conversations, but the tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _encode(batch: list[str], tokenizer: Any, end: list[int]) -> Iterator[list[int]]:
-    if batch:
-        for ids in tokenizer(batch, verbose=False)["input_ids"]:
-            yield _ended(ids, end)
-
-
-def _ended(ids: list[int], end: list[int]) -> list[int]:
-    return ids if end and ids and ids[-1] == end[0] else ids + end

@@ -1,11 +1,17 @@
-"""tokenizers: a byte-level BPE trained from text, written so that transformers 4 and 5 both read it."""
+"""tokenizers: documents to ids; a byte-level BPE trained from text that transformers 4 and 5 both read."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from nemo_minitron.bridge.text import Document
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 BOS, EOS = "<s>", "</s>"
 
 
@@ -52,3 +58,48 @@ def _speak_both_versions(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     special = {"bos_token": BOS, "eos_token": EOS}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenised(found: Iterator[Document], tokenizer: Any, where: str) -> Iterator[list[int]]:
+    """Token ids of documents, each ended by the tokenizer's end token; conversations by its chat template.
+
+    Raises:
+        ValueError: a conversation without a template, or ids beyond the vocabulary.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    largest = max(tokenizer.get_vocab().values())
+    waiting: list[str] = []
+    for document in found:
+        if isinstance(document, str):
+            waiting.append(document)
+            if len(waiting) < 64:
+                continue
+        yield from _encode(waiting, tokenizer, end)
+        waiting = []
+        if isinstance(document, list):
+            yield _ended(_conversation(document, tokenizer, where), end)
+        elif isinstance(document, np.ndarray):
+            if document.max() > largest or document.min() < 0:
+                raise ValueError(
+                    f"{where}: token ids up to {int(document.max())} do not fit the tokenizer, whose largest "
+                    f"is {largest}: the data set was made with another one"
+                )
+            yield _ended(document.tolist(), end)
+    yield from _encode(waiting, tokenizer, end)
+
+
+def _conversation(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> list[int]:
+    if not tokenizer.chat_template:
+        raise ValueError(f"{where}: the text holds conversations, but the tokenizer has no chat template")
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _encode(batch: list[str], tokenizer: Any, end: list[int]) -> Iterator[list[int]]:
+    if batch:
+        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+            yield _ended(ids, end)
+
+
+def _ended(ids: list[int], end: list[int]) -> list[int]:
+    return ids if end and ids and ids[-1] == end[0] else ids + end

@@ -4,6 +4,7 @@ They meet on disk, not in memory.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ STAGES = {
     "export": "nemo_minitron.stages.export",
 }
 """Stage name, as on the command line, to its module; imported when it is run."""
+
+
+def follows() -> bool:
+    """Whether torchrun started this process beside another, its rank 0, which holds the workspace."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
 def run_stage(name: str, config: "Config") -> "Result":

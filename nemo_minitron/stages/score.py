@@ -18,6 +18,7 @@ from nemo_minitron.core.magnitude import unit_squares
 from nemo_minitron.core.select import score_shape
 from nemo_minitron.core.tally import Tally
 from nemo_minitron.families import Family, axis_sizes, find_row, present_axes
+from nemo_minitron.stages import follows
 from nemo_minitron.stages.activation import Outcome, by_activation, prepare
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.depth import block_lengths, greedy_steps
@@ -38,7 +39,7 @@ def run(config: Config) -> Result:
     Raises:
         ValueError: an unknown choice, or no (or too little) calibration text.
     """
-    from nemo_minitron.bridge.ranks import follows, join
+    from nemo_minitron.bridge.ranks import join
 
     if follows():
         from nemo_minitron.bridge.passes import follow

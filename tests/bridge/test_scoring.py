@@ -133,8 +133,13 @@ def test_a_detour_leaves_no_trace(tmp_path):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-LEAKS = {"gpt_oss", "nemotron_h"}
-"""transformers does not hand gpt-oss' position ids to its masks; Mamba layers carry their state on."""
+def isolates(model, family):
+    try:
+        check_isolation(model, family)
+    except ValueError as error:
+        assert "one document sees another; use off" in str(error)
+        return False
+    return True
 
 
 @pytest.mark.parametrize("name", sorted(INSTALLED))
@@ -150,19 +155,17 @@ def test_packed_documents_do_not_see_each_other(tmp_path, name):
         torch.cat([both, both[:, :1]], 1), None, torch.cat([positions, torch.tensor([[7]])], 1)
     ).batch([0])
     model = load_model(folder, torch.float32)
-    if name in LEAKS:
-        with pytest.raises(ValueError, match="one document sees another; use off"):
-            check_isolation(model, family)
-        return
-    check_isolation(model, family)
     decoder = model.get_submodule(family.modules["decoder"])
     with torch.inference_mode():
         packed = decoder(**batch.inputs()).last_hidden_state
         apart = [decoder(input_ids=ids, use_cache=False).last_hidden_state for ids in (left, right)]
         plain = decoder(input_ids=both, use_cache=False).last_hidden_state
     scale = float(packed.abs().max())
-    assert torch.allclose(packed, torch.cat(apart, 1), atol=1e-5 * scale)
-    assert not torch.allclose(packed[:, 5:], plain[:, 5:], atol=1e-3 * scale)
+    # Mamba layers carry their state on, and some models do not hand their position ids to their masks
+    same = torch.allclose(packed, torch.cat(apart, 1), atol=1e-5 * scale)
+    assert isolates(model, family) == same
+    assert same or name in ("gpt_oss", "nemotron_h", "nemotron", "stablelm")
+    assert not torch.allclose(packed[:, 5:], plain[:, 5:], atol=1e-3 * scale) or not same
     assert batch.labels_BS[0, 4] == -1 and (batch.labels_BS[0, :4] >= 0).all()
 
 
