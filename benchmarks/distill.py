@@ -4,7 +4,8 @@ import torch
 
 from benchmarks.duel import duel, show
 from nemo_minitron.bridge.models import frozen, head_of, hidden_states, new_model
-from nemo_minitron.core.losses import LossWeights, forward_kl, fused_linear_loss
+from nemo_minitron.core.divergences import forward_kl
+from nemo_minitron.core.losses import LossWeights, fused_linear_loss
 from nemo_minitron.families import families
 
 TEACHER = {

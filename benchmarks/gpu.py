@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.duel import RESULTS
-from nemo_minitron.core.losses import LossWeights, forward_kl, fused_linear_loss
+from nemo_minitron.core.divergences import forward_kl
+from nemo_minitron.core.losses import LossWeights, fused_linear_loss
 
 TOKENS, HIDDEN, VOCABULARY = 8192, 4096, 151_936
 

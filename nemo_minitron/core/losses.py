@@ -15,35 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.core.divergences import Divergence
+
 CHUNK_BYTES = 64 * 2**20
 """Memory for one chunk of logits in float32; a chunk is processed in about three buffers of this size."""
 
 
-def forward_kl(teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0) -> Tensor:
-    """Forward Kullback-Leibler divergence KL(teacher || student) of every token, times temperature squared.
-
-    p(x; tau) = softmax(x / tau) ([P1] eq. 5). The factor tau^2 keeps the gradient's scale independent of tau.
-
-    Args:
-        teacher_TV: teacher logits, Tensor of shape [tokens, vocabulary].
-        student_TV: student logits, same shape.
-        temperature: tau > 0.
-
-    Returns:
-        Tensor of shape [tokens], float32.
-    """
-    log_p_TV = torch.log_softmax(teacher_TV.float() / temperature, -1)
-    log_q_TV = torch.log_softmax(student_TV.float() / temperature, -1)
-    return (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1) * temperature**2
-
-
 @dataclass(frozen=True)
 class LossWeights:
-    """L = kl x KL(teacher || student; tau) + ce x cross-entropy, means over valid tokens."""
+    """L = kl x divergence(teacher, student) + ce x cross-entropy, means over valid tokens."""
 
     kl: float = 1.0
     ce: float = 0.0
-    temperature: float = 1.0
+    divergence: Divergence = Divergence()
 
 
 @dataclass(frozen=True)
@@ -52,12 +36,13 @@ class LossTerms:
 
     Attributes:
         loss: scalar to differentiate.
-        kl: mean divergence over valid tokens (nats), detached; NaN without a teacher.
+        divergence: mean divergence over valid tokens (nats, where it is one of distributions), detached; NaN
+            without a teacher.
         ce: mean cross-entropy over valid tokens (nats), detached.
     """
 
     loss: Tensor
-    kl: Tensor
+    divergence: Tensor
     ce: Tensor
 
 
@@ -69,6 +54,7 @@ def fused_linear_loss(
     teacher: tuple[Tensor, Tensor] | None = None,
     chunk_tokens: int | None = None,
     softcaps: tuple[float | None, float | None] = (None, None),
+    vocabulary: int | None = None,
 ) -> LossTerms:
     """Divergence and cross-entropy from hidden states, one chunk of logits at a time.
 
@@ -83,6 +69,7 @@ def fused_linear_loss(
             ``CHUNK_BYTES``.
         softcaps: caps c of the student's and the teacher's logits x, which then are c tanh(x / c) (Gemma 2);
             None: as the projection gives them.
+        vocabulary: entries of both heads that count, where they are padded to different sizes; None: all.
 
     Returns:
         The terms; ``loss`` carries gradients for ``student_TH`` and ``head_VH``.
@@ -92,8 +79,12 @@ def fused_linear_loss(
     """
     if teacher is None and weights.kl != 0:
         raise ValueError("a divergence needs a teacher")
-    if teacher is not None and teacher[1].shape[0] != head_VH.shape[0]:
-        raise ValueError(f"vocabulary: teacher has {teacher[1].shape[0]} entries, student {head_VH.shape[0]}")
+    sizes = [head_VH.shape[0], head_VH.shape[0] if teacher is None else teacher[1].shape[0]]
+    if vocabulary is None and sizes[0] != sizes[1]:
+        raise ValueError(f"vocabulary: teacher has {sizes[1]} entries, student {sizes[0]}")
+    if vocabulary is not None:  # entries beyond it are padding: no token has them
+        head_VH = head_VH[:vocabulary]
+        teacher = None if teacher is None else (teacher[0], teacher[1][:vocabulary])
     valid_T = labels_T >= 0
     labels_T, student_TH = labels_T[valid_T], student_TH[valid_T]
     if teacher is not None:
@@ -103,14 +94,15 @@ def fused_linear_loss(
         low = torch.get_autocast_dtype(device)
         student_TH, head_VH = student_TH.to(low), head_VH.to(low)
         teacher = None if teacher is None else (teacher[0].to(low), teacher[1].to(low))
-    chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VH.shape[0]))
+    buffers = 1 if weights.divergence.name == "forward_kl" else 3  # what autograd keeps of the others
+    chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VH.shape[0] * buffers))
     wants_gradient = torch.is_grad_enabled() and (student_TH.requires_grad or head_VH.requires_grad)
     with torch.autocast(device, enabled=False):
         terms = _FusedLinearLoss.apply(
             student_TH, head_VH, labels_T, weights, teacher, chunk, softcaps, wants_gradient
         )
-    loss, kl, ce = terms
-    return LossTerms(loss, kl.detach(), ce.detach())
+    loss, divergence, ce = terms
+    return LossTerms(loss, divergence.detach(), ce.detach())
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -196,7 +188,11 @@ def _chunk_terms(
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums of both terms over one chunk, and the gradient of their mix by the student's logits."""
-    tau = weights.temperature
+    if teacher_CV is not None and weights.kl != 0 and weights.divergence.name != "forward_kl":
+        value, grad_CV = _differentiated(student_CV, teacher_CV, weights, wants_gradient)
+        _, ce, more_CV = _chunk_terms(student_CV, None, labels_C, weights, wants_gradient and weights.ce != 0)
+        return value, ce, grad_CV if grad_CV is None or more_CV is None else grad_CV.add_(more_CV)
+    tau = weights.divergence.temperature
     log_q1_CV = torch.log_softmax(student_CV, -1)
     picked_C = log_q1_CV.gather(1, labels_C[:, None])[:, 0]
     ce = -picked_C.double().sum()
@@ -206,6 +202,7 @@ def _chunk_terms(
         if wants_gradient:
             grad_CV = _cross_entropy_gradient(log_q1_CV.exp_(), labels_C, weights.ce)
         return kl, ce, grad_CV
+    # forward KL, the default, by hand: its gradient is tau (q - p), and two buffers suffice
     log_q_CV = log_q1_CV if tau == 1 else torch.log_softmax(student_CV / tau, -1)
     log_p_CV = torch.log_softmax(teacher_CV if tau == 1 else teacher_CV / tau, -1)
     p_CV = log_p_CV.exp()
@@ -218,6 +215,19 @@ def _chunk_terms(
         grad_CV = (q_CV - p_CV).mul_(weights.kl * tau)
         grad_CV += _cross_entropy_gradient(q1_CV, labels_C, weights.ce)
     return kl, ce, grad_CV
+
+
+def _differentiated(
+    student_CV: Tensor, teacher_CV: Tensor, weights: LossWeights, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of any divergence over one chunk and its gradient by the student's logits, by autograd."""
+    with torch.enable_grad():
+        leaf_CV = student_CV.detach().requires_grad_(wants_gradient)
+        value = weights.divergence(teacher_CV, leaf_CV).sum()
+        if not wants_gradient:
+            return value.detach().double(), None
+        (grad_CV,) = torch.autograd.grad(value, leaf_CV)
+    return value.detach().double(), grad_CV.mul_(weights.kl)
 
 
 def _cross_entropy_gradient(q_CV: Tensor, labels_C: Tensor, weight: float) -> Tensor:

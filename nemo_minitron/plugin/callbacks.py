@@ -51,23 +51,31 @@ class KnowledgeDistillation(Callback):
         family: the teacher's family.
         weights: the mix of the losses.
         chunk_tokens: tokens whose logits exist at a time, or None.
+        vocabulary: entries that count, where the models' vocabularies are padded to different sizes; None:
+            all.
     """
 
     def __init__(
-        self, teacher: Any, family: Family, weights: LossWeights, chunk_tokens: int | None = None
+        self,
+        teacher: Any,
+        family: Family,
+        weights: LossWeights,
+        chunk_tokens: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.family, self.weights, self.chunk_tokens = family, weights, chunk_tokens
+        self.vocabulary = vocabulary
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over the model's objective.
 
         Raises:
-            ValueError: the vocabularies differ.
+            ValueError: the vocabularies differ, and nothing says how much of them is padding.
         """
         assert isinstance(pl_module, MinitronModel), type(pl_module)
         ours, theirs = head_of(pl_module.model).shape[0], head_of(self.teacher).shape[0]
-        if ours != theirs:
+        if ours != theirs and self.vocabulary is None:
             raise ValueError(f"vocabulary: the teacher has {theirs} entries, the student {ours}")
         pl_module.objective = self.objective
 
@@ -83,7 +91,9 @@ class KnowledgeDistillation(Callback):
             teacher_TG = hidden_states(self.teacher, self.family, tokens_BS).flatten(0, 1)
         teacher = (teacher_TG, head_of(self.teacher))
         caps = (softcap, softcap_of(self.teacher, self.family))
-        return fused_linear_loss(hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens, caps)
+        return fused_linear_loss(
+            hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens, caps, self.vocabulary
+        )
 
 
 class ExactResume(Callback):
@@ -169,13 +179,14 @@ class TrainingLog(Callback):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "tokens_per_second": round(speed, 1),
         }
-        self._append(line if torch.isnan(terms.kl) else {**line, "kl": float(terms.kl)})
+        more = {} if torch.isnan(terms.divergence) else {"divergence": float(terms.divergence)}
+        self._append({**line, **more})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the validation loss."""
         if trainer.sanity_checking:
             return
-        names = [name for name in ("val_loss", "val_kl") if name in trainer.callback_metrics]
+        names = [name for name in ("val_loss", "val_divergence") if name in trainer.callback_metrics]
         values = {name: float(trainer.callback_metrics[name]) for name in names}
         self._append(
             {"step": trainer.global_step, "tokens": trainer.global_step * self.tokens_per_step, **values}

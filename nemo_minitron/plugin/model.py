@@ -159,12 +159,14 @@ class MinitronModel(ModelPT):
     def validation_step(self, batch_BS: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Logs the mean over the validation set.
 
-        ``val_loss`` is the cross-entropy, ``val_kl`` the divergence.
+        ``val_loss`` is the cross-entropy, ``val_divergence`` the divergence from the teacher.
         """
         terms = self.evaluate_objective(batch_BS)
         self.log("val_loss", terms.ce, on_epoch=True, sync_dist=True, batch_size=len(batch_BS), prog_bar=True)
-        if not torch.isnan(terms.kl):
-            self.log("val_kl", terms.kl, on_epoch=True, sync_dist=True, batch_size=len(batch_BS))
+        if not torch.isnan(terms.divergence):
+            self.log(
+                "val_divergence", terms.divergence, on_epoch=True, sync_dist=True, batch_size=len(batch_BS)
+            )
 
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
         """Nothing to gather: ``validation_step`` logs means."""
@@ -235,7 +237,9 @@ def _file_name(key: str) -> str:
 
 def _named(terms: LossTerms, prefix: str) -> dict[str, Tensor]:
     named = {f"{prefix}_loss": terms.loss.detach(), f"{prefix}_ce": terms.ce}
-    return named if torch.isnan(terms.kl) else {**named, f"{prefix}_kl": terms.kl}
+    if torch.isnan(terms.divergence):
+        return named
+    return {**named, f"{prefix}_divergence": terms.divergence}
 
 
 def _tokens(cfg: DictConfig, where: str) -> Tensor:

@@ -189,7 +189,14 @@ class DistillConfig:
     teacher: str | None = key(
         None, "model folder to distil from; null: the (corrected) model that was pruned"
     )
-    kl: float = key(1.0, "weight of the forward KL divergence between teacher and student logits")
+    kl: float = key(1.0, "weight of the divergence between teacher and student logits")
+    divergence: str = key(
+        "forward_kl",
+        "which divergence; the first is the papers' choice",
+        ("forward_kl", "reverse_kl", "jsd", "topk_kl", "mse", "cosine"),
+    )
+    beta: float = key(0.5, "beta of divergence=jsd, between 0 (exclusive) and 1 (exclusive)")
+    top_k: int = key(100, "entries that divergence=topk_kl tells apart; one bucket holds the others", least=1)
     ce: float = key(0.0, "weight of the cross-entropy with the data")
     temperature: float = key(1.0, "softmax temperature tau; the divergence carries the factor tau squared")
     chunk_tokens: int | None = key(

@@ -7,7 +7,8 @@ from typing import Any
 from nemo_minitron.artifacts.checkpoint import open_checkpoint, read_config, tokenizer_fingerprint
 from nemo_minitron.artifacts.manifest import Input
 from nemo_minitron.artifacts.workspace import input_artifact
-from nemo_minitron.stages.config import Config
+from nemo_minitron.core.divergences import Divergence
+from nemo_minitron.stages.config import Config, DistillConfig
 from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
 from nemo_minitron.stages.stage import Result, teacher_folder, workspace_of
 
@@ -20,8 +21,7 @@ def run(config: Config) -> Result:
     """
     workspace = workspace_of(config)
     settings = config.distill
-    if settings.temperature <= 0:
-        raise ValueError(f"distill.temperature: expected a number above 0, found {settings.temperature}")
+    divergence = _divergence(settings)
     if settings.kl < 0 or settings.ce < 0 or settings.kl + settings.ce == 0:
         raise ValueError(
             f"distill: kl and ce must not be negative, nor both 0, found {settings.kl} and {settings.ce}"
@@ -29,7 +29,7 @@ def run(config: Config) -> Result:
     pruned = workspace / "pruned"
     teacher, teacher_input = _teacher(config)
     inputs = [input_artifact(workspace, "pruned", "prune"), teacher_input, *training_inputs(config)]
-    _check_vocabulary(teacher, pruned)
+    vocabulary = _vocabulary(teacher, pruned)
 
     def start() -> tuple[Any, dict[str, Any], Path]:
         import torch
@@ -44,9 +44,10 @@ def run(config: Config) -> Result:
         from nemo_minitron.families import family_of
         from nemo_minitron.plugin.callbacks import KnowledgeDistillation
 
-        weights = LossWeights(settings.kl, settings.ce, settings.temperature)
+        weights = LossWeights(settings.kl, settings.ce, divergence)
         family = family_of(read_config(teacher))
-        return [KnowledgeDistillation(load_model(teacher), family, weights, settings.chunk_tokens)]
+        model = load_model(teacher)
+        return [KnowledgeDistillation(model, family, weights, settings.chunk_tokens, vocabulary)]
 
     section = {**asdict(settings), "teacher": None, "trainer": {}, "optim": {}}
     folder = workspace / "student"
@@ -62,18 +63,26 @@ def _teacher(config: Config) -> tuple[Path, Input]:
     return folder, Input(str(folder), open_checkpoint(folder).fingerprint)
 
 
-def _check_vocabulary(teacher: Path, pruned: Path) -> None:
-    """Teacher and student must speak of the same tokens: their tokenizers' files are compared."""
-    ours, theirs = read_config(pruned)["vocab_size"], read_config(teacher)["vocab_size"]
-    if ours != theirs:
-        raise ValueError(
-            f"distill.teacher: {teacher} has a vocabulary of {theirs}, the pruned model one of {ours}"
-        )
-    if tokenizer_fingerprint(teacher) == tokenizer_fingerprint(pruned):
-        return
+def _divergence(settings: DistillConfig) -> Divergence:
+    try:
+        return Divergence(settings.divergence, settings.temperature, settings.beta, settings.top_k)
+    except ValueError as error:
+        raise ValueError(f"distill.{error}") from error
+
+
+def _vocabulary(teacher: Path, pruned: Path) -> int | None:
+    """Entries of both vocabularies that count, where they are padded to different sizes; None: all.
+
+    Teacher and student must speak of the same tokens: their tokenizers' files are compared.
+    """
     from nemo_minitron.bridge.models import load_tokenizer
 
-    if load_tokenizer(teacher).get_vocab() != load_tokenizer(pruned).get_vocab():
+    ours, theirs = read_config(pruned)["vocab_size"], read_config(teacher)["vocab_size"]
+    if ours == theirs and tokenizer_fingerprint(teacher) == tokenizer_fingerprint(pruned):
+        return None
+    entries = load_tokenizer(pruned).get_vocab()
+    if load_tokenizer(teacher).get_vocab() != entries:
         raise ValueError(
             f"distill.teacher: {teacher} gives its token ids other meanings than the pruned model's tokenizer"
         )
+    return None if ours == theirs else max(entries.values()) + 1

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from nemo_minitron.core.losses import LossWeights, forward_kl, fused_linear_loss
+from nemo_minitron.core.divergences import DIVERGENCES, Divergence, forward_kl, topk_kl
+from nemo_minitron.core.losses import LossWeights, fused_linear_loss
 
 TOKENS, VOCABULARY, HIDDEN, TEACHER = 37, 101, 16, 24
 
@@ -22,8 +23,11 @@ def parts(seed=0, dtype=torch.float32):
 def reference(student, head, teacher, labels, weights):
     student, head = (x.detach().double().requires_grad_() for x in (student, head))
     s, t = student @ head.T, (teacher[0].double() @ teacher[1].double().T)
-    p, q = torch.softmax(t / weights.temperature, -1), torch.softmax(s / weights.temperature, -1)
-    kl = (p * (p.log() - q.log())).sum(-1) * weights.temperature**2
+    p, q = (
+        torch.softmax(t / weights.divergence.temperature, -1),
+        torch.softmax(s / weights.divergence.temperature, -1),
+    )
+    kl = (p * (p.log() - q.log())).sum(-1) * weights.divergence.temperature**2
     valid = labels >= 0
     kl, ce = kl[valid].mean(), cross_entropy(s[valid], labels[valid])
     loss = weights.kl * kl + weights.ce * ce
@@ -36,9 +40,9 @@ def reference(student, head, teacher, labels, weights):
     "weights",
     [
         LossWeights(),
-        LossWeights(temperature=2.0),
+        LossWeights(divergence=Divergence(temperature=2.0)),
         LossWeights(ce=0.3),
-        LossWeights(0.7, 0.3, 0.5),
+        LossWeights(0.7, 0.3, Divergence(temperature=0.5)),
         LossWeights(0.0, 1.0),
     ],
 )
@@ -50,7 +54,7 @@ def test_values_and_gradients(weights, chunk):
     assert terms.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert terms.ce.item() == pytest.approx(ce.item(), rel=1e-5)
     if weights.kl:
-        assert terms.kl.item() == pytest.approx(kl.item(), rel=1e-5)
+        assert terms.divergence.item() == pytest.approx(kl.item(), rel=1e-5)
     assert torch.allclose(student.grad.double(), 3 * grad_student, atol=2e-6)
     assert torch.allclose(head.grad.double(), 3 * grad_head, atol=2e-6)
 
@@ -111,12 +115,16 @@ def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
 
     student, head, teacher, labels = parts()
     with Largest():
-        fused_linear_loss(student, head, labels, LossWeights(1, 1, 2.0), teacher, 5).loss.backward()
+        fused_linear_loss(
+            student, head, labels, LossWeights(1, 1, Divergence(temperature=2.0)), teacher, 5
+        ).loss.backward()
     # the transposed head is HIDDEN (TEACHER) x VOCABULARY; logits would have a row per token
     assert Largest.rows == TEACHER < TOKENS
     Largest.rows = 0
     with Largest():
-        fused_linear_loss(student, head, labels, LossWeights(1, 1, 2.0), teacher, 30).loss.backward()
+        fused_linear_loss(
+            student, head, labels, LossWeights(1, 1, Divergence(temperature=2.0)), teacher, 30
+        ).loss.backward()
     assert Largest.rows == 30  # the watch does see chunks
 
 
@@ -160,7 +168,9 @@ def test_the_scale_of_float16_training_saves_small_gradients():
         assert (found.double() / 2.0**14 - expected).norm() / expected.norm() < 0.05
 
 
-@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(0.7, 0.3, 2.0), LossWeights(0.0, 1.0)])
+@pytest.mark.parametrize(
+    "weights", [LossWeights(), LossWeights(0.7, 0.3, Divergence(temperature=2.0)), LossWeights(0.0, 1.0)]
+)
 @pytest.mark.parametrize("softcaps", [(5.0, 8.0), (None, 8.0), (5.0, None)])
 def test_softcapped_logits_and_their_gradients(weights, softcaps):
     student, head, teacher, labels = parts()
@@ -173,11 +183,129 @@ def test_softcapped_logits_and_their_gradients(weights, softcaps):
     hidden, weight = (x.detach().double().requires_grad_() for x in (student, head))
     s = capped(hidden @ weight.T, softcaps[0])
     t = capped(teacher[0].double() @ teacher[1].double().T, softcaps[1])
-    p, q = torch.softmax(t / weights.temperature, -1), torch.log_softmax(s / weights.temperature, -1)
+    p, q = (
+        torch.softmax(t / weights.divergence.temperature, -1),
+        torch.log_softmax(s / weights.divergence.temperature, -1),
+    )
     valid = labels >= 0
-    kl = (p * (p.log() - q)).sum(-1)[valid].mean() * weights.temperature**2
+    kl = (p * (p.log() - q)).sum(-1)[valid].mean() * weights.divergence.temperature**2
     ce = cross_entropy(s[valid], labels[valid])
     (weights.kl * kl + weights.ce * ce).backward()
     assert terms.loss.item() == pytest.approx((weights.kl * kl + weights.ce * ce).item(), rel=1e-5)
     assert torch.allclose(student.grad.double(), hidden.grad, atol=2e-6)
     assert torch.allclose(head.grad.double(), weight.grad, atol=2e-6)
+
+
+def naive(name, teacher, student, tau=1.0, beta=0.5, top_k=7):
+    """Every divergence by the letter, token by token, float64."""
+    values = []
+    for t, s in zip(teacher.double(), student.double(), strict=True):
+        p, q = torch.softmax(t / tau, -1), torch.softmax(s / tau, -1)
+
+        def kl(a, b):
+            return (a * (a / b).log()).sum()
+
+        if name == "forward_kl":
+            value = kl(p, q) * tau**2
+        elif name == "reverse_kl":
+            value = kl(q, p) * tau**2
+        elif name == "jsd":
+            middle = beta * p + (1 - beta) * q
+            value = (beta * kl(p, middle) + (1 - beta) * kl(q, middle)) * tau**2
+        elif name == "topk_kl":
+            best = p.topk(top_k).indices
+            rest = torch.ones(len(p), dtype=torch.bool)
+            rest[best] = False
+            value = (
+                kl(torch.cat([p[best], p[rest].sum()[None]]), torch.cat([q[best], q[rest].sum()[None]]))
+                * tau**2
+            )
+        elif name == "mse":
+            value = ((t - s) ** 2).mean()
+        else:
+            value = 1 - (t @ s) / (t.norm() * s.norm())
+        values.append(value)
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_every_divergence_and_its_gradient_against_the_formula(name, tau):
+    torch.manual_seed(0)
+    teacher, student = torch.randn(6, 40), torch.randn(6, 40, requires_grad=True)
+    divergence = Divergence(name, tau, beta=0.3, top_k=7)
+    found = divergence(teacher, student)
+    assert found.shape == (6,) and found.dtype == torch.float32
+    exact = student.detach().double().requires_grad_()
+    expected = naive(name, teacher, exact, tau, beta=0.3)
+    assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-6)
+    found.sum().backward()
+    expected.sum().backward()
+    assert torch.allclose(student.grad.double(), exact.grad, rtol=1e-3, atol=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda s: divergence(teacher.double(), s), exact.detach().requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("ce", [0.0, 0.4])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_every_divergence_fused_with_the_output_projection(name, ce):
+    student, head, teacher, labels = parts()
+    weights = LossWeights(0.7, ce, Divergence(name, 2.0, 0.3, 7))
+    terms = fused_linear_loss(student, head, labels, weights, teacher, 8, (5.0, 8.0))
+    terms.loss.backward()
+    exact, exact_head = (x.detach().double().requires_grad_() for x in (student, head))
+    s = 5 * torch.tanh(exact @ exact_head.T / 5)
+    t = 8 * torch.tanh(teacher[0].double() @ teacher[1].double().T / 8)
+    valid = labels >= 0
+    value = naive(name, t[valid], s[valid], 2.0, 0.3).mean()
+    loss = 0.7 * value + ce * cross_entropy(s[valid], labels[valid])
+    loss.backward()
+    assert terms.loss.item() == pytest.approx(loss.item(), rel=1e-4)
+    assert terms.divergence.item() == pytest.approx(value.item(), rel=1e-4)
+    assert torch.allclose(student.grad.double(), exact.grad, rtol=1e-3, atol=1e-5)
+    assert torch.allclose(head.grad.double(), exact_head.grad, rtol=1e-3, atol=1e-5)
+    assert student.grad[valid].abs().max() > 1e-5  # it teaches
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_equal_models_do_not_diverge(name):
+    logits = torch.randn(5, 30, dtype=torch.float64)
+    assert Divergence(name, top_k=4)(logits, logits.clone()).abs().max() < 1e-12
+
+
+def test_the_tail_bucket_sees_mass_that_moves_into_the_tail():
+    """Renormalised inside the top k, this student would be perfect."""
+    teacher = torch.tensor([[4.0, 3.0, 0.0, 0.0, 0.0, 0.0]])
+    student = torch.tensor([[4.0, 3.0, 9.0, 9.0, 9.0, 9.0]])
+    kept = torch.log_softmax(teacher[:, :2], -1), torch.log_softmax(student[:, :2], -1)
+    assert torch.equal(*kept)
+    assert float(topk_kl(teacher, student, 2)) > 1
+    assert float(topk_kl(teacher, student, 6)) == pytest.approx(float(forward_kl(teacher, student)))
+
+
+def test_entries_that_pad_a_vocabulary_count_for_nothing():
+    student, head, teacher, labels = parts()
+    labels = labels.clamp(max=89)
+    expected = fused_linear_loss(
+        student, head[:90].detach(), labels, LossWeights(1, 0.5), (teacher[0], teacher[1][:90]), 8
+    )
+    padded = (teacher[0], torch.cat([teacher[1][:95], torch.full((12, TEACHER), 1e4)])[:99])
+    found = fused_linear_loss(student, head, labels, LossWeights(1, 0.5), padded, 8, vocabulary=90)
+    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    found.loss.backward()
+    assert head.grad[90:].abs().max() == 0 and head.grad[:90].abs().min(1).values.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "kl"}, "expected one of forward_kl"),
+        ({"temperature": 0}, "temperature: expected a number above 0"),
+        ({"beta": 1.0}, "beta: expected a number between 0 and 1"),
+        ({"top_k": 0}, "top_k: expected at least 1"),
+    ],
+)
+def test_divergences_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Divergence(**settings)

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from nemo_minitron.artifacts.checkpoint import read_config
 from nemo_minitron.artifacts.log import read_log
 from nemo_minitron.bridge.models import load_model
+from nemo_minitron.core.divergences import Divergence
 from nemo_minitron.core.losses import LossWeights
 from nemo_minitron.families import families
 from nemo_minitron.plugin.callbacks import KnowledgeDistillation, LossGuard, ModelTransform
@@ -98,9 +99,9 @@ def test_distillation_pulls_the_student_to_the_teacher_and_leaves_the_teacher_al
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     distillation = KnowledgeDistillation(teacher, families()["llama"], LossWeights(), chunk_tokens=16)
     model = run(student_folder, tmp_path / "state", 40, [distillation])
-    lines = [line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "kl" in line]
-    assert lines[-1]["kl"] < 0.5 * lines[0]["kl"]
-    assert lines[0]["loss"] == pytest.approx(lines[0]["kl"])
+    lines = [line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "divergence" in line]
+    assert lines[-1]["divergence"] < 0.5 * lines[0]["divergence"]
+    assert lines[0]["loss"] == pytest.approx(lines[0]["divergence"])
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert not any("teacher" in name for name in model.state_dict())
 
@@ -111,10 +112,12 @@ def test_distillation_pulls_the_student_to_the_teacher_and_leaves_the_teacher_al
 def test_low_precision_distils_too(tmp_path, precision, stored):
     teacher = load_model(make_model(tmp_path / "teacher", "llama", seed=1), dtype=torch.bfloat16)
     student = make_model(tmp_path / "student", "llama", seed=2, hidden_size=12)
-    distillation = KnowledgeDistillation(teacher, families()["llama"], LossWeights(1.0, 0.1, 2.0))
+    distillation = KnowledgeDistillation(
+        teacher, families()["llama"], LossWeights(1.0, 0.1, Divergence(temperature=2.0))
+    )
     model = run(student, tmp_path / "state", 20, [distillation], precision=precision)
-    lines = [line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "kl" in line]
-    assert lines[-1]["kl"] < 0.8 * lines[0]["kl"]
+    lines = [line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "divergence" in line]
+    assert lines[-1]["divergence"] < 0.8 * lines[0]["divergence"]
     (tmp_path / "hf").mkdir()
     model.save_hf(tmp_path / "hf")
     tensors = load_file(tmp_path / "hf" / "model.safetensors").values()
