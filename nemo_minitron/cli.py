@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import nemo_minitron
 from nemo_minitron import lookup
 from nemo_minitron.lookup import print_table
-from nemo_minitron.stages import STAGES, follows, run_stage
+from nemo_minitron.stages import SEVERAL, STAGES, follows, meet, run_stage
 
 if TYPE_CHECKING:
     from nemo_minitron.stages.config import Config
@@ -139,13 +139,18 @@ def _stage(args: argparse.Namespace) -> int:
     from nemo_minitron.artifacts.workspace import locked
 
     config = _config(args)
-    if args.command == "score" and follows():
-        run_stage(args.command, config)
+    several = args.command in SEVERAL
+    if follows():
+        if several:
+            meet()
+            run_stage(args.command, config)
         return 0
     # progress bars go to the error output: standard output is for the result
     with locked(Path(config.workspace)), contextlib.redirect_stdout(sys.stderr):
         for name in _before(args.command, config):
             _notes(run_stage(name, config))
+        if several:
+            meet()
         result = run_stage(args.command, config)
     _show(result, args.json)
     _notes(result)
@@ -179,6 +184,8 @@ def _run(args: argparse.Namespace) -> int:
     if _shows_only(args):
         return 0
     config = _config(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"not under torchrun; run the stages that compute with it: {', '.join(SEVERAL)}")
     from nemo_minitron.artifacts.workspace import locked
 
     with locked(Path(config.workspace)):  # before Prefect is started: a busy workspace is an input error

@@ -156,9 +156,11 @@ class TrainingLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drops lines of steps that a killed run reached beyond its last checkpoint."""
+        self._clock = (trainer.global_step, time.monotonic())
+        if not trainer.is_global_zero:
+            return
         lines = [line for line in read_log(self.path) if line["step"] <= trainer.global_step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        self._clock = (trainer.global_step, time.monotonic())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -170,7 +172,7 @@ class TrainingLog(Callback):
         seconds = time.monotonic() - self._clock[1]
         speed = (step - self._clock[0]) * self.tokens_per_step / max(seconds, 1e-9)
         self._clock = (step, time.monotonic())
-        terms: LossTerms = pl_module.last_terms
+        terms = _over_ranks(trainer, pl_module.last_terms)
         line = {
             "step": step,
             "tokens": step * self.tokens_per_step,
@@ -179,12 +181,14 @@ class TrainingLog(Callback):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "tokens_per_second": round(speed, 1),
         }
+        if not trainer.is_global_zero:
+            return
         more = {} if torch.isnan(terms.divergence) else {"divergence": float(terms.divergence)}
         self._append({**line, **more})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the validation loss."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or not trainer.is_global_zero:
             return
         names = [name for name in ("val_loss", "val_divergence") if name in trainer.callback_metrics]
         values = {name: float(trainer.callback_metrics[name]) for name in names}
@@ -195,3 +199,10 @@ class TrainingLog(Callback):
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _over_ranks(trainer: Trainer, terms: LossTerms) -> LossTerms:
+    """Terms as means over the ranks, each of which has seen other samples."""
+    parts = torch.stack([terms.loss.detach().float(), terms.divergence.float(), terms.ce.float()])
+    mean = trainer.strategy.reduce(parts, reduce_op="mean")
+    return LossTerms(mean[0], mean[1], mean[2])

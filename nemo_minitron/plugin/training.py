@@ -5,6 +5,7 @@ Lightning's Trainer, exp_manager for checkpoints and loggers, resumable at any t
 
 import inspect
 import logging
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,7 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Refuses what Lightning's Trainer would not take.
 
     Raises:
-        ValueError: an unknown key, no positive ``max_steps``, or more than one device.
+        ValueError: an unknown key, no positive ``max_steps``, or devices for which nobody started processes.
     """
     known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
     unknown = sorted(set(trainer) - known)
@@ -65,9 +66,14 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     steps = trainer["max_steps"] if "max_steps" in trainer else None
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"trainer.max_steps: expected a positive whole number, found {steps!r}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return  # torchrun has started a process for every device
     for key in ("devices", "num_nodes"):
         if trainer.get(key) not in (None, 1, "1", [0]):
-            raise ValueError(f"trainer.{key}: this version trains on one device, found {trainer[key]!r}")
+            raise ValueError(
+                f"trainer.{key}: a process trains on one device, found {trainer[key]!r}; start several with "
+                "torchrun --nproc-per-node N -m nemo_minitron"
+            )
 
 
 def train(
@@ -167,7 +173,9 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def samples_needed(trainer: Mapping[str, Any], batch_size: int) -> int:
     """Samples that a training consumes."""
     accumulate = trainer["accumulate_grad_batches"] if "accumulate_grad_batches" in trainer else 1
-    return int(trainer["max_steps"] * accumulate * batch_size)
+    devices, nodes = (trainer[key] if key in trainer else 1 for key in ("devices", "num_nodes"))
+    ranks = int(devices) * int(nodes) if str(devices).isdecimal() else 1
+    return int(trainer["max_steps"] * accumulate * batch_size * ranks)
 
 
 def _quiet() -> None:

@@ -25,9 +25,21 @@ STAGES = {
 """Stage name, as on the command line, to its module; imported when it is run."""
 
 
+SEVERAL = ("pretrain", "correct", "score", "distill")
+"""Stages that share their work where torchrun starts several processes."""
+
+
 def follows() -> bool:
     """Whether torchrun started this process beside another, its rank 0, which holds the workspace."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
+def meet() -> None:
+    """Under torchrun, holds each rank until rank 0 has come here too: what it makes first is there then."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from nemo_minitron.bridge.ranks import join
+
+        join("auto").broadcast(None)
 
 
 def run_stage(name: str, config: "Config") -> "Result":

@@ -117,6 +117,7 @@ def by_activation(
 
     checkpoint, wanted, measures = open_checkpoint(folder), prepared.wanted, prepared.measures
     if prepared.merged.samples:
+        ranks.broadcast(None)
         return Outcome(_scores(config, checkpoint, prepared.merged), 0, 0.0, [])
     known = usable(saved(state), measures, wanted)
     known = known if known.samples else usable(before, measures, wanted)

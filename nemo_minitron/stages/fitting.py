@@ -1,5 +1,6 @@
 """What the three training stages have in common: their text, their recipe, and the model they write."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from nemo_minitron.artifacts import log
 from nemo_minitron.artifacts.build import make_resumable
 from nemo_minitron.artifacts.manifest import Input
+from nemo_minitron.stages import follows
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import (
     deciding,
@@ -69,7 +71,8 @@ def train_into(
     Returns:
         Whether it had to be trained.
     """
-    trainer, optim = merged(config.trainer, section["trainer"]), merged(config.optim, section["optim"])
+    trainer = {**merged(config.trainer, section["trainer"]), **_launched()}
+    optim = merged(config.optim, section["optim"])
     resolved = {
         **{key: section[key] for key in section if key not in ("enabled", "baseline")},
         "trainer": trainer,
@@ -81,18 +84,63 @@ def train_into(
         "exp_manager": {key: config.exp_manager[key] for key in _DECIDING if key in config.exp_manager},
         "train": sampling(config.data.train),
     }
-    return make_resumable(
-        folder, kind, decides, inputs, lambda state, target: _train(config, resolved, role, state, target)
-    )
+    accelerator = str(trainer["accelerator"]) if "accelerator" in trainer else "auto"
+    if follows():
+        return _follow(config, resolved, role, accelerator)
+    ranks = _ranks(accelerator)
+    begun = False
+
+    def build(state: Path, target: Path) -> None:
+        nonlocal begun
+        check_trainer(trainer)
+        role.prepare()
+        begun = True
+        ranks.broadcast(state)
+        trained = _train(config, resolved, role, state)
+        (target / "hf").mkdir()
+        trained.save_hf(target / "hf")
+        (target / log.FILE).write_bytes((state / log.FILE).read_bytes())
+
+    from nemo_minitron.plugin.training import check_trainer
+
+    made = make_resumable(folder, kind, decides, inputs, build)
+    if not begun:
+        ranks.broadcast(None)
+    ranks.broadcast(made)  # the others wait until the artifact is whole
+    return made
 
 
-def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path, target: Path) -> None:
+def _launched() -> dict[str, Any]:
+    """What torchrun's environment says of devices, for Lightning, which wants to hear it too."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return {}
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    return {"devices": local, "num_nodes": size // local}
+
+
+def _ranks(accelerator: str) -> Any:
+    """This process among those of torchrun, joined before Lightning would."""
+    from nemo_minitron.bridge.ranks import join
+
+    return join("cpu" if accelerator == "cpu" else "auto")
+
+
+def _follow(config: Config, section: Mapping[str, Any], role: Role, accelerator: str) -> bool:
+    """What the ranks beside rank 0 do: train with it, write nothing."""
+    ranks = _ranks(accelerator)
+    state = ranks.broadcast(None)
+    if state is not None:
+        _train(config, section, role, state)
+    ranks.broadcast(None)
+    return False
+
+
+def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) -> Any:
     from nemo_minitron.bridge.samples import pack
-    from nemo_minitron.plugin.training import Recipe, check_trainer, samples_needed, train
+    from nemo_minitron.plugin.training import Recipe, samples_needed, train
 
     trainer = section["trainer"]
-    check_trainer(trainer)
-    role.prepare()
     tokenizer = role.tokenizer()
     text = config.data.train
     needed = text.samples or samples_needed(trainer, section["batch_size"])
@@ -103,10 +151,7 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path, 
     validation_NS = validation_samples(config, tokenizer)
     model, hf_config, files = role.start()
     recipe = Recipe(trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"])
-    trained = train(model, hf_config, files, recipe, train_NS, validation_NS, state, role.callbacks())
-    (target / "hf").mkdir()
-    trained.save_hf(target / "hf")
-    (target / log.FILE).write_bytes((state / log.FILE).read_bytes())
+    return train(model, hf_config, files, recipe, train_NS, validation_NS, state, role.callbacks())
 
 
 def last_losses(folder: Path) -> str:

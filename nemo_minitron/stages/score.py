@@ -80,6 +80,8 @@ def run(config: Config) -> Result:
             (temporary / "plots" / f"{name}.png").write_bytes(picture)
 
     made = make_resumable(target, "scores", settings, inputs, build)
+    if not outcome:  # no pass was run: the other ranks still wait to hear of one
+        join(config.score.device).broadcast(None)
     return _result(target, made, config, read_scores(target), outcome)
 
 
