@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import nemo_minitron
 from nemo_minitron import lookup
 from nemo_minitron.lookup import print_table
-from nemo_minitron.stages import SEVERAL, STAGES, follows, meet, run_stage
+from nemo_minitron.stages import SEVERAL, STAGES, follows, meet, part, run_stage
 
 if TYPE_CHECKING:
     from nemo_minitron.stages.config import Config
@@ -144,6 +144,7 @@ def _stage(args: argparse.Namespace) -> int:
         if several:
             meet()
             run_stage(args.command, config)
+            part()
         return 0
     # progress bars go to the error output: standard output is for the result
     with locked(Path(config.workspace)), contextlib.redirect_stdout(sys.stderr):
@@ -152,6 +153,8 @@ def _stage(args: argparse.Namespace) -> int:
         if several:
             meet()
         result = run_stage(args.command, config)
+        if several:
+            part()
     _show(result, args.json)
     _notes(result)
     return 0

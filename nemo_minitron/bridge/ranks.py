@@ -57,3 +57,10 @@ def join(device: str) -> Ranks:
         dist.init_process_group("nccl" if cuda else "gloo")
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
     return Ranks(dist.get_rank(), size, local, neighbours)
+
+
+def leave() -> None:
+    """Waits for all processes, and leaves their group."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -79,12 +79,7 @@ def fused_linear_loss(
     """
     if teacher is None and weights.kl != 0:
         raise ValueError("a divergence needs a teacher")
-    sizes = [head_VH.shape[0], head_VH.shape[0] if teacher is None else teacher[1].shape[0]]
-    if vocabulary is None and sizes[0] != sizes[1]:
-        raise ValueError(f"vocabulary: teacher has {sizes[1]} entries, student {sizes[0]}")
-    if vocabulary is not None:  # entries beyond it are padding: no token has them
-        head_VH = head_VH[:vocabulary]
-        teacher = None if teacher is None else (teacher[0], teacher[1][:vocabulary])
+    head_VH, teacher = _counted(head_VH, teacher, vocabulary)
     valid_T = labels_T >= 0
     labels_T, student_TH = labels_T[valid_T], student_TH[valid_T]
     if teacher is not None:
@@ -103,6 +98,17 @@ def fused_linear_loss(
         )
     loss, divergence, ce = terms
     return LossTerms(loss, divergence.detach(), ce.detach())
+
+
+def _counted(
+    head_VH: Tensor, teacher: tuple[Tensor, Tensor] | None, vocabulary: int | None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Both heads without the entries that only pad them."""
+    if vocabulary is not None:
+        return head_VH[:vocabulary], None if teacher is None else (teacher[0], teacher[1][:vocabulary])
+    if teacher is not None and teacher[1].shape[0] != head_VH.shape[0]:
+        raise ValueError(f"vocabulary: teacher has {teacher[1].shape[0]} entries, student {head_VH.shape[0]}")
+    return head_VH, teacher
 
 
 class _FusedLinearLoss(torch.autograd.Function):

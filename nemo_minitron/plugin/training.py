@@ -25,6 +25,7 @@ from torch import Tensor
 from nemo_minitron.artifacts import log
 from nemo_minitron.plugin.callbacks import ExactResume, LossGuard, TrainingLog
 from nemo_minitron.plugin.model import MinitronModel, make_cfg
+from nemo_minitron.plugin.preemption import Preemption
 
 _STEP = re.compile(r"step=(\d+)")
 
@@ -134,6 +135,7 @@ def _trainer(recipe: Recipe, positions: int, state: Path, callbacks: Sequence[Ca
     trainer = Trainer(**{**arguments, **fixed}, callbacks=[*callbacks, ExactResume(), LossGuard(), *bar])
     tokens = recipe.batch_size * positions * accumulate * trainer.world_size
     trainer.callbacks.append(TrainingLog(state / log.FILE, every, tokens))
+    trainer.callbacks.append(Preemption(state / "nemo" / "checkpoints"))  # after the log: it may raise
     return trainer
 
 

@@ -42,6 +42,14 @@ def meet() -> None:
         join("auto").broadcast(None)
 
 
+def part() -> None:
+    """Under torchrun, ends the processes' connection in good order: none goes while another still talks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from nemo_minitron.bridge.ranks import leave
+
+        leave()
+
+
 def run_stage(name: str, config: "Config") -> "Result":
     """Runs one stage by its name."""
     result: Result = importlib.import_module(STAGES[name]).run(config)

@@ -74,7 +74,7 @@ def run(config: Config) -> Result:
             for name, sums in scores.tally.depth.items()
             if len(sums.total) > 1
         }
-        if measured:
+        if len(measured) > 1:  # of single layers alone the axis' own picture shows it
             pictures["depth"] = depth_map(measured)
         for name, picture in pictures.items():
             (temporary / "plots" / f"{name}.png").write_bytes(picture)

@@ -85,6 +85,40 @@ def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words):
     assert curve(killed) == curve(straight)
 
 
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
+def test_a_signal_saves_the_step_and_ends(tmp_path, words, ranks, number):
+    words = [*words, "trainer.max_steps=200", "distill.batch_size=2", "trainer.val_check_interval=200",
+             "trainer.accumulate_grad_batches=2",
+             "exp_manager.checkpoint_callback_params.every_n_train_steps=1000"]  # fmt: skip
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for place in (straight, stopped):
+        assert main(["prune", f"workspace={place}", *words]) == 0
+
+    def command(place):
+        arguments = ["distill", f"workspace={place}", *words]
+        return torchrun(*arguments) if ranks == 2 else [sys.executable, "-m", "nemo_minitron", *arguments]
+
+    process = subprocess.Popen(command(stopped), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    log = stopped / "student" / "state" / "metrics.jsonl"
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") > 5):
+        time.sleep(0.01)
+    process.send_signal(number)  # torchrun hands it on to its ranks
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not (stopped / "student" / "manifest.json").exists()
+    (saved,) = (stopped / "student" / "state" / "nemo" / "checkpoints").glob("*.ckpt")
+    step = int(saved.stem.removeprefix("step="))
+    assert step == read_log(log)[-1]["step"] and 5 < step < 200
+    if ranks == 1:
+        assert f"stopped by {signal.Signals(number).name} at step {step} of 200, which is saved" in err
+    for place in (stopped, straight):
+        done = ended(command(place))
+        assert done.returncode == 0, done.stderr[-2000:]
+    for name, tensor in weights(straight).items():
+        assert torch.equal(weights(stopped)[name], tensor), name
+    assert curve(stopped) == curve(straight)
+
+
 def test_devices_nobody_started_and_flows_under_torchrun_are_refused(capsys, monkeypatch, tmp_path, words):
     place = f"workspace={tmp_path / 'ws'}"
     assert main(["prune", place, *words]) == 0

@@ -1,0 +1,71 @@
+"""SIGTERM and SIGUSR1 during a training: it saves behind the step at hand and ends, to be run again."""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.utils.callbacks import NeMoModelCheckpoint
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What batch systems send before they end a job (Slurm: --signal=USR1@120)."""
+
+
+class Preempted(RuntimeError):
+    """A training was told to end, and has saved what it did."""
+
+
+class Preemption(Callback):
+    """Saves and stops at the end of the step during which a signal came; no validation is waited for.
+
+    Attributes:
+        folder: where checkpoints lie.
+        received: name of the signal that came, or None.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.received: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes over the signals, from Lightning too; only a process' main thread can."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves and stops, on all ranks together, where one of them got a signal; between steps only.
+
+        Raises:
+            Preempted: what was saved, and that it goes on from there.
+        """
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        came = self.received is not None
+        if trainer.world_size > 1:
+            came = trainer.strategy.reduce_boolean_decision(came, all=False)
+        if not came or trainer.global_step >= trainer.max_steps:
+            return
+        path = self.folder / f"step={trainer.global_step}.ckpt"
+        if not path.exists():
+            # NeMo's marker: a checkpoint beside it is not finished, and not resumed from
+            NeMoModelCheckpoint.set_checkpoint_unfinished_marker(path, barrier_after=True)
+            trainer.save_checkpoint(path)
+            NeMoModelCheckpoint.remove_checkpoint_unfinished_marker(path, barrier_before=True)
+        raise Preempted(
+            f"stopped by {self.received or 'a signal on another rank'} at step {trainer.global_step} of "
+            f"{trainer.max_steps}, which is saved; run it again to go on"
+        )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
