@@ -1,12 +1,13 @@
 """Training on two ranks over gloo: the loss curve of one rank with as many samples a step, resumed after a kill."""
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,6 +32,13 @@ def words(teacher, corpus):
 def torchrun(*arguments):
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
             "nemo_minitron", *arguments]  # fmt: skip
+
+
+def kill_all(number):
+    """As when a machine fails: torchrun's ranks have sessions of their own and outlive it otherwise."""
+    for process in [psutil.Process(number), *psutil.Process(number).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def curve(place):
@@ -75,7 +83,7 @@ def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words):
     checkpoints = killed / "student" / "state" / "nemo" / "checkpoints"
     while process.poll() is None and not any(checkpoints.glob("*step=1?.ckpt")):
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_all(process.pid)
     process.wait()
     assert not (killed / "student" / "manifest.json").exists()
     done = ended(torchrun("distill", f"workspace={killed}", *words))
@@ -85,7 +93,7 @@ def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words):
     assert curve(killed) == curve(straight)
 
 
-@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (1, signal.SIGUSR1), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_a_signal_saves_the_step_and_ends(tmp_path, words, ranks, number):
     words = [*words, "trainer.max_steps=200", "distill.batch_size=2", "trainer.val_check_interval=200",
              "trainer.accumulate_grad_batches=2",
