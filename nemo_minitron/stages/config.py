@@ -2,7 +2,7 @@
 
 The classes are the schema that Hydra composes against: a key that is not declared here is refused. Sections
 that are handed on to Lightning and NeMo as they are (``trainer``, ``optim``, ``exp_manager``) are open
-dictionaries whose defaults lie in configs/config.yaml; add keys to them as NeMo users do: ``+trainer.limit_val_batches=2``.
+dictionaries whose defaults lie in configs/config.yaml; add keys to them with ``+``.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass

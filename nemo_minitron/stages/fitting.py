@@ -71,19 +71,8 @@ def train_into(
     Returns:
         Whether it had to be trained.
     """
-    trainer = {**merged(config.trainer, section["trainer"]), **_launched()}
-    optim = merged(config.optim, section["optim"])
-    resolved = {
-        **{key: section[key] for key in section if key not in ("enabled", "baseline")},
-        "trainer": trainer,
-        "optim": optim,
-    }
-    decides = {
-        **resolved,
-        "trainer": deciding(trainer),
-        "exp_manager": {key: config.exp_manager[key] for key in _DECIDING if key in config.exp_manager},
-        "train": sampling(config.data.train),
-    }
+    resolved, decides = _resolved(config, section)
+    trainer = resolved["trainer"]
     accelerator = str(trainer["accelerator"]) if "accelerator" in trainer else "auto"
     if follows():
         return _follow(config, resolved, role, accelerator)
@@ -108,6 +97,24 @@ def train_into(
         ranks.broadcast(None)
     ranks.broadcast(made)  # the others wait until the artifact is whole
     return made
+
+
+def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The stage's keys with trainer and optimiser filled in, and what of them decides the weights."""
+    trainer = {**merged(config.trainer, section["trainer"]), **_launched()}
+    optim = merged(config.optim, section["optim"])
+    resolved = {
+        **{key: section[key] for key in section if key not in ("enabled", "baseline")},
+        "trainer": trainer,
+        "optim": optim,
+    }
+    decides = {
+        **resolved,
+        "trainer": deciding(trainer),
+        "exp_manager": {key: config.exp_manager[key] for key in _DECIDING if key in config.exp_manager},
+        "train": sampling(config.data.train),
+    }
+    return resolved, decides
 
 
 def _launched() -> dict[str, Any]:
