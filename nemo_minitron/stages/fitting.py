@@ -81,6 +81,8 @@ def train_into(
 
     def build(state: Path, target: Path) -> None:
         nonlocal begun
+        from nemo_minitron.plugin.training import check_trainer  # NeMo's import takes seconds: only where due
+
         check_trainer(trainer)
         role.prepare()
         begun = True
@@ -89,8 +91,6 @@ def train_into(
         (target / "hf").mkdir()
         trained.save_hf(target / "hf")
         (target / log.FILE).write_bytes((state / log.FILE).read_bytes())
-
-    from nemo_minitron.plugin.training import check_trainer
 
     made = make_resumable(folder, kind, decides, inputs, build)
     if not begun:
