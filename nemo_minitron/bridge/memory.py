@@ -37,8 +37,18 @@ def _control_group() -> int:
         if (_GROUP / limit).is_file() and (_GROUP / used).is_file():
             text = (_GROUP / limit).read_text(encoding="utf-8").strip()
             if text != "max":
-                return int(text) - int((_GROUP / used).read_text(encoding="utf-8"))
+                taken = int((_GROUP / used).read_text(encoding="utf-8"))
+                return int(text) - taken + _reclaimable(_GROUP / Path(used).parent / "memory.stat")
     return 2**62
+
+
+def _reclaimable(stat: Path) -> int:
+    """Pages of files that the control group counts as taken and gives back when asked."""
+    if stat.is_file():
+        for line in stat.read_text(encoding="utf-8").splitlines():
+            if line.startswith("inactive_file "):
+                return int(line.split()[1])
+    return 0
 
 
 def _own_limits() -> int:

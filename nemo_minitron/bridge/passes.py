@@ -140,6 +140,8 @@ def deal(indices: Sequence[int], batch_size: int, ranks: int) -> tuple[tuple[tup
 def _perform(job: Job, ranks: Ranks, models: _Models, progress: Callable[[int], None]) -> Tally:
     groups = job.groups[ranks.rank]
     checkpoint = open_checkpoint(job.folder)
+    if job.streaming and not groups:
+        return Tally()
     if job.streaming:
         device = _device(job.device, ranks)
         recipe = digest([checkpoint.fingerprint, groups, asdict(job.measures), sorted(job.removed)])

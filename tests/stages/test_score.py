@@ -150,6 +150,19 @@ def test_two_ranks_give_what_one_gives(tmp_path, words, more):
     assert found.greedy == alone.greedy and len(found.greedy) == 2
 
 
+def test_a_rank_without_samples_and_memory_that_is_left(tmp_path, words):
+    from nemo_minitron.bridge import memory
+
+    words = [*words, "data.calibration.samples=2", "score.batch_size=2", "score.streaming=on"]
+    alone = score(tmp_path / "one", words)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+               "nemo_minitron", "score", *words, f"workspace={tmp_path / 'two'}"]  # fmt: skip
+    done = ended(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same(read_scores(tmp_path / "two" / "scores"), alone)
+    assert 10**8 < memory.available_bytes(torch.device("cpu")) < 2**62
+
+
 def test_a_mistake_on_rank_0_ends_all_ranks(tmp_path, words):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m",
                "nemo_minitron", "score", *words, "data.calibration.samples=999999",
