@@ -103,6 +103,7 @@ class _Models:
         self._model: Any = None
 
     def get(self, folder: Path, device: str, sharded: bool) -> Any:
+        """The model of a folder, loaded (and sharded over the ranks) unless it is the last one."""
         if self._key != (folder, device, sharded):
             self._model = None  # the old one goes before the new one comes
             place = _device(device, self._ranks)

@@ -145,9 +145,8 @@ def in_memory(
             many as the others.
         report: called after each batch.
     """
-    family, config = checkpoint.family, checkpoint.config
-    layers = axis_sizes(family, config)["layers"]
-    recorder = Recorder(family, config, measures)
+    family, layers = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)["layers"]
+    recorder = Recorder(family, checkpoint.config, measures)
     losses = Losses(layers, measures.losses, removed)
     device = next(model.parameters()).device
     detour = Detour(model, family, layers)

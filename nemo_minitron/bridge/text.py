@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ _WHOLE = 64 * 2**20
 _SUFFIXES = {"jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 HUB = "hf://"
+_ON_HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?")
 Document = str | list[dict[str, Any]] | np.ndarray[Any, Any]
 
 
@@ -77,6 +79,9 @@ def find_text(
     """
     found: set[Path] = set()
     remote = tuple(sorted(path for path in paths if path.startswith(HUB)))
+    wrong = [name for name in remote if not _ON_HUB.fullmatch(name)]
+    if wrong:
+        raise ValueError(f"{where}.paths: expected hf://owner/name[/config][:split], found {wrong[0]!r}")
     for pattern in [path for path in paths if not path.startswith(HUB)]:
         matches = _expand(pattern)
         if not matches:
@@ -108,14 +113,14 @@ def _is_dataset(path: Path) -> bool:
     return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
+@functools.cache
 def _revision(name: str) -> str:
-    import huggingface_hub
+    """The commit of a data set on the hub: what is fingerprinted is what is read."""
+    from nemo_minitron.bridge.hub import data_set_commit
 
-    repository = "/".join(name.removeprefix(HUB).partition(":")[0].split("/")[:2])
-    try:
-        return str(huggingface_hub.HfApi().dataset_info(repository).sha)
-    except Exception as error:  # whatever the hub's client raises: no such data set, no connection
-        raise ValueError(f"{name}: no such data set on the hub ({str(error).splitlines()[0]})") from error
+    match = _ON_HUB.fullmatch(name)
+    assert match is not None, name
+    return data_set_commit(match["repository"])
 
 
 def _fingerprint(path: Path) -> str:
@@ -188,10 +193,12 @@ def _documents(texts: TextSet, seed: int) -> Iterator[Document]:
 def _from_hub(name: str, texts: TextSet) -> Iterator[Document]:
     import datasets
 
-    place, _, split = name.removeprefix(HUB).partition(":")
-    owner, repository, *config = place.split("/")
+    match = _ON_HUB.fullmatch(name)
+    assert match is not None, name
+    config = [match["config"]] if match["config"] else []
+    options = {"split": match["split"] or "train", "streaming": True, "revision": _revision(name)}
     try:
-        rows = datasets.load_dataset(f"{owner}/{repository}", *config, split=split or "train", streaming=True)
+        rows = datasets.load_dataset(match["repository"], *config, **options)
         yield from _column(rows, name, texts)
     except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{texts.where}: {name}: {str(error).splitlines()[0]}") from error

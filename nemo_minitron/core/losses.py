@@ -96,8 +96,7 @@ def fused_linear_loss(
         terms = _FusedLinearLoss.apply(
             student_TH, head_VH, labels_T, weights, teacher, chunk, softcaps, wants_gradient
         )
-    loss, divergence, ce = terms
-    return LossTerms(loss, divergence.detach(), ce.detach())
+    return LossTerms(terms[0], terms[1].detach(), terms[2].detach())
 
 
 def _counted(
@@ -126,6 +125,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         softcaps: tuple[float | None, float | None],
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, divergence and cross-entropy, scalars; arguments as in ``fused_linear_loss``."""
         tokens = student_TH.shape[0]
         sums = torch.zeros(2, dtype=torch.float64, device=student_TH.device)
         grad_TH = torch.empty_like(student_TH) if wants_gradient else None
@@ -160,6 +160,7 @@ class _FusedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients [tokens, hidden] and [vocabulary, hidden], scaled by that of the loss."""
         grad_TH, grad_VH = ctx.saved_tensors
         # the mean is taken here, in float32 and together with the scale that float16 training puts on the
         # loss: divided by the number of tokens before, most of its gradients would round to zero

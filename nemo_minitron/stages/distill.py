@@ -39,6 +39,7 @@ def run(config: Config) -> Result:
         return load_model(pruned, dtype=torch.float32), read_config(pruned), pruned
 
     def callbacks() -> list[Any]:
+        """The callback that distils, with the teacher in memory."""
         from nemo_minitron.bridge.models import load_model
         from nemo_minitron.core.losses import LossWeights
         from nemo_minitron.families import family_of

@@ -46,6 +46,7 @@ def run(config: Config) -> Result:
     folder = workspace / "report"
 
     def build(temporary: Path) -> None:
+        """Measures all models and writes the report."""
         if any(name.startswith("held_out") for name in config.evaluate.tasks):
             from nemo_minitron.bridge.lm_eval import write_held_out_tasks
             from nemo_minitron.bridge.text import documents, plain

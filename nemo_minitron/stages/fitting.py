@@ -80,6 +80,7 @@ def train_into(
     begun = False
 
     def build(state: Path, target: Path) -> None:
+        """Trains, the other ranks along with it, and writes what came of it."""
         nonlocal begun
         from nemo_minitron.plugin.training import check_trainer  # NeMo's import takes seconds: only where due
 

@@ -58,6 +58,7 @@ def run(config: Config) -> Result:
     prepared = prepare(config, folder, item) if due and config.score.importance == "activation" else None
 
     def build(state: Path, temporary: Path) -> None:
+        """Scores, and writes scores and pictures."""
         if prepared is not None:
             ranks = join(config.score.device)
             outcome.append(by_activation(config, folder, prepared, state, before, ranks))

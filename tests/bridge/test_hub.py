@@ -105,4 +105,9 @@ def test_a_data_set_by_hub_id(hub, tmp_path):
     assert len(fingerprint) == 64
     assert lines == [f"line {i} of a data set on the hub" for i in range(200)]
     absent = read(code.replace("org/lines", "org/none"))
-    assert "ValueError: hf://org/none: no such data set on the hub" in absent.stderr
+    assert "ValueError: 'org/none': no such data set on the hub" in absent.stderr
+    assert any(f"/resolve/{COMMIT}/" in line for line in hub.requests)  # what was fingerprinted is read
+    unclear = read(code.replace("org/lines", "lines"))
+    assert "expected hf://owner/name[/config][:split], found 'hf://lines'" in unclear.stderr
+    hub.failures = 100
+    assert "ConnectionError: 'org/lines': the hub cannot be reached" in read(code).stderr

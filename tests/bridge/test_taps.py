@@ -163,6 +163,33 @@ def test_experts_and_their_neurons_against_the_formula(tmp_path, sequence):
             assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.skipif("nemotron_h" not in INSTALLED, reason="transformers has no nemotron_h")
+def test_mamba_heads_channels_and_state_against_the_formula(tmp_path):
+    folder, samples = (
+        tiny_model(families()["nemotron_h"], {"hybrid_override_pattern": "M*MM"}, tmp_path / "m"),
+        padded(),
+    )
+    model, caught = load_model(folder), {}
+    for i in (0, 2, 3):
+        mixer = model.model.layers[i].mixer
+        mixer.out_proj.register_forward_pre_hook(lambda _, args, i=i: caught.update({(i, "out"): args[0]}))
+        mixer.in_proj.register_forward_hook(lambda _, args, out, i=i: caught.update({(i, "in"): out}))
+    with torch.inference_mode():
+        model(samples.tokens_NS[:, :-1], attention_mask=samples.valid_NS[:, :-1].long(), use_cache=False)
+    tally = score(folder, samples)
+    for i in (0, 2, 3):
+        out = caught[i, "out"].unflatten(-1, (8, 6))  # 8 heads of 6 channels
+        state = caught[i, "in"][..., 96:136].unflatten(-1, (4, 10))  # behind gate and x: B and C of 2 groups
+        for axis, values in (
+            ("mamba_heads", out.norm(dim=-1)),
+            ("mamba_head_dim", out.norm(dim=-2)),
+            ("mamba_state", state.norm(dim=-2)),
+        ):
+            found = over_batch(tally.sums[axis, "mean"], "l2")[i]
+            assert torch.allclose(found, aggregate(values, samples, "l2", "mean"), rtol=1e-3), axis
+    assert over_batch(tally.sums["mamba_heads", "mean"], "l2")[1].abs().max() == 0  # the attention layer
+
+
 @pytest.mark.parametrize("name", sorted(INSTALLED))
 def test_watching_the_experts_changes_nothing(tmp_path, name):
     family = families()[name]
