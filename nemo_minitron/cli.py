@@ -117,9 +117,10 @@ def _config(args: argparse.Namespace) -> "Config":
 
 def _shows_only(args: argparse.Namespace) -> bool:
     if args.keys:
-        from nemo_minitron.stages.config import describe
+        from nemo_minitron.stages.config import Config
+        from nemo_minitron.stages.keys import describe
 
-        for name, item, _ in describe():
+        for name, item, _ in describe(Config):
             print(
                 f"{name}: {item.metadata['help']}"
                 + (f" ({', '.join(item.metadata['choices'])})" if item.metadata["choices"] else "")

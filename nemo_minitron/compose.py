@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import nemo_minitron
 from nemo_minitron.families import use_tables
-from nemo_minitron.stages.config import Config, describe
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.keys import describe
 
 _PACKAGE = Path(nemo_minitron.__file__).parent
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
@@ -98,7 +99,7 @@ def _explain(error: Exception, name: str, folder: Path) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    known = [name for name, _, _ in describe()] + list(OPEN)
+    known = [name for name, _, _ in describe(Config)] + list(OPEN)
     near = difflib.get_close_matches(key, known, 3, 0.5)
     leaf = key.rsplit(".", 1)[-1]
     near += [name for name in known if name.rsplit(".", 1)[-1] == leaf and name not in near]
@@ -117,7 +118,7 @@ def _checked(config: Config) -> Config:
 
 
 def _check_values(config: Config) -> None:
-    for name, item, _ in describe():
+    for name, item, _ in describe(Config):
         choices = item.metadata["choices"]
         value: Any = config
         for part in name.split("."):

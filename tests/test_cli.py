@@ -255,9 +255,10 @@ def test_exit_codes_of_the_process(tmp_path):
 
 
 def test_every_key_is_documented(capsys):
-    from nemo_minitron.stages.config import describe
+    from nemo_minitron.stages.config import Config
+    from nemo_minitron.stages.keys import describe
 
-    for name, item, _ in describe():
+    for name, item, _ in describe(Config):
         assert item.metadata["help"], name
     assert main(["run", "--keys"]) == 0
     assert "distill.temperature: " in capsys.readouterr().out

@@ -9,7 +9,8 @@ pass**, so that one chunk of logits exists at a time and nothing is recomputed. 
 as many as the naive way.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,11 +40,18 @@ class LossTerms:
         divergence: mean divergence over valid tokens (nats, where it is one of distributions), detached; NaN
             without a teacher.
         ce: mean cross-entropy over valid tokens (nats), detached.
+        more: further terms by name, detached.
     """
 
     loss: Tensor
     divergence: Tensor
     ce: Tensor
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def named(self) -> dict[str, Tensor]:
+        """Terms by name, detached scalars; those that this training has."""
+        known = {"loss": self.loss.detach(), "ce": self.ce, **self.more}
+        return known if torch.isnan(self.divergence) else {**known, "divergence": self.divergence}
 
 
 def fused_linear_loss(

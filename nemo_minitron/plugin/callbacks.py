@@ -9,13 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
 from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.bridge.models import frozen, head_of, hidden_states, softcap_of
-from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
-from nemo_minitron.families import Family
-from nemo_minitron.plugin.model import MinitronModel
+from nemo_minitron.core.losses import LossTerms
 
 try:  # NeMo 2.x has its own; it calls pl_module.model_transform(trainer.model) and ignores what comes back
     from nemo.lightning.pytorch.callbacks import ModelTransform
@@ -39,61 +36,6 @@ except ImportError:
             result = transform(pl_module.model)
             if result is not None:
                 pl_module.model = result
-
-
-class KnowledgeDistillation(Callback):
-    """Trains the model against a frozen teacher by logits ([P1] section 3).
-
-    The teacher is no part of the trained module: it is in no checkpoint and no optimiser.
-
-    Attributes:
-        teacher: a Hugging Face causal LM; its vocabulary is the student's.
-        family: the teacher's family.
-        weights: the mix of the losses.
-        chunk_tokens: tokens whose logits exist at a time, or None.
-        vocabulary: entries that count, where the models' vocabularies are padded to different sizes; None:
-            all.
-    """
-
-    def __init__(
-        self,
-        teacher: Any,
-        family: Family,
-        weights: LossWeights,
-        chunk_tokens: int | None = None,
-        vocabulary: int | None = None,
-    ) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.family, self.weights, self.chunk_tokens = family, weights, chunk_tokens
-        self.vocabulary = vocabulary
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes over the model's objective.
-
-        Raises:
-            ValueError: the vocabularies differ, and nothing says how much of them is padding.
-        """
-        assert isinstance(pl_module, MinitronModel), type(pl_module)
-        ours, theirs = head_of(pl_module.model).shape[0], head_of(self.teacher).shape[0]
-        if ours != theirs and self.vocabulary is None:
-            raise ValueError(f"vocabulary: the teacher has {theirs} entries, the student {ours}")
-        pl_module.objective = self.objective
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves the teacher to the student's device."""
-        self.teacher.to(pl_module.device)
-
-    def objective(
-        self, hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, tokens_BS: Tensor, softcap: float | None
-    ) -> LossTerms:
-        """Divergence from the teacher on the same tokens; shapes as in ``plugin.model.Objective``."""
-        with torch.no_grad(), frozen(self.teacher):
-            teacher_TG = hidden_states(self.teacher, self.family, tokens_BS).flatten(0, 1)
-        teacher = (teacher_TG, head_of(self.teacher))
-        caps = (softcap, softcap_of(self.teacher, self.family))
-        return fused_linear_loss(
-            hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens, caps, self.vocabulary
-        )
 
 
 class ExactResume(Callback):
@@ -173,18 +115,16 @@ class TrainingLog(Callback):
         speed = (step - self._clock[0]) * self.tokens_per_step / max(seconds, 1e-9)
         self._clock = (step, time.monotonic())
         terms = _over_ranks(trainer, pl_module.last_terms)
+        if not trainer.is_global_zero:
+            return
         line = {
             "step": step,
             "tokens": step * self.tokens_per_step,
-            "loss": float(terms.loss.detach()),
-            "ce": float(terms.ce),
+            **terms,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "tokens_per_second": round(speed, 1),
         }
-        if not trainer.is_global_zero:
-            return
-        more = {} if torch.isnan(terms.divergence) else {"divergence": float(terms.divergence)}
-        self._append({**line, **more})
+        self._append(line)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the validation loss."""
@@ -201,8 +141,9 @@ class TrainingLog(Callback):
             file.write(json.dumps(line) + "\n")
 
 
-def _over_ranks(trainer: Trainer, terms: LossTerms) -> LossTerms:
+def _over_ranks(trainer: Trainer, terms: LossTerms) -> dict[str, float]:
     """Terms as means over the ranks, each of which has seen other samples."""
-    parts = torch.stack([terms.loss.detach().float(), terms.divergence.float(), terms.ce.float()])
+    named = terms.named()
+    parts = torch.stack([value.detach().float() for value in named.values()])
     mean = trainer.strategy.reduce(parts, reduce_op="mean")
-    return LossTerms(mean[0], mean[1], mean[2])
+    return dict(zip(named, mean.tolist(), strict=True))

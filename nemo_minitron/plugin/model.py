@@ -152,7 +152,8 @@ class MinitronModel(ModelPT):
     def training_step(self, batch_BS: Tensor, batch_idx: int) -> Tensor:
         """One micro-batch: the loss to differentiate; its terms are logged."""
         terms = self.evaluate_objective(batch_BS)
-        self.log_dict(_named(terms, "train"), batch_size=len(batch_BS))
+        named = {f"train_{name}": value for name, value in terms.named().items()}
+        self.log_dict(named, batch_size=len(batch_BS))
         self.last_terms = terms
         return terms.loss
 
@@ -163,7 +164,7 @@ class MinitronModel(ModelPT):
         """
         terms = self.evaluate_objective(batch_BS)
         self.log("val_loss", terms.ce, on_epoch=True, sync_dist=True, batch_size=len(batch_BS), prog_bar=True)
-        if not torch.isnan(terms.divergence):
+        if "divergence" in terms.named():
             self.log(
                 "val_divergence", terms.divergence, on_epoch=True, sync_dist=True, batch_size=len(batch_BS)
             )
@@ -233,13 +234,6 @@ def _file_key(name: str) -> str:
 
 def _file_name(key: str) -> str:
     return key.replace("__dot__", ".")
-
-
-def _named(terms: LossTerms, prefix: str) -> dict[str, Tensor]:
-    named = {f"{prefix}_loss": terms.loss.detach(), f"{prefix}_ce": terms.ce}
-    if torch.isnan(terms.divergence):
-        return named
-    return {**named, f"{prefix}_divergence": terms.divergence}
 
 
 def _tokens(cfg: DictConfig, where: str) -> Tensor:

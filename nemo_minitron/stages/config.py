@@ -5,19 +5,11 @@ that are handed on to Lightning and NeMo as they are (``trainer``, ``optim``, ``
 dictionaries whose defaults lie in configs/config.yaml; add keys to them with ``+``.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any
 
-
-def key(default: Any, text: str, choices: tuple[str, ...] | None = None, least: float | None = None) -> Any:
-    """A documented configuration key.
-
-    Its default, one sentence, and the values it takes where they are few.
-    """
-    metadata = {"help": text, "choices": choices, "least": least}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from nemo_minitron.stages.keys import key
+from nemo_minitron.stages.training_config import CorrectConfig, DistillConfig, PretrainConfig, TrainingConfig
 
 
 @dataclass
@@ -181,57 +173,6 @@ class PruneConfig:
 
 
 @dataclass
-class DistillConfig:
-    """From the pruned model to the student ([P1] section 3)."""
-
-    teacher: str | None = key(
-        None, "model folder to distil from; null: the (corrected) model that was pruned"
-    )
-    kl: float = key(1.0, "weight of the divergence between teacher and student logits")
-    divergence: str = key(
-        "forward_kl",
-        "which divergence; the first is the papers' choice",
-        ("forward_kl", "reverse_kl", "jsd", "topk_kl", "mse", "cosine"),
-    )
-    beta: float = key(0.5, "beta of divergence=jsd, between 0 (exclusive) and 1 (exclusive)")
-    top_k: int = key(100, "entries that divergence=topk_kl tells apart; one bucket holds the others", least=1)
-    ce: float = key(0.0, "weight of the cross-entropy with the data")
-    temperature: float = key(1.0, "softmax temperature tau; the divergence carries the factor tau squared")
-    chunk_tokens: int | None = key(
-        None, "tokens whose logits exist at a time; null: chosen from the vocabulary"
-    )
-    batch_size: int = key(8, "samples per step and device, before trainer.accumulate_grad_batches", least=1)
-    seed: int = key(0, "seed of the sample order")
-
-
-@dataclass
-class PretrainConfig:
-    """Training from random weights: a small teacher, or the baseline of the student's shape."""
-
-    enabled: bool = key(False, "whether 'minitron run' begins by training its own teacher")
-    baseline: bool = key(
-        False, "train the from-scratch baseline: the pruned model's shape on the student's tokens"
-    )
-    model: dict[str, Any] = key({}, "config.json of the model to train, as its family writes it")
-    tokenizer: str | None = key(None, "folder of a tokenizer; null: train a byte-level BPE on data.train")
-    batch_size: int = key(8, "samples per step and device", least=1)
-    seed: int = key(0, "seed of the weights and the sample order")
-    trainer: dict[str, Any] = key({}, "keys that replace those of trainer")
-    optim: dict[str, Any] = key({}, "keys that replace those of optim")
-
-
-@dataclass
-class CorrectConfig:
-    """Teacher correction: the unpruned model goes on training on the distillation data ([P2] section 2)."""
-
-    enabled: bool = key(False, "whether 'minitron run' corrects the teacher before scoring it")
-    batch_size: int = key(8, "samples per step and device", least=1)
-    seed: int = key(1, "seed of the sample order")
-    trainer: dict[str, Any] = key({}, "keys that replace those of trainer")
-    optim: dict[str, Any] = key({}, "keys that replace those of optim")
-
-
-@dataclass
 class EvaluateConfig:
     """What is measured, and the gate before export."""
 
@@ -281,20 +222,9 @@ class Config:
     plan: PlanConfig = field(default_factory=PlanConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     trainer: dict[str, Any] = key({}, "arguments of Lightning's Trainer")
     optim: dict[str, Any] = key({}, "NeMo optimiser and scheduler")
     exp_manager: dict[str, Any] = key({}, "NeMo's exp_manager; its folders are set by the stage")
-
-
-def describe(section: Any = Config, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """All keys below a section as (dotted name, dataclass field, section class)."""
-    rows: list[tuple[str, Any, Any]] = []
-    hints = get_type_hints(section)
-    for item in fields(section):
-        if is_dataclass(hints[item.name]):
-            rows += describe(hints[item.name], f"{prefix}{item.name}.")
-        else:
-            rows.append((f"{prefix}{item.name}", item, section))
-    return rows

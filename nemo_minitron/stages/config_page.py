@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from nemo_minitron.stages.config import Config, describe
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.keys import describe
 
 
 def markdown() -> str:
@@ -10,7 +11,7 @@ def markdown() -> str:
     lines = ["# Configuration", "", "Made by `make docs` from `nemo_minitron/stages/config.py`.", ""]
     lines += ["| key | default | meaning |", "|---|---|---|"]
     defaults = Config()
-    for name, item, _ in describe():
+    for name, item, _ in describe(Config):
         default: Any = defaults
         for part in name.split("."):
             default = getattr(default, part)

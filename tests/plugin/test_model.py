@@ -14,8 +14,9 @@ from nemo_minitron.bridge.models import load_model
 from nemo_minitron.core.divergences import Divergence
 from nemo_minitron.core.losses import LossWeights
 from nemo_minitron.families import families
-from nemo_minitron.plugin.callbacks import KnowledgeDistillation, LossGuard, ModelTransform
+from nemo_minitron.plugin.callbacks import LossGuard, ModelTransform
 from nemo_minitron.plugin.data import ConsumedSampler
+from nemo_minitron.plugin.distillation import KnowledgeDistillation
 from nemo_minitron.plugin.model import MinitronModel, nemo_archive
 from nemo_minitron.plugin.training import Recipe, check_trainer, newest_checkpoint, train
 from tests.conftest import logits, make_model

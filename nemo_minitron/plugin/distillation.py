@@ -1,0 +1,89 @@
+"""The callback that distils: a teacher's logits, and hidden states where asked for."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from nemo_minitron.bridge.models import frozen, head_of, hidden_states, softcap_of
+from nemo_minitron.core.intermediate import IntermediateWeights, mix
+from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
+from nemo_minitron.families import Family
+from nemo_minitron.plugin.intermediate import IntermediateLoss
+from nemo_minitron.plugin.model import MinitronModel
+
+
+class KnowledgeDistillation(Callback):
+    """Trains the model against a frozen teacher by logits ([P1] section 3).
+
+    The teacher is no part of the trained module: it is in no checkpoint and no optimiser.
+
+    Attributes:
+        teacher: a Hugging Face causal LM; its vocabulary is the student's.
+        family: the teacher's family.
+        weights: the mix of the losses.
+        chunk_tokens: tokens whose logits exist at a time, or None.
+        vocabulary: entries that count, where the models' vocabularies are padded to different sizes; None:
+            all.
+        intermediate: losses on hidden states besides; None: none.
+        kept_H: see ``IntermediateLoss``.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        family: Family,
+        weights: LossWeights,
+        chunk_tokens: int | None = None,
+        vocabulary: int | None = None,
+        intermediate: IntermediateWeights | None = None,
+        kept_H: Tensor | None = None,
+    ) -> None:
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.family, self.weights, self.chunk_tokens = family, weights, chunk_tokens
+        self.vocabulary, self.intermediate, self.kept_H = vocabulary, intermediate, kept_H
+        self._inside: IntermediateLoss | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes over the model's objective.
+
+        Raises:
+            ValueError: the vocabularies differ, and nothing says how much of them is padding.
+        """
+        assert isinstance(pl_module, MinitronModel), type(pl_module)
+        ours, theirs = head_of(pl_module.model).shape[0], head_of(self.teacher).shape[0]
+        if ours != theirs and self.vocabulary is None:
+            raise ValueError(f"vocabulary: the teacher has {theirs} entries, the student {ours}")
+        if self.intermediate is not None and stage == "fit":
+            self._inside = IntermediateLoss(
+                self.intermediate, self.teacher, self.family, pl_module, self.kept_H
+            )
+        pl_module.objective = self.objective
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Moves the teacher to the student's device."""
+        self.teacher.to(pl_module.device)
+
+    def objective(
+        self, hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, tokens_BS: Tensor, softcap: float | None
+    ) -> LossTerms:
+        """Divergence from the teacher on the same tokens; shapes as in ``plugin.model.Objective``."""
+        with torch.no_grad(), frozen(self.teacher):
+            teacher_TG = hidden_states(self.teacher, self.family, tokens_BS).flatten(0, 1)
+        teacher = (teacher_TG, head_of(self.teacher))
+        caps = (softcap, softcap_of(self.teacher, self.family))
+        terms = fused_linear_loss(
+            hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens, caps, self.vocabulary
+        )
+        if self._inside is None:
+            return terms
+        inside = self._inside(labels_T >= 0)
+        assert self.intermediate is not None
+        loss, alpha = mix(terms.loss, inside, self.intermediate.alpha)
+        return replace(terms, loss=loss, more={"intermediate": inside.detach(), "alpha": alpha})
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes away what only the training needed."""
+        IntermediateLoss.release(pl_module)

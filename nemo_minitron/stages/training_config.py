@@ -1,0 +1,107 @@
+"""Keys of the stages that train, and of training itself."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_minitron.stages.keys import key
+
+
+@dataclass
+class IntermediateConfig:
+    """Losses on what lies between embedding and logits ([P1] section 3.2)."""
+
+    terms: list[str] = key(
+        [],
+        "which: embedding (output of the embedding), hidden (output of a layer), mlp_input, attention "
+        "(relations between queries, keys, values, as in MiniLMv2); empty: none, the papers' choice unless "
+        "much depth was removed",
+    )
+    distance: str = key("cosine", "between hidden states; the first was best in [P1]", ("cosine", "mse"))
+    layers: list[str] = key(
+        ["-3:-3"], "teacher:student layers that are compared, 0-based, negative ones counted from the end"
+    )
+    relation_heads: int = key(8, "heads into which the relations of attention are split", least=1)
+    alpha: float | None = key(
+        None, "weight of their sum; null: at every step what makes it as large as the loss on logits"
+    )
+
+
+@dataclass
+class DistillConfig:
+    """From the pruned model to the student ([P1] section 3)."""
+
+    teacher: str | None = key(
+        None, "model folder to distil from; null: the (corrected) model that was pruned"
+    )
+    kl: float = key(1.0, "weight of the divergence between teacher and student logits")
+    divergence: str = key(
+        "forward_kl",
+        "which divergence; the first is the papers' choice",
+        ("forward_kl", "reverse_kl", "jsd", "topk_kl", "mse", "cosine"),
+    )
+    beta: float = key(0.5, "beta of divergence=jsd, between 0 (exclusive) and 1 (exclusive)")
+    top_k: int = key(100, "entries that divergence=topk_kl tells apart; one bucket holds the others", least=1)
+    ce: float = key(0.0, "weight of the cross-entropy with the data")
+    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
+    temperature: float = key(1.0, "softmax temperature tau; the divergence carries the factor tau squared")
+    chunk_tokens: int | None = key(
+        None, "tokens whose logits exist at a time; null: chosen from the vocabulary"
+    )
+    batch_size: int = key(8, "samples per step and device, before trainer.accumulate_grad_batches", least=1)
+    seed: int = key(0, "seed of the sample order")
+
+
+@dataclass
+class PretrainConfig:
+    """Training from random weights: a small teacher, or the baseline of the student's shape."""
+
+    enabled: bool = key(False, "whether 'minitron run' begins by training its own teacher")
+    baseline: bool = key(
+        False, "train the from-scratch baseline: the pruned model's shape on the student's tokens"
+    )
+    model: dict[str, Any] = key({}, "config.json of the model to train, as its family writes it")
+    tokenizer: str | None = key(None, "folder of a tokenizer; null: train a byte-level BPE on data.train")
+    batch_size: int = key(8, "samples per step and device", least=1)
+    seed: int = key(0, "seed of the weights and the sample order")
+    trainer: dict[str, Any] = key({}, "keys that replace those of trainer")
+    optim: dict[str, Any] = key({}, "keys that replace those of optim")
+
+
+@dataclass
+class CorrectConfig:
+    """Teacher correction: the unpruned model goes on training on the distillation data ([P2] section 2)."""
+
+    enabled: bool = key(False, "whether 'minitron run' corrects the teacher before scoring it")
+    batch_size: int = key(8, "samples per step and device", least=1)
+    seed: int = key(1, "seed of the sample order")
+    trainer: dict[str, Any] = key({}, "keys that replace those of trainer")
+    optim: dict[str, Any] = key({}, "keys that replace those of optim")
+
+
+@dataclass
+class TrainingConfig:
+    """What every training shares, besides what Lightning and NeMo know."""
+
+    max_tokens: int | None = key(
+        None, "tokens to train on; sets trainer.max_steps, and the schedule with it", least=1
+    )
+    activation_checkpointing: bool = key(
+        False, "keep no activations inside layers, compute them again in the backward pass"
+    )
+    compile: bool = key(False, "torch.compile the layers")
+    on_bad_loss: str = key(
+        "stop",
+        "what a loss or gradient that is not finite, or a spike, does: stop; or skip: go back to the last "
+        "checkpoint and leave the batches of that step out",
+        ("stop", "skip"),
+    )
+    spike_factor: float | None = key(
+        None,
+        "a loss this many times the median of the last spike_window steps is a spike; null: off",
+    )
+    spike_window: int = key(32, "steps whose losses make the median", least=2)
+    max_skips: int = key(10, "steps that on_bad_loss=skip leaves out before it gives up", least=1)
+    peak_tflops: float | None = key(
+        None,
+        "a device's peak in 1e12 FLOP/s, for the log's mfu; null: only of known cards",
+    )
