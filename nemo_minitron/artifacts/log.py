@@ -1,10 +1,12 @@
 """metrics.jsonl: the log of a training, one JSON object per line."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 FILE = "metrics.jsonl"
+TABLE = "metrics.csv"
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -16,3 +18,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+
+
+def write_csv(lines: list[dict[str, Any]], path: Path) -> None:
+    """The same as a table: a column for every name, empty where a line does not have it."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(lines)

@@ -119,6 +119,13 @@ def decoder_of(model: Any, family: Family) -> nn.Module:
     return module
 
 
+def layers_of(model: Any, family: Family) -> list[nn.Module]:
+    """The layers of a causal LM, in order."""
+    path = next(tap.module for tap in family.taps["layers"])
+    holder, _, _ = path.rpartition(".")
+    return list(model.get_submodule(holder).children())
+
+
 def head_of(model: Any) -> Tensor:
     """The output projection's weight, shape [vocabulary, hidden]; the embedding's where they are tied."""
     weight: Tensor = model.get_output_embeddings().weight

@@ -1,7 +1,6 @@
-"""Lightning callbacks: distillation, model transforms, exact resume, a loss guard, the training log."""
+"""Lightning callbacks: model transforms, exact resume, the training log."""
 
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,9 +41,12 @@ class ExactResume(Callback):
     """Makes a checkpoint that was written after a batch's step resume behind that batch.
 
     Lightning 2.4 writes such checkpoints before it counts the batch as completed, and counts from the
-    completed ones on
-    resuming: one batch is lost from the accumulation of gradients and from the rhythm of validation.
+    completed ones on resuming: one batch is lost from the accumulation of gradients and from the rhythm of
+    validation.
     """
+
+    def __init__(self) -> None:
+        self._resumed = False
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -53,34 +55,20 @@ class ExactResume(Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["current"], progress["total"]):
             counts["completed"] = counts["processed"]
+        self._resumed = True
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the restart with the first batch, not behind it.
 
-class LossGuard(Callback):
-    """Stops the training at a loss or gradient that is not finite, before it reaches the weights."""
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Looks at the loss of every micro-batch.
-
-        Raises:
-            FloatingPointError: it is NaN or infinite.
+        NeMo validates nothing while the loop restarts, so the batch would go without the validation that is
+        due behind it. And a validation that the restart made up for has counted as a step.
         """
-        self._refuse(trainer, "loss", float(pl_module.last_terms.loss.detach()))
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Looks at the gradients of a step (float16 training may see infinity and copes by itself).
-
-        Raises:
-            FloatingPointError: their norm is NaN or infinite.
-        """
-        if trainer.precision in ("16-mixed", "16-true"):
-            return
-        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        self._refuse(trainer, "gradient", float(torch.nn.utils.get_total_norm(gradients)))
-
-    def _refuse(self, trainer: Trainer, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            step = trainer.global_step + 1
-            raise FloatingPointError(f"step {step}: the {what} is {value}; the last checkpoint is good")
+        if self._resumed:
+            self._resumed = False
+            loop = trainer.fit_loop.epoch_loop
+            loop.restarting, loop._batches_that_stepped = False, trainer.global_step
 
 
 class TrainingLog(Callback):
@@ -90,10 +78,22 @@ class TrainingLog(Callback):
         path: the file.
         every: steps between lines; step 1 and validations are always logged.
         tokens_per_step: tokens of one optimiser step over all ranks.
+        flops_per_token: of the model's forward and backward pass, and of the teacher's forward pass; what is
+            computed a second time (activation checkpointing) does not count.
+        peak_tflops: what a device can do at best, in 1e12 FLOP/s, for ``mfu``; None: as ``PEAK_TFLOPS`` has
+            it.
     """
 
-    def __init__(self, path: Path, every: int, tokens_per_step: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        every: int,
+        tokens_per_step: int,
+        flops_per_token: int = 0,
+        peak_tflops: float | None = None,
+    ) -> None:
         self.path, self.every, self.tokens_per_step = path, every, tokens_per_step
+        self.flops_per_token, self.peak_tflops = flops_per_token, peak_tflops
         self._clock = (0, 0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -117,21 +117,25 @@ class TrainingLog(Callback):
         terms = _over_ranks(trainer, pl_module.last_terms)
         if not trainer.is_global_zero:
             return
-        line = {
-            "step": step,
-            "tokens": step * self.tokens_per_step,
-            **terms,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "tokens_per_second": round(speed, 1),
-        }
-        self._append(line)
+        tokens = step * self.tokens_per_step
+        rate = {"lr": trainer.optimizers[0].param_groups[0]["lr"], **self._throughput(trainer, speed)}
+        self._append({"step": step, "tokens": tokens, **terms, **rate})
+        for logger in trainer.loggers:  # the terms are there already: the model logs them
+            logger.log_metrics({"tokens": tokens, **rate}, step)
+
+    def _throughput(self, trainer: Trainer, tokens_per_second: float) -> dict[str, float]:
+        """Tokens a second over all ranks, TFLOP/s of one, and what share of its peak that is."""
+        tflops = tokens_per_second * self.flops_per_token / trainer.world_size / 1e12
+        values = {"tokens_per_second": round(tokens_per_second, 1), "tflops": round(tflops, 4)}
+        peak = self.peak_tflops or _peak(trainer.strategy.root_device)
+        return values if peak is None else {**values, "mfu": round(tflops / peak, 4)}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the validation loss."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         names = [name for name in ("val_loss", "val_divergence") if name in trainer.callback_metrics]
-        values = {name: float(trainer.callback_metrics[name]) for name in names}
+        values = {name: float(trainer.callback_metrics[name]) for name in names} | pl_module.facts
         self._append(
             {"step": trainer.global_step, "tokens": trainer.global_step * self.tokens_per_step, **values}
         )
@@ -139,6 +143,20 @@ class TrainingLog(Callback):
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L40": 181,
+    "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+"""Dense bfloat16 matrix products with float32 sums, 1e12 FLOP/s, as the makers' data sheets give them."""
+
+
+def _peak(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((float(peak) for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
 def _over_ranks(trainer: Trainer, terms: LossTerms) -> dict[str, float]:

@@ -4,6 +4,7 @@ Because of that a resumed run needs no state of the loader: the step in the chec
     next.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -23,6 +24,7 @@ class ConsumedSampler(Sampler[list[int]]):
         consumed: gives the batches that have been consumed, asked when iteration begins.
         rank, world: this rank's place among the data-parallel ranks.
         seed: seed of the permutations.
+        skipped: batches of that order which are left out; those behind them move up.
     """
 
     def __init__(
@@ -34,16 +36,18 @@ class ConsumedSampler(Sampler[list[int]]):
         rank: int,
         world: int,
         seed: int,
+        skipped: frozenset[int] = frozenset(),
     ) -> None:
         self.samples, self.batch_size, self.batches = samples, batch_size, batches
         self.consumed, self.rank, self.world, self.seed = consumed, rank, world, seed
+        self.skipped = skipped
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
         order, known = [], -1
-        for batch in range(self.consumed(), self.batches):
+        for batch in kept_batches(self.consumed(), self.batches, self.skipped):
             first = (batch * self.world + self.rank) * self.batch_size
             indices = []
             for position in range(first, first + self.batch_size):
@@ -53,6 +57,12 @@ class ConsumedSampler(Sampler[list[int]]):
                     order, known = torch.randperm(self.samples, generator=generator).tolist(), turn
                 indices.append(order[place])
             yield indices
+
+
+def kept_batches(start: int, stop: int, skipped: frozenset[int]) -> Iterator[int]:
+    """Numbers of the batches ``start`` to ``stop`` of a training that leaves ``skipped`` ones out."""
+    kept = (batch for batch in itertools.count() if batch not in skipped)
+    return itertools.islice(kept, start, stop)
 
 
 class PackedSamples(torch.utils.data.Dataset[Tensor]):

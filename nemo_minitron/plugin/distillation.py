@@ -29,6 +29,7 @@ class KnowledgeDistillation(Callback):
             all.
         intermediate: losses on hidden states besides; None: none.
         kept_H: see ``IntermediateLoss``.
+        teacher_loss: its cross-entropy on the validation samples, once it has been measured.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class KnowledgeDistillation(Callback):
         self.family, self.weights, self.chunk_tokens = family, weights, chunk_tokens
         self.vocabulary, self.intermediate, self.kept_H = vocabulary, intermediate, kept_H
         self._inside: IntermediateLoss | None = None
+        self.teacher_loss: float | None = None
+        self._listens, self._sums = False, [0.0, 0.0]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over the model's objective.
@@ -66,6 +69,26 @@ class KnowledgeDistillation(Callback):
         """Moves the teacher to the student's device."""
         self.teacher.to(pl_module.device)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first validation measures the teacher too."""
+        pl_module.facts.clear()
+        self._listens = self.teacher_loss is None and not trainer.sanity_checking
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the teacher's loss for the log."""
+        if self._listens and self._sums[1]:
+            self.teacher_loss = self._sums[0] / self._sums[1]
+            pl_module.facts["teacher_val_loss"] = self.teacher_loss
+        self._listens = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The teacher's loss, which is measured once."""
+        return {"teacher_loss": self.teacher_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it over."""
+        self.teacher_loss = state_dict["teacher_loss"]
+
     def objective(
         self, hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, tokens_BS: Tensor, softcap: float | None
     ) -> LossTerms:
@@ -74,6 +97,12 @@ class KnowledgeDistillation(Callback):
             teacher_TG = hidden_states(self.teacher, self.family, tokens_BS).flatten(0, 1)
         teacher = (teacher_TG, head_of(self.teacher))
         caps = (softcap, softcap_of(self.teacher, self.family))
+        if self._listens:
+            alone = LossWeights(kl=0.0, ce=1.0)
+            own = fused_linear_loss(teacher_TG, teacher[1], labels_T, alone, softcaps=(caps[1], None))
+            counted = int((labels_T >= 0).sum())
+            self._sums[0] += float(own.ce) * counted
+            self._sums[1] += counted
         terms = fused_linear_loss(
             hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens, caps, self.vocabulary
         )

@@ -54,6 +54,7 @@ class MinitronModel(ModelPT):
     Attributes:
         model: the Hugging Face model.
         objective: from hidden states to the loss.
+        facts: numbers that belong into the log beside every validation.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None, model: Any = None) -> None:
@@ -71,6 +72,7 @@ class MinitronModel(ModelPT):
         self.family = family_of(hf_config, "hf_config")
         self.model = new_model(hf_config, seed=0) if model is None else model
         self.objective: Objective = cross_entropy
+        self.facts: dict[str, float] = {}
         self.side_files: dict[str, bytes] = {}
         for name, path in (self.cfg.files or {}).items():
             source = self.register_artifact(f"files.{name}", path)
@@ -117,8 +119,13 @@ class MinitronModel(ModelPT):
         self._update_dataset_config(dataset_name="validation", config=val_data_config)
         self.setup_validation_data(val_data_config)
 
-    def use_training_samples(self, tokens_NS: Tensor, batch_size: int, seed: int) -> None:
-        """Trains on packed samples, Tensor of shape [samples, positions + 1]."""
+    def use_training_samples(
+        self, tokens_NS: Tensor, batch_size: int, seed: int, skipped: frozenset[int] = frozenset()
+    ) -> None:
+        """Trains on packed samples, Tensor of shape [samples, positions + 1].
+
+        ``skipped`` are batches of the order that ``seed`` draws which are left out.
+        """
         trainer = self._trainer
         batches = len(tokens_NS) // (batch_size * max(1, trainer.world_size))
         if trainer.max_steps > 0:
@@ -131,6 +138,7 @@ class MinitronModel(ModelPT):
             rank=trainer.global_rank,
             world=trainer.world_size,
             seed=seed,
+            skipped=skipped,
         )
         self._train_dl = train_loader(tokens_NS, sampler)
 

@@ -23,11 +23,36 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from nemo_minitron.artifacts import log
-from nemo_minitron.plugin.callbacks import ExactResume, LossGuard, TrainingLog
+from nemo_minitron.bridge.models import layers_of
+from nemo_minitron.core.size import model_size
+from nemo_minitron.families import Family
+from nemo_minitron.plugin.averaging import Averaging
+from nemo_minitron.plugin.callbacks import ExactResume, TrainingLog
+from nemo_minitron.plugin.distillation import KnowledgeDistillation
+from nemo_minitron.plugin.guard import LossGuard, Spikes
 from nemo_minitron.plugin.model import MinitronModel, make_cfg
 from nemo_minitron.plugin.preemption import Preemption
 
 _STEP = re.compile(r"step=(\d+)")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What neither Lightning nor NeMo has a word for.
+
+    Attributes:
+        activation_checkpointing: whether layers keep no activations, and compute them again.
+        compile: whether layers are compiled.
+        ema_decay: of the moving average that takes the weights' place; None: there is none.
+        spikes: losses that are as bad as those that are not finite.
+        peak_tflops: see ``TrainingLog``.
+    """
+
+    activation_checkpointing: bool = False
+    compile: bool = False
+    ema_decay: float | None = None
+    spikes: Spikes = Spikes()
+    peak_tflops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,7 @@ class Recipe:
         exp_manager: NeMo's exp_manager; its folders are set here.
         batch_size: samples per micro-batch and device.
         seed: seed of the sample order.
+        options: the rest.
     """
 
     trainer: Mapping[str, Any]
@@ -47,6 +73,7 @@ class Recipe:
     exp_manager: Mapping[str, Any]
     batch_size: int
     seed: int
+    options: Options = Options()
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
@@ -86,6 +113,7 @@ def train(
     validation_NS: Tensor,
     state: Path,
     callbacks: Sequence[Callback] = (),
+    skipped: frozenset[int] = frozenset(),
 ) -> MinitronModel:
     """Trains a model, going on from the newest checkpoint in ``state`` if there is one.
 
@@ -98,16 +126,23 @@ def train(
         validation_NS: the same for validation.
         state: folder for checkpoints and the log ``metrics.jsonl``.
         callbacks: what makes the role (distillation) and what the caller wants to see.
+        skipped: batches that are left out.
 
     Returns:
         The trained model.
+
+    Raises:
+        ValueError: NeMo, Lightning or a callback refuses a setting.
+        BadStep: a step that must not be taken; with its batches in ``skipped``, another call goes on.
     """
     _quiet()
     check_trainer(recipe.trainer)
     try:
-        trainer = _trainer(recipe, train_NS.shape[1] - 1, state, callbacks)
+        trainer = _trainer(recipe, callbacks)
         model = MinitronModel(make_cfg(hf_config, files, dict(recipe.optim)), trainer, hf_model.train())
-        model.use_training_samples(train_NS, recipe.batch_size, recipe.seed)
+        _watch(trainer, model, recipe, train_NS.shape[1] - 1, state)
+        _apply(recipe.options, model)
+        model.use_training_samples(train_NS, recipe.batch_size, recipe.seed, skipped)
         model.use_validation_samples(validation_NS, recipe.batch_size)
         _manage(trainer, recipe, state)
         model.setup_optimization()  # once now, so that wrong arguments show before anything runs
@@ -125,18 +160,40 @@ def train(
     return model
 
 
-def _trainer(recipe: Recipe, positions: int, state: Path, callbacks: Sequence[Callback]) -> Trainer:
-    arguments = dict(recipe.trainer)
-    every = arguments["log_every_n_steps"] if arguments.get("log_every_n_steps") else 10
-    accumulate = arguments["accumulate_grad_batches"] if "accumulate_grad_batches" in arguments else 1
+def _trainer(recipe: Recipe, callbacks: Sequence[Callback]) -> Trainer:
+    arguments, options = dict(recipe.trainer), recipe.options
     bar = [TQDMProgressBar(refresh_rate=10)] if arguments.get("enable_progress_bar", True) else []
+    average = [] if options.ema_decay is None else [Averaging(options.ema_decay)]
+    guards = [ExactResume(), LossGuard(options.spikes)]
     # logger, checkpoints and their folders are exp_manager's; the sampler knows its ranks itself
     fixed = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}
-    trainer = Trainer(**{**arguments, **fixed}, callbacks=[*callbacks, ExactResume(), LossGuard(), *bar])
-    tokens = recipe.batch_size * positions * accumulate * trainer.world_size
-    trainer.callbacks.append(TrainingLog(state / log.FILE, every, tokens))
-    trainer.callbacks.append(Preemption(state / "nemo" / "checkpoints"))  # after the log: it may raise
-    return trainer
+    return Trainer(**{**arguments, **fixed}, callbacks=[*callbacks, *guards, *average, *bar])
+
+
+def _watch(trainer: Trainer, model: MinitronModel, recipe: Recipe, positions: int, state: Path) -> None:
+    """Adds the training log, and behind it what may end the training."""
+    every = recipe.trainer["log_every_n_steps"] if recipe.trainer.get("log_every_n_steps") else 10
+    tokens = recipe.batch_size * positions * trainer.accumulate_grad_batches * trainer.world_size
+    flops = 3 * forward_flops(model.model, model.family, positions)
+    for callback in trainer.callbacks:
+        if isinstance(callback, KnowledgeDistillation):
+            flops += forward_flops(callback.teacher, callback.family, positions)
+    trainer.callbacks.append(TrainingLog(state / log.FILE, every, tokens, flops, recipe.options.peak_tflops))
+    trainer.callbacks.append(Preemption(state / "nemo" / "checkpoints"))
+
+
+def forward_flops(model: Any, family: Family, positions: int) -> int:
+    """FLOPs per token of a forward pass over samples of so many positions."""
+    return model_size(family, model.config.to_dict(), positions).flops_per_token
+
+
+def _apply(options: Options, model: MinitronModel) -> None:
+    """Prepares the layers of the model that is trained."""
+    if options.activation_checkpointing:
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if options.compile:
+        for layer in layers_of(model.model, model.family):
+            layer.compile()
 
 
 def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
@@ -145,9 +202,14 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
     Raises:
         ValueError: exp_manager does not know a key.
     """
+    if recipe.exp_manager.get("ema", {}).get("enable"):
+        raise ValueError("exp_manager.ema: its average never becomes the result; use training.ema_decay")
     folder = state / "nemo"
     newest = newest_checkpoint(folder / "checkpoints")
+    # a validation that was due behind the checkpoint, and did not come to its end, is made up for
+    validated = [line["step"] for line in log.read_log(state / log.FILE) if "val_loss" in line]
     settings = {
+        "disable_validation_on_resume": newest is None or step_of(newest) in validated,
         **recipe.exp_manager,
         "explicit_log_dir": str(folder),
         "resume_from_checkpoint": None if newest is None else str(newest),
@@ -165,11 +227,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     finished = [
         path for path in folder.glob("*.ckpt") if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)
     ]
-    return max(
-        finished,
-        key=lambda path: int(match.group(1)) if (match := _STEP.search(path.name)) else -1,
-        default=None,
-    )
+    return max(finished, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name; -1 where there is none."""
+    return int(match.group(1)) if (match := _STEP.search(checkpoint.name)) else -1
 
 
 def samples_needed(trainer: Mapping[str, Any], batch_size: int) -> int:

@@ -1,6 +1,8 @@
 """What the three training stages have in common: their text, their recipe, and the model they write."""
 
+import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Any
 
 from nemo_minitron.artifacts import log
 from nemo_minitron.artifacts.build import make_resumable
-from nemo_minitron.artifacts.manifest import Input
+from nemo_minitron.artifacts.manifest import Input, write_json
 from nemo_minitron.stages import follows
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import (
@@ -20,6 +22,7 @@ from nemo_minitron.stages.stage import (
     validation_samples,
     validation_text,
 )
+from nemo_minitron.stages.training_config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Role:
     prepare: Callable[[], None] = lambda: None
 
 
-_DECIDING = ("ema",)
-"""What of exp_manager decides the weights; the rest only logs and saves."""
+SKIPPED = "skipped.json"
+"""Steps that a training left out: number, batches, reason."""
 
 
 def training_inputs(config: Config) -> list[Input]:
@@ -91,7 +94,10 @@ def train_into(
         trained = _train(config, resolved, role, state)
         (target / "hf").mkdir()
         trained.save_hf(target / "hf")
-        (target / log.FILE).write_bytes((state / log.FILE).read_bytes())
+        log.write_csv(log.read_log(state / log.FILE), target / log.TABLE)
+        for name in (log.FILE, SKIPPED):
+            if (state / name).is_file():
+                (target / name).write_bytes((state / name).read_bytes())
 
     made = make_resumable(folder, kind, decides, inputs, build)
     if not begun:
@@ -103,6 +109,8 @@ def train_into(
 def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The stage's keys with trainer and optimiser filled in, and what of them decides the weights."""
     trainer = {**merged(config.trainer, section["trainer"]), **_launched()}
+    if config.training.max_tokens is not None:
+        trainer["max_steps"] = _steps(config, trainer, section["batch_size"])
     optim = merged(config.optim, section["optim"])
     resolved = {
         **{key: section[key] for key in section if key not in ("enabled", "baseline")},
@@ -112,10 +120,28 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
     decides = {
         **resolved,
         "trainer": deciding(trainer),
-        "exp_manager": {key: config.exp_manager[key] for key in _DECIDING if key in config.exp_manager},
+        "training": _deciding(config.training),
         "train": sampling(config.data.train),
     }
     return resolved, decides
+
+
+def _deciding(training: TrainingConfig) -> dict[str, Any]:
+    """What of ``training`` decides the weights; where the default was always the rule, nothing."""
+    named = ("ema_decay", "on_bad_loss", "spike_factor", "spike_window")
+    default = TrainingConfig()
+    values = {name: getattr(training, name) for name in named}
+    return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
+def _steps(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
+    """Steps that take ``training.max_tokens`` tokens, rounded up."""
+    from nemo_minitron.plugin.training import samples_needed
+
+    samples = samples_needed({**trainer, "max_steps": 1}, batch_size)
+    tokens = samples * config.data.train.sequence_length
+    assert config.training.max_tokens is not None
+    return -(-config.training.max_tokens // tokens)
 
 
 def _launched() -> dict[str, Any]:
@@ -146,6 +172,7 @@ def _follow(config: Config, section: Mapping[str, Any], role: Role, accelerator:
 
 def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) -> Any:
     from nemo_minitron.bridge.samples import pack
+    from nemo_minitron.plugin.guard import BadStep
     from nemo_minitron.plugin.training import Recipe, samples_needed, train
 
     trainer = section["trainer"]
@@ -157,9 +184,66 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) 
         training_text(config), tokenizer, text.sequence_length, needed, text.seed, as_many_as_there_are
     )
     validation_NS = validation_samples(config, tokenizer)
-    model, hf_config, files = role.start()
-    recipe = Recipe(trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"])
-    return train(model, hf_config, files, recipe, train_NS, validation_NS, state, role.callbacks())
+    recipe = Recipe(
+        trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"],
+        _options(config.training),
+    )  # fmt: skip
+    while True:
+        model, hf_config, files = role.start()
+        skips = _skips(state)
+        skipped = frozenset(batch for skip in skips for batch in skip["batches"])
+        try:
+            return train(
+                model, hf_config, files, recipe, train_NS, validation_NS, state, role.callbacks(), skipped
+            )
+        except BadStep as bad:
+            if config.training.on_bad_loss == "stop":
+                raise
+            _leave_out(bad, skips, config.training.max_skips, trainer, state)
+        _ranks(str(trainer["accelerator"])).broadcast(None)  # the others read what rank 0 noted
+
+
+def _options(training: TrainingConfig) -> Any:
+    from nemo_minitron.plugin.guard import Spikes
+    from nemo_minitron.plugin.training import Options
+
+    spikes = Spikes(training.spike_factor, training.spike_window)
+    return Options(
+        training.activation_checkpointing, training.compile, training.ema_decay, spikes, training.peak_tflops
+    )
+
+
+def _skips(state: Path) -> list[dict[str, Any]]:
+    path = state / SKIPPED
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return found
+
+
+def _leave_out(
+    bad: Any, skips: list[dict[str, Any]], most: int, trainer: Mapping[str, Any], state: Path
+) -> None:
+    """Notes the batches of a bad step, which the training then does without.
+
+    Raises:
+        BadStep: enough is enough.
+    """
+    from nemo_minitron.plugin.data import kept_batches
+
+    if len(skips) >= most:
+        raise bad
+    accumulate = trainer["accumulate_grad_batches"] if "accumulate_grad_batches" in trainer else 1
+    known = frozenset(batch for skip in skips for batch in skip["batches"])
+    batches = list(kept_batches(bad.step * accumulate, (bad.step + 1) * accumulate, known))
+    if follows():
+        return
+    skips.append({"step": bad.step + 1, "batches": batches, "reason": bad.reason})
+    write_json(state / SKIPPED, skips)
+    print(
+        f"step {bad.step + 1}: {bad.reason}; back to the last checkpoint, and on without the samples of this "
+        f"step ({len(skips)} of at most {most} steps left out)",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def last_losses(folder: Path) -> str:
@@ -167,6 +251,7 @@ def last_losses(folder: Path) -> str:
     lines = log.read_log(folder / log.FILE)
     validated = [line for line in lines if "val_loss" in line]
     steps = max(line["step"] for line in lines)
+    left_out = f", {len(skips)} left out ({SKIPPED})" if (skips := _skips(folder)) else ""
     if not validated:
-        return f"{steps} steps"
-    return f"{steps} steps, held-out loss {validated[-1]['val_loss']:.4f}"
+        return f"{steps} steps{left_out}"
+    return f"{steps} steps{left_out}, held-out loss {validated[-1]['val_loss']:.4f}"

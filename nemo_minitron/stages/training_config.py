@@ -89,6 +89,10 @@ class TrainingConfig:
         False, "keep no activations inside layers, compute them again in the backward pass"
     )
     compile: bool = key(False, "torch.compile the layers")
+    ema_decay: float | None = key(
+        None,
+        "decay of a moving average of the weights that is validated and becomes the result",
+    )
     on_bad_loss: str = key(
         "stop",
         "what a loss or gradient that is not finite, or a spike, does: stop; or skip: go back to the last "

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("nemo")
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from nemo_minitron.artifacts.checkpoint import read_config
 from nemo_minitron.artifacts.log import read_log
@@ -14,11 +14,12 @@ from nemo_minitron.bridge.models import load_model
 from nemo_minitron.core.divergences import Divergence
 from nemo_minitron.core.losses import LossWeights
 from nemo_minitron.families import families
-from nemo_minitron.plugin.callbacks import LossGuard, ModelTransform
+from nemo_minitron.plugin.callbacks import ModelTransform
 from nemo_minitron.plugin.data import ConsumedSampler
 from nemo_minitron.plugin.distillation import KnowledgeDistillation
+from nemo_minitron.plugin.guard import BadStep, Spikes
 from nemo_minitron.plugin.model import MinitronModel, nemo_archive
-from nemo_minitron.plugin.training import Recipe, check_trainer, newest_checkpoint, train
+from nemo_minitron.plugin.training import Options, Recipe, check_trainer, newest_checkpoint, train
 from tests.conftest import logits, make_model
 
 OPTIM = {"name": "adamw", "lr": 2e-2, "sched": {"name": "CosineAnnealing", "warmup_steps": 2, "min_lr": 1e-4}}
@@ -33,13 +34,13 @@ EXP = {
 }  # fmt: skip
 
 
-def recipe(steps, **trainer):
+def recipe(steps, options=None, **trainer):
     settings = {
         "max_steps": steps, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "log_every_n_steps": 1,
         "enable_model_summary": False, "num_sanity_val_steps": 0, "val_check_interval": 2,
         "check_val_every_n_epoch": None,
     }  # fmt: skip
-    return Recipe({**settings, **trainer}, OPTIM, EXP, 4, 0)
+    return Recipe({**settings, **trainer}, OPTIM, EXP, 4, 0, options or Options())
 
 
 def tokens(count=40, length=17, seed=0):
@@ -48,12 +49,20 @@ def tokens(count=40, length=17, seed=0):
     return start + torch.arange(length)
 
 
-def run(folder, state, steps, callbacks=(), **trainer):
+def run(folder, state, steps, callbacks=(), skipped=frozenset(), **trainer):
     state.mkdir(exist_ok=True)
     config = read_config(folder)
     model = load_model(folder, dtype=torch.float32)
     return train(
-        model, config, folder, recipe(steps, **trainer), tokens(), tokens(8, seed=1), state, callbacks
+        model,
+        config,
+        folder,
+        recipe(steps, **trainer),
+        tokens(),
+        tokens(8, seed=1),
+        state,
+        callbacks,
+        skipped,
     )
 
 
@@ -77,7 +86,7 @@ def test_steps_done_in_two_parts_are_bit_for_bit_those_done_in_one(tmp_path, acc
     whole = run(folder, tmp_path / "whole", 9, **options)
     state = tmp_path / "parts"
 
-    class Stop(LossGuard):
+    class Stop(Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 5:
                 raise KeyboardInterrupt
@@ -88,9 +97,32 @@ def test_steps_done_in_two_parts_are_bit_for_bit_those_done_in_one(tmp_path, acc
     parts = run(folder, state, 9, **options)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, parts.model.state_dict()[name]), name
-    one = [(x["step"], x["loss"]) for x in read_log(tmp_path / "whole" / "metrics.jsonl") if "loss" in x]
-    two = [(x["step"], x["loss"]) for x in read_log(state / "metrics.jsonl") if "loss" in x]
-    assert one == two
+    assert timeless(tmp_path / "whole") == timeless(state)
+
+
+def timeless(state):
+    """The training log without what the clock decides."""
+    lines = read_log(state / "metrics.jsonl")
+    clocked = ("tokens_per_second", "tflops")
+    return [{name: value for name, value in line.items() if name not in clocked} for line in lines]
+
+
+def test_a_validation_that_was_cut_off_is_made_up_for(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    options = {"val_check_interval": 3}  # where checkpoints are, too
+    run(folder, tmp_path / "whole", 7, **options)
+    state = tmp_path / "parts"
+
+    class Stop(Callback):
+        def on_validation_batch_start(self, trainer, *_):
+            if trainer.global_step == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(folder, state, 7, [Stop()], **options)
+    assert not [line for line in read_log(state / "metrics.jsonl") if "val_loss" in line]
+    run(folder, state, 7, **options)
+    assert timeless(tmp_path / "whole") == timeless(state)
 
 
 def test_distillation_pulls_the_student_to_the_teacher_and_leaves_the_teacher_alone(tmp_path):
@@ -141,7 +173,7 @@ def test_distillation_refuses_another_vocabulary(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_training_before_it_is_saved(tmp_path):
     folder = make_model(tmp_path / "m", "llama")
 
-    class Poison(LossGuard):
+    class Poison(Callback):
         def on_train_batch_start(self, trainer, module, *_):
             if trainer.global_step == 4:
                 with torch.no_grad():
@@ -237,3 +269,126 @@ def test_model_transform_is_applied_once_before_the_optimiser(tmp_path):
 
     run(folder, tmp_path / "state", 1, [Once()])
     assert len(calls) == 1
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.model.state_dict().items()}
+
+
+def test_a_spike_is_not_learned_from_and_the_rest_is_as_if_it_had_never_come(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+
+    class Spoil(Callback):
+        """Makes one batch's loss a spike."""
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == 6 and not skipped:
+                with torch.no_grad():
+                    module.model.lm_head.weight *= 30
+
+    skipped: frozenset[int] = frozenset()
+    options = Options(spikes=Spikes(3.0, 3))
+    with pytest.raises(BadStep, match="a spike: the last 3 steps") as raised:
+        run(folder, tmp_path / "state", 9, [Spoil()], options=options)
+    assert raised.value.step == 6
+    skipped = frozenset([6])
+    rest = run(folder, tmp_path / "state", 9, [Spoil()], skipped, options=options)
+    without = run(folder, tmp_path / "other", 9, [], skipped, options=options)
+    plain = run(folder, tmp_path / "plain", 9)
+    assert all(torch.equal(value, weights(without)[name]) for name, value in weights(rest).items())
+    assert not all(torch.equal(value, weights(plain)[name]) for name, value in weights(rest).items())
+
+
+def test_what_counts_as_usual_is_remembered_by_checkpoints(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    run(folder, tmp_path / "state", 3, options=Options(spikes=Spikes(3.0, 3)))
+    saved = torch.load(newest_checkpoint(tmp_path / "state" / "nemo" / "checkpoints"), weights_only=False)
+    losses = [line["loss"] for line in read_log(tmp_path / "state" / "metrics.jsonl") if "loss" in line]
+    assert saved["callbacks"]["LossGuard"]["losses"] == pytest.approx(losses)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_average_is_validated_resumed_and_comes_out(tmp_path, accumulate):
+    folder = make_model(tmp_path / "m", "llama")
+    seen = []
+
+    class Watch(Callback):
+        def on_train_start(self, trainer, module):
+            seen.append(weights(module))
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if (batch_idx + 1) % accumulate == 0:
+                seen.append(weights(module))
+
+    options = {"options": Options(ema_decay=0.5), "accumulate_grad_batches": accumulate}
+    model = run(folder, tmp_path / "whole", 7, [Watch()], **options)
+    expected = seen[0]
+    for step in seen[1:]:
+        expected = {name: 0.5 * value + 0.5 * step[name] for name, value in expected.items()}
+    result = weights(model)
+    for name, value in expected.items():
+        assert torch.allclose(result[name], value, atol=1e-6), name
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(folder, tmp_path / "parts", 7, [Stop()], **options)
+    parts = weights(run(folder, tmp_path / "parts", 7, **options))
+    assert all(torch.equal(value, parts[name]) for name, value in result.items())
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+
+
+def test_nemos_own_average_is_refused_because_it_never_comes_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXP, "ema", {"enable": True})
+    with pytest.raises(ValueError, match=r"use training\.ema_decay"):
+        run(make_model(tmp_path / "m", "llama"), tmp_path / "state", 1)
+
+
+def test_activation_checkpointing_and_compiling_change_nothing_but_cost(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    plain = weights(run(folder, tmp_path / "plain", 3))
+    checked = weights(run(folder, tmp_path / "checked", 3, options=Options(activation_checkpointing=True)))
+    assert all(torch.equal(value, checked[name]) for name, value in plain.items())
+    compiled = weights(run(folder, tmp_path / "compiled", 3, options=Options(compile=True)))
+    assert all(torch.allclose(value, compiled[name], atol=1e-4) for name, value in plain.items())
+    assert not all(torch.equal(value, compiled[name]) for name, value in plain.items())  # it was compiled
+
+
+def test_the_log_tells_throughput_and_the_teachers_loss_once(tmp_path):
+    teacher = load_model(make_model(tmp_path / "teacher", "llama", seed=1))
+    student = make_model(tmp_path / "student", "llama", seed=2, hidden_size=12)
+    distillation = KnowledgeDistillation(teacher, families()["llama"], LossWeights())
+    run(student, tmp_path / "state", 4, [distillation], options=Options(peak_tflops=0.001))
+    lines = read_log(tmp_path / "state" / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    for line in steps:
+        assert line["mfu"] == pytest.approx(line["tflops"] / 0.001, abs=0.06)
+        flops = line["tflops"] * 1e12 / line["tokens_per_second"]
+        assert flops == pytest.approx(model_flops(teacher) + 3 * model_flops(load_model(student)), rel=0.3)
+    told = [line["teacher_val_loss"] for line in lines if "teacher_val_loss" in line]
+    held = tokens(8, seed=1)
+    with torch.no_grad():
+        logits_TV = teacher(input_ids=held[:, :-1]).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits_TV, held[:, 1:].flatten())
+    assert told == [pytest.approx(float(expected), rel=1e-5)]
+
+
+def model_flops(model):
+    """Two per weight that multiplies, without attention."""
+    return 2 * sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+
+
+def test_tensorboard_gets_losses_and_throughput(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setitem(EXP, "create_tensorboard_logger", True)
+    run(make_model(tmp_path / "m", "llama"), tmp_path / "state", 3)
+    events = EventAccumulator(str(tmp_path / "state" / "nemo"))
+    events.Reload()
+    assert {"train_loss", "val_loss", "tokens_per_second", "tflops", "tokens"} <= set(
+        events.Tags()["scalars"]
+    )

@@ -1,0 +1,71 @@
+"""Exponential moving average of the weights, validated and written in their place."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class Averaging(Callback):
+    """average <- decay x average + (1 - decay) x weights, after every step.
+
+    NeMo's own (``exp_manager.ema``) keeps the average beside a training whose result is the last weights;
+    here the average is what is validated and what comes out.
+
+    Attributes:
+        decay: between 0 and 1.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self._average: dict[str, Tensor] = {}
+        self._step = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins with the weights, unless a checkpoint has brought an average."""
+        for name, weight in self._weights(pl_module):
+            if name not in self._average:
+                self._average[name] = weight.detach().clone()
+            self._average[name] = self._average[name].to(weight.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Follows the weights, once a step."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        with torch.no_grad():
+            for name, weight in self._weights(pl_module):
+                self._average[name].lerp_(weight.to(self._average[name].dtype), 1 - self.decay)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the average in the weights' place."""
+        self._swap(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the weights back."""
+        self._swap(pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the average as the result."""
+        self._swap(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, for the checkpoint."""
+        return {"average": {name: value.cpu() for name, value in self._average.items()}, "step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it over."""
+        self._average, self._step = dict(state_dict["average"]), state_dict["step"]
+
+    def _weights(self, pl_module: LightningModule) -> list[tuple[str, Tensor]]:
+        return list(pl_module.model.named_parameters())
+
+    def _swap(self, pl_module: LightningModule) -> None:
+        with torch.no_grad():
+            for name, weight in self._weights(pl_module):
+                kept = weight.detach().clone()
+                weight.copy_(self._average[name])
+                self._average[name] = kept

@@ -1,0 +1,93 @@
+"""Guards of a training: a loss that is not finite, or a spike, never reaches the weights."""
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class BadStep(FloatingPointError):
+    """A step that was not taken: its loss or gradient was not finite, or its loss was a spike.
+
+    Attributes:
+        step: its number, from 0.
+        reason: what was wrong.
+    """
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"step {step + 1}: {reason}; the last checkpoint is good")
+        self.step, self.reason = step, reason
+
+
+@dataclass(frozen=True)
+class Spikes:
+    """What counts as a spike.
+
+    Attributes:
+        factor: a loss above this many times the median of the last steps; None: nothing is a spike.
+        window: how many steps make the median; before there are as many, nothing is a spike.
+    """
+
+    factor: float | None = None
+    window: int = 32
+
+
+class LossGuard(Callback):
+    """Looks at the loss and the gradient of every step before the weights do.
+
+    Under several ranks all of them come to the same verdict: it rests on means over them, and on gradients,
+    which they share.
+    """
+
+    def __init__(self, spikes: Spikes | None = None) -> None:
+        self.spikes = spikes or Spikes()
+        self._losses: deque[float] = deque(maxlen=self.spikes.window)
+        self._micro: list[torch.Tensor] = []
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the loss of a micro-batch."""
+        self._micro.append(pl_module.last_terms.loss.detach().float())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Judges a step (gradients not under float16, which may see infinity and copes by itself).
+
+        Raises:
+            BadStep: it must not be taken.
+        """
+        mean = trainer.strategy.reduce(torch.stack(self._micro).mean(), reduce_op="mean")
+        self._micro = []
+        loss = float(mean)
+        if not math.isfinite(loss):
+            raise BadStep(trainer.global_step, f"the loss is {loss}")
+        if trainer.precision not in ("16-mixed", "16-true"):
+            norm = gradient_norm(pl_module)
+            if not math.isfinite(norm):
+                raise BadStep(trainer.global_step, f"the gradient is {norm}")
+        if self.spikes.factor is not None and len(self._losses) == self.spikes.window:
+            usual = statistics.median(self._losses)
+            if loss > self.spikes.factor * usual:
+                raise BadStep(
+                    trainer.global_step,
+                    f"the loss is {loss:.4g}, a spike: the last {self.spikes.window} steps had "
+                    f"{usual:.4g} in the median",
+                )
+        self._losses.append(loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses that a resumed training measures spikes by."""
+        return {"losses": list(self._losses)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes them over."""
+        self._losses.extend(state_dict["losses"])
+
+
+def gradient_norm(module: torch.nn.Module) -> float:
+    """L2 norm over all gradients, over all ranks where they are sharded."""
+    found = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(found)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
