@@ -104,6 +104,8 @@ def _unknown_key(key: str) -> str:
     leaf = key.rsplit(".", 1)[-1]
     near += [name for name in known if name.rsplit(".", 1)[-1] == leaf and name not in near]
     hint = f"; nearest known: {', '.join(near[:3])}" if near else ""
+    if key in known:
+        return f"{key}: its entries are added one by one, as in +{key}.NAME=VALUE"
     section = next((name for name in OPEN if key.startswith(f"{name}.")), None)
     if section:
         hint = f"; {section} is handed on as it is: write +{key}=... to add a key"

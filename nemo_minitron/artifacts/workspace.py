@@ -89,7 +89,8 @@ def verify_tree(path: Path) -> tuple[int, list[str]]:
     Raises:
         ValueError: nothing there carries a manifest.
     """
-    folders = [path] if (path / "manifest.json").is_file() else artifacts_in(path)
+    caches = sorted(found.parent for found in path.glob("tokens/*/manifest.json"))
+    folders = [path] if (path / "manifest.json").is_file() else [*artifacts_in(path), *caches]
     if not folders:
         raise ValueError(
             f"{path}: no manifest.json here or in its sub-folders; this is neither artifact nor workspace"

@@ -60,8 +60,13 @@ def _speak_both_versions(folder: Path) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
 
 
-def tokenised(found: Iterator[Document], tokenizer: Any, where: str) -> Iterator[list[int]]:
+def tokenised(
+    found: Iterator[Document], tokenizer: Any, where: str, answers_only: bool = False
+) -> Iterator[list[int]]:
     """Token ids of documents, each ended by the tokenizer's end token; conversations by its chat template.
+
+    With ``answers_only`` the tokens of a conversation that no assistant said come as ~id, which is negative:
+    they are read, and not learned.
 
     Raises:
         ValueError: a conversation without a template, or ids beyond the vocabulary.
@@ -72,12 +77,12 @@ def tokenised(found: Iterator[Document], tokenizer: Any, where: str) -> Iterator
     for document in found:
         if isinstance(document, str):
             waiting.append(document)
-            if len(waiting) < 64:
+            if len(waiting) < _TOGETHER:
                 continue
         yield from _encode(waiting, tokenizer, end)
         waiting = []
         if isinstance(document, list):
-            yield _ended(_conversation(document, tokenizer, where), end)
+            yield _ended(_conversation(document, tokenizer, where, answers_only), end)
         elif isinstance(document, np.ndarray):
             if document.max() > largest or document.min() < 0:
                 raise ValueError(
@@ -88,11 +93,43 @@ def tokenised(found: Iterator[Document], tokenizer: Any, where: str) -> Iterator
     yield from _encode(waiting, tokenizer, end)
 
 
-def _conversation(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> list[int]:
+_TOGETHER = 256
+"""Texts that are encoded at a time, by as many threads as there are cores."""
+
+
+def _conversation(
+    messages: list[dict[str, Any]], tokenizer: Any, where: str, answers_only: bool
+) -> list[int]:
     if not tokenizer.chat_template:
         raise ValueError(f"{where}: the text holds conversations, but the tokenizer has no chat template")
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    options = {"add_special_tokens": False, "verbose": False}
+    if not answers_only:
+        return list(tokenizer(text, **options)["input_ids"])
+    encoded = tokenizer(text, return_offsets_mapping=True, **options)
+    answers = _answers(messages, text, tokenizer, where)
+    learned = [any(a <= start and end <= b for a, b in answers) for start, end in encoded["offset_mapping"]]
+    return [i if yes else ~i for i, yes in zip(encoded["input_ids"], learned, strict=True)]
+
+
+def _answers(messages: list[dict[str, Any]], text: str, tokenizer: Any, where: str) -> list[tuple[int, int]]:
+    """Where in the text of a conversation the assistant speaks, its end-of-turn mark included.
+
+    An answer begins where the conversation so far ends that asks for one, and ends where it is in.
+    """
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+        said = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+        if not text.startswith(asked) or not text.startswith(said) or not said.startswith(asked):
+            raise ValueError(
+                f"{where}: the tokenizer's chat template rewrites what was said before, so that the "
+                "assistant's words cannot be told apart; use data.train.learn_from=all"
+            )
+        spans.append((len(asked), len(said)))
+    return spans
 
 
 def _encode(batch: list[str], tokenizer: Any, end: list[int]) -> Iterator[list[int]]:
@@ -102,4 +139,4 @@ def _encode(batch: list[str], tokenizer: Any, end: list[int]) -> Iterator[list[i
 
 
 def _ended(ids: list[int], end: list[int]) -> list[int]:
-    return ids if end and ids and ids[-1] == end[0] else ids + end
+    return ids if end and ids and ids[-1] in (end[0], ~end[0]) else ids + end

@@ -6,6 +6,7 @@ Because of that a resumed run needs no state of the loader: the step in the chec
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,10 +67,13 @@ def kept_batches(start: int, stop: int, skipped: frozenset[int]) -> Iterator[int
 
 
 class PackedSamples(torch.utils.data.Dataset[Tensor]):
-    """Samples of shape [positions + 1]; the last token of each is only a label."""
+    """Samples of shape [positions + 1] in memory; the last token of each is only a label.
+
+    A negative entry ~id is a token that is read, and not learned.
+    """
 
     def __init__(self, tokens_NS: Tensor) -> None:
-        self.tokens_NS = tokens_NS
+        self.tokens_NS, self.positions = tokens_NS, tokens_NS.shape[1] - 1
 
     def __len__(self) -> int:
         return self.tokens_NS.shape[0]
@@ -78,9 +82,14 @@ class PackedSamples(torch.utils.data.Dataset[Tensor]):
         return self.tokens_NS[index]
 
 
-def train_loader(tokens_NS: Tensor, sampler: ConsumedSampler) -> DataLoader[Tensor]:
+def as_samples(given: Any) -> Any:
+    """A data set of packed samples: as it is, or made of a Tensor of shape [samples, positions + 1]."""
+    return PackedSamples(given) if isinstance(given, Tensor) else given
+
+
+def train_loader(samples: Any, sampler: ConsumedSampler) -> DataLoader[Tensor]:
     """Loader of training batches, Tensor of shape [batch, positions + 1]."""
-    return DataLoader(PackedSamples(tokens_NS), batch_sampler=sampler)
+    return DataLoader(samples, batch_sampler=sampler)
 
 
 def validation_loader(tokens_NS: Tensor, batch_size: int) -> DataLoader[Tensor]:

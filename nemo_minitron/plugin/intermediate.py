@@ -74,7 +74,7 @@ class IntermediateLoss:
         total = torch.zeros((), device=valid_T.device)
         for term in self.weights.terms:
             pairs = [(0, 0)] if term == "embedding" else self._pairs
-            losses = [self._compare(term, theirs, ours, *pair)[valid_T].mean() for pair in pairs]
+            losses = [_mean(self._compare(term, theirs, ours, *pair), valid_T) for pair in pairs]
             total = total + torch.stack(losses).mean()
         return total
 
@@ -91,6 +91,10 @@ class IntermediateLoss:
             for n in numbers
         ]
         return torch.stack(found).mean(0).flatten()
+
+
+def _mean(loss_T: Tensor, valid_T: Tensor) -> Tensor:
+    return loss_T[valid_T].sum() / valid_T.sum().clamp_min(1)
 
 
 def _projection(widths: tuple[int, int], kept_H: Tensor | None, like: Tensor) -> nn.Linear:

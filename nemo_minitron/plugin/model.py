@@ -28,7 +28,7 @@ from nemo_minitron.bridge.samples import pack
 from nemo_minitron.bridge.text import find_text
 from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
 from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
-from nemo_minitron.plugin.data import ConsumedSampler, train_loader, validation_loader
+from nemo_minitron.plugin.data import ConsumedSampler, as_samples, train_loader, validation_loader
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], LossTerms]
 """From hidden states [tokens, hidden], head [vocabulary, hidden], labels [tokens] and token ids
@@ -120,18 +120,18 @@ class MinitronModel(ModelPT):
         self.setup_validation_data(val_data_config)
 
     def use_training_samples(
-        self, tokens_NS: Tensor, batch_size: int, seed: int, skipped: frozenset[int] = frozenset()
+        self, given: Any, batch_size: int, seed: int, skipped: frozenset[int] = frozenset()
     ) -> None:
-        """Trains on packed samples, Tensor of shape [samples, positions + 1].
+        """Trains on packed samples: a data set of them, or a Tensor of shape [samples, positions + 1].
 
         ``skipped`` are batches of the order that ``seed`` draws which are left out.
         """
-        trainer = self._trainer
-        batches = len(tokens_NS) // (batch_size * max(1, trainer.world_size))
+        trainer, samples = self._trainer, as_samples(given)
+        batches = len(samples) // (batch_size * max(1, trainer.world_size))
         if trainer.max_steps > 0:
             batches = trainer.max_steps * trainer.accumulate_grad_batches
         sampler = ConsumedSampler(
-            samples=len(tokens_NS),
+            samples=len(samples),
             batch_size=batch_size,
             batches=batches,
             consumed=lambda: trainer.global_step * trainer.accumulate_grad_batches,
@@ -140,7 +140,7 @@ class MinitronModel(ModelPT):
             seed=seed,
             skipped=skipped,
         )
-        self._train_dl = train_loader(tokens_NS, sampler)
+        self._train_dl = train_loader(samples, sampler)
 
     def use_validation_samples(self, tokens_NS: Tensor, batch_size: int) -> None:
         """Validates on packed samples, Tensor of shape [samples, positions + 1]."""
@@ -151,8 +151,11 @@ class MinitronModel(ModelPT):
         return hidden_states(self.model, self.family, tokens_BS)
 
     def evaluate_objective(self, batch_BS: Tensor) -> LossTerms:
-        """The objective on one batch of packed samples, Tensor of shape [batch, positions + 1]."""
-        tokens_BS, labels_BS = batch_BS[:, :-1], batch_BS[:, 1:]
+        """The objective on one batch of packed samples, Tensor of shape [batch, positions + 1].
+
+        Negative entries ~id are read, and not learned: as labels they do not count.
+        """
+        tokens_BS, labels_BS = torch.where(batch_BS < 0, ~batch_BS, batch_BS)[:, :-1], batch_BS[:, 1:]
         hidden_TH = self(tokens_BS).flatten(0, 1)
         cap = softcap_of(self.model, self.family)
         return self.objective(hidden_TH, head_of(self.model), labels_BS.flatten(), tokens_BS, cap)

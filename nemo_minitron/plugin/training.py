@@ -28,6 +28,7 @@ from nemo_minitron.core.size import model_size
 from nemo_minitron.families import Family
 from nemo_minitron.plugin.averaging import Averaging
 from nemo_minitron.plugin.callbacks import ExactResume, TrainingLog
+from nemo_minitron.plugin.data import as_samples
 from nemo_minitron.plugin.distillation import KnowledgeDistillation
 from nemo_minitron.plugin.guard import LossGuard, Spikes
 from nemo_minitron.plugin.model import MinitronModel, make_cfg
@@ -109,7 +110,7 @@ def train(
     hf_config: dict[str, Any],
     files: Path | None,
     recipe: Recipe,
-    train_NS: Tensor,
+    samples: Any,
     validation_NS: Tensor,
     state: Path,
     callbacks: Sequence[Callback] = (),
@@ -122,8 +123,8 @@ def train(
         hf_config: its config.json.
         files: folder with its tokenizer, or None.
         recipe: how.
-        train_NS: packed samples, Tensor of shape [samples, positions + 1].
-        validation_NS: the same for validation.
+        samples: packed samples: a data set, or a Tensor of shape [samples, positions + 1].
+        validation_NS: samples for validation, Tensor of shape [samples, positions + 1].
         state: folder for checkpoints and the log ``metrics.jsonl``.
         callbacks: what makes the role (distillation) and what the caller wants to see.
         skipped: batches that are left out.
@@ -140,9 +141,10 @@ def train(
     try:
         trainer = _trainer(recipe, callbacks)
         model = MinitronModel(make_cfg(hf_config, files, dict(recipe.optim)), trainer, hf_model.train())
-        _watch(trainer, model, recipe, train_NS.shape[1] - 1, state)
+        samples = as_samples(samples)
+        _watch(trainer, model, recipe, samples.positions, state)
         _apply(recipe.options, model)
-        model.use_training_samples(train_NS, recipe.batch_size, recipe.seed, skipped)
+        model.use_training_samples(samples, recipe.batch_size, recipe.seed, skipped)
         model.use_validation_samples(validation_NS, recipe.batch_size)
         _manage(trainer, recipe, state)
         model.setup_optimization()  # once now, so that wrong arguments show before anything runs

@@ -66,11 +66,25 @@ class CalibrationConfig(TextConfig):
 
 
 @dataclass
+class TrainConfig(TextConfig):
+    """Text for training; its tokens lie in the workspace's tokens/, made once for all stages."""
+
+    weights: list[float] | None = key(
+        None, "shares of the samples, one for each entry of paths; null: all text is one pool"
+    )
+    learn_from: str = key(
+        "all",
+        "which tokens count in the loss: all, or answers: of a conversation only what the assistant says",
+        ("all", "answers"),
+    )
+
+
+@dataclass
 class DataConfig:
     """Text for scoring, training and measuring."""
 
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    train: TextConfig = field(default_factory=TextConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     validation: TextConfig = field(default_factory=TextConfig)
     holdout: float = key(
         0.05,

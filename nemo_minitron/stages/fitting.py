@@ -13,12 +13,13 @@ from nemo_minitron.artifacts.build import make_resumable
 from nemo_minitron.artifacts.manifest import Input, write_json
 from nemo_minitron.stages import follows
 from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.samples import training_samples
 from nemo_minitron.stages.stage import (
     deciding,
     merged,
     sampling,
     text_input,
-    training_text,
+    training_mixture,
     validation_samples,
     validation_text,
 )
@@ -48,7 +49,8 @@ SKIPPED = "skipped.json"
 
 def training_inputs(config: Config) -> list[Input]:
     """Training and validation text as inputs."""
-    return [text_input(training_text(config)), text_input(validation_text(config))]
+    texts = [texts for texts, _ in training_mixture(config)]
+    return [*map(text_input, texts), text_input(validation_text(config))]
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -171,18 +173,13 @@ def _follow(config: Config, section: Mapping[str, Any], role: Role, accelerator:
 
 
 def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) -> Any:
-    from nemo_minitron.bridge.samples import pack
     from nemo_minitron.plugin.guard import BadStep
     from nemo_minitron.plugin.training import Recipe, samples_needed, train
 
     trainer = section["trainer"]
     tokenizer = role.tokenizer()
-    text = config.data.train
-    needed = text.samples or samples_needed(trainer, section["batch_size"])
-    as_many_as_there_are = text.samples is None
-    train_NS = pack(
-        training_text(config), tokenizer, text.sequence_length, needed, text.seed, as_many_as_there_are
-    )
+    needed = config.data.train.samples or samples_needed(trainer, section["batch_size"])
+    samples = training_samples(config, tokenizer, needed, _ranks(str(trainer["accelerator"])))
     validation_NS = validation_samples(config, tokenizer)
     recipe = Recipe(
         trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"],
@@ -194,7 +191,7 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) 
         skipped = frozenset(batch for skip in skips for batch in skip["batches"])
         try:
             return train(
-                model, hf_config, files, recipe, train_NS, validation_NS, state, role.callbacks(), skipped
+                model, hf_config, files, recipe, samples, validation_NS, state, role.callbacks(), skipped
             )
         except BadStep as bad:
             if config.training.on_bad_loss == "stop":

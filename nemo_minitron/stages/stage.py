@@ -77,16 +77,34 @@ def calibration_mixture(config: Config) -> list[tuple[Any, float]]:
             return [(_find(own, "data.calibration"), 1.0)]
         text = _find(config.data.train, "data.train", _split(config, "train"), config.data.holdout)
         return [(text, 1.0)]
-    paths = own.paths or []
-    if len(own.weights) != len(paths) or not all(weight > 0 for weight in own.weights):
-        raise ValueError(
-            f"data.calibration.weights: expected a positive weight for each of {len(paths)} paths, "
-            f"found {list(own.weights)}"
-        )
     if own.samples is None:
         raise ValueError("data.calibration.weights: shares of how many samples? set data.calibration.samples")
-    found = [_find(replace(own, paths=[path]), "data.calibration") for path in paths]
-    return list(zip(found, own.weights, strict=True))
+    return _mixture(own, own.weights, "data.calibration")
+
+
+def training_mixture(config: Config) -> list[tuple[Any, float]]:
+    """Text for training and its weights.
+
+    Raises:
+        ValueError: no text, or weights that do not fit the paths.
+    """
+    own = config.data.train
+    if own.weights is None:
+        return [(training_text(config), 1.0)]
+    return _mixture(own, own.weights, "data.train", _split(config, "train"), config.data.holdout)
+
+
+def _mixture(
+    text: Any, weights: list[float], where: str, side: str = "all", holdout: float = 0.0
+) -> list[tuple[Any, float]]:
+    paths = text.paths or []
+    if len(weights) != len(paths) or not all(weight > 0 for weight in weights):
+        raise ValueError(
+            f"{where}.weights: expected a positive weight for each of {len(paths)} paths, found "
+            f"{list(weights)}"
+        )
+    found = [_find(replace(text, paths=[path]), where, side, holdout) for path in paths]
+    return list(zip(found, weights, strict=True))
 
 
 def training_text(config: Config) -> Any:
@@ -144,7 +162,9 @@ def validation_samples(config: Config, tokenizer: Any) -> Any:
 
 def sampling(text: TextConfig, default: int | None = None) -> dict[str, Any]:
     """What decides a text's samples, for fingerprints; ``default`` stands for null samples."""
-    return {"sequence_length": text.sequence_length, "samples": text.samples or default, "seed": text.seed}
+    values = {"sequence_length": text.sequence_length, "samples": text.samples or default, "seed": text.seed}
+    more = {name: getattr(text, name) for name in ("weights", "learn_from") if hasattr(text, name)}
+    return values | {name: value for name, value in more.items() if value not in (None, "all")}
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -392,3 +392,19 @@ def test_tensorboard_gets_losses_and_throughput(tmp_path, monkeypatch):
     assert {"train_loss", "val_loss", "tokens_per_second", "tflops", "tokens"} <= set(
         events.Tags()["scalars"]
     )
+
+
+def test_what_is_not_to_be_learned_is_read_and_gives_no_loss(tmp_path):
+    model = MinitronModel.from_hf(make_model(tmp_path / "m", "llama"))
+    batch_BS = tokens(2, 9)
+    marked_BS = batch_BS.clone()
+    marked_BS[:, :4] = ~marked_BS[:, :4]
+    marked_BS[1, 6] = ~marked_BS[1, 6]
+    found = model.evaluate_objective(marked_BS).loss
+    logits_BSV = model.model(input_ids=batch_BS[:, :-1]).logits
+    losses_BS = torch.nn.functional.cross_entropy(
+        logits_BSV.transpose(1, 2), batch_BS[:, 1:], reduction="none"
+    )
+    assert torch.allclose(found, losses_BS[marked_BS[:, 1:] >= 0].mean(), atol=1e-5)
+    nothing = model.evaluate_objective(~batch_BS)
+    assert float(nothing.loss.detach()) == 0

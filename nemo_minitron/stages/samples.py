@@ -1,0 +1,80 @@
+"""Samples for training: the workspace's token caches, and which of their windows a training reads."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nemo_minitron.stages import follows
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.stage import training_mixture, workspace_of
+
+FOLDER = "tokens"
+_SPREAD, _CHEAP = 8, 200_000_000
+"""How many times as many tokens are made as a training needs, as long as these are cheap: what it reads is
+then drawn from more of the text than its beginning."""
+
+
+def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) -> Any:
+    """Packed samples of ``data.train``, mapped from the workspace's token caches.
+
+    Rank 0 makes what is not there yet, the others wait.
+
+    Args:
+        config: the whole configuration.
+        tokenizer: the tokenizer that packs.
+        needed: samples that the training consumes; where there are fewer, they come again.
+        ranks: this process among those of torchrun.
+
+    Raises:
+        ValueError: no text, or too little for ``data.train.samples``.
+    """
+    from nemo_minitron.bridge.tokens import PackedTokens, places
+
+    if not follows():
+        _streams(config, tokenizer, needed)
+    ranks.broadcast(None)
+    streams = _streams(config, tokenizer, needed)
+    text = config.data.train
+    weights = [weight for _, weight in training_mixture(config)]
+    try:
+        found = places([len(s) for s in streams], weights, text.sequence_length, needed, text.seed)
+    except ValueError as error:
+        raise ValueError(f"data.train: {error}") from error
+    if text.samples is not None and len(found) < text.samples:
+        raise ValueError(
+            f"data.train.samples: expected {text.samples} samples of {text.sequence_length} tokens, the text "
+            f"yields {len(found)}"
+        )
+    return PackedTokens(streams, found, text.sequence_length)
+
+
+def _streams(config: Config, tokenizer: Any, needed: int) -> list[Any]:
+    from nemo_minitron.bridge.tokens import cached_tokens
+
+    text, mixture = config.data.train, training_mixture(config)
+    streams = []
+    for texts, weight in mixture:
+        share = needed * weight / sum(other for _, other in mixture) * text.sequence_length
+        wanted = int(share * max(1, min(_SPREAD, _CHEAP / share))) + 1
+        with _progress(wanted) as advance:
+            ids = cached_tokens(
+                workspace_of(config) / FOLDER, texts, tokenizer, text.seed, wanted,
+                text.learn_from == "answers", advance,
+            )  # fmt: skip
+        streams.append(ids[:wanted])
+    return streams
+
+
+@contextmanager
+def _progress(wanted: int) -> Iterator[Callable[[int], None]]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("tokenising"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task("", total=wanted)
+        yield lambda done: progress.advance(task, done)

@@ -1,0 +1,168 @@
+"""Trainings that are killed, run out of disk or meet bad data: real processes, real signals."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from nemo_minitron.artifacts.log import read_log
+from nemo_minitron.cli import main
+from nemo_minitron.plugin.training import newest_checkpoint
+from tests.stages.test_ranks import curve, weights
+from tests.stages.test_score import ended
+
+KILLER = '''
+"""Runs a stage again and again in children of this process, and kills them at random times."""
+import json, os, random, signal, sys, time
+from pathlib import Path
+import nemo_minitron.plugin.training as training  # once, and not in every child
+from nemo_minitron.cli import main
+
+kills, checkpoints, arguments = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+draw, report, log = random.Random(0), [], checkpoints.parents[1] / "metrics.jsonl"
+while True:
+    before = log.stat().st_mtime_ns if log.is_file() else 0
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(main(arguments))
+    if len(report) < kills:
+        begun = len(report) % 4 == 0  # some in the start, most in the training
+        while not begun and os.waitpid(child, os.WNOHANG) == (0, 0):
+            begun = log.is_file() and log.stat().st_mtime_ns != before
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.6))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        break
+    newest = training.newest_checkpoint(checkpoints)
+    report.append(-1 if newest is None else training.step_of(newest))
+print(json.dumps({"saved": report, "code": os.waitstatus_to_exitcode(status)}))
+'''
+
+
+@pytest.fixture
+def words(teacher, corpus):
+    return [
+        f"source.model={teacher}", f"data.train.paths=[{corpus}]", "data.train.sequence_length=16",
+        "data.validation.sequence_length=16", "data.validation.samples=8", "data.train.samples=96",
+        "score.importance=magnitude", "plan.ffn=20", "trainer.val_check_interval=100", "trainer.accelerator=cpu",
+        "optim.sched.warmup_steps=1", "trainer.log_every_n_steps=1", "distill.batch_size=2",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=7",
+    ]  # fmt: skip
+
+
+def test_twenty_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, words):
+    words = [*words, "trainer.max_steps=1500", "distill.intermediate.terms=[hidden]",
+             "distill.intermediate.layers=['-1:-1']", "training.spike_factor=50"]  # fmt: skip
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for place in (straight, killed):
+        assert main(["prune", f"workspace={place}", *words]) == 0
+    checkpoints = killed / "student" / "state" / "nemo" / "checkpoints"
+    done = ended(
+        [sys.executable, "-c", KILLER, "20", str(checkpoints), "distill", f"workspace={killed}", *words]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["code"] == 0
+    assert len(report["saved"]) == 20, "it ended before it was killed as often as it should be"
+    assert report["saved"] == sorted(report["saved"])
+    assert len(set(report["saved"])) > 5, report  # kills hit the training, not only its start
+    assert main(["distill", f"workspace={straight}", *words]) == 0
+    assert curve(killed) == curve(straight)
+    assert all(torch.equal(weights(killed)[name], tensor) for name, tensor in weights(straight).items())
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, words):
+    words = [*words, "trainer.max_steps=400"]
+    straight, full = tmp_path / "straight", tmp_path / "full"
+    for place in (straight, full):
+        assert main(["prune", f"workspace={place}", *words]) == 0
+    command = [sys.executable, "-m", "nemo_minitron", "distill", f"workspace={full}", *words]
+    folder = full / "student" / "state" / "nemo" / "checkpoints"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None and newest_checkpoint(folder) is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    good = newest_checkpoint(folder)
+    content = good.read_bytes()
+    # the kernel refuses larger files with an error, as a full disk does
+    cramped = subprocess.run(
+        command, capture_output=True, text=True, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2,) * 2),
+    )  # fmt: skip
+    assert cramped.returncode == 1
+    assert "Traceback" not in cramped.stderr
+    assert "File too large" in cramped.stderr or "write" in cramped.stderr, cramped.stderr
+    assert newest_checkpoint(folder) == good
+    assert good.read_bytes() == content
+    for place in (full, straight):
+        assert main(["distill", f"workspace={place}", *words]) == 0
+    assert curve(full) == curve(straight)
+    assert all(torch.equal(weights(full)[name], tensor) for name, tensor in weights(straight).items())
+
+
+@pytest.fixture
+def spoiled(tmp_path, words):
+    """A training on sentences among which there is one sample of noise."""
+    import random
+
+    draw = random.Random(0)
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.txt").write_text("the cat sat on the mat and the dog sat on the log\n" * 4)
+    (folder / "noise.txt").write_text("".join(draw.choice("{}[]()<>~^%$#@!*;") for _ in range(60)))
+    keys = ("source.model", "data.train", "plan", "score", "distill")
+    return [
+        *[word for word in words if not word.startswith(keys)],
+        f"data.train.paths=[{folder}]", f"data.validation.paths=[{folder}]", "data.train.sequence_length=16",
+        "pretrain.batch_size=1", "trainer.max_steps=150", "optim.lr=0.01", "training.spike_factor=3",
+        "training.spike_window=8",
+        *[f"+pretrain.model.{entry}" for entry in (
+            "model_type=llama", "vocab_size=280", "hidden_size=16", "intermediate_size=32", "num_hidden_layers=1",
+            "num_attention_heads=2", "num_key_value_heads=1",
+        )],
+    ]  # fmt: skip
+
+
+def test_a_bad_batch_is_left_out_where_that_is_asked_for(capsys, tmp_path, spoiled):
+    place = tmp_path / "skip"
+    arguments = ["pretrain", f"workspace={place}", *spoiled, "training.on_bad_loss=skip"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    skips = json.loads((place / "pretrain" / "skipped.json").read_text())
+    assert skips and all("a spike" in skip["reason"] for skip in skips)
+    assert f"150 steps, {len(skips)} left out (skipped.json)" in printed.out
+    assert f"step {skips[0]['step']}: the loss is" in printed.err
+    losses = [line["loss"] for line in read_log(place / "pretrain" / "metrics.jsonl") if "loss" in line]
+    assert len(losses) == 150
+    late = sorted(losses[30:])
+    assert late[-1] < 3.5 * late[len(late) // 2]
+    assert main(["verify", str(place)]) == 0
+    rows = (place / "pretrain" / "metrics.csv").read_text().splitlines()
+    assert rows[0].startswith("step,tokens,loss,ce") and len(rows) > 150
+
+
+@pytest.mark.parametrize("more", ["training.on_bad_loss=stop", "training.max_skips=1"])
+def test_a_bad_batch_stops_where_that_is_asked_for(capsys, tmp_path, spoiled, more):
+    skip = [] if "stop" in more else ["training.on_bad_loss=skip", "training.spike_factor=1.05"]
+    assert main(["pretrain", f"workspace={tmp_path / 'ws'}", *spoiled, more, *skip]) == 1
+    assert "a spike: the last 8 steps had" in capsys.readouterr().err
+    assert not (tmp_path / "ws" / "pretrain" / "manifest.json").exists()
+
+
+def test_a_budget_of_tokens_sets_the_steps_and_the_schedule(tmp_path, words):
+    words = [*words, "training.max_tokens=500"]  # 500 / (2 x 16) = 15.6
+    place = tmp_path / "ws"
+    assert main(["prune", f"workspace={place}", *words]) == 0
+    assert main(["distill", f"workspace={place}", *words]) == 0
+    lines = [line for line in read_log(place / "student" / "metrics.jsonl") if "loss" in line]
+    assert lines[-1]["step"] == 16 and lines[-1]["tokens"] == 512
+    assert lines[-1]["lr"] < 0.2 * max(line["lr"] for line in lines)
