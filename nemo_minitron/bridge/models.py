@@ -113,6 +113,10 @@ def stored_config(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"architectures": [type(model).__name__], "model_type": model.config.model_type, **kept}
 
 
+ENTRY = "decode"
+"""A method that a sharded model has been given: its decoder, with its weights gathered around it."""
+
+
 def decoder_of(model: Any, family: Family) -> nn.Module:
     """The part of a causal LM that ends with the last hidden states."""
     module: nn.Module = model.get_submodule(family.modules["decoder"])
@@ -140,7 +144,8 @@ def hidden_states(model: Any, family: Family, tokens_BS: Tensor, **more: Any) ->
     ``more`` are further arguments of the decoder.
     """
     arguments = {"input_ids": tokens_BS, "use_cache": False, **more}
-    hidden: Tensor = decoder_of(model, family)(**arguments).last_hidden_state
+    decode = getattr(model, ENTRY, None) or decoder_of(model, family)
+    hidden: Tensor = decode(**arguments).last_hidden_state
     divisor = getattr(model.config, family.logits["divide"]) if "divide" in family.logits else 1
     return hidden if divisor == 1 else hidden / divisor
 
@@ -153,16 +158,23 @@ def softcap_of(model: Any, family: Family) -> float | None:
     return cap
 
 
-def save_model(model: Any, folder: Path, config: Mapping[str, Any], shard_size: int = 5_000_000_000) -> None:
+def save_model(
+    model: Any,
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
+    shard_size: int = 5_000_000_000,
+) -> None:
     """Writes weights and config.json into a folder.
 
     Args:
         model: the causal LM.
         folder: an existing folder.
         config: the config.json that the model came with; carried on as it is, the dtype apart.
+        weights: its weights, where the model itself holds a part of them only.
         shard_size: largest shard in bytes.
     """
-    model.save_pretrained(folder, max_shard_size=shard_size)
+    model.save_pretrained(folder, max_shard_size=shard_size, state_dict=weights)
     dtype = read_config(folder)["dtype"]
     write_json(folder / "config.json", both_spellings({**config, "dtype": dtype, "torch_dtype": dtype}))
 
@@ -197,11 +209,12 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
 
 @contextlib.contextmanager
 def frozen(model: Any) -> Iterator[Any]:
-    """The model in evaluation mode under inference mode."""
+    """The model in evaluation mode under inference mode (without gradients where it is sharded)."""
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        # FSDP2 keeps what it gathers, and a tensor made under inference mode could not be used again
+        with torch.no_grad() if hasattr(model, ENTRY) else torch.inference_mode():
             yield model
     finally:
         model.train(was_training)

@@ -118,24 +118,17 @@ def _log_relation(x_SU: Tensor, heads: int) -> Tensor:
     return torch.log_softmax(product_RSS.masked_fill(later_SS, torch.finfo(x_SU.dtype).min), -1)
 
 
-def mix(logits_loss: Tensor, intermediate: Tensor, alpha: float | None) -> tuple[Tensor, Tensor]:
-    """L = L_logits + alpha L_is, with alpha = L_logits / L_is of this step, detached ([P1] section 3.2).
+def balance(logits_loss: Tensor, intermediate: Tensor) -> Tensor:
+    """Alpha = L_logits / L_is, detached ([P1] section 3.2).
+
+    It depends on the step alone: a resumed training needs no memory of it.
 
     Args:
-        logits_loss: the loss on logits (and labels), scalar.
-        intermediate: L_is, scalar.
-        alpha: a fixed weight; None: the ratio.
-
-    Returns:
-        The total and alpha, scalars. The ratio depends on the step alone: a resumed training needs no memory
-        of it.
+        logits_loss: the loss on logits (and labels), scalar; where there are several ranks, their mean.
+        intermediate: L_is, scalar; likewise.
     """
-    if alpha is None:
-        # where the states agree to four digits already, their weight grows no more
-        ratio = (logits_loss / intermediate.clamp_min(_LEAST)).detach()
-    else:
-        ratio = torch.as_tensor(alpha, dtype=intermediate.dtype, device=intermediate.device)
-    return logits_loss + ratio * intermediate, ratio
+    # where the states agree to four digits already, their weight grows no more
+    return (logits_loss / intermediate.clamp_min(_LEAST)).detach()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from nemo_minitron.bridge.models import frozen, head_of, hidden_states, softcap_of
-from nemo_minitron.core.intermediate import IntermediateWeights, mix
+from nemo_minitron.core.intermediate import IntermediateWeights, balance
 from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
 from nemo_minitron.families import Family
 from nemo_minitron.plugin.intermediate import IntermediateLoss
@@ -46,6 +46,7 @@ class KnowledgeDistillation(Callback):
         self.family, self.weights, self.chunk_tokens = family, weights, chunk_tokens
         self.vocabulary, self.intermediate, self.kept_H = vocabulary, intermediate, kept_H
         self._inside: IntermediateLoss | None = None
+        self._strategy: Any = None
         self.teacher_loss: float | None = None
         self._listens, self._sums = False, [0.0, 0.0]
 
@@ -64,6 +65,7 @@ class KnowledgeDistillation(Callback):
                 self.intermediate, self.teacher, self.family, pl_module, self.kept_H
             )
         pl_module.objective = self.objective
+        self._strategy = trainer.strategy
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the teacher to the student's device."""
@@ -109,9 +111,17 @@ class KnowledgeDistillation(Callback):
         if self._inside is None:
             return terms
         inside = self._inside(labels_T >= 0)
-        assert self.intermediate is not None
-        loss, alpha = mix(terms.loss, inside, self.intermediate.alpha)
-        return replace(terms, loss=loss, more={"intermediate": inside.detach(), "alpha": alpha})
+        alpha = self._alpha(terms.loss.detach(), inside.detach())
+        more = {"intermediate": inside.detach(), "alpha": alpha}
+        return replace(terms, loss=terms.loss + alpha * inside, more=more)
+
+    def _alpha(self, logits_loss: Tensor, inside: Tensor) -> Tensor:
+        """The weight of the intermediate losses, the same on all ranks."""
+        assert self.intermediate is not None and self._strategy is not None
+        if self.intermediate.alpha is not None:
+            return torch.full_like(inside, self.intermediate.alpha)
+        means = self._strategy.reduce(torch.stack([logits_loss.float(), inside.float()]), reduce_op="mean")
+        return balance(means[0], means[1])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes away what only the training needed."""

@@ -64,7 +64,7 @@ class LossGuard(Callback):
         if not math.isfinite(loss):
             raise BadStep(trainer.global_step, f"the loss is {loss}")
         if trainer.precision not in ("16-mixed", "16-true"):
-            norm = gradient_norm(pl_module)
+            norm = float(gradient_norm(pl_module))
             if not math.isfinite(norm):
                 raise BadStep(trainer.global_step, f"the gradient is {norm}")
         if self.spikes.factor is not None and len(self._losses) == self.spikes.window:
@@ -86,8 +86,13 @@ class LossGuard(Callback):
         self._losses.extend(state_dict["losses"])
 
 
-def gradient_norm(module: torch.nn.Module) -> float:
-    """L2 norm over all gradients, over all ranks where they are sharded."""
-    found = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(found)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+def gradient_norm(module: torch.nn.Module) -> torch.Tensor:
+    """L2 norm over all gradients, a scalar; over all ranks where they are sharded."""
+    groups: dict[Any, list[torch.Tensor]] = {}
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            # those of different meshes (split by tensor parallelism, or not) do not mix in one operation
+            groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter.grad)
+    norms = [torch.nn.utils.get_total_norm(group) for group in groups.values()]
+    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+    return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))

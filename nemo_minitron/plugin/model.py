@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 
 from nemo_minitron.artifacts.checkpoint import LICENCE_FILES, TOKENIZER_FILES, read_config
 from nemo_minitron.bridge.models import (
@@ -29,6 +30,8 @@ from nemo_minitron.bridge.text import find_text
 from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
 from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
 from nemo_minitron.plugin.data import ConsumedSampler, as_samples, train_loader, validation_loader
+from nemo_minitron.plugin.guard import gradient_norm
+from nemo_minitron.plugin.strategies import gathered, shard
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], LossTerms]
 """From hidden states [tokens, hidden], head [vocabulary, hidden], labels [tokens] and token ids
@@ -73,6 +76,7 @@ class MinitronModel(ModelPT):
         self.model = new_model(hf_config, seed=0) if model is None else model
         self.objective: Objective = cross_entropy
         self.facts: dict[str, float] = {}
+        self._sharded, self._gathered = False, None
         self.side_files: dict[str, bytes] = {}
         for name, path in (self.cfg.files or {}).items():
             source = self.register_artifact(f"files.{name}", path)
@@ -120,31 +124,65 @@ class MinitronModel(ModelPT):
         self.setup_validation_data(val_data_config)
 
     def use_training_samples(
-        self, given: Any, batch_size: int, seed: int, skipped: frozenset[int] = frozenset()
+        self,
+        given: Any,
+        batch_size: int,
+        seed: int,
+        skipped: frozenset[int] = frozenset(),
+        tensor_parallel: int = 1,
     ) -> None:
         """Trains on packed samples: a data set of them, or a Tensor of shape [samples, positions + 1].
 
-        ``skipped`` are batches of the order that ``seed`` draws which are left out.
+        ``skipped`` are steps of the order that ``seed`` draws which are left out. Ranks that share the work
+        of one model by tensor parallelism read the same samples.
         """
         trainer, samples = self._trainer, as_samples(given)
-        batches = len(samples) // (batch_size * max(1, trainer.world_size))
+        world = max(1, trainer.world_size // tensor_parallel)
+        per_step = trainer.accumulate_grad_batches
+        batches = len(samples) // (batch_size * world)
         if trainer.max_steps > 0:
-            batches = trainer.max_steps * trainer.accumulate_grad_batches
+            batches = trainer.max_steps * per_step
         sampler = ConsumedSampler(
             samples=len(samples),
             batch_size=batch_size,
             batches=batches,
-            consumed=lambda: trainer.global_step * trainer.accumulate_grad_batches,
-            rank=trainer.global_rank,
-            world=trainer.world_size,
+            consumed=lambda: trainer.global_step * per_step,
+            rank=trainer.global_rank // tensor_parallel,
+            world=world,
             seed=seed,
-            skipped=skipped,
+            skipped=frozenset(step * per_step + part for step in skipped for part in range(per_step)),
         )
         self._train_dl = train_loader(samples, sampler)
 
     def use_validation_samples(self, tokens_NS: Tensor, batch_size: int) -> None:
         """Validates on packed samples, Tensor of shape [samples, positions + 1]."""
         self._validation_dl = validation_loader(tokens_NS, batch_size)
+
+    def configure_model(self) -> None:
+        """Splits the model over the ranks, where the strategy has laid them out as a mesh."""
+        if self.device_mesh is None or self._sharded:
+            return
+        self._sharded = True
+        shard(self.model, self.family, self.device_mesh)
+        if hasattr(self, "projection"):  # of a distillation by hidden states
+            fully_shard(self.projection, mesh=self.device_mesh["data_parallel"])
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clips by the norm over all ranks' parts; by value as Lightning does."""
+        if not self._sharded or str(gradient_clip_algorithm or "norm") == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(
+                parameters, gradient_clip_val, gradient_norm(self), foreach=False
+            )
+
+    def gather(self) -> None:
+        """Brings a sharded model's weights together on rank 0, for ``save_hf``; all ranks call it."""
+        if self._sharded:
+            self._gathered = gathered(self.model)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Last hidden states: [batch, positions] token ids to [batch, positions, hidden]."""
@@ -210,7 +248,7 @@ class MinitronModel(ModelPT):
         self.follow_model()
         config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(config, dict)
-        save_model(self.model, folder, {str(key): value for key, value in config.items()})
+        save_model(self.model, folder, {str(key): value for key, value in config.items()}, self._gathered)
         for name, content in self.side_files.items():
             (folder / name).write_bytes(content)
 

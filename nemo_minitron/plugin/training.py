@@ -33,6 +33,7 @@ from nemo_minitron.plugin.distillation import KnowledgeDistillation
 from nemo_minitron.plugin.guard import LossGuard, Spikes
 from nemo_minitron.plugin.model import MinitronModel, make_cfg
 from nemo_minitron.plugin.preemption import Preemption
+from nemo_minitron.plugin.strategies import Sharded
 
 _STEP = re.compile(r"step=(\d+)")
 
@@ -47,6 +48,8 @@ class Options:
         ema_decay: of the moving average that takes the weights' place; None: there is none.
         spikes: losses that are as bad as those that are not finite.
         peak_tflops: see ``TrainingLog``.
+        shard: whether weights, gradients and optimiser state are split over the ranks (FSDP2).
+        tensor_parallel: ranks that share the work on each sample; divides their number, and wants ``shard``.
     """
 
     activation_checkpointing: bool = False
@@ -54,6 +57,8 @@ class Options:
     ema_decay: float | None = None
     spikes: Spikes = Spikes()
     peak_tflops: float | None = None
+    shard: bool = False
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -127,14 +132,14 @@ def train(
         validation_NS: samples for validation, Tensor of shape [samples, positions + 1].
         state: folder for checkpoints and the log ``metrics.jsonl``.
         callbacks: what makes the role (distillation) and what the caller wants to see.
-        skipped: batches that are left out.
+        skipped: steps whose samples are left out.
 
     Returns:
         The trained model.
 
     Raises:
         ValueError: NeMo, Lightning or a callback refuses a setting.
-        BadStep: a step that must not be taken; with its batches in ``skipped``, another call goes on.
+        BadStep: a step that must not be taken; with it in ``skipped``, another call goes on.
     """
     _quiet()
     check_trainer(recipe.trainer)
@@ -144,22 +149,28 @@ def train(
         samples = as_samples(samples)
         _watch(trainer, model, recipe, samples.positions, state)
         _apply(recipe.options, model)
-        model.use_training_samples(samples, recipe.batch_size, recipe.seed, skipped)
+        parts = recipe.options.tensor_parallel
+        model.use_training_samples(samples, recipe.batch_size, recipe.seed, skipped, parts)
         model.use_validation_samples(validation_NS, recipe.batch_size)
         _manage(trainer, recipe, state)
         model.setup_optimization()  # once now, so that wrong arguments show before anything runs
     except (MisconfigurationException, TypeError) as error:
         raise ValueError(f"trainer, optim, exp_manager: {str(error).splitlines()[0]}") from error
+    _fit(trainer, model)
+    model.gather()
+    return model
+
+
+def _fit(trainer: Trainer, model: MinitronModel) -> None:
     try:
         trainer.fit(model)
-        if trainer.global_step < trainer.max_steps:
-            raise RuntimeError(
-                f"training stopped at step {trainer.global_step} of {trainer.max_steps} (time limit, early "
-                "stopping); its checkpoint stays, run it again to go on"
-            )
     except MisconfigurationException as error:
         raise ValueError(f"trainer, exp_manager: {str(error).splitlines()[0]}") from error
-    return model
+    if trainer.global_step < trainer.max_steps:
+        raise RuntimeError(
+            f"training stopped at step {trainer.global_step} of {trainer.max_steps} (time limit, early "
+            "stopping); its checkpoint stays, run it again to go on"
+        )
 
 
 def _trainer(recipe: Recipe, callbacks: Sequence[Callback]) -> Trainer:
@@ -169,13 +180,28 @@ def _trainer(recipe: Recipe, callbacks: Sequence[Callback]) -> Trainer:
     guards = [ExactResume(), LossGuard(options.spikes)]
     # logger, checkpoints and their folders are exp_manager's; the sampler knows its ranks itself
     fixed = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}
+    if options.shard:
+        fixed["strategy"] = _sharded(options.tensor_parallel)
     return Trainer(**{**arguments, **fixed}, callbacks=[*callbacks, *guards, *average, *bar])
+
+
+def _sharded(tensor_parallel: int) -> Sharded:
+    """The strategy that splits the model.
+
+    Raises:
+        ValueError: the ranks cannot be laid out so.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % tensor_parallel:
+        raise ValueError(f"training.tensor_parallel: {tensor_parallel} does not divide the {ranks} ranks")
+    return Sharded(data_parallel_size=ranks // tensor_parallel, tensor_parallel_size=tensor_parallel)
 
 
 def _watch(trainer: Trainer, model: MinitronModel, recipe: Recipe, positions: int, state: Path) -> None:
     """Adds the training log, and behind it what may end the training."""
     every = recipe.trainer["log_every_n_steps"] if recipe.trainer.get("log_every_n_steps") else 10
-    tokens = recipe.batch_size * positions * trainer.accumulate_grad_batches * trainer.world_size
+    readers = trainer.world_size // recipe.options.tensor_parallel
+    tokens = recipe.batch_size * positions * trainer.accumulate_grad_batches * readers
     flops = 3 * forward_flops(model.model, model.family, positions)
     for callback in trainer.callbacks:
         if isinstance(callback, KnowledgeDistillation):
@@ -237,12 +263,12 @@ def step_of(checkpoint: Path) -> int:
     return int(match.group(1)) if (match := _STEP.search(checkpoint.name)) else -1
 
 
-def samples_needed(trainer: Mapping[str, Any], batch_size: int) -> int:
+def samples_needed(trainer: Mapping[str, Any], batch_size: int, tensor_parallel: int = 1) -> int:
     """Samples that a training consumes."""
     accumulate = trainer["accumulate_grad_batches"] if "accumulate_grad_batches" in trainer else 1
     devices, nodes = (trainer[key] if key in trainer else 1 for key in ("devices", "num_nodes"))
     ranks = int(devices) * int(nodes) if str(devices).isdecimal() else 1
-    return int(trainer["max_steps"] * accumulate * batch_size * ranks)
+    return int(trainer["max_steps"] * accumulate * batch_size * ranks // tensor_parallel)
 
 
 def _quiet() -> None:

@@ -44,7 +44,7 @@ class Role:
 
 
 SKIPPED = "skipped.json"
-"""Steps that a training left out: number, batches, reason."""
+"""Steps that a training left out: number, which samples (as those of a step without any left out), reason."""
 
 
 def training_inputs(config: Config) -> list[Input]:
@@ -119,9 +119,11 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
         "trainer": trainer,
         "optim": optim,
     }
+    samples_a_step = _samples_a_step(config, trainer, section["batch_size"])
     decides = {
         **resolved,
         "trainer": deciding(trainer),
+        "batch_size": samples_a_step,
         "training": _deciding(config.training),
         "train": sampling(config.data.train),
     }
@@ -136,12 +138,16 @@ def _deciding(training: TrainingConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
+def _samples_a_step(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
+    """Over all ranks: what decides the weights, however many ranks there are to share it."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.training.tensor_parallel
+    accumulate = trainer["accumulate_grad_batches"] if "accumulate_grad_batches" in trainer else 1
+    return int(batch_size * accumulate * max(1, ranks))
+
+
 def _steps(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
     """Steps that take ``training.max_tokens`` tokens, rounded up."""
-    from nemo_minitron.plugin.training import samples_needed
-
-    samples = samples_needed({**trainer, "max_steps": 1}, batch_size)
-    tokens = samples * config.data.train.sequence_length
+    tokens = _samples_a_step(config, trainer, batch_size) * config.data.train.sequence_length
     assert config.training.max_tokens is not None
     return -(-config.training.max_tokens // tokens)
 
@@ -178,7 +184,9 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) 
 
     trainer = section["trainer"]
     tokenizer = role.tokenizer()
-    needed = config.data.train.samples or samples_needed(trainer, section["batch_size"])
+    needed = config.data.train.samples or samples_needed(
+        trainer, section["batch_size"], config.training.tensor_parallel
+    )
     samples = training_samples(config, tokenizer, needed, _ranks(str(trainer["accelerator"])))
     validation_NS = validation_samples(config, tokenizer)
     recipe = Recipe(
@@ -188,7 +196,7 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) 
     while True:
         model, hf_config, files = role.start()
         skips = _skips(state)
-        skipped = frozenset(batch for skip in skips for batch in skip["batches"])
+        skipped = frozenset(skip["samples_of_step"] - 1 for skip in skips)
         try:
             return train(
                 model, hf_config, files, recipe, samples, validation_NS, state, role.callbacks(), skipped
@@ -196,7 +204,7 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) 
         except BadStep as bad:
             if config.training.on_bad_loss == "stop":
                 raise
-            _leave_out(bad, skips, config.training.max_skips, trainer, state)
+            _leave_out(bad, skips, config.training.max_skips, state)
         _ranks(str(trainer["accelerator"])).broadcast(None)  # the others read what rank 0 noted
 
 
@@ -206,8 +214,9 @@ def _options(training: TrainingConfig) -> Any:
 
     spikes = Spikes(training.spike_factor, training.spike_window)
     return Options(
-        training.activation_checkpointing, training.compile, training.ema_decay, spikes, training.peak_tflops
-    )
+        training.activation_checkpointing, training.compile, training.ema_decay, spikes, training.peak_tflops,
+        training.parallel == "shard", training.tensor_parallel,
+    )  # fmt: skip
 
 
 def _skips(state: Path) -> list[dict[str, Any]]:
@@ -216,10 +225,8 @@ def _skips(state: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _leave_out(
-    bad: Any, skips: list[dict[str, Any]], most: int, trainer: Mapping[str, Any], state: Path
-) -> None:
-    """Notes the batches of a bad step, which the training then does without.
+def _leave_out(bad: Any, skips: list[dict[str, Any]], most: int, state: Path) -> None:
+    """Notes a bad step, whose samples the training then does without.
 
     Raises:
         BadStep: enough is enough.
@@ -228,12 +235,11 @@ def _leave_out(
 
     if len(skips) >= most:
         raise bad
-    accumulate = trainer["accumulate_grad_batches"] if "accumulate_grad_batches" in trainer else 1
-    known = frozenset(batch for skip in skips for batch in skip["batches"])
-    batches = list(kept_batches(bad.step * accumulate, (bad.step + 1) * accumulate, known))
+    known = frozenset(skip["samples_of_step"] - 1 for skip in skips)
+    (source,) = kept_batches(bad.step, bad.step + 1, known)
     if follows():
         return
-    skips.append({"step": bad.step + 1, "batches": batches, "reason": bad.reason})
+    skips.append({"step": bad.step + 1, "samples_of_step": source + 1, "reason": bad.reason})
     write_json(state / SKIPPED, skips)
     print(
         f"step {bad.step + 1}: {bad.reason}; back to the last checkpoint, and on without the samples of this "

@@ -178,7 +178,11 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return result
 
 
-_SHOWN_ONLY = (
+_NOT_DECIDING = (
+    "devices",  # what counts is how many samples they read together
+    "num_nodes",
+    "strategy",
+    "accumulate_grad_batches",
     "enable_progress_bar",
     "enable_model_summary",
     "log_every_n_steps",
@@ -190,6 +194,6 @@ _SHOWN_ONLY = (
 def deciding(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """Trainer arguments that decide the weights, for fingerprints.
 
-    What only changes the display is left out.
+    What only changes the display, or who does the work, is left out.
     """
-    return {name: value for name, value in trainer.items() if name not in _SHOWN_ONLY}
+    return {name: value for name, value in trainer.items() if name not in _NOT_DECIDING}

@@ -85,6 +85,15 @@ class TrainingConfig:
     max_tokens: int | None = key(
         None, "tokens to train on; sets trainer.max_steps, and the schedule with it", least=1
     )
+    parallel: str = key(
+        "replicate",
+        "under torchrun: a copy of the model on every rank (DDP), or its weights, gradients and optimiser "
+        "state split over them (FSDP2)",
+        ("replicate", "shard"),
+    )
+    tensor_parallel: int = key(
+        1, "ranks that share the matrix products of each layer, with training.parallel=shard", least=1
+    )
     activation_checkpointing: bool = key(
         False, "keep no activations inside layers, compute them again in the backward pass"
     )
