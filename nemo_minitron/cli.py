@@ -61,6 +61,16 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     )
     size.add_argument("--context", type=int, default=4096, help="tokens of context that FLOPs assume")
     size.add_argument("--json", action="store_true")
+    plan = size.add_argument_group("memory of a training")
+    plan.add_argument("--training", action="store_true", help="estimate what each rank needs")
+    plan.add_argument("--ranks", type=int, default=1, help="processes")
+    plan.add_argument("--shard", action="store_true", help="training.parallel=shard (FSDP2)")
+    plan.add_argument("--tensor-parallel", type=int, default=1, help="training.tensor_parallel")
+    plan.add_argument("--precision", default="bf16-mixed", help="trainer.precision")
+    plan.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch on each rank")
+    plan.add_argument("--activation-checkpointing", action="store_true")
+    plan.add_argument("--teacher", metavar="MODEL", help="a teacher besides: folder, config.json, or hub id")
+    plan.add_argument("--teacher-shard", action="store_true", help="distill.teacher_parallel=shard")
     families = commands.add_parser("families", help=_HELP["families"], description=_HELP["families"])
     families.add_argument(
         "names", nargs="*", metavar="MODEL_TYPE", help="these only; families.path=TABLE adds your own"

@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 
 def print_table(
@@ -34,16 +35,10 @@ def size(args: argparse.Namespace) -> int:
     from nemo_minitron.core.size import model_size
     from nemo_minitron.families import axis_sizes, check_sizes, config_with_sizes, family_of, use_tables
 
-    path = Path(args.model).expanduser()
-    if path.name == "config.json":
-        path = path.parent
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
-        from nemo_minitron.bridge.hub import download_config
-
-        path = download_config(args.model)
     own, wanted = _own_tables(args.sizes)
     if own:
         use_tables(own)
+    path = _config_folder(args.model)
     config = read_config(path)
     family = family_of(config, str(path / "config.json"))
     sizes = axis_sizes(family, config, str(path / "config.json"))
@@ -57,8 +52,10 @@ def size(args: argparse.Namespace) -> int:
         raise ValueError(f"size: --context: expected at least 1, found {args.context}")
     if sizes["layers"] < axis_sizes(family, config)["layers"]:  # of unlike layers, the first
         config = cut_config(Cut(family, config, {}, tuple(range(sizes["layers"]))))
-    cost = model_size(family, config_with_sizes(family, config, sizes), args.context)
-    facts = {**sizes, **asdict(cost)}
+    config = config_with_sizes(family, config, sizes)
+    cost = model_size(family, config, args.context)
+    memory = _training_memory(args, family, config) if args.training else {}
+    facts: dict[str, Any] = {**sizes, **asdict(cost)} | ({"training": memory} if memory else {})
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
@@ -70,8 +67,42 @@ def size(args: argparse.Namespace) -> int:
         (f"FLOPs per token at {cost.context} tokens", f"{cost.flops_per_token:,}"),
         (f"KV-cache bytes per token ({cost.cache_bytes} bytes each)", f"{cost.kv_bytes_per_token:,}"),
     ]
+    rows += [(f"training, each rank: {part}", f"{value / 2**30:,.1f} GiB") for part, value in memory.items()]
     print_table(("", str(args.model)), tuple(rows))
     return 0
+
+
+def _config_folder(model: str) -> Path:
+    """Where a model's config.json lies; a hub model's is fetched."""
+    path = Path(model).expanduser()
+    if path.name == "config.json":
+        path = path.parent
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        from nemo_minitron.bridge.hub import download_config
+
+        return download_config(model)
+    return path
+
+
+def _training_memory(args: argparse.Namespace, family: Any, config: Any) -> dict[str, int]:
+    """Bytes on each rank, by what they are for."""
+    from nemo_minitron.artifacts.checkpoint import read_config
+    from nemo_minitron.core.footprint import Launch, training_footprint
+    from nemo_minitron.families import family_of
+
+    try:
+        launch = Launch(
+            args.ranks, args.shard, args.tensor_parallel, args.precision, args.tokens,
+            args.activation_checkpointing, args.teacher_shard,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"size: --{error}") from error
+    teacher = None
+    if args.teacher:
+        their = read_config(_config_folder(args.teacher))
+        teacher = (family_of(their, args.teacher), their)
+    found = training_footprint(family, config, launch, teacher)
+    return {**asdict(found), "total": found.total}
 
 
 def _own_tables(words: list[str]) -> tuple[str | None, list[str]]:

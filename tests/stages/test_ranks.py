@@ -128,10 +128,10 @@ def test_a_sharded_training_goes_on_with_another_number_of_ranks(tmp_path, words
 @pytest.mark.parametrize(
     ("family", "parts", "message"),
     [
-        ("llama", 3, "does not divide ffn=40"),
+        ("llama", 3, "does not divide heads=4"),
         ("phi3", 2, r"model\.layers\.\{layer\}\.self_attn\.qkv_proj\.weight of phi3 cannot be split"),
         ("qwen3", 2, r"q_norm\.weight of qwen3 cannot be split"),
-        ("mixtral", 2, "the experts of mixtral are not split"),
+        ("mixtral", 2, r"gate\.weight of mixtral: experts are not split"),
     ],
 )
 def test_what_tensor_parallelism_cannot_split_is_refused(tmp_path, family, parts, message):

@@ -1,0 +1,75 @@
+"""Memory of a training: against what autograd really keeps, and against arithmetic by hand."""
+
+import pytest
+import torch
+
+from nemo_minitron.artifacts.checkpoint import read_config
+from nemo_minitron.bridge.models import hidden_states, load_model
+from nemo_minitron.core.footprint import Launch, activations_per_token, training_footprint
+from nemo_minitron.core.losses import CHUNK_BYTES
+from nemo_minitron.families import families
+from tests.conftest import make_model
+
+BIG = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 3}
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma", "mistral", "nemotron", "qwen3", "olmo2", "phi3", "mixtral", "qwen3_moe"]
+)
+def test_activations_are_near_what_autograd_keeps(tmp_path, name):
+    folder = make_model(tmp_path / "m", name, **BIG)
+    model = load_model(folder, dtype=torch.float32).train()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept, alive = {}, []
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)  # its address must not be given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden_states(model, families()[name], torch.randint(0, 90, (2, 32)))
+    measured = sum(kept.values()) / 4 / 64
+    estimated = sum(activations_per_token(families()[name], read_config(folder)))
+    assert estimated == pytest.approx(measured, rel=0.34)
+
+
+def test_the_rest_is_arithmetic(tmp_path):
+    config = read_config(make_model(tmp_path / "m", "llama", tie_word_embeddings=False, **BIG))
+    family = families()["llama"]
+    model = load_model(tmp_path / "m")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    outside = count - len(model.model.layers) * layer
+    one = training_footprint(family, config, Launch(precision="bf16-mixed", tokens=1000))
+    assert (one.weights, one.gradients, one.optimizer) == (4 * count, 4 * count, 8 * count)
+    assert (one.gathered, one.teacher) == (0, 0)
+    assert one.loss == 1000 * 96 * 2 + config["vocab_size"] * 96 * 4 + 3 * CHUNK_BYTES
+    four = training_footprint(
+        family,
+        config,
+        Launch(4, True, precision="bf16-true", tokens=1000, checkpointing=True),
+        (family, config),
+    )
+    assert four.weights == -(-count // 4) * 2
+    assert four.gathered == (2 * layer + outside) * 2
+    assert four.teacher == 2 * count
+    assert four.activations < one.activations / 2
+    assert four.total == sum((four.weights * 4, four.gathered, four.teacher, four.activations, four.loss))
+    split = training_footprint(family, config, Launch(4, True, 2, tokens=1000))
+    assert split.weights < 4 * count / 2 + 4 * outside
+    assert split.activations < one.activations
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "fp8"}, "precision: expected one of 32-true"),
+        ({"ranks": 3, "tensor_parallel": 2}, "ranks: 3"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Launch(**changes)
