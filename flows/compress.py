@@ -88,7 +88,10 @@ def steps(config: Config) -> Iterator[str]:
     yield "download"
     if config.correct.enabled:
         yield "correct"
-    yield from ("score", "plan", "prune", "distill")
+    yield from ("score", "plan", "prune")
+    if config.distill.teacher_logits == "cache":
+        yield "logits"
+    yield "distill"
     if config.evaluate.from_scratch:
         yield "baseline"
     yield from ("evaluate", "export")

@@ -26,6 +26,7 @@ _HELP = {
     "score": "importance of channels, heads, neurons and layers",
     "plan": "decide what stays",
     "prune": "write the smaller checkpoint",
+    "logits": "run the teacher once, and keep a few entries per token",
     "distill": "train the pruned model against its teacher",
     "evaluate": "measure all models, write the report",
     "export": "write the Hugging Face folder",

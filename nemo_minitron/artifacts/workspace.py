@@ -15,6 +15,7 @@ ARTIFACTS = (
     "scores",
     "plan",
     "pruned",
+    "logits",
     "student",
     "scratch",
     "report",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.core.divergences import Divergence
+from nemo_minitron.core.sparse import SparseTargets, sparse_divergence
 
 CHUNK_BYTES = 64 * 2**20
 """Memory for one chunk of logits in float32; a chunk is processed in about three buffers of this size."""
@@ -63,6 +64,7 @@ def fused_linear_loss(
     chunk_tokens: int | None = None,
     softcaps: tuple[float | None, float | None] = (None, None),
     vocabulary: int | None = None,
+    targets: SparseTargets | None = None,
 ) -> LossTerms:
     """Divergence and cross-entropy from hidden states, one chunk of logits at a time.
 
@@ -78,6 +80,7 @@ def fused_linear_loss(
         softcaps: caps c of the student's and the teacher's logits x, which then are c tanh(x / c) (Gemma 2);
             None: as the projection gives them.
         vocabulary: entries of both heads that count, where they are padded to different sizes; None: all.
+        targets: of each token what is known of the teacher, in its place.
 
     Returns:
         The terms; ``loss`` carries gradients for ``student_TH`` and ``head_VH``.
@@ -85,26 +88,36 @@ def fused_linear_loss(
     Raises:
         ValueError: the vocabularies differ, or a divergence is asked for without a teacher.
     """
-    if teacher is None and weights.kl != 0:
+    if teacher is None and targets is None and weights.kl != 0:
         raise ValueError("a divergence needs a teacher")
     head_VH, teacher = _counted(head_VH, teacher, vocabulary)
     valid_T = labels_T >= 0
     labels_T, student_TH = labels_T[valid_T], student_TH[valid_T]
     if teacher is not None:
         teacher = (teacher[0][valid_T].detach(), teacher[1].detach())
-    device = student_TH.device.type
-    if torch.is_autocast_enabled(device):  # the products run in the low precision, sums do not
-        low = torch.get_autocast_dtype(device)
-        student_TH, head_VH = student_TH.to(low), head_VH.to(low)
-        teacher = None if teacher is None else (teacher[0].to(low), teacher[1].to(low))
-    buffers = 1 if weights.divergence.name == "forward_kl" else 3  # what autograd keeps of the others
+    targets = None if targets is None else targets[valid_T]
+    student_TH, head_VH, teacher = _under_autocast(student_TH, head_VH, teacher)
+    # what autograd keeps of the others
+    buffers = 1 if weights.divergence.name == "forward_kl" and targets is None else 3
     chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VH.shape[0] * buffers))
     wants_gradient = torch.is_grad_enabled() and (student_TH.requires_grad or head_VH.requires_grad)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(student_TH.device.type, enabled=False):
         terms = _FusedLinearLoss.apply(
-            student_TH, head_VH, labels_T, weights, teacher, chunk, softcaps, wants_gradient
+            student_TH, head_VH, labels_T, weights, teacher, chunk, softcaps, wants_gradient, targets
         )
     return LossTerms(terms[0], terms[1].detach(), terms[2].detach())
+
+
+def _under_autocast(
+    student_TH: Tensor, head_VH: Tensor, teacher: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """In the low precision, where autocast is on: the products run in it, sums do not."""
+    device = student_TH.device.type
+    if not torch.is_autocast_enabled(device):
+        return student_TH, head_VH, teacher
+    low = torch.get_autocast_dtype(device)
+    pair = None if teacher is None else (teacher[0].to(low), teacher[1].to(low))
+    return student_TH.to(low), head_VH.to(low), pair
 
 
 def _counted(
@@ -132,6 +145,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         chunk: int,
         softcaps: tuple[float | None, float | None],
         wants_gradient: bool,
+        targets: SparseTargets | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, divergence and cross-entropy, scalars; arguments as in ``fused_linear_loss``."""
         tokens = student_TH.shape[0]
@@ -142,7 +156,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             part = slice(start, start + chunk)
             student_CH = student_TH[part]
             student_CV = _capped((student_CH @ head_VH.T).float(), softcaps[0])
-            teacher_CV = None
+            teacher_CV: Tensor | SparseTargets | None = None if targets is None else targets[part]
             if teacher is not None:
                 teacher_CV = _capped((teacher[0][part] @ teacher[1].T).float(), softcaps[1])
             slope_CV = None if softcaps[0] is None else 1 - (student_CV / softcaps[0]).square()
@@ -160,8 +174,9 @@ class _FusedLinearLoss(torch.autograd.Function):
             assert grad_VH is not None
             ctx.save_for_backward(grad_TH, grad_VH)
             ctx.tokens, ctx.head_dtype = max(tokens, 1), head_VH.dtype
-        loss = weights.ce * ce if teacher is None else weights.kl * kl + weights.ce * ce
-        if teacher is None:
+        taught = teacher is not None or targets is not None
+        loss = weights.kl * kl + weights.ce * ce if taught else weights.ce * ce
+        if not taught:
             kl = torch.full_like(kl, float("nan"))
         ctx.mark_non_differentiable(kl, ce)
         return loss, kl, ce
@@ -176,7 +191,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         return (
             (grad_TH * scale).to(grad_TH.dtype),
             (grad_VH * scale).to(ctx.head_dtype),
-            *(None for _ in range(6)),
+            *(None for _ in range(7)),
         )
 
 
@@ -197,13 +212,14 @@ def _accumulate(grad_VH: Tensor, grad_CV: Tensor, student_CH: Tensor) -> None:
 
 def _chunk_terms(
     student_CV: Tensor,
-    teacher_CV: Tensor | None,
+    teacher_CV: Tensor | SparseTargets | None,
     labels_C: Tensor,
     weights: LossWeights,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums of both terms over one chunk, and the gradient of their mix by the student's logits."""
-    if teacher_CV is not None and weights.kl != 0 and weights.divergence.name != "forward_kl":
+    by_hand = isinstance(teacher_CV, Tensor) and weights.divergence.name == "forward_kl"
+    if teacher_CV is not None and weights.kl != 0 and not by_hand:
         value, grad_CV = _differentiated(student_CV, teacher_CV, weights, wants_gradient)
         _, ce, more_CV = _chunk_terms(student_CV, None, labels_C, weights, wants_gradient and weights.ce != 0)
         return value, ce, grad_CV if grad_CV is None or more_CV is None else grad_CV.add_(more_CV)
@@ -212,7 +228,7 @@ def _chunk_terms(
     picked_C = log_q1_CV.gather(1, labels_C[:, None])[:, 0]
     ce = -picked_C.double().sum()
     grad_CV = None
-    if teacher_CV is None or weights.kl == 0:
+    if not isinstance(teacher_CV, Tensor) or weights.kl == 0:
         kl = torch.zeros_like(ce)
         if wants_gradient:
             grad_CV = _cross_entropy_gradient(log_q1_CV.exp_(), labels_C, weights.ce)
@@ -233,12 +249,15 @@ def _chunk_terms(
 
 
 def _differentiated(
-    student_CV: Tensor, teacher_CV: Tensor, weights: LossWeights, wants_gradient: bool
+    student_CV: Tensor, teacher_CV: Tensor | SparseTargets, weights: LossWeights, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Sum of any divergence over one chunk and its gradient by the student's logits, by autograd."""
     with torch.enable_grad():
         leaf_CV = student_CV.detach().requires_grad_(wants_gradient)
-        value = weights.divergence(teacher_CV, leaf_CV).sum()
+        if isinstance(teacher_CV, Tensor):
+            value = weights.divergence(teacher_CV, leaf_CV).sum()
+        else:
+            value = sparse_divergence(teacher_CV, leaf_CV, weights.divergence.temperature).sum()
         if not wants_gradient:
             return value.detach().double(), None
         (grad_CV,) = torch.autograd.grad(value, leaf_CV)

@@ -92,6 +92,20 @@ def train_loader(samples: Any, sampler: ConsumedSampler) -> DataLoader[Tensor]:
     return DataLoader(samples, batch_sampler=sampler)
 
 
-def validation_loader(tokens_NS: Tensor, batch_size: int) -> DataLoader[Tensor]:
+def validation_loader(samples: Any, batch_size: int) -> DataLoader[Tensor]:
     """Loader of validation batches in order, Tensor of shape [batch, positions + 1]."""
-    return DataLoader(PackedSamples(tokens_NS), batch_size=batch_size)
+    return DataLoader(samples, batch_size=batch_size)
+
+
+class Numbered(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """Packed samples, each with its number, which begins at ``first``."""
+
+    def __init__(self, given: Any, first: int = 0) -> None:
+        self.samples, self.first = as_samples(given), first
+        self.positions = self.samples.positions
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.samples[index], self.first + index

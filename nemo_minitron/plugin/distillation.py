@@ -7,12 +7,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from nemo_minitron.artifacts.teacher_logits import TeacherLogits
 from nemo_minitron.bridge.models import frozen, head_of, hidden_states, softcap_of
 from nemo_minitron.core.intermediate import IntermediateWeights, balance
 from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
 from nemo_minitron.families import Family
 from nemo_minitron.plugin.intermediate import IntermediateLoss
 from nemo_minitron.plugin.model import MinitronModel
+from nemo_minitron.plugin.strategies import shard
 
 
 class KnowledgeDistillation(Callback):
@@ -29,6 +31,7 @@ class KnowledgeDistillation(Callback):
             all.
         intermediate: losses on hidden states besides; None: none.
         kept_H: see ``IntermediateLoss``.
+        place: where the teacher runs: the student's ``device``, ``shard`` (split over ranks), or ``cpu``.
         teacher_loss: its cross-entropy on the validation samples, once it has been measured.
     """
 
@@ -41,10 +44,13 @@ class KnowledgeDistillation(Callback):
         vocabulary: int | None = None,
         intermediate: IntermediateWeights | None = None,
         kept_H: Tensor | None = None,
+        place: str = "device",
     ) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.family, self.weights, self.chunk_tokens = family, weights, chunk_tokens
         self.vocabulary, self.intermediate, self.kept_H = vocabulary, intermediate, kept_H
+        self.place = place
+        self._copy: Tensor | None = None
         self._inside: IntermediateLoss | None = None
         self._strategy: Any = None
         self.teacher_loss: float | None = None
@@ -68,8 +74,29 @@ class KnowledgeDistillation(Callback):
         self._strategy = trainer.strategy
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Moves the teacher to the student's device."""
-        self.teacher.to(pl_module.device)
+        """Moves the teacher to the student's device, or splits it over the ranks as the student is.
+
+        Raises:
+            ValueError: it is to be split, and the student is not.
+        """
+        if self.place == "shard":
+            if pl_module.device_mesh is None:
+                raise ValueError(
+                    "distill.teacher_place=shard: the student is not sharded (training.parallel)"
+                )
+            self.teacher.to(pl_module.device)
+            shard(self.teacher, self.family, pl_module.device_mesh)
+        elif self.place != "cpu":
+            self.teacher.to(pl_module.device)
+
+    def _head(self, device: torch.device) -> Tensor:
+        """The teacher's head where the loss is; a copy, kept, where the teacher is elsewhere."""
+        head_VG = head_of(self.teacher)
+        if head_VG.device == device:
+            return head_VG
+        if self._copy is None:
+            self._copy = head_VG.to(device)
+        return self._copy
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first validation measures the teacher too."""
@@ -92,12 +119,20 @@ class KnowledgeDistillation(Callback):
         self.teacher_loss = state_dict["teacher_loss"]
 
     def objective(
-        self, hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, tokens_BS: Tensor, softcap: float | None
+        self,
+        hidden_TH: Tensor,
+        head_VH: Tensor,
+        labels_T: Tensor,
+        tokens_BS: Tensor,
+        softcap: float | None,
+        rows_B: Tensor | None = None,
     ) -> LossTerms:
         """Divergence from the teacher on the same tokens; shapes as in ``plugin.model.Objective``."""
+        at = next(self.teacher.parameters()).device
         with torch.no_grad(), frozen(self.teacher):
-            teacher_TG = hidden_states(self.teacher, self.family, tokens_BS).flatten(0, 1)
-        teacher = (teacher_TG, head_of(self.teacher))
+            teacher_TG = hidden_states(self.teacher, self.family, tokens_BS.to(at)).flatten(0, 1)
+        teacher_TG, teacher_VG = teacher_TG.to(hidden_TH.device), self._head(hidden_TH.device)
+        teacher = (teacher_TG, teacher_VG)
         caps = (softcap, softcap_of(self.teacher, self.family))
         if self._listens:
             alone = LossWeights(kl=0.0, ce=1.0)
@@ -126,3 +161,46 @@ class KnowledgeDistillation(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes away what only the training needed."""
         IntermediateLoss.release(pl_module)
+
+
+class CachedDistillation(Callback):
+    """Trains the model against what is known of a teacher's logits; no teacher is there.
+
+    Attributes:
+        cache: the teacher's logits, by number of the sample.
+        weights: the mix of the losses.
+        chunk_tokens: tokens whose logits exist at a time, or None.
+        vocabulary: entries that count; None: all.
+    """
+
+    def __init__(
+        self,
+        cache: TeacherLogits,
+        weights: LossWeights,
+        chunk_tokens: int | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
+        self.cache, self.weights, self.chunk_tokens = cache, weights, chunk_tokens
+        self.vocabulary = vocabulary
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Takes over the model's objective."""
+        assert isinstance(pl_module, MinitronModel), type(pl_module)
+        pl_module.objective = self.objective
+
+    def objective(
+        self,
+        hidden_TH: Tensor,
+        head_VH: Tensor,
+        labels_T: Tensor,
+        tokens_BS: Tensor,
+        softcap: float | None,
+        rows_B: Tensor | None = None,
+    ) -> LossTerms:
+        """Divergence from the cached logits; shapes as in ``plugin.model.Objective``."""
+        assert rows_B is not None
+        targets = self.cache[rows_B.tolist()].to(hidden_TH.device)
+        return fused_linear_loss(
+            hidden_TH, head_VH, labels_T, self.weights, None, self.chunk_tokens, (softcap, None),
+            self.vocabulary, targets,
+        )  # fmt: skip

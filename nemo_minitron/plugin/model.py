@@ -3,8 +3,7 @@
 Shape suffixes: B batch, S positions, T tokens (batch x positions), H hidden, V vocabulary.
 """
 
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from nemo_minitron.artifacts.checkpoint import LICENCE_FILES, TOKENIZER_FILES, read_config
+from nemo_minitron.artifacts.checkpoint import read_config
 from nemo_minitron.bridge.models import (
     head_of,
     hidden_states,
@@ -29,15 +28,14 @@ from nemo_minitron.bridge.samples import pack
 from nemo_minitron.bridge.text import find_text
 from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
 from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
+from nemo_minitron.plugin.archive import file_name, make_cfg
 from nemo_minitron.plugin.data import ConsumedSampler, as_samples, train_loader, validation_loader
 from nemo_minitron.plugin.guard import gradient_norm
 from nemo_minitron.plugin.strategies import gathered, shard
 
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float | None], LossTerms]
-"""From hidden states [tokens, hidden], head [vocabulary, hidden], labels [tokens] and token ids
-[batch, positions] to the loss."""
-
-_SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES)
+Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float | None, Tensor | None], LossTerms]
+"""From hidden states [tokens, hidden], head [vocabulary, hidden], labels [tokens], token ids
+[batch, positions], the logits' softcap and the samples' numbers [batch], if they have some, to the loss."""
 
 
 class MinitronModel(ModelPT):
@@ -80,7 +78,7 @@ class MinitronModel(ModelPT):
         self.side_files: dict[str, bytes] = {}
         for name, path in (self.cfg.files or {}).items():
             source = self.register_artifact(f"files.{name}", path)
-            self.side_files[_file_name(name)] = Path(source).read_bytes()
+            self.side_files[file_name(name)] = Path(source).read_bytes()
 
     @classmethod
     def from_hf(
@@ -114,9 +112,7 @@ class MinitronModel(ModelPT):
 
     def setup_validation_data(self, val_data_config: DictConfig) -> None:
         """Builds the validation loader from ``cfg.validation_ds``."""
-        self._validation_dl = validation_loader(
-            _tokens(val_data_config, "validation_ds"), val_data_config.batch_size
-        )
+        self.use_validation_samples(_tokens(val_data_config, "validation_ds"), val_data_config.batch_size)
 
     def setup_multiple_validation_data(self, val_data_config: DictConfig) -> None:
         """One validation set; NeMo's own would take every entry of ``paths`` for a set of its own."""
@@ -154,9 +150,9 @@ class MinitronModel(ModelPT):
         )
         self._train_dl = train_loader(samples, sampler)
 
-    def use_validation_samples(self, tokens_NS: Tensor, batch_size: int) -> None:
-        """Validates on packed samples, Tensor of shape [samples, positions + 1]."""
-        self._validation_dl = validation_loader(tokens_NS, batch_size)
+    def use_validation_samples(self, given: Any, batch_size: int) -> None:
+        """Validates on packed samples: a data set of them, or a Tensor of shape [samples, positions + 1]."""
+        self._validation_dl = validation_loader(as_samples(given), batch_size)
 
     def configure_model(self) -> None:
         """Splits the model over the ranks, where the strategy has laid them out as a mesh."""
@@ -188,34 +184,37 @@ class MinitronModel(ModelPT):
         """Last hidden states: [batch, positions] token ids to [batch, positions, hidden]."""
         return hidden_states(self.model, self.family, tokens_BS)
 
-    def evaluate_objective(self, batch_BS: Tensor) -> LossTerms:
+    def evaluate_objective(self, batch: Tensor | Sequence[Tensor]) -> LossTerms:
         """The objective on one batch of packed samples, Tensor of shape [batch, positions + 1].
+
+        Their numbers, Tensor of shape [batch], come with them where the data set gives any.
 
         Negative entries ~id are read, and not learned: as labels they do not count.
         """
+        batch_BS, rows_B = (batch, None) if isinstance(batch, Tensor) else batch
         tokens_BS, labels_BS = torch.where(batch_BS < 0, ~batch_BS, batch_BS)[:, :-1], batch_BS[:, 1:]
         hidden_TH = self(tokens_BS).flatten(0, 1)
         cap = softcap_of(self.model, self.family)
-        return self.objective(hidden_TH, head_of(self.model), labels_BS.flatten(), tokens_BS, cap)
+        return self.objective(hidden_TH, head_of(self.model), labels_BS.flatten(), tokens_BS, cap, rows_B)
 
-    def training_step(self, batch_BS: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One micro-batch: the loss to differentiate; its terms are logged."""
-        terms = self.evaluate_objective(batch_BS)
+        terms = self.evaluate_objective(batch)
         named = {f"train_{name}": value for name, value in terms.named().items()}
-        self.log_dict(named, batch_size=len(batch_BS))
+        self.log_dict(named, batch_size=_rows(batch))
         self.last_terms = terms
         return terms.loss
 
-    def validation_step(self, batch_BS: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Logs the mean over the validation set.
 
         ``val_loss`` is the cross-entropy, ``val_divergence`` the divergence from the teacher.
         """
-        terms = self.evaluate_objective(batch_BS)
-        self.log("val_loss", terms.ce, on_epoch=True, sync_dist=True, batch_size=len(batch_BS), prog_bar=True)
+        terms = self.evaluate_objective(batch)
+        self.log("val_loss", terms.ce, on_epoch=True, sync_dist=True, batch_size=_rows(batch), prog_bar=True)
         if "divergence" in terms.named():
             self.log(
-                "val_divergence", terms.divergence, on_epoch=True, sync_dist=True, batch_size=len(batch_BS)
+                "val_divergence", terms.divergence, on_epoch=True, sync_dist=True, batch_size=_rows(batch)
             )
 
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
@@ -253,48 +252,24 @@ class MinitronModel(ModelPT):
             (folder / name).write_bytes(content)
 
 
+def _rows(batch: Any) -> int:
+    return len(batch if isinstance(batch, Tensor) else batch[0])
+
+
 def cross_entropy(
-    hidden_TH: Tensor, head_VH: Tensor, labels_T: Tensor, tokens_BS: Tensor, softcap: float | None
+    hidden_TH: Tensor,
+    head_VH: Tensor,
+    labels_T: Tensor,
+    tokens_BS: Tensor,
+    softcap: float | None,
+    rows_B: Tensor | None = None,
 ) -> LossTerms:
     """The objective of pretraining and teacher correction: mean cross-entropy with the next token."""
     weights = LossWeights(kl=0.0, ce=1.0)
     return fused_linear_loss(hidden_TH, head_VH, labels_T, weights, softcaps=(softcap, None))
 
 
-def make_cfg(
-    hf_config: dict[str, Any], folder: Path | None, optim: dict[str, Any] | None, **rest: Any
-) -> DictConfig:
-    """The NeMo ``cfg`` of a model: its config.json, the side files in ``folder``, and its optimiser."""
-    present = [name for name in _SIDE_FILES if folder is not None and (folder / name).is_file()]
-    files = {_file_key(name): str((folder or Path()) / name) for name in present}
-    # NeMo restores only targets inside its own packages; of this one, it takes the subclass that is asked to
-    # restore
-    target = "nemo.core.classes.modelPT.ModelPT"
-    cfg = OmegaConf.create({"target": target, "hf_config": hf_config, "files": files, **rest})
-    if optim is not None:
-        with open_dict(cfg):
-            cfg.optim = OmegaConf.create(optim)
-    return cfg
-
-
-def _file_key(name: str) -> str:
-    return name.replace(".", "__dot__")  # dots separate levels in NeMo's artifact keys
-
-
-def _file_name(key: str) -> str:
-    return key.replace("__dot__", ".")
-
-
 def _tokens(cfg: DictConfig, where: str) -> Tensor:
     paths = [cfg.paths] if isinstance(cfg.paths, str) else list(cfg.paths)
     texts = find_text(paths, list(cfg.exclude), cfg.format, cfg.text_key, where)
     return pack(texts, load_tokenizer(Path(cfg.tokenizer)), cfg.sequence_length, cfg.samples, cfg.seed)
-
-
-def nemo_archive(model: MinitronModel, path: Path) -> Path:
-    """Writes a ``.nemo`` archive atomically and returns its path."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        model.save_to(str(temporary))
-        temporary.replace(path)
-    return path

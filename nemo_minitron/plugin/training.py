@@ -20,18 +20,18 @@ from nemo.utils import logging as nemo_logging
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from nemo_minitron.artifacts import log
 from nemo_minitron.bridge.models import layers_of
 from nemo_minitron.core.size import model_size
 from nemo_minitron.families import Family
+from nemo_minitron.plugin.archive import make_cfg
 from nemo_minitron.plugin.averaging import Averaging
 from nemo_minitron.plugin.callbacks import ExactResume, TrainingLog
 from nemo_minitron.plugin.data import as_samples
 from nemo_minitron.plugin.distillation import KnowledgeDistillation
 from nemo_minitron.plugin.guard import LossGuard, Spikes
-from nemo_minitron.plugin.model import MinitronModel, make_cfg
+from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.preemption import Preemption
 from nemo_minitron.plugin.strategies import Sharded
 
@@ -116,7 +116,7 @@ def train(
     files: Path | None,
     recipe: Recipe,
     samples: Any,
-    validation_NS: Tensor,
+    validation: Any,
     state: Path,
     callbacks: Sequence[Callback] = (),
     skipped: frozenset[int] = frozenset(),
@@ -129,7 +129,7 @@ def train(
         files: folder with its tokenizer, or None.
         recipe: how.
         samples: packed samples: a data set, or a Tensor of shape [samples, positions + 1].
-        validation_NS: samples for validation, Tensor of shape [samples, positions + 1].
+        validation: the same for validation.
         state: folder for checkpoints and the log ``metrics.jsonl``.
         callbacks: what makes the role (distillation) and what the caller wants to see.
         skipped: steps whose samples are left out.
@@ -151,7 +151,7 @@ def train(
         _apply(recipe.options, model)
         parts = recipe.options.tensor_parallel
         model.use_training_samples(samples, recipe.batch_size, recipe.seed, skipped, parts)
-        model.use_validation_samples(validation_NS, recipe.batch_size)
+        model.use_validation_samples(validation, recipe.batch_size)
         _manage(trainer, recipe, state)
         model.setup_optimization()  # once now, so that wrong arguments show before anything runs
     except (MisconfigurationException, TypeError) as error:
@@ -261,14 +261,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name; -1 where there is none."""
     return int(match.group(1)) if (match := _STEP.search(checkpoint.name)) else -1
-
-
-def samples_needed(trainer: Mapping[str, Any], batch_size: int, tensor_parallel: int = 1) -> int:
-    """Samples that a training consumes."""
-    accumulate = trainer["accumulate_grad_batches"] if "accumulate_grad_batches" in trainer else 1
-    devices, nodes = (trainer[key] if key in trainer else 1 for key in ("devices", "num_nodes"))
-    ranks = int(devices) * int(nodes) if str(devices).isdecimal() else 1
-    return int(trainer["max_steps"] * accumulate * batch_size * ranks // tensor_parallel)
 
 
 def _quiet() -> None:

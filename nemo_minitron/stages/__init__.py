@@ -18,6 +18,7 @@ STAGES = {
     "score": "nemo_minitron.stages.score",
     "plan": "nemo_minitron.stages.plan",
     "prune": "nemo_minitron.stages.prune",
+    "logits": "nemo_minitron.stages.logits",
     "distill": "nemo_minitron.stages.distill",
     "evaluate": "nemo_minitron.stages.evaluate",
     "export": "nemo_minitron.stages.export",
@@ -25,7 +26,7 @@ STAGES = {
 """Stage name, as on the command line, to its module; imported when it is run."""
 
 
-SEVERAL = ("pretrain", "correct", "score", "distill")
+SEVERAL = ("pretrain", "correct", "score", "logits", "distill")
 """Stages that share their work where torchrun starts several processes."""
 
 

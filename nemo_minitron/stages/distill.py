@@ -1,24 +1,26 @@
 """distill: the pruned model learns from the teacher's logits ([P1] section 3)."""
 
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.checkpoint import open_checkpoint, read_config, tokenizer_fingerprint
-from nemo_minitron.artifacts.manifest import Input
+from nemo_minitron.artifacts.checkpoint import read_config
 from nemo_minitron.artifacts.plan import read_plan
+from nemo_minitron.artifacts.teacher_logits import TeacherLogits
 from nemo_minitron.artifacts.workspace import input_artifact
 from nemo_minitron.core.divergences import Divergence
 from nemo_minitron.core.intermediate import IntermediateWeights
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
-from nemo_minitron.stages.stage import Result, teacher_folder, workspace_of
+from nemo_minitron.stages.samples import LOGITS, sample_fingerprint
+from nemo_minitron.stages.stage import Result, distillation_teacher, shared_vocabulary, workspace_of
 from nemo_minitron.stages.training_config import DistillConfig, IntermediateConfig
 
 
 def run(config: Config) -> Result:
-    """Trains the pruned model against the teacher.
+    """Trains the pruned model against the teacher, or against what is kept of its logits.
 
     Raises:
         ValueError: the teacher has another vocabulary or tokenizer, or a setting is out of range.
@@ -32,9 +34,14 @@ def run(config: Config) -> Result:
             f"distill: kl and ce must not be negative, nor both 0, found {settings.kl} and {settings.ce}"
         )
     pruned = workspace / "pruned"
-    teacher, teacher_input = _teacher(config)
-    inputs = [input_artifact(workspace, "pruned", "prune"), teacher_input, *training_inputs(config)]
-    vocabulary = _vocabulary(teacher, pruned)
+    inputs = [input_artifact(workspace, "pruned", "prune"), *training_inputs(config)]
+    if settings.teacher_logits == "cache":
+        inputs.append(input_artifact(workspace, LOGITS, "logits"))
+        callbacks, dress = _cached(config, pruned, divergence, inside)
+    else:
+        teacher, teacher_input = distillation_teacher(config)
+        inputs.append(teacher_input)
+        callbacks, dress = _online(config, teacher, pruned, divergence, inside)
 
     def start() -> tuple[Any, dict[str, Any], Path]:
         import torch
@@ -43,8 +50,28 @@ def run(config: Config) -> Result:
 
         return load_model(pruned, dtype=torch.float32), read_config(pruned), pruned
 
+    elsewhere = ("teacher", "teacher_place", "cache")
+    section = {**asdict(settings), **dict.fromkeys(elsewhere), "trainer": {}, "optim": {}}
+    folder = workspace / "student"
+    role = Role(lambda: tokenizer_of(pruned), start, callbacks, dress=dress)
+    made = train_into(folder, "student", config, section, inputs, role)
+    return Result("distill", folder, made, last_losses(folder))
+
+
+Teaching = tuple[Callable[[], list[Any]], Callable[[Any, Any], tuple[Any, Any]]]
+"""What gives the callbacks, and what becomes of the samples."""
+
+
+def _online(
+    config: Config, teacher: Path, pruned: Path, divergence: Divergence, inside: IntermediateWeights | None
+) -> Teaching:
+    """The teacher runs beside the student."""
+    settings = config.distill
+    vocabulary = shared_vocabulary(teacher, pruned)
+    if settings.teacher_place == "shard" and config.training.parallel != "shard":
+        raise ValueError("distill.teacher_place=shard: needs training.parallel=shard, found replicate")
+
     def callbacks() -> list[Any]:
-        """The callback that distils, with the teacher in memory."""
         from nemo_minitron.bridge.models import load_model
         from nemo_minitron.core.losses import LossWeights
         from nemo_minitron.families import family_of
@@ -52,24 +79,51 @@ def run(config: Config) -> Result:
 
         weights = LossWeights(settings.kl, settings.ce, divergence)
         family = family_of(read_config(teacher))
-        model = load_model(teacher)
+        model = load_model(teacher, settings.teacher_dtype or "auto")
         kept_H = _kept(config) if inside is not None and settings.teacher is None else None
         return [
-            KnowledgeDistillation(model, family, weights, settings.chunk_tokens, vocabulary, inside, kept_H)
-        ]
+            KnowledgeDistillation(
+                model, family, weights, settings.chunk_tokens, vocabulary, inside, kept_H,
+                settings.teacher_place,
+            )
+        ]  # fmt: skip
 
-    section = {**asdict(settings), "teacher": None, "trainer": {}, "optim": {}}
-    folder = workspace / "student"
-    role = Role(lambda: tokenizer_of(pruned), start, callbacks)
-    made = train_into(folder, "student", config, section, inputs, role)
-    return Result("distill", folder, made, last_losses(folder))
+    return callbacks, lambda samples, validation: (samples, validation)
 
 
-def _teacher(config: Config) -> tuple[Path, Input]:
-    if config.distill.teacher is None:
-        return teacher_folder(config)
-    folder = Path(config.distill.teacher)
-    return folder, Input(str(folder), open_checkpoint(folder).fingerprint)
+def _cached(
+    config: Config, pruned: Path, divergence: Divergence, inside: IntermediateWeights | None
+) -> Teaching:
+    """The teacher's logits lie on disk."""
+    settings, where = config.distill, "distill.teacher_logits=cache"
+    cache = TeacherLogits(workspace_of(config) / LOGITS)
+    if divergence.name != "forward_kl":
+        raise ValueError(f"{where}: gives forward_kl, found distill.divergence={divergence.name}")
+    if inside is not None:
+        raise ValueError(f"{where}: holds no hidden states, which distill.intermediate.terms needs")
+    if cache.facts["temperature"] != divergence.temperature:
+        raise ValueError(
+            f"{where}: made at temperature {cache.facts['temperature']}, found distill.temperature="
+            f"{divergence.temperature}; run 'minitron logits' again"
+        )
+    ours = read_config(pruned)["vocab_size"]
+    vocabulary = None if ours == cache.facts["vocabulary"] else cache.facts["vocabulary"]
+
+    def callbacks() -> list[Any]:
+        from nemo_minitron.core.losses import LossWeights
+        from nemo_minitron.plugin.distillation import CachedDistillation
+
+        weights = LossWeights(settings.kl, settings.ce, divergence)
+        return [CachedDistillation(cache, weights, settings.chunk_tokens, vocabulary)]
+
+    def dress(samples: Any, validation: Any) -> tuple[Any, Any]:
+        from nemo_minitron.plugin.data import Numbered
+
+        if sample_fingerprint(samples) != cache.facts["samples"]:
+            raise ValueError(f"{where}: made for other samples; run 'minitron logits' again")
+        return Numbered(samples), Numbered(validation, cache.facts["validation"])
+
+    return callbacks, dress
 
 
 def _divergence(settings: DistillConfig) -> Divergence:
@@ -102,21 +156,3 @@ def _kept(config: Config) -> Any:
     """The teacher's channel that each channel of the student was; None where none was cut."""
     keep = read_plan(workspace_of(config) / "plan").keep
     return keep["hidden"] if "hidden" in keep else None
-
-
-def _vocabulary(teacher: Path, pruned: Path) -> int | None:
-    """Entries of both vocabularies that count, where they are padded to different sizes; None: all.
-
-    Teacher and student must speak of the same tokens: their tokenizers' files are compared.
-    """
-    from nemo_minitron.bridge.models import load_tokenizer
-
-    ours, theirs = read_config(pruned)["vocab_size"], read_config(teacher)["vocab_size"]
-    if ours == theirs and tokenizer_fingerprint(teacher) == tokenizer_fingerprint(pruned):
-        return None
-    entries = load_tokenizer(pruned).get_vocab()
-    if load_tokenizer(teacher).get_vocab() != entries:
-        raise ValueError(
-            f"distill.teacher: {teacher} gives its token ids other meanings than the pruned model's tokenizer"
-        )
-    return None if ours == theirs else max(entries.values()) + 1

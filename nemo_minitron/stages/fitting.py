@@ -35,12 +35,14 @@ class Role:
         start: gives the model to train, its config.json, and the folder whose side files it carries on.
         callbacks: gives the Lightning callbacks.
         prepare: called first.
+        dress: what becomes of the training and the validation samples before they are read.
     """
 
     tokenizer: Callable[[], Any]
     start: Callable[[], tuple[Any, dict[str, Any], Path | None]]
     callbacks: Callable[[], list[Any]] = list
     prepare: Callable[[], None] = lambda: None
+    dress: Callable[[Any, Any], tuple[Any, Any]] = lambda samples, validation: (samples, validation)
 
 
 SKIPPED = "skipped.json"
@@ -110,9 +112,7 @@ def train_into(
 
 def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The stage's keys with trainer and optimiser filled in, and what of them decides the weights."""
-    trainer = {**merged(config.trainer, section["trainer"]), **_launched()}
-    if config.training.max_tokens is not None:
-        trainer["max_steps"] = _steps(config, trainer, section["batch_size"])
+    trainer = resolved_trainer(config, section["trainer"], section["batch_size"])
     optim = merged(config.optim, section["optim"])
     resolved = {
         **{key: section[key] for key in section if key not in ("enabled", "baseline")},
@@ -136,6 +136,19 @@ def _deciding(training: TrainingConfig) -> dict[str, Any]:
     default = TrainingConfig()
     values = {name: getattr(training, name) for name in named}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
+
+
+def resolved_trainer(config: Config, changes: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """``trainer`` with a stage's changes, torchrun's devices, and the steps of a budget of tokens."""
+    trainer = {**merged(config.trainer, changes), **_launched()}
+    if config.training.max_tokens is not None:
+        trainer["max_steps"] = _steps(config, trainer, batch_size)
+    return trainer
+
+
+def samples_for(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
+    """Samples that a training reads: ``data.train.samples``, or as many as its steps take."""
+    return config.data.train.samples or trainer["max_steps"] * _samples_a_step(config, trainer, batch_size)
 
 
 def _samples_a_step(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
@@ -180,15 +193,13 @@ def _follow(config: Config, section: Mapping[str, Any], role: Role, accelerator:
 
 def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) -> Any:
     from nemo_minitron.plugin.guard import BadStep
-    from nemo_minitron.plugin.training import Recipe, samples_needed, train
+    from nemo_minitron.plugin.training import Recipe, train
 
     trainer = section["trainer"]
     tokenizer = role.tokenizer()
-    needed = config.data.train.samples or samples_needed(
-        trainer, section["batch_size"], config.training.tensor_parallel
-    )
+    needed = samples_for(config, trainer, section["batch_size"])
     samples = training_samples(config, tokenizer, needed, _ranks(str(trainer["accelerator"])))
-    validation_NS = validation_samples(config, tokenizer)
+    samples, validation = role.dress(samples, validation_samples(config, tokenizer))
     recipe = Recipe(
         trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"],
         _options(config.training),
@@ -199,7 +210,7 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) 
         skipped = frozenset(skip["samples_of_step"] - 1 for skip in skips)
         try:
             return train(
-                model, hf_config, files, recipe, samples, validation_NS, state, role.callbacks(), skipped
+                model, hf_config, files, recipe, samples, validation, state, role.callbacks(), skipped
             )
         except BadStep as bad:
             if config.training.on_bad_loss == "stop":

@@ -1,8 +1,7 @@
 """Runs scoring passes as a configuration asks for them: in memory or layer by layer, with a bar, counted."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.core.tally import Tally
 from nemo_minitron.families import axis_sizes
 from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.progress import bar
 
 if TYPE_CHECKING:
     from nemo_minitron.bridge.passes import Job, Lead
@@ -49,7 +49,7 @@ class Runner:
         )  # fmt: skip
         tokens = len(indices) * (self.samples.tokens_NS.shape[1] - 1)
         started = time.monotonic()
-        with _progress(job, folder) as advance:
+        with bar("scoring", _tokens(job, folder)) as advance:
             tally = self.lead.run(job, advance)
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + time.monotonic() - started
         return tally
@@ -87,23 +87,11 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-@contextmanager
-def _progress(job: "Job", folder: Path) -> Iterator[Callable[[int], None]]:
-    """A bar over tokens (of every layer, where layers come one by one)."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    tokens = job.samples.tokens_NS.shape[1] - 1
+def _tokens(job: "Job", folder: Path) -> int:
+    """Tokens that this process reads, over all layers where layers come one by one."""
     rounds = 1
     if job.streaming:
         checkpoint = open_checkpoint(folder)
         rounds = axis_sizes(checkpoint.family, checkpoint.config)["layers"] - len(job.removed)
     own = sum(len(group) for group in job.groups[0])
-    columns = (
-        TextColumn("scoring"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("", total=own * tokens * rounds)
-        yield lambda done: progress.advance(task, done)
+    return own * (job.samples.tokens_NS.shape[1] - 1) * rounds

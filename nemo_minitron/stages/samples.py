@@ -1,14 +1,16 @@
 """Samples for training: the workspace's token caches, and which of their windows a training reads."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
+from nemo_minitron.artifacts.manifest import digest
 from nemo_minitron.stages import follows
 from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.progress import bar
 from nemo_minitron.stages.stage import training_mixture, workspace_of
 
 FOLDER = "tokens"
+LOGITS = "logits"
+"""Folders of the workspace: token ids, and what is kept of a teacher's logits."""
 _SPREAD, _CHEAP = 8, 200_000_000
 """How many times as many tokens are made as a training needs, as long as these are cheap: what it reads is
 then drawn from more of the text than its beginning."""
@@ -48,6 +50,12 @@ def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) ->
     return PackedTokens(streams, found, text.sequence_length)
 
 
+def sample_fingerprint(samples: Any) -> str:
+    """What tells these samples from others: their places, and the first and last of them in full."""
+    edges = [*range(min(16, len(samples))), *range(max(0, len(samples) - 16), len(samples))]
+    return digest([samples.places_N2.tolist(), [samples[i].tolist() for i in edges]])
+
+
 def _streams(config: Config, tokenizer: Any, needed: int) -> list[Any]:
     from nemo_minitron.bridge.tokens import cached_tokens
 
@@ -56,25 +64,10 @@ def _streams(config: Config, tokenizer: Any, needed: int) -> list[Any]:
     for texts, weight in mixture:
         share = needed * weight / sum(other for _, other in mixture) * text.sequence_length
         wanted = int(share * max(1, min(_SPREAD, _CHEAP / share))) + 1
-        with _progress(wanted) as advance:
+        with bar("tokenising", wanted) as advance:
             ids = cached_tokens(
                 workspace_of(config) / FOLDER, texts, tokenizer, text.seed, wanted,
                 text.learn_from == "answers", advance,
             )  # fmt: skip
         streams.append(ids[:wanted])
     return streams
-
-
-@contextmanager
-def _progress(wanted: int) -> Iterator[Callable[[int], None]]:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("tokenising"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("", total=wanted)
-        yield lambda done: progress.advance(task, done)

@@ -65,6 +65,38 @@ def source_folder(config: Config) -> tuple[Path, Input]:
     return workspace / pointer["path"], item  # an absolute path stays as it is
 
 
+def distillation_teacher(config: Config) -> tuple[Path, Input]:
+    """The model that the student learns from: ``distill.teacher``, or the one that was pruned."""
+    if config.distill.teacher is None:
+        return teacher_folder(config)
+    from nemo_minitron.artifacts.checkpoint import open_checkpoint
+
+    folder = Path(config.distill.teacher)
+    return folder, Input(str(folder), open_checkpoint(folder).fingerprint)
+
+
+def shared_vocabulary(teacher: Path, student: Path) -> int | None:
+    """Entries of both vocabularies that count, where they are padded to different sizes; None: all.
+
+    Teacher and student must speak of the same tokens: their tokenizers' files are compared.
+
+    Raises:
+        ValueError: they do not.
+    """
+    from nemo_minitron.artifacts.checkpoint import read_config, tokenizer_fingerprint
+    from nemo_minitron.bridge.models import load_tokenizer
+
+    ours, theirs = read_config(student)["vocab_size"], read_config(teacher)["vocab_size"]
+    if ours == theirs and tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student):
+        return None
+    entries = load_tokenizer(student).get_vocab()
+    if load_tokenizer(teacher).get_vocab() != entries:
+        raise ValueError(
+            f"distill.teacher: {teacher} gives its token ids other meanings than the pruned model's tokenizer"
+        )
+    return None if ours == theirs else max(entries.values()) + 1
+
+
 def calibration_mixture(config: Config) -> list[tuple[Any, float]]:
     """Text for scoring and its weights: ``data.calibration``, or what ``data.train`` trains on.
 

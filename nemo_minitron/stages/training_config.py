@@ -27,12 +27,43 @@ class IntermediateConfig:
 
 
 @dataclass
+class CacheConfig:
+    """What 'minitron logits' keeps of the teacher's logits."""
+
+    method: str = key(
+        "top_k",
+        "the largest entries and the mass of all others, or entries drawn from the teacher's distribution, "
+        "whose gradient is unbiased (arXiv 2503.16870)",
+        ("top_k", "sampling"),
+    )
+    entries: int = key(64, "entries per token", least=1)
+    batch_size: int = key(8, "samples per forward pass", least=1)
+    seed: int = key(0, "seed of the draw")
+
+
+@dataclass
 class DistillConfig:
     """From the pruned model to the student ([P1] section 3)."""
 
     teacher: str | None = key(
         None, "model folder to distil from; null: the (corrected) model that was pruned"
     )
+    teacher_place: str = key(
+        "device",
+        "where the teacher runs: on the student's device, split over the ranks as the student is "
+        "(training.parallel=shard), or on the CPU",
+        ("device", "shard", "cpu"),
+    )
+    teacher_dtype: str | None = key(
+        None, "dtype of the teacher's weights; null: as they are stored", ("float32", "bfloat16", "float16")
+    )
+    teacher_logits: str = key(
+        "online",
+        "online: the teacher runs beside the student; cache: 'minitron logits' has run it once, and written "
+        "a few entries per token",
+        ("online", "cache"),
+    )
+    cache: CacheConfig = field(default_factory=CacheConfig)
     kl: float = key(1.0, "weight of the divergence between teacher and student logits")
     divergence: str = key(
         "forward_kl",

@@ -14,11 +14,12 @@ from nemo_minitron.bridge.models import load_model
 from nemo_minitron.core.divergences import Divergence
 from nemo_minitron.core.losses import LossWeights
 from nemo_minitron.families import families
+from nemo_minitron.plugin.archive import nemo_archive
 from nemo_minitron.plugin.callbacks import ModelTransform
 from nemo_minitron.plugin.data import ConsumedSampler
 from nemo_minitron.plugin.distillation import KnowledgeDistillation
 from nemo_minitron.plugin.guard import BadStep, Spikes
-from nemo_minitron.plugin.model import MinitronModel, nemo_archive
+from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.training import Options, Recipe, check_trainer, newest_checkpoint, train
 from tests.conftest import logits, make_model
 

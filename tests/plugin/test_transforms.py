@@ -13,7 +13,8 @@ from nemo_minitron.bridge.specimens import tiny_model
 from nemo_minitron.core.importance import random_scores
 from nemo_minitron.core.select import score_shape, select_units
 from nemo_minitron.families import axis_sizes, families, present_axes
-from nemo_minitron.plugin.model import MinitronModel, nemo_archive
+from nemo_minitron.plugin.archive import nemo_archive
+from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.transforms import DepthPruning, Pruning, WidthPruning
 from tests.conftest import logits, make_model, stream
 

@@ -72,7 +72,7 @@ INSIDE = ["distill.intermediate.terms=[hidden,attention]", "distill.intermediate
 )
 def test_two_ranks_have_the_loss_curve_of_one(capsys, tmp_path, words, batch_size, more):
     one, two = tmp_path / "one", tmp_path / "two"
-    words = [*words, *[word for word in more if not word.startswith("training")]]
+    words = [*words, *[word for word in more if word.startswith(("plan", "distill.intermediate"))]]
     more = [*more, f"distill.batch_size={batch_size}"]
     for place in (one, two):
         assert main(["prune", f"workspace={place}", *words]) == 0
@@ -206,5 +206,6 @@ def test_devices_nobody_started_and_flows_under_torchrun_are_refused(capsys, mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = refused(capsys, "run", place, *words)
     assert (
-        "not under torchrun; run the stages that compute with it: pretrain, correct, score, distill" in line
+        "not under torchrun; run the stages that compute with it: pretrain, correct, score, logits, distill"
+        in line
     )

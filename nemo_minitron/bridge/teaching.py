@@ -1,0 +1,72 @@
+"""transformers: what is kept of a teacher's logits, a part of the samples at a time."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from nemo_minitron.bridge.models import frozen, head_of, hidden_states, softcap_of
+from nemo_minitron.core.losses import CHUNK_BYTES
+from nemo_minitron.core.sparse import SparseTargets, known_entries
+from nemo_minitron.families import Family
+
+
+def teach(
+    model: Any,
+    family: Family,
+    samples: Any,
+    rows: Sequence[int],
+    method: str,
+    entries: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+    vocabulary: int | None,
+    advance: Callable[[int], None],
+) -> tuple[SparseTargets, float]:
+    """Runs the teacher over some samples.
+
+    Args:
+        model: the teacher, on its device.
+        family: its table.
+        samples: packed samples, each [positions + 1]; negative entries ~id are read as id.
+        rows: which.
+        method: see ``core.sparse.known_entries``.
+        entries: likewise.
+        temperature: likewise.
+        batch_size: samples per forward pass.
+        seed: of the draw.
+        vocabulary: entries that count; None: all.
+        advance: told how many tokens are done.
+
+    Returns:
+        Targets of rows x positions tokens on the CPU, and the mean share of the teacher's mass that they
+        name (of samples: 1).
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    head_VG, cap = head_of(model)[:vocabulary], softcap_of(model, family)
+    chunk = max(1, CHUNK_BYTES // (4 * head_VG.shape[0]))
+    found: list[SparseTargets] = []
+    for start in range(0, len(rows), batch_size):
+        batch_BS = torch.stack([samples[row] for row in rows[start : start + batch_size]])
+        tokens_BS = torch.where(batch_BS < 0, ~batch_BS, batch_BS)[:, :-1].to(device)
+        with frozen(model):
+            hidden_TG = hidden_states(model, family, tokens_BS).flatten(0, 1)
+            for first in range(0, len(hidden_TG), chunk):
+                logits_CV = (hidden_TG[first : first + chunk].to(head_VG.dtype) @ head_VG.T).float()
+                logits_CV = logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
+                kept = known_entries(logits_CV, method, entries, temperature, generator)
+                found.append(kept.to(torch.device("cpu")))
+        advance(tokens_BS.numel())
+    return _joined(found)
+
+
+def _joined(found: Sequence[SparseTargets]) -> tuple[SparseTargets, float]:
+    ids_TK = torch.cat([targets.ids_TK for targets in found])
+    if found[0].log_p_TK is None:
+        return SparseTargets(ids_TK), 1.0
+    log_p_TK, log_tail_T = (
+        torch.cat([getattr(targets, name) for targets in found]) for name in ("log_p_TK", "log_tail_T")
+    )
+    return SparseTargets(ids_TK, log_p_TK, log_tail_T), float(log_p_TK.exp().sum(-1).mean())

@@ -1,0 +1,45 @@
+"""NeMo's configuration of a model and its ``.nemo`` archive."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_minitron.artifacts.checkpoint import LICENCE_FILES, TOKENIZER_FILES
+
+_SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES)
+
+
+def make_cfg(
+    hf_config: dict[str, Any], folder: Path | None, optim: dict[str, Any] | None, **rest: Any
+) -> DictConfig:
+    """The NeMo ``cfg`` of a model: its config.json, the side files in ``folder``, and its optimiser."""
+    present = [name for name in _SIDE_FILES if folder is not None and (folder / name).is_file()]
+    files = {_file_key(name): str((folder or Path()) / name) for name in present}
+    # NeMo restores only targets inside its own packages; of this one, it takes the subclass that is asked to
+    # restore
+    target = "nemo.core.classes.modelPT.ModelPT"
+    cfg = OmegaConf.create({"target": target, "hf_config": hf_config, "files": files, **rest})
+    if optim is not None:
+        with open_dict(cfg):
+            cfg.optim = OmegaConf.create(optim)
+    return cfg
+
+
+def _file_key(name: str) -> str:
+    return name.replace(".", "__dot__")  # dots separate levels in NeMo's artifact keys
+
+
+def file_name(key: str) -> str:
+    """The file that an entry of ``cfg.files`` stands for."""
+    return key.replace("__dot__", ".")
+
+
+def nemo_archive(model: Any, path: Path) -> Path:
+    """Writes a ``.nemo`` archive atomically and returns its path."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        model.save_to(str(temporary))
+        temporary.replace(path)
+    return path

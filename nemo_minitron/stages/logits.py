@@ -1,0 +1,144 @@
+"""logits: runs the teacher once over what distillation will read, and keeps a few entries per token."""
+
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import teacher_logits
+from nemo_minitron.artifacts.build import make_resumable
+from nemo_minitron.artifacts.checkpoint import read_config
+from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.artifacts.teacher_logits import TeacherLogits, part_name, token_bytes, write_part
+from nemo_minitron.stages import follows
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.fitting import resolved_trainer, samples_for, tokenizer_of, training_inputs
+from nemo_minitron.stages.progress import bar
+from nemo_minitron.stages.samples import LOGITS, sample_fingerprint, training_samples
+from nemo_minitron.stages.stage import (
+    Result,
+    distillation_teacher,
+    sampling,
+    shared_vocabulary,
+    teacher_folder,
+    validation_samples,
+    workspace_of,
+)
+
+
+def run(config: Config) -> Result:
+    """Writes the cache, a part at a time; a killed run goes on at its part, ranks take parts in turn.
+
+    Raises:
+        ValueError: the teacher has another vocabulary, or more entries are asked for than it has.
+    """
+    teacher, teacher_input = distillation_teacher(config)
+    settings, folder = config.distill.cache, workspace_of(config) / LOGITS
+    source, _ = teacher_folder(config)
+    vocabulary = shared_vocabulary(teacher, source)
+    size = vocabulary or read_config(teacher)["vocab_size"]
+    if settings.entries > size and settings.method == "top_k":
+        raise ValueError(
+            f"distill.cache.entries: expected at most the vocabulary's {size}, found {settings.entries}"
+        )
+    trainer = resolved_trainer(config, {}, config.distill.batch_size)
+    needed = samples_for(config, trainer, config.distill.batch_size)
+    decides = {
+        "method": settings.method, "entries": settings.entries, "temperature": config.distill.temperature,
+        "seed": settings.seed if settings.method == "sampling" else None, "samples": needed,
+        "train": sampling(config.data.train), "validation": sampling(config.data.validation),
+        "dtype": config.distill.teacher_dtype,
+    }  # fmt: skip
+    from nemo_minitron.bridge.ranks import join
+
+    ranks = join("cpu" if trainer["accelerator"] == "cpu" else "auto")
+    if follows():
+        state = ranks.broadcast(None)
+        if state is not None:
+            _teach(config, teacher, source, needed, vocabulary, state, ranks)
+        ranks.broadcast(None)
+        return Result("logits", folder, False, "")
+    begun = False
+
+    def build(state: Path, target: Path) -> None:
+        nonlocal begun
+        begun = True
+        ranks.broadcast(state)
+        facts = _teach(config, teacher, source, needed, vocabulary, state, ranks)
+        for path in sorted(state.glob("part-*.safetensors")):
+            path.replace(target / path.name)
+        write_json(target / teacher_logits.FILE, facts)
+
+    made = make_resumable(folder, "logits", decides, [teacher_input, *training_inputs(config)], build)
+    if not begun:
+        ranks.broadcast(None)
+    ranks.broadcast(made)
+    facts = TeacherLogits(folder).facts
+    return Result("logits", folder, made, _headline(facts), facts=dict(facts))
+
+
+def _headline(facts: Any) -> str:
+    tokens = f"{facts['tokens']:,} tokens, {facts['bytes_per_token']} bytes each"
+    if facts["method"] == "sampling":
+        return f"{tokens}, {facts['entries']} drawn entries"
+    return f"{tokens}, {facts['entries']} entries with {facts['mass']:.1%} of the mass"
+
+
+def _teach(
+    config: Config,
+    teacher: Path,
+    source: Path,
+    needed: int,
+    vocabulary: int | None,
+    state: Path,
+    ranks: Any,
+) -> dict[str, Any]:
+    """Writes this rank's parts, and says what all of them are."""
+    import torch
+
+    from nemo_minitron.bridge.models import load_model, pick_device
+    from nemo_minitron.bridge.teaching import teach
+    from nemo_minitron.families import family_of
+
+    settings = config.distill.cache
+    tokenizer = tokenizer_of(source)
+    samples = training_samples(config, tokenizer, needed, ranks)
+    validation_NS = validation_samples(config, tokenizer)
+    hf_config = read_config(teacher)
+    size = vocabulary or hf_config["vocab_size"]
+    each = token_bytes(settings.method, settings.entries, size)
+    rows_per_part = max(1, teacher_logits.PART_BYTES // (samples.positions * each))
+    parts = [(samples, list(rows)) for rows in _cut(len(samples), rows_per_part)]
+    first = len(parts) * rows_per_part
+    parts += [(validation_NS, list(rows)) for rows in _cut(len(validation_NS), rows_per_part)]
+    due = [n for n in range(ranks.rank, len(parts), ranks.size) if not (state / part_name(n)).is_file()]
+    device = pick_device("cpu" if config.trainer["accelerator"] == "cpu" else "auto")
+    device = torch.device("cuda", ranks.local) if device.type == "cuda" else device
+    model = load_model(teacher, config.distill.teacher_dtype or "auto", device) if due else None
+    with bar("teacher", sum(len(parts[n][1]) for n in due) * samples.positions) as advance:
+        for number in due:
+            given, rows = parts[number]
+            targets, mass = teach(
+                model, family_of(hf_config), given, rows, settings.method, settings.entries,
+                config.distill.temperature, settings.batch_size, settings.seed * 1_000_003 + number,
+                vocabulary, advance,
+            )  # fmt: skip
+            write_json(state / f"mass-{number:05}.json", mass)
+            write_part(state, number, targets, len(rows), size)
+    ranks.gather(None)  # all parts are there
+    return {
+        "method": settings.method, "entries": settings.entries, "temperature": config.distill.temperature,
+        "rows": len(samples), "rows_per_part": rows_per_part, "validation": first,
+        "samples": sample_fingerprint(samples), "vocabulary": size,
+        "tokens": len(samples) * samples.positions, "bytes_per_token": each,
+        "mass": _mean_mass(state, len(parts)),
+    }  # fmt: skip
+
+
+def _cut(rows: int, size: int) -> list[range]:
+    return [range(start, min(rows, start + size)) for start in range(0, rows, size)]
+
+
+def _mean_mass(state: Path, parts: int) -> float:
+    import json
+
+    found = [json.loads((state / f"mass-{n:05}.json").read_text(encoding="utf-8")) for n in range(parts)]
+    return float(sum(found) / len(found))

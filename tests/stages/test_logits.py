@@ -1,0 +1,116 @@
+"""The cached teacher: written once, gone on with after a kill, and the student learns from it alone."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nemo_minitron.artifacts import teacher_logits
+from nemo_minitron.artifacts.log import read_log
+from nemo_minitron.artifacts.teacher_logits import TeacherLogits
+from nemo_minitron.cli import main
+from tests.stages.test_ranks import torchrun, weights, words  # noqa: F401
+from tests.stages.test_score import ended
+from tests.test_cli import refused
+
+CACHE = "distill.teacher_logits=cache"
+
+
+def made(place, *more):
+    for stage in ("prune", "logits", "distill"):
+        assert main([stage, f"workspace={place}", *more]) == 0
+    return read_log(place / "student" / "metrics.jsonl")
+
+
+def test_all_entries_teach_what_the_teacher_beside_the_student_does(capsys, tmp_path, words):  # noqa: F811
+    entries = 300  # the whole vocabulary
+    cached = made(tmp_path / "cached", *words, CACHE, f"distill.cache.entries={entries}")
+    online = made(tmp_path / "online", *words)
+    assert [line["step"] for line in cached] == [line["step"] for line in online]
+    for one, other in zip(cached, online, strict=True):
+        for name in ("loss", "ce", "divergence", "val_loss", "val_divergence"):
+            assert (name in one) == (name in other)
+            assert name not in one or one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), name
+    out = capsys.readouterr().out
+    assert "logits: 1,536 tokens, 1202 bytes each, 300 entries with 100.0% of the mass" in out
+    assert main(["verify", str(tmp_path / "cached")]) == 0
+
+
+@pytest.mark.parametrize("method", ["top_k", "sampling"])
+def test_a_student_learns_from_a_few_entries_and_needs_no_teacher(tmp_path, words, method):  # noqa: F811
+    place = tmp_path / "ws"
+    words = [*words, CACHE, f"distill.cache.method={method}", "distill.cache.entries=8", "trainer.max_steps=40",
+             "optim.lr=0.01", "distill.ce=0"]  # fmt: skip
+    for stage in ("prune", "logits"):
+        assert main([stage, f"workspace={place}", *words]) == 0
+    facts = TeacherLogits(place / "logits").facts
+    assert facts["bytes_per_token"] == (34 if method == "top_k" else 16)
+    source = next(word for word in words if word.startswith("source.model=")).partition("=")[2]
+    hidden = tmp_path / "hidden.safetensors"
+    shutil.move(f"{source}/model.safetensors", hidden)
+    try:
+        assert main(["distill", f"workspace={place}", *words, "source.model=null"]) == 0
+    finally:
+        shutil.move(hidden, f"{source}/model.safetensors")
+    lines = read_log(place / "student" / "metrics.jsonl")
+    divergences = [line["val_divergence"] for line in lines if "val_divergence" in line]
+    assert divergences[-1] < divergences[0]
+
+
+def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypatch):  # noqa: F811
+    words = [*words, CACHE, "distill.cache.method=sampling", "distill.cache.entries=6"]
+    straight, killed, ranks = (tmp_path / name for name in ("straight", "killed", "ranks"))
+    monkeypatch.setattr(teacher_logits, "PART_BYTES", 16 * 6 * 2 * 4)  # four samples a part
+    small = (
+        "import sys; from nemo_minitron.artifacts import teacher_logits as t; t.PART_BYTES = 16 * 6 * 2 * 4; "
+    )
+    run = small + "from nemo_minitron.cli import main; sys.exit(main(sys.argv[1:]))"
+    for place in (straight, killed, ranks):
+        assert main(["prune", f"workspace={place}", *words]) == 0
+    assert main(["logits", f"workspace={straight}", *words]) == 0
+    command = [sys.executable, "-c", run, "logits", f"workspace={killed}", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list((killed / "logits" / "state").glob("part-*"))) < 3:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = {path.name: path.stat().st_mtime_ns for path in (killed / "logits" / "state").glob("part-*")}
+    assert not (killed / "logits" / "manifest.json").exists() and len(left) >= 3
+    assert main(["logits", f"workspace={killed}", *words]) == 0
+    parts = sorted((straight / "logits").glob("part-*"))
+    assert len(parts) == 28  # 96 samples, and 16 of validation
+    for part in parts:
+        again = killed / "logits" / part.name
+        assert again.read_bytes() == part.read_bytes()
+        assert again.stat().st_mtime_ns == left.get(part.name, again.stat().st_mtime_ns)  # not made twice
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        small + "from nemo_minitron.cli import main\nif __name__ == '__main__': sys.exit(main(sys.argv[1:]))"
+    )
+    launched = torchrun("logits", f"workspace={ranks}", *words)
+    launched[launched.index("-m", 3) : launched.index("-m", 3) + 2] = [str(script)]
+    done = ended(launched)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all((ranks / "logits" / part.name).read_bytes() == part.read_bytes() for part in parts)
+
+
+def test_what_does_not_fit_the_cache_is_said_so(capsys, tmp_path, words):  # noqa: F811
+    place = f"workspace={tmp_path / 'ws'}"
+    words = [*words, CACHE]
+    assert main(["prune", place, *words]) == 0
+    capsys.readouterr()
+    assert "run 'minitron logits'" in refused(capsys, "distill", place, *words)
+    line = refused(capsys, "logits", place, *words, "distill.cache.entries=1000")
+    assert "expected at most the vocabulary's 300, found 1000" in line
+    assert main(["logits", place, *words]) == 0
+    capsys.readouterr()
+    for more, message in [
+        ("distill.divergence=jsd", "gives forward_kl, found distill.divergence=jsd"),
+        ("distill.temperature=2", "made at temperature 1.0, found distill.temperature=2.0"),
+        ("distill.intermediate.terms=[hidden]", "holds no hidden states"),
+        ("data.train.samples=64", "made for other samples; run 'minitron logits' again"),
+    ]:
+        assert message in refused(capsys, "distill", place, *words, more)
