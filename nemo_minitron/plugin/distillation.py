@@ -13,6 +13,7 @@ from nemo_minitron.core.intermediate import IntermediateWeights, balance
 from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
 from nemo_minitron.families import Family
 from nemo_minitron.plugin.intermediate import IntermediateLoss
+from nemo_minitron.plugin.loss import linear_loss
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.strategies import shard
 
@@ -53,6 +54,7 @@ class KnowledgeDistillation(Callback):
         self._copy: Tensor | None = None
         self._inside: IntermediateLoss | None = None
         self._strategy: Any = None
+        self._mesh: Any = None
         self.teacher_loss: float | None = None
         self._listens, self._sums = False, [0.0, 0.0]
 
@@ -79,6 +81,7 @@ class KnowledgeDistillation(Callback):
         Raises:
             ValueError: it is to be split, and the student is not.
         """
+        self._mesh = pl_module.device_mesh
         if self.place == "shard":
             if pl_module.device_mesh is None:
                 raise ValueError(
@@ -140,9 +143,10 @@ class KnowledgeDistillation(Callback):
             counted = int((labels_T >= 0).sum())
             self._sums[0] += float(own.ce) * counted
             self._sums[1] += counted
-        terms = fused_linear_loss(
-            hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens, caps, self.vocabulary
-        )
+        terms = linear_loss(
+            self._mesh, hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens, caps,
+            self.vocabulary,
+        )  # fmt: skip
         if self._inside is None:
             return terms
         inside = self._inside(labels_T >= 0)

@@ -26,11 +26,12 @@ from nemo_minitron.bridge.models import (
 )
 from nemo_minitron.bridge.samples import pack
 from nemo_minitron.bridge.text import find_text
-from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
+from nemo_minitron.core.losses import LossTerms, LossWeights
 from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
 from nemo_minitron.plugin.archive import file_name, make_cfg
 from nemo_minitron.plugin.data import ConsumedSampler, as_samples, train_loader, validation_loader
 from nemo_minitron.plugin.guard import gradient_norm
+from nemo_minitron.plugin.loss import linear_loss
 from nemo_minitron.plugin.strategies import gathered, shard
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float | None, Tensor | None], LossTerms]
@@ -72,7 +73,7 @@ class MinitronModel(ModelPT):
         assert isinstance(hf_config, dict)
         self.family = family_of(hf_config, "hf_config")
         self.model = new_model(hf_config, seed=0) if model is None else model
-        self.objective: Objective = cross_entropy
+        self.objective: Objective = self.cross_entropy
         self.facts: dict[str, float] = {}
         self._sharded, self._gathered = False, None
         self.side_files: dict[str, bytes] = {}
@@ -197,6 +198,19 @@ class MinitronModel(ModelPT):
         cap = softcap_of(self.model, self.family)
         return self.objective(hidden_TH, head_of(self.model), labels_BS.flatten(), tokens_BS, cap, rows_B)
 
+    def cross_entropy(
+        self,
+        hidden_TH: Tensor,
+        head_VH: Tensor,
+        labels_T: Tensor,
+        tokens_BS: Tensor,
+        softcap: float | None,
+        rows_B: Tensor | None = None,
+    ) -> LossTerms:
+        """The objective of pretraining and teacher correction: mean cross-entropy with the next token."""
+        weights = LossWeights(kl=0.0, ce=1.0)
+        return linear_loss(self.device_mesh, hidden_TH, head_VH, labels_T, weights, softcaps=(softcap, None))
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One micro-batch: the loss to differentiate; its terms are logged."""
         terms = self.evaluate_objective(batch)
@@ -254,19 +268,6 @@ class MinitronModel(ModelPT):
 
 def _rows(batch: Any) -> int:
     return len(batch if isinstance(batch, Tensor) else batch[0])
-
-
-def cross_entropy(
-    hidden_TH: Tensor,
-    head_VH: Tensor,
-    labels_T: Tensor,
-    tokens_BS: Tensor,
-    softcap: float | None,
-    rows_B: Tensor | None = None,
-) -> LossTerms:
-    """The objective of pretraining and teacher correction: mean cross-entropy with the next token."""
-    weights = LossWeights(kl=0.0, ce=1.0)
-    return fused_linear_loss(hidden_TH, head_VH, labels_T, weights, softcaps=(softcap, None))
 
 
 def _tokens(cfg: DictConfig, where: str) -> Tensor:
