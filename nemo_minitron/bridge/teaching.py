@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from nemo_minitron.bridge.models import frozen, head_of, hidden_states, softcap_of
-from nemo_minitron.core.losses import CHUNK_BYTES
+from nemo_minitron.core.losses import chunk_rows
+from nemo_minitron.core.products import wide_linear
 from nemo_minitron.core.sparse import SparseTargets, known_entries
 from nemo_minitron.families import Family
 
@@ -46,15 +47,15 @@ def teach(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     head_VG, cap = head_of(model)[:vocabulary], softcap_of(model, family)
-    chunk = max(1, CHUNK_BYTES // (4 * head_VG.shape[0]))
     found: list[SparseTargets] = []
     for start in range(0, len(rows), batch_size):
         batch_BS = torch.stack([samples[row] for row in rows[start : start + batch_size]])
         tokens_BS = torch.where(batch_BS < 0, ~batch_BS, batch_BS)[:, :-1].to(device)
         with frozen(model):
             hidden_TG = hidden_states(model, family, tokens_BS).flatten(0, 1)
+            chunk = chunk_rows(len(hidden_TG), head_VG.shape[0], device, 3)
             for first in range(0, len(hidden_TG), chunk):
-                logits_CV = (hidden_TG[first : first + chunk].to(head_VG.dtype) @ head_VG.T).float()
+                logits_CV = wide_linear(hidden_TG[first : first + chunk].to(head_VG.dtype), head_VG)
                 logits_CV = logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
                 kept = known_entries(logits_CV, method, entries, temperature, generator)
                 found.append(kept.to(torch.device("cpu")))

@@ -17,10 +17,20 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.core.divergences import Divergence
+from nemo_minitron.core.products import add_products, scaled, wide_dtype, wide_linear
 from nemo_minitron.core.sparse import SparseTargets, sparse_divergence
 
-CHUNK_BYTES = 64 * 2**20
-"""Memory for one chunk of logits in float32; a chunk is processed in about three buffers of this size."""
+CHUNK_BYTES, CPU_CHUNK_BYTES = 384 * 2**20, 96 * 2**20
+"""Memory for one chunk of one model's logits in float32, on an accelerator and on the CPU; all that a chunk
+needs is about three times as much. The larger it is, the less often the heads are read."""
+BLOCK_BYTES, CPU_BLOCK_BYTES = 64 * 2**20, 2**20
+"""A chunk is passed over in blocks of rows; the CPU's stay in its cache."""
+
+
+def chunk_rows(tokens: int, entries: int, device: torch.device, buffers: int = 1) -> int:
+    """Tokens of a chunk, where ``buffers`` of its size exist for each model's logits."""
+    size = CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES
+    return max(1, min(tokens, size // (4 * entries * buffers)))
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ def fused_linear_loss(
     student_TH, head_VH, teacher = _under_autocast(student_TH, head_VH, teacher)
     # what autograd keeps of the others
     buffers = 1 if weights.divergence.name == "forward_kl" and targets is None else 3
-    chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_VH.shape[0] * buffers))
+    chunk = chunk_tokens or chunk_rows(len(labels_T), head_VH.shape[0], head_VH.device, buffers)
     wants_gradient = torch.is_grad_enabled() and (student_TH.requires_grad or head_VH.requires_grad)
     with torch.autocast(student_TH.device.type, enabled=False):
         terms = _FusedLinearLoss.apply(
@@ -150,30 +160,32 @@ class _FusedLinearLoss(torch.autograd.Function):
         """Loss, divergence and cross-entropy, scalars; arguments as in ``fused_linear_loss``."""
         tokens = student_TH.shape[0]
         sums = torch.zeros(2, dtype=torch.float64, device=student_TH.device)
-        grad_TH = torch.empty_like(student_TH) if wants_gradient else None
-        grad_VH = torch.zeros_like(head_VH, dtype=torch.float32) if wants_gradient else None
+        wide = wide_dtype(student_TH.dtype)
+        grad_TH = torch.zeros_like(student_TH, dtype=wide) if wants_gradient else None
+        grad_VH = torch.zeros_like(head_VH, dtype=wide) if wants_gradient else None
+        # both models' logits have their place for all chunks: new memory would cost more than the arithmetic
+        shape = (min(chunk, tokens), head_VH.shape[0])
+        places = [student_TH.new_empty(shape, dtype=wide) for _ in range(1 if teacher is None else 2)]
         for start in range(0, tokens, chunk):
             part = slice(start, start + chunk)
             student_CH = student_TH[part]
-            student_CV = _capped((student_CH @ head_VH.T).float(), softcaps[0])
+            student_CV = _capped(wide_linear(student_CH, head_VH, places[0]), softcaps[0])
             teacher_CV: Tensor | SparseTargets | None = None if targets is None else targets[part]
             if teacher is not None:
-                teacher_CV = _capped((teacher[0][part] @ teacher[1].T).float(), softcaps[1])
+                teacher_CV = _capped(wide_linear(teacher[0][part], teacher[1], places[1]), softcaps[1])
             slope_CV = None if softcaps[0] is None else 1 - (student_CV / softcaps[0]).square()
             kl, ce, grad_CV = _chunk_terms(student_CV, teacher_CV, labels_T[part], weights, wants_gradient)
             sums += torch.stack([kl, ce])
             if grad_CV is not None and grad_TH is not None and grad_VH is not None:
                 if slope_CV is not None:
                     grad_CV *= slope_CV
-                grad_CV = grad_CV.to(head_VH.dtype)
-                torch.mm(grad_CV, head_VH, out=grad_TH[part])
-                _accumulate(grad_VH, grad_CV, student_CH)
-        means = (sums / max(tokens, 1)).float()
+                add_products(grad_CV, student_CH, head_VH, grad_TH[part], grad_VH)
+        means = (sums / max(tokens, 1)).to(wide)
         kl, ce = means[0], means[1]
         if wants_gradient:
             assert grad_VH is not None
             ctx.save_for_backward(grad_TH, grad_VH)
-            ctx.tokens, ctx.head_dtype = max(tokens, 1), head_VH.dtype
+            ctx.tokens, ctx.dtypes = max(tokens, 1), (student_TH.dtype, head_VH.dtype)
         taught = teacher is not None or targets is not None
         loss = weights.kl * kl + weights.ce * ce if taught else weights.ce * ce
         if not taught:
@@ -187,27 +199,16 @@ class _FusedLinearLoss(torch.autograd.Function):
         grad_TH, grad_VH = ctx.saved_tensors
         # the mean is taken here, in float32 and together with the scale that float16 training puts on the
         # loss: divided by the number of tokens before, most of its gradients would round to zero
-        scale = grad_loss.float() / ctx.tokens
+        scale = grad_loss.to(grad_TH.dtype) / ctx.tokens
         return (
-            (grad_TH * scale).to(grad_TH.dtype),
-            (grad_VH * scale).to(ctx.head_dtype),
+            scaled(grad_TH, scale, ctx.dtypes[0]),
+            scaled(grad_VH, scale, ctx.dtypes[1]),
             *(None for _ in range(7)),
         )
 
 
 def _capped(logits_CV: Tensor, softcap: float | None) -> Tensor:
-    return logits_CV if softcap is None else softcap * torch.tanh(logits_CV / softcap)
-
-
-def _accumulate(grad_VH: Tensor, grad_CV: Tensor, student_CH: Tensor) -> None:
-    """Adds one chunk's gradient of the head.
-
-    The sum over chunks stays in float32 whatever the model's dtype.
-    """
-    if grad_CV.dtype == torch.float32:
-        grad_VH.addmm_(grad_CV.T, student_CH)
-    else:
-        grad_VH += grad_CV.T @ student_CH
+    return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
 
 
 def _chunk_terms(
@@ -217,35 +218,70 @@ def _chunk_terms(
     weights: LossWeights,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums of both terms over one chunk, and the gradient of their mix by the student's logits."""
+    """Sums of both terms over one chunk, and the gradient of their mix by the student's logits.
+
+    The logits are overwritten.
+    """
     by_hand = isinstance(teacher_CV, Tensor) and weights.divergence.name == "forward_kl"
     if teacher_CV is not None and weights.kl != 0 and not by_hand:
         value, grad_CV = _differentiated(student_CV, teacher_CV, weights, wants_gradient)
         _, ce, more_CV = _chunk_terms(student_CV, None, labels_C, weights, wants_gradient and weights.ce != 0)
         return value, ce, grad_CV if grad_CV is None or more_CV is None else grad_CV.add_(more_CV)
-    tau = weights.divergence.temperature
-    log_q1_CV = torch.log_softmax(student_CV, -1)
-    picked_C = log_q1_CV.gather(1, labels_C[:, None])[:, 0]
-    ce = -picked_C.double().sum()
-    grad_CV = None
-    if not isinstance(teacher_CV, Tensor) or weights.kl == 0:
-        kl = torch.zeros_like(ce)
+    teacher_CV = teacher_CV if isinstance(teacher_CV, Tensor) and weights.kl != 0 else None
+    rows, entries = student_CV.shape
+    room = CPU_BLOCK_BYTES if student_CV.device.type == "cpu" else BLOCK_BYTES
+    size = max(1, room // (student_CV.element_size() * entries))
+    sums = torch.zeros(2, dtype=torch.float64, device=student_CV.device)
+    for block in (slice(start, start + size) for start in range(0, rows, size)):
+        teacher_BV = None if teacher_CV is None else teacher_CV[block]
+        sums += _block_terms_(student_CV[block], teacher_BV, labels_C[block], weights, wants_gradient)
+    return sums[0], sums[1], student_CV if wants_gradient else None
+
+
+def _block_terms_(
+    student_BV: Tensor,
+    teacher_BV: Tensor | None,
+    labels_B: Tensor,
+    weights: LossWeights,
+    wants_gradient: bool,
+) -> Tensor:
+    """Sums of forward KL and cross-entropy, Tensor of shape [2]; the student's logits become the gradient.
+
+    With x and y the logits over the temperature t, less their maxima, p = e^y / P and q = e^x / Q:
+    KL = sum p (y - x) - log P + log Q, and the gradient of t^2 KL by the student's logits is t (q - p).
+    """
+    tau, column = weights.divergence.temperature, labels_B[:, None]
+    student_BV -= student_BV.amax(-1, keepdim=True)
+    picked_B1 = student_BV.gather(1, column)
+    if teacher_BV is None:
+        total_B1 = student_BV.exp_().sum(-1, keepdim=True)
+        ce = (total_B1.log() - picked_B1).double().sum()
         if wants_gradient:
-            grad_CV = _cross_entropy_gradient(log_q1_CV.exp_(), labels_C, weights.ce)
-        return kl, ce, grad_CV
-    # forward KL, the default, by hand: its gradient is tau (q - p), and two buffers suffice
-    log_q_CV = log_q1_CV if tau == 1 else torch.log_softmax(student_CV / tau, -1)
-    log_p_CV = torch.log_softmax(teacher_CV if tau == 1 else teacher_CV / tau, -1)
-    p_CV = log_p_CV.exp()
-    kl = log_p_CV.sub_(log_q_CV).mul_(p_CV).sum(-1).double().sum() * tau**2
+            student_BV *= weights.ce / total_B1
+            student_BV.scatter_add_(1, column, picked_B1.new_full(column.shape, -weights.ce))
+        return torch.stack([torch.zeros_like(ce), ce])
+    teacher_BV -= teacher_BV.amax(-1, keepdim=True)
+    own_BV, own_B1 = None, None  # the student's at temperature 1, if that is another
+    if tau != 1:
+        own_BV = student_BV.exp()
+        own_B1 = own_BV.sum(-1, keepdim=True)
+        student_BV /= tau
+        teacher_BV /= tau
+    gap_BV = teacher_BV - student_BV
+    total_p_B1 = teacher_BV.exp_().sum(-1, keepdim=True)
+    total_q_B1 = student_BV.exp_().sum(-1, keepdim=True)
+    mean_gap_B1 = torch.bmm(teacher_BV[:, None], gap_BV[:, :, None])[:, 0] / total_p_B1
+    kl = (mean_gap_B1 - total_p_B1.log() + total_q_B1.log()).double().sum() * tau**2
+    ce = ((total_q_B1 if own_B1 is None else own_B1).log() - picked_B1).double().sum()
     if wants_gradient:
-        if weights.ce == 0:
-            return kl, ce, log_q_CV.exp_().sub_(p_CV).mul_(weights.kl * tau)
-        q1_CV = log_q1_CV.exp()
-        q_CV = q1_CV if tau == 1 else log_q_CV.exp_()
-        grad_CV = (q_CV - p_CV).mul_(weights.kl * tau)
-        grad_CV += _cross_entropy_gradient(q1_CV, labels_C, weights.ce)
-    return kl, ce, grad_CV
+        by_q = weights.kl * tau + (weights.ce if own_B1 is None else 0.0)
+        student_BV *= by_q / total_q_B1
+        student_BV.addcmul_(teacher_BV, weights.kl * tau / total_p_B1, value=-1)
+        if weights.ce != 0:
+            if own_BV is not None and own_B1 is not None:
+                student_BV.addcmul_(own_BV, weights.ce / own_B1)
+            student_BV.scatter_add_(1, column, picked_B1.new_full(column.shape, -weights.ce))
+    return torch.stack([kl, ce])
 
 
 def _differentiated(
@@ -262,9 +298,3 @@ def _differentiated(
             return value.detach().double(), None
         (grad_CV,) = torch.autograd.grad(value, leaf_CV)
     return value.detach().double(), grad_CV.mul_(weights.kl)
-
-
-def _cross_entropy_gradient(q_CV: Tensor, labels_C: Tensor, weight: float) -> Tensor:
-    """Turns probabilities into the gradient of weighted cross-entropy, in place: weight x (q - one_hot)."""
-    q_CV[torch.arange(q_CV.shape[0], device=q_CV.device), labels_C] -= 1.0
-    return q_CV.mul_(weight)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.core.losses import CHUNK_BYTES, LossTerms, LossWeights
+from nemo_minitron.core.losses import LossTerms, LossWeights, chunk_rows
+from nemo_minitron.core.products import add_products, scaled, wide_dtype, wide_linear
 
 Reduce = Callable[[Tensor, str], Tensor]
 """Of a tensor and ``sum`` or ``max``: the same over all ranks that share the vocabulary, on each of them."""
@@ -42,7 +43,7 @@ def split_linear_loss(
         teacher: hidden states [tokens, teacher hidden] and this rank's rows of the teacher's head; None:
             cross-entropy only.
         softcaps: of the student's and the teacher's logits.
-        chunk_tokens: tokens per chunk; None: as many as fill ``CHUNK_BYTES``.
+        chunk_tokens: tokens per chunk; None: as ``chunk_rows`` says.
 
     Returns:
         The terms, the same on all ranks; ``loss`` carries gradients for ``student_TH`` (whole) and
@@ -57,7 +58,7 @@ def split_linear_loss(
     labels_T, student_TH = labels_T[valid_T] - first, student_TH[valid_T]
     if teacher is not None:
         teacher = (teacher[0][valid_T].detach(), teacher[1].detach())
-    chunk = chunk_tokens or max(1, CHUNK_BYTES // (4 * head_WH.shape[0]))
+    chunk = chunk_tokens or chunk_rows(len(labels_T), head_WH.shape[0], head_WH.device, 3)
     terms = _SplitLoss.apply(student_TH, head_WH, labels_T, weights, reduce, teacher, softcaps, chunk)
     return LossTerms(terms[0], terms[1].detach(), terms[2].detach())
 
@@ -79,8 +80,9 @@ class _SplitLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, divergence and cross-entropy, scalars; arguments as in ``split_linear_loss``."""
         sums = torch.zeros(2, dtype=torch.float64, device=student_TH.device)
-        grad_TH = torch.empty_like(student_TH, dtype=torch.float32)
-        grad_WH = torch.zeros_like(head_WH, dtype=torch.float32)
+        wide = wide_dtype(student_TH.dtype)
+        grad_TH = torch.zeros_like(student_TH, dtype=wide)
+        grad_WH = torch.zeros_like(head_WH, dtype=wide)
         for start in range(0, len(student_TH), chunk):
             part = slice(start, start + chunk)
             student_CW, slope_CW = _logits(student_TH[part], head_WH, softcaps[0])
@@ -89,11 +91,10 @@ class _SplitLoss(torch.autograd.Function):
                 teacher_CW, _ = _logits(teacher[0][part], teacher[1], softcaps[1])
             kl, ce, grad_CW = _chunk(student_CW, teacher_CW, labels_T[part], weights, reduce)
             sums += torch.stack([kl, ce])
-            grad_CW = (grad_CW if slope_CW is None else grad_CW * slope_CW).to(head_WH.dtype)
-            grad_TH[part] = grad_CW @ head_WH
-            grad_WH += grad_CW.T @ student_TH[part]
+            grad_CW = grad_CW if slope_CW is None else grad_CW * slope_CW
+            add_products(grad_CW, student_TH[part], head_WH, grad_TH[part], grad_WH)
         tokens = max(len(student_TH), 1)
-        kl, ce = (sums / tokens).float()
+        kl, ce = (sums / tokens).to(wide)
         ctx.save_for_backward(reduce(grad_TH, "sum"), grad_WH)
         ctx.tokens, ctx.dtypes = tokens, (student_TH.dtype, head_WH.dtype)
         loss = weights.ce * ce if teacher is None else weights.kl * kl + weights.ce * ce
@@ -106,17 +107,17 @@ class _SplitLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients [tokens, hidden], whole, and [rows of this rank, hidden]."""
         grad_TH, grad_WH = ctx.saved_tensors
-        scale = grad_loss.float() / ctx.tokens
+        scale = grad_loss.to(grad_TH.dtype) / ctx.tokens
         return (
-            (grad_TH * scale).to(ctx.dtypes[0]),
-            (grad_WH * scale).to(ctx.dtypes[1]),
+            scaled(grad_TH, scale, ctx.dtypes[0]),
+            scaled(grad_WH, scale, ctx.dtypes[1]),
             *(None for _ in range(6)),
         )
 
 
 def _logits(hidden_CH: Tensor, head_WH: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
     """This rank's logits, and the slope of the cap where there is one."""
-    logits_CW = (hidden_CH @ head_WH.T).float()
+    logits_CW = wide_linear(hidden_CH, head_WH)
     if cap is None:
         return logits_CW, None
     capped_CW = cap * torch.tanh(logits_CW / cap)

@@ -1,0 +1,166 @@
+"""The loss against the naive one, Liger's and TRL's: time, peak memory and exactness of the gradients.
+
+Each contestant runs in processes of its own (peak memory is a process's), in rounds that take turns. Liger and TRL
+take part where they are installed (``pip install --no-deps liger-kernel trl``).
+"""
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.duel import RESULTS
+from nemo_minitron.artifacts.report import markdown
+from nemo_minitron.core.losses import LossWeights, fused_linear_loss
+
+TOKENS, HIDDEN = 1024, 256
+VOCABULARIES = (32_000, 128_256, 262_144)
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def naive(student_TH: Tensor, head_VH: Tensor, teacher_TH: Tensor, teacher_VH: Tensor, _: Tensor) -> Tensor:
+    """Forward KL from whole logits."""
+    log_q_TV = F.log_softmax(student_TH @ head_VH.T, -1)
+    log_p_TV = F.log_softmax(teacher_TH @ teacher_VH.T, -1)
+    return F.kl_div(log_q_TV, log_p_TV, reduction="batchmean", log_target=True)
+
+
+def ours(
+    student_TH: Tensor, head_VH: Tensor, teacher_TH: Tensor, teacher_VH: Tensor, labels_T: Tensor
+) -> Tensor:
+    """The package's."""
+    return fused_linear_loss(student_TH, head_VH, labels_T, LossWeights(), (teacher_TH, teacher_VH)).loss
+
+
+def liger(compiled: bool) -> Loss:
+    """Liger's chunked loss at the divergence that is forward KL there, and no hard loss."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=compiled, chunk_size=128)
+    return lambda student, head, teacher, wide, labels: loss(student, head, teacher, wide, labels)
+
+
+def trl() -> Loss:
+    """TRL's distillation loss, of tiles as TRL sets them."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction as Chunked
+
+    return lambda student, head, teacher, wide, labels: Chunked.apply(
+        student, head, None, teacher, wide, None, 0.0
+    )[0].mean()
+
+
+CONTESTANTS: dict[str, tuple[str | None, Callable[[], Loss]]] = {
+    "naive": (None, lambda: naive),
+    "this": (None, lambda: ours),
+    "Liger": ("liger_kernel", lambda: liger(False)),
+    "Liger, compiled": ("liger_kernel", lambda: liger(True)),
+    "TRL": ("trl", trl),
+}
+
+
+def problem(vocabulary: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """Hidden states and heads of student and teacher, and labels; logits with a spread of about 3."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((tokens, HIDDEN), (vocabulary, HIDDEN), (tokens, HIDDEN), (vocabulary, HIDDEN))
+    values = [torch.randn(*shape, generator=generator) for shape in shapes]
+    values[1].mul_(3 / HIDDEN**0.5), values[3].mul_(3 / HIDDEN**0.5)
+    labels_T = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    return [value.to(dtype) for value in values] + [labels_T]
+
+
+def gradients(loss: Loss, values: Sequence[Tensor]) -> list[Tensor]:
+    """By the student's hidden states and head."""
+    leaves = [value.detach().requires_grad_() for value in values[:2]]
+    loss(*leaves, *values[2:]).backward()
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def measure(name: str, vocabulary: int, dtype_name: str, rounds: int) -> dict[str, float]:
+    """One contestant in this process: best seconds, MiB of peak growth, relative error of the gradients."""
+    dtype = getattr(torch, dtype_name)
+    loss = CONTESTANTS[name][1]()
+    few = problem(4096, 256, dtype)
+    exact = gradients(naive, [value.double() for value in few[:4]] + few[4:])
+    found = gradients(loss, few)
+    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+    values = problem(vocabulary, TOKENS, dtype)
+    gradients(loss, [value[:64] for value in values[:1]] + values[1:2] + [values[2][:64]] + values[3:4]
+              + [values[4][:64]])  # fmt: skip
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")
+    before = _kib("VmRSS")
+    best = float("inf")
+    for turn in range(rounds + 1):
+        start = time.perf_counter()
+        gradients(loss, values)
+        if turn or not rounds:
+            best = min(best, time.perf_counter() - start)
+    return {"seconds": best, "mib": (_kib("VmHWM") - before) / 1024, "error": max(errors)}
+
+
+def _kib(field: str) -> int:
+    with open("/proc/self/status") as status:
+        found = next(line for line in status if line.startswith(field))
+    return int(found.split()[1])
+
+
+def apart(name: str, vocabulary: int, dtype: str, rounds: int) -> dict[str, float]:
+    """The same in a new process."""
+    words = [sys.executable, "-m", "benchmarks.losses", "--one", name, str(vocabulary), dtype, str(rounds)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name}, {vocabulary}, {dtype}:\n{done.stderr[-2000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    """Measures all, prints the table and writes benchmarks/results/losses.json."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--one", nargs=4, metavar=("NAME", "VOCABULARY", "DTYPE", "ROUNDS"))
+    arguments.add_argument("--turns", type=int, default=2)
+    args = arguments.parse_args()
+    if args.one:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        print(json.dumps(measure(args.one[0], int(args.one[1]), args.one[2], int(args.one[3]))))
+        return
+    here = [
+        name for name, (package, _) in CONTESTANTS.items() if not package or importlib.util.find_spec(package)
+    ]
+    rows, written = [], []
+    for dtype in ("float32", "bfloat16"):
+        for vocabulary in VOCABULARIES:
+            found: dict[str, dict[str, float]] = {}
+            for _ in range(args.turns):
+                for name in here:
+                    new = apart(name, vocabulary, dtype, 2)
+                    old = found.setdefault(name, new)
+                    old["seconds"] = min(old["seconds"], new["seconds"])
+                    old["mib"] = min(old["mib"], new["mib"])
+            for name, result in found.items():
+                time_ratio = result["seconds"] / found["naive"]["seconds"]
+                memory_ratio = result["mib"] / found["naive"]["mib"]
+                rows.append((
+                    f"{vocabulary:,}", dtype, name, f"{time_ratio:.2f}", f"{memory_ratio:.2f}",
+                    f"{result['mib']:.0f}", f"{result['error']:.1e}",
+                ))  # fmt: skip
+                written.append({"vocabulary": vocabulary, "dtype": dtype, "name": name, **result})
+                print(*rows[-1], flush=True)
+    columns = ("vocabulary", "dtype", "loss", "time / naive", "memory / naive", "MiB", "gradient error")
+    print(markdown(columns, tuple(rows)))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "losses.json").write_text(
+        json.dumps({"tokens": TOKENS, "hidden": HIDDEN, "results": written}) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
