@@ -71,7 +71,7 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     plan.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch on each rank")
     plan.add_argument("--activation-checkpointing", action="store_true")
     plan.add_argument("--teacher", metavar="MODEL", help="a teacher besides: folder, config.json, or hub id")
-    plan.add_argument("--teacher-shard", action="store_true", help="distill.teacher_parallel=shard")
+    plan.add_argument("--teacher-shard", action="store_true", help="distill.teacher_place=shard")
     families = commands.add_parser("families", help=_HELP["families"], description=_HELP["families"])
     families.add_argument(
         "names", nargs="*", metavar="MODEL_TYPE", help="these only; families.path=TABLE adds your own"

@@ -7,6 +7,9 @@ from typing import Any
 
 FILE = "metrics.jsonl"
 TABLE = "metrics.csv"
+TEACHERS = "teachers.json"
+"""Beside the log of a distillation with a live teacher: [{"step": .., "snapshot": ..}, ...], which snapshot
+teaches from which step on (0-based)."""
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

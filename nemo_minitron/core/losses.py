@@ -16,30 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.core.divergences import Divergence
+from nemo_minitron.core.chunks import LossWeights as LossWeights
+from nemo_minitron.core.chunks import chunk_terms
 from nemo_minitron.core.products import add_products, scaled, wide_dtype, wide_linear
-from nemo_minitron.core.sparse import SparseTargets, sparse_divergence
+from nemo_minitron.core.sparse import SparseTargets
 
 CHUNK_BYTES, CPU_CHUNK_BYTES = 384 * 2**20, 96 * 2**20
 """Memory for one chunk of one model's logits in float32, on an accelerator and on the CPU; all that a chunk
 needs is about three times as much. The larger it is, the less often the heads are read."""
-BLOCK_BYTES, CPU_BLOCK_BYTES = 64 * 2**20, 2**20
-"""A chunk is passed over in blocks of rows; the CPU's stay in its cache."""
 
 
 def chunk_rows(tokens: int, entries: int, device: torch.device, buffers: int = 1) -> int:
     """Tokens of a chunk, where ``buffers`` of its size exist for each model's logits."""
     size = CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES
     return max(1, min(tokens, size // (4 * entries * buffers)))
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """L = kl x divergence(teacher, student) + ce x cross-entropy, means over valid tokens."""
-
-    kl: float = 1.0
-    ce: float = 0.0
-    divergence: Divergence = Divergence()
 
 
 @dataclass(frozen=True)
@@ -75,6 +65,7 @@ def fused_linear_loss(
     softcaps: tuple[float | None, float | None] = (None, None),
     vocabulary: int | None = None,
     targets: SparseTargets | None = None,
+    compiled: bool = False,
 ) -> LossTerms:
     """Divergence and cross-entropy from hidden states, one chunk of logits at a time.
 
@@ -83,14 +74,12 @@ def fused_linear_loss(
         head_VH: its output projection, Tensor of shape [vocabulary, student hidden].
         labels_T: next-token ids, Tensor of shape [tokens]; negative where a token does not count.
         weights: the mix.
-        teacher: hidden states [tokens, teacher hidden] and head [vocabulary, teacher hidden]; None:
-            cross-entropy only.
-        chunk_tokens: tokens per chunk; None chooses from the vocabulary so that a chunk takes
-            ``CHUNK_BYTES``.
-        softcaps: caps c of the student's and the teacher's logits x, which then are c tanh(x / c) (Gemma 2);
-            None: as the projection gives them.
+        teacher: hidden states [tokens, teacher hidden] and head [vocabulary, teacher hidden], or None.
+        chunk_tokens: tokens per chunk; None: as many as take ``CHUNK_BYTES``.
+        softcaps: c of the student's and the teacher's logits x, where they are c tanh(x / c) (Gemma 2).
         vocabulary: entries of both heads that count, where they are padded to different sizes; None: all.
         targets: of each token what is known of the teacher, in its place.
+        compiled: see ``chunk_terms``.
 
     Returns:
         The terms; ``loss`` carries gradients for ``student_TH`` and ``head_VH``.
@@ -113,8 +102,9 @@ def fused_linear_loss(
     wants_gradient = torch.is_grad_enabled() and (student_TH.requires_grad or head_VH.requires_grad)
     with torch.autocast(student_TH.device.type, enabled=False):
         terms = _FusedLinearLoss.apply(
-            student_TH, head_VH, labels_T, weights, teacher, chunk, softcaps, wants_gradient, targets
-        )
+            student_TH, head_VH, labels_T, weights, teacher, chunk, softcaps, wants_gradient, targets,
+            compiled,
+        )  # fmt: skip
     return LossTerms(terms[0], terms[1].detach(), terms[2].detach())
 
 
@@ -156,6 +146,7 @@ class _FusedLinearLoss(torch.autograd.Function):
         softcaps: tuple[float | None, float | None],
         wants_gradient: bool,
         targets: SparseTargets | None,
+        compiled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, divergence and cross-entropy, scalars; arguments as in ``fused_linear_loss``."""
         tokens = student_TH.shape[0]
@@ -174,7 +165,9 @@ class _FusedLinearLoss(torch.autograd.Function):
             if teacher is not None:
                 teacher_CV = _capped(wide_linear(teacher[0][part], teacher[1], places[1]), softcaps[1])
             slope_CV = None if softcaps[0] is None else 1 - (student_CV / softcaps[0]).square()
-            kl, ce, grad_CV = _chunk_terms(student_CV, teacher_CV, labels_T[part], weights, wants_gradient)
+            kl, ce, grad_CV = chunk_terms(
+                student_CV, teacher_CV, labels_T[part], weights, wants_gradient, compiled
+            )
             sums += torch.stack([kl, ce])
             if grad_CV is not None and grad_TH is not None and grad_VH is not None:
                 if slope_CV is not None:
@@ -203,98 +196,9 @@ class _FusedLinearLoss(torch.autograd.Function):
         return (
             scaled(grad_TH, scale, ctx.dtypes[0]),
             scaled(grad_VH, scale, ctx.dtypes[1]),
-            *(None for _ in range(7)),
+            *(None for _ in range(8)),
         )
 
 
 def _capped(logits_CV: Tensor, softcap: float | None) -> Tensor:
     return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
-
-
-def _chunk_terms(
-    student_CV: Tensor,
-    teacher_CV: Tensor | SparseTargets | None,
-    labels_C: Tensor,
-    weights: LossWeights,
-    wants_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums of both terms over one chunk, and the gradient of their mix by the student's logits.
-
-    The logits are overwritten.
-    """
-    by_hand = isinstance(teacher_CV, Tensor) and weights.divergence.name == "forward_kl"
-    if teacher_CV is not None and weights.kl != 0 and not by_hand:
-        value, grad_CV = _differentiated(student_CV, teacher_CV, weights, wants_gradient)
-        _, ce, more_CV = _chunk_terms(student_CV, None, labels_C, weights, wants_gradient and weights.ce != 0)
-        return value, ce, grad_CV if grad_CV is None or more_CV is None else grad_CV.add_(more_CV)
-    teacher_CV = teacher_CV if isinstance(teacher_CV, Tensor) and weights.kl != 0 else None
-    rows, entries = student_CV.shape
-    room = CPU_BLOCK_BYTES if student_CV.device.type == "cpu" else BLOCK_BYTES
-    size = max(1, room // (student_CV.element_size() * entries))
-    sums = torch.zeros(2, dtype=torch.float64, device=student_CV.device)
-    for block in (slice(start, start + size) for start in range(0, rows, size)):
-        teacher_BV = None if teacher_CV is None else teacher_CV[block]
-        sums += _block_terms_(student_CV[block], teacher_BV, labels_C[block], weights, wants_gradient)
-    return sums[0], sums[1], student_CV if wants_gradient else None
-
-
-def _block_terms_(
-    student_BV: Tensor,
-    teacher_BV: Tensor | None,
-    labels_B: Tensor,
-    weights: LossWeights,
-    wants_gradient: bool,
-) -> Tensor:
-    """Sums of forward KL and cross-entropy, Tensor of shape [2]; the student's logits become the gradient.
-
-    With x and y the logits over the temperature t, less their maxima, p = e^y / P and q = e^x / Q:
-    KL = sum p (y - x) - log P + log Q, and the gradient of t^2 KL by the student's logits is t (q - p).
-    """
-    tau, column = weights.divergence.temperature, labels_B[:, None]
-    student_BV -= student_BV.amax(-1, keepdim=True)
-    picked_B1 = student_BV.gather(1, column)
-    if teacher_BV is None:
-        total_B1 = student_BV.exp_().sum(-1, keepdim=True)
-        ce = (total_B1.log() - picked_B1).double().sum()
-        if wants_gradient:
-            student_BV *= weights.ce / total_B1
-            student_BV.scatter_add_(1, column, picked_B1.new_full(column.shape, -weights.ce))
-        return torch.stack([torch.zeros_like(ce), ce])
-    teacher_BV -= teacher_BV.amax(-1, keepdim=True)
-    own_BV, own_B1 = None, None  # the student's at temperature 1, if that is another
-    if tau != 1:
-        own_BV = student_BV.exp()
-        own_B1 = own_BV.sum(-1, keepdim=True)
-        student_BV /= tau
-        teacher_BV /= tau
-    gap_BV = teacher_BV - student_BV
-    total_p_B1 = teacher_BV.exp_().sum(-1, keepdim=True)
-    total_q_B1 = student_BV.exp_().sum(-1, keepdim=True)
-    mean_gap_B1 = torch.bmm(teacher_BV[:, None], gap_BV[:, :, None])[:, 0] / total_p_B1
-    kl = (mean_gap_B1 - total_p_B1.log() + total_q_B1.log()).double().sum() * tau**2
-    ce = ((total_q_B1 if own_B1 is None else own_B1).log() - picked_B1).double().sum()
-    if wants_gradient:
-        by_q = weights.kl * tau + (weights.ce if own_B1 is None else 0.0)
-        student_BV *= by_q / total_q_B1
-        student_BV.addcmul_(teacher_BV, weights.kl * tau / total_p_B1, value=-1)
-        if weights.ce != 0:
-            if own_BV is not None and own_B1 is not None:
-                student_BV.addcmul_(own_BV, weights.ce / own_B1)
-            student_BV.scatter_add_(1, column, picked_B1.new_full(column.shape, -weights.ce))
-    return torch.stack([kl, ce])
-
-
-def _differentiated(
-    student_CV: Tensor, teacher_CV: Tensor | SparseTargets, weights: LossWeights, wants_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Sum of any divergence over one chunk and its gradient by the student's logits, by autograd."""
-    with torch.enable_grad():
-        leaf_CV = student_CV.detach().requires_grad_(wants_gradient)
-        if isinstance(teacher_CV, Tensor):
-            value = weights.divergence(teacher_CV, leaf_CV).sum()
-        else:
-            value = sparse_divergence(teacher_CV, leaf_CV, weights.divergence.temperature).sum()
-        if not wants_gradient:
-            return value.detach().double(), None
-        (grad_CV,) = torch.autograd.grad(value, leaf_CV)
-    return value.detach().double(), grad_CV.mul_(weights.kl)

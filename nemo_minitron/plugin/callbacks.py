@@ -126,9 +126,9 @@ class TrainingLog(Callback):
     def _throughput(self, trainer: Trainer, tokens_per_second: float) -> dict[str, float]:
         """Tokens a second over all ranks, TFLOP/s of one, and what share of its peak that is."""
         tflops = tokens_per_second * self.flops_per_token / trainer.world_size / 1e12
-        values = {"tokens_per_second": round(tokens_per_second, 1), "tflops": round(tflops, 4)}
+        values = {"tokens_per_second": _short(tokens_per_second), "tflops": _short(tflops)}
         peak = self.peak_tflops or _peak(trainer.strategy.root_device)
-        return values if peak is None else {**values, "mfu": round(tflops / peak, 4)}
+        return values if peak is None else {**values, "mfu": _short(tflops / peak)}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the validation loss."""
@@ -157,6 +157,11 @@ def _peak(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((float(peak) for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def _short(value: float) -> float:
+    """Five significant digits, whatever the size."""
+    return float(f"{value:.5g}")
 
 
 def _over_ranks(trainer: Trainer, terms: LossTerms) -> dict[str, float]:

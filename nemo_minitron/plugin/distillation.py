@@ -1,5 +1,7 @@
 """The callback that distils: a teacher's logits, and hidden states where asked for."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from nemo_minitron.plugin.intermediate import IntermediateLoss
 from nemo_minitron.plugin.loss import linear_loss
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.strategies import shard
+from nemo_minitron.plugin.te import Exchange
 
 
 class KnowledgeDistillation(Callback):
@@ -55,6 +58,8 @@ class KnowledgeDistillation(Callback):
         self._inside: IntermediateLoss | None = None
         self._strategy: Any = None
         self._mesh: Any = None
+        self._products: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._compiled = False
         self.teacher_loss: float | None = None
         self._listens, self._sums = False, [0.0, 0.0]
 
@@ -81,7 +86,12 @@ class KnowledgeDistillation(Callback):
         Raises:
             ValueError: it is to be split, and the student is not.
         """
-        self._mesh = pl_module.device_mesh
+        assert isinstance(pl_module, MinitronModel)
+        self._mesh, self._compiled, self._products = (
+            pl_module.device_mesh, pl_module.compiled, pl_module.products
+        )  # fmt: skip
+        if pl_module.kit is not None and self.place != "cpu":
+            Exchange(self.teacher, self.family, pl_module.kit)
         if self.place == "shard":
             if pl_module.device_mesh is None:
                 raise ValueError(
@@ -100,6 +110,23 @@ class KnowledgeDistillation(Callback):
         if self._copy is None:
             self._copy = head_VG.to(device)
         return self._copy
+
+    def replace_teacher(self, model: Any) -> None:
+        """Takes over another model's weights; its loss is measured anew.
+
+        Raises:
+            ValueError: it is not of the teacher's shape.
+        """
+        new = model.state_dict()
+        parameters = self.teacher.named_parameters(remove_duplicate=False)
+        ours = {name: t for name, t in [*parameters, *self.teacher.named_buffers()] if name in new}
+        wrong = [name for name in new if name not in ours or ours[name].shape != new[name].shape]
+        if wrong:
+            raise ValueError(f"the new teacher is another model than the first: {wrong[0]} differs")
+        with torch.no_grad():
+            for name, tensor in ours.items():
+                tensor.copy_(new[name])
+        self._copy, self.teacher_loss = None, None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first validation measures the teacher too."""
@@ -132,7 +159,7 @@ class KnowledgeDistillation(Callback):
     ) -> LossTerms:
         """Divergence from the teacher on the same tokens; shapes as in ``plugin.model.Objective``."""
         at = next(self.teacher.parameters()).device
-        with torch.no_grad(), frozen(self.teacher):
+        with torch.no_grad(), frozen(self.teacher), self._products() if at.type != "cpu" else nullcontext():
             teacher_TG = hidden_states(self.teacher, self.family, tokens_BS.to(at)).flatten(0, 1)
         teacher_TG, teacher_VG = teacher_TG.to(hidden_TH.device), self._head(hidden_TH.device)
         teacher = (teacher_TG, teacher_VG)
@@ -145,7 +172,7 @@ class KnowledgeDistillation(Callback):
             self._sums[1] += counted
         terms = linear_loss(
             self._mesh, hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens, caps,
-            self.vocabulary,
+            self.vocabulary, self._compiled,
         )  # fmt: skip
         if self._inside is None:
             return terms

@@ -23,6 +23,7 @@ def linear_loss(
     chunk_tokens: int | None = None,
     softcaps: tuple[float | None, float | None] = (None, None),
     vocabulary: int | None = None,
+    compiled: bool = False,
 ) -> LossTerms:
     """``fused_linear_loss``, the vocabulary split over tensor-parallel ranks where there are several.
 
@@ -32,8 +33,9 @@ def linear_loss(
     group = None if mesh is None else mesh["tensor_parallel"]
     if group is None or group.size() == 1 or weights.divergence.name != "forward_kl":
         return fused_linear_loss(
-            student_TH, head_VH, labels_T, weights, teacher, chunk_tokens, softcaps, vocabulary
-        )
+            student_TH, head_VH, labels_T, weights, teacher, chunk_tokens, softcaps, vocabulary,
+            compiled=compiled,
+        )  # fmt: skip
     if vocabulary is not None:
         head_VH = head_VH[:vocabulary]
         teacher = None if teacher is None else (teacher[0], teacher[1][:vocabulary])

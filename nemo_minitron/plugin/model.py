@@ -3,6 +3,7 @@
 Shape suffixes: B batch, S positions, T tokens (batch x positions), H hidden, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from nemo_minitron.plugin.data import ConsumedSampler, as_samples, train_loader,
 from nemo_minitron.plugin.guard import gradient_norm
 from nemo_minitron.plugin.loss import linear_loss
 from nemo_minitron.plugin.strategies import gathered, shard
+from nemo_minitron.plugin.te import EXTRA_STATE, Exchange, Kit
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float | None, Tensor | None], LossTerms]
 """From hidden states [tokens, hidden], head [vocabulary, hidden], labels [tokens], token ids
@@ -57,6 +59,8 @@ class MinitronModel(ModelPT):
         model: the Hugging Face model.
         objective: from hidden states to the loss.
         facts: numbers that belong into the log beside every validation.
+        kit: layers of another engine that the model's are exchanged for; None: its own.
+        compiled: whether the loss is compiled.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None, model: Any = None) -> None:
@@ -76,6 +80,9 @@ class MinitronModel(ModelPT):
         self.objective: Objective = self.cross_entropy
         self.facts: dict[str, float] = {}
         self._sharded, self._gathered = False, None
+        self.kit: Kit | None = None
+        self._exchange: Exchange | None = None
+        self.compiled = False
         self.side_files: dict[str, bytes] = {}
         for name, path in (self.cfg.files or {}).items():
             source = self.register_artifact(f"files.{name}", path)
@@ -156,7 +163,9 @@ class MinitronModel(ModelPT):
         self._validation_dl = validation_loader(as_samples(given), batch_size)
 
     def configure_model(self) -> None:
-        """Splits the model over the ranks, where the strategy has laid them out as a mesh."""
+        """Exchanges layers, and splits the model over the ranks that the strategy has laid out as a mesh."""
+        if self.kit is not None and self._exchange is None:
+            self._exchange = Exchange(self.model, self.family, self.kit)
         if self.device_mesh is None or self._sharded:
             return
         self._sharded = True
@@ -179,11 +188,21 @@ class MinitronModel(ModelPT):
     def gather(self) -> None:
         """Brings a sharded model's weights together on rank 0, for ``save_hf``; all ranks call it."""
         if self._sharded:
-            self._gathered = gathered(self.model)
+            whole = gathered(self.model)
+            self._gathered = {key: value for key, value in whole.items() if not key.endswith(EXTRA_STATE)}
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Last hidden states: [batch, positions] token ids to [batch, positions, hidden]."""
-        return hidden_states(self.model, self.family, tokens_BS)
+        with self.products():
+            return hidden_states(self.model, self.family, tokens_BS)
+
+    def products(self) -> contextlib.AbstractContextManager[Any]:
+        """What a model's layers run under: FP8, where Transformer Engine is asked for it."""
+        return contextlib.nullcontext() if self.kit is None else self.kit.context()
+
+    def _own_layers(self) -> contextlib.AbstractContextManager[None]:
+        """The Hugging Face model's own layers in their places again."""
+        return contextlib.nullcontext() if self._exchange is None else self._exchange.undone()
 
     def evaluate_objective(self, batch: Tensor | Sequence[Tensor]) -> LossTerms:
         """The objective on one batch of packed samples, Tensor of shape [batch, positions + 1].
@@ -209,7 +228,10 @@ class MinitronModel(ModelPT):
     ) -> LossTerms:
         """The objective of pretraining and teacher correction: mean cross-entropy with the next token."""
         weights = LossWeights(kl=0.0, ce=1.0)
-        return linear_loss(self.device_mesh, hidden_TH, head_VH, labels_T, weights, softcaps=(softcap, None))
+        return linear_loss(
+            self.device_mesh, hidden_TH, head_VH, labels_T, weights, softcaps=(softcap, None),
+            compiled=self.compiled,
+        )  # fmt: skip
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One micro-batch: the loss to differentiate; its terms are logged."""
@@ -250,7 +272,8 @@ class MinitronModel(ModelPT):
     def save_to(self, save_path: str) -> None:
         """Writes a ``.nemo`` archive of the model as it is now."""
         self.follow_model()
-        super().save_to(save_path)
+        with self._own_layers():
+            super().save_to(save_path)
 
     def save_hf(self, folder: Path) -> None:
         """Writes a Hugging Face folder: weights, the config.json and the tokenizer that the model came with.
@@ -261,7 +284,8 @@ class MinitronModel(ModelPT):
         self.follow_model()
         config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(config, dict)
-        save_model(self.model, folder, {str(key): value for key, value in config.items()}, self._gathered)
+        with self._own_layers():
+            save_model(self.model, folder, {str(key): value for key, value in config.items()}, self._gathered)
         for name, content in self.side_files.items():
             (folder / name).write_bytes(content)
 

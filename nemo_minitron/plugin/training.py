@@ -34,6 +34,7 @@ from nemo_minitron.plugin.guard import LossGuard, Spikes
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.preemption import Preemption
 from nemo_minitron.plugin.strategies import Sharded
+from nemo_minitron.plugin.te import transformer_engine
 
 _STEP = re.compile(r"step=(\d+)")
 
@@ -50,6 +51,7 @@ class Options:
         peak_tflops: see ``TrainingLog``.
         shard: whether weights, gradients and optimiser state are split over the ranks (FSDP2).
         tensor_parallel: ranks that share the work on each sample; divides their number, and wants ``shard``.
+        transformer_engine: ``off``; ``on``, its layers; ``fp8``, and their products in FP8.
     """
 
     activation_checkpointing: bool = False
@@ -59,6 +61,7 @@ class Options:
     peak_tflops: float | None = None
     shard: bool = False
     tensor_parallel: int = 1
+    transformer_engine: str = "off"
 
 
 @dataclass(frozen=True)
@@ -216,7 +219,22 @@ def forward_flops(model: Any, family: Family, positions: int) -> int:
 
 
 def _apply(options: Options, model: MinitronModel) -> None:
-    """Prepares the layers of the model that is trained."""
+    """Prepares the layers of the model that is trained, and its loss.
+
+    Raises:
+        ValueError: Transformer Engine is not there, or cannot be had together with something else.
+    """
+    if options.transformer_engine != "off":
+        where = "training.transformer_engine"
+        if options.tensor_parallel > 1:
+            raise ValueError(f"{where}: its layers are not split by training.tensor_parallel; use 1")
+        if options.transformer_engine == "fp8" and options.activation_checkpointing:
+            raise ValueError(
+                f"{where}=fp8: training.activation_checkpointing would compute again with other scales; use "
+                "on, or no checkpointing"
+            )
+        model.kit = transformer_engine(options.transformer_engine == "fp8")
+    model.compiled = options.compile
     if options.activation_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
     if options.compile:

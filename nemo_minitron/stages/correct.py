@@ -9,6 +9,9 @@ from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
 from nemo_minitron.stages.stage import Result, source_folder, workspace_of
 
+LIVE = "live"
+"""Folder of the workspace with snapshots of a correction that is under way."""
+
 
 def run(config: Config) -> Result:
     """Trains the source model on with cross-entropy.
@@ -25,7 +28,14 @@ def run(config: Config) -> Result:
 
         return load_model(source, dtype=torch.float32), read_config(source), source
 
+    def callbacks() -> list[Any]:
+        from nemo_minitron.plugin.live import Publishing
+
+        every = config.correct.publish_every
+        return [] if every is None else [Publishing(workspace_of(config) / LIVE, every)]
+
     inputs = [item, *training_inputs(config)]
-    role = Role(lambda: tokenizer_of(source), start)
-    made = train_into(folder, "correct", config, asdict(config.correct), inputs, role)
+    role = Role(lambda: tokenizer_of(source), start, callbacks)
+    section = {**asdict(config.correct), "publish_every": None}  # decides nothing
+    made = train_into(folder, "correct", config, section, inputs, role)
     return Result("correct", folder, made, last_losses(folder))

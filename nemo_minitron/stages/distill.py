@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.build import STATE
 from nemo_minitron.artifacts.checkpoint import read_config
 from nemo_minitron.artifacts.plan import read_plan
 from nemo_minitron.artifacts.teacher_logits import TeacherLogits
@@ -52,6 +53,7 @@ def run(config: Config) -> Result:
 
     elsewhere = ("teacher", "teacher_place", "cache")
     section = {**asdict(settings), **dict.fromkeys(elsewhere), "trainer": {}, "optim": {}}
+    section["live_teacher"] = settings.live_teacher is not None  # wherever it lies
     folder = workspace / "student"
     role = Role(lambda: tokenizer_of(pruned), start, callbacks, dress=dress)
     made = train_into(folder, "student", config, section, inputs, role)
@@ -70,23 +72,38 @@ def _online(
     vocabulary = shared_vocabulary(teacher, pruned)
     if settings.teacher_place == "shard" and config.training.parallel != "shard":
         raise ValueError("distill.teacher_place=shard: needs training.parallel=shard, found replicate")
+    if settings.teacher_place == "shard" and (settings.live_teacher or settings.teacher_dtype == "int8"):
+        raise ValueError(
+            "distill.teacher_place=shard: neither with distill.live_teacher nor with teacher_dtype=int8; use "
+            "device or cpu"
+        )
+    if settings.live_teacher is not None and config.correct.enabled:
+        raise ValueError(
+            "distill.live_teacher: correct.enabled=true corrects the teacher before it is pruned; choose one"
+        )
 
     def callbacks() -> list[Any]:
-        from nemo_minitron.bridge.models import load_model
+        from nemo_minitron.bridge.quantised import load_teacher
         from nemo_minitron.core.losses import LossWeights
         from nemo_minitron.families import family_of
         from nemo_minitron.plugin.distillation import KnowledgeDistillation
+        from nemo_minitron.plugin.live import LiveTeacher
 
         weights = LossWeights(settings.kl, settings.ce, divergence)
         family = family_of(read_config(teacher))
-        model = load_model(teacher, settings.teacher_dtype or "auto")
         kept_H = _kept(config) if inside is not None and settings.teacher is None else None
-        return [
-            KnowledgeDistillation(
-                model, family, weights, settings.chunk_tokens, vocabulary, inside, kept_H,
-                settings.teacher_place,
-            )
-        ]  # fmt: skip
+
+        def load(folder: Path) -> Any:
+            return load_teacher(folder, settings.teacher_dtype)
+
+        distillation = KnowledgeDistillation(
+            load(teacher), family, weights, settings.chunk_tokens, vocabulary, inside, kept_H,
+            settings.teacher_place,
+        )  # fmt: skip
+        if settings.live_teacher is None:
+            return [distillation]
+        state = workspace_of(config) / "student" / STATE
+        return [distillation, LiveTeacher(Path(settings.live_teacher), state, distillation, load)]
 
     return callbacks, lambda samples, validation: (samples, validation)
 
@@ -99,6 +116,8 @@ def _cached(
     cache = TeacherLogits(workspace_of(config) / LOGITS)
     if divergence.name != "forward_kl":
         raise ValueError(f"{where}: gives forward_kl, found distill.divergence={divergence.name}")
+    if settings.live_teacher is not None:
+        raise ValueError(f"{where}: stays what it is, and distill.live_teacher changes; use online")
     if inside is not None:
         raise ValueError(f"{where}: holds no hidden states, which distill.intermediate.terms needs")
     if cache.facts["temperature"] != divergence.temperature:

@@ -99,7 +99,7 @@ def train_into(
         (target / "hf").mkdir()
         trained.save_hf(target / "hf")
         log.write_csv(log.read_log(state / log.FILE), target / log.TABLE)
-        for name in (log.FILE, SKIPPED):
+        for name in (log.FILE, SKIPPED, log.TEACHERS):
             if (state / name).is_file():
                 (target / name).write_bytes((state / name).read_bytes())
 
@@ -132,7 +132,7 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
 
 def _deciding(training: TrainingConfig) -> dict[str, Any]:
     """What of ``training`` decides the weights; where the default was always the rule, nothing."""
-    named = ("ema_decay", "on_bad_loss", "spike_factor", "spike_window")
+    named = ("ema_decay", "on_bad_loss", "spike_factor", "spike_window", "transformer_engine")
     default = TrainingConfig()
     values = {name: getattr(training, name) for name in named}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
@@ -226,7 +226,7 @@ def _options(training: TrainingConfig) -> Any:
     spikes = Spikes(training.spike_factor, training.spike_window)
     return Options(
         training.activation_checkpointing, training.compile, training.ema_decay, spikes, training.peak_tflops,
-        training.parallel == "shard", training.tensor_parallel,
+        training.parallel == "shard", training.tensor_parallel, training.transformer_engine,
     )  # fmt: skip
 
 

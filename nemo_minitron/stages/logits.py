@@ -94,7 +94,8 @@ def _teach(
     """Writes this rank's parts, and says what all of them are."""
     import torch
 
-    from nemo_minitron.bridge.models import load_model, pick_device
+    from nemo_minitron.bridge.models import pick_device
+    from nemo_minitron.bridge.quantised import load_teacher
     from nemo_minitron.bridge.teaching import teach
     from nemo_minitron.families import family_of
 
@@ -112,7 +113,7 @@ def _teach(
     due = [n for n in range(ranks.rank, len(parts), ranks.size) if not (state / part_name(n)).is_file()]
     device = pick_device("cpu" if config.trainer["accelerator"] == "cpu" else "auto")
     device = torch.device("cuda", ranks.local) if device.type == "cuda" else device
-    model = load_model(teacher, config.distill.teacher_dtype or "auto", device) if due else None
+    model = load_teacher(teacher, config.distill.teacher_dtype, device) if due else None
     with bar("teacher", sum(len(parts[n][1]) for n in due) * samples.positions) as advance:
         for number in due:
             given, rows = parts[number]

@@ -55,13 +55,21 @@ class DistillConfig:
         ("device", "shard", "cpu"),
     )
     teacher_dtype: str | None = key(
-        None, "dtype of the teacher's weights; null: as they are stored", ("float32", "bfloat16", "float16")
+        None,
+        "dtype of the teacher's weights; int8: eight bits for its projections, with a scale per output "
+        "channel; null: as they are stored",
+        ("float32", "bfloat16", "float16", "int8"),
     )
     teacher_logits: str = key(
         "online",
         "online: the teacher runs beside the student; cache: 'minitron logits' has run it once, and written "
         "a few entries per token",
         ("online", "cache"),
+    )
+    live_teacher: str | None = key(
+        None,
+        "folder WORKSPACE/live of another run, whose 'minitron correct' has correct.publish_every: its "
+        "newest weights are the teacher's from the next step on",
     )
     cache: CacheConfig = field(default_factory=CacheConfig)
     kl: float = key(1.0, "weight of the divergence between teacher and student logits")
@@ -103,6 +111,9 @@ class CorrectConfig:
     """Teacher correction: the unpruned model goes on training on the distillation data ([P2] section 2)."""
 
     enabled: bool = key(False, "whether 'minitron run' corrects the teacher before scoring it")
+    publish_every: int | None = key(
+        None, "steps after which the weights are put into live/, for distill.live_teacher", least=1
+    )
     batch_size: int = key(8, "samples per step and device", least=1)
     seed: int = key(1, "seed of the sample order")
     trainer: dict[str, Any] = key({}, "keys that replace those of trainer")
@@ -128,7 +139,15 @@ class TrainingConfig:
     activation_checkpointing: bool = key(
         False, "keep no activations inside layers, compute them again in the backward pass"
     )
-    compile: bool = key(False, "torch.compile the layers")
+    compile: bool = key(
+        False, "torch.compile the layers, and what the loss computes between its matrix products"
+    )
+    transformer_engine: str = key(
+        "off",
+        "on: Transformer Engine's linear layers and norms in student and teacher; fp8: and their products in "
+        "FP8 (CUDA, pip install nemo-minitron[te])",
+        ("off", "on", "fp8"),
+    )
     ema_decay: float | None = key(
         None,
         "decay of a moving average of the weights that is validated and becomes the result",

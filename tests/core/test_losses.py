@@ -59,6 +59,19 @@ def test_values_and_gradients(weights, chunk):
     assert torch.allclose(head.grad.double(), 3 * grad_head, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "weights", [LossWeights(), LossWeights(0.7, 0.3, Divergence(temperature=0.5)), LossWeights(0.0, 1.0)]
+)
+def test_the_compiled_loss_follows_the_same_formula(weights):
+    student, head, teacher, labels = parts()
+    terms = fused_linear_loss(student, head, labels, weights, teacher, 16, compiled=True)
+    (3 * terms.loss).backward()
+    loss, _, ce, grad_student, grad_head = reference(student, head, teacher, labels, weights)
+    assert (terms.loss.item(), terms.ce.item()) == pytest.approx((loss.item(), ce.item()), rel=1e-5)
+    assert torch.allclose(student.grad.double(), 3 * grad_student, atol=2e-6)
+    assert torch.allclose(head.grad.double(), 3 * grad_head, atol=2e-6)
+
+
 def test_tau_squared_keeps_the_gradient_scale():
     # for large tau, tau^2 KL tends to half the variance of the centred logit difference: it does not vanish
     teacher, student = torch.randn(4, 50), torch.randn(4, 50)

@@ -1,0 +1,182 @@
+"""Transformer Engine: its linear layers and norms in the place of a model's, and products in FP8.
+
+The layers that take over hold the very parameters of those they replace, under the same names. So optimiser
+and checkpoints see the same model, and ``Exchange.undone`` is the Hugging Face model again.
+"""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_minitron.bridge.models import layers_of
+from nemo_minitron.families import Family
+
+EXTRA_STATE = "_extra_state"
+"""How names of what Transformer Engine keeps beside parameters end: scales of FP8, of no use to others."""
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+_MULTIPLE = 16  # what FP8 products ask of both dimensions
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a norm computes, found out by trying.
+
+    Attributes:
+        layer: whether it takes the mean off (LayerNorm) or not (RMSNorm).
+        zero_centred: whether the gain is the weight + 1.
+        eps: added to the variance.
+    """
+
+    layer: bool
+    zero_centred: bool
+    eps: float
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The norm over the last dimension of ``x``."""
+        centred = x - x.mean(-1, keepdim=True) if self.layer else x
+        normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
+        result = normed * (weight + 1 if self.zero_centred else weight)
+        return result if bias is None else result + bias
+
+
+@dataclass(frozen=True)
+class Kit:
+    """Makers of the layers that take over.
+
+    Attributes:
+        linear: of a linear layer.
+        norm: of a norm and its formula.
+        context: what the model's passes run under.
+    """
+
+    linear: Callable[[nn.Linear], nn.Module]
+    norm: Callable[[nn.Module, Norm], nn.Module]
+    context: Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def norm_formula(module: nn.Module) -> Norm | None:
+    """What norm a module is, or None where it is none of those known.
+
+    Transformers has a class of its own per family; a copy of it is tried on random numbers instead.
+    """
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    known = {id(weight), id(bias)}
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
+        return None
+    if any(id(parameter) not in known for parameter in module.parameters()) or list(module.children()):
+        return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # a gated norm
+        return None
+    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+    if not isinstance(eps, float):
+        return None
+    tried = copy.deepcopy(module).float().cpu()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tried.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        x = torch.randn(4, weight.shape[0], generator=generator) + 0.5
+        found = tried.forward(x)  # past its hooks
+        for layer in (False, True):
+            for zero_centred in (False, True):
+                norm = Norm(layer, zero_centred, eps)
+                expected = norm(x, tried.weight, None if bias is None else tried.bias)
+                if torch.allclose(expected, found, rtol=1e-4, atol=1e-4):
+                    return norm
+    return None
+
+
+class Exchange:
+    """The layers of a model, and what takes their place.
+
+    Attributes:
+        linears, norms: how many were exchanged.
+    """
+
+    def __init__(self, model: Any, family: Family, kit: Kit) -> None:
+        """Exchanges what can be exchanged inside the model's layers; embedding and head stay."""
+        self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self.linears = self.norms = 0
+        for layer in layers_of(model, family):
+            for parent in list(layer.modules()):
+                for name, child in list(parent.named_children()):
+                    self._exchange(parent, name, child, kit)
+
+    def _exchange(self, parent: nn.Module, name: str, child: nn.Module, kit: Kit) -> None:
+        if type(child) is nn.Linear:
+            if child.in_features % _MULTIPLE or child.out_features % _MULTIPLE:
+                return
+            new, self.linears = kit.linear(child), self.linears + 1
+        else:
+            norm = norm_formula(child)
+            # Transformer Engine's LayerNorm has a bias, its RMSNorm none
+            if norm is None or norm.layer != (getattr(child, "bias", None) is not None):
+                return
+            new, self.norms = kit.norm(child, norm), self.norms + 1
+        for key, parameter in child.named_parameters(recurse=False):
+            setattr(new, key, parameter)
+        for key in _HOOKS:  # of losses on hidden states, which listen to this place
+            setattr(new, key, getattr(child, key))
+        self._places.append((parent, name, child, new))
+        setattr(parent, name, new)
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """The model as it was, with the parameters as they are now."""
+        for parent, name, old, _ in self._places:
+            setattr(parent, name, old)
+        try:
+            yield
+        finally:
+            for parent, name, _, new in self._places:
+                setattr(parent, name, new)
+
+
+def transformer_engine(fp8: bool) -> Kit:
+    """Transformer Engine's layers.
+
+    Args:
+        fp8: whether products run in FP8 (its default recipe for the card), or in the dtype that they get.
+
+    Raises:
+        ValueError: it is not installed, or there is no GPU that could run it.
+    """
+    where = "training.transformer_engine"
+    try:
+        import transformer_engine.pytorch as te
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"{where}: Transformer Engine is not usable here ({str(error).splitlines()[0]}); install it with "
+            "pip install 'nemo-minitron[te]' on a machine with CUDA"
+        ) from error
+    if not torch.cuda.is_available():
+        raise ValueError(f"{where}: Transformer Engine runs on CUDA devices, found none")
+
+    def linear(old: nn.Linear) -> nn.Module:
+        weight = old.weight
+        new: nn.Module = te.Linear(
+            old.in_features, old.out_features, bias=old.bias is not None, params_dtype=weight.dtype,
+            device=weight.device if weight.is_cuda else "meta",
+        )  # fmt: skip
+        return new
+
+    def norm(old: nn.Module, formula: Norm) -> nn.Module:
+        weight: Any = old.weight
+        kind = te.LayerNorm if formula.layer else te.RMSNorm
+        new: nn.Module = kind(
+            weight.shape[0], eps=formula.eps, zero_centered_gamma=formula.zero_centred, dtype=weight.dtype,
+            device=weight.device if weight.is_cuda else "meta",
+        )  # fmt: skip
+        return new
+
+    autocast = getattr(te, "autocast", None) or te.fp8_autocast  # renamed in 2.8
+    return Kit(linear, norm, lambda: autocast(enabled=True) if fp8 else contextlib.nullcontext())

@@ -1,0 +1,169 @@
+"""Layers exchanged for another engine's. Transformer Engine needs CUDA: here torch's own layers take over."""
+
+import contextlib
+import importlib.util
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from nemo_minitron.bridge.models import layers_of, load_model
+from nemo_minitron.bridge.specimens import tiny_model
+from nemo_minitron.families import families, fill
+from nemo_minitron.plugin.guard import BadStep
+from nemo_minitron.plugin.model import MinitronModel
+from nemo_minitron.plugin.te import EXTRA_STATE, Exchange, Kit, Norm, norm_formula, transformer_engine
+from nemo_minitron.plugin.training import Options
+from tests.conftest import logits, make_model
+from tests.plugin.test_model import run
+
+
+class Scaled(nn.Linear):
+    """A linear layer with something beside its parameters in the state, as Transformer Engine's have."""
+
+    def get_extra_state(self):
+        return torch.ones(3)
+
+    def set_extra_state(self, state):
+        assert torch.equal(state, torch.ones(3))
+
+
+class Formula(nn.Module):
+    def __init__(self, norm, width, bias):
+        super().__init__()
+        self.norm, self.weight = norm, nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+
+    def forward(self, x):
+        return self.norm(x, self.weight, self.bias)
+
+
+def kit(norms=True):
+    def norm(old, formula):
+        if not norms:
+            return old
+        return Formula(formula, old.weight.shape[0], formula.layer)
+
+    def linear(old):
+        return Scaled(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+
+    return Kit(linear, norm, contextlib.nullcontext)
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_every_familys_norms_are_known_and_its_layers_exchanged_without_a_trace(tmp_path, name):
+    family = families()[name]
+    sizes = {} if name == "nemotron_h" else {family.axes["hidden"].config[0]: 64}
+    try:
+        folder = tiny_model(family, {**sizes, **(family.proofs[0] if family.proofs else {})}, tmp_path / "m")
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+    model = load_model(folder, dtype=torch.float32)
+    keys, tokens = set(model.state_dict()), torch.arange(12)[None] % 90
+    with torch.no_grad():
+        before = model(tokens).logits
+    index = family.axes["layers"].index
+    for tap in (tap for tap in family.taps["hidden"] if tap.side == "output"):
+        with contextlib.suppress(AttributeError):  # a hybrid's layers differ
+            assert norm_formula(model.get_submodule(fill(tap.module, {index: 0}))) is not None
+    exchange = Exchange(model, family, kit())
+    assert exchange.norms >= len(layers_of(model, family))
+    with torch.no_grad():
+        assert torch.allclose(model(tokens).logits, before, atol=1e-4)
+    assert {key for key in model.state_dict() if not key.endswith(EXTRA_STATE)} == keys
+    with exchange.undone():
+        assert set(model.state_dict()) == keys
+        with torch.no_grad():
+            assert torch.equal(model(tokens).logits, before)
+
+
+def test_gains_around_zero_and_means_are_told_apart():
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
+
+    assert norm_formula(LlamaRMSNorm(8, 1e-6)) == Norm(False, False, 1e-6)
+    assert norm_formula(Gemma2RMSNorm(8, 1e-6)) == Norm(False, True, 1e-6)
+    assert norm_formula(NemotronLayerNorm1P(8)) == Norm(True, True, 1e-5)
+    assert norm_formula(nn.LayerNorm(8)) == Norm(True, False, 1e-5)
+    for other in (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Conv1d(1, 1, 1), nn.Embedding(8, 8)):
+        assert norm_formula(other) is None
+
+
+def test_what_listens_to_a_layer_listens_to_its_successor():
+    model = load_model_in_memory()
+    heard = []
+    layer = model.model.layers[0]
+    layer.input_layernorm.register_forward_hook(lambda *_: heard.append("norm"))
+    layer.mlp.up_proj.register_forward_pre_hook(lambda *_: heard.append("linear"))
+    Exchange(model, families()["llama"], kit())
+    assert isinstance(layer.mlp.up_proj, Scaled)
+    model(torch.arange(4)[None])
+    assert heard == ["norm", "linear"]
+
+
+def load_model_in_memory():
+    from nemo_minitron.bridge.models import new_model
+    from tests.conftest import SIZES
+
+    config = {**SIZES, "hidden_size": 48, "intermediate_size": 32, "head_dim": 16, "model_type": "llama"}
+    return new_model(config, 0)
+
+
+class Give(Callback):
+    """Gives the model a kit, as ``training.transformer_engine`` does where that can run."""
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.kit = kit(norms=False)
+
+
+def test_a_training_with_other_layers_resumes_and_ends_as_the_same_hugging_face_model(tmp_path):
+    wide = {"hidden_size": 48, "intermediate_size": 32, "head_dim": 16}
+    folder = make_model(tmp_path / "m", "llama", **wide)
+    plain = run(folder, tmp_path / "plain", 6)
+    given = run(folder, tmp_path / "given", 6, [Give()])
+    assert any(isinstance(module, Scaled) for module in given.modules())
+    outs = []
+    for name, model in (("plain", plain), ("given", given)):
+        (tmp_path / f"{name}-hf").mkdir()
+        model.save_hf(tmp_path / f"{name}-hf")
+        outs.append((tmp_path / f"{name}-hf" / "model.safetensors").read_bytes())
+    assert outs[0] == outs[1]
+    given.save_to(str(tmp_path / "m.nemo"))
+    back = MinitronModel.restore_from(str(tmp_path / "m.nemo"), map_location="cpu")
+    assert not any(isinstance(module, Scaled) for module in back.modules())
+    with torch.no_grad():
+        assert torch.equal(back.model.eval()(torch.arange(20)[None]).logits, logits(tmp_path / "plain-hf"))
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                raise BadStep(5, "stop")
+
+    with pytest.raises(BadStep):  # a checkpoint of step 3 stays
+        run(folder, tmp_path / "parts", 6, [Give(), Stop()])
+    resumed = run(folder, tmp_path / "parts", 6, [Give()])
+    ours, theirs = given.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed")
+def test_without_transformer_engine_one_line_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"not usable here.*nemo-minitron\[te\]"):
+        transformer_engine(fp8=True)
+    folder = make_model(tmp_path / "m", "llama")
+    with pytest.raises(ValueError, match=r"training.transformer_engine: Transformer Engine is not usable"):
+        run(folder, tmp_path / "s", 2, options=Options(transformer_engine="on"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(transformer_engine="fp8", activation_checkpointing=True), "use on, or no checkpointing"),
+        (Options(transformer_engine="on", tensor_parallel=2), "does not divide|not split"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(make_model(tmp_path / "m", "llama"), tmp_path / "s", 2, options=options)
