@@ -5,6 +5,7 @@ artifact says whether there is anything to do.
 """
 
 import base64
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,9 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
 from nemo_minitron import stages
+from nemo_minitron.artifacts.gate import GATE_COLUMNS, GateError
 from nemo_minitron.artifacts.report import PAGE, markdown
-from nemo_minitron.artifacts.workspace import locked
+from nemo_minitron.artifacts.workspace import locked, note_command
 from nemo_minitron.compose import as_dict, from_dict, load_config
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result
@@ -60,7 +62,12 @@ def stage(name: str, values: dict[str, Any]) -> Result:
     config = from_dict(values)
     if name == "baseline":
         config.pretrain.baseline = True
-    result = stages.run_stage("pretrain" if name == "baseline" else name, config)
+    try:
+        result = stages.run_stage("pretrain" if name == "baseline" else name, config)
+    except GateError as error:
+        text = f"**the quality gate failed, nothing is exported**\n\n{markdown(GATE_COLUMNS, error.rows)}"
+        create_markdown_artifact(markdown=text, key="minitron-gate", description="why nothing was exported")
+        raise
     _publish(name, result)
     return result
 
@@ -103,6 +110,7 @@ def compress(
     overrides: list[str] | None = None,
     config: dict[str, Any] | None = None,
     run_name: str = "run",
+    command: str | None = None,
 ) -> list[Result]:
     """Compresses a model: from ``source.model`` to a Hugging Face folder, every stage an artifact on disk.
 
@@ -111,6 +119,7 @@ def compress(
         overrides: in Hydra's grammar, as on the command line.
         config: a whole configuration instead, as ``minitron run --cfg`` prints it.
         run_name: shown in Prefect; ``minitron run`` passes the workspace's name.
+        command: the command line behind it, for the report; None: made from the other parameters.
 
     Returns:
         What each stage reports, in order.
@@ -118,7 +127,13 @@ def compress(
     checked = load_config(config_name, overrides or []) if config is None else from_dict(config)
     names = list(steps(checked))
     results = []
+    words = (
+        shlex.split(command)
+        if command
+        else ["minitron", "run", "--config-name", config_name, *(overrides or [])]
+    )
     with locked(Path(checked.workspace)):
+        note_command(Path(checked.workspace), words)
         for position, name in enumerate(names):
             print(f"[{position + 1}/{len(names)}] {name} ...", file=sys.stderr, flush=True)
             result = stage(name, as_dict(checked))

@@ -1,7 +1,9 @@
 """Runs the flow in this process, with Prefect's embedded server: nothing to install, nothing to start."""
 
 import os
+import shlex
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,9 +39,10 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def run_here(config: Config) -> list[Result]:
-    """Runs the whole pipeline and returns what each stage reports."""
+def run_here(config: Config, words: Sequence[str]) -> list[Result]:
+    """Runs the whole pipeline, as the command line's ``words`` ask; returns what each stage reports."""
     prepare_environment()
     from nemo_minitron.flows.compress import compress
 
-    return compress(config=as_dict(config), run_name=Path(config.workspace).resolve().name)
+    name = Path(config.workspace).resolve().name
+    return compress(config=as_dict(config), run_name=name, command=shlex.join(words))

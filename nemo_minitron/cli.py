@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         args = commands[raw[0]].parse_intermixed_args(raw[1:], argparse.Namespace(command=raw[0]))
     else:
         args = top.parse_args(raw)
+    args.words = ["minitron", *raw]
     try:
         return _COMMANDS[args.command](args)
     except ValueError as error:
@@ -148,7 +149,7 @@ def _shows_only(args: argparse.Namespace) -> bool:
 def _stage(args: argparse.Namespace) -> int:
     if _shows_only(args):
         return 0
-    from nemo_minitron.artifacts.workspace import locked
+    from nemo_minitron.artifacts.workspace import locked, note_command
 
     config = _config(args)
     several = args.command in SEVERAL
@@ -160,6 +161,7 @@ def _stage(args: argparse.Namespace) -> int:
         return 0
     # progress bars go to the error output: standard output is for the result
     with locked(Path(config.workspace)), contextlib.redirect_stdout(sys.stderr):
+        note_command(Path(config.workspace), args.words)
         for name in _before(args.command, config):
             _notes(run_stage(name, config))
         if several:
@@ -208,7 +210,7 @@ def _run(args: argparse.Namespace) -> int:
     from nemo_minitron.flows.local import run_here
 
     with contextlib.redirect_stdout(sys.stderr):
-        results = run_here(config)
+        results = run_here(config, args.words)
     if args.json:
         print(json.dumps([_json(result) for result in results], indent=2))
         return 0

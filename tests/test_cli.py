@@ -64,7 +64,12 @@ def test_the_flow_refuses_in_one_line_too_and_leaves_nothing(tmp_path, teacher):
     done = minitron("run", *common, "plan.hidden=99")
     assert (done.returncode, done.stderr.count("Traceback")) == (2, 0), done.stderr
     assert "plan.hidden: expected 1 to 24" in done.stderr.splitlines()[-1]
-    assert sorted(path.name for path in workspace.iterdir()) == [".lock", "scores", "teacher"]
+    assert sorted(path.name for path in workspace.iterdir()) == [
+        ".lock",
+        "commands.jsonl",
+        "scores",
+        "teacher",
+    ]
 
 
 def test_an_unknown_configuration_lists_those_that_exist(capsys):

@@ -23,64 +23,101 @@ def read_report(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-class GateError(RuntimeError):
-    """The student is too weak to go out; the report says how weak."""
-
-
-def check_gate(report: Mapping[str, Any], least: float | None) -> None:
-    """Holds a report against the quality gate.
-
-    Raises:
-        GateError: the student keeps less than ``least`` of the teacher's quality, or no number at all.
-    """
-    kept = report["models"]["student"]["retention"]
-    if least is not None and not kept >= least:  # NaN must not pass
-        raise GateError(
-            f"evaluate.min_retention: the student keeps {kept:.1%} of the teacher's quality, "
-            f"at least {least:.1%} is asked for; not exported (the workspace's {PAGE} has the numbers)"
-        )
-
-
-def task_columns(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(task, metric) of every task result, in order; standard errors left out."""
-    found = []
-    for row in report["models"].values():
-        for task, metrics in row.get("tasks", {}).items():
-            for metric in metrics:
-                if not metric.endswith("_stderr") and metric != "sample_len" and (task, metric) not in found:
-                    found.append((task, metric))
-    return found
-
-
 def columns(report: Mapping[str, Any]) -> tuple[str, ...]:
-    """Titles of the table's columns."""
-    speed = any("speed" in row for row in report["models"].values())
-    timings = ("prefill tok/s", "decode tok/s", "peak MB") if speed else ()
-    tasks = tuple(f"{task} {metric}" for task, metric in task_columns(report))
-    return ("model", "parameters", "held-out loss", "perplexity", "quality kept", *tasks, *timings)
+    """Titles of the table's columns: the measure, and every model."""
+    return ("measure", *(NAMES[name] for name in report["models"]))
 
 
 def table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """Rows of the table, as text."""
+    """A row for each measure, as text."""
+    models = report["models"].values()
+    rows = [
+        ("parameters", *(f"{row['parameters']:,}" for row in models)),
+        ("held-out loss", *(f"{row['loss']:.4f}" for row in models)),
+        ("perplexity", *(f"{row['perplexity']:.3f}" for row in models)),
+        ("quality kept", *(f"{row['retention']:.1%}" for row in models)),
+        ("KL to teacher", *(_or_dash(row["divergence"], "{:.4f}") for row in models)),
+        ("same first choice", *(_or_dash(row["top1"], "{:.1%}") for row in models)),
+    ]
+    for task, metric in _measured(report):
+        cells = (_with_error(row.get("tasks", {}).get(task, {}), metric) for row in models)
+        rows.append((f"{task} {metric}", *cells))
+    if all("speed" in row for row in models):
+        first = [row["speed"]["cases"][0] for row in models]
+        rows += [
+            ("prefill tok/s", *(f"{case['prefill_tokens_per_second']:,.0f}" for case in first)),
+            ("decode tok/s", *(f"{case['decode_tokens_per_second']:,.0f}" for case in first)),
+            ("peak MB", *(_or_dash(row["speed"]["peak_megabytes"], "{:,.0f}") for row in models)),
+        ]
+    return tuple(rows)
+
+
+def _measured(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(task, metric) of every task result, in order; standard errors left out."""
+    found: dict[tuple[str, str], None] = {}
+    for row in report["models"].values():
+        for task, metrics in row.get("tasks", {}).items():
+            for metric in metrics:
+                if not metric.endswith("_stderr") and metric != "sample_len":
+                    found[task, metric] = None
+    return list(found)
+
+
+COMPARED = ("measure", "model", "difference to teacher", "p", "won back", "documents")
+WRITTEN = ("model", "as the teacher wrote", "repetition", "teacher's loss on it")
+
+
+def compared(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """Each model against the teacher on the same documents, as text (``COMPARED``).
+
+    p is how likely such a difference would be between equally good models; "won back" is the share of what
+    the cut lost.
+    """
+    return tuple(
+        (
+            f"{row['task']} {row['metric']}{'' if row['higher_is_better'] else ' (less is better)'}",
+            NAMES[row["model"]],
+            f"{row['difference']:+.4f} ± {row['error']:.4f}",
+            "< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}",
+            _or_dash(row["recovered"], "{:.0%}"),
+            f"{row['documents']:,}",
+        )
+        for row in report["compared"]
+    )
+
+
+def written(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """How models write when they go on by themselves, as text (``WRITTEN``)."""
+    rows = [(name, row["writing"]) for name, row in report["models"].items() if "writing" in row]
+    return tuple(
+        (
+            NAMES[name], f"{row['agreement']:.0%}", f"{row['repetition']:.0%}", f"{row['teacher_loss']:.3f}",
+        )
+        for name, row in rows
+    )  # fmt: skip
+
+
+SPEEDS = ("model", "batch", "prompt", "first token ms", "prefill tok/s", "decode tok/s", "vLLM tok/s")
+
+
+def speeds(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """Speed by batch and length of prompt, as text (``SPEEDS``)."""
     rows = []
     for name, row in report["models"].items():
-        cells = [
-            NAMES[name],
-            f"{row['parameters']:,}",
-            f"{row['loss']:.4f}",
-            f"{row['perplexity']:.3f}",
-            f"{row['retention']:.1%}",
-        ]
-        for task, metric in task_columns(report):
-            cells.append(_with_error(row.get("tasks", {}).get(task, {}), metric))
-        if "speed" in row:
-            speed = row["speed"]
-            cells.append(f"{speed['prefill_tokens_per_second']:,.0f}")
-            cells.append(f"{speed['decode_tokens_per_second']:,.0f}")
-            peak = speed["peak_megabytes"]
-            cells.append("–" if peak is None else f"{peak:,.0f}")
-        rows.append(tuple(cells))
+        for number, case in enumerate(row.get("speed", {"cases": []})["cases"]):
+            served = row["speed"].get("vllm", {}).get("cases")
+            rows.append(
+                (
+                    NAMES[name], str(case["batch"]), f"{case['prompt']:,}", f"{case['first_token_ms']:,.1f}",
+                    f"{case['prefill_tokens_per_second']:,.0f}", f"{case['decode_tokens_per_second']:,.0f}",
+                    _or_dash(served and served[number]["tokens_per_second"], "{:,.0f}"),
+                )
+            )  # fmt: skip
     return tuple(rows)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
 
 
 def _with_error(metrics: Mapping[str, float], metric: str) -> str:

@@ -1,12 +1,16 @@
 """A workspace: the folder of one run, with one sub-folder per artifact and a lock."""
 
 import contextlib
-from collections.abc import Iterator
+import json
+import re
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nemo_minitron.artifacts.manifest import Input, read_manifest, verify
+from nemo_minitron.artifacts.log import read_log
+from nemo_minitron.artifacts.manifest import Input, now, read_manifest, verify
 
 ARTIFACTS = (
     "pretrain",
@@ -22,6 +26,8 @@ ARTIFACTS = (
     "export",
 )
 """Sub-folders of a workspace that can hold an artifact, in the order in which they are made."""
+COMMANDS = "commands.jsonl"
+"""Commands that worked on the workspace."""
 
 
 def _busy(workspace: Path) -> ValueError:
@@ -48,11 +54,25 @@ def locked(workspace: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if [path.name for path in workspace.iterdir()] == [".lock"]:  # nothing came of it: leave no trace
+        if {path.name for path in workspace.iterdir()} <= {".lock", COMMANDS}:  # nothing came of it: no trace
             (workspace / ".lock").unlink()
+            (workspace / COMMANDS).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 workspace.rmdir()
         lock.release()
+
+
+def note_command(workspace: Path, words: Sequence[str]) -> None:
+    """Writes down the command that a run was started with, for its report; tokens of the hub are masked."""
+    text = re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", shlex.join(words))
+    if commands_in(workspace)[-1:] != [text]:
+        with (workspace / COMMANDS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"at": now(), "command": text}) + "\n")
+
+
+def commands_in(workspace: Path) -> list[str]:
+    """Commands that worked on a workspace, in order."""
+    return [line["command"] for line in read_log(workspace / COMMANDS)]
 
 
 def input_artifact(workspace: Path, name: str, made_by: str) -> Input:

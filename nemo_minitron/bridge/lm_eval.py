@@ -1,13 +1,16 @@
 """lm-eval on a loaded model: its tasks, own task YAMLs, and two tasks made from held-out text."""
 
 import contextlib
+import difflib
+import functools
 import itertools
 import json
 import logging
 import os
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,55 +93,137 @@ def _made_here(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def run_tasks(
+@dataclass(frozen=True)
+class TaskResult:
+    """One task on one model.
+
+    Attributes:
+        metrics: name to value; standard errors as ``METRIC_stderr``; a filter's name stands in brackets
+            behind that of the metric, as in ``exact_match (strict-match)``.
+        documents: the metrics that have a number for each document (the mean of which they are), in the
+            documents' order.
+        better: whether a higher value of a metric is better.
+        data_set: hub id of its data, where it comes from there.
+    """
+
+    metrics: dict[str, float]
+    documents: dict[str, list[float]]
+    better: dict[str, bool]
+    data_set: str | None = None
+
+
+def split_shots(name: str) -> tuple[str, int | None]:
+    """``arc_challenge@25`` to its task and the number of examples before each question; None: the task's own.
+
+    Raises:
+        ValueError: what stands behind the @ is no number.
+    """
+    task, at, shots = name.partition("@")
+    if at and not shots.isdecimal():
+        raise ValueError(f"evaluate.tasks: expected TASK@SHOTS, as in arc_challenge@25, found {name!r}")
+    return task, int(shots) if at else None
+
+
+def check_tasks(names: Sequence[str], task_dir: str | None) -> None:
+    """Refuses tasks that lm-eval would not know, before anything is measured.
+
+    Raises:
+        ValueError: an unknown task, or lm-eval is not installed.
+    """
+    tasks = [split_shots(name)[0] for name in names]
+    unknown = [task for task in tasks if task not in MADE_HERE]
+    if not unknown:
+        _library()
+        return
+    known = _manager(task_dir, True).all_tasks
+    for task in unknown:
+        if task not in known:
+            near = difflib.get_close_matches(task, known, 3)
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise ValueError(
+                f"evaluate.tasks: lm-eval knows no task {task!r} (evaluate.task_dir={task_dir}){hint}"
+            )
+
+
+def _library() -> Any:
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ValueError("evaluate.tasks needs lm-eval: pip install 'nemo-minitron[eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return lm_eval
+
+
+@functools.cache
+def _manager(task_dir: str | None, defaults: bool) -> Any:
+    """lm-eval's index of tasks, which takes seconds to make."""
+    _library()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=task_dir, include_defaults=defaults, verbosity="ERROR")
+
+
+def run_task(
     model: nn.Module,
     tokenizer: Any,
-    names: list[str],
+    name: str,
     task_dir: str | None,
     held_out: Path,
     limit: int | None,
     batch_size: int,
-) -> dict[str, dict[str, float]]:
-    """Runs tasks on one model.
+) -> TaskResult:
+    """Runs a task, or a group of tasks, on one model.
 
     Args:
         model: a Hugging Face causal LM.
         tokenizer: its tokenizer.
-        names: tasks, those of ``MADE_HERE`` among them.
+        name: a task, also one of ``MADE_HERE``; with the number of examples behind @.
         task_dir: folder with own task YAMLs, or None.
         held_out: folder that ``write_held_out_tasks`` filled.
         limit: documents per task, or None.
         batch_size: samples per forward pass.
 
-    Returns:
-        Task to metric (without filter suffix) to value; standard errors as ``METRIC_stderr``.
-
     Raises:
-        ValueError: lm-eval is not installed, or does not know a task.
+        ValueError: lm-eval is not installed, or does not know the task.
     """
+    task, shots = split_shots(name)
+    made = task in MADE_HERE
     # own data needs no hub; without these lm-eval asks it for every local file
-    made_only = all(name in MADE_HERE for name in names)
-    if made_only or task_dir:
+    if made or task_dir:
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError("evaluate.tasks needs lm-eval: pip install 'nemo-minitron[eval]'") from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=task_dir, include_defaults=not made_only, verbosity="ERROR")
-    unknown = [name for name in names if name not in MADE_HERE and name not in manager.all_tasks]
-    if unknown:
-        raise ValueError(
-            f"evaluate.tasks: lm-eval knows no task {unknown[0]!r} (evaluate.task_dir={task_dir})"
-        )
-    tasks = [_made_here(name, held_out) if name in MADE_HERE else name for name in names]
+    check_tasks([name], task_dir)
+    from lm_eval.models.huggingface import HFLM
+
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    with _silence() if made_only else contextlib.nullcontext():
+    with _silence() if made else contextlib.nullcontext():
         # unless told otherwise lm-eval resamples 100000 times for the standard error of some metrics
-        found = simple_evaluate(wrapped, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=100)
-    return {name: _numbers(found["results"][name]) for name in names if name in found["results"]}
+        found = _library().simple_evaluate(
+            wrapped, tasks=[_made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
+            task_manager=_manager(task_dir, not made), bootstrap_iters=100,
+        )  # fmt: skip
+    direction = found["higher_is_better"].get(task, {})
+    metrics = _numbers(found["results"][task])
+    documents = _documents(found["samples"], metrics)
+    better = {metric: bool(direction.get(metric.partition(" (")[0], True)) for metric in metrics}
+    data = found["configs"].get(task, {}).get("dataset_path")
+    on_hub = isinstance(data, str) and data.count("/") == 1 and not made and not Path(data).exists()
+    return TaskResult(metrics, documents, better, data if on_hub else None)
+
+
+def _documents(samples: dict[str, list[dict[str, Any]]], metrics: dict[str, float]) -> dict[str, list[float]]:
+    """What each metric gave each document; those that are no mean over documents are left out."""
+    found: dict[str, list[float]] = {}
+    for task in sorted(samples):  # those of a group one after the other
+        for row in sorted(samples[task], key=lambda row: row["doc_id"]):
+            for metric in row["metrics"]:
+                value = row[metric]
+                if isinstance(value, int | float):
+                    found.setdefault(_titled(metric, row["filter"]), []).append(float(value))
+    return {metric: values for metric, values in found.items() if metric in metrics}
+
+
+def _titled(metric: str, filter_name: str) -> str:
+    return metric if filter_name == "none" else f"{metric} ({filter_name})"
 
 
 @contextlib.contextmanager
@@ -157,8 +242,10 @@ def _silence() -> Iterator[None]:
 
 def _numbers(results: dict[str, Any]) -> dict[str, float]:
     """``{"acc,none": .5, "acc_stderr,none": "N/A"}`` to ``{"acc": .5}``."""
-    return {
-        key.split(",")[0]: float(value)
-        for key, value in results.items()
-        if "," in key and isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    numbers = {}
+    for key, value in results.items():
+        name, comma, filter_name = key.partition(",")
+        if comma and isinstance(value, int | float) and not isinstance(value, bool):
+            metric = name.removesuffix("_stderr")
+            numbers[_titled(metric, filter_name) + name.removeprefix(metric)] = float(value)
+    return numbers

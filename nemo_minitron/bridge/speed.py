@@ -4,46 +4,66 @@ Prints one JSON object. Peak memory is the most that the process held beyond wha
 activations, KV cache; on a GPU, the most that torch allocated there.
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 REPEATS = 3
 
 
-def measure_in_process(
-    folder: Path, device: str, prompt_tokens: int, new_tokens: int
-) -> dict[str, float | None]:
-    """Measures a model in a fresh process.
+@dataclass(frozen=True)
+class Case:
+    """What is timed.
+
+    Attributes:
+        batch: samples at a time.
+        prompt: tokens of each prompt.
+        new: tokens generated behind it.
+    """
+
+    batch: int
+    prompt: int
+    new: int
+
+
+def measure_in_process(folder: Path, device: str, cases: Sequence[Case]) -> dict[str, Any]:
+    """Measures a model in a fresh process, and under vLLM in another where that is installed.
 
     Returns:
-        ``prefill_tokens_per_second``, ``decode_tokens_per_second`` (batch 1, best of three),
-        ``peak_megabytes``.
+        ``cases``: for each ``batch``, ``prompt``, ``new``, ``first_token_ms`` (the prompts' pass, best of
+        three), ``prefill_tokens_per_second``, ``decode_tokens_per_second`` (over the batch, best of three);
+        ``peak_megabytes``; with vLLM ``vllm``: cases with ``tokens_per_second``, or ``failed``: its last
+        words.
 
     Raises:
         RuntimeError: the process failed; its last words are the message.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "nemo_minitron.bridge.speed",
-        str(folder),
-        device,
-        str(prompt_tokens),
-        str(new_tokens),
-    ]
+    found = _in_process("transformers", folder, device, cases)
+    if isinstance(found, str):
+        raise RuntimeError(f"speed of {folder}: {found}")
+    if importlib.util.find_spec("vllm") is not None:
+        served = _in_process("vllm", folder, device, cases)
+        found["vllm"] = {"failed": served} if isinstance(served, str) else served
+    return found
+
+
+def _in_process(engine: str, folder: Path, device: str, cases: Sequence[Case]) -> Any:
+    """The numbers that a process prints, or its last words."""
+    command = [sys.executable, "-m", "nemo_minitron.bridge.speed", engine, str(folder), device]
+    command.append(json.dumps([asdict(case) for case in cases]))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise RuntimeError(f"speed of {folder}: {last}")
-    numbers: dict[str, float | None] = json.loads(done.stdout.splitlines()[-1])
-    return numbers
+        return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _measure(folder: Path, device_name: str, prompt_tokens: int, new_tokens: int) -> dict[str, float | None]:
+def _measure(folder: Path, device_name: str, cases: Sequence[Case]) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.bridge.models import frozen, load_model, pick_device
@@ -53,35 +73,70 @@ def _measure(folder: Path, device_name: str, prompt_tokens: int, new_tokens: int
     before = _start_counting()
     model = load_model(folder, device=device)
     torch.manual_seed(0)
-    room = getattr(model.config, "max_position_embeddings", prompt_tokens + new_tokens)
-    prompt_tokens = max(1, min(prompt_tokens, room - new_tokens))
-    prompt_1S = torch.randint(0, model.config.vocab_size, (1, prompt_tokens), device=device)
     with frozen(model):
-        runs = [_once(model, prompt_1S, new_tokens) for _ in range(REPEATS)]
+        found = [_timed(model, case, device) for case in cases]
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**20
     else:
         peak = None if before is None else _status_megabytes("VmHWM") - before
+    return {"cases": found, "peak_megabytes": None if peak is None else round(peak, 1)}
+
+
+def _timed(model: Any, case: Case, device: Any) -> dict[str, Any]:
+    import torch
+
+    room = getattr(model.config, "max_position_embeddings", case.prompt + case.new)
+    prompt = max(1, min(case.prompt, room - case.new))
+    prompt_BS = torch.randint(0, model.config.vocab_size, (case.batch, prompt), device=device)
+    runs = [_once(model, prompt_BS, case.new) for _ in range(REPEATS)]
+    first, rest = min(run[0] for run in runs), min(run[1] for run in runs)
     return {
-        "prefill_tokens_per_second": round(prompt_tokens / min(run[0] for run in runs), 1),
-        "decode_tokens_per_second": round(new_tokens / min(run[1] for run in runs), 1),
-        "peak_megabytes": None if peak is None else round(peak, 1),
-    }
+        "batch": case.batch, "prompt": prompt, "new": case.new, "first_token_ms": round(1000 * first, 2),
+        "prefill_tokens_per_second": round(case.batch * prompt / first, 1),
+        "decode_tokens_per_second": round(case.batch * case.new / rest, 1),
+    }  # fmt: skip
 
 
-def _once(model: Any, prompt_1S: Any, new_tokens: int) -> tuple[float, float]:
+def _measure_vllm(folder: Path, cases: Sequence[Case]) -> dict[str, Any]:
+    """The same prompts under vLLM: generated tokens a second over the batch, the prompts' pass included."""
+    import random
+
+    import vllm
+
+    longest = max(case.prompt + case.new for case in cases)
+    engine = vllm.LLM(model=str(folder), skip_tokenizer_init=True, max_model_len=longest)
+    vocabulary, draw = engine.llm_engine.model_config.get_vocab_size(), random.Random(0)
+    found = []
+    for case in cases:
+        prompts = [
+            {"prompt_token_ids": [draw.randrange(vocabulary) for _ in range(case.prompt)]}
+            for _ in range(case.batch)
+        ]
+        params = vllm.SamplingParams(
+            temperature=0, max_tokens=case.new, min_tokens=case.new, ignore_eos=True, detokenize=False
+        )
+        best = float("inf")
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            engine.generate(prompts, params, use_tqdm=False)
+            best = min(best, time.perf_counter() - start)
+        found.append({**asdict(case), "tokens_per_second": round(case.batch * case.new / best, 1)})
+    return {"cases": found, "version": vllm.__version__}
+
+
+def _once(model: Any, prompt_BS: Any, new_tokens: int) -> tuple[float, float]:
     """Seconds of prefill, and of greedy decoding with the cache."""
     import torch
 
-    start = _clock(prompt_1S)
-    out = model(prompt_1S, use_cache=True, logits_to_keep=1)
-    filled = _clock(prompt_1S)
+    start = _clock(prompt_BS)
+    out = model(prompt_BS, use_cache=True, logits_to_keep=1)
+    filled = _clock(prompt_BS)
     token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
     for _ in range(new_tokens):
         out = model(token, past_key_values=cache, use_cache=True)
         token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
     assert torch.isfinite(out.logits).all()
-    return filled - start, _clock(prompt_1S) - filled
+    return filled - start, _clock(prompt_BS) - filled
 
 
 def _clock(on: Any) -> float:
@@ -122,5 +177,14 @@ def _status_megabytes(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def main(engine: str, folder: str, device: str, cases: str) -> None:
+    """Measures and prints."""
+    asked = [Case(**case) for case in json.loads(cases)]
+    numbers = (
+        _measure_vllm(Path(folder), asked) if engine == "vllm" else _measure(Path(folder), device, asked)
+    )
+    print(json.dumps(numbers))
+
+
 if __name__ == "__main__":
-    print(json.dumps(_measure(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))))
+    main(*sys.argv[1:])

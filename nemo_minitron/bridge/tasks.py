@@ -9,7 +9,7 @@ import torch
 
 from nemo_minitron.artifacts.checkpoint import Checkpoint
 from nemo_minitron.bridge.detour import Detour
-from nemo_minitron.bridge.lm_eval import MADE_HERE, run_tasks, write_held_out_tasks
+from nemo_minitron.bridge.lm_eval import MADE_HERE, run_task, write_held_out_tasks
 from nemo_minitron.bridge.models import frozen, load_tokenizer
 from nemo_minitron.bridge.scoring import blocks_of
 from nemo_minitron.core.depth import DepthSums
@@ -56,8 +56,10 @@ def accuracy_without(
 
         def accuracy(block: Iterable[int]) -> float:
             detour.skip = removed | set(block)
-            found = run_tasks(model, tokenizer, list(tasks), task_dir, Path(name), limit, batch_size)
-            return sum(_accuracy(task, found[task]) for task in tasks) / len(tasks)
+            rows = [
+                run_task(model, tokenizer, task, task_dir, Path(name), limit, batch_size) for task in tasks
+            ]
+            return sum(map(_accuracy, tasks, (row.metrics for row in rows))) / len(tasks)
 
         try:
             total = torch.full((layers - length + 1,), -torch.inf, dtype=torch.float64)
@@ -70,8 +72,9 @@ def accuracy_without(
 
 def _accuracy(task: str, numbers: dict[str, float]) -> float:
     for metric in _ACCURACIES:
-        if metric in numbers:
-            return numbers[metric]
+        for name, value in numbers.items():
+            if name.partition(" (")[0] == metric:
+                return value
     raise ValueError(
         f"score.tasks: {task} reports {', '.join(sorted(numbers))}; expected one of {', '.join(_ACCURACIES)}"
     )

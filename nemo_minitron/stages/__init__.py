@@ -26,7 +26,7 @@ STAGES = {
 """Stage name, as on the command line, to its module; imported when it is run."""
 
 
-SEVERAL = ("pretrain", "correct", "score", "logits", "distill")
+SEVERAL = ("pretrain", "correct", "score", "logits", "distill", "evaluate")
 """Stages that share their work where torchrun starts several processes."""
 
 

@@ -1,11 +1,11 @@
 """The text of the model card."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_minitron.artifacts.plan import Plan
-from nemo_minitron.artifacts.report import columns, markdown, table
+from nemo_minitron.artifacts.report import COMPARED, WRITTEN, columns, compared, markdown, table, written
 
 _QUICKSTART = """import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +18,13 @@ outputs = model.generate(**inputs, max_length=50)
 print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
 
 
-def card_text(name: str, source: Mapping[str, Any], plan: Plan, report: Mapping[str, Any]) -> str:
+def card_text(
+    name: str,
+    source: Mapping[str, Any],
+    plan: Plan,
+    report: Mapping[str, Any],
+    failed: Sequence[tuple[str, str, str, str]] = (),
+) -> str:
     """Body of the card: what it is, quickstart, sizes, results, limits.
 
     Args:
@@ -26,44 +32,79 @@ def card_text(name: str, source: Mapping[str, Any], plan: Plan, report: Mapping[
         source: contents of the workspace's ``teacher/source.json``.
         plan: what was cut.
         report: what was measured.
+        failed: rows of the quality gate that did not hold.
     """
-    revision = f" at {source['revision']}" if source["revision"] else ""
-    sizes = [(axis, f"{plan.before[axis]:,}", f"{plan.after[axis]:,}") for axis in plan.before]
-    sizes.append(("parameters", f"{plan.cost_before.parameters:,}", f"{plan.cost_after.parameters:,}"))
     student, teacher = report["models"]["student"], report["models"]["teacher"]
-    return f"""# {name}
-
-A {plan.model_type} model of {plan.cost_after.parameters:,} parameters, pruned from
-`{source["given"]}`{revision} ({plan.cost_before.parameters:,} parameters) and distilled from its teacher
-by the Minitron recipe ([arXiv 2407.14679](https://arxiv.org/abs/2407.14679),
-[arXiv 2408.11796](https://arxiv.org/abs/2408.11796)) with nemo_minitron.
-
+    return f"""{_head(name, source, plan)}
+{_warning(failed)}
 ## Quickstart
 
 ```python
 {_QUICKSTART}
 ```
 
-## Sizes
+{_results(plan, report)}
+## Limits
+
+The student has been trained on far less text than its teacher, and on the text of one distillation run only.
+On that kind of text its perplexity is {student["perplexity"]:.3f} against the teacher's
+{teacher["perplexity"]:.3f}; on other text it may have lost more. Free generation recovers later than multiple
+choice: look at both. It inherits the teacher's biases and gaps. Measure it on your own task before you rely
+on it.
+
+## Lineage
+
+`minitron.json` lists every step with its configuration, inputs and fingerprints.
+"""
+
+
+def _head(name: str, source: Mapping[str, Any], plan: Plan) -> str:
+    revision = f" at {source['revision']}" if source["revision"] else ""
+    return f"""# {name}
+
+A {plan.model_type} model of {plan.cost_after.parameters:,} parameters, pruned from
+`{source["given"]}`{revision} ({plan.cost_before.parameters:,} parameters) and distilled from its teacher
+by the Minitron recipe ([arXiv 2407.14679](https://arxiv.org/abs/2407.14679),
+[arXiv 2408.11796](https://arxiv.org/abs/2408.11796)) with nemo_minitron."""
+
+
+def _results(plan: Plan, report: Mapping[str, Any]) -> str:
+    sizes = [(axis, f"{plan.before[axis]:,}", f"{plan.after[axis]:,}") for axis in plan.before]
+    sizes.append(("parameters", f"{plan.cost_before.parameters:,}", f"{plan.cost_after.parameters:,}"))
+    return f"""## Sizes
 
 {markdown(("axis", "before", "after"), tuple(sizes))}
 
 ## Results
 
-Held-out text of {student["tokens"]:,} tokens. "quality kept" is the teacher's perplexity over the model's.
+Held-out text of {report["models"]["student"]["tokens"]:,} tokens. "quality kept" is the teacher's perplexity
+over the model's.
 
 {markdown(columns(report), table(report))}
 
-## Limits
+The same documents, each model against the teacher; p is how likely such a difference would be between models
+that are equally good, "won back" the share of what the cut lost:
 
-The student has been trained on far less text than its teacher, and on the text of one distillation run only.
-On that kind of text its perplexity is {student["perplexity"]:.3f} against the teacher's
-{teacher["perplexity"]:.3f}; on other text it may have lost more. It inherits the teacher's biases and
-gaps. Measure it on your own task before you rely on it.
+{markdown(COMPARED, compared(report))}
+{_written(report)}"""
 
-## Lineage
 
-`minitron.json` lists every step with its configuration, inputs and fingerprints.
+def _warning(failed: Sequence[tuple[str, str, str, str]]) -> str:
+    if not failed:
+        return ""
+    told = "; ".join(f"{name} is {found}, asked for was {asked}" for name, asked, found, _ in failed)
+    return f"\n> **Exported by force: the quality gate failed.** {told}.\n"
+
+
+def _written(report: Mapping[str, Any]) -> str:
+    if "writing" not in report:
+        return ""
+    return f"""
+Greedy continuations of held-out beginnings: the share that is word for word what the teacher writes, up to
+the first difference; the share of runs of four tokens that stood there before; and the teacher's loss on
+them, in nats a token:
+
+{markdown(WRITTEN, written(report))}
 """
 
 

@@ -191,7 +191,9 @@ class EvaluateConfig:
     """What is measured, and the gate before export."""
 
     tasks: list[str] = key(
-        [], "lm-eval tasks by name; held_out_choice and held_out_bytes are made from the validation text"
+        [],
+        "lm-eval tasks by name, with @ and the number of examples before each question where it is not the "
+        "task's own (arc_challenge@25); held_out_choice and held_out_bytes are made from the validation text",
     )
     task_dir: str | None = key(None, "folder with own lm-eval task YAMLs")
     task_limit: int | None = key(None, "documents per task; null: all", least=1)
@@ -201,9 +203,21 @@ class EvaluateConfig:
     min_retention: float | None = key(
         None, "least allowed share of the teacher's quality (teacher perplexity / student perplexity), 0 to 1"
     )
+    floors: list[str] = key(
+        [],
+        "TASK:METRIC:VALUE each: what the student must reach (or stay under, where less is better) to go out",
+    )
+    previous: str | None = key(None, "folder of an earlier export that the student must not fall behind")
+    max_regression: float = key(
+        0.02, "how far, relatively, the student may fall behind evaluate.previous in any measure", least=0
+    )
     batch_size: int = key(8, "samples per forward pass", least=1)
+    prompts: int = key(16, "held-out beginnings that every model goes on writing; 0: none", least=0)
+    written_tokens: int = key(64, "tokens that it writes, behind as many of the text", least=1)
     speed: bool = key(True, "measure tokens per second and peak memory, each model in a process of its own")
+    speed_batches: list[int] = key([1, 8], "samples at a time in the speed measurement")
     prompt_tokens: int = key(256, "prompt length of the speed measurement", least=1)
+    contexts: list[int] = key([], "further prompt lengths of the speed measurement")
     new_tokens: int = key(64, "generated tokens of the speed measurement", least=1)
     device: str = key("auto", "auto, cpu, cuda, cuda:1 ...")
 
@@ -220,6 +234,10 @@ class ExportConfig:
     shard_size: int = key(5_000_000_000, "largest shard in bytes", least=1)
     push_to_hub: str | None = key(None, "hub repository to upload to (private unless export.public)")
     public: bool = key(False, "make the hub repository public")
+    revision: str | None = key(None, "branch of the hub repository to upload to; made where there is none")
+    tag: str | None = key(None, "tag that the upload gets")
+    force: bool = key(False, "export although the quality gate failed; the model card says so")
+    nemo: bool = key(False, "also write the model as a .nemo archive, beside the export's folder")
 
 
 @dataclass

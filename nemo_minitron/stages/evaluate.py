@@ -7,62 +7,111 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.build import make
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
+from nemo_minitron.artifacts.gate import Gate
 from nemo_minitron.artifacts.manifest import Input, digest, hash_file, read_manifest, write_json
-from nemo_minitron.artifacts.report import FILE, check_gate, columns, read_report, table
+from nemo_minitron.artifacts.report import FILE, columns, read_report, table
+from nemo_minitron.artifacts.results import FOLDER, Results
 from nemo_minitron.artifacts.workspace import input_artifact
+from nemo_minitron.core.paired import paired, recovered
 from nemo_minitron.core.size import model_size
+from nemo_minitron.stages import follows
 from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.gating import JUDGES, gate_of
+from nemo_minitron.stages.measuring import SPEED, TEXT, WRITING, Bench, Unit, work
 from nemo_minitron.stages.report import write_page
 from nemo_minitron.stages.stage import (
     VALIDATION_SAMPLES,
     Result,
     sampling,
+    shared_vocabulary,
     teacher_folder,
     text_input,
-    validation_samples,
     validation_text,
     workspace_of,
 )
+
+_SHOWN = 6
 
 
 def run(config: Config) -> Result:
     """Measures every model of the workspace on the held-out text and on lm-eval tasks, and writes the report.
 
+    Under torchrun the ranks share the measurements.
+
     Raises:
-        ValueError: an unknown task, or no held-out text.
-        GateError: the student keeps less of the teacher's quality than ``evaluate.min_retention``; the
-            report is there.
+        ValueError: an unknown task, no held-out text, or a gate for what is not measured.
+        RuntimeError: a task failed; what else was measured is kept.
+        GateError: the student is too weak to go out; the report is there.
     """
+    workspace, gate = workspace_of(config), gate_of(config)
+    if config.evaluate.tasks:
+        from nemo_minitron.bridge.lm_eval import check_tasks
+
+        check_tasks(config.evaluate.tasks, config.evaluate.task_dir)
+    bench, inputs = _bench(config)
+    from nemo_minitron.bridge.ranks import join
+
+    ranks, begun = join("cpu" if config.evaluate.device == "cpu" else "auto"), False
+    folder = workspace / "report"
+    if follows():
+        if ranks.broadcast(None):
+            work(bench, ranks)
+        ranks.broadcast(None)
+        return Result("evaluate", folder, False, "")
+    settings = {**asdict(config.evaluate), "validation": sampling(config.data.validation, VALIDATION_SAMPLES)}
+    for name in (*JUDGES, "from_scratch", "batch_size"):
+        del settings[name]
+
+    def build(temporary: Path) -> None:
+        """Measures all models and writes the report."""
+        nonlocal begun
+        _write_tasks(config, bench)
+        begun = True
+        ranks.broadcast(True)
+        failed = work(bench, ranks)
+        if failed:
+            told = "; ".join(f"{unit.what} of {unit.model}: {error}" for unit, error in failed[:3])
+            raise RuntimeError(f"evaluate.tasks: {told}; what else was measured is kept for the next try")
+        report = _assembled(config, bench)
+        write_json(temporary / FILE, report)
+        write_page(workspace, temporary)
+
+    made = make(folder, "report", settings, inputs, build)
+    if not begun:
+        ranks.broadcast(False)
+    ranks.broadcast(made)
+    return _judged(config, gate, folder, made)
+
+
+def _judged(config: Config, gate: Gate, folder: Path, made: bool) -> Result:
+    """Holds the report against the gate."""
+    report = read_report(folder)
+    student = report["models"]["student"]
+    headline = f"the student keeps {student['retention']:.1%} of the teacher's quality (perplexity ratio)"
+    notes: tuple[str, ...] = ()
+    if config.export.force:
+        failed = [row for row in gate.rows(report) if not row[3]]
+        notes = tuple(f"the quality gate failed: {row[0]}: {row[2]}, asked for {row[1]}" for row in failed)
+    else:
+        gate.check(report)
+    return Result("evaluate", folder, made, headline, columns(report), table(report), report["models"], notes)
+
+
+def _bench(config: Config) -> tuple[Bench, list[Input]]:
     workspace = workspace_of(config)
     models, inputs = _models(config)
     texts = validation_text(config)
     inputs.append(text_input(texts))
+    own = None
     if config.evaluate.task_dir is not None:
-        own = sorted(path for path in Path(config.evaluate.task_dir).rglob("*") if path.is_file())
-        inputs.append(Input(config.evaluate.task_dir, digest([[p.name, hash_file(p)] for p in own])))
-    settings = {**asdict(config.evaluate), "validation": sampling(config.data.validation, VALIDATION_SAMPLES)}
-    del settings["min_retention"], settings["from_scratch"]
-    folder = workspace / "report"
-
-    def build(temporary: Path) -> None:
-        """Measures all models and writes the report."""
-        if any(name.startswith("held_out") for name in config.evaluate.tasks):
-            from nemo_minitron.bridge.lm_eval import write_held_out_tasks
-            from nemo_minitron.bridge.text import documents, plain
-
-            (temporary / "tasks").mkdir()
-            write_held_out_tasks(plain(documents(texts)), temporary / "tasks")
-        measured = _measure_all(config, models, temporary / "tasks")
-        write_json(temporary / FILE, {"workspace": workspace.name, "models": measured})
-        write_page(workspace, temporary)
-
-    made = make(folder, "report", settings, inputs, build)
-    report = read_report(folder)
-    check_gate(report, config.evaluate.min_retention)
-    student = report["models"]["student"]
-    headline = f"the student keeps {student['retention']:.1%} of the teacher's quality (perplexity ratio)"
-    return Result("evaluate", folder, made, headline, columns(report), table(report), report["models"])
+        paths = sorted(path for path in Path(config.evaluate.task_dir).rglob("*") if path.is_file())
+        own = digest([[path.name, hash_file(path)] for path in paths])
+        inputs.append(Input(config.evaluate.task_dir, own))
+    root = workspace / FOLDER
+    return Bench(
+        config, models, texts.fingerprint, root / f"tasks-{texts.fingerprint[:12]}", own, Results(root),
+        shared_vocabulary(models["teacher"], models["student"]),
+    ), inputs  # fmt: skip
 
 
 def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
@@ -81,56 +130,102 @@ def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
     return models, inputs
 
 
-def _measure_all(config: Config, models: Mapping[str, Path], tasks: Path) -> dict[str, Any]:
-    from rich.progress import track
+def _write_tasks(config: Config, bench: Bench) -> None:
+    """Writes the data of the tasks that are made from held-out text, where it is not there yet."""
+    if bench.tasks.is_dir() or not any(name.startswith("held_out") for name in config.evaluate.tasks):
+        return
+    from nemo_minitron.artifacts.build import building
+    from nemo_minitron.bridge.lm_eval import write_held_out_tasks
+    from nemo_minitron.bridge.text import documents, plain
 
-    from nemo_minitron.bridge.models import load_tokenizer
-
-    tokenizer = load_tokenizer(models["teacher"])
-    tokens_NS = validation_samples(config, tokenizer)
-    measured: dict[str, Any] = {}
-    for name in track(list(models), description="evaluating", transient=True):
-        measured[name] = _measure(config, models[name], tokenizer, tokens_NS, tasks)
-        loss = measured[name]["loss"]
-        measured[name]["retention"] = math.exp(measured["teacher"]["loss"] - loss)
-    return measured
+    with building(bench.tasks) as temporary:
+        write_held_out_tasks(plain(documents(validation_text(config))), temporary)
 
 
-def _measure(config: Config, folder: Path, tokenizer: Any, tokens_NS: Any, tasks: Path) -> dict[str, Any]:
-    from nemo_minitron.bridge.models import frozen, load_model, pick_device
-    from nemo_minitron.bridge.perplexity import held_out_loss
-    from nemo_minitron.bridge.speed import measure_in_process
+def _assembled(config: Config, bench: Bench) -> dict[str, Any]:
+    """The report: a row per model, what is between them, and what they write."""
+    found = {unit: bench.measure(unit) for unit in bench.units()}
+    models = {name: _row(bench, name, found) for name in bench.folders}
+    tasks = {name: found[Unit("teacher", name)] for name in config.evaluate.tasks}
+    report: dict[str, Any] = {
+        "workspace": workspace_of(config).resolve().name,
+        "models": models,
+        "better": {name: task["better"] for name, task in tasks.items()},
+        "data_sets": {name: task["data_set"] for name, task in tasks.items() if task["data_set"]},
+        "compared": _compared(bench, found),
+        "measured_on": {
+            "text": bench.text, **sampling(config.data.validation, VALIDATION_SAMPLES),
+            "task_limit": config.evaluate.task_limit, "task_dir": bench.tasks_print,
+        },
+    }  # fmt: skip
+    if config.evaluate.prompts:
+        report["prompts"] = config.evaluate.prompts
+        report["writing"] = _writing(bench, found)
+    return report
 
-    settings = config.evaluate
-    checkpoint = open_checkpoint(folder)
+
+def _row(bench: Bench, name: str, found: Mapping[Unit, Any]) -> dict[str, Any]:
+    checkpoint, settings = bench.checkpoint(name), bench.config.evaluate
     size = model_size(checkpoint.family, checkpoint.config)
-    model = load_model(folder, device=pick_device(settings.device))
-    with frozen(model):
-        loss = held_out_loss(model, checkpoint.family, tokens_NS, settings.batch_size)
+    text, first = found[Unit(name, TEXT)], found[Unit("teacher", TEXT)]
     row: dict[str, Any] = {
         "parameters": size.parameters,
         "non_embedding": size.non_embedding,
         "flops_per_token": size.flops_per_token,
         "kv_bytes_per_token": size.kv_bytes_per_token,
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "tokens": tokens_NS.shape[0] * (tokens_NS.shape[1] - 1),
+        "loss": text["loss"],
+        "perplexity": math.exp(text["loss"]),
+        "tokens": text["tokens"],
+        "retention": math.exp(first["loss"] - text["loss"]),
+        "divergence": text["divergence"],
+        "top1": text["top1"],
     }
-    if settings.tasks:
-        from nemo_minitron.bridge.lm_eval import run_tasks
+    if settings.prompts:
+        from torch import tensor
 
-        row["tasks"] = run_tasks(
-            model,
-            tokenizer,
-            list(settings.tasks),
-            settings.task_dir,
-            tasks,
-            settings.task_limit,
-            settings.batch_size,
-        )
-    del model
+        from nemo_minitron.bridge.generation import agreement
+
+        own, theirs = found[Unit(name, WRITING)], found[Unit("teacher", WRITING)]
+        row["writing"] = {
+            "teacher_loss": own["teacher_loss"], "repetition": own["repetition"],
+            "agreement": agreement(tensor(theirs["ids"]), tensor(own["ids"])),
+        }  # fmt: skip
+    if settings.tasks:
+        row["tasks"] = {task: found[Unit(name, task)]["metrics"] for task in settings.tasks}
     if settings.speed:
-        row["speed"] = measure_in_process(
-            folder, settings.device, settings.prompt_tokens, settings.new_tokens
-        )
+        row["speed"] = found[Unit(name, SPEED)]
     return row
+
+
+def _compared(bench: Bench, found: Mapping[Unit, Any]) -> list[dict[str, Any]]:
+    """Each model against the teacher, document by document, in everything that has a number for each."""
+    measures = [("held-out text", "loss", TEXT, "losses", False)]
+    for task in bench.config.evaluate.tasks:
+        first = found[Unit("teacher", task)]
+        measures += [(task, metric, task, metric, first["better"][metric]) for metric in first["documents"]]
+    rows = []
+    for task, metric, what, series, better in measures:
+        values = {}
+        for name in bench.folders:
+            own = found[Unit(name, what)]
+            values[name] = own[series] if what == TEXT else own["documents"][series]
+        means = {name: sum(value) / len(value) for name, value in values.items()}
+        for name in [name for name in values if name != "teacher"]:
+            gap = paired(values["teacher"], values[name])
+            back = recovered(means["teacher"], means["pruned"], means[name]) if name == "student" else None
+            rows.append({
+                "task": task, "metric": metric, "higher_is_better": better, "model": name, **asdict(gap),
+                "recovered": back,
+            })  # fmt: skip
+    return rows
+
+
+def _writing(bench: Bench, found: Mapping[Unit, Any]) -> list[dict[str, str]]:
+    """The first few beginnings, and how each model goes on."""
+    written = {name: found[Unit(name, WRITING)] for name in bench.folders}
+    first = written["teacher"]
+    return [
+        {"prompt": first["prompts"][i], "text": first["truth"][i]}
+        | {name: own["texts"][i] for name, own in written.items()}
+        for i in range(min(_SHOWN, len(first["texts"])))
+    ]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,15 +21,17 @@ from nemo_minitron.artifacts.checkpoint import (
     load_tensor,
     open_checkpoint,
 )
+from nemo_minitron.artifacts.gate import LINEAGE
 from nemo_minitron.artifacts.manifest import read_manifest, write_json
 from nemo_minitron.artifacts.plan import read_plan
-from nemo_minitron.artifacts.report import check_gate, read_report
+from nemo_minitron.artifacts.report import read_report
 from nemo_minitron.artifacts.weights import DTYPES, Planned, write_weights
 from nemo_minitron.artifacts.workspace import artifacts_in, input_artifact
 from nemo_minitron.core.size import model_size
 from nemo_minitron.families import find_row
 from nemo_minitron.stages.card import card_text, quickstart
 from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.gating import gate_of
 from nemo_minitron.stages.stage import Result, source_folder, workspace_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +43,8 @@ def run(config: Config) -> Result:
 
     Raises:
         ValueError: an unknown dtype.
-        RuntimeError: the gate failed; plain transformers does not load it, or computes something else.
+        GateError: the student is too weak, and ``export.force`` is not set.
+        RuntimeError: plain transformers does not load it, or computes something else.
     """
     workspace = workspace_of(config)
     if config.export.dtype is not None and config.export.dtype not in _DTYPES:
@@ -49,30 +53,67 @@ def run(config: Config) -> Result:
         input_artifact(workspace, "student", "distill"),
         input_artifact(workspace, "report", "evaluate"),
     ]
-    check_gate(read_report(workspace / "report"), config.evaluate.min_retention)
+    report, gate = read_report(workspace / "report"), gate_of(config)
+    if not config.export.force:
+        gate.check(report)
+    failed = [row for row in gate.rows(report) if not row[3]]
     source, _ = source_folder(config)
-    dtype = config.export.dtype or _source_dtype(open_checkpoint(source))
-    settings = {**asdict(config.export), "dtype": dtype}
-    del settings["push_to_hub"], settings["public"]
+    checkpoint, student = open_checkpoint(source), workspace / "student" / "hf"
+    dtype = config.export.dtype or _source_dtype(checkpoint)
+    dtypes = {} if config.export.dtype else _row_dtypes(checkpoint)
+    settings = {**asdict(config.export), "dtype": dtype, "failed": failed}
+    for name in ("push_to_hub", "public", "revision", "tag", "force", "nemo"):
+        del settings[name]
 
     def build(temporary: Path) -> dict[str, str]:
-        hashes = _write_model(workspace / "student" / "hf", temporary, dtype, config.export.shard_size)
+        hashes = _write_model(student, temporary, dtype, dtypes, config.export.shard_size)
         copy_side_files(source, temporary)
-        (temporary / "README.md").write_text(_card(config, workspace, temporary, source), encoding="utf-8")
-        write_json(temporary / "minitron.json", _lineage(workspace))
-        check_in_clean_process(temporary, workspace / "student" / "hf", dtype)
+        card = _card(config, workspace, temporary, source, failed)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if report["data_sets"]:
+            from nemo_minitron.bridge.cards import write_eval_results
+
+            write_eval_results(temporary, report)
+        write_json(temporary / LINEAGE, _lineage(workspace, report))
+        check_in_clean_process(temporary, student, dtype)
         return hashes
 
-    made = make(workspace / "export", "export", settings, inputs, build)
     folder = workspace / "export"
+    made = make(folder, "export", settings, inputs, build)
     headline = f"{folder} loads with plain transformers; same logits as the student in {dtype}"
+    if config.export.nemo:
+        headline += f"; {_nemo(folder, workspace / f'{workspace.resolve().name}.nemo', made)}"
     if config.export.push_to_hub:
-        from nemo_minitron.bridge.hub import upload
-
-        headline += (
-            f"; uploaded: {upload(folder, config.export.push_to_hub, private=not config.export.public)}"
-        )
+        headline += f"; uploaded: {_upload(config, folder)}"
     return Result("export", folder, made, headline)
+
+
+def _nemo(export: Path, archive: Path, made: bool) -> str:
+    """Writes the export as a .nemo archive too, where that is not done."""
+    if made or not archive.is_file():
+        from nemo_minitron.plugin.archive import nemo_archive
+        from nemo_minitron.plugin.model import MinitronModel
+
+        nemo_archive(MinitronModel.from_hf(export), archive)
+    return f"NeMo archive {archive}"
+
+
+def _upload(config: Config, folder: Path) -> str:
+    from nemo_minitron.bridge.upload import upload
+
+    settings = config.export
+    assert settings.push_to_hub is not None
+    return upload(folder, settings.push_to_hub, not settings.public, settings.revision, settings.tag)
+
+
+def _row_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Rows of the family's table to the dtype that the source stores their tensors in."""
+    found: dict[str, Counter[str]] = {}
+    for name, entry in checkpoint.entries.items():
+        match = find_row(checkpoint.family, name)
+        if match is not None:
+            found.setdefault(match[0].pattern, Counter())[_STORED[entry.dtype]] += 1
+    return {pattern: counts.most_common(1)[0][0] for pattern, counts in found.items()}
 
 
 def _source_dtype(checkpoint: Checkpoint) -> str:
@@ -84,15 +125,21 @@ def _source_dtype(checkpoint: Checkpoint) -> str:
     return counts.most_common(1)[0][0]
 
 
-def _write_model(student: Path, folder: Path, dtype: str, shard_bytes: int) -> dict[str, str]:
-    """Streams the student's weights into the export, cast to its dtype."""
+def _write_model(
+    student: Path, folder: Path, dtype: str, dtypes: Mapping[str, str], shard_bytes: int
+) -> dict[str, str]:
+    """Streams the student's weights into the export, cast to its dtype; rows in ``dtypes`` to their own."""
     checkpoint = open_checkpoint(student)
     read = partial(load_tensor, checkpoint)
-    stored = DTYPES[_DTYPES[dtype]]
-    planned = [Planned(name, stored, entry.shape) for name, entry in checkpoint.entries.items()]
+
+    def of(name: str) -> torch.dtype:
+        match = find_row(checkpoint.family, name)
+        return _DTYPES[dtype if match is None else dtypes.get(match[0].pattern, dtype)]
+
+    planned = [Planned(name, DTYPES[of(name)], entry.shape) for name, entry in checkpoint.entries.items()]
 
     def cast(name: str) -> Tensor:
-        return read(name).to(_DTYPES[dtype])
+        return read(name).to(of(name))
 
     hashes = write_weights(folder, planned, cast, shard_bytes)
     write_json(
@@ -102,8 +149,8 @@ def _write_model(student: Path, folder: Path, dtype: str, shard_bytes: int) -> d
     return hashes
 
 
-def _lineage(workspace: Path) -> dict[str, Any]:
-    """Where the export comes from: every artifact's recipe, fingerprint and inputs."""
+def _lineage(workspace: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the export comes from, every artifact's recipe, fingerprint and inputs; and what was measured."""
     stages = []
     for folder in artifacts_in(workspace):
         manifest = read_manifest(folder)
@@ -115,11 +162,17 @@ def _lineage(workspace: Path) -> dict[str, Any]:
                     for key in ("kind", "package", "config", "inputs", "fingerprint", "finished")
                 }
             )
-    return {"made_by": "nemo_minitron", "stages": stages}
+    student = {
+        key: report["models"]["student"].get(key) for key in ("loss", "perplexity", "retention", "tasks")
+    }
+    results = {"student": {**student, "tasks": student["tasks"] or {}}, "measured_on": report["measured_on"]}
+    return {"made_by": "nemo_minitron", "results": results, "stages": stages}
 
 
-def _card(config: Config, workspace: Path, folder: Path, source: Path) -> str:
-    from nemo_minitron.bridge.hub import licence_of, model_card
+def _card(
+    config: Config, workspace: Path, folder: Path, source: Path, failed: Sequence[tuple[str, str, str, str]]
+) -> str:
+    from nemo_minitron.bridge.cards import licence_of, model_card
 
     report = read_report(workspace / "report")
     plan = read_plan(workspace / "plan")
@@ -136,7 +189,7 @@ def _card(config: Config, workspace: Path, folder: Path, source: Path) -> str:
             (task, task, metric, value) for metric, value in metrics.items() if not metric.endswith("_stderr")
         ]
     return model_card(
-        card_text(name, pointer, plan, report),
+        card_text(name, pointer, plan, report, failed),
         base_model=pointer["given"] if from_hub else None,
         licence=config.export.license or licence_of(source),
         name=name,

@@ -14,8 +14,20 @@ import jinja2
 from nemo_minitron.artifacts import log
 from nemo_minitron.artifacts.manifest import NAME, Output, hash_file, read_manifest, write_json
 from nemo_minitron.artifacts.plan import read_plan
-from nemo_minitron.artifacts.report import PAGE, columns, read_report, table
-from nemo_minitron.artifacts.workspace import artifacts_in
+from nemo_minitron.artifacts.report import (
+    COMPARED,
+    NAMES,
+    PAGE,
+    SPEEDS,
+    WRITTEN,
+    columns,
+    compared,
+    read_report,
+    speeds,
+    table,
+    written,
+)
+from nemo_minitron.artifacts.workspace import artifacts_in, commands_in
 from nemo_minitron.stages.stage import Result
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -51,6 +63,16 @@ def write_page(workspace: Path, folder: Path) -> None:
         name=report["workspace"],
         columns=columns(report),
         rows=table(report),
+        compared_columns=COMPARED,
+        compared=compared(report),
+        written_columns=WRITTEN,
+        written=written(report),
+        samples=report["writing"] if "writing" in report else [],
+        prompts=report["prompts"] if "prompts" in report else 0,
+        names=NAMES,
+        speeds_columns=SPEEDS,
+        speeds=speeds(report),
+        commands=commands_in(workspace),
         models=report["models"],
         plan=read_plan(workspace / "plan"),
         curves=_inline(_curves(workspace, report)),

@@ -1,0 +1,42 @@
+"""results/: what was measured of a model, one file for each measurement, named by what decides it.
+
+A report that fails at one task, or is made anew with one task more, repeats none of the others.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.manifest import digest, write_json
+
+FOLDER = "results"
+
+
+@dataclass(frozen=True)
+class Results:
+    """The measurements that lie in a folder."""
+
+    folder: Path
+
+    def get(self, key: Mapping[str, Any]) -> Any:
+        """What was measured, or None where it was not."""
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found["value"] if found["key"] == key else None
+
+    def put(self, key: Mapping[str, Any], value: Any) -> None:
+        """Writes a measurement down, whole or not at all.
+
+        Args:
+            key: all that decides it, as JSON has it.
+            value: a JSON object.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._path(key), {"key": key, "value": value})
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        return self.folder / f"{digest(key)[:20]}.json"

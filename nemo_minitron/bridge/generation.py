@@ -1,0 +1,72 @@
+"""transformers: what models write when they are let go on by themselves.
+
+Multiple choice recovers long before generation does, so both are looked at.
+Shape suffixes: B samples, P positions of the prompt, N generated positions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.bridge.models import head_of, hidden_states, softcap_of
+from nemo_minitron.core.losses import LossWeights, fused_linear_loss
+from nemo_minitron.families import Family
+
+_GRAM = 4
+
+
+def continue_greedily(model: Any, prompts_BP: Tensor, new_tokens: int) -> Tensor:
+    """Greedy continuations, Tensor of shape [samples, new_tokens] on the CPU; never ended early.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        prompts_BP: token ids, all prompts of one length.
+        new_tokens: how many.
+    """
+    device = head_of(model).device
+    prompts_BP = prompts_BP.to(device)
+    ids_BN = model.generate(
+        prompts_BP, attention_mask=torch.ones_like(prompts_BP), max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
+        repetition_penalty=None, pad_token_id=0, use_cache=True,
+    )[:, prompts_BP.shape[1] :]  # fmt: skip
+    return ids_BN.cpu()
+
+
+def repetition(ids_BN: Tensor) -> float:
+    """Share of the runs of four tokens in a continuation that stood in it before; mean over continuations.
+
+    A model that is lost says the same thing again and again.
+    """
+    shares = []
+    for row in ids_BN.tolist():
+        grams = [tuple(row[i : i + _GRAM]) for i in range(len(row) - _GRAM + 1)]
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / len(shares)
+
+
+def agreement(theirs_BN: Tensor, ours_BN: Tensor) -> float:
+    """Share of the teacher's continuation that another model writes alike, up to the first difference."""
+    same_BN = (theirs_BN == ours_BN).long().cumprod(1)
+    return float(same_BN.float().mean())
+
+
+def loss_of(model: Any, family: Family, prompts_BP: Tensor, ids_BN: Tensor) -> float:
+    """What a model (the teacher) thinks of continuations: mean cross-entropy in nats per generated token."""
+    device = head_of(model).device
+    tokens_BS = torch.cat([prompts_BP, ids_BN], 1).to(device)
+    labels_BS = tokens_BS[:, 1:].clone()
+    labels_BS[:, : prompts_BP.shape[1] - 1] = -1
+    hidden_TH = hidden_states(model, family, tokens_BS[:, :-1]).flatten(0, 1)
+    caps = (softcap_of(model, family), None)
+    terms = fused_linear_loss(
+        hidden_TH, head_of(model), labels_BS.flatten(), LossWeights(kl=0.0, ce=1.0), softcaps=caps
+    )
+    return float(terms.ce)
+
+
+def as_text(tokenizer: Any, rows: Sequence[Any]) -> list[str]:
+    """Token ids as text."""
+    return [tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in rows]

@@ -1,0 +1,199 @@
+"""What evaluate measures: units of work, each done once per model, by whichever rank is due."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.artifacts.results import Results
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.stage import VALIDATION_SAMPLES, sampling
+
+TEXT, WRITING, SPEED = "text", "writing", "speed"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One measurement: ``TEXT``, ``WRITING``, ``SPEED`` or a task, of one model."""
+
+    model: str
+    what: str
+
+
+@dataclass
+class Bench:
+    """The models, and how each unit is measured.
+
+    Attributes:
+        config: the whole configuration.
+        folders: model of the workspace to its folder; the teacher first.
+        text: fingerprint of the held-out text.
+        tasks: folder with the data of tasks made from it.
+        tasks_print: fingerprint of the user's own tasks, or None.
+        results: what was measured before.
+        vocabulary: entries that count where teacher and student pad theirs differently; None: all.
+    """
+
+    config: Config
+    folders: Mapping[str, Path]
+    text: str
+    tasks: Path
+    tasks_print: str | None
+    results: Results
+    vocabulary: int | None = None
+    _loaded: dict[str, Any] = field(default_factory=dict)
+
+    def units(self) -> list[Unit]:
+        """Everything that is to be measured, model by model."""
+        settings = self.config.evaluate
+        kinds = [TEXT, *([WRITING] if settings.prompts else []), *settings.tasks]
+        units = [Unit(model, kind) for model in self.folders for kind in kinds]
+        return units + [Unit(model, SPEED) for model in self.folders if settings.speed]
+
+    def key(self, unit: Unit) -> dict[str, Any]:
+        """All that decides a unit's outcome."""
+        settings = self.config.evaluate
+        key: dict[str, Any] = {"what": unit.what, "model": self.checkpoint(unit.model).fingerprint}
+        held_out = {"text": self.text, **sampling(self.config.data.validation, VALIDATION_SAMPLES)}
+        if unit.what in (TEXT, WRITING):
+            key |= {"teacher": self.checkpoint("teacher").fingerprint, "held_out": held_out}
+        if unit.what == WRITING:
+            key |= {"prompts": settings.prompts, "tokens": settings.written_tokens}
+        elif unit.what == SPEED:
+            key |= {"cases": [asdict(case) for case in self._cases()], "device": settings.device}
+        elif unit.what != TEXT:
+            own = None if unit.what.startswith("held_out") else self.tasks_print
+            made = self.text if unit.what.startswith("held_out") else None
+            key |= {"limit": settings.task_limit, "task_dir": own, "text": made}
+        return key
+
+    def checkpoint(self, model: str) -> Checkpoint:
+        """A model's checkpoint."""
+        name = f"checkpoint of {model}"
+        if name not in self._loaded:
+            self._loaded[name] = open_checkpoint(self.folders[model])
+        found: Checkpoint = self._loaded[name]
+        return found
+
+    def measure(self, unit: Unit) -> dict[str, Any]:
+        """Measures a unit, unless that has been done."""
+        key = self.key(unit)
+        value = self.results.get(key)
+        if value is None:
+            ways: dict[str, Callable[[str], dict[str, Any]]] = {
+                TEXT: self._text, WRITING: self._writing, SPEED: self._speed,
+            }  # fmt: skip
+            value = ways[unit.what](unit.model) if unit.what in ways else self._task(unit)
+            self.results.put(key, value)
+        return dict(value)
+
+    def _text(self, name: str) -> dict[str, Any]:
+        from nemo_minitron.bridge.models import frozen
+        from nemo_minitron.bridge.perplexity import held_out
+
+        model, teacher = self._model(name), None
+        if name != "teacher":
+            teacher = (self._model("teacher"), self.checkpoint("teacher").family)
+        with frozen(model):
+            found = held_out(
+                model, self.checkpoint(name).family, self._samples(), self.config.evaluate.batch_size,
+                teacher, self.vocabulary,
+            )  # fmt: skip
+        return {**asdict(found), "tokens": self._samples()[:, 1:].numel()}
+
+    def _writing(self, name: str) -> dict[str, Any]:
+        """What a model writes, and what the teacher thinks of it."""
+        from nemo_minitron.bridge.generation import as_text, continue_greedily, loss_of, repetition
+        from nemo_minitron.bridge.models import frozen
+
+        settings = self.config.evaluate
+        samples_NS, length = self._samples(), settings.written_tokens
+        prompt = max(1, min(length, (samples_NS.shape[1] - 1) // 2))
+        prompts_BP = samples_NS[: settings.prompts, :prompt]
+        teacher, family = self._model("teacher"), self.checkpoint("teacher").family
+        with frozen(self._model(name)) as model:
+            ids_BN = continue_greedily(model, prompts_BP, length)
+        with frozen(teacher):
+            loss = loss_of(teacher, family, prompts_BP, ids_BN)
+        return {
+            "ids": ids_BN.tolist(), "teacher_loss": loss, "repetition": repetition(ids_BN),
+            "prompts": as_text(self._tokenizer(), prompts_BP), "texts": as_text(self._tokenizer(), ids_BN),
+            "truth": as_text(self._tokenizer(), samples_NS[: settings.prompts, prompt : prompt + length]),
+        }  # fmt: skip
+
+    def _task(self, unit: Unit) -> dict[str, Any]:
+        from nemo_minitron.bridge.lm_eval import run_task
+
+        settings = self.config.evaluate
+        found = run_task(
+            self._model(unit.model), self._tokenizer(), unit.what, settings.task_dir, self.tasks,
+            settings.task_limit, settings.batch_size,
+        )  # fmt: skip
+        return asdict(found)
+
+    def _speed(self, name: str) -> dict[str, Any]:
+        from nemo_minitron.bridge.speed import measure_in_process
+
+        return measure_in_process(self.folders[name], self.config.evaluate.device, self._cases())
+
+    def _cases(self) -> list[Any]:
+        from nemo_minitron.bridge.speed import Case
+
+        settings = self.config.evaluate
+        contexts = [settings.prompt_tokens, *settings.contexts]
+        return [Case(b, context, settings.new_tokens) for context in contexts for b in settings.speed_batches]
+
+    def _model(self, name: str) -> Any:
+        """A model, loaded; beside the teacher one at a time stays."""
+        if name not in self._loaded:
+            from nemo_minitron.bridge.models import load_model, pick_device
+
+            for other in [other for other in self.folders if other != "teacher"]:
+                self._loaded.pop(other, None)
+            device = pick_device(self.config.evaluate.device)
+            self._loaded[name] = load_model(self.folders[name], device=device)
+        return self._loaded[name]
+
+    def _tokenizer(self) -> Any:
+        if "tokenizer" not in self._loaded:
+            from nemo_minitron.bridge.models import load_tokenizer
+
+            self._loaded["tokenizer"] = load_tokenizer(self.folders["teacher"])
+        return self._loaded["tokenizer"]
+
+    def _samples(self) -> Any:
+        if "samples" not in self._loaded:
+            from nemo_minitron.stages.stage import validation_samples
+
+            self._loaded["samples"] = validation_samples(self.config, self._tokenizer())
+        return self._loaded["samples"]
+
+
+def work(bench: Bench, ranks: Any) -> list[tuple[Unit, str]]:
+    """Measures this rank's units; a task that fails leaves the others to go on.
+
+    Speed is rank 0's, when the others have done.
+
+    Returns:
+        Tasks that failed, of all ranks, and their last words.
+    """
+    units = bench.units()
+    mine = [unit for unit in units if unit.what != SPEED][ranks.rank :: ranks.size]
+    failed = list(_each(bench, mine))
+    found = [failure for each in ranks.gather(failed) for failure in each]
+    if ranks.rank == 0:
+        found += _each(bench, [unit for unit in units if unit.what == SPEED])
+    return found
+
+
+def _each(bench: Bench, units: list[Unit]) -> Iterator[tuple[Unit, str]]:
+    from rich.progress import track
+
+    for unit in track(units, description="evaluating", transient=True):
+        try:
+            bench.measure(unit)
+        except Exception as error:  # whatever a task's own code raises
+            if unit.what in (TEXT, WRITING, SPEED):
+                raise
+            yield unit, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
