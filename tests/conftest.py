@@ -159,3 +159,26 @@ def minitron(
         timeout=timeout,
         check=False,
     )
+
+
+def settings(workspace: Path, teacher: Path, corpus: Path) -> list[str]:
+    """Overrides of a whole run that takes seconds."""
+    return [
+        f"workspace={workspace}", f"source.model={teacher}", f"data.train.paths=['{corpus}']", "data.holdout=0.2",
+        "data.train.sequence_length=16", "data.calibration.sequence_length=16", "data.calibration.samples=20",
+        "data.validation.sequence_length=16", "data.validation.samples=16", "plan.hidden=12", "plan.heads=3",
+        "plan.ffn=20", "plan.layers=2", "trainer.max_steps=12", "trainer.val_check_interval=4",
+        "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=false",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=4", "optim.lr=0.005", "optim.sched.warmup_steps=2",
+        "distill.batch_size=4", "evaluate.from_scratch=true", "evaluate.tasks=[held_out_choice,held_out_bytes]",
+        "evaluate.prompt_tokens=16", "evaluate.new_tokens=4", "evaluate.task_limit=20",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> tuple[Path, str]:
+    """A workspace that 'minitron run' has finished, and what it printed."""
+    workspace = tmp_path_factory.mktemp("finished") / "run"
+    done = minitron("run", *settings(workspace, teacher, corpus), timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workspace, done.stdout

@@ -1,5 +1,6 @@
-"""A local stand-in for the hub: speaks the endpoints that huggingface_hub's downloads use, over loopback."""
+"""A local stand-in for the hub: speaks the endpoints that huggingface_hub's downloads and uploads use."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -10,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WRITER = "hf_secretsecretsecret"
+"""The token that may write, and see what is gated."""
 
 
 @dataclass
@@ -22,6 +25,12 @@ class Hub:
         data_sets: the same for data sets.
         failures: answers of 503 before the next proper one.
         requests: "METHOD path" of every request.
+        gated: models that only ``WRITER`` sees.
+        sizes: files that claim to be larger than they are.
+        cut: connections that break off in the middle of a file, before one that does not.
+        lost: PUTs answered with 403, before one that is taken.
+        made: repositories that were made: private or not, branches, tags, and files by branch.
+        large: uploaded contents by their SHA-256.
     """
 
     repositories: dict[str, Path]
@@ -29,8 +38,50 @@ class Hub:
     address: str = ""
     failures: int = 0
     requests: list[str] = field(default_factory=list)
+    gated: set[str] = field(default_factory=set)
+    sizes: dict[str, int] = field(default_factory=dict)
+    cut: int = 0
+    lost: int = 0
+    made: dict[str, "Made"] = field(default_factory=dict)
+    large: dict[str, bytes] = field(default_factory=dict)
 
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+    def take(self, path: str, body: bytes, token: str) -> tuple[int, dict[str, str], bytes]:
+        """Answers a request that writes."""
+        if path.startswith("/lfs/"):
+            if self.lost:
+                self.lost -= 1
+                return 403, {}, b"{}"
+            self.large[path.removeprefix("/lfs/")] = body
+            return 200, {}, b""
+        if path == "/api/validate-yaml":
+            return 200, {}, b"{}"
+        if token != f"Bearer {WRITER}":
+            return 401, {}, b'{"error": "Invalid credentials"}'
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            if name in self.made:
+                return 409, {}, json.dumps({"url": f"{self.address}/{name}"}).encode()
+            self.made[name] = Made(asked["private"])
+            return 200, {}, json.dumps({"url": f"{self.address}/{name}"}).encode()
+        for name, made in self.made.items():
+            if path == f"/{name}.git/info/lfs/objects/batch":
+                return 200, {}, json.dumps({"objects": self._wanted(json.loads(body))}).encode()
+            if path.startswith(f"/api/models/{name}/"):
+                verb, _, rest = path.removeprefix(f"/api/models/{name}/").partition("/")
+                return made.take(verb, rest, body, self)
+        return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+
+    def _wanted(self, asked: dict) -> list[dict]:
+        objects = []
+        for item in asked["objects"]:
+            have = {"oid": item["oid"], "size": item["size"]}
+            if item["oid"] not in self.large:
+                have["actions"] = {"upload": {"href": f"{self.address}/lfs/{item['oid']}"}}
+            objects.append(have)
+        return objects
+
+    def answer(self, path: str, token: str = "") -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body."""
         if self.failures:
             self.failures -= 1
@@ -38,8 +89,11 @@ class Hub:
         for kind, names in (("models", self.repositories), ("datasets", self.data_sets)):
             for name, folder in names.items():
                 found = self._of(path, kind, name, folder)
-                if found is not None:
-                    return found
+                if found is None:
+                    continue
+                if name in self.gated and "/resolve/" in path and token != f"Bearer {WRITER}":
+                    return 401, {"X-Error-Code": "GatedRepo"}, b"{}"
+                return found
         return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
 
     def _of(self, path: str, kind: str, name: str, folder: Path) -> tuple[int, dict[str, str], bytes] | None:
@@ -65,6 +119,48 @@ class Hub:
         return None
 
 
+@dataclass
+class Made:
+    """A repository that an upload made.
+
+    Attributes:
+        private: whether it is.
+        branches: branch to its files by path.
+        tags: tag to the commit.
+    """
+
+    private: bool
+    branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
+    tags: dict[str, str] = field(default_factory=dict)
+
+    def take(self, verb: str, rest: str, body: bytes, hub: Hub) -> tuple[int, dict[str, str], bytes]:
+        """Answers a request for it."""
+        if verb == "branch":
+            self.branches.setdefault(rest, {})
+        elif verb == "tag":
+            self.tags[json.loads(body)["tag"]] = rest
+        elif verb == "preupload":
+            asked = json.loads(body)["files"]
+            files = [
+                {
+                    "path": file["path"], "shouldIgnore": False,
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                }
+                for file in asked
+            ]  # fmt: skip
+            return 200, {}, json.dumps({"files": files}).encode()
+        elif verb == "commit":
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.branches[rest][value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    self.branches[rest][value["path"]] = hub.large[value["oid"]]
+            done = {"commitUrl": f"{hub.address}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+            return 200, {}, json.dumps(done).encode()
+        return 200, {}, b"{}"
+
+
 @contextlib.contextmanager
 def serve(repositories: dict[str, Path], data_sets: dict[str, Path] | None = None) -> Iterator[Hub]:
     """Runs the server for the length of the block."""
@@ -74,26 +170,53 @@ def serve(repositories: dict[str, Path], data_sets: dict[str, Path] | None = Non
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
             hub.requests.append(f"{self.command} {self.path}")
-            status, headers, body = hub.answer(self.path.partition("?")[0])
-            begin = 0
+            self.reply(*hub.answer(path, self.headers.get("Authorization", "")))
+
+        def reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
+            begin, total = 0, len(body)
             if status == 200 and "Range" in self.headers:
                 begin = int(self.headers["Range"].removeprefix("bytes=").partition("-")[0])
                 status = 206
                 headers["Content-Range"] = f"bytes {begin}-{len(body) - 1}/{len(body)}"
+            if self.command == "HEAD":
+                total = hub.sizes.get(self.path.rpartition("/")[2], total)
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body) - begin))
+            self.send_header("Content-Length", str(total - begin))
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body[begin:])
+            if self.command == "HEAD":
+                return
+            if hub.cut and self.path.endswith(".safetensors"):
+                hub.cut -= 1
+                self.wfile.write(body[begin : begin + 100])
+                self.close_connection = True
+                return
+            self.wfile.write(body[begin:])
 
         do_HEAD = do_GET
 
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.do_GET()
+            size = self.headers.get("Content-Length")
+            body = self.rfile.read(int(size)) if size else self.chunks()
+            if "/paths-info/" in self.path:
+                self.do_GET()
+                return
+            path = self.path.partition("?")[0]
+            hub.requests.append(f"{self.command} {path}")
+            self.reply(*hub.take(path, body, self.headers.get("Authorization", "")))
+
+        do_PUT = do_POST
+
+        def chunks(self) -> bytes:
+            """A body sent in chunks."""
+            parts = []
+            while size := int(self.rfile.readline().strip() or b"0", 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            return b"".join(parts)
 
         def log_message(self, *_: object) -> None:
             pass

@@ -25,7 +25,10 @@ class Results:
         path = self._path(key)
         if not path.is_file():
             return None
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # damaged: as if it were not there
+            return None
         return found["value"] if found["key"] == key else None
 
     def put(self, key: Mapping[str, Any], value: Any) -> None:

@@ -1,11 +1,17 @@
-"""huggingface_hub: models in, models out, and model cards."""
+"""huggingface_hub: models in."""
 
+import contextlib
+import re
+import shutil
 from pathlib import Path
 
 import httpx
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import (
+    DryRunError,
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
@@ -13,36 +19,78 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from nemo_minitron.artifacts.manifest import hash_file
+
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.md"]
+_NOT = ["*/*", "consolidated*.safetensors"]
+"""Other libraries' copies of the weights, and whatever lies in sub-folders."""
 
 
 def download(repository: str, revision: str | None) -> tuple[Path, str]:
     """Fetches a model's config, safetensors and tokenizer into the hub cache.
 
+    What an interrupted download has brought is not fetched again.
+
     Returns:
         The snapshot's folder and the commit that ``revision`` stands for.
 
     Raises:
-        ValueError: there is no such repository or revision.
+        ValueError: there is no such repository or revision, it is gated, the disk is too small, or it is not
+            in the cache and HF_HUB_OFFLINE is set.
         ConnectionError: the hub could not be reached; worth another try.
     """
+    where, offline = f"source.model: {repository!r}", constants.HF_HUB_OFFLINE
+    wanted = {"revision": revision, "allow_patterns": _FILES, "ignore_patterns": _NOT}
     try:
-        folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=_FILES)
+        with contextlib.suppress(DryRunError):  # the download itself says better what is wrong
+            planned = huggingface_hub.snapshot_download(repository, dry_run=True, **wanted)
+            _check_room(where, sum(file.file_size or 0 for file in planned if file.will_download))
+        folder = huggingface_hub.snapshot_download(repository, **wanted)
+    except GatedRepoError as error:  # first: it is a kind of RepositoryNotFoundError
+        raise ValueError(
+            f"{where} is gated: accept its conditions on its page, then set HF_TOKEN to a token of yours"
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ValueError(
-            f"source.model: {repository!r} is neither a folder here nor a repository on the hub "
+            f"{where} is neither a folder here nor a repository on the hub that this account sees "
             f"({str(error).splitlines()[0]})"
         ) from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
-        if status in (401, 403, 404):
-            raise ValueError(f"source.model: {repository!r}: {str(error).splitlines()[0]}") from error
-        raise ConnectionError(f"source.model: {repository!r}: {str(error).splitlines()[0]}") from error
+        kind = ValueError if status in (401, 403, 404) else ConnectionError
+        raise kind(f"{where}: {str(error).splitlines()[0]}") from error
     except (LocalEntryNotFoundError, httpx.TransportError) as error:
-        raise ConnectionError(
-            f"source.model: {repository!r} is no folder here, and the hub cannot be reached"
-        ) from error
+        if offline:
+            raise ValueError(f"{where} is not in the hub's cache, and HF_HUB_OFFLINE is set") from error
+        raise ConnectionError(f"{where} is no folder here, and the hub cannot be reached") from error
     return Path(folder), Path(folder).name
+
+
+def _check_room(where: str, size: int) -> None:
+    """Refuses a download that the cache's disk cannot hold."""
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(p for p in (cache, *cache.absolute().parents) if p.exists())).free
+    if size > free:
+        raise ValueError(
+            f"{where} takes {size / 1e9:,.1f} GB more, {free / 1e9:,.1f} GB are free in {cache}; "
+            "set HF_HOME to a folder on a larger disk"
+        )
+
+
+def check_hashes(snapshot: Path) -> None:
+    """Compares the cached files that the hub names by their SHA-256 with their names.
+
+    A file that differs is deleted, so that the next try fetches it again.
+
+    Raises:
+        ConnectionError: one differs.
+    """
+    for path in sorted(snapshot.iterdir()):
+        blob = path.resolve()
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and hash_file(blob) != blob.name:
+            blob.unlink()
+            path.unlink()
+            raise ConnectionError(f"{path}: arrived damaged; deleted, the next try fetches it again")
 
 
 def download_config(repository: str) -> Path:

@@ -195,7 +195,7 @@ def run_task(
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    with _silence() if made else contextlib.nullcontext():
+    with _alone(), _silence() if made else contextlib.nullcontext():
         # unless told otherwise lm-eval resamples 100000 times for the standard error of some metrics
         found = _library().simple_evaluate(
             wrapped, tasks=[_made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
@@ -224,6 +224,20 @@ def _documents(samples: dict[str, list[dict[str, Any]]], metrics: dict[str, floa
 
 def _titled(metric: str, filter_name: str) -> str:
     return metric if filter_name == "none" else f"{metric} ({filter_name})"
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Under torchrun each rank runs tasks of its own; lm-eval would give results to local rank 0 only."""
+    saved = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        if saved is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = saved
 
 
 @contextlib.contextmanager

@@ -27,6 +27,10 @@ def run(config: Config) -> Result:
     settings = {"revision": revision}
 
     def build(target: Path) -> None:
+        if revision is not None:
+            from nemo_minitron.bridge.hub import check_hashes
+
+            check_hashes(folder)
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             from nemo_minitron.bridge.models import load_tokenizer
 

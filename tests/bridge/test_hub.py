@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.conftest import make_model, minitron
-from tests.hub import COMMIT, serve
+from tests.hub import COMMIT, WRITER, serve
 
 
 @pytest.fixture
@@ -29,9 +29,68 @@ def hub(tmp_path):
         yield served
 
 
-def run(hub, tmp_path, *words):
+def run(hub, tmp_path, *words, **more):
     place = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
-    return minitron(*words, env={**place, "HF_HUB_ETAG_TIMEOUT": "3", "HF_TOKEN": "hf_secretsecretsecret"})
+    place |= {"HF_HUB_ETAG_TIMEOUT": "3", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER}
+    return minitron(*words, env={**place, **more})
+
+
+PRUNE = ["prune", "source.model=org/tiny", "plan.ffn=20", "score.importance=magnitude"]
+
+
+def refused(done, *texts, code=2):
+    """Asserts one clear line, and no token in it."""
+    assert done.returncode == code, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr and all(text in line for text in texts), done.stderr
+    assert WRITER not in done.stderr + done.stdout
+
+
+def test_offline_only_the_cache_counts(hub, tmp_path):
+    words = [*PRUNE, f"workspace={tmp_path / 'ws'}"]
+    absent = run(hub, tmp_path, *words, HF_HUB_OFFLINE="1")
+    refused(absent, "'org/tiny' is not in the hub's cache, and HF_HUB_OFFLINE is set")
+    assert run(hub, tmp_path, *words).returncode == 0
+    hub.requests.clear()
+    again = [*PRUNE, f"workspace={tmp_path / 'ws2'}"]
+    done = run(hub, tmp_path, *again, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert hub.requests == []
+
+
+def test_a_gated_model_says_what_to_do(hub, tmp_path):
+    hub.gated.add("org/tiny")
+    words = [*PRUNE, f"workspace={tmp_path / 'ws'}"]
+    refused(run(hub, tmp_path, *words, HF_TOKEN="hf_strangerstranger"), "is gated", "HF_TOKEN")
+    assert not (tmp_path / "ws").exists()
+    assert run(hub, tmp_path, *words).returncode == 0
+
+
+def test_a_model_larger_than_the_disk_is_not_begun(hub, tmp_path):
+    names = {line.rpartition("/")[2] for line in map(str, (tmp_path / "served").iterdir())}
+    hub.sizes = {name: 10**16 for name in names if name.endswith(".safetensors")}
+    done = run(hub, tmp_path, *PRUNE, f"workspace={tmp_path / 'ws'}")
+    refused(done, "'org/tiny' takes", "GB are free in", "HF_HOME")
+    assert not any(line.startswith("GET") and ".safetensors" in line for line in hub.requests)
+
+
+def test_a_connection_that_breaks_goes_on_where_it_broke(hub, tmp_path):
+    hub.cut = 1
+    done = run(hub, tmp_path, *PRUNE, f"workspace={tmp_path / 'ws'}")
+    assert done.returncode == 0, done.stderr
+    assert hub.cut == 0
+
+
+def test_a_damaged_file_is_fetched_again(hub, tmp_path):
+    words = [*PRUNE, f"workspace={tmp_path / 'ws'}"]
+    assert run(hub, tmp_path, *words).returncode == 0
+    blob = next((tmp_path / "cache").rglob("*.safetensors")).resolve()
+    whole = blob.read_bytes()
+    blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = [*PRUNE, f"workspace={tmp_path / 'ws2'}"]
+    refused(run(hub, tmp_path, *again), "arrived damaged", code=1)
+    assert run(hub, tmp_path, *again).returncode == 0
+    assert blob.read_bytes() == whole
 
 
 def test_prune_by_hub_id(hub, tmp_path):

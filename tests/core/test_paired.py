@@ -1,0 +1,44 @@
+"""Statistics of pairs against SciPy's."""
+
+import random
+
+import pytest
+from scipy import stats
+
+from nemo_minitron.core.paired import paired, recovered
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_right_or_wrong_is_counted_as_mcnemar_does(seed):
+    draw = random.Random(seed)
+    first = [float(draw.random() < 0.6) for _ in range(200)]
+    second = [value if draw.random() < 0.8 else 1 - value for value in first]
+    found = paired(first, second)
+    wins = sum(b > a for a, b in zip(first, second, strict=True))
+    losses = sum(b < a for a, b in zip(first, second, strict=True))
+    assert found.p == pytest.approx(stats.binomtest(wins, wins + losses).pvalue, rel=1e-9)
+    assert found.difference == pytest.approx((wins - losses) / 200)
+    assert found.documents == 200
+
+
+def test_other_measures_are_compared_by_their_mean_difference():
+    draw = random.Random(0)
+    first = [draw.gauss(2, 1) for _ in range(400)]
+    second = [value + draw.gauss(0.05, 0.5) for value in first]
+    found, exact = paired(first, second), stats.ttest_rel(second, first)
+    assert found.p == pytest.approx(exact.pvalue, rel=0.06)  # normal against Student's t
+    assert found.difference / found.error == pytest.approx(exact.statistic, rel=1e-9)
+
+
+def test_no_difference_a_constant_one_and_bad_input():
+    assert paired([1.5, 2.5], [1.5, 2.5]).p == 1.0
+    assert paired([0.0, 1.0], [0.0, 1.0]).p == 1.0
+    assert paired([1.5, 2.5], [1.0, 2.0]).p == 0.0
+    with pytest.raises(ValueError, match="as many results of both, found 1 and 2"):
+        paired([1.0], [1.0, 2.0])
+
+
+def test_what_was_won_back():
+    assert recovered(0.8, 0.3, 0.7) == pytest.approx(0.8)
+    assert recovered(10.0, 30.0, 12.0) == pytest.approx(0.9)  # perplexity: less is better
+    assert recovered(0.5, 0.5, 0.6) is None

@@ -1,0 +1,180 @@
+"""Evaluation of a finished run: own lm-eval tasks, what is kept when one fails, two ranks, the gate."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from nemo_minitron.cli import main
+from tests.conftest import settings
+
+LINES = [{"q": f"the model reads a file {i}", "a": ["and", "waits"], "n": i % 2} for i in range(12)]
+DATA = """task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {path}
+test_split: test
+"""
+KINDS = {
+    "own_choice": """output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: "{{a}}"
+doc_to_target: n
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "own_rolling": """output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{q}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+""",
+    "own_writing": """output_type: generate_until
+doc_to_text: "{{q}}"
+doc_to_target: "{{a[n]}}"
+generation_kwargs: {until: ["."], max_gen_toks: 4}
+metric_list: [{metric: exact_match}]
+""",
+    "own_broken": """output_type: multiple_choice
+doc_to_text: "{{q}}"
+doc_to_choice: "{{a}}"
+doc_to_target: n
+process_results: !function broken.fail
+metric_list: [{metric: acc}]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of tasks of one's own, one of each kind, and one whose code fails."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    for name, rest in KINDS.items():
+        (folder / f"{name}.yaml").write_text(DATA.format(name=name, path=folder / "data.jsonl") + rest)
+    (folder / "broken.py").write_text("def fail(doc, results):\n    raise KeyError('no such field')\n")
+    return folder
+
+
+@pytest.fixture
+def words(finished, tmp_path, teacher, corpus, tasks):
+    """A copy of a finished run without its measurements, and the settings of an evaluation with own tasks."""
+    workspace = shutil.copytree(finished[0], tmp_path / "run")
+    for name in ("report", "export", "results"):
+        shutil.rmtree(workspace / name)
+    own = f"evaluate.tasks=[{','.join(list(KINDS)[:3])}]"
+    return workspace, [
+        *settings(workspace, teacher, corpus), own, f"evaluate.task_dir={tasks}", "evaluate.speed=false",
+        "evaluate.from_scratch=false", "evaluate.prompts=4", "evaluate.written_tokens=6", "evaluate.task_limit=null",
+    ]  # fmt: skip
+
+
+def called(capsys, *arguments):
+    """Exit code and last line of the error output of a command, called in this process."""
+    capsys.readouterr()
+    code = main(list(arguments))
+    lines = capsys.readouterr().err.strip().splitlines()
+    return code, lines[-1] if lines else ""
+
+
+def alike(one, other):
+    """Asserts that two JSON objects hold the same, numbers but for the order of sums."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list):
+        for a, b in zip(one, other, strict=True):
+            alike(a, b)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    else:
+        assert one == other
+
+
+def read(workspace):
+    return json.loads((workspace / "report" / "report.json").read_text())
+
+
+def test_own_tasks_of_every_kind_and_two_ranks_find_the_same(words, tmp_path, capsys):
+    workspace, arguments = words
+    apart = shutil.copytree(workspace, tmp_path / "apart" / "run")
+    assert called(capsys, "evaluate", *arguments)[0] == 0
+    report = read(workspace)
+    for row in report["models"].values():
+        assert set(row["tasks"]) == set(KINDS) - {"own_broken"}
+        assert row["tasks"]["own_choice"]["acc"] in [i / 12 for i in range(13)]
+        assert row["tasks"]["own_rolling"]["bits_per_byte"] > 0
+        assert row["tasks"]["own_writing"]["exact_match"] >= 0
+    assert report["better"]["own_rolling"]["bits_per_byte"] is False
+    assert report["better"]["own_choice"]["acc_norm"] is True
+    measures = {(row["task"], row["metric"]) for row in report["compared"] if row["model"] == "student"}
+    assert ("held-out text", "loss") in measures and ("own_choice", "acc") in measures
+    assert all(row["documents"] in (12, 16) for row in report["compared"])
+    assert len(report["writing"]) == 4 and set(report["writing"][0]) >= {
+        "prompt",
+        "text",
+        "teacher",
+        "student",
+    }
+    teacher = report["models"]["teacher"]
+    assert (teacher["retention"], teacher["top1"], teacher["writing"]["agreement"]) == (1.0, None, 1.0)
+    there = [word.replace(str(workspace), str(apart)) for word in arguments]
+    shared = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+         "nemo_minitron", "evaluate", *there],
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert shared.returncode == 0, shared.stderr[-3000:]
+    alike(read(apart), report)
+
+
+def test_a_task_that_fails_costs_no_other(words, capsys):
+    workspace, arguments = words
+    with_it = "evaluate.tasks=[own_choice,own_broken,own_rolling]"
+    code, last = called(capsys, "evaluate", *arguments, with_it)
+    assert code == 1
+    assert "own_broken of teacher: KeyError: 'no such field'" in last and "is kept for the next try" in last
+    assert not (workspace / "report").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in (workspace / "results").glob("*.json")}
+    assert called(capsys, "evaluate", *arguments, "evaluate.tasks=[own_choice,own_rolling]")[0] == 0
+    now = {path.name: path.stat().st_mtime_ns for path in (workspace / "results").glob("*.json")}
+    assert now == kept  # nothing was measured twice
+
+
+def test_bad_input_is_refused_in_one_line_before_anything_is_measured(words, capsys):
+    workspace, arguments = words
+    for word, text in (
+        ("evaluate.tasks=[own_chioce]", "lm-eval knows no task 'own_chioce'"),
+        ("evaluate.tasks=[own_chioce]", "nearest: own_choice"),
+        ("evaluate.tasks=[own_choice@many]", "expected TASK@SHOTS, as in arc_challenge@25"),
+        ("evaluate.floors=[own_choice:acc]", "expected TASK:METRIC:VALUE"),
+        (f"evaluate.previous={workspace}", "holds no results; name the folder of an export"),
+    ):
+        code, last = called(capsys, "evaluate", *arguments, word)
+        assert code == 2 and text in last, last
+    assert not (workspace / "results").exists()
+
+
+def test_the_gate_holds_until_it_is_forced_and_the_card_says_so(words, capsys):
+    workspace, arguments = words
+    arguments = [*arguments, "evaluate.tasks=[own_choice]"]
+    strict = [*arguments, "evaluate.floors=[own_choice:acc:2]"]
+    for stage in ("evaluate", "export"):
+        code, last = called(capsys, stage, *strict)
+        assert code == 1 and "own_choice acc: " in last and "asked for >= 2" in last
+        assert not (workspace / "export").exists()
+    assert called(capsys, "export", *strict, "export.force=true")[0] == 0
+    card = (workspace / "export" / "README.md").read_text()
+    assert "Exported by force: the quality gate failed" in card and "asked for was >= 2" in card
+    # the next version is held against this one
+    results = json.loads((workspace / "export" / "minitron.json").read_text())["results"]
+    assert set(results["student"]["tasks"]) == {"own_choice"}
+    old = shutil.copytree(workspace / "export", workspace.parent / "old")
+    assert called(capsys, "evaluate", *arguments, f"evaluate.previous={old}")[0] == 0
+    lineage = json.loads((old / "minitron.json").read_text())
+    lineage["results"]["student"]["perplexity"] /= 2
+    (old / "minitron.json").write_text(json.dumps(lineage))
+    code, last = called(capsys, "evaluate", *arguments, f"evaluate.previous={old}")
+    assert code == 1 and "perplexity against the previous export" in last
