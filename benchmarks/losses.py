@@ -127,6 +127,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--one", nargs=4, metavar=("NAME", "VOCABULARY", "DTYPE", "ROUNDS"))
     arguments.add_argument("--turns", type=int, default=2)
+    arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     args = arguments.parse_args()
     if args.one:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -136,7 +137,7 @@ def main() -> None:
         name for name, (package, _) in CONTESTANTS.items() if not package or importlib.util.find_spec(package)
     ]
     rows, written = [], []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in args.dtypes:
         for vocabulary in VOCABULARIES:
             found: dict[str, dict[str, float]] = {}
             for _ in range(args.turns):
@@ -152,14 +153,17 @@ def main() -> None:
                     f"{vocabulary:,}", dtype, name, f"{time_ratio:.2f}", f"{memory_ratio:.2f}",
                     f"{result['mib']:.0f}", f"{result['error']:.1e}",
                 ))  # fmt: skip
-                written.append({"vocabulary": vocabulary, "dtype": dtype, "name": name, **result})
+                ratios = {"time": round(time_ratio, 3), "memory": round(memory_ratio, 3)}
+                sizes = {"mib": round(result["mib"], 1), "error": result["error"]}
+                written.append({"vocabulary": vocabulary, "dtype": dtype, "name": name, **ratios, **sizes})
                 print(*rows[-1], flush=True)
     columns = ("vocabulary", "dtype", "loss", "time / naive", "memory / naive", "MiB", "gradient error")
     print(markdown(columns, tuple(rows)))
+    path = RESULTS / "losses.json"
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "losses.json").write_text(
-        json.dumps({"tokens": TOKENS, "hidden": HIDDEN, "results": written}) + "\n"
-    )
+    kept = json.loads(path.read_text())["results"] if path.is_file() else []
+    kept = [row for row in kept if row["dtype"] not in args.dtypes]
+    path.write_text(json.dumps({"tokens": TOKENS, "hidden": HIDDEN, "results": kept + written}) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Hub:
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             if name in self.made:
                 return 409, {}, json.dumps({"url": f"{self.address}/{name}"}).encode()
-            self.made[name] = Made(asked["private"])
+            self.made[name] = Made(asked.get("private", asked.get("visibility") == "private"))
             return 200, {}, json.dumps({"url": f"{self.address}/{name}"}).encode()
         for name, made in self.made.items():
             if path == f"/{name}.git/info/lfs/objects/batch":

@@ -18,6 +18,7 @@ from nemo_minitron.families import (
     Family,
     axis_sizes,
     expected_tensors,
+    families,
     family_of,
     find_row,
     own_tables,
@@ -259,13 +260,18 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Spells out dtype and rope settings for transformers 4 and 5 alike.
+    """Spells out dtype, rope settings and renamed sizes for transformers 4 and 5 alike.
 
     transformers 5 writes ``rope_parameters`` and ``dtype``; 4.57 reads ``rope_theta``, ``rope_scaling``,
     ``partial_rotary_factor``, ``rope_local_base_freq`` (where layer types differ) and ``torch_dtype``, and
-    silently falls back to defaults without them.
+    silently falls back to defaults without them. A size with several names in the family's table (Qwen's
+    ``num_experts``, which transformers 5 calls ``num_local_experts``) gets all of them.
     """
     written = dict(config)
+    family = families().get(written.get("model_type", ""))
+    for axis in family.axes.values() if family else ():
+        for name in [key for key in axis.config if key in written][:1]:
+            written.update({other: written[name] for other in axis.config if other not in written})
     for ours, theirs in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
         if written.get(ours) is not None and written.get(theirs) is None:
             written[theirs] = written[ours]

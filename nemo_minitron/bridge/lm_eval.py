@@ -200,6 +200,7 @@ def run_task(
         found = _library().simple_evaluate(
             wrapped, tasks=[_made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
             task_manager=_manager(task_dir, not made), bootstrap_iters=100,
+            confirm_run_unsafe_code=os.environ.get("HF_ALLOW_CODE_EVAL") == "1",
         )  # fmt: skip
     direction = found["higher_is_better"].get(task, {})
     metrics = _numbers(found["results"][task])

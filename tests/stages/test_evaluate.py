@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from nemo_minitron.bridge.lm_eval import check_tasks
 from nemo_minitron.cli import main
+from nemo_minitron.compose import load_config
 from tests.conftest import settings
 
 LINES = [{"q": f"the model reads a file {i}", "a": ["and", "waits"], "n": i % 2} for i in range(12)]
@@ -178,3 +180,10 @@ def test_the_gate_holds_until_it_is_forced_and_the_card_says_so(words, capsys):
     (old / "minitron.json").write_text(json.dumps(lineage))
     code, last = called(capsys, "evaluate", *arguments, f"evaluate.previous={old}")
     assert code == 1 and "perplexity against the previous export" in last
+
+
+@pytest.mark.parametrize("name", ["minitron", "minitron_code"])
+def test_the_papers_suites_name_tasks_that_lm_eval_knows(name):
+    config = load_config("config", [f"suite={name}"])
+    assert len(config.evaluate.tasks) >= 6
+    check_tasks(config.evaluate.tasks, None)

@@ -1,0 +1,93 @@
+"""The export on its way out: uploaded to a stand-in for the hub, by the real huggingface_hub; and as .nemo."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from tests.conftest import minitron, settings
+from tests.hub import COMMIT, WRITER, serve
+
+
+@pytest.fixture
+def export(finished, tmp_path, teacher, corpus):
+    """Runs 'minitron export' on a copy of a finished run against the stand-in."""
+    workspace = shutil.copytree(finished[0], tmp_path / "run")
+    with serve({}) as hub:
+        environment = {
+            "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": WRITER,
+        }  # fmt: skip
+
+        def run(*words, **more):
+            words = ("export", *settings(workspace, teacher, corpus), *words)
+            done = minitron(*words, env=environment | more)
+            assert WRITER not in done.stdout + done.stderr and "Traceback" not in done.stderr
+            return done
+
+        yield workspace, hub, run
+
+
+def test_upload_to_a_branch_with_a_tag_private_and_a_second_one_sends_no_weights(export):
+    workspace, hub, run = export
+    words = ["export.push_to_hub=me/small", "export.revision=v1", "export.tag=first"]
+    done = run(*words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"/commit/{COMMIT}" in done.stdout + done.stderr
+    made = hub.made["me/small"]
+    assert made.private and made.tags == {"first": COMMIT}
+    assert made.branches["main"] == {}
+    there = {p.name: p.read_bytes() for p in (workspace / "export").iterdir() if p.is_file()}
+    del there["manifest.json"]
+    assert made.branches["v1"] == there
+    assert not any(WRITER.encode() in path.read_bytes() for path in workspace.rglob("*") if path.is_file())
+    hub.requests.clear()
+    assert run(*words).returncode == 0
+    assert not any(line.startswith("PUT") for line in hub.requests)
+    # another repository, public: the hub has the contents already
+    assert run("export.push_to_hub=me/other", "export.public=true").returncode == 0
+    assert hub.made["me/other"].private is False
+    assert not any(line.startswith("PUT") for line in hub.requests)
+
+
+def test_an_upload_that_broke_off_goes_on_and_a_stranger_may_not_write(export):
+    workspace, hub, run = export
+    word = "export.push_to_hub=me/small"
+    stranger = run(word, HF_TOKEN="hf_strangerstranger")
+    assert stranger.returncode == 2 and "set HF_TOKEN to a token that may write there" in stranger.stderr
+    hub.lost = 1
+    broken = run(word)
+    assert broken.returncode != 0 and "export.push_to_hub: 'me/small'" in broken.stderr, broken.stderr
+    assert hub.made["me/small"].branches["main"] == {}
+    assert run(word).returncode == 0
+    weights = (workspace / "export" / "model.safetensors").read_bytes()
+    assert hub.made["me/small"].branches["main"]["model.safetensors"] == weights
+    assert hashlib.sha256(weights).hexdigest() in hub.large
+
+
+def test_a_weak_student_is_not_uploaded_unless_forced(export):
+    _, hub, run = export
+    words = ["export.push_to_hub=me/small", "evaluate.min_retention=50"]
+    assert run(*words).returncode == 1
+    assert hub.made == {} and not hub.requests
+    assert run(*words, "export.force=true").returncode == 0
+    card = hub.made["me/small"].branches["main"]["README.md"].decode()
+    assert "Exported by force: the quality gate failed" in card
+
+
+def test_a_nemo_archive_beside_it_restores_to_the_same_weights(export):
+    import torch
+    from safetensors.torch import load_file
+
+    from nemo_minitron.plugin.model import MinitronModel
+
+    workspace, _, run = export
+    done = run("export.nemo=true")
+    assert done.returncode == 0, done.stderr[-2000:]
+    restored = MinitronModel.restore_from(str(workspace / "run.nemo"), map_location="cpu")
+    weights = load_file(workspace / "export" / "model.safetensors")
+    found = restored.model.state_dict()
+    assert weights and all(torch.equal(found[name].to(value.dtype), value) for name, value in weights.items())
+    lineage = json.loads((workspace / "export" / "minitron.json").read_text())
+    assert lineage["results"]["student"]["perplexity"] > 1
