@@ -2,6 +2,7 @@
 # make demo    the main job: trains a small teacher, compresses it, exports it (minutes)
 # make test    all tests
 # make oldest  the families' proofs on the oldest transformers admitted
+# make consumers  exports in the hands of others, also of transformers 4.57
 # make bench   speed and memory against references, as ratios
 # make paper   toy-scale counterparts of the papers' claims, several seeds (slow)
 # make gpu     checks and measurements on a GPU
@@ -16,7 +17,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test oldest bench paper gpu docs clean
+.PHONY: setup demo test oldest consumers bench paper gpu docs clean
 
 setup: $(VENV)/.done
 
@@ -39,6 +40,11 @@ oldest: setup
 	$(BIN)/python -m pip install -q --no-deps --target .oldest --upgrade transformers==5.0.0 "tokenizers<=0.23.0" "huggingface-hub>=1.3,<2"
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -p no:cacheprovider tests/families tests/core/test_select_cut.py tests/bridge/test_scoring.py
 
+# exports must mean the same to transformers 4.57, which the package itself does not run on
+consumers: setup
+	$(BIN)/python -m pip install -q --no-deps --target .consumers --upgrade "transformers==4.57.*" "tokenizers<=0.23.0" "huggingface-hub<1"
+	$(BIN)/python -m pytest -p no:cacheprovider tests/consumers -k 4_57
+
 bench: setup
 	$(BIN)/python -m benchmarks.score
 	$(BIN)/python -m benchmarks.stream
@@ -57,4 +63,4 @@ docs: setup
 	$(BIN)/python -m nemo_minitron.bridge.proof docs/families.md
 
 clean:
-	rm -rf $(VENV) .oldest .prefect build *.egg-info
+	rm -rf $(VENV) .oldest .consumers .prefect build *.egg-info

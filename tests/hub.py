@@ -62,7 +62,7 @@ class Hub:
             name = f"{asked.get('organization') or 'me'}/{asked['name']}"
             if name in self.made:
                 return 409, {}, json.dumps({"url": f"{self.address}/{name}"}).encode()
-            self.made[name] = Made(asked.get("private", asked.get("visibility") == "private"))
+            self.made[name] = Made(name, asked.get("private", asked.get("visibility") == "private"))
             return 200, {}, json.dumps({"url": f"{self.address}/{name}"}).encode()
         for name, made in self.made.items():
             if path == f"/{name}.git/info/lfs/objects/batch":
@@ -124,11 +124,13 @@ class Made:
     """A repository that an upload made.
 
     Attributes:
+        name: hub id.
         private: whether it is.
         branches: branch to its files by path.
         tags: tag to the commit.
     """
 
+    name: str
     private: bool
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     tags: dict[str, str] = field(default_factory=dict)
@@ -156,7 +158,11 @@ class Made:
                     self.branches[rest][value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     self.branches[rest][value["path"]] = hub.large[value["oid"]]
-            done = {"commitUrl": f"{hub.address}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+            done = {
+                "commitUrl": f"{hub.address}/{self.name}/commit/{COMMIT}",
+                "commitOid": COMMIT,
+                "success": True,
+            }
             return 200, {}, json.dumps(done).encode()
         return 200, {}, b"{}"
 

@@ -69,7 +69,7 @@ def installed(tmp_path_factory):
         ROOT,
         source,
         ignore=shutil.ignore_patterns(
-            ".git", ".venv", "runs", ".prefect", "build", "*.egg-info", "__pycache__"
+            ".git", ".venv", ".oldest", ".consumers", "runs", ".prefect", "build", "*.egg-info", "__pycache__"
         ),
     )
     built = subprocess.run(

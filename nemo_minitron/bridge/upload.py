@@ -49,6 +49,8 @@ def upload(
         if status in (401, 403):
             text += "; set HF_TOKEN to a token that may write there"
         raise (ConnectionError(text) if status >= 500 or status == 429 else ValueError(text)) from error
+    except RuntimeError as error:  # huggingface_hub's own for a file that did not come through
+        raise ConnectionError(f"{where}: {error}; the next try sends what is missing") from error
     except httpx.TransportError as error:
         raise ConnectionError(f"{where}: the hub cannot be reached") from error
     return str(info)

@@ -71,7 +71,7 @@ import sys, torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map="auto", dtype=torch.float32)
-assert set(model.hf_device_map.values()) <= {"cpu", 0}
+assert not any(p.is_meta for p in model.parameters())
 targets = ["q_proj", "v_proj", "down_proj"]
 adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
 tokens = torch.arange(12)[None]
@@ -84,8 +84,9 @@ adapted(tokens, labels=tokens).loss.backward()
 optimizer.step()
 after = adapted(tokens, labels=tokens).loss
 assert after < before, (before, after)
+expected = adapted(tokens).logits
 merged = adapted.merge_and_unload()
-assert torch.allclose(merged(tokens).logits, merged(tokens).logits)
+assert torch.allclose(merged(tokens).logits, expected, atol=1e-4)
 merged.save_pretrained(sys.argv[2])
 AutoModelForCausalLM.from_pretrained(sys.argv[2])
 """
