@@ -61,10 +61,10 @@ def _binomial(wins: int, losses: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def recovered(teacher: float, pruned: float, student: float) -> float | None:
+def recovered(teacher: float, pruned: float, student: float, higher_is_better: bool) -> float | None:
     """Share of what the cut lost that the student has won back: (student - pruned) / (teacher - pruned).
 
-    None where the cut lost nothing that could be measured.
+    None where the cut lost nothing.
     """
     lost = teacher - pruned
-    return None if abs(lost) < 1e-9 else (student - pruned) / lost
+    return (student - pruned) / lost if (lost if higher_is_better else -lost) > 1e-9 else None

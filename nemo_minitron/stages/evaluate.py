@@ -212,7 +212,9 @@ def _compared(bench: Bench, found: Mapping[Unit, Any]) -> list[dict[str, Any]]:
         means = {name: sum(value) / len(value) for name, value in values.items()}
         for name in [name for name in values if name != "teacher"]:
             gap = paired(values["teacher"], values[name])
-            back = recovered(means["teacher"], means["pruned"], means[name]) if name == "student" else None
+            back = None
+            if name == "student":
+                back = recovered(means["teacher"], means["pruned"], means[name], better)
             rows.append({
                 "task": task, "metric": metric, "higher_is_better": better, "model": name, **asdict(gap),
                 "recovered": back,

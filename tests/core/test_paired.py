@@ -39,6 +39,7 @@ def test_no_difference_a_constant_one_and_bad_input():
 
 
 def test_what_was_won_back():
-    assert recovered(0.8, 0.3, 0.7) == pytest.approx(0.8)
-    assert recovered(10.0, 30.0, 12.0) == pytest.approx(0.9)  # perplexity: less is better
-    assert recovered(0.5, 0.5, 0.6) is None
+    assert recovered(0.8, 0.3, 0.7, True) == pytest.approx(0.8)
+    assert recovered(10.0, 30.0, 12.0, False) == pytest.approx(0.9)
+    assert recovered(0.5, 0.5, 0.6, True) is None
+    assert recovered(0.3, 0.8, 0.9, True) is None  # the cut did it good: nothing was lost
