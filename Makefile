@@ -17,7 +17,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test oldest consumers bench paper gpu docs clean
+.PHONY: setup demo test oldest consumers bench paper gpu docs readme clean
 
 setup: $(VENV)/.done
 
@@ -61,6 +61,10 @@ gpu: setup
 docs: setup
 	$(BIN)/python -m nemo_minitron.stages.config_page > docs/configuration.md
 	$(BIN)/python -m nemo_minitron.bridge.proof docs/families.md
+
+# the README's table, from the demo
+readme: demo
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) .oldest .consumers .prefect build *.egg-info
