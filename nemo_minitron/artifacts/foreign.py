@@ -26,7 +26,7 @@ _KINDS = (
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that holds an adapter and no model.
+    """Refuses a folder that holds an adapter and no model, or a distributed checkpoint of NeMo 2.
 
     Raises:
         ValueError: it is one.
@@ -35,6 +35,12 @@ def check_folder(folder: Path) -> None:
         raise ValueError(
             f"{folder}: a LoRA adapter, not a model (adapter_config.json, no config.json); "
             "merge it into its base model first (peft: merge_and_unload) and save the merged model"
+        )
+    distributed = (folder / "weights").is_dir() or any(folder.glob("*.distcp"))
+    if distributed and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder}: a distributed checkpoint of NeMo 2, not a Hugging Face folder; where NeMo 2 is "
+            f"installed: nemo llm export path={folder} target=hf output_path=FOLDER, then source.model=FOLDER"
         )
 
 

@@ -1,5 +1,6 @@
 """NeMo's configuration of a model and its ``.nemo`` archive."""
 
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,3 +44,23 @@ def nemo_archive(model: Any, path: Path) -> Path:
         model.save_to(str(temporary))
         temporary.replace(path)
     return path
+
+
+def check_archive(path: Path) -> None:
+    """Refuses a ``.nemo`` archive that is none of ``MinitronModel``'s.
+
+    Raises:
+        ValueError: it is no archive, or one of another model.
+    """
+    try:
+        with tarfile.open(path) as archive:
+            names = [name for name in archive.getnames() if Path(name).name == "model_config.yaml"]
+            file = archive.extractfile(names[0]) if names else None
+            text = "" if file is None else file.read().decode("utf-8")
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not a .nemo archive ({error})") from error
+    if "hf_config" not in OmegaConf.create(text):
+        raise ValueError(
+            f"{path}: a .nemo archive of another model class, not one that this package wrote; convert it to "
+            "a Hugging Face folder with the NeMo that made it (its scripts/checkpoint_converters)"
+        )

@@ -23,7 +23,9 @@ class FamiliesConfig:
 class SourceConfig:
     """The model to compress."""
 
-    model: str | None = key(None, "hub id or local folder of the model to compress")
+    model: str | None = key(
+        None, "hub id, local folder, or .nemo archive (of this package) of the model to compress"
+    )
     revision: str | None = key(None, "hub revision; the commit it stands for is pinned in the manifest")
 
 

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from nemo_minitron.artifacts.build import make
+from nemo_minitron.artifacts.build import building, make
 from nemo_minitron.artifacts.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
-from nemo_minitron.artifacts.manifest import Input, read_manifest, write_json
+from nemo_minitron.artifacts.manifest import Input, digest, read_manifest, write_json
 from nemo_minitron.core.size import model_size
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result, workspace_of
@@ -49,12 +49,32 @@ def _locate(config: Config, workspace: Path) -> tuple[Path, str | None, str]:
     if name is None:
         raise ValueError("source.model: no model given; name a local folder or a hub id")
     local = Path(name).expanduser()
+    if local.suffix == ".nemo" and local.is_file():
+        return _unpacked(local, workspace), None, name
     if local.exists() or name.startswith((".", "/", "~")):
         return local, None, name
     from nemo_minitron.bridge.hub import download
 
     folder, commit = download(name, config.source.revision)
     return folder, commit, name
+
+
+def _unpacked(archive: Path, workspace: Path) -> Path:
+    """The Hugging Face folder of a .nemo archive that this package wrote, made once in the workspace.
+
+    NeMo reads its weights with torch's ``weights_only``: nothing in it is run.
+    """
+    state = archive.stat()
+    stamp = digest([str(archive.resolve()), state.st_size, state.st_mtime_ns])[:12]
+    folder = workspace / "unpacked" / stamp / "hf"
+    if not folder.is_dir():
+        from nemo_minitron.plugin.archive import check_archive
+        from nemo_minitron.plugin.model import MinitronModel
+
+        check_archive(archive)
+        with building(folder) as temporary:
+            MinitronModel.restore_from(str(archive), map_location="cpu").save_hf(temporary)
+    return folder
 
 
 def _finished(folder: Path) -> str | None:

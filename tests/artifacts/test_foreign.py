@@ -123,3 +123,10 @@ def test_block_scales_as_published_fp8_checkpoints_have_them(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
     with pytest.raises(ValueError, match=r"quantised \(fp8\); dequantise it first"):
         open_checkpoint(folder)
+
+
+def test_a_distributed_checkpoint_of_nemo_2_is_refused_with_the_conversion(tmp_path):
+    for name in ("weights", "context"):
+        (tmp_path / "nemo2" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"a distributed checkpoint of NeMo 2.*nemo llm export path="):
+        open_checkpoint(tmp_path / "nemo2")

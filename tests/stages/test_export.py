@@ -1,8 +1,8 @@
 """The export on its way out: uploaded to a stand-in for the hub, by the real huggingface_hub; and as .nemo."""
 
 import hashlib
-import json
 import shutil
+import tarfile
 
 import pytest
 
@@ -74,6 +74,7 @@ def test_a_weak_student_is_not_uploaded(export):
 
 def test_a_nemo_archive_beside_it_restores_to_the_same_weights(export):
     import torch
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     from nemo_minitron.plugin.model import MinitronModel
@@ -85,5 +86,28 @@ def test_a_nemo_archive_beside_it_restores_to_the_same_weights(export):
     weights = load_file(workspace / "export" / "model.safetensors")
     found = restored.model.state_dict()
     assert weights and all(torch.equal(found[name].to(value.dtype), value) for name, value in weights.items())
-    lineage = json.loads((workspace / "export" / "minitron.json").read_text())
-    assert lineage["results"]["student"]["perplexity"] > 1
+    # and it is a source like any other
+    again = workspace.parent / "again"
+    words = [f"source.model={workspace / 'run.nemo'}", "score.importance=magnitude", "plan.ffn=8"]
+    pruned = minitron("prune", *words, f"workspace={again}")
+    assert pruned.returncode == 0, pruned.stderr[-2000:]
+    with safe_open(again / "pruned" / "model.safetensors", "pt") as file:
+        assert file.get_slice("model.layers.0.mlp.up_proj.weight").get_shape() == [8, 12]
+    (unpacked,) = (again / "unpacked").glob("*/hf")
+    source = load_file(unpacked / "model.safetensors")
+    assert all(torch.equal(source[name].to(value.dtype), value) for name, value in weights.items())
+    assert (unpacked / "tokenizer.json").read_bytes() == (
+        workspace / "export" / "tokenizer.json"
+    ).read_bytes()
+
+
+def test_archives_of_others_are_refused(tmp_path):
+    (tmp_path / "text.nemo").write_text("no archive")
+    (tmp_path / "model_config.yaml").write_text("target: nemo.collections.nlp.models.GPT\n")
+    with tarfile.open(tmp_path / "other.nemo", "w") as archive:
+        archive.add(tmp_path / "model_config.yaml", "./model_config.yaml")
+    for name, text in (("text", "not a .nemo archive"), ("other", "of another model class")):
+        words = [f"source.model={tmp_path / name}.nemo", "score.importance=magnitude", "plan.ffn=8"]
+        done = minitron("prune", *words, f"workspace={tmp_path / 'ws'}")
+        assert done.returncode == 2 and text in done.stderr.strip().splitlines()[-1], done.stderr
+        assert not (tmp_path / "ws").exists()
