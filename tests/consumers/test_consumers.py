@@ -127,6 +127,19 @@ def test_its_config_says_what_engines_ask_for(export):
     assert json.loads((export / "generation_config.json").read_text())["eos_token_id"] is not None
 
 
+def test_llama_cpp_knows_every_tensor_by_its_name(export):
+    """The converter is a script of llama.cpp's repository; its table of names is the package gguf."""
+    gguf = pytest.importorskip("gguf")
+    from safetensors import safe_open
+
+    layers = read_config(export)["num_hidden_layers"]
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    with safe_open(export / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert len(names) == 9 * layers + 3
+    assert [name for name in names if known.get_name(name, try_suffixes=(".weight",)) is None] == []
+
+
 @pytest.mark.skipif(not OLDER.is_dir(), reason="transformers 4.57 comes with 'make consumers'")
 def test_every_family_means_the_same_to_transformers_4_57(tmp_path):
     older = OLDER / "transformers" / "models"
