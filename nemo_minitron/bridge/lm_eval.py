@@ -26,8 +26,7 @@ def write_held_out_tasks(documents: Iterable[str], folder: Path, seed: int = 0) 
     """Writes the data of the tasks made from held-out text, as JSONL.
 
     ``held_out_choice``: the start of a document, and which of four passages of equal length goes on; the
-        other three
-    come from other documents. ``held_out_bytes``: documents, to be scored in bits per byte.
+    other three come from other documents. ``held_out_bytes``: documents, to be scored in bits per byte.
 
     Args:
         documents: held-out documents.
@@ -205,7 +204,8 @@ def run_task(
     direction = found["higher_is_better"].get(task, {})
     metrics = _numbers(found["results"][task])
     documents = _documents(found["samples"], metrics)
-    better = {metric: bool(direction.get(metric.partition(" (")[0], True)) for metric in metrics}
+    # None stands where a group's tasks disagree
+    better = {metric: direction.get(metric.partition(" (")[0]) is not False for metric in metrics}
     data = found["configs"].get(task, {}).get("dataset_path")
     on_hub = isinstance(data, str) and data.count("/") == 1 and not made and not Path(data).exists()
     return TaskResult(metrics, documents, better, data if on_hub else None)

@@ -27,6 +27,7 @@ def run(config: Config) -> Result:
     settings = {"revision": revision}
 
     def build(target: Path) -> None:
+        """Checks what was fetched, and writes the pointer."""
         if revision is not None:
             from nemo_minitron.bridge.hub import check_hashes
 

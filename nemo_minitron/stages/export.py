@@ -66,6 +66,7 @@ def run(config: Config) -> Result:
         del settings[name]
 
     def build(temporary: Path) -> dict[str, str]:
+        """Writes model, card and lineage, and tries them; returns the weights' hashes."""
         hashes = _write_model(student, temporary, dtype, dtypes, config.export.shard_size)
         copy_side_files(source, temporary)
         card = _card(config, workspace, temporary, source, failed)
