@@ -32,18 +32,22 @@ $(VENV)/.done: setup.cfg pyproject.toml
 demo: setup
 	$(BIN)/minitron run --config-name demo
 
+# tiny models are faster with one thread each, and several tests at a time
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # the proofs of all families on the oldest transformers that setup.cfg admits
 oldest: setup
 	$(BIN)/python -m pip install -q --no-deps --target .oldest --upgrade transformers==5.0.0 "tokenizers<=0.23.0" "huggingface-hub>=1.3,<2"
-	PYTHONPATH=.oldest $(BIN)/python -m pytest -p no:cacheprovider tests/families tests/core/test_select_cut.py tests/bridge/test_scoring.py
+	PYTHONPATH=.oldest $(PYTEST) tests/families tests/core/test_select_cut.py tests/bridge/test_scoring.py
 
 # exports must mean the same to transformers 4.57, which the package itself does not run on
 consumers: setup
 	$(BIN)/python -m pip install -q --no-deps --target .consumers --upgrade "transformers==4.57.*" "tokenizers<=0.23.0" "huggingface-hub<1"
-	$(BIN)/python -m pytest -p no:cacheprovider tests/consumers -k 4_57
+	$(PYTEST) tests/consumers -k 4_57
 
 bench: setup
 	$(BIN)/python -m benchmarks.score

@@ -1,91 +1,25 @@
-"""The whole pipeline as a Prefect flow: one task per stage, retried where the failure was transient.
+"""The whole pipeline as a Prefect flow: one task per stage.
 
 Only small dictionaries and paths cross tasks. Prefect's own result cache is off: the manifest of each
 artifact says whether there is anything to do.
 """
 
-import base64
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, task
-from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State, TaskRun
-from prefect.tasks import exponential_backoff
+from nemo_minitron.flows.forms import Launch, Sizes, composed
+from nemo_minitron.flows.tasks import run_stage_task
+from prefect import flow
+from prefect.runtime import flow_run
 
-from nemo_minitron import stages
-from nemo_minitron.artifacts.gate import GATE_COLUMNS, GateError
-from nemo_minitron.artifacts.report import PAGE, markdown
 from nemo_minitron.artifacts.workspace import locked, note_command
-from nemo_minitron.compose import as_dict, from_dict, load_config
+from nemo_minitron.compose import as_dict, from_dict
+from nemo_minitron.launch.stage import tidy
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result
-
-TRANSIENT = (ConnectionError, TimeoutError, InterruptedError, BlockingIOError)
-"""Failures worth another try.
-
-The network's and the machine's passing moods. A wrong configuration is not retried.
-"""
-
-
-def is_transient(_: Any, run: TaskRun, state: State) -> bool:
-    """Whether a failed stage may succeed if it is run again."""
-    try:
-        state.result()
-    except TRANSIENT:
-        return True
-    except BaseException:
-        return False
-    return False
-
-
-@task(
-    task_run_name="{name}",
-    retries=4,
-    retry_delay_seconds=exponential_backoff(2),
-    retry_jitter_factor=0.5,
-    retry_condition_fn=is_transient,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
-def stage(name: str, values: dict[str, Any]) -> Result:
-    """Runs one stage.
-
-    Args:
-        name: a stage of the command line, or ``baseline``.
-        values: the whole configuration as plain dictionaries.
-    """
-    config = from_dict(values)
-    if name == "baseline":
-        config.pretrain.baseline = True
-    try:
-        result = stages.run_stage("pretrain" if name == "baseline" else name, config)
-    except GateError as error:
-        text = f"**the quality gate failed, nothing is exported**\n\n{markdown(GATE_COLUMNS, error.rows)}"
-        create_markdown_artifact(markdown=text, key="minitron-gate", description="why nothing was exported")
-        raise
-    _publish(name, result)
-    return result
-
-
-def _publish(name: str, result: Result) -> None:
-    """Shows a stage's outcome in Prefect: its table, a link to its folder, its pictures."""
-    key = f"minitron-{name}"
-    create_link_artifact(link=result.folder.resolve().as_uri(), key=key, description=result.headline)
-    if result.columns:
-        text = f"**{result.headline}**\n\n{markdown(result.columns, result.rows)}"
-        create_markdown_artifact(markdown=text, key=f"{key}-table", description=result.headline)
-    for picture in sorted((result.folder / "plots").glob("*.png")):
-        data = base64.b64encode(picture.read_bytes()).decode()
-        name_of = picture.stem.replace("_", "-").lower()
-        create_image_artifact(image_url=f"data:image/png;base64,{data}", key=f"{key}-{name_of}")
-    page = result.folder / PAGE
-    if page.is_file():
-        create_link_artifact(link=page.resolve().as_uri(), key=f"{key}-page", description="report")
 
 
 def steps(config: Config) -> Iterator[str]:
@@ -104,49 +38,68 @@ def steps(config: Config) -> Iterator[str]:
     yield from ("evaluate", "export")
 
 
-@flow(name="compress", flow_run_name="compress-{run_name}", log_prints=False, persist_result=False)
+def run_name() -> str:
+    """What Prefect calls a run: the flow, and the workspace's name."""
+    given = flow_run.parameters
+    config = given.get("config") or {}
+    workspace = given.get("workspace") or config.get("workspace") or given.get("config_name") or "run"
+    return f"{flow_run.flow_name}-{Path(str(workspace)).name}"
+
+
+@flow(name="compress", flow_run_name=run_name, log_prints=False, persist_result=False)
 def compress(
     config_name: str = "config",
     overrides: list[str] | None = None,
+    workspace: str | None = None,
+    model: str | None = None,
+    data: list[str] | None = None,
+    plan: Sizes | None = None,  # type: ignore[valid-type]
+    launch: Launch | None = None,  # type: ignore[valid-type]
     config: dict[str, Any] | None = None,
-    run_name: str = "run",
     command: str | None = None,
 ) -> list[Result]:
     """Compresses a model: from ``source.model`` to a Hugging Face folder, every stage an artifact on disk.
 
+    Run again on the same workspace it goes on where it was, and makes nothing twice.
+
     Args:
         config_name: configuration to start from, as ``minitron run --config-name``.
-        overrides: in Hydra's grammar, as on the command line.
-        config: a whole configuration instead, as ``minitron run --cfg`` prints it.
-        run_name: shown in Prefect; ``minitron run`` passes the workspace's name.
+        overrides: in Hydra's grammar, as on the command line: plan.hidden=3072, trainer.max_steps=500.
+        workspace: folder of the run (``workspace``).
+        model: hub id or folder of the model to compress (``source.model``).
+        data: text to train on: files, folders, patterns, hf://owner/name (``data.train.paths``).
+        plan: target sizes.
+        launch: where stages run, and what they are allowed.
+        config: a whole configuration instead of all of these, as ``minitron run --cfg`` prints it.
         command: the command line behind it, for the report; None: made from the other parameters.
 
     Returns:
         What each stage reports, in order.
     """
-    checked = load_config(config_name, overrides or []) if config is None else from_dict(config)
-    names = list(steps(checked))
-    results = []
-    words = (
-        shlex.split(command)
-        if command
-        else ["minitron", "run", "--config-name", config_name, *(overrides or [])]
-    )
-    with locked(Path(checked.workspace)):
-        note_command(Path(checked.workspace), words)
-        for position, name in enumerate(names):
-            print(f"[{position + 1}/{len(names)}] {name} ...", file=sys.stderr, flush=True)
-            result = stage(name, as_dict(checked))
-            results.append(result)
-            done = _done(result)
-            print(
-                f"[{position + 1}/{len(names)}] {name}: {result.headline}{done}", file=sys.stderr, flush=True
-            )
+    if config is None:
+        checked = composed(config_name, overrides, workspace, model, data, plan, launch)
+    else:
+        checked = from_dict(config)
+    words = ["minitron", "run", "--config-name", config_name, *(overrides or [])]
+    folder = Path(checked.workspace)
+    with locked(folder, checked.launch.wait):
+        note_command(folder, shlex.split(command) if command else words)
+        results = run_stages(list(steps(checked)), checked)
+        tidy(folder)
     return results
 
 
-def _done(result: Result) -> str:
-    return "" if result.made else " (already done)"
+def run_stages(names: list[str], config: Config) -> list[Result]:
+    """Runs stages one after the other, and says so on the screen."""
+    values, results = as_dict(config), []
+    for position, name in enumerate(names):
+        place = f"[{position + 1}/{len(names)}] {name}"
+        print(f"{place} ...", file=sys.stderr, flush=True)
+        result = run_stage_task(name, config, values)
+        results.append(result)
+        done = "" if result.made else " (already done)"
+        print(f"{place}: {result.headline}{done}", file=sys.stderr, flush=True)
+    return results
 
 
 if __name__ == "__main__":

@@ -44,5 +44,5 @@ def run_here(config: Config, words: Sequence[str]) -> list[Result]:
     prepare_environment()
     from nemo_minitron.flows.compress import compress
 
-    name = Path(config.workspace).resolve().name
-    return compress(config=as_dict(config), run_name=name, command=shlex.join(words))
+    results: list[Result] = compress(config=as_dict(config), command=shlex.join(words))
+    return results

@@ -16,6 +16,7 @@ os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="minitron-prefect-
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 
 from nemo_minitron.bridge.specimens import random_model
 
@@ -99,34 +100,55 @@ def model_folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
+    """Fills a folder that all test processes share; the first of them to need it does."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def fill(name: str, build: Callable[[Path], None]) -> Path:
+        with FileLock(shared / f"{name}.lock"):
+            if not (shared / f"{name}.done").exists():
+                (shared / name).mkdir()
+                build(shared / name)
+                (shared / f"{name}.done").touch()
+        return shared / name
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def corpus(once: Callable[..., Path]) -> Path:
     """Forty small documents of words with a grammar simple enough to be learnt in seconds."""
     import random
 
-    folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    for i in range(40):
-        lines = [" ".join(draw.choices(WORDS, k=12)) + "." for _ in range(40)]
-        (folder / f"doc{i:02d}.txt").write_text("\n".join(lines))
-    return folder
+    def write(folder: Path) -> None:
+        draw = random.Random(0)
+        for i in range(40):
+            lines = [" ".join(draw.choices(WORDS, k=12)) + "." for _ in range(40)]
+            (folder / f"doc{i:02d}.txt").write_text("\n".join(lines))
+
+    return once("corpus", write)
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+def tokenizer_folder(once: Callable[..., Path], corpus: Path) -> Path:
     from nemo_minitron.bridge.tokenizer import train_tokenizer
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer([path.read_text() for path in sorted(corpus.iterdir())], 300, folder)
-    return folder
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    return once("tokenizer", lambda folder: train_tokenizer(texts, 300, folder))
 
 
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+def teacher(once: Callable[..., Path], tokenizer_folder: Path) -> Path:
     """A small random Llama with a tokenizer beside it."""
-    folder = make_model(tmp_path_factory.mktemp("teacher"), "llama", vocab_size=300)
-    for path in tokenizer_folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
+
+    def make(folder: Path) -> None:
+        make_model(folder, "llama", vocab_size=300)
+        for path in tokenizer_folder.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+
+    return once("teacher", make)
 
 
 def stream(
@@ -176,9 +198,13 @@ def settings(workspace: Path, teacher: Path, corpus: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, teacher: Path, corpus: Path) -> tuple[Path, str]:
+def finished(once: Callable[..., Path], teacher: Path, corpus: Path) -> tuple[Path, str]:
     """A workspace that 'minitron run' has finished, and what it printed."""
-    workspace = tmp_path_factory.mktemp("finished") / "run"
-    done = minitron("run", *settings(workspace, teacher, corpus), timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return workspace, done.stdout
+
+    def run(folder: Path) -> None:
+        done = minitron("run", *settings(folder / "run", teacher, corpus), timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "printed.txt").write_text(done.stdout)
+
+    folder = once("finished", run)
+    return folder / "run", (folder / "printed.txt").read_text()

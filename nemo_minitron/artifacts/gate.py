@@ -27,6 +27,9 @@ class GateError(RuntimeError):
         )
         self.rows = tuple(rows)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GateError, (self.rows,)
+
 
 @dataclass(frozen=True)
 class Gate:

@@ -2,15 +2,18 @@
 
 import contextlib
 import json
+import os
 import re
 import shlex
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.artifacts.manifest import Input, now, read_manifest, verify
+from nemo_minitron.artifacts.manifest import Input, now, read_manifest, verify, write_json
 
 ARTIFACTS = (
     "pretrain",
@@ -30,33 +33,75 @@ COMMANDS = "commands.jsonl"
 """Commands that worked on the workspace."""
 
 
+HOLDER = ".holder.json"
+"""Which process holds the workspace, for the eyes of others; the lock itself is the operating system's."""
+TRACES = (".lock", ".stage.lock", HOLDER, COMMANDS)
+"""Files that a run leaves although nothing came of it."""
+
+
+def holder(workspace: Path) -> str:
+    """Who holds the workspace, or held it last, in words; empty where nobody wrote it down."""
+    try:
+        found = json.loads((workspace / HOLDER).read_text(encoding="utf-8"))
+        return f"process {found['pid']} on {found['host']}, since {found['since'][:19].replace('T', ' ')} UTC"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _busy(workspace: Path) -> ValueError:
+    who = holder(workspace)
     return ValueError(
-        f"workspace {workspace}: another run is using it; wait for it to end, or choose another one"
+        f"workspace {workspace}: another run is using it{f' ({who})' if who else ''}; wait for it to end, or "
+        "choose another one"
     )
 
 
+def _acquired(workspace: Path, wait: float) -> BaseFileLock:
+    """The workspace's lock, held.
+
+    Raises:
+        ValueError: another run holds it, or the folder cannot be made.
+    """
+    deadline = time.monotonic() + wait
+    while True:
+        lock = FileLock(workspace / ".lock", timeout=max(0.0, deadline - time.monotonic()))
+        try:
+            workspace.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            return lock
+        except Timeout:
+            raise _busy(workspace) from None
+        except OSError as error:
+            # a run of which nothing came removes its folder, also from under one that waits for it
+            if not isinstance(error, FileNotFoundError) or time.monotonic() > deadline + 1:
+                text = f"workspace {workspace}: cannot be used as a folder: {error.strerror}"
+                raise ValueError(text) from error
+
+
 @contextlib.contextmanager
-def locked(workspace: Path) -> Iterator[None]:
+def locked(workspace: Path, wait: float = 0.0) -> Iterator[None]:
     """Holds the workspace for this process; the operating system lets go of it when the process dies.
+
+    So there are no stale locks to be removed: the file stays, and holds nobody back.
+
+    Args:
+        workspace: the folder.
+        wait: seconds to wait for another run to end.
 
     Raises:
         ValueError: another run holds it.
     """
-    lock = FileLock(workspace / ".lock", timeout=0)
+    lock = _acquired(workspace, wait)
+    me = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
     try:
-        workspace.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        if isinstance(error, Timeout):
-            raise _busy(workspace) from None
-        raise ValueError(f"workspace {workspace}: cannot be used as a folder: {error.strerror}") from error
-    try:
+        with contextlib.suppress(OSError):  # a full disk is for the stages to find
+            write_json(workspace / HOLDER, me)
         yield
     finally:
-        if {path.name for path in workspace.iterdir()} <= {".lock", COMMANDS}:  # nothing came of it: no trace
-            (workspace / ".lock").unlink()
-            (workspace / COMMANDS).unlink(missing_ok=True)
+        (workspace / HOLDER).unlink(missing_ok=True)
+        if {path.name for path in workspace.iterdir()} <= set(TRACES):  # nothing came of it: no trace
+            for name in TRACES:
+                (workspace / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 workspace.rmdir()
         lock.release()

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from nemo_minitron.artifacts.log import read_log
+from nemo_minitron.artifacts.progress import note
 from nemo_minitron.core.losses import LossTerms
 
 try:  # NeMo 2.x has its own; it calls pl_module.model_transform(trainer.model) and ignores what comes back
@@ -42,7 +43,7 @@ class ExactResume(Callback):
 
     Lightning 2.4 writes such checkpoints before it counts the batch as completed, and counts from the
     completed ones on resuming: one batch is lost from the accumulation of gradients and from the rhythm of
-    validation.
+    validation. And it counts in micro-batches, of which a step may have another number than before.
     """
 
     def __init__(self) -> None:
@@ -51,10 +52,11 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Counts every batch that has been processed as completed."""
+        """Counts the micro-batches of every step that was taken as completed; steps are when we save."""
+        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["current"], progress["total"]):
-            counts["completed"] = counts["processed"]
+            counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), batches))
         self._resumed = True
 
     def on_train_batch_start(
@@ -109,6 +111,8 @@ class TrainingLog(Callback):
     ) -> None:
         """Logs loss, terms, learning rate and throughput."""
         step = trainer.global_step
+        if trainer.is_global_zero:
+            note("training", step, trainer.max_steps)
         if step == self._clock[0] or (step % self.every and step != 1):
             return
         seconds = time.monotonic() - self._clock[1]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_minitron.stages.keys import key
+from nemo_minitron.stages.launch_config import LaunchConfig, TrackConfig
 from nemo_minitron.stages.training_config import CorrectConfig, DistillConfig, PretrainConfig, TrainingConfig
 
 
@@ -259,6 +260,8 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
     trainer: dict[str, Any] = key({}, "arguments of Lightning's Trainer")
     optim: dict[str, Any] = key({}, "NeMo optimiser and scheduler")
     exp_manager: dict[str, Any] = key({}, "NeMo's exp_manager; its folders are set by the stage")

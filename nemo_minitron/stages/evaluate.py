@@ -104,7 +104,8 @@ def _bench(config: Config) -> tuple[Bench, list[Input]]:
     inputs.append(text_input(texts))
     own = None
     if config.evaluate.task_dir is not None:
-        paths = sorted(path for path in Path(config.evaluate.task_dir).rglob("*") if path.is_file())
+        found = sorted(path for path in Path(config.evaluate.task_dir).rglob("*") if path.is_file())
+        paths = [path for path in found if "__pycache__" not in path.parts]  # comes with the first use
         own = digest([[path.name, hash_file(path)] for path in paths])
         inputs.append(Input(config.evaluate.task_dir, own))
     root = workspace / FOLDER

@@ -122,12 +122,21 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
     samples_a_step = _samples_a_step(config, trainer, section["batch_size"])
     decides = {
         **resolved,
-        "trainer": deciding(trainer),
+        "trainer": _in_steps(deciding(trainer), trainer),
         "batch_size": samples_a_step,
         "training": _deciding(config.training),
         "train": sampling(config.data.train),
     }
     return resolved, decides
+
+
+def _in_steps(decides: dict[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Lightning counts the validation's interval in micro-batches, whose size decides nothing."""
+    per_step, name = trainer.get("accumulate_grad_batches") or 1, "val_check_interval"
+    if per_step == 1 or not isinstance(decides.get(name), int):
+        return decides
+    whole, rest = divmod(decides[name], per_step)
+    return {**decides, name: whole if not rest else decides[name] / per_step}
 
 
 def _deciding(training: TrainingConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.artifacts.results import Results
 from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.progress import bar
 from nemo_minitron.stages.stage import VALIDATION_SAMPLES, sampling
 
 TEXT, WRITING, SPEED = "text", "writing", "speed"
@@ -188,12 +189,12 @@ def work(bench: Bench, ranks: Any) -> list[tuple[Unit, str]]:
 
 
 def _each(bench: Bench, units: list[Unit]) -> Iterator[tuple[Unit, str]]:
-    from rich.progress import track
-
-    for unit in track(units, description="evaluating", transient=True):
-        try:
-            bench.measure(unit)
-        except Exception as error:  # whatever a task's own code raises
-            if unit.what in (TEXT, WRITING, SPEED):
-                raise
-            yield unit, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    with bar("evaluating", len(units)) as advance:
+        for unit in units:
+            try:
+                bench.measure(unit)
+            except Exception as error:  # whatever a task's own code raises
+                if unit.what in (TEXT, WRITING, SPEED):
+                    raise
+                yield unit, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+            advance(1)

@@ -1,8 +1,10 @@
-"""A bar on the screen while something long is done; nothing where the output is no terminal."""
+"""How far something long is: a bar, where the screen is a terminal, and a file for who started it."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from nemo_minitron.artifacts.progress import note
 
 
 @contextmanager
@@ -19,5 +21,12 @@ def bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda done: progress.advance(task, done)
+        task, so_far = progress.add_task("", total=total), 0
+
+        def advance(done: int) -> None:
+            nonlocal so_far
+            so_far += done
+            progress.advance(task, done)
+            note(title, so_far, total)
+
+        yield advance

@@ -15,6 +15,7 @@ from nemo_minitron.artifacts.workspace import input_artifact, locked
 from nemo_minitron.core.cut import Cut
 from nemo_minitron.core.size import model_size
 from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.progress import bar
 from nemo_minitron.stages.stage import Result, teacher_folder, workspace_of
 
 
@@ -64,11 +65,8 @@ def _seen_from(place: Path, workspace: Path, teacher: Input) -> Input:
 def _build(
     source: Path, due: list[tuple[Path, list[Input]]], settings: dict[str, int], shard_bytes: int
 ) -> None:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
     checkpoint = open_checkpoint(source)
     started = now()
-    columns = (TextColumn("pruning"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with ExitStack() as stack:
         targets = []
         for place, _ in due:
@@ -77,8 +75,9 @@ def _build(
                 raise ValueError(f"{place / 'plan'}: made for a model of other sizes than {source}")
             cut = Cut(checkpoint.family, checkpoint.config, plan.keep, plan.layers_kept)
             targets.append((stack.enter_context(building(place / "pruned")), cut))
-        progress = stack.enter_context(Progress(*columns, transient=True))
-        task = progress.add_task("", total=sum(planned_bytes(checkpoint, cut) for _, cut in targets))
-        hashes = write_pruned(checkpoint, targets, shard_bytes, lambda size: progress.advance(task, size))
+        advance = stack.enter_context(
+            bar("pruning", sum(planned_bytes(checkpoint, cut) for _, cut in targets))
+        )
+        hashes = write_pruned(checkpoint, targets, shard_bytes, advance)
         for (temporary, _), (_, inputs), known in zip(targets, due, hashes, strict=True):
             write_manifest(temporary, "pruned", settings, inputs, started, known)

@@ -1,5 +1,7 @@
 """The NeMo model: real NeMo, real Lightning, real tiny Hugging Face models."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -99,6 +101,32 @@ def test_steps_done_in_two_parts_are_bit_for_bit_those_done_in_one(tmp_path, acc
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, parts.model.state_dict()[name]), name
     assert timeless(tmp_path / "whole") == timeless(state)
+
+
+def test_a_training_goes_on_with_smaller_micro_batches_as_if_nothing_had_happened(tmp_path):
+    """As after running out of memory: half of the samples at a time, twice as many times, the same steps."""
+    folder = make_model(tmp_path / "m", "llama")
+    whole = run(folder, tmp_path / "whole", 9)
+    state = tmp_path / "parts"
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(folder, state, 9, [Stop()])
+    smaller = recipe(9, accumulate_grad_batches=2, val_check_interval=4)
+    parts = train(
+        load_model(folder, dtype=torch.float32), read_config(folder), folder,
+        dataclasses.replace(smaller, batch_size=2), tokens(), tokens(8, seed=1), state, (), frozenset(),
+    )  # fmt: skip
+    for name, value in whole.model.state_dict().items():
+        assert torch.allclose(value, parts.model.state_dict()[name], atol=2e-5), name
+    before, after = timeless(tmp_path / "whole"), timeless(state)
+    assert [line["step"] for line in after] == [line["step"] for line in before]
+    losses = [[line["val_loss"] for line in lines if "val_loss" in line] for lines in (before, after)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def timeless(state):

@@ -1,0 +1,248 @@
+"""A stage as a Prefect task: tried again where that helps, shown while it runs, published when done."""
+
+import contextlib
+import contextvars
+import gc
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.flows import publish
+from prefect import task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.concurrency.sync import concurrency
+from prefect.context import TaskRunContext
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, TerminationSignal
+from prefect.logging import get_run_logger
+from prefect.states import Crashed
+from prefect.task_engine import TaskRunTimeoutError
+from prefect.tasks import exponential_backoff
+
+from nemo_minitron.artifacts import progress
+from nemo_minitron.artifacts.gate import GateError
+from nemo_minitron.compose import from_dict
+from nemo_minitron.launch import failures
+from nemo_minitron.launch.failures import StageError, kind_of
+from nemo_minitron.launch.lighter import lightened, note_memory
+from nemo_minitron.launch.stage import Call, launch, limit_of
+from nemo_minitron.stages import SEVERAL
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.stage import Result
+
+_SHOW_SECONDS = 5.0
+_LEASE_SECONDS = 60.0
+"""A killed flow's slot of the accelerator comes back after this."""
+
+
+def worth_another_try(_: Any, run: TaskRun, state: State) -> bool:
+    """Whether a failed stage may succeed if it is run again."""
+    try:
+        state.result()
+    except TaskRunTimeoutError:
+        return False
+    except Exception as error:
+        return kind_of(error) in failures.AGAIN
+    return False
+
+
+@task(
+    task_run_name="{name}",
+    tags=["nemo_minitron"],
+    retry_condition_fn=worth_another_try,
+    cache_policy=NO_CACHE,
+    persist_result=False,
+)
+def stage(name: str, values: dict[str, Any]) -> Any:
+    """Runs one stage.
+
+    Args:
+        name: a stage of the command line, or ``baseline``.
+        values: the whole configuration as plain dictionaries.
+
+    Returns:
+        A ``Result``; or, where the stage's process was lost and no try is left, the state Crashed.
+    """
+    workspace = Path(values["workspace"])
+    lighter, times = lightened(workspace, name, values)
+    if name == "baseline":
+        lighter = {**lighter, "pretrain": {**lighter["pretrain"], "baseline": True}}
+    call = Call(name, from_dict(lighter), lighter)
+    relay = Relay(name)
+    if times:
+        relay.say(f"{name}: micro-batch halved {times} times, for memory ran out before")
+    started = time.monotonic()
+    try:
+        with _slot(call), _progress(call):
+            result = launch(call, relay.take)
+    except Exception as error:
+        if isinstance(error, GateError):
+            publish.gate(workspace, error)
+        return _failed(call, values, error)
+    publish.stage(workspace, name, result, time.monotonic() - started)
+    warning = _tracked(call.config, name, result)
+    if warning:
+        relay.say(warning)
+    return result
+
+
+def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
+    """Runs a stage as a task, with the tries and the time limit that the configuration gives it.
+
+    Raises:
+        StageError: it crashed, or took too long.
+        Exception: whatever else the stage raised.
+    """
+    settings = config.launch
+    limit = limit_of(settings, name) if settings.kind == "inline" else None
+    own = stage.with_options(
+        retries=settings.retries,
+        retry_delay_seconds=exponential_backoff(settings.retry_seconds)(settings.retries) or None,
+        retry_jitter_factor=0.5,
+        timeout_seconds=limit,
+    )
+    try:
+        result = own(name, values)
+    except TaskRunTimeoutError as error:
+        text = f"{name}: over its time limit of {limit:g} s (launch.time_limit); run it again to go on"
+        raise StageError(name, failures.SLOW, text) from error
+    if isinstance(result, State):
+        raise StageError(name, failures.LOST, result.message or f"{name} crashed")
+    assert isinstance(result, Result)
+    return result
+
+
+def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
+    """What a failed try leads to.
+
+    Raises:
+        Exception: the failure; Prefect asks ``worth_another_try`` of it.
+    """
+    kind, workspace = kind_of(error), Path(call.config.workspace)
+    if (
+        kind == failures.STOPPED
+    ):  # a training has saved what it did, as the signal asked; now the flow ends by it
+        raise TerminationSignal(15) from error
+    if kind == failures.MEMORY:
+        if not note_memory(workspace, call.name, values):
+            text = f"{call.name}: out of memory, and its micro-batch cannot be made smaller: {error}"
+            raise StageError(call.name, failures.FAILED, text) from error
+        text = f"{call.name}: out of memory; the next try takes half of the micro-batch"
+        _let_go(error)
+        raise StageError(call.name, failures.MEMORY, text) from None
+    context = TaskRunContext.get()
+    assert context is not None
+    if kind == failures.LOST and context.task_run.run_count > context.task.retries:
+        return Crashed(message=str(error))
+    raise error
+
+
+def _let_go(error: Exception) -> None:
+    """Frees what the failed try still holds: its frames hold the tensors."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _slot(call: Call) -> Iterator[None]:
+    """Holds the accelerator while a stage computes; flows that share it wait for each other."""
+    name = call.config.launch.accelerator
+    if name is None or call.stage not in SEVERAL:
+        yield
+        return
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            with contextlib.suppress(ObjectAlreadyExists):  # another flow was quicker
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+    # strict: a limit that is not there would be passed over in silence
+    with concurrency(
+        name, occupy=1, strict=True, lease_duration=_LEASE_SECONDS, raise_on_lease_renewal_failure=False
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _progress(call: Call) -> Iterator[None]:
+    """Shows how far a stage is, as an artifact that moves, from the moment it says so."""
+    ended = threading.Event()
+    key = publish.key(Path(call.config.workspace), call.name, "progress")
+
+    def show() -> None:
+        shown, last = None, -1.0
+        while not ended.wait(_SHOW_SECONDS):
+            found = progress.read(call.progress)
+            if found is None or not found.total:
+                continue
+            percent = min(100.0, 100.0 * found.done / found.total)
+            if percent == last:
+                continue
+            last, text = percent, f"{call.name}: {found.what}, {found.done:,} of {found.total:,}"
+            try:
+                if shown is None:
+                    shown = create_progress_artifact(percent, key=key, description=text)
+                else:
+                    update_progress_artifact(shown, percent, description=text)
+            except Exception as error:  # a server that restarts must not end a training
+                print(f"{call.name}: progress not shown: {error}", file=sys.stderr)
+
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=lambda: context.run(show), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(_SHOW_SECONDS)
+
+
+class Relay:
+    """Passes a process' output on: to the run's log where one is kept, else to the screen.
+
+    Each line of the log is a row in Prefect's database, and a progress bar prints thousands: between lines
+    that come fast only the last one is passed on. The stage's own log file has them all.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._logger = get_run_logger()
+        self._kept = self._logger.isEnabledFor(logging.INFO)
+        self._every = 10.0 if self._kept else 2.0
+        self._name, self._last = name, -self._every
+
+    def take(self, line: str) -> None:
+        """One line of output."""
+        now = time.monotonic()
+        if now - self._last >= self._every:
+            self._last = now
+            self.say(f"{self._name}| {line}")
+
+    def say(self, text: str) -> None:
+        """Something that must be heard."""
+        if self._kept:
+            self._logger.info(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _tracked(config: Config, name: str, result: Result) -> str | None:
+    """Logs a stage to MLflow where that is asked for; returns a warning where it did not work."""
+    if config.track.mlflow is None:
+        return None
+    from nemo_minitron.bridge.tracking import track
+
+    workspace = Path(config.workspace).resolve()
+    return track(
+        config.track.mlflow, config.track.experiment, workspace.name, result.folder, name, result.facts,
+        result.headline, str(workspace),
+    )  # fmt: skip

@@ -1,0 +1,57 @@
+"""How far a stage is: a small file that whoever started it reads.
+
+Where it lies stands in the environment, because stages are also processes of their own; without it nothing is
+written.
+"""
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+VARIABLE = "MINITRON_PROGRESS"
+"""Environment variable with the file's path."""
+_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is.
+
+    Attributes:
+        what: what is being done, in a word.
+        done: how much of it.
+        total: how much there is.
+    """
+
+    what: str
+    done: int
+    total: int
+
+
+_last = 0.0
+
+
+def note(what: str, done: int, total: int) -> None:
+    """Writes down how far this process is, once a second at most; never fails for it."""
+    global _last
+    path = os.environ.get(VARIABLE)
+    if not path or (time.monotonic() - _last < _SECONDS and done < total):
+        return
+    _last = time.monotonic()
+    if int(os.environ.get("RANK", "0")):
+        return
+    temporary = f"{path}.{os.getpid()}"
+    with contextlib.suppress(OSError):  # a full disk is for the stage itself to find
+        Path(temporary).write_text(json.dumps({"what": what, "done": done, "total": total}), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def read(path: Path) -> Progress | None:
+    """What a stage has written; None: nothing yet."""
+    try:
+        return Progress(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None

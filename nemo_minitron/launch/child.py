@@ -1,0 +1,133 @@
+"""A stage as a process: ``python -m nemo_minitron.launch.child STAGE VALUES.json OUTCOME.json``.
+
+Under torchrun every rank runs it. The outcome is a JSON file, whole or not there at all.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nemo_minitron.artifacts.manifest import now, write_json
+from nemo_minitron.compose import from_dict
+from nemo_minitron.launch.failures import told
+from nemo_minitron.stages import SEVERAL, follows, meet, part, run_stage
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.stage import Result
+
+LOCK = ".stage.lock"
+"""In the workspace, held by the process that runs a stage."""
+_PATIENCE = 120.0
+_PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def alone(workspace: Path, patience: float = _PATIENCE) -> Iterator[None]:
+    """Holds the workspace for a stage's own process.
+
+    The flow that started the stage holds the workspace too; but when a flow is killed its stage needs a
+    moment to save and end, and the next flow may come within that moment.
+
+    Raises:
+        TimeoutError: another process still works there after ``patience`` seconds.
+    """
+    lock = FileLock(workspace / LOCK, timeout=patience)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise TimeoutError(f"workspace {workspace}: a stage of an earlier run is still ending") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_alone(name: str, config: Config) -> Result:
+    """Runs a stage as the only one in its workspace; under torchrun with the other ranks."""
+    if follows():
+        if name in SEVERAL:
+            meet()
+            result = run_stage(name, config)
+            part()
+            return result
+        return Result(name, Path(config.workspace), False, "see rank 0")
+    with alone(Path(config.workspace)):
+        if name in SEVERAL:
+            meet()
+        result = run_stage(name, config)
+        if name in SEVERAL:
+            part()
+    return result
+
+
+def result_from(value: dict[str, Any]) -> Result:
+    """A result back from JSON."""
+    return Result(**{
+        **value, "folder": Path(value["folder"]), "columns": tuple(value["columns"]),
+        "rows": tuple(tuple(row) for row in value["rows"]), "notes": tuple(value["notes"]),
+    })  # fmt: skip
+
+
+def _of_rank(outcome: Path, rank: str) -> Path:
+    return outcome if rank == "0" else outcome.with_name(f"{outcome.stem}.{rank}.json")
+
+
+def outcomes(outcome: Path) -> list[Path]:
+    """The outcome's file, and those of other ranks, as far as they are there."""
+    return [path for path in (outcome, *outcome.parent.glob(f"{outcome.stem}.*.json")) if path.is_file()]
+
+
+def clear(outcome: Path) -> None:
+    """Removes what an earlier try said."""
+    for path in outcomes(outcome):
+        path.unlink()
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a stage, and writes what became of it.
+
+    Returns:
+        The command line's exit status: 0 done, 2 the user's input is wrong, 1 it failed.
+    """
+    name, values, outcome = arguments
+    _die_with_torchrun()
+    path = Path(outcome)
+    _say(f"{name}: process {os.getpid()}")
+    try:
+        result = run_alone(name, from_dict(json.loads(Path(values).read_text(encoding="utf-8"))))
+    except BaseException as error:
+        # the first rank to fail knows why; the others only that it is gone
+        failure = {"failure": told(error), "at": time.time()}
+        write_json(_of_rank(path, os.environ.get("RANK", "0")), failure)
+        if failure["failure"]["kind"] == "failed":
+            traceback.print_exc()
+        _say(f"{name}: {failure['failure']['message']}")
+        return 2 if failure["failure"]["kind"] == "mistake" else 1
+    if not follows():
+        _say(f"{name}: {result.headline}")
+        write_json(path, {"result": {**asdict(result), "folder": str(result.folder)}})
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"{now()[:19]} {text}", file=sys.stderr, flush=True)
+
+
+def _die_with_torchrun() -> None:
+    """Lets the system kill a rank whose torchrun has died: it is in a process group of its own."""
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

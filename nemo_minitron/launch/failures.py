@@ -1,0 +1,123 @@
+"""What kind of failure an exception is, and whether another try may help."""
+
+import errno
+import signal
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nemo_minitron.artifacts.gate import GateError
+
+MISTAKE, GATE, MEMORY, TRANSIENT, LOST, STOPPED, SLOW, FAILED = (
+    "mistake", "gate", "memory", "transient", "lost", "stopped", "time limit", "failed",
+)  # fmt: skip
+"""Kinds of failure.
+
+mistake: the user's, nothing will change it; gate: the student is too weak; memory: there was too little, a
+smaller micro-batch may do; transient: the network's and the machine's passing moods; lost: a process died
+or fell silent; stopped: somebody asked it to stop; time limit: it took longer than allowed; failed: all
+else.
+"""
+
+AGAIN = (MEMORY, TRANSIENT, LOST)
+"""Kinds for which the same stage is worth another try."""
+
+_PASSING = frozenset({
+    errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.ETIMEDOUT, errno.ENETUNREACH,
+    errno.EHOSTUNREACH, errno.EPIPE, errno.EAGAIN, errno.EINTR, errno.ESTALE,
+})  # fmt: skip
+_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
+_BROKEN_LINE = ("connection closed by peer", "connection reset by peer", "socket timeout", "broken pipe")
+"""What gloo and NCCL say, in a plain RuntimeError, when another rank has died."""
+
+
+class StageError(RuntimeError):
+    """A stage failed in a process of its own.
+
+    Attributes:
+        kind: one of the kinds of failure.
+        stage: which stage.
+    """
+
+    def __init__(self, stage: str, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.stage, self.kind = stage, kind
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StageError, (self.stage, self.kind, str(self))
+
+
+def kind_of(error: BaseException) -> str:
+    """The kind of failure that an exception, or what caused it, stands for."""
+    if isinstance(error, StageError):
+        return error.kind
+    if isinstance(error, GateError):
+        return GATE
+    if isinstance(error, ValueError):  # what the stages raise for what the user can put right
+        return MISTAKE
+    if type(error).__name__ == "Preempted":  # plugin.preemption: not imported, for it would import NeMo
+        return STOPPED
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED
+    for each in _chain(error):
+        if _is_memory(each):
+            return MEMORY
+        if _is_passing(each):
+            return TRANSIENT
+    return FAILED
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it was raised from."""
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        yield following
+        following = following.__cause__ or following.__context__
+
+
+def _is_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
+    )  # torch.OutOfMemoryError is a RuntimeError
+
+
+def _is_passing(error: BaseException) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)  # httpx, requests, the hub
+    if isinstance(status, int):
+        return status == 429 or status >= 500
+    if isinstance(error, OSError):
+        named = (ConnectionError, TimeoutError, InterruptedError, BlockingIOError)
+        return isinstance(error, named) or error.errno in _PASSING
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _BROKEN_LINE)
+
+
+def told(error: BaseException) -> dict[str, Any]:
+    """A failure as JSON, for another process."""
+    message = " ".join(str(error).split()) or "no message"
+    known = isinstance(error, ValueError | GateError | StageError)
+    text = message if known else f"{type(error).__name__}: {message}"
+    rows = [list(row) for row in error.rows] if isinstance(error, GateError) else []
+    return {"kind": kind_of(error), "message": text, "rows": rows}
+
+
+def raised(stage: str, value: Mapping[str, Any]) -> Exception:
+    """The exception that ``told`` was told of: the user's mistakes and the gate keep their type."""
+    if value["kind"] == MISTAKE:
+        return ValueError(value["message"])
+    if value["kind"] == GATE:
+        return GateError([(row[0], row[1], row[2], row[3]) for row in value["rows"]])
+    return StageError(stage, value["kind"], value["message"])
+
+
+def exit_words(code: int) -> str:
+    """An exit status in words."""
+    if code >= 0:
+        return f"ended with exit status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed by {name}" + (" (by the system, if memory ran out)" if name == "SIGKILL" else "")

@@ -1,0 +1,85 @@
+"""The same stage with less memory: smaller micro-batches, more of them.
+
+What an artifact is made from does not change with it: a training's recipe names the samples of a step, not
+how many are read at once, and what is scored or measured adds up over any batches.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.manifest import write_json
+
+FILE = ".memory.json"
+"""In the workspace: stage to how often its micro-batch was halved."""
+
+_BATCHES = {
+    "pretrain": "pretrain", "baseline": "distill", "correct": "correct", "distill": "distill",
+    "score": "score", "logits": "distill.cache", "evaluate": "evaluate",
+}  # fmt: skip
+"""Stage to the section whose ``batch_size`` is the micro-batch."""
+_TRAININGS = ("pretrain", "baseline", "correct", "distill")
+_OWN_TRAINER = ("pretrain", "correct")
+"""Trainings with a section ``trainer`` of their own, which replaces keys of the common one."""
+
+
+def halved(stage: str, values: dict[str, Any], times: int = 1) -> dict[str, Any] | None:
+    """A configuration whose micro-batch is halved so many times, with as many samples a step as before.
+
+    Args:
+        stage: which stage, or ``baseline``.
+        values: the whole configuration as plain dictionaries; not changed.
+        times: how often.
+
+    Returns:
+        The configuration, or None where the micro-batch cannot be made smaller without another result.
+    """
+    if stage not in _BATCHES:
+        return None
+    lighter: dict[str, Any] = json.loads(json.dumps(values))
+    section = lighter
+    for part in _BATCHES[stage].split("."):
+        section = section[part]
+    for _ in range(times):
+        size = section["batch_size"]
+        if size < 2 or (stage in _TRAININGS and size % 2):
+            return None
+        section["batch_size"] = size // 2
+        if stage in _TRAININGS:
+            _twice_as_many(lighter["trainer"], lighter[stage]["trainer"] if stage in _OWN_TRAINER else {})
+    return lighter
+
+
+def _twice_as_many(common: dict[str, Any], own: dict[str, Any]) -> None:
+    """Doubles what a trainer counts in micro-batches, where it stands."""
+    for name, default in (("accumulate_grad_batches", 1), ("val_check_interval", None)):
+        place = own if own.get(name) is not None else common
+        count = place.get(name) if place.get(name) is not None else default
+        if isinstance(count, int):
+            place[name] = 2 * count
+
+
+def lightened(workspace: Path, stage: str, values: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The configuration for the next try, and how often its micro-batch is halved."""
+    times = _noted(workspace).get(stage, 0)
+    lighter = halved(stage, values, times) if times else values
+    return (values, 0) if lighter is None else (lighter, times)
+
+
+def note_memory(workspace: Path, stage: str, values: dict[str, Any]) -> bool:
+    """Notes that a stage ran out of memory; returns whether there is a smaller micro-batch to try."""
+    noted = _noted(workspace)
+    times = noted.get(stage, 0) + 1
+    if halved(stage, values, times) is None:
+        return False
+    write_json(workspace / FILE, {**noted, stage: times})
+    return True
+
+
+def _noted(workspace: Path) -> dict[str, int]:
+    path = workspace / FILE
+    try:
+        found: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found

@@ -1,0 +1,197 @@
+"""One command in a process group of its own: watched, heard, stopped whole.
+
+Its memory is really freed when it ends, a crash of it is its own, and no process of the group outlives the
+one that started it, whatever that one dies of.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_TICK = 0.2
+_WATCHDOG = """trap '' TERM HUP INT USR1
+read line
+kill -s TERM -- -{group}
+waited=0
+while [ $waited -lt {grace} ] && kill -0 {group} 2>/dev/null; do sleep 1; waited=$((waited + 1)); done
+kill -s KILL -- -{group}"""
+"""Ends the group where the pipe's other end is gone, which the system closes however its holder dies."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a process is allowed.
+
+    Attributes:
+        seconds: time in all; None: any.
+        silence: seconds without output or progress; None: any.
+        grace: seconds between SIGTERM, on which a training saves, and SIGKILL.
+    """
+
+    seconds: float | None = None
+    silence: float | None = None
+    grace: float = 60.0
+
+
+@dataclass
+class Ended:
+    """How a process came to its end.
+
+    Attributes:
+        code: exit status; a negative one is the number of the signal that killed it.
+        stopped: None, or why it was stopped by us: ``time limit`` or ``silence``.
+        seconds: how long it ran.
+        last: its last lines of output.
+    """
+
+    code: int
+    stopped: str | None
+    seconds: float
+    last: list[str] = field(default_factory=list)
+
+
+def run_process(
+    command: Sequence[str],
+    environment: dict[str, str],
+    log: Path,
+    limits: Limits,
+    on_line: Callable[[str], None],
+    sign_of_life: Path | None = None,
+) -> Ended:
+    """Runs a command to its end.
+
+    Its output goes to ``log``, which is appended to, and line by line to ``on_line``. If this process is
+    told to end (any exception here: a cancelled flow, Ctrl-C), the group is told so too, gets its grace,
+    and then is killed.
+
+    Args:
+        command: program and arguments.
+        environment: its environment, whole.
+        log: file for its output.
+        limits: when it is stopped.
+        on_line: called in a thread with each line of output.
+        sign_of_life: a file whose changes also count as not being silent.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=environment, start_new_session=True,
+    )  # fmt: skip
+    watchdog, held = _watch_over(process.pid, limits.grace)
+    pump = _Pump(process, log, on_line)
+    stopped = None
+    try:
+        pump.start()
+        while process.poll() is None:
+            stopped = _overdue(limits, started, pump.heard, sign_of_life)
+            if stopped is not None:
+                end_group(process, limits.grace)
+                break
+            time.sleep(_TICK)
+    except BaseException:
+        end_group(process, limits.grace)
+        raise
+    finally:
+        _kill_rest(process.pid)  # a process that it left behind
+        watchdog.kill()
+        watchdog.wait()
+        os.close(held)
+        pump.join(timeout=10)
+    return Ended(process.wait(), stopped, time.monotonic() - started, list(pump.last))
+
+
+def _watch_over(group: int, grace: float) -> tuple[subprocess.Popen[bytes], int]:
+    """A process that ends the group if this one dies, and what must stay open until then."""
+    reads, writes = os.pipe()
+    script = _WATCHDOG.format(group=group, grace=round(grace))
+    watchdog = subprocess.Popen(
+        ["/bin/sh", "-c", script], stdin=reads, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    os.close(reads)
+    return watchdog, writes
+
+
+def _overdue(limits: Limits, started: float, heard: float, sign_of_life: Path | None) -> str | None:
+    """Why a process must be stopped now; None: it need not be."""
+    now = time.monotonic()
+    if limits.seconds is not None and now - started > limits.seconds:
+        return "time limit"
+    if limits.silence is None:
+        return None
+    quiet = now - heard
+    if sign_of_life is not None and sign_of_life.is_file():
+        quiet = min(quiet, time.time() - sign_of_life.stat().st_mtime)
+    return "silence" if quiet > limits.silence else None
+
+
+def end_group(process: "subprocess.Popen[bytes]", grace: float) -> None:
+    """Asks a process group to end, waits, and kills what is left."""
+    if process.poll() is None:
+        _signal(process.pid, signal.SIGTERM)
+        try:
+            process.wait(grace)
+        except subprocess.TimeoutExpired:
+            pass
+        except BaseException:  # asked a second time: at once, then
+            _kill_rest(process.pid)
+            raise
+    _kill_rest(process.pid)
+    process.wait()
+
+
+def _kill_rest(group: int) -> None:
+    _signal(group, signal.SIGKILL)
+
+
+def _signal(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or only a zombie is left
+        os.killpg(group, number)
+
+
+class _Pump(threading.Thread):
+    """Reads a process' output, so that it never waits for a reader.
+
+    Attributes:
+        heard: when there was output last (time.monotonic).
+        last: the last lines.
+    """
+
+    def __init__(self, process: "subprocess.Popen[bytes]", log: Path, on_line: Callable[[str], None]) -> None:
+        super().__init__(daemon=True)
+        assert process.stdout is not None
+        self._source, self._log, self._on_line = process.stdout, log, on_line
+        self.heard = time.monotonic()
+        self.last: deque[str] = deque(maxlen=20)
+
+    def run(self) -> None:
+        """Until the output's end."""
+        rest = b""
+        with self._log.open("ab") as file:
+            while block := os.read(self._source.fileno(), 65536):
+                self.heard = time.monotonic()
+                *lines, rest = re.split(rb"[\r\n]+", rest + block)
+                for line in lines:
+                    self._take(line, file)
+            self._take(rest, file)
+
+    def _take(self, line: bytes, file: "object") -> None:
+        text = line.decode(errors="replace").rstrip()
+        if not text:
+            return
+        self.last.append(text)
+        try:
+            file.write(text.encode() + b"\n")  # type: ignore[attr-defined]
+            file.flush()  # type: ignore[attr-defined]
+        except OSError:  # a full disk must not stop the stage, which finds out itself
+            pass
+        self._on_line(text)

@@ -1,0 +1,177 @@
+"""A stage as a Slurm job: submitted, waited for, and found again by a flow that was started anew.
+
+The job does not die with the flow: it is the batch system's. Its number lies beside the stage's other
+papers, so the next flow on the workspace waits for that job instead of starting a second one. The job is
+requeue-safe: every stage goes on from what lies on disk, and SIGUSR1 two minutes before the time limit lets
+a training save.
+"""
+
+import json
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.launch.child import clear
+
+_GONE_FOR = 30.0
+"""Seconds that a job may be unknown to squeue with nothing written by it: accounting lags behind."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is submitted.
+
+    Attributes:
+        name: shown in the queue.
+        command: program and arguments, one process per node.
+        nodes: how many.
+        setup: shell lines before it, such as ``module load cuda``.
+        options: further ``#SBATCH`` options, such as ``--partition=batch``.
+        log: file for its output.
+        seconds: its time limit; None: the partition's.
+    """
+
+    name: str
+    command: Sequence[str]
+    nodes: int
+    setup: Sequence[str]
+    options: Sequence[str]
+    log: Path
+    seconds: float | None = None
+
+
+def script(job: Job) -> str:
+    """The batch script."""
+    options = [
+        f"--job-name={job.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1", f"--output={job.log}",
+        "--open-mode=append", "--requeue", "--signal=USR1@120",
+    ]  # fmt: skip
+    if job.seconds is not None:
+        options.append(f"--time={max(1, round(job.seconds / 60))}")
+    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in [*options, *job.options]), *job.setup]
+    if job.nodes > 1:
+        lines.append('export MINITRON_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
+        lines.append(
+            f"exec srun {shlex.join(job.command)}".replace("'$MINITRON_HEAD:29500'", '"$MINITRON_HEAD:29500"')
+        )
+    else:
+        lines.append(f"exec {shlex.join(job.command)}")
+    return "\n".join(lines) + "\n"
+
+
+def run_job(
+    job: Job,
+    papers: Path,
+    outcome: Path,
+    recipe: str,
+    on_line: Callable[[str], None],
+    poll: float = 15.0,
+) -> str:
+    """Submits a job, or finds the one that was submitted for the same, and waits for its end.
+
+    If this process is told to end in an orderly way (a cancelled flow, Ctrl-C), the job is cancelled; if it
+    is killed, the job goes on.
+
+    Args:
+        job: what to submit.
+        papers: file that remembers the job's number.
+        outcome: file that the stage writes at its end.
+        recipe: identifies what the job is for.
+        on_line: told what happens.
+        poll: seconds between looks at the queue.
+
+    Returns:
+        Its number.
+
+    Raises:
+        ValueError: there is no sbatch, or it refuses the job.
+    """
+    number = _waiting_for(papers, recipe)
+    if number is None:
+        clear(outcome)
+        number = _submit(job)
+        write_json(papers, {"job": number, "recipe": recipe})
+        on_line(f"Slurm job {number} submitted")
+    else:
+        on_line(f"Slurm job {number} is this stage's already; waiting for it")
+    try:
+        _wait(number, outcome, on_line, poll)
+    except BaseException:
+        _call("scancel", "--signal=TERM", "--full", number)
+        _call("scancel", number)
+        papers.unlink(missing_ok=True)
+        raise
+    papers.unlink(missing_ok=True)
+    return number
+
+
+def _waiting_for(papers: Path, recipe: str) -> str | None:
+    try:
+        noted = json.loads(papers.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(noted["job"]) if noted["recipe"] == recipe else None
+
+
+def _submit(job: Job) -> str:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(
+            ["sbatch", "--parsable"],
+            input=script(job),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    except FileNotFoundError as error:
+        raise ValueError(
+            "launch.kind=slurm: no program 'sbatch' here; start the flow on a login node"
+        ) from error
+    if done.returncode:
+        raise ValueError(f"launch.slurm.options: sbatch refused the job: {' '.join(done.stderr.split())}")
+    return done.stdout.strip().split(";")[0]
+
+
+def _state(number: str) -> str:
+    """A job's state in the queue (PENDING, RUNNING ...); empty where the queue knows it no more.
+
+    Raises:
+        ConnectionError: squeue cannot be asked now.
+    """
+    code, out, error = _call("squeue", "--noheader", "--format=%T", "--jobs", number)
+    if code and "invalid job id" not in error.lower():
+        raise ConnectionError(f"squeue: {' '.join(error.split()) or f'exit status {code}'}")
+    return out.strip().splitlines()[0].strip() if out.strip() else ""
+
+
+def _wait(number: str, outcome: Path, on_line: Callable[[str], None], poll: float) -> None:
+    before, unknown = "", 0.0
+    while True:
+        try:
+            state = _state(number)
+        except ConnectionError as error:  # a controller that restarts is no reason to give the job up
+            on_line(str(error))
+            state = before or "UNKNOWN"
+        if state != before and state:
+            on_line(f"Slurm job {number}: {state}")
+        before = state
+        if not state:
+            unknown += poll
+            if outcome.is_file() or unknown >= _GONE_FOR:
+                return
+        else:
+            unknown = 0.0
+        time.sleep(poll)
+
+
+def _call(*command: str) -> tuple[int, str, str]:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        return 1, "", str(error)
+    return done.returncode, done.stdout, done.stderr

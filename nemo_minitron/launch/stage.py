@@ -1,0 +1,202 @@
+"""Runs one stage the way ``launch.kind`` says."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts import progress
+from nemo_minitron.artifacts.manifest import digest, write_json
+from nemo_minitron.launch import failures
+from nemo_minitron.launch.child import clear, outcomes, result_from
+from nemo_minitron.launch.failures import StageError, exit_words, raised
+from nemo_minitron.launch.process import Ended, Limits, run_process
+from nemo_minitron.launch.slurm import Job, run_job
+from nemo_minitron.stages import SEVERAL, run_stage
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.launch_config import LaunchConfig
+from nemo_minitron.stages.stage import Result
+
+PAPERS = ".launch"
+"""In the workspace: what a flow and the processes of its stages tell each other."""
+LOGS = "logs"
+"""In the workspace: what the processes of the stages printed, a file per stage."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One stage to be run.
+
+    Attributes:
+        name: the stage, or ``baseline``, as which ``pretrain`` trains the from-scratch baseline.
+        config: the whole configuration.
+        values: the same as plain dictionaries.
+    """
+
+    name: str
+    config: Config
+    values: dict[str, Any]
+
+    @property
+    def stage(self) -> str:
+        """The stage behind the name."""
+        return "pretrain" if self.name == "baseline" else self.name
+
+    @property
+    def papers(self) -> Path:
+        """Folder of the call's files."""
+        return Path(self.config.workspace) / PAPERS
+
+    @property
+    def outcome(self) -> Path:
+        """File that says what became of it."""
+        return self.papers / f"{self.name}.outcome.json"
+
+    @property
+    def log(self) -> Path:
+        """File with what its processes printed."""
+        return Path(self.config.workspace) / LOGS / f"{self.name}.log"
+
+    @property
+    def progress(self) -> Path:
+        """File that says how far it is."""
+        return self.papers / f"{self.name}.progress.json"
+
+
+def launch(call: Call, on_line: Callable[[str], None]) -> Result:
+    """Runs a stage to its end.
+
+    Args:
+        call: which, and how.
+        on_line: called, in a thread, with each line that a process of its own prints.
+
+    Raises:
+        ValueError, GateError: as the stage itself.
+        StageError: it failed in a process of its own; ``kind`` says how.
+        Exception: whatever it raised in this process.
+    """
+    call.papers.mkdir(parents=True, exist_ok=True)
+    call.progress.unlink(missing_ok=True)
+    if call.config.launch.kind == "inline":
+        before = os.environ.get(progress.VARIABLE)
+        os.environ[progress.VARIABLE] = str(call.progress.resolve())
+        try:
+            return run_stage(call.stage, call.config)
+        finally:
+            del os.environ[progress.VARIABLE]
+            if before is not None:
+                os.environ[progress.VARIABLE] = before
+    return _elsewhere(call, on_line)
+
+
+def _elsewhere(call: Call, on_line: Callable[[str], None]) -> Result:
+    """Runs a stage in other processes."""
+    settings = call.config.launch
+    values = call.papers / f"{call.name}.json"
+    write_json(values, call.values)
+    command = [sys.executable, "-m", "nemo_minitron.launch.child", call.stage, str(values), str(call.outcome)]
+    shared = call.stage in (SEVERAL if settings.stages is None else settings.stages)
+    if shared and settings.kind in ("torchrun", "slurm"):
+        command = _torchrun(settings, command)
+    if shared and settings.kind == "slurm":
+        return _queued(call, command, on_line)
+    clear(call.outcome)
+    limits = Limits(limit_of(settings, call.name), settings.silence, settings.grace)
+    environment = {**os.environ, progress.VARIABLE: str(call.progress.resolve()), "PYTHONUNBUFFERED": "1"}
+    ended = run_process(command, environment, call.log, limits, on_line, call.progress)
+    return _ended(call, ended, limits)
+
+
+def _queued(call: Call, command: list[str], on_line: Callable[[str], None]) -> Result:
+    """Runs a stage as a Slurm job."""
+    settings, slurm, log = call.config.launch, call.config.launch.slurm, call.log.absolute()
+    setup = [
+        f"cd {shlex.quote(os.getcwd())}",
+        f"export {progress.VARIABLE}={shlex.quote(str(call.progress.resolve()))}",
+        *slurm.setup,
+    ]
+    job = Job(
+        f"minitron-{call.name}",
+        command,
+        slurm.nodes,
+        setup,
+        slurm.options,
+        log,
+        limit_of(settings, call.name),
+    )
+    papers = call.papers / f"{call.name}.slurm.json"
+    number = run_job(job, papers, call.outcome, digest(call.values), on_line, slurm.poll_seconds)
+    return _verdict(call, f"Slurm job {number} ended without a word; {log} has its output")
+
+
+def limit_of(settings: LaunchConfig, name: str) -> float | None:
+    """Seconds that a stage may take."""
+    own = settings.time_limits.get(name)
+    return settings.time_limit if own is None else own
+
+
+def _torchrun(settings: LaunchConfig, command: list[str]) -> list[str]:
+    """The command, started once per process and node."""
+    processes = settings.processes or _gpus()
+    nodes = settings.slurm.nodes if settings.kind == "slurm" else 1
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={nodes}",
+        f"--nproc-per-node={processes}",
+    ]
+    if nodes == 1:
+        start.append("--standalone")
+    else:
+        start += ["--rdzv-backend=c10d", "--rdzv-endpoint", "$MINITRON_HEAD:29500", "--rdzv-id", "minitron"]
+    return [*start, *command[1:]]
+
+
+def _gpus() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _ended(call: Call, ended: Ended, limits: Limits) -> Result:
+    """The result of a process that came to its end."""
+    if ended.stopped == "time limit":
+        raise StageError(
+            call.name, failures.SLOW,
+            f"{call.name}: over its time limit of {limits.seconds:g} s (launch.time_limit); what was saved "
+            "is kept, run it again to go on",
+        )  # fmt: skip
+    last = f"; its last line: {ended.last[-1]}" if ended.last else ""
+    if ended.stopped == "silence":
+        text = f"{call.name}: silent for {limits.silence:g} s (launch.silence), taken for hung{last}"
+        raise StageError(call.name, failures.LOST, text)
+    return _verdict(call, f"{call.name}: its process {exit_words(ended.code)}{last} ({call.log})")
+
+
+def _verdict(call: Call, silent: str) -> Result:
+    """What a stage says became of it.
+
+    Raises:
+        Exception: what it failed by; where it says nothing it was lost, and ``silent`` tells.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in outcomes(call.outcome)]
+    for value in found:
+        if "result" in value:
+            return result_from(value["result"])
+    if not found:
+        raise StageError(call.name, failures.LOST, silent)
+    first = min(found, key=lambda value: value["at"])["failure"]
+    if first["kind"] == failures.STOPPED:  # not by us: we do not ask afterwards
+        first = {**first, "kind": failures.LOST}
+    raise raised(call.name, first)
+
+
+def tidy(workspace: Path) -> None:
+    """Removes what flow and stages told each other, once all is done; the logs stay."""
+    shutil.rmtree(workspace / PAPERS, ignore_errors=True)

@@ -1,0 +1,66 @@
+"""Keys that say where stages run, what they are allowed, and who is told of them."""
+
+from dataclasses import dataclass, field
+
+from nemo_minitron.stages.keys import key
+
+
+@dataclass
+class SlurmConfig:
+    """Jobs of a batch system."""
+
+    nodes: int = key(1, "nodes of a job", least=1)
+    options: list[str] = key([], "further #SBATCH options, as in ['--partition=batch', '--gres=gpu:8']")
+    setup: list[str] = key([], "shell lines before the stage, as in ['module load cuda']")
+    poll_seconds: float = key(15.0, "seconds between looks at the queue", least=0)
+
+
+@dataclass
+class LaunchConfig:
+    """How 'minitron run' and the flows start a stage, and what becomes of one that fails."""
+
+    kind: str = key(
+        "inline",
+        "inline: in the flow's own process; subprocess: in one of its own; torchrun: in several on this "
+        "machine; slurm: as a job of the batch system",
+        ("inline", "subprocess", "torchrun", "slurm"),
+    )
+    processes: int | None = key(
+        None, "processes per node of torchrun and slurm; null: one per GPU of this machine", least=1
+    )
+    stages: list[str] | None = key(
+        None,
+        "stages that torchrun and slurm start so, the others run in a process of their own; null: all "
+        "that can share their work",
+    )
+    time_limit: float | None = key(None, "seconds that a stage may take; null: any", least=0)
+    time_limits: dict[str, float] = key(
+        {}, "the same for single stages, as in +launch.time_limits.distill=86400"
+    )
+    silence: float | None = key(
+        3600.0,
+        "seconds without output or progress after which a stage's process counts as hung; null: any",
+        least=0,
+    )
+    grace: float = key(60.0, "seconds that a stage's process has to save after SIGTERM", least=0)
+    retries: int = key(
+        4, "further tries after a failure that may pass: network, lost process, too little memory", least=0
+    )
+    retry_seconds: float = key(2.0, "wait before the second try; doubles with each, and is jittered", least=0)
+    accelerator: str | None = key(
+        None,
+        "name of a Prefect concurrency limit that a stage holds while it computes, so that flows do not "
+        "share a GPU; made with one slot where there is none",
+    )
+    wait: float = key(0.0, "seconds to wait for a workspace that another run holds", least=0)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+
+@dataclass
+class TrackConfig:
+    """Where else the facts of a run go."""
+
+    mlflow: str | None = key(
+        None, "MLflow tracking URI, as in http://mlflow:5000 (pip install nemo-minitron[mlflow])"
+    )
+    experiment: str = key("nemo_minitron", "MLflow experiment")

@@ -1,0 +1,60 @@
+"""Less memory, the same artifact: micro-batches are halved, what decides the result is not touched."""
+
+import pytest
+
+from nemo_minitron.compose import as_dict, from_dict, load_config
+from nemo_minitron.launch.lighter import FILE, halved, lightened, note_memory
+from nemo_minitron.stages.fitting import _resolved
+
+
+def values(*overrides):
+    return as_dict(load_config("config", ["distill.batch_size=8", "score.batch_size=3", *overrides]))
+
+
+def section(config, stage):
+    from dataclasses import asdict
+
+    own = {"distill": config.distill, "correct": config.correct, "pretrain": config.pretrain}[stage]
+    return {"trainer": {}, "optim": {}, **asdict(own)}
+
+
+@pytest.mark.parametrize("stage", ["distill", "correct", "pretrain"])
+@pytest.mark.parametrize(
+    "more", [(), ("trainer.accumulate_grad_batches=3",), ("+pretrain.trainer.accumulate_grad_batches=5",)]
+)
+def test_a_training_stays_the_same_training(stage, more):
+    before = values(*more)
+    after = halved(stage, before, 2)
+    assert before == values(*more)  # not touched
+    one, two = from_dict(before), from_dict(after)
+    (first, decided), (second, decided_too) = (_resolved(c, section(c, stage)) for c in (one, two))
+    assert decided == decided_too
+    assert second["batch_size"] * 4 == first["batch_size"] == 8
+    accumulate = [resolved["trainer"]["accumulate_grad_batches"] for resolved in (first, second)]
+    assert accumulate[1] == 4 * accumulate[0]
+
+
+def test_there_is_an_end_to_it():
+    assert halved("distill", values(), 3) is not None
+    assert halved("distill", values(), 4) is None
+    assert halved("distill", values("distill.batch_size=6"), 2) is None  # 3 samples: no half
+    assert halved("score", values())["score"]["batch_size"] == 1
+    assert halved("score", values(), 2) is None
+    assert halved("prune", values()) is None
+
+
+def test_it_is_remembered_for_the_next_try_and_the_next_run(tmp_path):
+    config = values()
+    assert lightened(tmp_path, "distill", config) == (config, 0)
+    assert note_memory(tmp_path, "distill", config) and note_memory(tmp_path, "distill", config)
+    lighter, times = lightened(tmp_path, "distill", config)
+    assert (times, lighter["distill"]["batch_size"], lighter["trainer"]["accumulate_grad_batches"]) == (
+        2,
+        2,
+        4,
+    )
+    assert lightened(tmp_path, "score", config) == (config, 0)
+    assert note_memory(tmp_path, "distill", config)
+    assert not note_memory(tmp_path, "distill", config)  # one sample is one sample
+    (tmp_path / FILE).write_text("not json")
+    assert lightened(tmp_path, "distill", config) == (config, 0)

@@ -1,0 +1,112 @@
+"""Processes that are watched: real ones, stopped, silenced, crashed, orphaned."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.launch.failures import exit_words
+from nemo_minitron.launch.process import Limits, run_process
+
+NONE = Limits()
+
+
+def sh(script, tmp_path, limits=NONE, lines=None, sign=None):
+    return run_process(
+        ["/bin/sh", "-c", script], dict(os.environ), tmp_path / "out.log", limits,
+        (lines if lines is not None else []).append, sign,
+    )  # fmt: skip
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and not merely waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pid: int, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not alive(pid)
+
+
+def test_output_is_passed_on_line_by_line_and_kept(tmp_path):
+    lines: list[str] = []
+    ended = sh("printf 'one\\ntwo\\rthree'; echo oops >&2; exit 7", tmp_path, lines=lines)
+    assert (ended.code, ended.stopped) == (7, None)
+    assert lines == ["one", "two", "threeoops"] == ended.last
+    assert (tmp_path / "out.log").read_text() == "one\ntwo\nthreeoops\n"
+    assert exit_words(ended.code) == "ended with exit status 7"
+
+
+def test_a_flood_of_output_does_not_stop_it(tmp_path):
+    ended = sh("yes 'a long line of words that fills every pipe' | head -n 200000", tmp_path)
+    assert ended.code == 0
+    assert (tmp_path / "out.log").stat().st_size > 8_000_000
+
+
+def test_a_crash_is_told_from_a_failure(tmp_path):
+    ended = sh("kill -SEGV $$", tmp_path)
+    assert ended.code == -signal.SIGSEGV
+    assert exit_words(ended.code) == "was killed by SIGSEGV"
+    assert "memory" in exit_words(-9)
+
+
+def test_a_limit_of_time_asks_first_and_then_kills_the_whole_group(tmp_path):
+    polite = "trap 'echo saved; exit 0' TERM; echo $$; while true; do sleep 0.1; done"
+    ended = sh(polite, tmp_path, Limits(seconds=0.5, grace=20))
+    assert (ended.stopped, ended.code, ended.last[-1]) == ("time limit", 0, "saved")
+    assert ended.seconds < 5
+    stubborn = "trap '' TERM; sleep 300 & echo $!; wait"
+    ended = sh(stubborn, tmp_path, Limits(seconds=0.5, grace=0.5))
+    assert (ended.stopped, ended.code) == ("time limit", -signal.SIGKILL)
+    assert gone(int(ended.last[0]))
+
+
+def test_silence_is_noticed_and_a_sign_of_life_is_not_silence(tmp_path):
+    ended = sh("echo begun; sleep 300", tmp_path, Limits(silence=0.6, grace=1))
+    assert (ended.stopped, ended.last) == ("silence", ["begun"])
+    sign = tmp_path / "progress.json"
+    quiet = f"for i in 1 2 3 4 5 6 7 8; do sleep 0.2; echo $i > {sign}; done"
+    ended = sh(quiet, tmp_path, Limits(silence=0.8), sign=sign)
+    assert (ended.stopped, ended.code) == (None, 0)
+    ended = sh("for i in 1 2 3 4 5 6 7 8; do sleep 0.2; echo $i; done", tmp_path, Limits(silence=0.8))
+    assert (ended.stopped, ended.code) == (None, 0)
+
+
+def test_what_it_leaves_behind_does_not_outlive_it(tmp_path):
+    ended = sh("sleep 300 & echo $!", tmp_path)
+    assert ended.code == 0 and ended.seconds < 10  # although the child holds the output open
+    assert gone(int(ended.last[0]))
+
+
+STARTER = """
+import os, sys
+from pathlib import Path
+from nemo_minitron.launch.process import Limits, run_process
+script = "trap 'echo saved > {0}/saved; exit 0' TERM; sleep 300 & echo $! > {0}/pids; echo $$ >> {0}/pids; wait"
+run_process(["/bin/sh", "-c", script.format(sys.argv[1])], dict(os.environ), Path(sys.argv[1]) / "log", Limits(grace=20), print)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_the_group_ends_with_its_parent_whatever_that_dies_of(tmp_path, how):
+    parent = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path)], stderr=subprocess.DEVNULL)
+    pids = tmp_path / "pids"
+    end = time.monotonic() + 60
+    while not (pids.is_file() and len(pids.read_text().split()) == 2):
+        assert time.monotonic() < end and parent.poll() is None
+        time.sleep(0.05)
+    first, second = map(int, pids.read_text().split())
+    assert alive(first) and alive(second)
+    parent.send_signal(how)
+    assert parent.wait(30) != 0
+    assert gone(first) and gone(second)
+    assert (tmp_path / "saved").is_file()  # it was asked before it was killed
