@@ -5,12 +5,12 @@ artifact says whether there is anything to do.
 """
 
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.flows.forms import Launch, Sizes, composed
+from nemo_minitron.flows.publish import say
 from nemo_minitron.flows.tasks import run_stage_task
 from prefect import flow
 from prefect.runtime import flow_run
@@ -80,6 +80,11 @@ def compress(
         checked = composed(config_name, overrides, workspace, model, data, plan, launch)
     else:
         checked = from_dict(config)
+    if checked.plan.budget.params is not None:
+        from nemo_minitron.flows.search import search
+
+        found: list[Result] = search(config=as_dict(checked), command=command)
+        return found
     words = ["minitron", "run", "--config-name", config_name, *(overrides or [])]
     folder = Path(checked.workspace)
     with locked(folder, checked.launch.wait):
@@ -92,13 +97,17 @@ def compress(
 def run_stages(names: list[str], config: Config) -> list[Result]:
     """Runs stages one after the other, and says so on the screen."""
     values, results = as_dict(config), []
+    if config.track.mlflow is not None:
+        from nemo_minitron.bridge.tracking import check
+
+        check()  # that it is installed, before hours are spent
     for position, name in enumerate(names):
         place = f"[{position + 1}/{len(names)}] {name}"
-        print(f"{place} ...", file=sys.stderr, flush=True)
+        say(f"{place} ...")
         result = run_stage_task(name, config, values)
         results.append(result)
         done = "" if result.made else " (already done)"
-        print(f"{place}: {result.headline}{done}", file=sys.stderr, flush=True)
+        say(f"{place}: {result.headline}{done}")
     return results
 
 

@@ -5,8 +5,10 @@ runs.
 """
 
 import base64
+import contextlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,14 @@ from nemo_minitron.stages.stage import Result
 
 _LARGEST_PICTURE = 700_000
 """Bytes: Prefect drops events over 1.5 MB, and base64 adds a third."""
+
+
+def say(text: str) -> None:
+    """A line on the screen; the screen may have gone, with the worker that held it, and nothing depends on
+    it.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def key(workspace: Path, *parts: str) -> str:
@@ -48,9 +58,8 @@ def stage(workspace: Path, name: str, result: Result, seconds: float) -> None:
         )
     for picture in sorted((result.folder / "plots").glob("*.png")):
         if picture.stat().st_size <= _LARGEST_PICTURE:
-            data = base64.b64encode(picture.read_bytes()).decode()
             create_image_artifact(
-                image_url=f"data:image/png;base64,{data}", key=key(workspace, name, picture.stem),
+                image_url=inline(picture.read_bytes()), key=key(workspace, name, picture.stem),
                 description=f"{name}: {picture.stem}",
             )  # fmt: skip
     page = result.folder / PAGE
@@ -63,6 +72,11 @@ def stage(workspace: Path, name: str, result: Result, seconds: float) -> None:
             markdown=lineage(result.folder), key=key(workspace, "lineage"),
             description="from the export back to source and data",
         )  # fmt: skip
+
+
+def inline(picture: bytes) -> str:
+    """A PNG as the address of itself."""
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
 def _summary(name: str, result: Result, seconds: float) -> str:

@@ -195,7 +195,7 @@ def _progress(call: Call) -> Iterator[None]:
                 else:
                     update_progress_artifact(shown, percent, description=text)
             except Exception as error:  # a server that restarts must not end a training
-                print(f"{call.name}: progress not shown: {error}", file=sys.stderr)
+                publish.say(f"{call.name}: progress not shown: {error}")
 
     context = contextvars.copy_context()
     thread = threading.Thread(target=lambda: context.run(show), daemon=True)
@@ -232,7 +232,7 @@ class Relay:
         if self._kept:
             self._logger.info(text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            publish.say(text)
 
 
 def _tracked(config: Config, name: str, result: Result) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nemo_minitron
-from nemo_minitron import lookup
+from nemo_minitron import lookup, operate
 from nemo_minitron.lookup import print_table
 from nemo_minitron.stages import SEVERAL, STAGES, follows, meet, part, run_stage
 
@@ -84,6 +84,7 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         command = commands.add_parser(name, help=_HELP[name], description=_HELP[name])
         command.add_argument(operand, metavar=operand.upper(), type=Path)
         command.add_argument("--json", action="store_true")
+    operate.add_parsers(commands)
     return top, commands.choices
 
 
@@ -258,4 +259,5 @@ _COMMANDS = {
     "families": lookup.families,
     "report": _report,
     "verify": lookup.verify,
+    **operate.COMMANDS,
 }

@@ -29,7 +29,7 @@ Inside it where installed, beside it in a checkout.
 
 OPEN = ("trainer", "optim", "exp_manager", "pretrain.model", "pretrain.trainer", "pretrain.optim",
         "correct.trainer",
-        "correct.optim", "launch.time_limits")  # fmt: skip
+        "correct.optim", "launch.time_limits", "plan.budget.choices")  # fmt: skip
 """Sections that take any key with ``+``: what they hold is checked by those they are handed to."""
 
 

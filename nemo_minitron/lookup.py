@@ -11,15 +11,22 @@ from typing import Any
 
 
 def print_table(
-    columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...], title: str | None = None
+    columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...], title: str | None = None, left: int = 1
 ) -> None:
-    """Prints a table, as wide as it needs to be where the output is no terminal."""
+    """Prints a table, as wide as it needs to be where the output is no terminal.
+
+    Args:
+        columns: titles.
+        rows: cells as text.
+        title: above it.
+        left: columns of words; those of numbers, to the right, follow.
+    """
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column, justify="left" if i < left else "right")
     for row in rows:
         table.add_row(*row)
     console = Console()

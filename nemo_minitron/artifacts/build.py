@@ -18,6 +18,9 @@ from nemo_minitron.artifacts.manifest import (
     write_manifest,
 )
 
+STATE = "state"
+"""Sub-folder of an artifact in the making that survives interruption: what a training resumes from."""
+
 
 @contextlib.contextmanager
 def building(target: Path) -> Iterator[Path]:
@@ -39,10 +42,29 @@ def building(target: Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Removes an artifact; its manifest goes first, so that a part of it is never taken for the whole."""
-    if folder.exists():
-        (folder / NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+    """Removes a folder; it goes out of the way first, so that a part of it is never taken for the whole."""
+    aside = folder.with_name(f".{folder.name}.old.partial")
+    if aside.exists():  # of a removal that was killed
+        shutil.rmtree(aside)
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        folder.rename(aside)
+        shutil.rmtree(aside)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuses to put an artifact in the place of what is none.
+
+    Raises:
+        ValueError: the folder is there, and holds something that no stage made.
+    """
+    ours = (NAME, STATE)
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
+        raise ValueError(
+            f"{folder.resolve()}: exists, and was not made by this package (no {NAME}); it is not "
+            "overwritten: move it, or choose another workspace"
+        )
 
 
 def make(
@@ -66,15 +88,12 @@ def make(
     """
     if is_done(folder, fingerprint(kind, config, inputs), inputs):
         return False
+    refuse_foreign(folder)
     started = now()
     with building(folder) as temporary:
         known = build(temporary)
         write_manifest(temporary, kind, config, inputs, started, known)
     return True
-
-
-STATE = "state"
-"""Sub-folder of an artifact in the making that survives interruption: what a training resumes from."""
 
 
 def make_resumable(
@@ -100,6 +119,7 @@ def make_resumable(
     expected = fingerprint(kind, config, inputs)
     if is_done(folder, expected, inputs):
         return False
+    refuse_foreign(folder)
     started = now()
     state = folder / STATE
     recipe = digest([expected, [item.finished for item in inputs]])

@@ -132,7 +132,10 @@ def input_artifact(workspace: Path, name: str, made_by: str) -> Input:
             f"{workspace / name}: not made yet (or not complete); run 'minitron {made_by}' first"
         )
     for item in manifest.inputs:
-        upstream = read_manifest(workspace / item.path) if item.path in ARTIFACTS else None
+        inside = (
+            item.path in ARTIFACTS and item.finished is not None
+        )  # else a folder outside, of the same name
+        upstream = read_manifest(workspace / item.path) if inside else None
         if upstream is not None and upstream.fingerprint != item.fingerprint:
             raise ValueError(
                 f"{workspace / name}: made from another {item.path} than the one there now; "

@@ -109,6 +109,31 @@ def depth_map(importance: Mapping[tuple[str, int], Tensor]) -> bytes:
     return _png(figure)
 
 
+def pareto(points: Sequence[tuple[str, int, float]]) -> bytes:
+    """Held-out loss against size, a point per model; those that none beats in both are joined.
+
+    Args:
+        points: name, parameters, held-out loss in nats per token.
+
+    Returns:
+        PNG.
+    """
+    figure, panel = plt.subplots(figsize=(8.4, 4.2), constrained_layout=True)
+    best: list[tuple[int, float]] = []
+    for _, size, loss in sorted(points, key=lambda point: (point[1], point[2])):
+        if not best or loss < best[-1][1]:
+            best.append((size, loss))
+    panel.plot(*zip(*best, strict=True), lw=1, color=COLOURS["student"], zorder=1)
+    panel.scatter(
+        [size for _, size, _ in points], [loss for *_, loss in points], color=COLOURS["student"], zorder=2
+    )
+    for name, size, loss in points:
+        panel.annotate(name, (size, loss), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    panel.set(xlabel="parameters", ylabel="held-out loss (nats per token)")
+    panel.grid(alpha=0.25)
+    return _png(figure)
+
+
 def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, float]) -> bytes:
     """Held-out loss against tokens seen, one curve per training; the others are lines across.
 

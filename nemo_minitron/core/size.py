@@ -73,7 +73,7 @@ def model_size(family: Family, config: Mapping[str, Any], context: int = 4096, c
     )
 
 
-_ROUND = {"hidden": 64, "ffn": 64, "expert_ffn": 64, "shared_ffn": 64, "head_dim": 8}
+ROUND = {"hidden": 64, "ffn": 64, "expert_ffn": 64, "shared_ffn": 64, "head_dim": 8}
 """Multiples that matrix kernels, tensor parallelism (ffn) and attention kernels (head_dim) run fast with."""
 
 
@@ -83,7 +83,7 @@ def alignment(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
     Sizes that the cut does not touch, or of models too small to matter, are passed over.
     """
     lines = []
-    for axis, multiple in _ROUND.items():
+    for axis, multiple in ROUND.items():
         size = after.get(axis, 0)
         if size % multiple and before[axis] >= 4 * multiple and (size != before[axis] or axis == "head_dim"):
             down = size // multiple * multiple

@@ -155,8 +155,31 @@ class ScoreConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """A search instead of target sizes ([P1] section 4.3)."""
+
+    params: float | None = key(None, "how large the model may be; null: no search", least=1)
+    tolerance: float = key(0.05, "how far from that a candidate may be, relatively", least=0)
+    measure: str = key(
+        "parameters",
+        "what params counts",
+        ("parameters", "non_embedding", "active", "kv_bytes_per_token", "flops_per_token"),
+    )
+    choices: dict[str, list[float]] = key(
+        {},
+        "sizes to choose from, as in +plan.budget.choices.hidden=[2560,3072]; expansion stands for ffn / "
+        "hidden; none: a grid around the share that is asked for",
+    )
+    candidates: int = key(8, "candidates to try, those nearest to params", least=1)
+    steps: int = key(400, "steps of distillation of the last round", least=1)
+    factor: int = key(2, "share of the candidates that goes on to the next round, 1 in so many", least=2)
+
+
+@dataclass
 class PlanConfig:
     """Target sizes; null keeps an axis as it is."""
+
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
 
     hidden: int | None = key(None, "width of the residual stream")
     ffn: int | None = key(None, "neurons of the dense MLP, per layer")
@@ -200,6 +223,11 @@ class EvaluateConfig:
     )
     task_dir: str | None = key(None, "folder with own lm-eval task YAMLs")
     task_limit: int | None = key(None, "documents per task; null: all", least=1)
+    model: str | None = key(
+        None,
+        "folder of a model, such as an earlier export, to measure against source.model; null: what this "
+        "workspace pruned and distilled",
+    )
     from_scratch: bool = key(
         False, "also train and measure a model of the student's shape from random weights"
     )

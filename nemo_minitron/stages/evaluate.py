@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.build import make
+from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.artifacts.gate import Gate
 from nemo_minitron.artifacts.manifest import Input, digest, hash_file, read_manifest, write_json
 from nemo_minitron.artifacts.report import FILE, columns, read_report, table
@@ -59,7 +60,7 @@ def run(config: Config) -> Result:
         ranks.broadcast(None)
         return Result("evaluate", folder, False, "")
     settings = {**asdict(config.evaluate), "validation": sampling(config.data.validation, VALIDATION_SAMPLES)}
-    for name in (*JUDGES, "from_scratch", "batch_size"):
+    for name in (*JUDGES, "from_scratch", "batch_size", "model"):
         del settings[name]
 
     def build(temporary: Path) -> None:
@@ -119,6 +120,12 @@ def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
     workspace = workspace_of(config)
     teacher, item = teacher_folder(config)
     models, inputs = {"teacher": teacher}, [item]
+    if config.evaluate.model is not None:
+        folder = Path(config.evaluate.model).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"evaluate.model: no such folder: {folder}")
+        inputs.append(Input(str(folder), open_checkpoint(folder).fingerprint))
+        return {**models, "student": folder}, inputs
     for name, artifact, stage, part in (
         ("pruned", "pruned", "prune", ""),
         ("student", "student", "distill", "hf"),
@@ -214,7 +221,7 @@ def _compared(bench: Bench, found: Mapping[Unit, Any]) -> list[dict[str, Any]]:
         for name in [name for name in values if name != "teacher"]:
             gap = paired(values["teacher"], values[name])
             back = None
-            if name == "student":
+            if name == "student" and "pruned" in means:
                 back = recovered(means["teacher"], means["pruned"], means[name], better)
             rows.append({
                 "task": task, "metric": metric, "higher_is_better": better, "model": name, **asdict(gap),

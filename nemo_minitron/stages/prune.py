@@ -6,7 +6,7 @@ No framework, no model in memory.
 from contextlib import ExitStack
 from pathlib import Path
 
-from nemo_minitron.artifacts.build import building
+from nemo_minitron.artifacts.build import building, refuse_foreign
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.artifacts.manifest import Input, fingerprint, is_done, now, write_manifest
 from nemo_minitron.artifacts.plan import read_plan
@@ -74,6 +74,7 @@ def _build(
             if plan.before != Cut(checkpoint.family, checkpoint.config, {}, ()).before:
                 raise ValueError(f"{place / 'plan'}: made for a model of other sizes than {source}")
             cut = Cut(checkpoint.family, checkpoint.config, plan.keep, plan.layers_kept)
+            refuse_foreign(place / "pruned")
             targets.append((stack.enter_context(building(place / "pruned")), cut))
         advance = stack.enter_context(
             bar("pruning", sum(planned_bytes(checkpoint, cut) for _, cut in targets))

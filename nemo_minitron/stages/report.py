@@ -44,8 +44,6 @@ def rewrite(workspace: Path) -> Result:
     if manifest is None:
         raise ValueError(f"{folder}: no report yet; run 'minitron evaluate' first")
     report = read_report(folder)
-    if read_manifest(workspace / "plan") is None:
-        raise ValueError(f"{workspace / 'plan'}: no plan; the report describes it")
     write_page(workspace, folder)
     page = Output(PAGE, (folder / PAGE).stat().st_size, hash_file(folder / PAGE))
     outputs = [page if output.file == PAGE else output for output in manifest.outputs]
@@ -74,8 +72,9 @@ def write_page(workspace: Path, folder: Path) -> None:
         speeds=speeds(report),
         commands=commands_in(workspace),
         models=report["models"],
-        plan=read_plan(workspace / "plan"),
-        curves=_inline(_curves(workspace, report)),
+        plan=None if read_manifest(workspace / "plan") is None else read_plan(workspace / "plan"),
+        curves=_curves(workspace, report),
+        pareto=_pareto(workspace),
         maps=_maps(workspace),
         lineage=_lineage(workspace),
     )
@@ -84,7 +83,8 @@ def write_page(workspace: Path, folder: Path) -> None:
     temporary.replace(folder / PAGE)
 
 
-def _curves(workspace: Path, report: dict[str, Any]) -> bytes:
+def _curves(workspace: Path, report: dict[str, Any]) -> str | None:
+    """The picture of the losses; None where nothing was trained here."""
     from nemo_minitron.bridge.plots import loss_curves
 
     logs = {}
@@ -92,7 +92,15 @@ def _curves(workspace: Path, report: dict[str, Any]) -> bytes:
         lines = log.read_log(workspace / name / log.FILE)
         if lines:
             logs[name] = lines
-    return loss_curves(logs, {name: row["loss"] for name, row in report["models"].items()})
+    if not logs:
+        return None
+    return _inline(loss_curves(logs, {name: row["loss"] for name, row in report["models"].items()}))
+
+
+def _pareto(workspace: Path) -> str | None:
+    """The picture of the sizes that a search or a sweep has tried; None where there was none."""
+    path = workspace / "pareto.png"
+    return _inline(path.read_bytes()) if path.is_file() else None
 
 
 def _maps(workspace: Path) -> list[tuple[str, str]]:

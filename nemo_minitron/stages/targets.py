@@ -14,7 +14,7 @@ _CHOICES = ("drop_layers", "layer_choice")
 
 def given(plan: PlanConfig) -> dict[str, Any]:
     """The keys of the plan that were set."""
-    return {name: value for name, value in asdict(plan).items() if value is not None}
+    return {name: value for name, value in asdict(plan).items() if value is not None and name != "budget"}
 
 
 def needs_scores(plan: PlanConfig) -> bool:
@@ -31,6 +31,10 @@ def target_sizes(family: Family, config: Mapping[str, Any], plan: PlanConfig) ->
     asked = {name: value for name, value in given(plan).items() if name not in _CHOICES}
     sizes, present = axis_sizes(family, config), present_axes(family, config)
     axes = [name for name in family.prunable if name in present]
+    if plan.budget.params is not None:
+        raise ValueError(
+            "plan.budget.params: asks for a search, which 'minitron run' makes; this stage wants sizes"
+        )
     if not asked and not plan.drop_layers:
         options = ", ".join(f"plan.{name}" for name in axes)
         raise ValueError(f"plan: no target size given; set at least one of {options}, plan.drop_layers")

@@ -1,0 +1,71 @@
+"""The evaluation of one checkpoint as a flow of its own, for instance every night of the newest export."""
+
+import json
+from pathlib import Path
+
+from nemo_minitron.flows.compress import run_name, run_stages
+from nemo_minitron.flows.forms import Launch, composed
+from prefect import flow
+
+from nemo_minitron.artifacts.gate import LINEAGE
+from nemo_minitron.artifacts.workspace import locked, note_command
+from nemo_minitron.launch.stage import tidy
+from nemo_minitron.stages.stage import Result
+
+
+@flow(name="evaluate_checkpoint", flow_run_name=run_name, log_prints=False, persist_result=False)
+def evaluate_checkpoint(
+    checkpoint: str,
+    workspace: str,
+    teacher: str | None = None,
+    config_name: str = "config",
+    overrides: list[str] | None = None,
+    data: list[str] | None = None,
+    previous: str | None = None,
+    launch: Launch | None = None,  # type: ignore[valid-type]
+) -> list[Result]:
+    """Measures a checkpoint against its teacher on held-out text, tasks, free writing, speed, and judges it.
+
+    What was measured of the same weights on the same data is not measured again: a night in which nothing
+    changed costs seconds. The quality gate is the configuration's.
+
+    Args:
+        checkpoint: folder of a Hugging Face model, such as an export.
+        workspace: folder for what is measured; the same every night.
+        teacher: hub id or folder of the teacher; None: what the checkpoint's minitron.json names.
+        config_name: configuration to start from.
+        overrides: in Hydra's grammar: suite=minitron, evaluate.floors=[hellaswag:acc_norm:0.5].
+        data: held-out text (``data.validation.paths``); None: what the configuration says.
+        previous: an earlier export that this one must not fall behind (``evaluate.previous``).
+        launch: where the stages run, and what they are allowed.
+
+    Returns:
+        What each stage reports.
+    """
+    folder = Path(checkpoint).expanduser()
+    config = composed(config_name, overrides, workspace, teacher or teacher_of(folder), None, None, launch)
+    config.evaluate.model = str(folder)
+    if data is not None:
+        config.data.validation.paths = data
+    if previous is not None:
+        config.evaluate.previous = previous
+    place = Path(workspace)
+    with locked(place, config.launch.wait):
+        note_command(place, ["minitron", "evaluate", f"evaluate.model={folder}", *(overrides or [])])
+        results = run_stages(["download", "evaluate"], config)
+        tidy(place)
+    return results
+
+
+def teacher_of(export: Path) -> str:
+    """The model that an export was made from, as its lineage has it.
+
+    Raises:
+        ValueError: it names none that is there.
+    """
+    path = export / LINEAGE
+    if not path.is_file():
+        raise ValueError(f"teacher: {export} has no {LINEAGE} that names one; give it")
+    stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    (source,) = next(stage["inputs"] for stage in stages if stage["kind"] == "teacher")
+    return str(source["path"])

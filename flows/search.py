@@ -1,0 +1,170 @@
+"""The best size for a budget: candidates, short distillations, then the whole way with the winner.
+
+Rankings move much in the first hundred steps and then settle ([P1] section 4.3): a candidate is judged after
+it was distilled for a while, not as it was cut; the better part goes on (successive halving, arXiv
+1502.07943).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.flows.compress import run_name, run_stages, steps
+from nemo_minitron.flows.forms import Launch, composed
+from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
+from prefect import flow
+
+from nemo_minitron.artifacts.checkpoint import open_checkpoint
+from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.artifacts.workspace import locked, note_command
+from nemo_minitron.compose import as_dict, from_dict
+from nemo_minitron.core.search import Candidate, candidates, default_choices, halving, rungs
+from nemo_minitron.core.size import model_size
+from nemo_minitron.launch.stage import tidy
+from nemo_minitron.stages.config import Config
+from nemo_minitron.stages.stage import Result, teacher_folder
+from nemo_minitron.stages.targets import given
+
+FILE = "search.json"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of the search: how many steps each candidate learned, and what came of it, the best first."""
+
+    steps: int
+    outcomes: tuple[Outcome, ...]
+
+
+@flow(name="search", flow_run_name=run_name, log_prints=False, persist_result=False)
+def search(
+    config_name: str = "config",
+    overrides: list[str] | None = None,
+    workspace: str | None = None,
+    model: str | None = None,
+    data: list[str] | None = None,
+    launch: Launch | None = None,  # type: ignore[valid-type]
+    compress_best: bool = True,
+    config: dict[str, Any] | None = None,
+    command: str | None = None,
+) -> list[Result]:
+    """Finds sizes within ``plan.budget``, and compresses the model to the best of them.
+
+    Candidates are cut from one scoring and distilled for a few steps; the better half goes on with twice as
+    many, until one is left. What is measured lies in ``rounds/``, the choice in ``search.json``.
+
+    Args:
+        config_name: configuration to start from.
+        overrides: in Hydra's grammar: plan.budget.params=4e9, +plan.budget.choices.hidden=[2560,3072].
+        workspace: folder of the run.
+        model: hub id or folder of the model to compress.
+        data: text to train on.
+        launch: where stages run, and what they are allowed.
+        compress_best: whether the winner goes the whole way to an export; else all ends with the choice.
+        config: a whole configuration instead of all of these.
+        command: the command line behind it, for the report.
+
+    Returns:
+        What each stage of the winner reports; nothing without ``compress_best``.
+    """
+    import shlex
+
+    if config is None:
+        checked = composed(config_name, overrides, workspace, model, data, None, launch)
+    else:
+        checked = from_dict(config)
+    words = ["minitron", "run", "--config-name", config_name, *(overrides or [])]
+    place = Path(checked.workspace)
+    with locked(place, checked.launch.wait):
+        note_command(place, shlex.split(command) if command else words)
+        score_once(checked)
+        sizes = choose(checked)
+        results = []
+        if compress_best:
+            chosen = from_dict(as_dict(checked))
+            for name, size in sizes.items():
+                setattr(chosen.plan, name, size)
+            chosen.plan.budget.params = None
+            results = run_stages(list(steps(chosen)), chosen)
+        tidy(place)
+    return results
+
+
+def choose(config: Config) -> dict[str, int]:
+    """The sizes of the candidate that comes out first.
+
+    Raises:
+        ValueError: no budget, sizes beside it, or no candidate in its window.
+    """
+    budget, place = config.plan.budget, Path(config.workspace)
+    found = _candidates(config)[: budget.candidates]
+    named = {_name(candidate): candidate for candidate in found}
+    rounds: list[Round] = []
+    latest: dict[str, Outcome] = {}
+    left = list(named)
+    for count, length in rungs(len(left), budget.steps, budget.factor):
+        left = left[:count]
+        configs = {name: _short(config, name, named[name], length) for name in left}
+        outcomes = run_variants(config, configs)
+        losses = [float("nan") if o.loss is None else o.loss for o in outcomes]
+        if all(outcome.failure is not None for outcome in outcomes):
+            raise RuntimeError(f"every candidate failed: {outcomes[0].failure}")
+        left = [outcomes[i].name for i in halving(losses, len(outcomes))]
+        rounds.append(Round(length, tuple(outcomes)))
+        latest |= {outcome.name: outcome for outcome in outcomes}
+        write_json(place / FILE, {
+            "budget": asdict(budget), "winner": left[0], "sizes": dict(named[left[0]].sizes),
+            "candidates": {
+                name: {**candidate.sizes, "parameters": candidate.size.parameters}
+                for name, candidate in named.items()
+            },
+            "rounds": [asdict(each) for each in rounds],
+        })  # fmt: skip
+    rest = [latest[name] for name in named if name not in left]
+    show(place, "search", [*(latest[name] for name in left), *rest])
+    return dict(named[left[0]].sizes)
+
+
+def _candidates(config: Config) -> list[Candidate]:
+    budget = config.plan.budget
+    asked = [name for name in given(config.plan) if name != "layer_choice"]
+    if budget.params is None:
+        raise ValueError("plan.budget.params: expected how large the model may be, as in 4e9, found null")
+    if asked:
+        raise ValueError(f"plan.{asked[0]}: either sizes or plan.budget.params, found both")
+    folder, _ = teacher_folder(config)
+    checkpoint = open_checkpoint(folder)
+    whole = getattr(model_size(checkpoint.family, checkpoint.config), budget.measure)
+    least, most = (round(budget.params * (1 + sign * budget.tolerance)) for sign in (-1, 1))
+    choices: Mapping[str, Any] = budget.choices or default_choices(
+        checkpoint.family, checkpoint.config, budget.params / whole
+    )
+    return candidates(
+        checkpoint.family, checkpoint.config, choices, least, most, budget.measure, where="plan.budget"
+    )
+
+
+def _name(candidate: Candidate) -> str:
+    """A candidate's name: what it changes."""
+    return "-".join(f"{axis}{size}" for axis, size in candidate.sizes.items())
+
+
+def _short(config: Config, name: str, candidate: Candidate, length: int) -> Config:
+    """The configuration of a candidate's short distillation: only its held-out loss is measured."""
+    short = from_dict(as_dict(config))
+    short.workspace = str(Path(config.workspace) / "rounds" / str(length) / name)
+    short.plan.budget.params = None
+    for axis, size in candidate.sizes.items():
+        setattr(short.plan, axis, size)
+    short.training.max_tokens = None
+    short.trainer["max_steps"] = length
+    accumulate = short.trainer.get("accumulate_grad_batches") or 1
+    short.trainer["val_check_interval"] = length * accumulate
+    sched = short.optim.get("sched") or {}
+    if sched.get("warmup_steps"):
+        sched["warmup_steps"] = min(sched["warmup_steps"], max(1, length // 5))
+    evaluate = short.evaluate
+    evaluate.tasks, evaluate.prompts, evaluate.speed, evaluate.from_scratch = [], 0, False, False
+    evaluate.min_retention, evaluate.floors, evaluate.previous = None, [], None
+    return short

@@ -1,0 +1,211 @@
+"""Several plans from one scoring, each distilled and measured, side by side.
+
+What the variants share (the source, its correction, the scores, the tokenised text) lies in the sweep's
+workspace and is linked into theirs; all are pruned in one pass over the teacher's weights.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.flows import publish
+from nemo_minitron.flows.compress import run_name, run_stages
+from nemo_minitron.flows.forms import Launch, composed
+from prefect import flow
+from prefect.artifacts import create_image_artifact, create_table_artifact
+
+from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.artifacts.report import read_report
+from nemo_minitron.artifacts.workspace import locked, note_command
+from nemo_minitron.compose import as_dict, from_dict
+from nemo_minitron.launch.stage import tidy
+from nemo_minitron.stages.config import Config
+
+SHARED = ("pretrain", "teacher", "correct", "scores", "tokens", "unpacked")
+"""Folders of the sweep's workspace that its variants see as their own."""
+_DECIDES_SHARED = ("source", "families", "correct", "score", "data", "pretrain")
+"""Sections of the configuration that decide them."""
+FILE = "sweep.json"
+PICTURE = "pareto.png"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a variant.
+
+    Attributes:
+        name: of the variant.
+        parameters: of its student.
+        pruned_loss: held-out loss before distillation, nats per token.
+        loss: and after it.
+        retention: the teacher's perplexity over the student's.
+        failure: why there are no numbers; None: there are.
+    """
+
+    name: str
+    parameters: int | None = None
+    pruned_loss: float | None = None
+    loss: float | None = None
+    retention: float | None = None
+    failure: str | None = None
+
+
+@flow(name="sweep", flow_run_name=run_name, log_prints=False, persist_result=False)
+def sweep(
+    variants: dict[str, list[str]],
+    config_name: str = "config",
+    overrides: list[str] | None = None,
+    workspace: str | None = None,
+    model: str | None = None,
+    data: list[str] | None = None,
+    launch: Launch | None = None,  # type: ignore[valid-type]
+    export_best: bool = False,
+) -> list[Outcome]:
+    """Scores a model once, and prunes, distils and measures it in several ways.
+
+    A variant that fails does not stop the others; run again, the flow goes on where it was.
+
+    Args:
+        variants: name to overrides: {"shallow": ["plan.layers=24"], "thin": ["plan.hidden=3072"]}.
+        config_name: configuration that all start from.
+        overrides: in Hydra's grammar, for all of them.
+        workspace: folder of the sweep; each variant has its own in ``variants/``.
+        model: hub id or folder of the model to compress.
+        data: text to train on.
+        launch: where stages run, and what they are allowed.
+        export_best: whether the variant with the least held-out loss is exported.
+
+    Returns:
+        What became of each, the best first.
+    """
+    base = composed(config_name, overrides, workspace, model, data, None, launch)
+    configs = _configs(base, variants, config_name, overrides, workspace, model, data, launch)
+    place = Path(base.workspace)
+    with locked(place, base.launch.wait):
+        note_command(place, ["minitron", "flow", "sweep", "--config-name", config_name, *(overrides or [])])
+        score_once(base)
+        outcomes = run_variants(base, configs)
+        write_json(place / FILE, [asdict(outcome) for outcome in outcomes])
+        show(place, "sweep", outcomes)
+        if export_best and outcomes[0].failure is None:
+            run_stages(["export"], configs[outcomes[0].name])
+        tidy(place)
+    failed = [f"{outcome.name}: {outcome.failure}" for outcome in outcomes if outcome.failure is not None]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(outcomes)} variants failed: {'; '.join(failed)}")
+    return outcomes
+
+
+def _configs(base: Config, variants: Mapping[str, list[str]], *form: Any) -> dict[str, Config]:
+    """Configuration of each variant.
+
+    Raises:
+        ValueError: a variant would change what all share, or has a name that is no folder's.
+    """
+    config_name, overrides, *rest = form
+    if not variants:
+        raise ValueError("variants: expected at least one name with its overrides")
+    configs = {}
+    for name, own in variants.items():
+        if not name or name != Path(name).name or name.startswith("."):
+            raise ValueError(f"variants: expected a name that can be a folder's, found {name!r}")
+        workspace, model, data, launch = rest
+        config = composed(config_name, [*(overrides or []), *own], workspace, model, data, None, launch)
+        for section in _DECIDES_SHARED:
+            if getattr(config, section) != getattr(base, section):
+                raise ValueError(
+                    f"variants: {name!r} changes {section}, which all variants share; give it to all"
+                )
+        config.workspace = str(Path(base.workspace) / "variants" / name)
+        configs[name] = config
+    return configs
+
+
+def score_once(base: Config) -> None:
+    """Runs what comes before the plan."""
+    names = ["pretrain"] if base.pretrain.enabled else []
+    names += ["download", *(["correct"] if base.correct.enabled else []), "score"]
+    run_stages(names, base)
+
+
+def run_variants(base: Config, configs: Mapping[str, Config]) -> list[Outcome]:
+    """Plans all variants, prunes them in one pass, distils and measures one after the other, and compares."""
+    place = Path(base.workspace)
+    for config in configs.values():
+        share(place, Path(config.workspace))
+        run_stages(["plan"], config)
+    names = list(configs)
+    first = from_dict(as_dict(configs[names[0]]))
+    first.prune.also = [configs[name].workspace for name in names[1:]]
+    run_stages(["prune"], first)
+    outcomes = sorted(
+        (_outcome(name, configs[name]) for name in names),
+        key=lambda outcome: float("inf") if outcome.loss is None else outcome.loss,
+    )
+    return outcomes
+
+
+def _outcome(name: str, config: Config) -> Outcome:
+    """Distils and measures a variant; what it fails by is told, not raised."""
+    try:
+        with locked(Path(config.workspace)):
+            run_variant.with_options(flow_run_name=f"variant-{name}")(as_dict(config))
+            tidy(Path(config.workspace))
+    except Exception as error:
+        return Outcome(name, failure=f"{type(error).__name__}: {' '.join(str(error).split())}")
+    models = read_report(Path(config.workspace) / "report")["models"]
+    student = models["student"]
+    return Outcome(
+        name, student["parameters"], models["pruned"]["loss"], student["loss"], student["retention"], None
+    )
+
+
+@flow(name="variant", log_prints=False, persist_result=False)
+def run_variant(values: dict[str, Any]) -> None:
+    """Distils one pruned model and measures it.
+
+    Args:
+        values: the whole configuration as plain dictionaries.
+    """
+    config = from_dict(values)
+    cached = config.distill.teacher_logits == "cache"
+    run_stages([*(["logits"] if cached else []), "distill", "evaluate"], config)
+
+
+def share(place: Path, workspace: Path) -> None:
+    """Links what all variants share into the workspace of one, relatively, so that the whole can be moved."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    for name in SHARED:
+        link, target = workspace / name, place / name
+        target_exists = target.exists() or name == "tokens"
+        if target_exists and not link.is_symlink():
+            target.mkdir(exist_ok=True)
+            link.symlink_to(os.path.relpath(target, workspace), target_is_directory=True)
+
+
+def show(place: Path, kind: str, outcomes: Sequence[Outcome]) -> None:
+    """Publishes what became of variants, and draws their losses against their sizes.
+
+    Args:
+        place: the workspace, which gets the picture too.
+        kind: ``sweep`` or ``search``.
+        outcomes: the best first.
+    """
+    from nemo_minitron.bridge.plots import pareto
+
+    create_table_artifact(
+        table=[asdict(outcome) for outcome in outcomes], key=publish.key(place, kind, "table"),
+        description=f"{len(outcomes)} variants, the best first",
+    )  # fmt: skip
+    points = [
+        (o.name, o.parameters, o.loss) for o in outcomes if o.parameters is not None and o.loss is not None
+    ]
+    if points:
+        picture = pareto(points)
+        (place / PICTURE).write_bytes(picture)
+        create_image_artifact(
+            image_url=publish.inline(picture), key=publish.key(place, kind, "pareto"),
+            description="held-out loss against size",
+        )  # fmt: skip

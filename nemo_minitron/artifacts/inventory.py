@@ -1,0 +1,296 @@
+"""What lies in workspaces: which there are, how far each has come, and what of it can be made again.
+
+Links are seen and not followed: what lies elsewhere is neither counted nor removed. Another process may be at
+work in any of the folders: what vanishes between two looks was not there.
+"""
+
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nemo_minitron.artifacts import log, results
+from nemo_minitron.artifacts.build import STATE, discard
+from nemo_minitron.artifacts.manifest import NAME, SCHEMA, Manifest, read_manifest
+from nemo_minitron.artifacts.workspace import ARTIFACTS, COMMANDS
+
+LEVELS = ("caches", "intermediate")
+"""How much ``rubbish`` takes."""
+KEPT = ("plan", "report", "export")
+"""Artifacts that stay at every level."""
+BESIDE = {
+    "tokens": ("tokens.bin", "text as token ids; the next training reads the text anew"),
+    "live": ("config.json", "a model that teacher correction published"),
+    "unpacked": ("hf", "a model unpacked from its .nemo archive"),
+}
+"""Folders of a workspace beside its artifacts: by what a folder in them is known as a run's, what it is."""
+LOCKS = (".lock", ".stage.lock")
+"""Held by a run, and by the process of a stage, which may live a little longer."""
+_OWN = (*ARTIFACTS, *BESIDE, results.FOLDER)
+_TEMPORARY = re.compile(r"\..+\.(partial|tmp)")
+_STRANGE = (OSError, ValueError, TypeError, AttributeError)  # what a file leads to that is no manifest or log
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact of a workspace: its folder's name, the bytes of all its files, and how it stands.
+
+    Attributes:
+        state: ``done``; ``stale``: an input has changed, a run would make it anew; ``damaged``: manifest or a
+            file is not what it was; ``unfinished``: in the making.
+        finished: when it was finished (UTC), or None.
+        detail: what is wrong with it, or how far it is, as in "step 120"; may be empty.
+    """
+
+    name: str
+    state: str
+    bytes: int
+    finished: datetime | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A workspace: its folder, the bytes of all its files, and what is there in pipeline order.
+
+    Attributes:
+        changed: when the last of its files was written (UTC); locks do not count.
+        held: whether a process is at work in it.
+    """
+
+    path: Path
+    bytes: int
+    changed: datetime
+    held: bool
+    artifacts: tuple[Artifact, ...]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that can go: its path, the bytes that this frees, and what it is."""
+
+    path: Path
+    bytes: int
+    why: str
+
+
+def is_workspace(folder: Path) -> bool:
+    """Whether a folder holds an artifact, one in the making, or the commands that worked there."""
+    return os.path.isfile(folder / COMMANDS) or any(_begun(folder, name) for name in ARTIFACTS)
+
+
+def workspaces(root: Path) -> list[Workspace]:
+    """The workspaces at a folder and up to three levels below it, by path.
+
+    Hidden folders are not searched, nor those that a run makes inside its workspace.
+    """
+    root, found = Path(os.path.realpath(root)) if os.path.islink(root) else root, []
+    for at, below, _ in os.walk(root):  # follows no links, and passes over what it cannot read
+        here, deep = is_workspace(Path(at)), len(Path(at).relative_to(root).parts)
+        if here:
+            found.append(Path(at))
+        below[:] = [name for name in below if deep < 3 and name[0] != "." and not (here and name in _OWN)]
+    return [_look(folder) for folder in sorted(found)]
+
+
+def _look(folder: Path) -> Workspace:
+    size, _, newest = _measure(folder)
+    there = tuple(found for name in ARTIFACTS if (found := _artifact(folder, name)))
+    held, changed = any(_held(folder / lock) for lock in LOCKS), datetime.fromtimestamp(newest, timezone.utc)
+    return Workspace(folder, size, changed, held, there)
+
+
+def _artifact(workspace: Path, name: str) -> Artifact | None:
+    if not _begun(workspace, name):
+        return None
+    folder, finished = workspace / name, None
+    size, _, _ = _measure(folder, workspace / f".{name}.partial")
+    try:
+        manifest = read_manifest(folder)
+        if manifest is None:
+            return Artifact(name, "unfinished", size, None, _last_step(folder / STATE / log.FILE))
+        finished = datetime.fromisoformat(manifest.finished)
+        state, detail = _condition(workspace, folder, manifest)
+        return Artifact(name, state, size, finished, detail)
+    except _STRANGE as error:
+        return Artifact(name, "damaged", size, finished, " ".join(str(error).split()))
+
+
+def _begun(workspace: Path, name: str) -> bool:
+    """Whether an artifact is there or in the making; otherwise a folder of its name is not a run's."""
+    places = (workspace / name / NAME, workspace / name / STATE, workspace / f".{name}.partial")
+    return any(os.path.exists(place) for place in places)
+
+
+def _condition(workspace: Path, folder: Path, manifest: Manifest) -> tuple[str, str]:
+    """State of an artifact with a manifest, by the rule of ``is_done``, and what is wrong with it."""
+    for output in manifest.outputs:
+        found = _stat(folder / output.file, follow=True)
+        if found is None or not stat.S_ISREG(found.st_mode):
+            return "damaged", f"{output.file}: missing"
+        if found.st_size != output.size:
+            return "damaged", f"{output.file}: expected {output.size} bytes, found {found.st_size}"
+    if manifest.schema != SCHEMA:
+        return "stale", f"made by schema {manifest.schema}, now {SCHEMA}"
+    for item in manifest.inputs:
+        name, _, part = item.path.partition("/")  # pretrain/hf: the model in an artifact, with its own print
+        try:
+            # without a time it is nothing of the workspace, whatever the user calls it
+            upstream = read_manifest(workspace / name) if item.finished and name in ARTIFACTS else None
+        except _STRANGE:
+            continue
+        if upstream is not None and not part and upstream.fingerprint != item.fingerprint:
+            return "stale", f"made from another {name}"
+        if upstream is not None and upstream.finished > manifest.started:
+            return "stale", f"{name} was made anew"
+    return "done", ""
+
+
+def _last_step(path: Path) -> str:
+    try:
+        return f"step {max(line['step'] for line in log.read_log(path) if 'step' in line):d}"
+    except _STRANGE:  # none yet
+        return ""
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process holds a lock file; where there was none there is none afterwards."""
+    if not os.path.isfile(lock):
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except OSError as error:  # another than Timeout: of another user, and nobody here can tell
+        return isinstance(error, Timeout)
+
+
+def _stat(path: Path, follow: bool) -> os.stat_result | None:
+    try:
+        return os.stat(path, follow_symlinks=follow)
+    except (OSError, ValueError):
+        return None
+
+
+def _measure(*paths: Path) -> tuple[int, int, float]:
+    """Bytes of all files, one with several names once; of those without other names; newest time, seconds."""
+    walked = [entry for path in paths if not os.path.islink(path) for entry in os.walk(path)]
+    places = [*paths, *(Path(at, name) for at, _, names in walked for name in names)]
+    found = [(place, stats) for place in places if (stats := _stat(place, follow=False))]
+    files = [(place, stats) for place, stats in found if stat.S_ISREG(stats.st_mode)]
+    names = Counter((stats.st_dev, stats.st_ino) for _, stats in files)
+    sizes = {(stats.st_dev, stats.st_ino): (stats.st_size, stats.st_nlink) for _, stats in files}
+    freed = sum(size for key, (size, links) in sizes.items() if names[key] >= links)
+    written = [file for file in files if not file[0].name.endswith(".lock")] or found
+    newest = max((stats.st_mtime for _, stats in written), default=0.0)
+    return sum(size for size, _ in sizes.values()), freed, newest
+
+
+def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
+    """What can be removed and made again; the caller holds the workspace's lock.
+
+    ``caches`` costs no training: leftovers of killed builds, and token caches. These are no artifact's input
+    (inputs name the text itself), and made anew they hold the same ids. Everything else is an input of the
+    student, directly or not: teacher, scores and plan by way of pruned, logits where they teach. Made anew it
+    would be younger than the student, by the rule of ``is_done`` a reason to train again; so it stays.
+    ``intermediate`` leaves what a run is for, and its plan; the next run starts from the beginning. What no
+    run has made stays always.
+
+    Raises:
+        ValueError: no workspace or level, a stage at work, or no whole export of the newest work to be left.
+    """
+    if not is_workspace(workspace):
+        raise ValueError(f"{workspace}: expected a workspace, found neither an artifact nor {COMMANDS} there")
+    if level not in LEVELS:
+        raise ValueError(f"{workspace}: expected a level of {', '.join(LEVELS)}, found {level!r}")
+    if _held(workspace / LOCKS[1]):
+        raise ValueError(f"{workspace}: expected nobody at work, found a stage that has yet to end")
+    due = [*_leftovers(workspace), *_beside(workspace, "tokens")]
+    due += _intermediate(workspace) if level == "intermediate" else []
+    paths = {path for path, _ in due}
+    return [Item(path, _measure(path)[1], why) for path, why in due if paths.isdisjoint(path.parents)]
+
+
+def _intermediate(workspace: Path) -> Iterator[tuple[Path, str]]:
+    """Artifacts, the last one first: a removal cut short leaves a beginning that a run goes on from."""
+    folder, export = workspace / "export", _artifact(workspace, "export")
+    told = f"{folder}: expected a whole export of the newest work before more than caches goes, found"
+    if export is None or export.state != "done" or export.finished is None:
+        raise ValueError(f"{told} " + (f"it {export.state}: {export.detail}" if export else "none"))
+    if links := [path for path in (folder, *folder.rglob("*")) if path.is_symlink()]:
+        raise ValueError(f"{told} a link in its place: {links[0]}")
+    for name in [name for name in reversed(ARTIFACTS) if name not in KEPT]:
+        if (artifact := _artifact(workspace, name)) and os.path.lexists(workspace / name):
+            made = artifact.finished.timestamp() if artifact.finished else _measure(workspace / name)[2]
+            if made > export.finished.timestamp():
+                raise ValueError(f"{told} {workspace / name} to be younger; end that run, or remove this")
+            yield workspace / name, "an artifact"
+    yield from (*_beside(workspace, "live"), *_beside(workspace, "unpacked"))
+
+
+def _beside(workspace: Path, name: str) -> Iterator[tuple[Path, str]]:
+    root, (mark, why) = workspace / name, BESIDE[name]
+    for path in [root] if root.is_symlink() else sorted(root.glob("*")):
+        if path.is_symlink():
+            yield path, "a link; what it points at stays"
+        elif os.path.exists(path / mark) and not _held(root / f".{path.name}.lock"):  # shared, being written
+            yield path, why
+
+
+def _leftovers(workspace: Path) -> Iterator[tuple[Path, str]]:
+    """What killed builds left: none is at work now, for the caller holds the workspace."""
+    places = [workspace / f".{name}{end}" for name in ARTIFACTS for end in (".partial", ".old.partial")]
+    places += [path for path in sorted(workspace.glob(".*.tmp")) if path.is_file()]
+    for folder in [workspace / name for name in _OWN if name != "tokens"]:
+        try:
+            manifest = read_manifest(folder)
+            listed = [folder / output.file for output in manifest.outputs] if manifest else []
+            if manifest and _condition(workspace, folder, manifest)[0] == "done":
+                places.append(folder / STATE)  # killed before it was tidied away
+        except _STRANGE:  # nothing says what belongs to it
+            continue
+        belongs = {part for path in listed for part in (path, *path.parents)}
+        for at, folders, files in () if folder.is_symlink() else os.walk(folder):
+            found = [Path(at, name) for name in (*folders, *files) if _TEMPORARY.fullmatch(name)]
+            places += [path for path in sorted(found) if path not in belongs]
+    yield from ((path, "left by a killed build") for path in places if os.path.lexists(path))
+
+
+def remove(items: Sequence[Item]) -> int:
+    """Removes what ``rubbish`` found, the caller still holding the lock; returns the bytes freed.
+
+    Raises:
+        ValueError: an item lies in no workspace; nothing was removed.
+        OSError: the system refuses; what comes before is gone.
+    """
+    for item in items:
+        if not any(is_workspace(parent) for parent in item.path.parents):
+            raise ValueError(f"{item.path}: expected a part of a workspace, found no workspace around it")
+    freed = 0
+    for path in [item.path for item in items]:
+        freed += _measure(path)[1]
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:  # what a kill leaves of it, the next call takes
+            discard(path)
+    return freed
+
+
+def age(seconds: float) -> str:
+    """A time in words, in its largest unit, rounded down: "3 min", "5 h", "2 days"."""
+    passed, units = max(0, int(seconds)), ((86400, "day"), (3600, "h"), (60, "min"), (1, "s"))
+    unit, name = next((pair for pair in units if passed >= pair[0]), units[-1])
+    return f"{passed // unit} {name}" + ("s" if name == "day" and passed >= 2 * unit else "")
+
+
+def amount(bytes: int) -> str:
+    """Bytes in words, in powers of 1000: "12.3 MB"."""
+    value, units = float(bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.95 and len(units) > 1:  # would be written as 1000.0
+        value, units = value / 1000, units[1:]
+    return f"{bytes} B" if units[0] == "B" else f"{value:.1f} {units[0]}"

@@ -1,0 +1,158 @@
+"""Commands of those who operate: what runs there are, what can be cleaned up, deployments and schedules."""
+
+import argparse
+import datetime
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.lookup import print_table
+
+HELP = {
+    "runs": "workspaces with the states of their stages, sizes and ages",
+    "clean": "remove what can be made again, after asking",
+    "deploy": "register a flow with a Prefect server, for its workers and schedules",
+    "serve": "run a flow's schedule in this process",
+}
+
+
+def add_parsers(commands: Any) -> None:
+    """Adds these commands to the command line's grammar."""
+    made = {name: commands.add_parser(name, help=text, description=text) for name, text in HELP.items()}
+    made["runs"].add_argument("folder", metavar="FOLDER", type=Path, nargs="?", default=Path("runs"))
+    made["runs"].add_argument("--json", action="store_true")
+    clean = made["clean"]
+    clean.add_argument("workspace", metavar="WORKSPACE", type=Path)
+    clean.add_argument(
+        "--intermediate", action="store_true",
+        help="also all between source and export: needs a finished export; a later run begins anew",
+    )  # fmt: skip
+    clean.add_argument("--yes", action="store_true", help="do not ask")
+    clean.add_argument("--json", action="store_true")
+    for name in ("deploy", "serve"):
+        command = made[name]
+        command.add_argument("name", metavar="NAME", help="of the deployment")
+        command.add_argument(
+            "--flow", default="compress", help="compress, search, sweep or evaluate_checkpoint"
+        )
+        command.add_argument(
+            "--config-name", default="config", metavar="NAME", help="configuration to start from"
+        )
+        command.add_argument("--cron", metavar="SCHEDULE", help="when, as in '0 2 * * *'")
+        command.add_argument("--timezone", metavar="ZONE", help="of the schedule; UTC where none is given")
+        command.add_argument(
+            "--parameter", action="append", default=[], metavar="NAME=VALUE",
+            help="a parameter of the flow; the value is JSON, or a plain word",
+        )  # fmt: skip
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides in Hydra's grammar")
+    made["deploy"].add_argument("--pool", default="minitron", help="work pool, made where there is none")
+    made["deploy"].add_argument("--kind", default="process", help="kind of a pool that is made")
+
+
+def runs(args: argparse.Namespace) -> int:
+    """Lists workspaces."""
+    from nemo_minitron.artifacts.inventory import age, amount, workspaces
+
+    if not args.folder.is_dir():
+        raise ValueError(f"{args.folder}: no such folder")
+    found, now = workspaces(args.folder), datetime.datetime.now(datetime.timezone.utc)
+    if args.json:
+        print(json.dumps([asdict(workspace) for workspace in found], indent=2, default=str))
+        return 0
+    if not found:
+        print(f"no workspaces below {args.folder}")
+        return 0
+    rows = []
+    for workspace in found:
+        done = [artifact.name for artifact in workspace.artifacts if artifact.state == "done"]
+        other = [
+            f"{artifact.name} {artifact.state}" + (f" ({artifact.detail})" if artifact.detail else "")
+            for artifact in workspace.artifacts
+            if artifact.state != "done"
+        ]
+        rows.append((
+            str(workspace.path.relative_to(args.folder)), "running" if workspace.held else "",
+            ", ".join(done), ", ".join(other), amount(workspace.bytes),
+            age((now - workspace.changed).total_seconds()),
+        ))  # fmt: skip
+    columns = ("workspace", "now", "done", "not done", "size", "changed")
+    print_table(columns, tuple(rows), str(args.folder), left=4)
+    return 0
+
+
+def clean(args: argparse.Namespace) -> int:
+    """Removes what can be made again."""
+    from nemo_minitron.artifacts.inventory import amount, is_workspace, remove, rubbish
+    from nemo_minitron.artifacts.workspace import locked
+
+    if not is_workspace(args.workspace):
+        raise ValueError(
+            f"{args.workspace}: expected a workspace, found no artifact and no commands.jsonl in it"
+        )
+    with locked(args.workspace):
+        items = rubbish(args.workspace, "intermediate" if args.intermediate else "caches")
+        size = sum(item.bytes for item in items)
+        told = [{"path": str(item.path), "bytes": item.bytes, "why": item.why} for item in items]
+        if not args.json:
+            for item in items:
+                print(f"{amount(item.bytes):>10}  {item.path}  ({item.why})")
+        if items and not args.yes and not _agreed(f"remove these {len(items)}, {amount(size)}? [y/N] "):
+            print("nothing removed", file=sys.stderr)
+            return 1
+        freed = remove(items)
+    if args.json:
+        print(json.dumps({"removed": told, "freed": freed}, indent=2))
+    else:
+        print(f"{amount(freed)} freed" if items else "nothing to remove")
+    return 0
+
+
+def _agreed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise ValueError("nobody there to ask; pass --yes to remove what is listed")
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def deploy(args: argparse.Namespace) -> int:
+    """Registers a deployment."""
+    made = _deployment(args)
+    from nemo_minitron.flows.deploy import deploy as register
+
+    full = register(made, args.pool, args.kind)
+    print(f"{full} is deployed; to run it: prefect worker start --pool {args.pool}")
+    return 0
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Runs a schedule here."""
+    made = _deployment(args)
+    from nemo_minitron.flows.deploy import serve as run
+
+    run(made)
+    return 0
+
+
+def _deployment(args: argparse.Namespace) -> Any:
+    from nemo_minitron.flows.local import prepare_environment
+
+    prepare_environment()
+    from nemo_minitron.flows.deploy import deployment
+
+    parameters = {}
+    for text in args.parameter:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--parameter: expected NAME=VALUE, found {text!r}")
+        try:
+            parameters[name] = json.loads(value)
+        except ValueError:
+            parameters[name] = value
+    return deployment(
+        args.name, args.flow, args.config_name, args.overrides, parameters, args.cron, args.timezone
+    )
+
+
+COMMANDS = {"runs": runs, "clean": clean, "deploy": deploy, "serve": serve}

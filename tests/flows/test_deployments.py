@@ -1,0 +1,224 @@
+"""Deployments for real: a server with SQLite, a worker, schedules that fire, cancelling, kills."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nemo_minitron.artifacts.manifest import read_manifest
+from tests.conftest import minitron, settings
+from tests.flows.conftest import running, until
+
+ROOT = Path(__file__).parents[2]
+
+
+def ask(environment, what):
+    """Asks the server."""
+    import httpx
+    from prefect.client.orchestration import PrefectClient
+
+    async def go():
+        async with PrefectClient(
+            environment["PREFECT_API_URL"], httpx_settings={"timeout": httpx.Timeout(30)}
+        ) as client:
+            return await what(client)
+
+    return asyncio.run(go())
+
+
+def runs_of(environment, deployment_id, state=None):
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+
+    async def read(client):
+        return await client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment_id]))
+        )
+
+    found = ask(environment, read)
+    return [
+        run for run in found if run.state is not None and (state is None or run.state.type.value == state)
+    ]
+
+
+def named(environment, name):
+    return ask(environment, lambda client: client.read_deployment_by_name(name))
+
+
+def started_by_hand(environment, name, parameters):
+    deployment = named(environment, name)
+    return ask(
+        environment,
+        lambda client: client.create_flow_run_from_deployment(deployment.id, parameters=parameters),
+    )
+
+
+def state_of(environment, run):
+    return ask(environment, lambda client: client.read_flow_run(run.id)).state
+
+
+def test_every_deployment_of_the_file_validates_and_keeps_its_schedule(real_server):
+    for pool, kind in (
+        ("minitron", "process"),
+        ("minitron-docker", "docker"),
+        ("minitron-kubernetes", "kubernetes"),
+    ):
+        words = [sys.executable, "-m", "prefect", "work-pool", "create", pool, "--type", kind, "--overwrite"]
+        done = subprocess.run(words, env=real_server, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    words = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(words, env=real_server, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    nightly = named(real_server, "evaluate_checkpoint/nightly")
+    (schedule,) = nightly.schedules
+    assert schedule.schedule.cron == "0 2 * * *" and nightly.tags == ["nemo_minitron"]
+    docker = named(real_server, "compress/compress-docker")
+    assert (
+        docker.work_pool_name == "minitron-docker" and docker.job_variables["image"] == "nemo_minitron:latest"
+    )
+    with pytest.raises(Exception, match="launch"):  # the server itself refuses a form filled in wrongly
+        started_by_hand(real_server, "compress/compress", {"launch": {"kind": "rocket"}})
+
+
+def test_a_scheduled_run_fires_with_its_parameters_and_its_artifacts_are_there(
+    real_server, worker, finished, tmp_path, teacher, corpus
+):
+    workspace = shutil.copytree(finished[0], tmp_path / "nightly")
+    words = [word for word in settings(workspace, teacher, corpus) if not word.startswith("workspace=")]
+    done = minitron(
+        "deploy", "every-minute", "--cron", "* * * * *", "--parameter", f"workspace={workspace}",
+        "--parameter", 'launch={"kind": "subprocess"}', *words, env=real_server,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "compress/every-minute is deployed" in done.stdout
+    deployment = named(real_server, "compress/every-minute")
+    run = until(lambda: runs_of(real_server, deployment.id, "COMPLETED"), 240, 1)[0]
+    ask(real_server, lambda client: client.delete_deployment(deployment.id))
+    assert run.auto_scheduled and run.parameters["workspace"] == str(workspace)
+    assert run.name == "compress-nightly" and "nemo_minitron" in run.tags
+
+    async def artifacts(client):
+        return {artifact.key: artifact for artifact in await client.read_artifacts()}
+
+    found = ask(real_server, artifacts)
+    assert "distilled" in json.loads(found["minitron-nightly-evaluate-table"].data)[0]
+    assert str(found["minitron-nightly-lineage"].flow_run_id) == str(run.id)
+
+
+@pytest.fixture
+def long(real_server, worker, finished, tmp_path, teacher, corpus):
+    """A run under the worker that trains for ever, at work; and how to start it again with fewer steps."""
+    workspace = shutil.copytree(finished[0], tmp_path / "long")
+    shutil.rmtree(workspace / "student")
+    made = minitron("deploy", "long", "--parameter", 'launch={"kind": "subprocess"}', env=real_server)
+    assert made.returncode == 0, made.stderr
+    words = [*settings(workspace, teacher, corpus), "trainer.max_steps=100000", "trainer.val_check_interval=50000",
+             "exp_manager.checkpoint_callback_params.every_n_train_steps=50"]  # fmt: skip
+    run = started_by_hand(real_server, "compress/long", {"overrides": words})
+    log = workspace / "student" / "state" / "metrics.jsonl"
+    until(
+        lambda: (
+            (log.is_file() and log.read_text().count("loss") > 60) or state_of(real_server, run).is_final()
+        )
+    )
+    assert not state_of(real_server, run).is_final(), state_of(real_server, run)
+    return workspace, run
+
+
+def processes(word):
+    return [p for p in psutil.process_iter(["cmdline"]) if word in " ".join(p.info["cmdline"] or [])]
+
+
+def saved(workspace):
+    return max(
+        int(path.stem.split("=")[1]) for path in (workspace / "student" / "state").rglob("step=*.ckpt")
+    )
+
+
+def test_cancelling_saves_and_ends_the_training_within_seconds(real_server, long):
+    from prefect.states import Cancelling
+
+    workspace, run = long
+    assert processes(str(workspace))
+    before = saved(workspace)
+    ask(real_server, lambda client: client.set_flow_run_state(run.id, Cancelling()))
+    until(lambda: not processes(str(workspace)), 40)
+    until(lambda: state_of(real_server, run).is_final(), 30)
+    assert state_of(real_server, run).is_cancelled()
+    assert saved(workspace) > before and saved(workspace) % 50  # saved where it was, not where it was due
+    assert read_manifest(workspace / "student") is None
+
+
+def test_a_killed_flow_is_crashed_and_takes_its_stage_along(real_server, long):
+    workspace, run = long
+    flows = [
+        p for p in processes("prefect") if any(str(workspace) in " ".join(c.cmdline()) for c in p.children())
+    ]
+    assert len(flows) == 1
+    flows[0].send_signal(signal.SIGKILL)
+    until(lambda: state_of(real_server, run).is_final(), 60)
+    assert state_of(real_server, run).is_crashed()
+    until(lambda: not processes(str(workspace)), 40)
+
+
+def test_serving_needs_no_worker(real_server, finished, tmp_path, teacher, corpus):
+    workspace = shutil.copytree(finished[0], tmp_path / "served")
+    log = tmp_path / "log"
+    words = [
+        "nemo_minitron",
+        "serve",
+        "served",
+        "--flow",
+        "evaluate_checkpoint",
+        "--parameter",
+        f"workspace={tmp_path / 'night'}",
+    ]
+    with running([*words, *settings(workspace, teacher, corpus)[1:]], real_server, log) as process:
+
+        def there():
+            try:
+                return named(real_server, "evaluate_checkpoint/served")
+            except Exception:
+                assert process.poll() is None, log.read_text()
+                return None
+
+        until(there, 60)
+        run = started_by_hand(real_server, "evaluate_checkpoint/served", {
+            "checkpoint": str(workspace / "export"), "data": [str(corpus)],
+            "overrides": ["evaluate.speed=false", "evaluate.prompts=0", "data.validation.sequence_length=16", "data.validation.samples=8"],
+        })  # fmt: skip
+        until(lambda: state_of(real_server, run).is_final(), 120)
+        assert state_of(real_server, run).is_completed(), (
+            state_of(real_server, run).message,
+            log.read_text()[-3000:],
+        )
+    report = json.loads((tmp_path / "night" / "report" / "report.json").read_text())
+    assert list(report["models"]) == ["teacher", "student"]
+    assert report["models"]["student"]["parameters"] < report["models"]["teacher"]["parameters"]
+    page = (tmp_path / "night" / "report" / "report.html").read_text()
+    assert "What was cut" not in page and "Recovery" not in page
+
+
+def test_without_a_server_nothing_is_promised(tmp_path):
+    environment = {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": ""}
+    done = minitron("deploy", "x", env=environment)
+    assert done.returncode == 2 and "no Prefect server" in done.stderr
+    for words, text in (
+        (["--cron", "every night"], "--cron: no schedule 'every night' in UTC"),
+        (
+            ["--flow", "prune"],
+            "--flow: no flow 'prune'; there are: compress, search, sweep, evaluate_checkpoint",
+        ),
+        (["--parameter", "sizes=3"], "--parameter: compress has no parameter 'sizes'; it has: config_name, "),
+        (["plan.hiden=3"], "plan.hiden: no such configuration key; nearest known: plan.hidden"),
+    ):
+        done = minitron("deploy", "x", *words, env=environment)
+        assert done.returncode == 2 and text in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    assert os.environ.get("PREFECT_API_URL") is None

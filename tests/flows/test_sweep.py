@@ -1,0 +1,112 @@
+"""Several plans from one scoring, and the search for the best size within a budget, on the real engine."""
+
+import json
+
+import pytest
+
+from nemo_minitron.artifacts.manifest import read_manifest
+from nemo_minitron.artifacts.workspace import verify_tree
+from tests.conftest import minitron, settings
+from tests.flows.test_tasks import server
+
+__all__ = ["server"]
+QUICK = ["evaluate.speed=false", "evaluate.from_scratch=false", "evaluate.tasks=[]", "evaluate.prompts=0"]
+
+
+def words(workspace, teacher, corpus):
+    return [word for word in settings(workspace, teacher, corpus) if not word.startswith("plan.")] + QUICK
+
+
+def made(folder):
+    return read_manifest(folder).started
+
+
+def test_variants_share_one_scoring_and_a_failed_one_costs_no_other(
+    server, tmp_path, teacher, corpus, monkeypatch
+):
+    from nemo_minitron.flows.sweep import sweep
+
+    workspace, variants = (
+        tmp_path / "sweep",
+        {"shallow": ["plan.layers=2"], "thin": ["plan.hidden=12", "plan.ffn=20"]},
+    )
+    overrides = words(workspace, teacher, corpus)
+    # a folder of the user's own stands where the student of one variant belongs: that variant fails, late
+    (workspace / "variants" / "shallow" / "student").mkdir(parents=True)
+    (workspace / "variants" / "shallow" / "student" / "mine.txt").write_text("keep")
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 variants failed: shallow: ValueError: .*was not made by this package"
+    ):
+        sweep(variants, overrides=overrides, export_best=True)
+    assert (workspace / "variants" / "shallow" / "student" / "mine.txt").read_text() == "keep"
+    assert (workspace / "variants" / "thin" / "export" / "model.safetensors").is_file()
+    (workspace / "variants" / "shallow" / "student" / "mine.txt").unlink()
+    before = {
+        name: made(workspace / name) for name in ("scores", "variants/thin/student", "variants/thin/pruned")
+    }
+    outcomes = sweep(variants, overrides=overrides)
+    assert {name: made(workspace / name) for name in before} == before  # nothing was made twice
+    assert [outcome.failure for outcome in outcomes] == [None, None]
+    assert outcomes[0].loss <= outcomes[1].loss
+    assert (workspace / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["name"] for row in json.loads((workspace / "sweep.json").read_text())] == [
+        o.name for o in outcomes
+    ]
+    # both were cut in one pass over the teacher's weights
+    assert made(workspace / "variants/thin/pruned") == made(workspace / "variants/shallow/pruned")
+    assert verify_tree(workspace / "variants" / "thin")[1] == []
+    for wrong, text in (
+        ({"x": ["score.importance=random"]}, "variants: 'x' changes score, which all variants share"),
+        ({"../x": []}, "expected a name that can be a folder's"),
+        ({}, "expected at least one name"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            sweep(wrong, overrides=overrides)
+
+
+def test_a_budget_is_met_by_the_size_that_learns_best(tmp_path, teacher, corpus):
+    workspace = tmp_path / "search"
+    budget = [
+        "plan.budget.params=15000",
+        "plan.budget.tolerance=0.1",
+        "plan.budget.candidates=3",
+        "plan.budget.steps=8",
+    ]
+    arguments = ["run", *words(workspace, teacher, corpus), *budget]
+    done = minitron(*arguments, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((workspace / "search.json").read_text())
+    assert len(found["candidates"]) == 3
+    assert all(13500 <= row["parameters"] <= 16500 for row in found["candidates"].values())
+    assert [(each["steps"], len(each["outcomes"])) for each in found["rounds"]] == [(4, 3), (8, 2)]
+    last = found["rounds"][-1]["outcomes"]
+    assert found["winner"] == last[0]["name"] and last[0]["loss"] <= last[1]["loss"]
+    plan = json.loads((workspace / "plan" / "plan.json").read_text())
+    assert {axis: plan["after"][axis] for axis in found["sizes"]} == found["sizes"]
+    page = (workspace / "report" / "report.html").read_text()
+    assert "Sizes that were tried" in page and (workspace / "export" / "minitron.json").is_file()
+    for more, text in (
+        (["plan.hidden=12"], "plan.hidden: either sizes or plan.budget.params, found both"),
+        (["plan.budget.params=10"], "plan.budget"),
+    ):
+        done = minitron(*arguments, *more)
+        assert done.returncode == 2 and text in done.stderr, done.stderr[-500:]
+    done = minitron("plan", *arguments[1:])
+    assert done.returncode == 2 and "which 'minitron run' makes" in done.stderr
+
+
+def test_a_checkpoint_is_measured_against_the_teacher_that_its_lineage_names(
+    server, finished, tmp_path, corpus
+):
+    from nemo_minitron.flows.evaluate_checkpoint import evaluate_checkpoint
+
+    export = finished[0] / "export"
+    small = [*QUICK, "data.validation.sequence_length=16", "data.validation.samples=8"]
+    call = {"checkpoint": str(export), "workspace": str(tmp_path / "night"), "data": [str(corpus)]}
+    results = evaluate_checkpoint(**call, overrides=small)
+    assert [result.stage for result in results] == ["download", "evaluate"] and results[1].made
+    assert [result.made for result in evaluate_checkpoint(**call, overrides=small)] == [False, False]
+    with pytest.raises(RuntimeError, match="the quality gate failed"):
+        evaluate_checkpoint(**call, overrides=[*small, "evaluate.min_retention=50"])
+    with pytest.raises(ValueError, match=r"has no minitron\.json that names one"):
+        evaluate_checkpoint(**{**call, "checkpoint": str(finished[0] / "pruned")}, overrides=small)
