@@ -65,6 +65,7 @@ class Place:
             )
 
     def start_server(self):
+        """Starts the server, and waits until it answers."""
         self.server = self._start(
             ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)], "server"
         )
@@ -78,11 +79,13 @@ class Place:
         raise RuntimeError("the server does not start")
 
     def start_worker(self):
+        """Starts a worker."""
         self.worker = self._start(
             ["prefect", "worker", "start", "--pool", "minitron", "--type", "process"], "worker"
         )
 
     def ask(self, what):
+        """Asks the server."""
         import httpx
         from prefect.client.orchestration import PrefectClient
 
@@ -93,9 +96,12 @@ class Place:
         return asyncio.run(go())
 
     def state(self, run):
+        """A run's state."""
         return self.ask(lambda client: client.read_flow_run(run.id)).state
 
     def begin(self, overrides):
+        """Starts a run of the deployment."""
+
         async def create(client):
             deployment = await client.read_deployment_by_name("compress/soak")
             return await client.create_flow_run_from_deployment(
@@ -104,18 +110,8 @@ class Place:
 
         return self.ask(create)
 
-    def flow_process(self, run):
-        for process in psutil.process_iter(["pid"]):
-            try:
-                if process.environ().get("PREFECT__FLOW_RUN_ID") == str(run.id):
-                    parents = [parent.pid for parent in process.parents()]
-                    if self.worker.pid in parents or "launch.child" not in " ".join(process.cmdline()):
-                        return process
-            except psutil.Error:
-                continue
-        return None
-
     def stop(self):
+        """Ends server and worker."""
         for process in (self.worker, self.server):
             if process is not None and process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -211,7 +207,8 @@ def play(place: Place, number: int, fault: str, draw: random.Random, parts, refe
             if not struck and at(workspace, stage):
                 time.sleep(delay)
                 struck, before = True, started(workspace)
-                ballast = strike(place, fault, workspace, run, draw)
+                ballast, hit = strike(place, fault, workspace, run, draw)
+                notes += [] if hit else ["came too late"]
                 if fault == "file truncated" and before:
                     damaged = cut_a_file(workspace, draw)
                     notes.append(f"{damaged} damaged at {stage}")
@@ -220,7 +217,7 @@ def play(place: Place, number: int, fault: str, draw: random.Random, parts, refe
         if ballast is not None:
             ballast.unlink()
             ballast = None
-        if state.is_completed() and (struck or fault == "file truncated"):
+        if state.is_completed():
             if damaged and not verify_clean(workspace) and tries < 6:
                 continue  # its size gives it away: the next run makes it anew
             break
@@ -251,14 +248,13 @@ def verify_clean(workspace):
 
 
 def strike(place, fault, workspace, run, draw):
-    if fault == "stage killed":
-        process = stage_process(workspace)
-        if process is not None:
-            kill(process)
-    elif fault == "flow killed":
-        process = place.flow_process(run)
-        if process is not None:
-            kill(process)
+    """Does it; returns what must be undone afterwards, and whether anything was hit."""
+    if fault in ("stage killed", "flow killed"):
+        while (process := stage_process(workspace)) is None:
+            if place.state(run).is_final():
+                return None, False
+            time.sleep(0.02)
+        kill(process.parent() if fault == "flow killed" else process)
     elif fault == "worker killed":
         kill(place.worker)
         time.sleep(1)
@@ -268,8 +264,8 @@ def strike(place, fault, workspace, run, draw):
         time.sleep(draw.uniform(0, 4))
         place.start_server()
     elif fault == "disk full":
-        return fill(workspace)
-    return None
+        return fill(workspace), True
+    return None, True
 
 
 def judged(workspace, fault, state, before, damaged, reference) -> dict:

@@ -29,9 +29,7 @@ _LARGEST_PICTURE = 700_000
 
 
 def say(text: str) -> None:
-    """A line on the screen; the screen may have gone, with the worker that held it, and nothing depends on
-    it.
-    """
+    """A line on the screen, which may have gone with the worker that held it: nothing depends on it."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 

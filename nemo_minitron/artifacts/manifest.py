@@ -127,11 +127,18 @@ def is_done(folder: Path, expected: str, inputs: Sequence[Input]) -> bool:
         return False
     if any(item.finished is not None and item.finished > manifest.started for item in inputs):
         return False
-    return all(_has_size(folder / output.file, output.size) for output in manifest.outputs)
+    return damage(folder, manifest) is None
 
 
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
+def damage(folder: Path, manifest: Manifest) -> str | None:
+    """What is wrong with an artifact's files at a glance, by their sizes; None: nothing."""
+    for output in manifest.outputs:
+        path = folder / output.file
+        if not path.is_file():
+            return f"{output.file} is missing"
+        if path.stat().st_size != output.size:
+            return f"{output.file} has {path.stat().st_size} bytes, expected {output.size}"
+    return None
 
 
 def list_outputs(folder: Path, known: Mapping[str, str], without: Sequence[str] = ()) -> tuple[Output, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.artifacts.manifest import Input, now, read_manifest, verify, write_json
+from nemo_minitron.artifacts.manifest import Input, damage, now, read_manifest, verify, write_json
 
 ARTIFACTS = (
     "pretrain",
@@ -131,6 +131,9 @@ def input_artifact(workspace: Path, name: str, made_by: str) -> Input:
         raise ValueError(
             f"{workspace / name}: not made yet (or not complete); run 'minitron {made_by}' first"
         )
+    damaged = damage(workspace / name, manifest)
+    if damaged is not None:
+        raise ValueError(f"{workspace / name}: damaged: {damaged}; run 'minitron {made_by}' again")
     for item in manifest.inputs:
         inside = (
             item.path in ARTIFACTS and item.finished is not None
