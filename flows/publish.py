@@ -18,12 +18,15 @@ from prefect.artifacts import (
     create_markdown_artifact,
     create_table_artifact,
 )
+from prefect.events import emit_event
 
 from nemo_minitron.artifacts.gate import GATE_COLUMNS, LINEAGE, GateError
 from nemo_minitron.artifacts.manifest import read_manifest
 from nemo_minitron.artifacts.report import PAGE, markdown
 from nemo_minitron.stages.stage import Result
 
+GATE_EVENT = "nemo_minitron.gate.failed"
+"""Event for automations: a student was too weak to be exported."""
 _LARGEST_PICTURE = 700_000
 """Bytes: Prefect drops events over 1.5 MB, and base64 adds a third."""
 
@@ -95,10 +98,19 @@ def _summary(name: str, result: Result, seconds: float) -> str:
 
 
 def gate(workspace: Path, error: GateError) -> None:
-    """Publishes why nothing is exported."""
+    """Publishes why nothing is exported, and tells automations."""
     text = f"**the quality gate failed, nothing is exported**\n\n{markdown(GATE_COLUMNS, error.rows)}"
     create_markdown_artifact(
         markdown=text, key=key(workspace, "gate"), description="why nothing was exported"
+    )
+    place = workspace.resolve()
+    emit_event(
+        GATE_EVENT,
+        {
+            "prefect.resource.id": f"nemo_minitron.workspace.{key(workspace)}",
+            "prefect.resource.name": place.name,
+        },
+        payload={"workspace": str(place), "reason": str(error)},
     )
 
 

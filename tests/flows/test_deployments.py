@@ -222,3 +222,37 @@ def test_without_a_server_nothing_is_promised(tmp_path):
         assert done.returncode == 2 and text in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
     assert os.environ.get("PREFECT_API_URL") is None
+
+
+def test_automations_of_the_documentation_are_taken_and_a_failed_gate_is_an_event(
+    real_server, finished, tmp_path, teacher, corpus
+):
+    from prefect.events.filters import EventFilter, EventNameFilter
+
+    words = [sys.executable, "-m", "prefect", "automation", "create", "--from-file", "docs/automations.yaml"]
+    done = subprocess.run(words, env=real_server, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {
+        automation.name: automation
+        for automation in ask(real_server, lambda client: client.read_automations())
+    }
+    assert set(made) == {"nemo_minitron failed", "nemo_minitron quality gate", "nemo_minitron lost"}
+    workspace = shutil.copytree(finished[0], tmp_path / "gated")
+    shutil.rmtree(workspace / "export")
+    done = minitron(
+        "run", *settings(workspace, teacher, corpus), "evaluate.min_retention=50", env=real_server
+    )
+    assert done.returncode == 1 and "the quality gate failed" in done.stderr
+    assert not (workspace / "export").exists()
+
+    async def events(client):
+        wanted = {
+            "filter": EventFilter(event=EventNameFilter(name=["nemo_minitron.gate.failed"])).model_dump(
+                mode="json"
+            )
+        }
+        return (await client._client.post("/events/filter", json=wanted)).json()["events"]
+
+    (event,) = until(lambda: ask(real_server, events), 30)
+    assert event["resource"]["prefect.resource.name"] == "gated"
+    assert "quality kept" in event["payload"]["reason"]
