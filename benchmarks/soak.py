@@ -213,7 +213,7 @@ def play(place: Place, number: int, fault: str, draw: random.Random, parts, refe
                     damaged = cut_a_file(workspace, draw)
                     notes.append(f"{damaged} damaged at {stage}")
             time.sleep(0.2)
-        states.append(f"{state.name}: {(state.message or '')[:160]}")
+        states.append(f"{state.name}: {(state.message or '').replace(str(place.root), '')[:160]}")
         if ballast is not None:
             ballast.unlink()
             ballast = None

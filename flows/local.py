@@ -43,6 +43,8 @@ def run_here(config: Config, words: Sequence[str]) -> list[Result]:
     """Runs the whole pipeline, as the command line's ``words`` ask; returns what each stage reports."""
     prepare_environment()
     from nemo_minitron.flows.compress import compress
+    from prefect import tags
 
-    results: list[Result] = compress(config=as_dict(config), command=shlex.join(words))
+    with tags("nemo_minitron"):
+        results: list[Result] = compress(config=as_dict(config), command=shlex.join(words))
     return results

@@ -127,8 +127,15 @@ def pareto(points: Sequence[tuple[str, int, float]]) -> bytes:
     panel.scatter(
         [size for _, size, _ in points], [loss for *_, loss in points], color=COLOURS["student"], zorder=2
     )
-    for name, size, loss in points:
-        panel.annotate(name, (size, loss), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    panel.ticklabel_format(useOffset=False, style="plain")
+    middle = sum(panel.get_xlim()) / 2
+    for name, size, loss in points:  # towards the middle, where there is room
+        left = size > middle
+        panel.annotate(
+            name, (size, loss), textcoords="offset points", xytext=(-5 if left else 5, 4), fontsize=8,
+            ha="right" if left else "left",
+        )  # fmt: skip
+    panel.margins(0.08)
     panel.set(xlabel="parameters", ylabel="held-out loss (nats per token)")
     panel.grid(alpha=0.25)
     return _png(figure)
