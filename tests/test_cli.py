@@ -300,3 +300,16 @@ def test_a_workspace_that_is_a_file_and_yaml_that_is_none(capsys, tmp_path):
     assert "cannot be used as a folder" in refused(capsys, "score", f"workspace={tmp_path / 'file'}")
     (tmp_path / "broken.yaml").write_text("a: [1\n  b: }")
     assert "valid YAML" in refused(capsys, "plan", "--config-dir", str(tmp_path), "--config-name", "broken")
+
+
+def test_a_folder_of_the_users_where_an_artifact_belongs_is_never_overwritten(tmp_path, teacher):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()}
+    done = minitron("download", "workspace=.", "source.model=./teacher", cwd=tmp_path)
+    assert done.returncode == 2 and "was not made by this package" in done.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "teacher").iterdir()} == before
+    # a model outside that happens to be called as an artifact is, is no artifact
+    words = ("workspace=ws", "source.model=teacher", "score.importance=magnitude")
+    for stage in ("download", "score"):
+        done = minitron(stage, *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
