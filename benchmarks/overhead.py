@@ -111,11 +111,12 @@ def cases(root: Path) -> tuple[dict[str, Any], list[str]]:
     }  # fmt: skip
     found = {}
 
-    def run(name: str, environment: dict[str, str]) -> None:
+    def run(name: str, environment: dict[str, str], *more: str) -> None:
         words = [
-            *settings(root / name.replace(" ", "-"), *parts),
+            *settings(root / name.replace(",", "").replace(" ", "-"), *parts),
             "evaluate.from_scratch=false",
             "evaluate.speed=false",
+            *more,
         ]
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.overhead", "--one", *words], env={**base, **environment},
@@ -142,12 +143,17 @@ def cases(root: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         wait_for(f"http://127.0.0.1:{port}/api/health")
         run("running server", served)
+        run("running server, processes", served, "launch.kind=subprocess")
         processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-        found["running server"]["server_mb"] = sum(process.memory_info().rss for process in processes) / 1e6
+        for name in ("running server", "running server, processes"):
+            found[name]["server_mb"] = sum(process.memory_info().rss for process in processes) / 1e6
     finally:
         server.terminate()
         server.wait(20)
-    outside = [line for line in trace.read_text().splitlines() if not any(word in line for word in LOCAL)]
+    seen = trace.read_text().splitlines()
+    assert seen, "nothing was traced"
+    print(f"{len(seen):,} connections and look-ups traced")
+    outside = [line for line in seen if not any(word in line for word in LOCAL)]
     return found, sorted(set(outside))
 
 
