@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.flows.compress import compress
@@ -62,6 +63,19 @@ def deployment(
     )  # fmt: skip
 
 
+def need_server() -> None:
+    """Asks for a server of one's own.
+
+    Raises:
+        ValueError: none is set; the embedded one fires no schedule.
+    """
+    if not PREFECT_API_URL.value():
+        raise ValueError(
+            "no Prefect server: start one (prefect server start) and set PREFECT_API_URL, as in "
+            "http://127.0.0.1:4200/api"
+        )
+
+
 def deploy(made: Any, pool: str, kind: str = "process") -> str:
     """Registers a deployment with the server; its work pool is made where there is none.
 
@@ -71,23 +85,28 @@ def deploy(made: Any, pool: str, kind: str = "process") -> str:
     Raises:
         ValueError: no server is set: an embedded one runs nothing that is scheduled.
     """
-    if not PREFECT_API_URL.value():
-        raise ValueError(
-            "no Prefect server: start one (prefect server start) and set PREFECT_API_URL, as in "
-            "http://127.0.0.1:4200/api; or use 'minitron serve'"
-        )
+    need_server()
     with get_client(sync_client=True) as client:
         try:
-            client.read_work_pool(pool)
+            kind = client.read_work_pool(pool).type
         except ObjectNotFound:
             with contextlib.suppress(ObjectAlreadyExists):
                 client.create_work_pool(WorkPoolCreate(name=pool, type=kind))
+    if (
+        kind == "process"
+    ):  # else a worker would run it in a temporary folder, and remove that with all it made
+        made.job_variables = {"working_dir": str(Path.cwd()), **(made.job_variables or {})}
     made.apply(work_pool_name=pool)
     return f"{made.flow_name}/{made.name}"
 
 
 def serve(made: Any) -> None:
-    """Runs what is scheduled and what is asked for, in processes that this one starts, until it is ended."""
+    """Runs what is scheduled and what is asked for, in processes that this one starts, until it is ended.
+
+    Raises:
+        ValueError: no server is set: an embedded one fires no schedule.
+    """
+    need_server()
     from prefect import serve as serve_here
 
     print(f"serving {made.flow_name}/{made.name}; Ctrl-C ends it", file=sys.stderr, flush=True)

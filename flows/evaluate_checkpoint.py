@@ -43,7 +43,9 @@ def evaluate_checkpoint(
         What each stage reports.
     """
     folder = Path(checkpoint).expanduser()
-    config = composed(config_name, overrides, workspace, teacher or teacher_of(folder), None, None, launch)
+    found, revision = (teacher, None) if teacher is not None else teacher_of(folder)
+    config = composed(config_name, overrides, workspace, found, None, None, launch)
+    config.source.revision = revision or config.source.revision
     config.evaluate.model = str(folder)
     if data is not None:
         config.data.validation.paths = data
@@ -57,15 +59,18 @@ def evaluate_checkpoint(
     return results
 
 
-def teacher_of(export: Path) -> str:
-    """The model that an export was made from, as its lineage has it.
+def teacher_of(export: Path) -> tuple[str, str | None]:
+    """The model that an export was made from and its pinned revision, as its lineage has them.
 
     Raises:
-        ValueError: it names none that is there.
+        ValueError: it names none that can be found from here.
     """
     path = export / LINEAGE
-    if not path.is_file():
+    stages = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else []
+    made = next((stage for stage in stages if stage["kind"] == "teacher"), None)
+    if made is None:
         raise ValueError(f"teacher: {export} has no {LINEAGE} that names one; give it")
-    stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
-    (source,) = next(stage["inputs"] for stage in stages if stage["kind"] == "teacher")
-    return str(source["path"])
+    (source,) = made["inputs"]
+    if source["finished"] is not None:  # a folder of the workspace that it was made in
+        raise ValueError(f"teacher: {export} was made from a model of its own run; give its folder")
+    return str(source["path"]), made["config"]["revision"]

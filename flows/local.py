@@ -2,12 +2,15 @@
 
 import os
 import shlex
+import signal
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from nemo_minitron.artifacts.workspace import masked
 from nemo_minitron.compose import as_dict
+from nemo_minitron.launch.process import watch_over
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result
 
@@ -25,8 +28,6 @@ def prepare_environment() -> None:
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    # a failure reaches the caller as an exception; Prefect's own log would print its traceback as well
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("DO_NOT_TRACK", "1")
 
 
@@ -42,9 +43,33 @@ def _existing(folder: Path) -> Path:
 def run_here(config: Config, words: Sequence[str]) -> list[Result]:
     """Runs the whole pipeline, as the command line's ``words`` ask; returns what each stage reports."""
     prepare_environment()
+    # a failure reaches the caller as an exception; Prefect's own log would print its traceback as well
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     from nemo_minitron.flows.compress import compress
     from prefect import tags
+    from prefect.settings import PREFECT_API_URL
 
+    if not PREFECT_API_URL.value():
+        _start_server()
     with tags("nemo_minitron"):
-        results: list[Result] = compress(config=as_dict(config), command=shlex.join(words))
+        results: list[Result] = compress(config=as_dict(config), command=masked(shlex.join(words)))
     return results
+
+
+def _start_server() -> None:
+    """Starts the embedded server so that it ends with this process, and not before it.
+
+    Ctrl-C reaches every process of the terminal; the server, which must still hear that the run ended, does
+    not hear it: a signal that is blocked when a process is started stays blocked. And if this process is
+    killed, something else must end the server.
+    """
+    from prefect.server.api.server import SubprocessASGIServer
+
+    server = SubprocessASGIServer()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        server.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if server.server_process is not None:
+        watch_over(str(server.server_process.pid), 5)

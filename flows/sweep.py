@@ -4,6 +4,7 @@ What the variants share (the source, its correction, the scores, the tokenised t
 workspace and is linked into theirs; all are pruned in one pass over the teacher's weights.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -132,19 +133,26 @@ def score_once(base: Config) -> None:
 
 def run_variants(base: Config, configs: Mapping[str, Config]) -> list[Outcome]:
     """Plans all variants, prunes them in one pass, distils and measures one after the other, and compares."""
-    place = Path(base.workspace)
-    for config in configs.values():
-        share(place, Path(config.workspace))
-        run_stages(["plan"], config)
-    names = list(configs)
-    first = from_dict(as_dict(configs[names[0]]))
-    first.prune.also = [configs[name].workspace for name in names[1:]]
-    run_stages(["prune"], first)
-    outcomes = sorted(
-        (_outcome(name, configs[name]) for name in names),
-        key=lambda outcome: float("inf") if outcome.loss is None else outcome.loss,
+    place, broken = Path(base.workspace), []
+    for name, config in configs.items():
+        try:
+            share(place, Path(config.workspace))
+            run_stages(["plan"], config)
+        except Exception as error:
+            broken.append(_failed(name, error))
+    names = [name for name in configs if name not in [outcome.name for outcome in broken]]
+    if names:
+        first = from_dict(as_dict(configs[names[0]]))
+        first.prune.also = [configs[name].workspace for name in names[1:]]
+        run_stages(["prune"], first)
+    outcomes = [*(_outcome(name, configs[name]) for name in names), *broken]
+    return sorted(
+        outcomes, key=lambda each: math.inf if each.loss is None or math.isnan(each.loss) else each.loss
     )
-    return outcomes
+
+
+def _failed(name: str, error: Exception) -> Outcome:
+    return Outcome(name, failure=f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _outcome(name: str, config: Config) -> Outcome:
@@ -154,7 +162,7 @@ def _outcome(name: str, config: Config) -> Outcome:
             run_variant.with_options(flow_run_name=f"variant-{name}")(as_dict(config))
             tidy(Path(config.workspace))
     except Exception as error:
-        return Outcome(name, failure=f"{type(error).__name__}: {' '.join(str(error).split())}")
+        return _failed(name, error)
     models = read_report(Path(config.workspace) / "report")["models"]
     student = models["student"]
     return Outcome(

@@ -5,22 +5,21 @@ import contextvars
 import gc
 import logging
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from nemo_minitron.flows import publish
 from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.concurrency.sync import concurrency
 from prefect.context import TaskRunContext
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, TerminationSignal
+from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.states import Crashed
 from prefect.task_engine import TaskRunTimeoutError
@@ -38,8 +37,6 @@ from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result
 
 _SHOW_SECONDS = 5.0
-_LEASE_SECONDS = 60.0
-"""A killed flow's slot of the accelerator comes back after this."""
 
 
 def worth_another_try(_: Any, run: TaskRun, state: State) -> bool:
@@ -80,7 +77,7 @@ def stage(name: str, values: dict[str, Any]) -> Any:
         relay.say(f"{name}: micro-batch halved {times} times, for memory ran out before")
     started = time.monotonic()
     try:
-        with _slot(call), _progress(call):
+        with _progress(call):
             result = launch(call, relay.take)
     except Exception as error:
         if isinstance(error, GateError):
@@ -109,7 +106,8 @@ def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
         timeout_seconds=limit,
     )
     try:
-        result = own(name, values)
+        with _slot(name, config):
+            result = own(name, values)
     except TaskRunTimeoutError as error:
         text = f"{name}: over its time limit of {limit:g} s (launch.time_limit); run it again to go on"
         raise StageError(name, failures.SLOW, text) from error
@@ -154,23 +152,29 @@ def _let_go(error: Exception) -> None:
 
 
 @contextlib.contextmanager
-def _slot(call: Call) -> Iterator[None]:
-    """Holds the accelerator while a stage computes; flows that share it wait for each other."""
-    name = call.config.launch.accelerator
-    if name is None or call.stage not in SEVERAL:
+def _slot(name: str, config: Config) -> Iterator[None]:
+    """Holds the accelerator while a stage computes; flows on this machine that share it wait for each other.
+
+    A lock of the operating system, not a concurrency limit of Prefect: an accelerator belongs to one
+    machine, and a limit's slot is lost for good when the server starts anew while it is held (Prefect 3.8:
+    leases in memory, slots in the database).
+    """
+    accelerator, computes = config.launch.accelerator, "pretrain" if name == "baseline" else name
+    if accelerator is None or computes not in SEVERAL or config.launch.kind == "slurm":
         yield
         return
-    with get_client(sync_client=True) as client:
-        try:
-            client.read_global_concurrency_limit_by_name(name)
-        except ObjectNotFound:
-            with contextlib.suppress(ObjectAlreadyExists):  # another flow was quicker
-                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
-    # strict: a limit that is not there would be passed over in silence
-    with concurrency(
-        name, occupy=1, strict=True, lease_duration=_LEASE_SECONDS, raise_on_lease_renewal_failure=False
-    ):
+    folder = Path(tempfile.gettempdir()) / "nemo_minitron"
+    folder.mkdir(mode=0o777, exist_ok=True)
+    lock = FileLock(folder / f"{publish.key(Path(accelerator))}.lock", mode=0o666, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        Relay(name).say(f"{name}: waiting for {accelerator}, which another flow holds")
+        lock.acquire(timeout=-1)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

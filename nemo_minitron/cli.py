@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +109,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"minitron {args.command}: interrupted; run it again to go on", file=sys.stderr)
         return 1
     except Exception as error:  # the last resort: a failure is one line too, its traceback on request
+        if _interrupted(error):
+            print(f"minitron {args.command}: interrupted; run it again to go on", file=sys.stderr)
+            return 1
         if os.environ.get("MINITRON_TRACEBACK"):
             raise
         text = f"{type(error).__name__}: {_one_line(error)}"
@@ -118,8 +120,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", text)
+    from nemo_minitron.artifacts.workspace import masked
+
+    return masked(" ".join(str(error).split()))
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether somebody pressed Ctrl-C, and what followed from it is what failed."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _config(args: argparse.Namespace) -> "Config":
@@ -150,7 +164,7 @@ def _shows_only(args: argparse.Namespace) -> bool:
 def _stage(args: argparse.Namespace) -> int:
     if _shows_only(args):
         return 0
-    from nemo_minitron.artifacts.workspace import locked, note_command
+    from nemo_minitron.artifacts.workspace import alone, locked, note_command
 
     config = _config(args)
     several = args.command in SEVERAL
@@ -161,7 +175,8 @@ def _stage(args: argparse.Namespace) -> int:
             part()
         return 0
     # progress bars go to the error output: standard output is for the result
-    with locked(Path(config.workspace)), contextlib.redirect_stdout(sys.stderr):
+    place = Path(config.workspace)
+    with locked(place), alone(place), contextlib.redirect_stdout(sys.stderr):
         note_command(Path(config.workspace), args.words)
         for name in _before(args.command, config):
             _notes(run_stage(name, config))
@@ -206,7 +221,9 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"not under torchrun; run the stages that compute with it: {', '.join(SEVERAL)}")
     from nemo_minitron.artifacts.workspace import locked
 
-    with locked(Path(config.workspace)):  # before Prefect is started: a busy workspace is an input error
+    with locked(
+        Path(config.workspace), config.launch.wait
+    ):  # before Prefect is started: a busy workspace is an input error
         pass
     from nemo_minitron.flows.local import run_here
 

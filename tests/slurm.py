@@ -1,6 +1,7 @@
 """A stand-in for Slurm's programs that runs jobs on this machine: sbatch, squeue, scancel, scontrol requeue, srun."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -31,14 +32,11 @@ def option(words: list[str], name: str) -> str | None:
 
 def start(jobs: Path, number: str) -> None:
     script = jobs / f"{number}.sh"
-    options = [
-        line.removeprefix("#SBATCH ")
-        for line in script.read_text().splitlines()
-        if line.startswith("#SBATCH ")
-    ]
+    lines = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
+    options = [word for line in lines for word in shlex.split(line.removeprefix("#SBATCH "))]
     output = option(options, "--output")
     assert output is not None
-    with open(output, "ab") as file:
+    with open(output.replace("%%", "%"), "ab") as file:
         job = subprocess.Popen(
             ["/bin/bash", str(script)], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True, env={**os.environ, "SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "here"},

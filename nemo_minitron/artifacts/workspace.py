@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import socket
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ COMMANDS = "commands.jsonl"
 
 HOLDER = ".holder.json"
 """Which process holds the workspace, for the eyes of others; the lock itself is the operating system's."""
-TRACES = (".lock", ".stage.lock", HOLDER, COMMANDS)
+STAGE_LOCK = ".stage.lock"
+TRACES = (".lock", STAGE_LOCK, HOLDER, COMMANDS)
 """Files that a run leaves although nothing came of it."""
 
 
@@ -107,9 +109,50 @@ def locked(workspace: Path, wait: float = 0.0) -> Iterator[None]:
         lock.release()
 
 
+_PATIENCE = 120.0
+"""Seconds: what a killed run's stage may need to save what it did."""
+
+
+@contextlib.contextmanager
+def alone(workspace: Path, patience: float = _PATIENCE) -> Iterator[None]:
+    """Holds the workspace for the one stage that works in it, in whatever process that is.
+
+    A flow holds the workspace too; but when a flow is killed its stage needs a moment to save and end, or,
+    as a batch job, goes on, and the next run may come meanwhile.
+
+    Raises:
+        ValueError: another process still works there after ``patience`` seconds.
+    """
+    lock = FileLock(workspace / STAGE_LOCK, timeout=0)
+    try:
+        try:
+            lock.acquire()
+        except Timeout:
+            print(f"workspace {workspace}: a stage of an earlier run is ending; waiting", file=sys.stderr)
+            lock.acquire(timeout=patience)
+    except Timeout:
+        raise ValueError(
+            f"workspace {workspace}: a stage of an earlier run is still at work; wait for it, or end it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+_SECRETS = ((r"hf_[A-Za-z0-9]{8,}", "hf_***"), (r"://[^/\s:@]+:[^/\s@]+@", "://***@"))
+
+
+def masked(text: str) -> str:
+    """A text without tokens of the hub, and without names and passwords in addresses."""
+    for pattern, instead in _SECRETS:
+        text = re.sub(pattern, instead, text)
+    return text
+
+
 def note_command(workspace: Path, words: Sequence[str]) -> None:
     """Writes down the command that a run was started with, for its report; tokens of the hub are masked."""
-    text = re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", shlex.join(words))
+    text = masked(shlex.join(words))
     if commands_in(workspace)[-1:] != [text]:
         with (workspace / COMMANDS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"at": now(), "command": text}) + "\n")

@@ -22,6 +22,7 @@ from typing import Any
 
 from nemo_minitron.artifacts import log, report
 from nemo_minitron.artifacts.manifest import Manifest, digest, read_manifest
+from nemo_minitron.artifacts.workspace import masked
 
 IDENTITY = "minitron.identity"
 """Tag by which a workspace finds its run again."""
@@ -42,7 +43,6 @@ _POINTS, _PARAMS = 1000, 25
 """Entries of a request; it may hold 100 params and a million bytes, which so many long ones stay below."""
 _FILES = (report.PAGE, report.FILE, log.TABLE)
 _LOCK = threading.Lock()
-_SECRETS = ((r"hf_[A-Za-z0-9]{8,}", "hf_***"), (r"://[^/\s:@]+:[^/\s@]+@", "://***@"))
 
 
 def check() -> None:
@@ -99,9 +99,9 @@ def track(
             run = _run(client, place, run_name, identity, _millis(manifest.started))
             _log(client, run, manifest, folder, stage, facts, headline)
     except Exception as error:  # a server's bad day, in whatever words of whichever library, is no stage's
-        reason = " ".join(_masked(str(error).strip() or type(error).__name__).split())
+        reason = " ".join(masked(str(error).strip() or type(error).__name__).split())
         reason = re.sub(r".*\(Caused by (.*)\)$", r"\1", reason)
-        return f"track.mlflow: {stage} is not logged at {_masked(uri)}: {_cut(reason, _REASON)}"
+        return f"track.mlflow: {stage} is not logged at {masked(uri)}: {_cut(reason, _REASON)}"
     return None
 
 
@@ -153,7 +153,7 @@ def _run(client: Any, experiment: str, name: str, identity: str, started: int) -
     for run in client.search_runs([experiment], wanted, max_results=1, order_by=order):
         return run
     tags = {IDENTITY: identity}
-    return client.create_run(experiment, start_time=started, tags=tags, run_name=_masked(name))
+    return client.create_run(experiment, start_time=started, tags=tags, run_name=masked(name))
 
 
 def _log(
@@ -182,7 +182,7 @@ def _log(
     if odd or f"{own}.not_finite" in there:
         tags["not_finite"] = ", ".join(odd) or "none"
     tags = {f"{own}.{name}": text for name, text in tags.items()} | _source(folder.parent / "teacher")
-    told = [RunTag(name, _cut(_masked(text), _TAG)) for name, text in tags.items()]
+    told = [RunTag(name, _cut(masked(text), _TAG)) for name, text in tags.items()]
     client.log_batch(run_id, tags=told, synchronous=True)
     params = [Param(*pair) for pair in _params(run.data.params, stage, prefix, manifest.config).items()]
     for start in range(0, len(params), _PARAMS):
@@ -225,7 +225,7 @@ def _params(there: Mapping[str, str], stage: str, prefix: str, config: Mapping[s
     for (name, value), other in zip(plain.items(), versioned, strict=True):
         is_text = isinstance(value, str) and value != ""
         text = value if is_text else json.dumps(value, ensure_ascii=False, default=str)
-        text = _cut(_masked(text), _VALUE)
+        text = _cut(masked(text), _VALUE)
         key = name if there.get(name, text) == text else other
         if there.get(key) != text:
             lacking[key] = text
@@ -248,10 +248,10 @@ def _send_files(client: Any, run_id: str, folder: Path, stage: str) -> None:
         if not (folder / name).is_file():
             continue
         text = (folder / name).read_bytes().decode("utf-8")
-        if _masked(text) == text:
+        if masked(text) == text:
             client.log_artifact(run_id, str(folder / name), stage)
         else:
-            client.log_text(run_id, _masked(text), f"{stage}/{name}")
+            client.log_text(run_id, masked(text), f"{stage}/{name}")
     for picture in sorted((folder / "plots").glob("*.png")):
         client.log_artifact(run_id, str(picture), f"{stage}/plots")
 
@@ -272,7 +272,7 @@ def _named(prefix: str, separator: str, leaves: Iterable[tuple[tuple[str, ...], 
     """Values by names that MLflow takes; names that become the same are told apart by a number."""
     named: dict[str, Any] = {}
     for path, value in leaves:
-        parts = [re.sub(r"[^\w.\- ]", "_", _masked(part)) for part in path]
+        parts = [re.sub(r"[^\w.\- ]", "_", masked(part)) for part in path]
         whole = separator.join([prefix, *("_" if part.strip(".") == "" else part for part in parts)])
         if len(whole) > _NAME - 5:
             whole = f"{whole[: _NAME - 22]}-{digest(whole)[:16]}"
@@ -281,12 +281,6 @@ def _named(prefix: str, separator: str, leaves: Iterable[tuple[tuple[str, ...], 
             name, number = f"{whole}_{number}", number + 1
         named[name] = value
     return named
-
-
-def _masked(text: str) -> str:
-    for pattern, shown in _SECRETS:
-        text = re.sub(pattern, shown, text)
-    return text
 
 
 def _cut(text: str, size: int) -> str:

@@ -11,45 +11,19 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from nemo_minitron.artifacts.manifest import now, write_json
+from nemo_minitron.artifacts.workspace import alone
 from nemo_minitron.compose import from_dict
 from nemo_minitron.launch.failures import told
 from nemo_minitron.stages import SEVERAL, follows, meet, part, run_stage
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result
 
-LOCK = ".stage.lock"
-"""In the workspace, held by the process that runs a stage."""
-_PATIENCE = 120.0
 _PR_SET_PDEATHSIG = 1
-
-
-@contextlib.contextmanager
-def alone(workspace: Path, patience: float = _PATIENCE) -> Iterator[None]:
-    """Holds the workspace for a stage's own process.
-
-    The flow that started the stage holds the workspace too; but when a flow is killed its stage needs a
-    moment to save and end, and the next flow may come within that moment.
-
-    Raises:
-        TimeoutError: another process still works there after ``patience`` seconds.
-    """
-    lock = FileLock(workspace / LOCK, timeout=patience)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise TimeoutError(f"workspace {workspace}: a stage of an earlier run is still ending") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def run_alone(name: str, config: Config) -> Result:
@@ -108,7 +82,8 @@ def main(arguments: list[str]) -> int:
     except BaseException as error:
         # the first rank to fail knows why; the others only that it is gone
         failure = {"failure": told(error), "at": time.time()}
-        write_json(_of_rank(path, os.environ.get("RANK", "0")), failure)
+        with contextlib.suppress(OSError):  # the disk that is full may be this one
+            write_json(_of_rank(path, os.environ.get("RANK", "0")), failure)
         if failure["failure"]["kind"] == "failed":
             traceback.print_exc()
         _say(f"{name}: {failure['failure']['message']}")

@@ -83,7 +83,13 @@ def _is_memory(error: BaseException) -> bool:
     )  # torch.OutOfMemoryError is a RuntimeError
 
 
+_LINES = ("TransportError", "ChunkedEncodingError", "gaierror")
+"""Broken lines by the names that httpx, requests and the resolver give them; not imported for it."""
+
+
 def _is_passing(error: BaseException) -> bool:
+    if any(base.__name__ in _LINES for base in type(error).__mro__):
+        return True
     status = getattr(getattr(error, "response", None), "status_code", None)  # httpx, requests, the hub
     if isinstance(status, int):
         return status == 429 or status >= 500

@@ -19,11 +19,11 @@ from pathlib import Path
 _TICK = 0.2
 _WATCHDOG = """trap '' TERM HUP INT USR1
 read line
-kill -s TERM -- -{group}
+kill -s TERM -- {target}
 waited=0
-while [ $waited -lt {grace} ] && kill -0 {group} 2>/dev/null; do sleep 1; waited=$((waited + 1)); done
-kill -s KILL -- -{group}"""
-"""Ends the group where the pipe's other end is gone, which the system closes however its holder dies."""
+while [ $waited -lt {grace} ] && kill -0 {leader} 2>/dev/null; do sleep 1; waited=$((waited + 1)); done
+kill -s KILL -- {target}"""
+"""Ends a process or group when the pipe's other end is gone: the system closes it however its holder dies."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,14 @@ class Ended:
     """How a process came to its end.
 
     Attributes:
+        command: what it was.
         code: exit status; a negative one is the number of the signal that killed it.
         stopped: None, or why it was stopped by us: ``time limit`` or ``silence``.
         seconds: how long it ran.
         last: its last lines of output.
     """
 
+    command: Sequence[str]
     code: int
     stopped: str | None
     seconds: float
@@ -86,7 +88,7 @@ def run_process(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=environment, start_new_session=True,
     )  # fmt: skip
-    watchdog, held = _watch_over(process.pid, limits.grace)
+    watchdog, held = watch_over(f"-{process.pid}", limits.grace)
     pump = _Pump(process, log, on_line)
     stopped = None
     try:
@@ -106,13 +108,17 @@ def run_process(
         watchdog.wait()
         os.close(held)
         pump.join(timeout=10)
-    return Ended(process.wait(), stopped, time.monotonic() - started, list(pump.last))
+    return Ended(command, process.wait(), stopped, time.monotonic() - started, list(pump.last))
 
 
-def _watch_over(group: int, grace: float) -> tuple[subprocess.Popen[bytes], int]:
-    """A process that ends the group if this one dies, and what must stay open until then."""
+def watch_over(target: str, grace: float) -> tuple[subprocess.Popen[bytes], int]:
+    """Starts what ends a process, or with a minus before it a group, if this process dies.
+
+    Returns:
+        The watchdog, and the file descriptor that must stay open until then.
+    """
     reads, writes = os.pipe()
-    script = _WATCHDOG.format(group=group, grace=round(grace))
+    script = _WATCHDOG.format(target=target, leader=target.lstrip("-"), grace=round(grace))
     watchdog = subprocess.Popen(
         ["/bin/sh", "-c", script], stdin=reads, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -174,24 +180,19 @@ class _Pump(threading.Thread):
         self.last: deque[str] = deque(maxlen=20)
 
     def run(self) -> None:
-        """Until the output's end."""
+        """Until the output's end; whatever happens to what is read, reading goes on."""
         rest = b""
-        with self._log.open("ab") as file:
-            while block := os.read(self._source.fileno(), 65536):
-                self.heard = time.monotonic()
-                *lines, rest = re.split(rb"[\r\n]+", rest + block)
-                for line in lines:
-                    self._take(line, file)
-            self._take(rest, file)
+        while block := os.read(self._source.fileno(), 65536):
+            self.heard = time.monotonic()
+            *lines, rest = re.split(rb"[\r\n]+", rest + block)
+            self._take(lines)
+        self._take([rest])
 
-    def _take(self, line: bytes, file: "object") -> None:
-        text = line.decode(errors="replace").rstrip()
-        if not text:
-            return
-        self.last.append(text)
-        try:
-            file.write(text.encode() + b"\n")  # type: ignore[attr-defined]
-            file.flush()  # type: ignore[attr-defined]
-        except OSError:  # a full disk must not stop the stage, which finds out itself
-            pass
-        self._on_line(text)
+    def _take(self, lines: list[bytes]) -> None:
+        texts = [text for line in lines if (text := line.decode(errors="replace").rstrip())]
+        self.last.extend(texts)
+        with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
+            file.writelines(f"{text}\n" for text in texts)  # a full disk is for the stage to find
+        for text in texts:
+            with contextlib.suppress(Exception):  # nor may a listener stop it
+                self._on_line(text)

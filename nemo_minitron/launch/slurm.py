@@ -2,11 +2,12 @@
 
 The job does not die with the flow: it is the batch system's. Its number lies beside the stage's other
 papers, so the next flow on the workspace waits for that job instead of starting a second one. The job is
-requeue-safe: every stage goes on from what lies on disk, and SIGUSR1 two minutes before the time limit lets
+requeue-safe: every stage goes on from what lies on disk, and SIGTERM two minutes before the time limit lets
 a training save.
 """
 
 import json
+import re
 import shlex
 import subprocess
 import time
@@ -46,9 +47,11 @@ class Job:
 
 def script(job: Job) -> str:
     """The batch script."""
+    output = str(job.log).replace("%", "%%")
     options = [
-        f"--job-name={job.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1", f"--output={job.log}",
-        "--open-mode=append", "--requeue", "--signal=USR1@120",
+        f"--job-name={job.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1", f'--output="{output}"',
+        # to the batch shell, which torchrun or srun has become: torchrun passes SIGTERM on, and no SIGUSR1
+        "--open-mode=append", "--requeue", "--signal=B:TERM@120",
     ]  # fmt: skip
     if job.seconds is not None:
         options.append(f"--time={max(1, round(job.seconds / 60))}")
@@ -90,8 +93,9 @@ def run_job(
     Raises:
         ValueError: there is no sbatch, or it refuses the job.
     """
-    number = _waiting_for(papers, recipe)
+    number = _number(papers, recipe)
     if number is None:
+        _end(papers, outcome, on_line, poll)
         clear(outcome)
         number = _submit(job)
         write_json(papers, {"job": number, "recipe": recipe})
@@ -109,12 +113,37 @@ def run_job(
     return number
 
 
-def _waiting_for(papers: Path, recipe: str) -> str | None:
+def adopt(papers: Path, outcome: Path, recipe: str, on_line: Callable[[str], None], poll: float) -> None:
+    """Waits for another stage's job that a killed flow has left; ends it where it was for something else.
+
+    Raises:
+        ConnectionError: the queue cannot be asked.
+    """
+    number = _number(papers, recipe)
+    if number is None:
+        _end(papers, outcome, on_line, poll)
+        return
+    on_line(f"waiting for Slurm job {number} of an earlier run")
+    _wait(number, outcome, on_line, poll)
+
+
+def _end(papers: Path, outcome: Path, on_line: Callable[[str], None], poll: float) -> None:
+    """Ends the job that the papers name, which nobody wants any more."""
+    number = _number(papers, None)
+    if number is not None:
+        on_line(f"ending Slurm job {number} of an earlier run, which was for other settings")
+        _call("scancel", number)
+        _wait(number, outcome, on_line, poll)
+    papers.unlink(missing_ok=True)
+
+
+def _number(papers: Path, recipe: str | None) -> str | None:
+    """The job that the papers name; None where there is none, or it is for another recipe."""
     try:
         noted = json.loads(papers.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return str(noted["job"]) if noted["recipe"] == recipe else None
+    return str(noted["job"]) if recipe in (None, noted["recipe"]) else None
 
 
 def _submit(job: Job) -> str:
@@ -132,6 +161,8 @@ def _submit(job: Job) -> str:
         raise ValueError(
             "launch.kind=slurm: no program 'sbatch' here; start the flow on a login node"
         ) from error
+    if done.returncode and re.search("timed out|unable to contact|temporarily", done.stderr, re.IGNORECASE):
+        raise ConnectionError(f"sbatch: {' '.join(done.stderr.split())}")
     if done.returncode:
         raise ValueError(f"launch.slurm.options: sbatch refused the job: {' '.join(done.stderr.split())}")
     return done.stdout.strip().split(";")[0]

@@ -12,11 +12,12 @@ from typing import Any
 
 from nemo_minitron.artifacts import progress
 from nemo_minitron.artifacts.manifest import digest, write_json
+from nemo_minitron.artifacts.workspace import alone
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.child import clear, outcomes, result_from
 from nemo_minitron.launch.failures import StageError, exit_words, raised
 from nemo_minitron.launch.process import Ended, Limits, run_process
-from nemo_minitron.launch.slurm import Job, run_job
+from nemo_minitron.launch.slurm import Job, adopt, run_job
 from nemo_minitron.stages import SEVERAL, run_stage
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.launch_config import LaunchConfig
@@ -24,6 +25,7 @@ from nemo_minitron.stages.stage import Result
 
 PAPERS = ".launch"
 """In the workspace: what a flow and the processes of its stages tell each other."""
+_SLURM = ".slurm.json"
 LOGS = "logs"
 """In the workspace: what the processes of the stages printed, a file per stage."""
 
@@ -58,6 +60,11 @@ class Call:
         return self.papers / f"{self.name}.outcome.json"
 
     @property
+    def slurm(self) -> Path:
+        """File with the number of its Slurm job."""
+        return self.papers / f"{self.name}{_SLURM}"
+
+    @property
     def log(self) -> Path:
         """File with what its processes printed."""
         return Path(self.config.workspace) / LOGS / f"{self.name}.log"
@@ -82,11 +89,16 @@ def launch(call: Call, on_line: Callable[[str], None]) -> Result:
     """
     call.papers.mkdir(parents=True, exist_ok=True)
     call.progress.unlink(missing_ok=True)
+    for noted in call.papers.glob(f"*{_SLURM}"):
+        if noted != call.slurm:
+            outcome = noted.with_name(f"{noted.name.removesuffix(_SLURM)}.outcome.json")
+            adopt(noted, outcome, recipe_of(call.values), on_line, call.config.launch.slurm.poll_seconds)
     if call.config.launch.kind == "inline":
         before = os.environ.get(progress.VARIABLE)
         os.environ[progress.VARIABLE] = str(call.progress.resolve())
         try:
-            return run_stage(call.stage, call.config)
+            with alone(Path(call.config.workspace)):
+                return run_stage(call.stage, call.config)
         finally:
             del os.environ[progress.VARIABLE]
             if before is not None:
@@ -129,9 +141,26 @@ def _queued(call: Call, command: list[str], on_line: Callable[[str], None]) -> R
         log,
         limit_of(settings, call.name),
     )
-    papers = call.papers / f"{call.name}.slurm.json"
-    number = run_job(job, papers, call.outcome, digest(call.values), on_line, slurm.poll_seconds)
+    recipe = recipe_of(call.values)
+    number = run_job(job, call.slurm, call.outcome, recipe, on_line, slurm.poll_seconds)
     return _verdict(call, f"Slurm job {number} ended without a word; {log} has its output")
+
+
+def recipe_of(values: dict[str, Any]) -> str:
+    """Identifies what stages make of a configuration, however they are started and in what micro-batches."""
+
+    def core(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: core(each) for name, each in value.items() if name not in _HOW}
+
+    return digest(core(values))
+
+
+_HOW = (
+    "launch", "track", "export", "batch_size", "accumulate_grad_batches", "val_check_interval", "baseline",
+)  # fmt: skip
+"""Keys of the configuration that say how stages work, not what comes of them."""
 
 
 def limit_of(settings: LaunchConfig, name: str) -> float | None:
@@ -176,10 +205,13 @@ def _ended(call: Call, ended: Ended, limits: Limits) -> Result:
     if ended.stopped == "silence":
         text = f"{call.name}: silent for {limits.silence:g} s (launch.silence), taken for hung{last}"
         raise StageError(call.name, failures.LOST, text)
-    return _verdict(call, f"{call.name}: its process {exit_words(ended.code)}{last} ({call.log})")
+    # one that ends by itself, and cannot say why (a full disk, a broken installation), was not lost
+    single = "torch.distributed.run" not in ended.command
+    kind = failures.FAILED if ended.code > 0 and single else failures.LOST
+    return _verdict(call, f"{call.name}: its process {exit_words(ended.code)}{last} ({call.log})", kind)
 
 
-def _verdict(call: Call, silent: str) -> Result:
+def _verdict(call: Call, silent: str, kind: str = failures.LOST) -> Result:
     """What a stage says became of it.
 
     Raises:
@@ -190,7 +222,7 @@ def _verdict(call: Call, silent: str) -> Result:
         if "result" in value:
             return result_from(value["result"])
     if not found:
-        raise StageError(call.name, failures.LOST, silent)
+        raise StageError(call.name, kind, silent)
     first = min(found, key=lambda value: value["at"])["failure"]
     if first["kind"] == failures.STOPPED:  # not by us: we do not ask afterwards
         first = {**first, "kind": failures.LOST}

@@ -22,7 +22,7 @@ from nemo_minitron.artifacts.checkpoint import (
     open_checkpoint,
 )
 from nemo_minitron.artifacts.gate import LINEAGE
-from nemo_minitron.artifacts.manifest import read_manifest, write_json
+from nemo_minitron.artifacts.manifest import Input, read_manifest, write_json
 from nemo_minitron.artifacts.plan import read_plan
 from nemo_minitron.artifacts.report import read_report
 from nemo_minitron.artifacts.weights import DTYPES, Planned, write_weights
@@ -36,6 +36,21 @@ from nemo_minitron.stages.stage import Result, source_folder, workspace_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _check_report(workspace: Path, student: Input) -> None:
+    """Refuses a report that judges another model than the one that goes out.
+
+    Raises:
+        ValueError: it does.
+    """
+    manifest = read_manifest(workspace / "report")
+    assert manifest is not None
+    if student.fingerprint not in [item.fingerprint for item in manifest.inputs if item.path == student.path]:
+        raise ValueError(
+            f"{workspace / 'report'}: measures another model than this workspace's student (evaluate.model); "
+            "run 'minitron evaluate' without it"
+        )
 
 
 def run(config: Config) -> Result:
@@ -53,6 +68,7 @@ def run(config: Config) -> Result:
         input_artifact(workspace, "student", "distill"),
         input_artifact(workspace, "report", "evaluate"),
     ]
+    _check_report(workspace, inputs[0])
     report, gate = read_report(workspace / "report"), gate_of(config)
     if not config.export.force:
         gate.check(report)

@@ -49,8 +49,8 @@ class LaunchConfig:
     retry_seconds: float = key(2.0, "wait before the second try; doubles with each, and is jittered", least=0)
     accelerator: str | None = key(
         None,
-        "name of a Prefect concurrency limit that a stage holds while it computes, so that flows do not "
-        "share a GPU; made with one slot where there is none",
+        "name of what a stage holds while it computes, such as gpu-0: flows on this machine that name the "
+        "same wait for each other",
     )
     wait: float = key(0.0, "seconds to wait for a workspace that another run holds", least=0)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nemo_minitron.artifacts.manifest import read_manifest
@@ -211,3 +212,45 @@ def test_the_baseline_stage_follows_only_when_asked_for(finished):
     assert list(steps(config)) == [
         "pretrain", "download", "correct", "score", "plan", "prune", "distill", "baseline", "evaluate", "export",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_the_embedded_server_ends_with_the_run_and_not_before(finished, tmp_path, teacher, corpus, how):
+    workspace = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(workspace / "student")
+    words = [
+        *settings(workspace, teacher, corpus),
+        "trainer.max_steps=100000",
+        "trainer.val_check_interval=50000",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nemo_minitron", "run", *words],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    deadline = time.monotonic() + 240
+    while steps_logged(workspace / "student") < 6:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    others = psutil.Process(process.pid).children(recursive=True)
+    assert any("uvicorn" in " ".join(other.cmdline()) for other in others)
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does: to every process
+    else:
+        process.send_signal(how)
+    _, told = process.communicate(timeout=40)
+    if how == signal.SIGINT:
+        assert process.returncode == 1 and told.strip().endswith(
+            "minitron run: interrupted; run it again to go on"
+        )
+    assert not psutil.wait_procs(others, timeout=20)[1]
+
+
+def test_a_report_about_another_model_judges_no_export(finished, tmp_path, teacher, corpus):
+    workspace = shutil.copytree(finished[0], tmp_path / "run")
+    words = [*settings(workspace, teacher, corpus), "evaluate.speed=false", "evaluate.from_scratch=false"]
+    done = minitron("evaluate", *words, f"evaluate.model={teacher}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = minitron("export", *words)
+    assert done.returncode == 2 and "measures another model than this workspace's student" in done.stderr

@@ -98,6 +98,9 @@ def test_a_scheduled_run_fires_with_its_parameters_and_its_artifacts_are_there(
     assert done.returncode == 0, done.stderr
     assert "compress/every-minute is deployed" in done.stdout
     deployment = named(real_server, "compress/every-minute")
+    assert (
+        deployment.job_variables["working_dir"] == os.getcwd()
+    )  # else: a temporary folder, removed with all in it
     run = until(lambda: runs_of(real_server, deployment.id, "COMPLETED"), 240, 1)[0]
     ask(real_server, lambda client: client.delete_deployment(deployment.id))
     assert run.auto_scheduled and run.parameters["workspace"] == str(workspace)
@@ -208,6 +211,8 @@ def test_serving_needs_no_worker(real_server, finished, tmp_path, teacher, corpu
 def test_without_a_server_nothing_is_promised(tmp_path):
     environment = {"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": ""}
     done = minitron("deploy", "x", env=environment)
+    assert done.returncode == 2 and "no Prefect server" in done.stderr
+    done = minitron("serve", "x", "--cron", "* * * * *", env=environment)
     assert done.returncode == 2 and "no Prefect server" in done.stderr
     for words, text in (
         (["--cron", "every night"], "--cron: no schedule 'every night' in UTC"),

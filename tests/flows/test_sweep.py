@@ -1,6 +1,7 @@
 """Several plans from one scoring, and the search for the best size within a budget, on the real engine."""
 
 import json
+import shutil
 
 import pytest
 
@@ -55,6 +56,9 @@ def test_variants_share_one_scoring_and_a_failed_one_costs_no_other(
     # both were cut in one pass over the teacher's weights
     assert made(workspace / "variants/thin/pruned") == made(workspace / "variants/shallow/pruned")
     assert verify_tree(workspace / "variants" / "thin")[1] == []
+    with pytest.raises(RuntimeError, match=r"1 of 2 variants failed: wide: ValueError: plan.hidden"):
+        sweep({"thin": variants["thin"], "wide": ["plan.hidden=9999"]}, overrides=overrides)
+    assert {name: made(workspace / name) for name in before} == before
     for wrong, text in (
         ({"x": ["score.importance=random"]}, "variants: 'x' changes score, which all variants share"),
         ({"../x": []}, "expected a name that can be a folder's"),
@@ -108,5 +112,11 @@ def test_a_checkpoint_is_measured_against_the_teacher_that_its_lineage_names(
     assert [result.made for result in evaluate_checkpoint(**call, overrides=small)] == [False, False]
     with pytest.raises(RuntimeError, match="the quality gate failed"):
         evaluate_checkpoint(**call, overrides=[*small, "evaluate.min_retention=50"])
+    own = shutil.copytree(export, tmp_path / "own")
+    lineage = json.loads((own / "minitron.json").read_text())
+    lineage["stages"][0]["inputs"][0] |= {"path": "pretrain/hf", "finished": "2026-01-01T00:00:00+00:00"}
+    (own / "minitron.json").write_text(json.dumps(lineage))
+    with pytest.raises(ValueError, match="was made from a model of its own run; give its folder"):
+        evaluate_checkpoint(**{**call, "checkpoint": str(own)}, overrides=small)
     with pytest.raises(ValueError, match=r"has no minitron\.json that names one"):
         evaluate_checkpoint(**{**call, "checkpoint": str(finished[0] / "pruned")}, overrides=small)

@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import socket
 
 import httpx
 import pytest
@@ -32,6 +33,8 @@ def from_(error: Exception, cause: Exception) -> Exception:
         (ConnectionResetError("reset"), failures.TRANSIENT),
         (OSError(errno.EHOSTUNREACH, "no route"), failures.TRANSIENT),
         (answered(503), failures.TRANSIENT),
+        (httpx.RemoteProtocolError("Server disconnected without sending a response."), failures.TRANSIENT),
+        (socket.gaierror(-3, "Temporary failure in name resolution"), failures.TRANSIENT),
         (answered(429), failures.TRANSIENT),
         (answered(404), failures.FAILED),
         (from_(RuntimeError("while scoring"), TimeoutError("slow")), failures.TRANSIENT),

@@ -20,7 +20,7 @@ from nemo_minitron.launch.failures import StageError
 from nemo_minitron.launch.slurm import Job, script
 from nemo_minitron.launch.stage import Call, launch
 from tests import slurm
-from tests.conftest import settings
+from tests.conftest import minitron, settings
 
 QUIET = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -151,7 +151,7 @@ def test_a_slurm_job_that_is_requeued_goes_on_and_its_flow_waits(trained, finish
     text = (queue / "jobs" / "1.sh").read_text()
     for line in (
         "#SBATCH --requeue",
-        "#SBATCH --signal=USR1@120",
+        "#SBATCH --signal=B:TERM@120",
         "#SBATCH --partition=tiny",
         "#SBATCH --job-name=minitron-distill",
     ):
@@ -218,3 +218,81 @@ def test_a_job_on_several_nodes_meets_at_its_first():
     assert "#SBATCH --nodes=16" in lines and "#SBATCH --time=120" in lines
     assert lines[-1] == 'exec srun python -m x --rdzv-endpoint "$MINITRON_HEAD:29500"'
     assert lines.index("module load cuda") < len(lines) - 1
+
+
+def test_before_its_time_is_up_a_job_saves(trained, queue):
+    """SIGTERM goes to the batch shell alone, as sbatch's --signal=B:TERM@120 sends it."""
+    workspace, call = trained
+    jobs = queue / "jobs"
+    words = (*SLURM, "launch.processes=2", "distill.batch_size=2", "trainer.max_steps=100000",
+             "exp_manager.checkpoint_callback_params.every_n_train_steps=100000", "trainer.val_check_interval=50000")  # fmt: skip
+    killer = when(
+        lambda: steps(workspace) >= 6, lambda: os.kill(int((jobs / "1.pid").read_text()), signal.SIGTERM)
+    )
+    with pytest.raises(StageError) as failure:
+        launch(call(*words), print)
+    killer.join()
+    assert failure.value.kind in failures.AGAIN
+    saved = [
+        int(path.stem.split("=")[1].split("-")[0])
+        for path in (workspace / "student" / "state").rglob("step=*.ckpt")
+    ]
+    assert saved and max(saved) >= 6
+
+
+def test_a_whole_flow_that_was_killed_waits_for_its_job_and_other_settings_end_it(
+    finished, queue, tmp_path, teacher, corpus
+):
+    workspace = shutil.copytree(finished[0], tmp_path / "flow")
+    for name in ("student", "report", "export"):
+        shutil.rmtree(workspace / name)
+    jobs = queue / "jobs"
+    words = [*settings(workspace, teacher, corpus), *SLURM, "launch.stages=[distill]", "evaluate.speed=false"]
+    long = [*words, "trainer.max_steps=100000", "trainer.val_check_interval=50000"]
+
+    def started(overrides):
+        flow = subprocess.Popen(
+            [sys.executable, "-m", "nemo_minitron", "run", *overrides], stdout=subprocess.DEVNULL
+        )
+        number = str(len(list(jobs.glob("*.sh"))) + 1)
+        end = time.monotonic() + 120
+        while (
+            not (jobs / f"{number}.pid").is_file()
+            or not (workspace / ".launch" / "distill.slurm.json").is_file()
+        ):
+            assert time.monotonic() < end and flow.poll() is None
+            time.sleep(0.05)
+        flow.kill()
+        flow.wait()
+
+    started(long)
+    assert slurm.running(jobs, "1")
+    started(words)  # for other settings: the job of the first is ended, not doubled
+    assert not slurm.running(jobs, "1") and (jobs / "1.cancelled").exists()
+    done = minitron("run", *words, "launch.grace=30", timeout=300)  # how it is started is no other setting
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Slurm job 2" in done.stderr and len(list(jobs.glob("*.sh"))) == 2
+    assert hashes(workspace / "student") == hashes(finished[0] / "student")
+
+
+def test_what_cannot_say_why_it_ended_is_not_tried_for_ever(trained, tmp_path, monkeypatch):
+    _, call = trained
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "hydra.py").write_text("raise ImportError('no hydra here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    with pytest.raises(StageError, match="no hydra here") as failure:
+        launch(call("launch.kind=subprocess"), print)
+    assert failure.value.kind == failures.FAILED
+
+
+def test_two_stages_never_work_in_one_workspace(trained):
+    from nemo_minitron.artifacts.workspace import alone
+
+    workspace, call = trained
+    code = "import sys, time; from pathlib import Path; from nemo_minitron.artifacts.workspace import alone\nwith alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(3)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(workspace)], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match="a stage of an earlier run is still at work"), alone(workspace, 0.2):
+        pass
+    assert launch(call(name="plan"), print).made is False  # it waited
+    assert holder.poll() == 0
