@@ -15,9 +15,9 @@ from nemo_minitron.flows.tasks import run_stage_task
 from prefect import flow
 from prefect.runtime import flow_run
 
-from nemo_minitron.artifacts.workspace import locked, note_command
+from nemo_minitron.artifacts.workspace import note_command
 from nemo_minitron.compose import as_dict, from_dict
-from nemo_minitron.launch.stage import tidy
+from nemo_minitron.launch.stage import at_work
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result
 
@@ -87,10 +87,9 @@ def compress(
         return found
     words = ["minitron", "run", "--config-name", config_name, *(overrides or [])]
     folder = Path(checked.workspace)
-    with locked(folder, checked.launch.wait):
+    with at_work(folder, checked.launch.wait):
         note_command(folder, shlex.split(command) if command else words)
         results = run_stages(list(steps(checked)), checked)
-        tidy(folder)
     return results
 
 

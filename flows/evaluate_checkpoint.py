@@ -8,8 +8,8 @@ from nemo_minitron.flows.forms import Launch, composed
 from prefect import flow
 
 from nemo_minitron.artifacts.gate import LINEAGE
-from nemo_minitron.artifacts.workspace import locked, note_command
-from nemo_minitron.launch.stage import tidy
+from nemo_minitron.artifacts.workspace import note_command
+from nemo_minitron.launch.stage import at_work
 from nemo_minitron.stages.stage import Result
 
 
@@ -52,10 +52,9 @@ def evaluate_checkpoint(
     if previous is not None:
         config.evaluate.previous = previous
     place = Path(workspace)
-    with locked(place, config.launch.wait):
+    with at_work(place, config.launch.wait):
         note_command(place, ["minitron", "evaluate", f"evaluate.model={folder}", *(overrides or [])])
         results = run_stages(["download", "evaluate"], config)
-        tidy(place)
     return results
 
 

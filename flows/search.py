@@ -17,11 +17,11 @@ from prefect import flow
 
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.artifacts.manifest import write_json
-from nemo_minitron.artifacts.workspace import locked, note_command
+from nemo_minitron.artifacts.workspace import note_command
 from nemo_minitron.compose import as_dict, from_dict
 from nemo_minitron.core.search import Candidate, candidates, default_choices, halving, rungs
 from nemo_minitron.core.size import model_size
-from nemo_minitron.launch.stage import tidy
+from nemo_minitron.launch.stage import at_work
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result, teacher_folder
 from nemo_minitron.stages.targets import given
@@ -76,7 +76,7 @@ def search(
         checked = from_dict(config)
     words = ["minitron", "run", "--config-name", config_name, *(overrides or [])]
     place = Path(checked.workspace)
-    with locked(place, checked.launch.wait):
+    with at_work(place, checked.launch.wait):
         note_command(place, shlex.split(command) if command else words)
         score_once(checked)
         sizes = choose(checked)
@@ -87,7 +87,6 @@ def search(
                 setattr(chosen.plan, name, size)
             chosen.plan.budget.params = None
             results = run_stages(list(steps(chosen)), chosen)
-        tidy(place)
     return results
 
 

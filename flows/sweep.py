@@ -19,9 +19,9 @@ from prefect.artifacts import create_image_artifact, create_table_artifact
 
 from nemo_minitron.artifacts.manifest import write_json
 from nemo_minitron.artifacts.report import read_report
-from nemo_minitron.artifacts.workspace import locked, note_command
+from nemo_minitron.artifacts.workspace import note_command
 from nemo_minitron.compose import as_dict, from_dict
-from nemo_minitron.launch.stage import tidy
+from nemo_minitron.launch.stage import at_work
 from nemo_minitron.stages.config import Config
 
 SHARED = ("pretrain", "teacher", "correct", "scores", "tokens", "unpacked")
@@ -84,7 +84,7 @@ def sweep(
     base = composed(config_name, overrides, workspace, model, data, None, launch)
     configs = _configs(base, variants, config_name, overrides, workspace, model, data, launch)
     place = Path(base.workspace)
-    with locked(place, base.launch.wait):
+    with at_work(place, base.launch.wait):
         note_command(place, ["minitron", "flow", "sweep", "--config-name", config_name, *(overrides or [])])
         score_once(base)
         outcomes = run_variants(base, configs)
@@ -92,7 +92,6 @@ def sweep(
         show(place, "sweep", outcomes)
         if export_best and outcomes[0].failure is None:
             run_stages(["export"], configs[outcomes[0].name])
-        tidy(place)
     failed = [f"{outcome.name}: {outcome.failure}" for outcome in outcomes if outcome.failure is not None]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(outcomes)} variants failed: {'; '.join(failed)}")
@@ -158,9 +157,8 @@ def _failed(name: str, error: Exception) -> Outcome:
 def _outcome(name: str, config: Config) -> Outcome:
     """Distils and measures a variant; what it fails by is told, not raised."""
     try:
-        with locked(Path(config.workspace)):
+        with at_work(Path(config.workspace)):
             run_variant.with_options(flow_run_name=f"variant-{name}")(as_dict(config))
-            tidy(Path(config.workspace))
     except Exception as error:
         return _failed(name, error)
     models = read_report(Path(config.workspace) / "report")["models"]

@@ -108,10 +108,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"minitron {args.command}: interrupted; run it again to go on", file=sys.stderr)
         return 1
-    except Exception as error:  # the last resort: a failure is one line too, its traceback on request
-        if _interrupted(error):
+    except (SystemExit, Exception) as error:  # the last resort: one line too, its traceback on request
+        if _interrupted(error):  # Lightning makes an exit of it, a lost server another failure
             print(f"minitron {args.command}: interrupted; run it again to go on", file=sys.stderr)
             return 1
+        if isinstance(error, SystemExit):
+            raise
         if os.environ.get("MINITRON_TRACEBACK"):
             raise
         text = f"{type(error).__name__}: {_one_line(error)}"

@@ -66,6 +66,7 @@ def test_the_flow_refuses_in_one_line_too_and_leaves_nothing(tmp_path, teacher):
     assert "plan.hidden: expected 1 to 24" in done.stderr.splitlines()[-1]
     assert sorted(path.name for path in workspace.iterdir()) == [
         ".lock",
+        ".stage.lock",
         "commands.jsonl",
         "scores",
         "teacher",

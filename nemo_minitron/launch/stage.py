@@ -1,18 +1,19 @@
 """Runs one stage the way ``launch.kind`` says."""
 
+import contextlib
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import progress
 from nemo_minitron.artifacts.manifest import digest, write_json
-from nemo_minitron.artifacts.workspace import alone
+from nemo_minitron.artifacts.workspace import alone, locked
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.child import clear, outcomes, result_from
 from nemo_minitron.launch.failures import StageError, exit_words, raised
@@ -100,7 +101,7 @@ def launch(call: Call, on_line: Callable[[str], None]) -> Result:
             with alone(Path(call.config.workspace)):
                 return run_stage(call.stage, call.config)
         finally:
-            del os.environ[progress.VARIABLE]
+            os.environ.pop(progress.VARIABLE, None)
             if before is not None:
                 os.environ[progress.VARIABLE] = before
     return _elsewhere(call, on_line)
@@ -229,6 +230,18 @@ def _verdict(call: Call, silent: str, kind: str = failures.LOST) -> Result:
     raise raised(call.name, first)
 
 
-def tidy(workspace: Path) -> None:
-    """Removes what flow and stages told each other, once all is done; the logs stay."""
-    shutil.rmtree(workspace / PAPERS, ignore_errors=True)
+@contextlib.contextmanager
+def at_work(workspace: Path, wait: float = 0.0) -> Iterator[None]:
+    """Holds a workspace for a flow; what flow and stages told each other goes with the block's end.
+
+    Only the number of a batch job that nobody has waited for stays, and the logs.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    with locked(workspace, wait):
+        try:
+            yield
+        finally:
+            if not any((workspace / PAPERS).glob(f"*{_SLURM}")):
+                shutil.rmtree(workspace / PAPERS, ignore_errors=True)
