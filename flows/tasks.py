@@ -124,9 +124,8 @@ def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
         Exception: the failure; Prefect asks ``worth_another_try`` of it.
     """
     kind, workspace = kind_of(error), Path(call.config.workspace)
-    if (
-        kind == failures.STOPPED
-    ):  # a training has saved what it did, as the signal asked; now the flow ends by it
+    # a training has saved what it did, as the signal asked; now the flow ends by it
+    if kind == failures.STOPPED:
         raise TerminationSignal(15) from error
     if kind == failures.MEMORY:
         if not note_memory(workspace, call.name, values):
