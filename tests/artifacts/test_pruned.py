@@ -216,7 +216,7 @@ def test_a_full_disk_is_one_clear_line_and_no_debris(tmp_path, big):
     assert "model.safetensors" in line
     assert "Traceback" not in done.stderr
     left = {path.name for path in (tmp_path / "ws").iterdir()}
-    assert left == {".lock", "commands.jsonl", "teacher", "scores", "plan"}
+    assert left == {".lock", ".stage.lock", "commands.jsonl", "teacher", "scores", "plan"}
     again = minitron(*words)
     assert again.returncode == 0, again.stderr
     assert minitron("verify", str(tmp_path / "ws")).returncode == 0

@@ -295,4 +295,4 @@ def test_two_stages_never_work_in_one_workspace(trained):
     with pytest.raises(ValueError, match="a stage of an earlier run is still at work"), alone(workspace, 0.2):
         pass
     assert launch(call(name="plan"), print).made is False  # it waited
-    assert holder.poll() == 0
+    assert holder.wait(10) == 0
