@@ -207,7 +207,7 @@ def _progress(call: Call) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join(_SHOW_SECONDS)
+        thread.join(0.2)  # a display is not worth waiting for
 
 
 class Relay:
