@@ -5,6 +5,7 @@ it was distilled for a while, not as it was cut; the better part goes on (succes
 1502.07943).
 """
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,8 +69,6 @@ def search(
     Returns:
         What each stage of the winner reports; nothing without ``compress_best``.
     """
-    import shlex
-
     if config is None:
         checked = composed(config_name, overrides, workspace, model, data, None, launch)
     else:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.utils.callbacks import NeMoModelCheckpoint
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What batch systems send before they end a job (Slurm: --signal=USR1@120)."""
+"""What batch systems send before they end a job (Slurm: --signal; torchrun dies of USR1)."""
 
 
 class Preempted(RuntimeError):

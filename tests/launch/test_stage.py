@@ -296,3 +296,29 @@ def test_two_stages_never_work_in_one_workspace(trained):
         pass
     assert launch(call(name="plan"), print).made is False  # it waited
     assert holder.wait(10) == 0
+
+
+def test_ending_a_flow_in_good_order_cancels_its_job(trained, queue, tmp_path):
+    workspace, call = trained
+    values = tmp_path / "values.json"
+    values.write_text(
+        json.dumps(call(*SLURM, "trainer.max_steps=100000", "trainer.val_check_interval=50000").values)
+    )
+    code = """
+import json, sys
+from nemo_minitron.compose import from_dict
+from nemo_minitron.launch.stage import Call, launch
+values = json.load(open(sys.argv[1]))
+launch(Call("distill", from_dict(values), values), print)
+"""
+    flow = subprocess.Popen([sys.executable, "-c", code, str(values)], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while steps(workspace) < 6:
+        assert time.monotonic() < end and flow.poll() is None
+        time.sleep(0.05)
+    flow.send_signal(signal.SIGINT)
+    assert flow.wait(30) != 0
+    assert (queue / "jobs" / "1.cancelled").exists()
+    while slurm.running(queue / "jobs", "1"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
