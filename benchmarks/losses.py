@@ -5,13 +5,15 @@ take part where they are installed (``pip install --no-deps liger-kernel trl``).
 """
 
 import argparse
+import ctypes
 import importlib.util
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -94,6 +96,7 @@ def measure(name: str, vocabulary: int, dtype_name: str, rounds: int) -> dict[st
     values = problem(vocabulary, TOKENS, dtype)
     gradients(loss, [value[:64] for value in values[:1]] + values[1:2] + [values[2][:64]] + values[3:4]
               + [values[4][:64]])  # fmt: skip
+    ctypes.CDLL(None).malloc_trim(0)  # what the heap kept of the first call would hide a part of the others
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")
     before = _kib("VmRSS")
@@ -112,12 +115,22 @@ def _kib(field: str) -> int:
     return int(found.split()[1])
 
 
-def apart(name: str, vocabulary: int, dtype: str, rounds: int) -> dict[str, float]:
-    """The same in a new process."""
-    words = [sys.executable, "-m", "benchmarks.losses", "--one", name, str(vocabulary), dtype, str(rounds)]
-    done = subprocess.run(words, capture_output=True, text=True)
+def apart(name: str, vocabulary: int, dtype: str) -> dict[str, float]:
+    """The same in new processes, one for the time and one for the memory.
+
+    By default glibc keeps what is freed below a threshold that moves, and a peak is off by tens of MiB from
+    one process to the next; with a fixed one freed memory is given back, which takes time.
+    """
+    timed = _apart([name, str(vocabulary), dtype, "2"], os.environ)
+    sized = _apart([name, str(vocabulary), dtype, "0"], os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)})
+    return timed | {"mib": sized["mib"]}
+
+
+def _apart(words: list[str], environment: Mapping[str, str]) -> dict[str, float]:
+    words = [sys.executable, "-m", "benchmarks.losses", "--one", *words]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise SystemExit(f"{name}, {vocabulary}, {dtype}:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(words)}:\n{done.stderr[-2000:]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -142,7 +155,7 @@ def main() -> None:
             found: dict[str, dict[str, float]] = {}
             for _ in range(args.turns):
                 for name in here:
-                    new = apart(name, vocabulary, dtype, 2)
+                    new = apart(name, vocabulary, dtype)
                     old = found.setdefault(name, new)
                     old["seconds"] = min(old["seconds"], new["seconds"])
                     old["mib"] = min(old["mib"], new["mib"])

@@ -47,7 +47,7 @@ def chunk_terms(
         return value, ce, grad_CV if grad_CV is None or more_CV is None else grad_CV.add_(more_CV)
     teacher_CV = teacher_CV if isinstance(teacher_CV, Tensor) and weights.kl != 0 else None
     if compiled:  # passes over the chunk without a temporary: no need of blocks
-        sums = _compiled_terms()(student_CV, teacher_CV, labels_C, weights, wants_gradient, True)
+        sums = _compiled_terms()(student_CV, teacher_CV, labels_C, weights, wants_gradient)
         return sums[0], sums[1], student_CV if wants_gradient else None
     rows, entries = student_CV.shape
     room = CPU_BLOCK_BYTES if student_CV.device.type == "cpu" else BLOCK_BYTES
@@ -65,7 +65,6 @@ def _block_terms_(
     labels_B: Tensor,
     weights: LossWeights,
     wants_gradient: bool,
-    compiled: bool = False,
 ) -> Tensor:
     """Sums of forward KL and cross-entropy, Tensor of shape [2]; the student's logits become the gradient.
 
@@ -92,11 +91,7 @@ def _block_terms_(
     gap_BV = teacher_BV - student_BV
     total_p_B1 = teacher_BV.exp_().sum(-1, keepdim=True)
     total_q_B1 = student_BV.exp_().sum(-1, keepdim=True)
-    if compiled:
-        gap_B1 = (teacher_BV * gap_BV).sum(-1, keepdim=True)
-    else:  # a sum of products without the products' memory
-        gap_B1 = torch.bmm(teacher_BV[:, None], gap_BV[:, :, None])[:, 0]
-    mean_gap_B1 = gap_B1 / total_p_B1
+    mean_gap_B1 = gap_BV.mul_(teacher_BV).sum(-1, keepdim=True) / total_p_B1
     kl = (mean_gap_B1 - total_p_B1.log() + total_q_B1.log()).double().sum() * tau**2
     ce = ((total_q_B1 if own_B1 is None else own_B1).log() - picked_B1).double().sum()
     if wants_gradient:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE_BYTES = 4 * 2**20
+TILE_BYTES = 2 * 2**20
 """Of a large operand so much is widened to float32 at a time that it stays in the cache."""
 _SETTING = Lock()
 
@@ -81,8 +81,10 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def scaled(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Matrix x scale in another dtype, rounded once, without a copy in between."""
     result = torch.empty_like(tensor, dtype=dtype)
-    for rows in _tiles(tensor, 16 * TILE_BYTES):
-        result[rows] = tensor[rows] * scale
+    if dtype == tensor.dtype or tensor.device.type != "cpu":
+        return torch.mul(tensor, scale, out=result)
+    for rows in _tiles(tensor):  # the CPU casts a result by way of a temporary of its size
+        torch.mul(tensor[rows], scale, out=result[rows])
     return result
 
 
@@ -90,9 +92,9 @@ def _is_low(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def _tiles(matrix_RH: Tensor, size: int | None = None) -> Iterator[slice]:
-    """Rows of the matrix that take ``size`` bytes in float32; None: ``TILE_BYTES``."""
-    step = max(64, (size or TILE_BYTES) // (4 * max(1, matrix_RH.shape[1])))
+def _tiles(matrix_RH: Tensor) -> Iterator[slice]:
+    """Rows of the matrix that take ``TILE_BYTES`` in float32."""
+    step = max(64, TILE_BYTES // (4 * max(1, matrix_RH.shape[1])))
     return (slice(start, start + step) for start in range(0, matrix_RH.shape[0], step))
 
 
