@@ -18,10 +18,10 @@ from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.context import TaskRunContext
+from prefect.context import FlowRunContext, TagsContext, TaskRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
-from prefect.states import Crashed
+from prefect.states import Cancelled, Crashed
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import exponential_backoff
 
@@ -52,7 +52,6 @@ def worth_another_try(_: Any, run: TaskRun, state: State) -> bool:
 
 @task(
     task_run_name="{name}",
-    tags=["nemo_minitron"],
     retry_condition_fn=worth_another_try,
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -65,7 +64,8 @@ def stage(name: str, values: dict[str, Any]) -> Any:
         values: the whole configuration as plain dictionaries.
 
     Returns:
-        A ``Result``; or, where the stage's process was lost and no try is left, the state Crashed.
+        A ``Result``; or, where the stage's process was lost and no try is left, the state Crashed; or
+        Cancelled, where the run is suspended.
     """
     workspace = Path(values["workspace"])
     lighter, times = lightened(workspace, name, values)
@@ -78,7 +78,7 @@ def stage(name: str, values: dict[str, Any]) -> Any:
     started = time.monotonic()
     try:
         with _progress(call):
-            result = launch(call, relay.take)
+            result = launch(call, relay.take, _suspended)
     except Exception as error:
         if isinstance(error, GateError):
             publish.gate(workspace, error)
@@ -106,12 +106,18 @@ def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
         timeout_seconds=limit,
     )
     try:
-        with _slot(name, config):
+        # flows have tags, their tasks have none: for each tag Prefect 3.8 asks the server for a slot, over a
+        # connection that the server has closed during a long stage, and tries again after two seconds
+        with _slot(name, config), TagsContext(current_tags=set()):
             result = own(name, values)
     except TaskRunTimeoutError as error:
         text = f"{name}: over its time limit of {limit:g} s (launch.time_limit); run it again to go on"
         raise StageError(name, failures.SLOW, text) from error
     if isinstance(result, State):
+        if result.is_cancelled():
+            context = FlowRunContext.get()
+            assert context is not None
+            context.flow_run_suspension_request.raise_if_requested()
         raise StageError(name, failures.LOST, result.message or f"{name} crashed")
     assert isinstance(result, Result)
     return result
@@ -124,7 +130,9 @@ def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
         Exception: the failure; Prefect asks ``worth_another_try`` of it.
     """
     kind, workspace = kind_of(error), Path(call.config.workspace)
-    # a training has saved what it did, as the signal asked; now the flow ends by it
+    # a training has saved what it did, as it was asked; now the flow ends by it
+    if kind == failures.STOPPED and _suspended():
+        return Cancelled(message=f"{call.name}: the run is suspended; resumed, it goes on from here")
     if kind == failures.STOPPED:
         raise TerminationSignal(15) from error
     if kind == failures.MEMORY:
@@ -139,6 +147,12 @@ def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
     if kind == failures.LOST and context.task_run.run_count > context.task.retries:
         return Crashed(message=str(error))
     raise error
+
+
+def _suspended() -> bool:
+    """Whether the flow run is to be suspended, which Prefect itself looks at between tasks only."""
+    context = FlowRunContext.get()
+    return context is not None and context.flow_run_suspension_request.is_requested()
 
 
 def _let_go(error: Exception) -> None:

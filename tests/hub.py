@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WRITER = "hf_secretsecretsecret"
 """The token that may write, and see what is gated."""
+PARQUET = "refs%2Fconvert%2Fparquet"
+"""Where the hub exports the rows of a data set to, as it stands in addresses."""
 
 
 @dataclass
@@ -97,26 +100,39 @@ class Hub:
         return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
 
     def _of(self, path: str, kind: str, name: str, folder: Path) -> tuple[int, dict[str, str], bytes] | None:
-        files = sorted(file for file in folder.iterdir() if file.is_file())
+        files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
         as_json = {"Content-Type": "application/json"}
         about = f"/api/{kind}/{name}"
-        if path in (about, f"{about}/revision/main", f"{about}/revision/{COMMIT}"):
-            info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in files]}
+        if path == about or path.removeprefix(f"{about}/revision/") in ("main", PARQUET, COMMIT):
+            info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": str(f)} for f in files]}
             return 200, as_json, json.dumps(info).encode()
         if path == f"{about}/paths-info/{COMMIT}" or path.startswith(f"{about}/tree/"):
-            listed = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0"} for f in files]
-            return 200, as_json, json.dumps(listed).encode()
+            below = unquote(path.partition("/tree/")[2].partition("/")[2])
+            return 200, as_json, json.dumps(self._listed(folder, files, below)).encode()
         place = name if kind == "models" else f"datasets/{name}"
-        for revision in ("main", COMMIT):
+        for revision in ("main", PARQUET, COMMIT):
             start = f"/{place}/resolve/{revision}/"
-            if path.startswith(start) and (folder / path.removeprefix(start)).is_file():
-                body = (folder / path.removeprefix(start)).read_bytes()
+            if path.startswith(start) and (folder / unquote(path.removeprefix(start))).is_file():
+                body = (folder / unquote(path.removeprefix(start))).read_bytes()
                 return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}, body
             if path.startswith(start):
                 return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"{}"
         if f"/{kind}/{name}/" in path or path.startswith(f"/{place}/"):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         return None
+
+    def _listed(self, folder: Path, files: list[Path], below: str) -> list[dict]:
+        """What stands in a folder of the repository, as the hub lists it: files and folders."""
+        entries = {}
+        for file in files:
+            if file.is_relative_to(below or "."):
+                name = str(Path(below) / file.relative_to(below or ".").parts[0])
+                entries[name] = {"type": "directory", "path": name, "oid": "0"}
+                if name == str(file):
+                    entries[name] = {
+                        "type": "file", "path": name, "size": (folder / file).stat().st_size, "oid": "0"
+                    }  # fmt: skip
+        return list(entries.values())
 
 
 @dataclass

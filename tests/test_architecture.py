@@ -101,6 +101,8 @@ import nemo_minitron.flows.compress as flow
 assert flow.__file__.startswith({str(installed)!r})
 from nemo_minitron.stages.report import _TEMPLATE
 assert _TEMPLATE.is_file()
+from nemo_minitron.bridge.lm_eval import check_tasks
+check_tasks(["xlsum_en"], None)
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(

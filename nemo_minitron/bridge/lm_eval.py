@@ -17,6 +17,8 @@ from typing import Any
 from torch import nn
 
 MADE_HERE = ("held_out_choice", "held_out_bytes")
+ADDED = Path(__file__).parent / "lm_tasks"
+"""Tasks that lm-eval lacks."""
 _CHOICES = 4
 _CONTEXT, _CONTINUATION, _DOCUMENT = 240, 80, 2000
 _QUESTIONS = 200
@@ -159,7 +161,10 @@ def _manager(task_dir: str | None, defaults: bool) -> Any:
     _library()
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=task_dir, include_defaults=defaults, verbosity="ERROR")
+    folders = [str(ADDED), *([] if task_dir is None else [task_dir])]
+    return TaskManager(
+        include_path=folders if defaults else None, include_defaults=defaults, verbosity="ERROR"
+    )
 
 
 def run_task(
@@ -187,14 +192,11 @@ def run_task(
     """
     task, shots = split_shots(name)
     made = task in MADE_HERE
-    # own data needs no hub; without these lm-eval asks it for every local file
-    if made or task_dir:
-        os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     check_tasks([name], task_dir)
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    with _alone(), _silence() if made else contextlib.nullcontext():
+    with _alone(), _unconnected() if made else contextlib.nullcontext():
         # unless told otherwise lm-eval resamples 100000 times for the standard error of some metrics
         found = _library().simple_evaluate(
             wrapped, tasks=[_made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
@@ -239,6 +241,20 @@ def _alone() -> Iterator[None]:
             del os.environ["LOCAL_RANK"]
         else:
             os.environ["LOCAL_RANK"] = saved
+
+
+@contextlib.contextmanager
+def _unconnected() -> Iterator[None]:
+    """For tasks made here: the hub is not told that local files were loaded, and nothing shows."""
+    from datasets import config
+
+    saved = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = True
+    try:
+        with _silence():
+            yield
+    finally:
+        config.HF_HUB_OFFLINE = saved
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ CHUNK_BYTES, CPU_CHUNK_BYTES = 384 * 2**20, 96 * 2**20
 needs is about three times as much. The larger it is, the less often the heads are read."""
 LEAST_ROWS = 80
 """Tokens of a chunk that keep matrix products busy."""
-CHUNKS = 13
+CHUNKS = 10
 """With a small vocabulary the budget would hold every token, and nothing would be saved: so many chunks at
 least. In bfloat16 the head's float32 gradient and two such chunks take less than a fifth of the naive way."""
 

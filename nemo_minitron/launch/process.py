@@ -48,7 +48,7 @@ class Ended:
     Attributes:
         command: what it was.
         code: exit status; a negative one is the number of the signal that killed it.
-        stopped: None, or why it was stopped by us: ``time limit`` or ``silence``.
+        stopped: None, or why it was stopped by us: ``time limit``, ``silence`` or ``unwanted``.
         seconds: how long it ran.
         last: its last lines of output.
     """
@@ -67,6 +67,7 @@ def run_process(
     limits: Limits,
     on_line: Callable[[str], None],
     sign_of_life: Path | None = None,
+    unwanted: Callable[[], bool] = bool,
 ) -> Ended:
     """Runs a command to its end.
 
@@ -81,6 +82,7 @@ def run_process(
         limits: when it is stopped.
         on_line: called in a thread with each line of output.
         sign_of_life: a file whose changes also count as not being silent.
+        unwanted: asked every now and then; True: it is stopped, with its grace.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -94,7 +96,7 @@ def run_process(
     try:
         pump.start()
         while process.poll() is None:
-            stopped = _overdue(limits, started, pump.heard, sign_of_life)
+            stopped = "unwanted" if unwanted() else _overdue(limits, started, pump.heard, sign_of_life)
             if stopped is not None:
                 end_group(process, limits.grace)
                 break

@@ -76,12 +76,13 @@ class Call:
         return self.papers / f"{self.name}.progress.json"
 
 
-def launch(call: Call, on_line: Callable[[str], None]) -> Result:
+def launch(call: Call, on_line: Callable[[str], None], unwanted: Callable[[], bool] = bool) -> Result:
     """Runs a stage to its end.
 
     Args:
         call: which, and how.
         on_line: called, in a thread, with each line that a process of its own prints.
+        unwanted: True: a process of its own on this machine is told to save and end.
 
     Raises:
         ValueError, GateError: as the stage itself.
@@ -104,10 +105,10 @@ def launch(call: Call, on_line: Callable[[str], None]) -> Result:
             os.environ.pop(progress.VARIABLE, None)
             if before is not None:
                 os.environ[progress.VARIABLE] = before
-    return _elsewhere(call, on_line)
+    return _elsewhere(call, on_line, unwanted)
 
 
-def _elsewhere(call: Call, on_line: Callable[[str], None]) -> Result:
+def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[], bool]) -> Result:
     """Runs a stage in other processes."""
     settings = call.config.launch
     values = call.papers / f"{call.name}.json"
@@ -121,7 +122,7 @@ def _elsewhere(call: Call, on_line: Callable[[str], None]) -> Result:
     clear(call.outcome)
     limits = Limits(limit_of(settings, call.name), settings.silence, settings.grace)
     environment = {**os.environ, progress.VARIABLE: str(call.progress.resolve()), "PYTHONUNBUFFERED": "1"}
-    ended = run_process(command, environment, call.log, limits, on_line, call.progress)
+    ended = run_process(command, environment, call.log, limits, on_line, call.progress, unwanted)
     return _ended(call, ended, limits)
 
 
@@ -202,6 +203,9 @@ def _ended(call: Call, ended: Ended, limits: Limits) -> Result:
             f"{call.name}: over its time limit of {limits.seconds:g} s (launch.time_limit); what was saved "
             "is kept, run it again to go on",
         )  # fmt: skip
+    if ended.stopped == "unwanted":
+        text = f"{call.name}: stopped as asked; what was saved is kept, run it again to go on"
+        raise StageError(call.name, failures.STOPPED, text)
     last = f"; its last line: {ended.last[-1]}" if ended.last else ""
     if ended.stopped == "silence":
         text = f"{call.name}: silent for {limits.silence:g} s (launch.silence), taken for hung{last}"

@@ -158,6 +158,50 @@ def test_cancelling_saves_and_ends_the_training_within_seconds(real_server, long
     assert read_manifest(workspace / "student") is None
 
 
+def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed(real_server, long):
+    from prefect.states import Suspended
+
+    workspace, run = long
+    ask(real_server, lambda client: client.set_flow_run_state(run.id, Suspended(timeout_seconds=600)))
+    until(lambda: not processes(str(workspace)), 40)
+    state = state_of(real_server, run)
+    assert state.is_paused() and state.name == "Suspended"
+    kept = saved(workspace)
+    assert kept % 50 and read_manifest(workspace / "student") is None
+    log = workspace / "student" / "state" / "metrics.jsonl"
+    steps = log.read_text().count("loss")
+    ask(real_server, lambda client: client.resume_flow_run(run.id))
+    until(lambda: log.read_text().count("loss") > steps + 20)
+    resumed = [json.loads(line) for line in log.read_text().splitlines()]
+    assert min(row["step"] for row in resumed[steps - 5 :]) > kept - 30  # and not from its beginning
+    assert state_of(real_server, run).is_running()
+
+
+def test_a_paused_schedule_starts_nothing_until_it_is_active_again(
+    real_server, worker, finished, tmp_path, teacher, corpus
+):
+    workspace = shutil.copytree(finished[0], tmp_path / "paused")
+    words = [word for word in settings(workspace, teacher, corpus) if not word.startswith("workspace=")]
+    given = ["--parameter", f"workspace={workspace}", *words]
+    done = minitron("deploy", "often", "--cron", "* * * * *", *given, env=real_server)
+    assert done.returncode == 0, done.stderr
+    deployment = named(real_server, "compress/often")
+    (schedule,) = deployment.schedules
+    switch = [sys.executable, "-m", "prefect", "deployment", "schedule"]
+
+    def switched(word):
+        words = [*switch, word, "compress/often", str(schedule.id)]
+        done = subprocess.run(words, env=real_server, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    until(lambda: runs_of(real_server, deployment.id, "SCHEDULED"), 30)
+    switched("pause")
+    until(lambda: not runs_of(real_server, deployment.id, "SCHEDULED"), 30)
+    switched("resume")
+    until(lambda: runs_of(real_server, deployment.id, "SCHEDULED"), 30)
+    ask(real_server, lambda client: client.delete_deployment(deployment.id))
+
+
 def test_a_killed_flow_is_crashed_and_takes_its_stage_along(real_server, long):
     workspace, run = long
     flows = [

@@ -70,6 +70,16 @@ def test_a_limit_of_time_asks_first_and_then_kills_the_whole_group(tmp_path):
     assert gone(int(ended.last[0]))
 
 
+def test_a_process_that_is_no_longer_wanted_is_asked_to_end(tmp_path):
+    begun = time.monotonic()
+    ended = run_process(
+        ["/bin/sh", "-c", "trap 'echo saved; exit 0' TERM; while true; do sleep 0.1; done"], dict(os.environ),
+        tmp_path / "out.log", Limits(grace=20), print, unwanted=lambda: time.monotonic() - begun > 0.5,
+    )  # fmt: skip
+    assert (ended.stopped, ended.code, ended.last) == ("unwanted", 0, ["saved"])
+    assert ended.seconds < 5
+
+
 def test_silence_is_noticed_and_a_sign_of_life_is_not_silence(tmp_path):
     ended = sh("echo begun; sleep 300", tmp_path, Limits(silence=0.6, grace=1))
     assert (ended.stopped, ended.last) == ("silence", ["begun"])

@@ -1,0 +1,1 @@
+"""Tasks that lm-eval lacks, in its own format."""

@@ -1,0 +1,90 @@
+"""lm-eval's tasks: those that the package adds, and what is asked of the hub."""
+
+import json
+import os
+import subprocess
+import sys
+from urllib.parse import unquote
+
+import pytest
+from datasets import Dataset
+
+from nemo_minitron.bridge.lm_tasks.xlsum import fifth, rouge
+from tests.hub import serve
+
+TEXT = "the dog that saw a cat ran home and the cat that saw it sat down to eat a fish"
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from nemo_minitron.bridge.lm_eval import run_task, write_held_out_tasks
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], max_position_embeddings=2048).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+write_held_out_tasks([" ".join(["%d words of text" % i] * 60) for i in range(8)], Path("."))
+for task, folder in (("held_out_choice", None), ("own", "own"), ("xlsum_en", None), ("xlsum_en@0", None)):
+    found = run_task(model, tokenizer, task, folder, Path("."), 4, 2)
+    print("RESULT", json.dumps([task, found.metrics, found.documents, found.data_set]))
+"""
+OWN = """task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{path}"}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: ["yes", "no"]
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+
+
+def article(i):
+    words = TEXT.split()
+    text = [words[(i * 7 + j) % len(words)] for j in range(24)]
+    return {"id": str(i), "title": text[0], "text": " ".join(text), "summary": " ".join(text[:6])}
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """The hub with XL-Sum's rows where it exports them: 30 test articles, 20 others, and a third split."""
+    for split, rows in (("test", range(30)), ("validation", range(30, 50)), ("train", range(3))):
+        path = tmp_path / "data" / "english" / split / "0000.parquet"
+        path.parent.mkdir(parents=True)
+        Dataset.from_list([article(i) for i in rows]).to_parquet(str(path))
+    with serve({}, {"csebuetnlp/xlsum": tmp_path / "data"}) as hub:
+        yield hub
+
+
+def test_xlsum_comes_from_the_hub_after_tasks_with_data_of_their_own(hub, teacher, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "data.jsonl").write_text("".join(json.dumps({"q": f"{i}?"}) + "\n" for i in range(4)))
+    (tmp_path / "own" / "own.yaml").write_text(OWN.format(path=tmp_path / "own" / "data.jsonl"))
+    place = {
+        "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.getcwd(),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(teacher)],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **place}, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    made, own, few, none = map(json.loads, lines)
+    assert [made[0], made[3], own[0], own[3]] == ["held_out_choice", None, "own", None]
+    assert (few[0], few[3], none[3]) == ("xlsum_en", "csebuetnlp/xlsum", "csebuetnlp/xlsum")
+    for _, metrics, documents, _ in (few, none):
+        assert set(documents) == {"rougeL", "rouge1", "rouge2"} and len(documents["rougeL"]) == 4
+        for name, values in documents.items():
+            assert metrics[name] == pytest.approx(sum(values) / 4) and 0 <= min(values) <= max(values) <= 1
+    assert few[2] != none[2]  # three examples stand before each article, or none
+    asked = "\n".join(hub.requests)
+    assert "english/test" in unquote(asked) and "english/validation" in unquote(asked)
+    assert "english/train/0000.parquet" not in unquote(asked)
+
+
+def test_xlsum_takes_a_fifth_of_the_articles_and_measures_rouge():
+    assert fifth(Dataset.from_list([article(i) for i in range(11)]))["id"] == ["0", "5", "10"]
+    document = {"summary": "The dogs ran home"}
+    assert rouge(document, [" the dog ran home"]) == {"rougeL": 1.0, "rouge1": 1.0, "rouge2": 1.0}
+    turned = rouge(document, ["home ran dogs the"])  # all words, no pair, one in order
+    assert turned == {"rougeL": 0.25, "rouge1": 1.0, "rouge2": 0.0}
+    assert rouge(document, [""]) == {"rougeL": 0.0, "rouge1": 0.0, "rouge2": 0.0}
