@@ -115,9 +115,7 @@ def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
         raise StageError(name, failures.SLOW, text) from error
     if isinstance(result, State):
         if result.is_cancelled():
-            context = FlowRunContext.get()
-            assert context is not None
-            context.flow_run_suspension_request.raise_if_requested()
+            _suspend_if_asked()
         raise StageError(name, failures.LOST, result.message or f"{name} crashed")
     assert isinstance(result, Result)
     return result
@@ -155,6 +153,17 @@ def _suspended() -> bool:
     return context is not None and context.flow_run_suspension_request.is_requested()
 
 
+def _suspend_if_asked() -> None:
+    """Ends the flow run if it is to be suspended.
+
+    Raises:
+        prefect.exceptions.Pause: it is.
+    """
+    context = FlowRunContext.get()
+    if context is not None:
+        context.flow_run_suspension_request.raise_if_requested()
+
+
 def _let_go(error: Exception) -> None:
     """Frees what the failed try still holds: its frames hold the tensors."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
@@ -179,11 +188,15 @@ def _slot(name: str, config: Config) -> Iterator[None]:
     folder = Path(tempfile.gettempdir()) / "nemo_minitron"
     folder.mkdir(mode=0o777, exist_ok=True)
     lock = FileLock(folder / f"{publish.key(Path(accelerator))}.lock", mode=0o666, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        Relay(name).say(f"{name}: waiting for {accelerator}, which another flow holds")
-        lock.acquire(timeout=-1)
+    waited = False
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=5.0 if waited else 0.0)
+        except Timeout:
+            _suspend_if_asked()
+            if not waited:
+                Relay(name).say(f"{name}: waiting for {accelerator}, which another flow holds")
+            waited = True
     try:
         yield
     finally:
