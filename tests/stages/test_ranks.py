@@ -87,6 +87,8 @@ def test_two_ranks_have_the_loss_curve_of_one(capsys, tmp_path, words, batch_siz
     for name, tensor in weights(one).items():
         assert torch.allclose(weights(two)[name], tensor, atol=1e-6), name
     assert main(["verify", str(two)]) == 0
+    if SHARD in more:
+        return
     # once more: it is there
     again = ended(torchrun("distill", f"workspace={two}", *words, *more, "--json"))
     assert again.returncode == 0 and json.loads(again.stdout)["made"] is False
