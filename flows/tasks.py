@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import gc
 import logging
+import os
 import sys
 import tempfile
 import threading
@@ -173,6 +174,21 @@ def _let_go(error: Exception) -> None:
         torch.cuda.empty_cache()
 
 
+def _locks() -> Path:
+    """The folder of all users' locks on accelerators.
+
+    Raises:
+        ValueError: it is there, and not for all to write.
+    """
+    folder = Path(tempfile.gettempdir()) / "nemo_minitron-locks"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        folder.chmod(0o777)  # whatever the umask; not sticky, else Linux keeps one user from another's file
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"launch.accelerator: {folder}: expected a folder that all users may write to")
+    return folder
+
+
 @contextlib.contextmanager
 def _slot(name: str, config: Config) -> Iterator[None]:
     """Holds the accelerator while a stage computes; flows on this machine that share it wait for each other.
@@ -185,8 +201,7 @@ def _slot(name: str, config: Config) -> Iterator[None]:
     if accelerator is None or computes not in SEVERAL or config.launch.kind == "slurm":
         yield
         return
-    folder = Path(tempfile.gettempdir()) / "nemo_minitron"
-    folder.mkdir(mode=0o777, exist_ok=True)
+    folder = _locks()
     lock = FileLock(folder / f"{publish.key(Path(accelerator))}.lock", mode=0o666, timeout=0)
     waited = False
     while not lock.is_locked:

@@ -89,6 +89,9 @@ class Hub:
         if self.failures:
             self.failures -= 1
             return 503, {}, b"{}"
+        for name, made in self.made.items():
+            if path.startswith(f"/api/models/{name}/tree/"):
+                return made.take("tree", path.removeprefix(f"/api/models/{name}/tree/"), b"", self)
         for kind, names in (("models", self.repositories), ("datasets", self.data_sets)):
             for name, folder in names.items():
                 found = self._of(path, kind, name, folder)
@@ -153,6 +156,10 @@ class Made:
 
     def take(self, verb: str, rest: str, body: bytes, hub: Hub) -> tuple[int, dict[str, str], bytes]:
         """Answers a request for it."""
+        if verb == "tree":
+            files = self.branches[rest.partition("/")[0]]
+            listed = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in files]
+            return 200, {"Content-Type": "application/json"}, json.dumps(listed).encode()
         if verb == "branch":
             self.branches.setdefault(rest, {})
         elif verb == "tag":
@@ -172,6 +179,8 @@ class Made:
                 value = line["value"]
                 if line["key"] == "file":
                     self.branches[rest][value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "deletedFile":
+                    del self.branches[rest][value["path"]]
                 elif line["key"] == "lfsFile":
                     self.branches[rest][value["path"]] = hub.large[value["oid"]]
             done = {

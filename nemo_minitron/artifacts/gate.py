@@ -51,7 +51,8 @@ class Gate:
         """The gate's table: measure, asked for, found, and ``held`` or nothing.
 
         Raises:
-            ValueError: a floor for what was not measured, or a previous export that was measured otherwise.
+            ValueError: a floor for what was not measured, or a previous export that was measured otherwise
+                or in more tasks.
         """
         student = report["models"]["student"]
         rows = []
@@ -85,6 +86,10 @@ class Gate:
         value = student["perplexity"]
         rows = [_row("perplexity against the previous export", "<= {:.4g}", most, value, value <= most)]
         for task, metrics in previous["student"].get("tasks", {}).items():
+            if task not in student.get("tasks", {}):
+                raise ValueError(
+                    f"evaluate.previous: {task} was measured of it and is not measured now (evaluate.tasks)"
+                )
             for metric, old in metrics.items():
                 new = student.get("tasks", {}).get(task, {}).get(metric)
                 if metric.endswith("_stderr") or new is None or metric not in report["better"].get(task, {}):

@@ -116,6 +116,12 @@ def speeds(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     return tuple(rows)
 
 
+def unserved(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Why vLLM could not be timed, a line for each model that it failed on."""
+    served = {name: row.get("speed", {}).get("vllm", {}) for name, row in report["models"].items()}
+    return tuple(f"vLLM, {NAMES[name]}: {row['failed']}" for name, row in served.items() if "failed" in row)
+
+
 def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 

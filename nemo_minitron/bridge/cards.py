@@ -8,21 +8,23 @@ import huggingface_hub
 import yaml
 
 
-def licence_of(folder: Path) -> str | None:
-    """The licence that a model folder's own card names, or None."""
+def licence_of(folder: Path) -> dict[str, str]:
+    """The licence that a model folder's own card names; empty where there is none.
+
+    ``license``, and ``license_name`` and ``license_link`` of one that the hub does not know.
+    """
     card = folder / "README.md"
     if not card.is_file():
-        return None
-    licence = huggingface_hub.ModelCard(
-        card.read_text(encoding="utf-8"), ignore_metadata_errors=True
-    ).data.license
-    return licence if isinstance(licence, str) else None
+        return {}
+    data = huggingface_hub.ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    found = {name: data.get(name) for name in ("license", "license_name", "license_link")}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def model_card(
     text: str,
     base_model: str | None,
-    licence: str | None,
+    licence: Mapping[str, str],
     name: str,
     results: list[tuple[str, str, str, float]],
 ) -> str:
@@ -31,7 +33,7 @@ def model_card(
     Args:
         text: markdown body.
         base_model: hub id of the source model, where it has one.
-        licence: licence id, where it is known.
+        licence: as ``licence_of`` gives it.
         name: title of the model.
         results: (task, data set, metric, value) for the model index.
 
@@ -52,7 +54,7 @@ def model_card(
     data = huggingface_hub.ModelCardData(
         base_model=base_model,
         base_model_relation="finetune" if base_model else None,
-        license=licence,
+        **licence,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["minitron", "pruning", "distillation"],

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import sys
@@ -136,8 +137,15 @@ def check_tasks(names: Sequence[str], task_dir: str | None) -> None:
     if not unknown:
         _library()
         return
-    known = _manager(task_dir, True).all_tasks
+    manager = _manager(task_dir, True)
+    tags = set(manager.all_tags)
+    known = [task for task in manager.all_tasks if task not in tags]
     for task in unknown:
+        if task in tags:
+            members = sorted(name for name, entry in manager.task_index.items() if task in entry.tags)
+            raise ValueError(
+                f"evaluate.tasks: {task!r} is a tag of several tasks; name them: {', '.join(members)}"
+            )
         if task not in known:
             near = difflib.get_close_matches(task, known, 3)
             hint = f"; nearest: {', '.join(near)}" if near else ""
@@ -222,7 +230,12 @@ def _documents(samples: dict[str, list[dict[str, Any]]], metrics: dict[str, floa
                 value = row[metric]
                 if isinstance(value, int | float):
                     found.setdefault(_titled(metric, row["filter"]), []).append(float(value))
-    return {metric: values for metric, values in found.items() if metric in metrics}
+    return {
+        metric: values
+        for metric, values in found.items()
+        # a perplexity's are log-likelihoods, of which more is better
+        if metric in metrics and math.isclose(sum(values) / len(values), metrics[metric], rel_tol=1e-6)
+    }
 
 
 def _titled(metric: str, filter_name: str) -> str:

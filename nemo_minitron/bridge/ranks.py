@@ -2,10 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_PATIENCE = timedelta(days=30)
+"""How long ranks wait for each other. One may measure for hours what others have done; a rank that has died
+is noticed by torchrun, not by this."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def join(device: str) -> Ranks:
     if cuda:
         torch.cuda.set_device(local)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
     return Ranks(dist.get_rank(), size, local, neighbours)
 

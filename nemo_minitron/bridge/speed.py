@@ -4,13 +4,16 @@ Prints one JSON object. Peak memory is the most that the process held beyond wha
 activations, KV cache; on a GPU, the most that torch allocated there.
 """
 
+import contextlib
 import importlib.util
 import json
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,33 @@ class Case:
     batch: int
     prompt: int
     new: int
+
+
+def conditions(device_name: str) -> dict[str, str | None]:
+    """What speed depends on beside model and cases: numbers of another machine are not these."""
+    import torch
+
+    from nemo_minitron.bridge.models import pick_device
+
+    device = pick_device(device_name)
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        machine = f"{_processor()}, {torch.get_num_threads()} threads"
+    served = None
+    if importlib.util.find_spec("vllm") is not None:
+        with contextlib.suppress(PackageNotFoundError):
+            served = version("vllm")
+    return {"machine": machine, "torch": torch.__version__, "vllm": served}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def measure_in_process(folder: Path, device: str, cases: Sequence[Case]) -> dict[str, Any]:

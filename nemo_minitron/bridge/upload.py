@@ -7,11 +7,14 @@ import httpx
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+_OURS = ["*.safetensors", "*.safetensors.index.json", ".eval_results/*"]
+"""Of an earlier export; beside new shards an old ``model.safetensors`` would be what loads."""
+
 
 def upload(
     folder: Path, repository: str, private: bool, revision: str | None = None, tag: str | None = None
 ) -> str:
-    """Uploads an export folder in one commit.
+    """Uploads an export folder in one commit, in the place of an earlier one.
 
     Weights that an interrupted upload has brought there already are not sent again: the hub knows them by
     their hash.
@@ -37,7 +40,7 @@ def upload(
             api.create_branch(repository, branch=revision, exist_ok=True)
         info: Any = api.upload_folder(
             repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=["manifest.json"],
-            commit_message="Export by nemo_minitron",
+            delete_patterns=_OURS, commit_message="Export by nemo_minitron",
         )  # fmt: skip
         if tag is not None:
             api.create_tag(repository, tag=tag, revision=info.oid, exist_ok=True)

@@ -49,6 +49,8 @@ def run(config: Config) -> Result:
         from nemo_minitron.bridge.lm_eval import check_tasks
 
         check_tasks(config.evaluate.tasks, config.evaluate.task_dir)
+    if config.evaluate.speed and not config.evaluate.speed_batches:
+        raise ValueError("evaluate.speed_batches: expected at least one size, found []")
     bench, inputs = _bench(config)
     from nemo_minitron.bridge.ranks import join
 
@@ -71,8 +73,9 @@ def run(config: Config) -> Result:
         ranks.broadcast(True)
         failed = work(bench, ranks)
         if failed:
-            told = "; ".join(f"{unit.what} of {unit.model}: {error}" for unit, error in failed[:3])
-            raise RuntimeError(f"evaluate.tasks: {told}; what else was measured is kept for the next try")
+            told = "; ".join(f"{each.unit.what} of {each.unit.model}: {each.words}" for each in failed[:3])
+            text = f"evaluate.tasks: {told}; what else was measured is kept for the next try"
+            raise RuntimeError(text) from failed[0].error  # a broken line is worth another try
         report = _assembled(config, bench)
         write_json(temporary / FILE, report)
         write_page(workspace, temporary)

@@ -46,10 +46,16 @@ def _check_report(workspace: Path, student: Input) -> None:
     """
     manifest = read_manifest(workspace / "report")
     assert manifest is not None
-    if student.fingerprint not in [item.fingerprint for item in manifest.inputs if item.path == student.path]:
+    measured = [item for item in manifest.inputs if item.path == student.path]
+    if student.fingerprint not in [item.fingerprint for item in measured]:
         raise ValueError(
             f"{workspace / 'report'}: measures another model than this workspace's student (evaluate.model); "
             "run 'minitron evaluate' without it"
+        )
+    if student.finished not in [item.finished for item in measured]:  # the same recipe, made once more
+        raise ValueError(
+            f"{workspace / 'report'}: measures an earlier student of this workspace; "
+            "run 'minitron evaluate' again"
         )
 
 
@@ -69,6 +75,8 @@ def run(config: Config) -> Result:
         input_artifact(workspace, "report", "evaluate"),
     ]
     _check_report(workspace, inputs[0])
+    if read_manifest(workspace / "pruned") is not None:  # else: cleaned away
+        input_artifact(workspace, "pruned", "prune")  # by the plan that the card tells of
     report, gate = read_report(workspace / "report"), gate_of(config)
     if not config.export.force:
         gate.check(report)
@@ -208,7 +216,7 @@ def _card(
     return model_card(
         card_text(name, pointer, plan, report, failed),
         base_model=pointer["given"] if from_hub else None,
-        licence=config.export.license or licence_of(source),
+        licence={"license": config.export.license} if config.export.license else licence_of(source),
         name=name,
         results=results,
     )

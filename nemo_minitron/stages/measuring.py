@@ -1,7 +1,7 @@
 """What evaluate measures: units of work, each done once per model, by whichever rank is due."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,25 @@ class Unit:
 
     model: str
     what: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A task that failed.
+
+    Attributes:
+        unit: which, of which model.
+        words: the error in one line.
+        error: the error; of another rank at most that a line was broken.
+    """
+
+    unit: Unit
+    words: str
+    error: Exception | None
+
+    def plain(self) -> "Failed":
+        """The same to be sent to another rank, which need not know the error's class."""
+        return replace(self, error=ConnectionError(self.words) if isinstance(self.error, OSError) else None)
 
 
 @dataclass
@@ -44,6 +63,7 @@ class Bench:
     results: Results
     vocabulary: int | None = None
     _loaded: dict[str, Any] = field(default_factory=dict)
+    _unsure: dict[Unit, dict[str, Any]] = field(default_factory=dict)
 
     def units(self) -> list[Unit]:
         """Everything that is to be measured, model by model."""
@@ -62,7 +82,10 @@ class Bench:
         if unit.what == WRITING:
             key |= {"prompts": settings.prompts, "tokens": settings.written_tokens}
         elif unit.what == SPEED:
-            key |= {"cases": [asdict(case) for case in self._cases()], "device": settings.device}
+            from nemo_minitron.bridge.speed import conditions
+
+            cases = [asdict(case) for case in self._cases()]
+            key |= {"cases": cases, "device": settings.device, "conditions": conditions(settings.device)}
         elif unit.what != TEXT:
             own = None if unit.what.startswith("held_out") else self.tasks_print
             made = self.text if unit.what.startswith("held_out") else None
@@ -80,13 +103,16 @@ class Bench:
     def measure(self, unit: Unit) -> dict[str, Any]:
         """Measures a unit, unless that has been done."""
         key = self.key(unit)
-        value = self.results.get(key)
+        value = self._unsure.get(unit) or self.results.get(key)
         if value is None:
             ways: dict[str, Callable[[str], dict[str, Any]]] = {
                 TEXT: self._text, WRITING: self._writing, SPEED: self._speed,
             }  # fmt: skip
             value = ways[unit.what](unit.model) if unit.what in ways else self._task(unit)
-            self.results.put(key, value)
+            if "failed" in value.get("vllm", {}):  # in part: for this report, and the next tries again
+                self._unsure[unit] = value
+            else:
+                self.results.put(key, value)
         return dict(value)
 
     def _text(self, name: str) -> dict[str, Any]:
@@ -156,6 +182,14 @@ class Bench:
             self._loaded[name] = load_model(self.folders[name], device=device)
         return self._loaded[name]
 
+    def release(self) -> None:
+        """Lets go of all models: speed is measured in processes that need the memory."""
+        from nemo_minitron.bridge.models import free
+
+        for name in self.folders:
+            self._loaded.pop(name, None)
+        free()
+
     def _tokenizer(self) -> Any:
         if "tokenizer" not in self._loaded:
             from nemo_minitron.bridge.models import load_tokenizer
@@ -171,24 +205,26 @@ class Bench:
         return self._loaded["samples"]
 
 
-def work(bench: Bench, ranks: Any) -> list[tuple[Unit, str]]:
+def work(bench: Bench, ranks: Any) -> list[Failed]:
     """Measures this rank's units; a task that fails leaves the others to go on.
 
     Speed is rank 0's, when the others have done.
 
     Returns:
-        Tasks that failed, of all ranks, and their last words.
+        Tasks that failed, of all ranks.
     """
     units = bench.units()
     mine = [unit for unit in units if unit.what != SPEED][ranks.rank :: ranks.size]
     failed = list(_each(bench, mine))
-    found = [failure for each in ranks.gather(failed) for failure in each]
+    bench.release()
+    found = [failure for each in ranks.gather([each.plain() for each in failed]) for failure in each]
     if ranks.rank == 0:
+        found[: len(failed)] = failed
         found += _each(bench, [unit for unit in units if unit.what == SPEED])
     return found
 
 
-def _each(bench: Bench, units: list[Unit]) -> Iterator[tuple[Unit, str]]:
+def _each(bench: Bench, units: list[Unit]) -> Iterator[Failed]:
     with bar("evaluating", len(units)) as advance:
         for unit in units:
             try:
@@ -196,5 +232,6 @@ def _each(bench: Bench, units: list[Unit]) -> Iterator[tuple[Unit, str]]:
             except Exception as error:  # whatever a task's own code raises
                 if unit.what in (TEXT, WRITING, SPEED):
                     raise
-                yield unit, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+                words = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+                yield Failed(unit, words, error)
             advance(1)

@@ -13,7 +13,7 @@ import jinja2
 
 from nemo_minitron.artifacts import log
 from nemo_minitron.artifacts.manifest import NAME, Output, hash_file, read_manifest, write_json
-from nemo_minitron.artifacts.plan import read_plan
+from nemo_minitron.artifacts.plan import Plan, read_plan
 from nemo_minitron.artifacts.report import (
     COMPARED,
     NAMES,
@@ -25,6 +25,7 @@ from nemo_minitron.artifacts.report import (
     read_report,
     speeds,
     table,
+    unserved,
     written,
 )
 from nemo_minitron.artifacts.workspace import artifacts_in, commands_in
@@ -70,9 +71,10 @@ def write_page(workspace: Path, folder: Path) -> None:
         names=NAMES,
         speeds_columns=SPEEDS,
         speeds=speeds(report),
+        unserved=unserved(report),
         commands=commands_in(workspace),
         models=report["models"],
-        plan=None if read_manifest(workspace / "plan") is None else read_plan(workspace / "plan"),
+        plan=_plan(workspace),
         curves=_curves(workspace, report),
         pareto=_pareto(workspace),
         maps=_maps(workspace),
@@ -81,6 +83,15 @@ def write_page(workspace: Path, folder: Path) -> None:
     temporary = folder / f".{PAGE}.tmp"
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(folder / PAGE)
+
+
+def _plan(workspace: Path) -> Plan | None:
+    """What was cut; None where that is not known, or another plan lies there now."""
+    plan, pruned = read_manifest(workspace / "plan"), read_manifest(workspace / "pruned")
+    if plan is None:
+        return None
+    used = [] if pruned is None else [item.fingerprint for item in pruned.inputs if item.path == "plan"]
+    return None if used and plan.fingerprint not in used else read_plan(workspace / "plan")
 
 
 def _curves(workspace: Path, report: dict[str, Any]) -> str | None:

@@ -52,6 +52,8 @@ def test_no_measure_may_fall_behind_an_earlier_export():
         Gate(previous=previous(perplexity=9.7), max_regression=0.02).check(report())
     with pytest.raises(ValueError, match="other text or with other limits"):
         Gate(previous=previous()).check(report(text="another"))
+    with pytest.raises(ValueError, match="sums was measured of it and is not measured now"):
+        Gate(previous=previous(tasks={"sums": {"acc": 0.1}})).check(report())
 
 
 def test_an_export_without_results_is_refused(tmp_path):

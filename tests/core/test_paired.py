@@ -26,8 +26,17 @@ def test_other_measures_are_compared_by_their_mean_difference():
     first = [draw.gauss(2, 1) for _ in range(400)]
     second = [value + draw.gauss(0.05, 0.5) for value in first]
     found, exact = paired(first, second), stats.ttest_rel(second, first)
-    assert found.p == pytest.approx(exact.pvalue, rel=0.06)  # normal against Student's t
+    assert found.p == pytest.approx(exact.pvalue, rel=1e-6)
     assert found.difference / found.error == pytest.approx(exact.statistic, rel=1e-9)
+
+
+@pytest.mark.parametrize("documents", [2, 3, 8, 31, 700])
+def test_few_documents_need_a_larger_difference(documents):
+    draw = random.Random(documents)
+    first = [draw.gauss(2, 1) for _ in range(documents)]
+    second = [value + draw.gauss(0.1, 0.3) for value in first]
+    assert paired(first, second).p == pytest.approx(stats.ttest_rel(second, first).pvalue, rel=1e-6)
+    assert paired([2.0], [2.5]).p == 1.0
 
 
 def test_no_difference_a_constant_one_and_bad_input():

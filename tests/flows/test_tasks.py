@@ -153,6 +153,20 @@ def test_a_stage_that_takes_too_long_is_ended_and_not_tried_again(server, played
     assert run.state.name == "TimedOut"
 
 
+def test_locks_on_accelerators_are_for_all_users_of_a_machine(monkeypatch, tmp_path):
+    import tempfile
+
+    from nemo_minitron.flows.tasks import _locks
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = os.umask(0o077)
+    try:
+        folders = [_locks(), _locks()]
+    finally:
+        os.umask(before)
+    assert folders[0] == folders[1] and folders[0].stat().st_mode & 0o7777 == 0o777
+
+
 def test_flows_that_share_an_accelerator_wait_for_each_other(server, played, tmp_path):
     """Two flows of two processes would do the same: the slots are the server's."""
     from nemo_minitron.flows.tasks import run_stage_task

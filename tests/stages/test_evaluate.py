@@ -1,15 +1,24 @@
 """Evaluation of a finished run: own lm-eval tasks, what is kept when one fails, two ranks, the gate."""
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
 
 import pytest
+from transformers import PreTrainedModel
 
+from nemo_minitron.artifacts.report import speeds, unserved
+from nemo_minitron.bridge import speed
 from nemo_minitron.bridge.lm_eval import check_tasks
+from nemo_minitron.bridge.ranks import Ranks
 from nemo_minitron.cli import main
 from nemo_minitron.compose import load_config
+from nemo_minitron.launch.failures import TRANSIENT, kind_of
+from nemo_minitron.stages import run_stage
+from nemo_minitron.stages.evaluate import _bench
+from nemo_minitron.stages.measuring import SPEED, Unit, work
 from tests.conftest import settings
 
 LINES = [{"q": f"the model reads a file {i}", "a": ["and", "waits"], "n": i % 2} for i in range(12)]
@@ -21,7 +30,8 @@ dataset_kwargs:
 test_split: test
 """
 KINDS = {
-    "own_choice": """output_type: multiple_choice
+    "own_choice": """tag: [own_tag]
+output_type: multiple_choice
 doc_to_text: "{{q}}"
 doc_to_choice: "{{a}}"
 doc_to_target: n
@@ -37,6 +47,12 @@ doc_to_text: "{{q}}"
 doc_to_target: "{{a[n]}}"
 generation_kwargs: {until: ["."], max_gen_toks: 4}
 metric_list: [{metric: exact_match}]
+""",
+    "own_likely": """tag: [own_tag]
+output_type: loglikelihood
+doc_to_text: "{{q}}"
+doc_to_target: " {{a[n]}}"
+metric_list: [{metric: perplexity}, {metric: acc}]
 """,
     "own_broken": """output_type: multiple_choice
 doc_to_text: "{{q}}"
@@ -105,7 +121,7 @@ def test_own_tasks_of_every_kind_and_two_ranks_find_the_same(words, tmp_path, ca
     assert called(capsys, "evaluate", *arguments)[0] == 0
     report = read(workspace)
     for row in report["models"].values():
-        assert set(row["tasks"]) == set(KINDS) - {"own_broken"}
+        assert set(row["tasks"]) == set(list(KINDS)[:3])
         assert row["tasks"]["own_choice"]["acc"] in [i / 12 for i in range(13)]
         assert row["tasks"]["own_rolling"]["bits_per_byte"] > 0
         assert row["tasks"]["own_writing"]["exact_match"] >= 0
@@ -151,10 +167,18 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_measured(words, cap
         ("evaluate.tasks=[own_chioce]", "lm-eval knows no task 'own_chioce'"),
         ("evaluate.tasks=[own_chioce]", "nearest: own_choice"),
         ("evaluate.tasks=[own_choice@many]", "expected TASK@SHOTS, as in arc_challenge@25"),
+        (
+            "evaluate.tasks=[own_tag]",
+            "'own_tag' is a tag of several tasks; name them: own_choice, own_likely",
+        ),
+        (
+            "evaluate.speed=true evaluate.speed_batches=[]",
+            "evaluate.speed_batches: expected at least one size",
+        ),
         ("evaluate.floors=[own_choice:acc]", "expected TASK:METRIC:VALUE"),
         (f"evaluate.previous={workspace}", "holds no results; name the folder of an export"),
     ):
-        code, last = called(capsys, "evaluate", *arguments, word)
+        code, last = called(capsys, "evaluate", *arguments, *word.split())
         assert code == 2 and text in last, last
     assert not (workspace / "results").exists()
 
@@ -180,6 +204,75 @@ def test_the_gate_holds_until_it_is_forced_and_the_card_says_so(words, capsys):
     (old / "minitron.json").write_text(json.dumps(lineage))
     code, last = called(capsys, "evaluate", *arguments, f"evaluate.previous={old}")
     assert code == 1 and "perplexity against the previous export" in last
+
+
+def test_only_the_student_that_was_measured_and_the_plan_it_was_cut_by_go_out(words, capsys):
+    workspace, arguments = words
+    arguments = [*arguments, "evaluate.tasks=[]"]
+    assert called(capsys, "evaluate", *arguments)[0] == 0
+    page = workspace / "report" / "report.html"
+    assert "What was cut" in page.read_text()
+    manifest = workspace / "student" / "manifest.json"
+    whole = manifest.read_text()
+    student = json.loads(whole)
+    manifest.write_text(json.dumps({**student, "finished": "2031-01-01T00:00:00.000000+00:00"}))
+    code, last = called(capsys, "export", *arguments)
+    assert code == 2 and "measures an earlier student of this workspace" in last
+    manifest.write_text(whole)
+    assert called(capsys, "plan", *arguments, "plan.hidden=18")[0] == 0
+    code, last = called(capsys, "export", *arguments)
+    assert code == 2 and "made from another plan than the one there now" in last
+    assert called(capsys, "report", str(workspace))[0] == 0
+    assert "What was cut" not in page.read_text()
+    assert not (workspace / "export").exists()
+
+
+def test_a_perplexity_is_not_compared_by_its_likelihoods(words, capsys):
+    workspace, arguments = words
+    assert called(capsys, "evaluate", *arguments, "evaluate.tasks=[own_likely]")[0] == 0
+    report = read(workspace)
+    assert report["models"]["student"]["tasks"]["own_likely"]["perplexity"] > 1
+    compared = {row["metric"] for row in report["compared"] if row["task"] == "own_likely"}
+    assert compared == {"acc"}
+
+
+def test_a_broken_line_during_a_task_is_worth_another_try(words, capsys, tasks, tmp_path):
+    folder = shutil.copytree(tasks, tmp_path / "unlucky")
+    (folder / "broken.py").write_text("def fail(doc, results):\n    raise ConnectionError('no hub')\n")
+    config = load_config("config", [*words[1], "evaluate.tasks=[own_broken]", f"evaluate.task_dir={folder}"])
+    with pytest.raises(RuntimeError, match="own_broken of teacher: ConnectionError: no hub") as failed:
+        run_stage("evaluate", config)
+    assert kind_of(failed.value) == TRANSIENT
+
+
+def test_speed_has_the_memory_to_itself_and_a_failing_vllm_is_told_and_tried_again(
+    words, tmp_path, monkeypatch, teacher
+):
+    (tmp_path / "path" / "vllm").mkdir(parents=True)
+    (tmp_path / "path" / "vllm" / "__init__.py").write_text("raise RuntimeError('no room on the card')")
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    measure, alive = speed.measure_in_process, []
+
+    def seen(*given):
+        gc.collect()
+        alive.extend(item for item in gc.get_objects() if isinstance(item, PreTrainedModel))
+        return measure(*given)
+
+    monkeypatch.setattr(speed, "measure_in_process", seen)
+    config = load_config("config", [
+        *words[1], "evaluate.speed=true", "evaluate.tasks=[]", "evaluate.prompts=0", f"evaluate.model={teacher}",
+        "evaluate.speed_batches=[1]", "evaluate.contexts=[]",
+    ])  # fmt: skip
+    bench, _ = _bench(config)
+    assert work(bench, Ranks()) == []  # the text of two models, and then their speed
+    assert len(bench.units()) == 4 and alive == []
+    unit = Unit("student", SPEED)
+    assert bench.key(unit)["conditions"]["machine"] and bench.key(unit)["conditions"]["torch"]
+    assert "no room on the card" in bench.measure(unit)["vllm"]["failed"]
+    assert bench.results.get(bench.key(unit)) is None  # the next evaluation tries again
+    rows = {"models": {"student": {"speed": bench.measure(unit)}}}
+    assert "no room on the card" in unserved(rows)[0] and len(speeds(rows)) == 1
 
 
 @pytest.mark.parametrize("name", ["minitron", "minitron_code"])

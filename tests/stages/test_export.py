@@ -51,6 +51,20 @@ def test_upload_to_a_branch_with_a_tag_private_and_a_second_one_sends_no_weights
     assert not any(line.startswith("PUT") for line in hub.requests)
 
 
+def test_nothing_of_an_earlier_export_stays_beside_the_weights(export):
+    workspace, hub, run = export
+    word = "export.push_to_hub=me/small"
+    assert run(word).returncode == 0
+    assert "model.safetensors" in hub.made["me/small"].branches["main"]
+    hub.made["me/small"].branches["main"]["NOTES.md"] = b"the owner's"
+    assert run(word, "export.shard_size=10000").returncode == 0
+    there = set(hub.made["me/small"].branches["main"])
+    assert "model.safetensors" not in there  # it, and not the shards, is what transformers would load
+    assert "NOTES.md" in there
+    shards = {path.name for path in (workspace / "export").glob("*.safetensors")}
+    assert len(shards) > 1 and shards == {name for name in there if name.endswith(".safetensors")}
+
+
 def test_an_upload_that_broke_off_goes_on_and_a_stranger_may_not_write(export):
     workspace, hub, run = export
     word = "export.push_to_hub=me/small"
