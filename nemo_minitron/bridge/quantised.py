@@ -42,7 +42,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
-        product = nn.functional.linear(x, self.quantised_OI.to(x.dtype)) * self.scale_O.to(x.dtype)
+        if x.dtype == torch.float16:  # whose range sums of whole numbers leave
+            product = nn.functional.linear(x, self.weight.to(x.dtype))
+        else:
+            product = nn.functional.linear(x, self.quantised_OI.to(x.dtype)) * self.scale_O.to(x.dtype)
         return product if self.bias is None else product + self.bias.to(x.dtype)
 
 

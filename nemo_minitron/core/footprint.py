@@ -56,7 +56,8 @@ class Footprint:
 
     Attributes:
         weights, gradients, optimizer: of the model that is trained.
-        gathered: weights that FSDP2 holds whole for the layer at hand and the next, embedding and head.
+        gathered: weights that FSDP2 holds whole for the layer at hand and the next, embedding and head; and
+            the copies in low precision that autocast makes of all of them and keeps until the loss is there.
         teacher: its weights, and its largest layer where they are split.
         activations: what the backward pass needs of a micro-batch.
         loss: gradients of hidden states and head, and the chunk of logits.
@@ -100,6 +101,7 @@ def training_footprint(
     data_ranks = launch.ranks // launch.tensor_parallel if launch.shard else 1
     held = math.ceil((sum(layers) + outside) / data_ranks) * stored
     gathered = (2 * max(layers) + outside) * stored if launch.shard and data_ranks > 1 else 0
+    gathered += (sum(layers) + outside) * active if stored > active else 0
     sizes = axis_sizes(family, config)
     return Footprint(
         weights=held,

@@ -11,7 +11,8 @@ class Averaging(Callback):
     """average <- decay x average + (1 - decay) x weights, after every step.
 
     NeMo's own (``exp_manager.ema``) keeps the average beside a training whose result is the last weights;
-    here the average is what is validated and what comes out.
+    here the average is what is validated and what comes out. It is kept in float32: in bfloat16 a thousandth
+    of the way to the weights would round to nothing.
 
     Attributes:
         decay: between 0 and 1.
@@ -20,13 +21,14 @@ class Averaging(Callback):
     def __init__(self, decay: float) -> None:
         self.decay = decay
         self._average: dict[str, Tensor] = {}
+        self._own: dict[str, Tensor] = {}
         self._step = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins with the weights, unless a checkpoint has brought an average."""
         for name, weight in self._weights(pl_module):
             if name not in self._average:
-                self._average[name] = weight.detach().clone()
+                self._average[name] = weight.detach().to(torch.float32, copy=True)
             self._average[name] = self._average[name].to(weight.device)
 
     def on_train_batch_end(
@@ -38,19 +40,21 @@ class Averaging(Callback):
         self._step = trainer.global_step
         with torch.no_grad():
             for name, weight in self._weights(pl_module):
-                self._average[name].lerp_(weight.to(self._average[name].dtype), 1 - self.decay)
+                self._average[name].lerp_(weight.float(), 1 - self.decay)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the average in the weights' place."""
-        self._swap(pl_module)
+        self._own = {name: weight.detach().clone() for name, weight in self._weights(pl_module)}
+        self._put(pl_module, self._average)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the weights back."""
-        self._swap(pl_module)
+        self._put(pl_module, self._own)
+        self._own = {}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the average as the result."""
-        self._swap(pl_module)
+        self._put(pl_module, self._average)
 
     def state_dict(self) -> dict[str, Any]:
         """The average, for the checkpoint."""
@@ -63,9 +67,7 @@ class Averaging(Callback):
     def _weights(self, pl_module: LightningModule) -> list[tuple[str, Tensor]]:
         return list(pl_module.model.named_parameters())
 
-    def _swap(self, pl_module: LightningModule) -> None:
+    def _put(self, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, weight in self._weights(pl_module):
-                kept = weight.detach().clone()
-                weight.copy_(self._average[name])
-                self._average[name] = kept
+                weight.copy_(values[name])

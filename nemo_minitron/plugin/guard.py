@@ -50,7 +50,8 @@ class LossGuard(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes the loss of a micro-batch."""
-        self._micro.append(pl_module.last_terms.loss.detach().float())
+        learned = pl_module.learned.last
+        self._micro.append(torch.stack([pl_module.last_terms.loss.detach().float() * learned, learned]))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Judges a step (gradients not under float16, which may see infinity and copes by itself).
@@ -58,9 +59,9 @@ class LossGuard(Callback):
         Raises:
             BadStep: it must not be taken.
         """
-        mean = trainer.strategy.reduce(torch.stack(self._micro).mean(), reduce_op="mean")
+        total, tokens = trainer.strategy.reduce(torch.stack(self._micro).sum(0), reduce_op="sum")
         self._micro = []
-        loss = float(mean)
+        loss = float(total / tokens.clamp_min(1))
         if not math.isfinite(loss):
             raise BadStep(trainer.global_step, f"the loss is {loss}")
         if trainer.precision not in ("16-mixed", "16-true"):

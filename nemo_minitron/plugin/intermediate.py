@@ -68,8 +68,9 @@ class IntermediateLoss:
         Args:
             valid_T: tokens that count, Tensor of shape [tokens].
         """
-        # what a teacher under inference mode leaves cannot be saved for a backward pass, its copy can
-        theirs = {place: state.clone() for place, state in self._teacher.take().items()}
+        # what a teacher under inference mode leaves cannot be saved for a backward pass, its copy can; and
+        # the teacher may be elsewhere
+        theirs = {place: state.to(valid_T.device, copy=True) for place, state in self._teacher.take().items()}
         ours = self._student.take()
         total = torch.zeros((), device=valid_T.device)
         for term in self.weights.terms:

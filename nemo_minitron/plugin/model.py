@@ -32,6 +32,7 @@ from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
 from nemo_minitron.plugin.archive import file_name, make_cfg
 from nemo_minitron.plugin.data import ConsumedSampler, as_samples, train_loader, validation_loader
 from nemo_minitron.plugin.guard import gradient_norm
+from nemo_minitron.plugin.learned import LearnedTokens, labels_of
 from nemo_minitron.plugin.loss import linear_loss
 from nemo_minitron.plugin.strategies import gathered, shard
 from nemo_minitron.plugin.te import EXTRA_STATE, Exchange, Kit
@@ -80,6 +81,7 @@ class MinitronModel(ModelPT):
         self.objective: Objective = self.cross_entropy
         self.facts: dict[str, float] = {}
         self._sharded, self._gathered = False, None
+        self.learned = LearnedTokens()
         self.kit: Kit | None = None
         self._exchange: Exchange | None = None
         self.compiled = False
@@ -234,24 +236,24 @@ class MinitronModel(ModelPT):
         )  # fmt: skip
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """One micro-batch: the loss to differentiate; its terms are logged."""
+        """One micro-batch: the loss to differentiate, weighed by its learned tokens; its terms are logged."""
         terms = self.evaluate_objective(batch)
         named = {f"train_{name}": value for name, value in terms.named().items()}
-        self.log_dict(named, batch_size=_rows(batch))
+        self.log_dict(named, batch_size=len(labels_of(batch)))
         self.last_terms = terms
-        return terms.loss
+        return terms.loss * self.learned.share(batch)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """The mean over the step's learned tokens."""
+        self.learned.weigh(self, self._trainer.strategy)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Logs the mean over the validation set.
-
-        ``val_loss`` is the cross-entropy, ``val_divergence`` the divergence from the teacher.
-        """
+        """Logs means over the validation set: cross-entropy and divergence from the teacher."""
         terms = self.evaluate_objective(batch)
-        self.log("val_loss", terms.ce, on_epoch=True, sync_dist=True, batch_size=_rows(batch), prog_bar=True)
+        how = {"on_epoch": True, "sync_dist": True, "batch_size": int((labels_of(batch) >= 0).sum())}
+        self.log("val_loss", terms.ce, prog_bar=True, **how)
         if "divergence" in terms.named():
-            self.log(
-                "val_divergence", terms.divergence, on_epoch=True, sync_dist=True, batch_size=_rows(batch)
-            )
+            self.log("val_divergence", terms.divergence, **how)
 
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
         """Nothing to gather: ``validation_step`` logs means."""
@@ -288,10 +290,6 @@ class MinitronModel(ModelPT):
             save_model(self.model, folder, {str(key): value for key, value in config.items()}, self._gathered)
         for name, content in self.side_files.items():
             (folder / name).write_bytes(content)
-
-
-def _rows(batch: Any) -> int:
-    return len(batch if isinstance(batch, Tensor) else batch[0])
 
 
 def _tokens(cfg: DictConfig, where: str) -> Tensor:

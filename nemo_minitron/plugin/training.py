@@ -222,8 +222,11 @@ def _apply(options: Options, model: MinitronModel) -> None:
     """Prepares the layers of the model that is trained, and its loss.
 
     Raises:
-        ValueError: Transformer Engine is not there, or cannot be had together with something else.
+        ValueError: Transformer Engine is not there, or cannot be had together with something else; an
+            average of weights that are split.
     """
+    if options.ema_decay is not None and options.shard:
+        raise ValueError("training.ema_decay: not with training.parallel=shard, whose weights are in parts")
     if options.transformer_engine != "off":
         where = "training.transformer_engine"
         if options.tensor_parallel > 1:
@@ -257,6 +260,8 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
     settings = {
         "disable_validation_on_resume": newest is None or step_of(newest) in validated,
         **recipe.exp_manager,
+        # NeMo's, which it adds on GPUs, would take our signals, save nothing and end with exit status 0
+        "create_preemption_callback": False,
         "explicit_log_dir": str(folder),
         "resume_from_checkpoint": None if newest is None else str(newest),
     }
@@ -289,11 +294,12 @@ def _quiet() -> None:
     nemo_logging.setLevel(logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for text in (
+    known = (
         "does not have many workers",
         "not resumable",
         "LeafSpec",
         "isinstance(treespec",
         "lr_scheduler.step",
-    ):
+    )
+    for text in known:
         warnings.filterwarnings("ignore", message=f".*{re.escape(text)}.*")

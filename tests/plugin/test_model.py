@@ -22,7 +22,15 @@ from nemo_minitron.plugin.data import ConsumedSampler
 from nemo_minitron.plugin.distillation import KnowledgeDistillation
 from nemo_minitron.plugin.guard import BadStep, Spikes
 from nemo_minitron.plugin.model import MinitronModel
-from nemo_minitron.plugin.training import Options, Recipe, check_trainer, newest_checkpoint, train
+from nemo_minitron.plugin.training import (
+    Options,
+    Recipe,
+    _apply,
+    _manage,
+    check_trainer,
+    newest_checkpoint,
+    train,
+)
 from tests.conftest import logits, make_model
 
 OPTIM = {"name": "adamw", "lr": 2e-2, "sched": {"name": "CosineAnnealing", "warmup_steps": 2, "min_lr": 1e-4}}
@@ -368,6 +376,62 @@ def test_the_average_is_validated_resumed_and_comes_out(tmp_path, accumulate):
     parts = weights(run(folder, tmp_path / "parts", 7, **options))
     assert all(torch.equal(value, parts[name]) for name, value in result.items())
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "parts")
+
+
+def test_an_average_in_bfloat16_moves_by_thousandths(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    before = load_model(folder, dtype=torch.float32).state_dict()
+    model = run(folder, tmp_path / "state", 20, precision="bf16-true", options=Options(ema_decay=0.99))
+    after = weights(model)
+    moved = [
+        (after[name].float() != value.bfloat16().float()).float().mean() for name, value in before.items()
+    ]
+    assert sum(moved) / len(moved) > 0.3
+
+
+def test_an_average_of_weights_in_parts_is_refused():
+    with pytest.raises(ValueError, match=r"training\.ema_decay: not with training\.parallel=shard"):
+        _apply(Options(ema_decay=0.9, shard=True), None)
+
+
+def test_nemo_leaves_the_signals_to_us_on_a_gpu_too(tmp_path, monkeypatch):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    _manage(trainer, recipe(1), tmp_path)
+    assert "PreemptionCallback" not in [type(callback).__name__ for callback in trainer.callbacks]
+
+
+@pytest.mark.parametrize("norm", [None, 0.5])
+def test_every_learned_token_weighs_the_same_however_a_step_is_cut(tmp_path, norm):
+    folder = make_model(tmp_path / "m", "llama")
+    samples = tokens()
+    for row, sample in enumerate(samples):
+        read = (5 * row) % 17  # so many tokens are read only, of some samples all but one
+        sample[1:][:read] = ~sample[1:][:read]
+    found = []
+    for batch_size, accumulate in ((4, 1), (1, 4)):
+        state = tmp_path / f"by-{batch_size}"
+        state.mkdir()
+        more = {
+            "accumulate_grad_batches": accumulate,
+            "gradient_clip_val": norm,
+            "val_check_interval": 3 * accumulate,
+        }
+        cut = recipe(3, **more)
+        # not Adam, which makes whole steps of the noise in gradients that are next to nothing
+        cut = dataclasses.replace(cut, batch_size=batch_size, optim={"name": "sgd", "lr": 0.1})
+        model = load_model(folder, dtype=torch.float32)
+        train(model, read_config(folder), folder, cut, samples, samples[:8], state, (), frozenset())
+        found.append(
+            (
+                model.state_dict(),
+                [x["val_loss"] for x in read_log(state / "metrics.jsonl") if "val_loss" in x],
+            )
+        )
+    for name, value in found[0][0].items():
+        assert torch.allclose(found[1][0][name], value, atol=1e-5), name
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-5) and found[0][1]
 
 
 def test_nemos_own_average_is_refused_because_it_never_comes_out(tmp_path, monkeypatch):

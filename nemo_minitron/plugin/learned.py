@@ -1,0 +1,49 @@
+"""The tokens of a step that are learned: each weighs the same, in whatever micro-batch or rank it is.
+
+An objective is a mean over the learned tokens of a micro-batch; Lightning takes the mean over micro-batches
+and ranks. Where they have different numbers of them (``data.train.learn_from=answers``) a mean of means would
+give a token of a short answer the weight of a hundred of a long one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LearnedTokens:
+    """Counts a step's tokens, and weighs its gradients by them.
+
+    Attributes:
+        last: learned tokens of the last micro-batch, a scalar.
+    """
+
+    def __init__(self) -> None:
+        self.last = torch.zeros((), dtype=torch.long)
+        self._counts: list[Tensor] = []
+
+    def share(self, batch: Any) -> Tensor:
+        """Share of a micro-batch's tokens that are learned, by which its objective is to be multiplied.
+
+        Args:
+            batch: packed samples, Tensor of shape [batch, positions + 1], or that and more.
+        """
+        labels_BS = labels_of(batch)
+        self.last = (labels_BS >= 0).sum()
+        self._counts.append(torch.stack([self.last, torch.full_like(self.last, labels_BS.numel())]))
+        return self.last / labels_BS.numel()
+
+    def weigh(self, module: nn.Module, strategy: Any) -> None:
+        """Makes the gradients of a whole step those of the mean over its learned tokens."""
+        counts = torch.stack(self._counts).sum(0)
+        self._counts = []
+        learned, tokens = strategy.reduce(counts, reduce_op="sum").tolist()
+        if 0 < learned < tokens:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(tokens / learned)
+
+
+def labels_of(batch: Any) -> Tensor:
+    """Next-token ids of packed samples, [batch, positions]; negative where a token is only read."""
+    return (batch if isinstance(batch, Tensor) else batch[0])[:, 1:]
