@@ -4,10 +4,8 @@ Lightning's Trainer, exp_manager for checkpoints and loggers, resumable at any t
 """
 
 import inspect
-import logging
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,6 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nemo.utils import logging as nemo_logging
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
@@ -33,6 +30,7 @@ from nemo_minitron.plugin.distillation import KnowledgeDistillation
 from nemo_minitron.plugin.guard import LossGuard, Spikes
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.preemption import Preemption
+from nemo_minitron.plugin.quiet import hush
 from nemo_minitron.plugin.strategies import Sharded
 from nemo_minitron.plugin.te import transformer_engine
 
@@ -144,7 +142,7 @@ def train(
         ValueError: NeMo, Lightning or a callback refuses a setting.
         BadStep: a step that must not be taken; with it in ``skipped``, another call goes on.
     """
-    _quiet()
+    hush()
     check_trainer(recipe.trainer)
     try:
         trainer = _trainer(recipe, callbacks)
@@ -284,22 +282,3 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name; -1 where there is none."""
     return int(match.group(1)) if (match := _STEP.search(checkpoint.name)) else -1
-
-
-def _quiet() -> None:
-    """Keeps NeMo's and Lightning's chatter out of the way of the progress bar.
-
-    Warnings of substance remain.
-    """
-    nemo_logging.setLevel(logging.ERROR)
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    known = (
-        "does not have many workers",
-        "not resumable",
-        "LeafSpec",
-        "isinstance(treespec",
-        "lr_scheduler.step",
-    )
-    for text in known:
-        warnings.filterwarnings("ignore", message=f".*{re.escape(text)}.*")

@@ -1,0 +1,26 @@
+"""NeMo's and Lightning's chatter."""
+
+import logging
+import re
+import warnings
+
+from nemo.utils import logging as nemo_logging
+
+
+def hush() -> None:
+    """Keeps NeMo's and Lightning's chatter out of the way of the progress bar.
+
+    Warnings of substance remain.
+    """
+    nemo_logging.setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    known = (
+        "does not have many workers",
+        "not resumable",
+        "LeafSpec",
+        "isinstance(treespec",
+        "lr_scheduler.step",
+    )
+    for text in known:
+        warnings.filterwarnings("ignore", message=f".*{re.escape(text)}.*")
