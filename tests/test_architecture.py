@@ -69,7 +69,16 @@ def installed(tmp_path_factory):
         ROOT,
         source,
         ignore=shutil.ignore_patterns(
-            ".git", ".venv", ".oldest", ".consumers", "runs", ".prefect", "build", "*.egg-info", "__pycache__"
+            ".git",
+            ".venv",
+            ".oldest",
+            ".consumers",
+            ".prefect",
+            ".*cache",
+            "runs",
+            "build",
+            "*.egg-info",
+            "__pycache__",
         ),
     )
     built = subprocess.run(
