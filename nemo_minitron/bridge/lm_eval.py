@@ -204,8 +204,12 @@ def run_task(
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    with _alone(), _unconnected() if made else contextlib.nullcontext():
-        # unless told otherwise lm-eval resamples 100000 times for the standard error of some metrics
+    # for the standard error of some metrics lm-eval resamples in processes that it forks, which hang where
+    # this one has threads (Prefect's); and says so on standard output
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    aside = contextlib.redirect_stdout(sys.stderr)
+    with _alone(), aside, _unconnected() if made else contextlib.nullcontext():
+        # unless told otherwise it resamples 100000 times
         found = _library().simple_evaluate(
             wrapped, tasks=[_made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
             task_manager=_manager(task_dir, not made), bootstrap_iters=100,
