@@ -258,9 +258,14 @@ def test_speed_has_the_memory_to_itself_and_a_failing_vllm_is_told_and_tried_aga
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     measure, alive = speed.measure_in_process, []
 
-    def seen(*given):
+    def models():
         gc.collect()
-        alive.extend(item for item in gc.get_objects() if isinstance(item, PreTrainedModel))
+        return [item for item in gc.get_objects() if isinstance(item, PreTrainedModel)]
+
+    others = models()  # of other tests
+
+    def seen(*given):
+        alive.extend(item for item in models() if not any(item is other for other in others))
         return measure(*given)
 
     monkeypatch.setattr(speed, "measure_in_process", seen)
