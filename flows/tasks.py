@@ -225,6 +225,7 @@ def _progress(call: Call) -> Iterator[None]:
     key = publish.key(Path(call.config.workspace), call.name, "progress")
 
     def show() -> None:
+        """Moves the artifact until the stage has ended."""
         shown, last = None, -1.0
         while not ended.wait(_SHOW_SECONDS):
             found = progress.read(call.progress)

@@ -91,8 +91,7 @@ def run_process(
         env=environment, start_new_session=True,
     )  # fmt: skip
     watchdog, held = watch_over(f"-{process.pid}", limits.grace)
-    pump = _Pump(process, log, on_line)
-    stopped = None
+    pump, stopped = _Pump(process, log, on_line), None
     try:
         pump.start()
         while process.poll() is None:

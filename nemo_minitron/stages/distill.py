@@ -83,6 +83,7 @@ def _online(
         )
 
     def callbacks() -> list[Any]:
+        """The distillation, and what exchanges its teacher; loads the teacher."""
         from nemo_minitron.bridge.quantised import load_teacher
         from nemo_minitron.core.losses import LossWeights
         from nemo_minitron.families import family_of

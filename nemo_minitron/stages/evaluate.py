@@ -45,12 +45,7 @@ def run(config: Config) -> Result:
         GateError: the student is too weak to go out; the report is there.
     """
     workspace, gate = workspace_of(config), gate_of(config)
-    if config.evaluate.tasks:
-        from nemo_minitron.bridge.lm_eval import check_tasks
-
-        check_tasks(config.evaluate.tasks, config.evaluate.task_dir)
-    if config.evaluate.speed and not config.evaluate.speed_batches:
-        raise ValueError("evaluate.speed_batches: expected at least one size, found []")
+    _check(config)
     bench, inputs = _bench(config)
     from nemo_minitron.bridge.ranks import join
 
@@ -85,6 +80,20 @@ def run(config: Config) -> Result:
         ranks.broadcast(False)
     ranks.broadcast(made)
     return _judged(config, gate, folder, made)
+
+
+def _check(config: Config) -> None:
+    """Refuses what could not be measured, before anything is.
+
+    Raises:
+        ValueError: an unknown task, or no size to time.
+    """
+    if config.evaluate.tasks:
+        from nemo_minitron.bridge.lm_eval import check_tasks
+
+        check_tasks(config.evaluate.tasks, config.evaluate.task_dir)
+    if config.evaluate.speed and not config.evaluate.speed_batches:
+        raise ValueError("evaluate.speed_batches: expected at least one size, found []")
 
 
 def _judged(config: Config, gate: Gate, folder: Path, made: bool) -> Result:

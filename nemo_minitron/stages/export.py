@@ -38,8 +38,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def _check_report(workspace: Path, student: Input) -> None:
-    """Refuses a report that judges another model than the one that goes out.
+def _check_told(workspace: Path, student: Input) -> None:
+    """Refuses a report, or a plan, of another model than the one that goes out.
 
     Raises:
         ValueError: it does.
@@ -57,6 +57,8 @@ def _check_report(workspace: Path, student: Input) -> None:
             f"{workspace / 'report'}: measures an earlier student of this workspace; "
             "run 'minitron evaluate' again"
         )
+    if read_manifest(workspace / "pruned") is not None:  # else: cleaned away
+        input_artifact(workspace, "pruned", "prune")  # by the plan that the card tells of
 
 
 def run(config: Config) -> Result:
@@ -74,9 +76,7 @@ def run(config: Config) -> Result:
         input_artifact(workspace, "student", "distill"),
         input_artifact(workspace, "report", "evaluate"),
     ]
-    _check_report(workspace, inputs[0])
-    if read_manifest(workspace / "pruned") is not None:  # else: cleaned away
-        input_artifact(workspace, "pruned", "prune")  # by the plan that the card tells of
+    _check_told(workspace, inputs[0])
     report, gate = read_report(workspace / "report"), gate_of(config)
     if not config.export.force:
         gate.check(report)
