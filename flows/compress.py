@@ -12,6 +12,7 @@ from typing import Any
 from nemo_minitron.flows.forms import Launch, Sizes, composed
 from nemo_minitron.flows.publish import say
 from nemo_minitron.flows.tasks import run_stage_task
+from nemo_minitron.flows.turn import patience
 from prefect import flow
 from prefect.runtime import flow_run
 
@@ -80,6 +81,7 @@ def compress(
         checked = composed(config_name, overrides, workspace, model, data, plan, launch)
     else:
         checked = from_dict(config)
+    checked.launch.wait = patience(checked.launch.wait)
     if checked.plan.budget.params is not None:
         from nemo_minitron.flows.search import search
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nemo_minitron.flows.compress import run_name, run_stages
 from nemo_minitron.flows.forms import Launch, composed
+from nemo_minitron.flows.turn import patience
 from prefect import flow
 
 from nemo_minitron.artifacts.gate import LINEAGE
@@ -52,7 +53,7 @@ def evaluate_checkpoint(
     if previous is not None:
         config.evaluate.previous = previous
     place = Path(workspace)
-    with at_work(place, config.launch.wait):
+    with at_work(place, patience(config.launch.wait)):
         note_command(place, ["minitron", "evaluate", f"evaluate.model={folder}", *(overrides or [])])
         results = run_stages(["download", "evaluate"], config)
     return results

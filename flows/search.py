@@ -14,6 +14,7 @@ from typing import Any
 from nemo_minitron.flows.compress import run_name, run_stages, steps
 from nemo_minitron.flows.forms import Launch, composed
 from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
+from nemo_minitron.flows.turn import patience
 from prefect import flow
 
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
@@ -75,7 +76,7 @@ def search(
         checked = from_dict(config)
     words = ["minitron", "run", "--config-name", config_name, *(overrides or [])]
     place = Path(checked.workspace)
-    with at_work(place, checked.launch.wait):
+    with at_work(place, patience(checked.launch.wait)):
         note_command(place, shlex.split(command) if command else words)
         score_once(checked)
         sizes = choose(checked)

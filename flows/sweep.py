@@ -14,6 +14,7 @@ from typing import Any
 from nemo_minitron.flows import publish
 from nemo_minitron.flows.compress import run_name, run_stages
 from nemo_minitron.flows.forms import Launch, composed
+from nemo_minitron.flows.turn import patience
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_table_artifact
 
@@ -84,7 +85,7 @@ def sweep(
     base = composed(config_name, overrides, workspace, model, data, None, launch)
     configs = _configs(base, variants, config_name, overrides, workspace, model, data, launch)
     place = Path(base.workspace)
-    with at_work(place, base.launch.wait):
+    with at_work(place, patience(base.launch.wait)):
         note_command(place, ["minitron", "flow", "sweep", "--config-name", config_name, *(overrides or [])])
         score_once(base)
         outcomes = run_variants(base, configs)
