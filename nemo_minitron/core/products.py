@@ -17,6 +17,8 @@ from torch import Tensor
 
 TILE_BYTES = 2 * 2**20
 """Of a large operand so much is widened to float32 at a time that it stays in the cache."""
+WIDENS = {"cuda"}
+"""Devices whose products of low-precision operands come out in float32 where that is asked for."""
 _SETTING = Lock()
 
 
@@ -34,7 +36,7 @@ def wide_linear(hidden_CH: Tensor, weight_VH: Tensor, place_CV: Tensor | None = 
     out_CV = place_CV[:rows]
     if not _is_low(dtype):
         return torch.mm(hidden_CH, weight_VH.T, out=out_CV)
-    if hidden_CH.device.type != "cpu":
+    if hidden_CH.device.type in WIDENS:
         return torch.mm(hidden_CH, weight_VH.T, out_dtype=torch.float32, out=out_CV)
     wide_CH = hidden_CH.float()
     with _as_stored(dtype):
@@ -59,7 +61,7 @@ def add_products(
         sum_CH.addmm_(grad_CV, weight_VH)
         if sum_VH is not None:
             sum_VH.addmm_(grad_CV.T, hidden_CH)
-    elif hidden_CH.device.type != "cpu":
+    elif hidden_CH.device.type in WIDENS:
         low_CV = grad_CV.to(hidden_CH.dtype)
         torch.addmm(sum_CH, low_CV, weight_VH, out_dtype=torch.float32, out=sum_CH)
         if sum_VH is not None:
