@@ -158,8 +158,7 @@ def _short(config: Config, name: str, candidate: Candidate, length: int) -> Conf
         setattr(short.plan, axis, size)
     short.training.max_tokens = None
     short.trainer["max_steps"] = length
-    accumulate = short.trainer.get("accumulate_grad_batches") or 1
-    short.trainer["val_check_interval"] = length * accumulate
+    short.training.validate_every = length
     sched = short.optim.get("sched") or {}
     if sched.get("warmup_steps"):
         sched["warmup_steps"] = min(sched["warmup_steps"], max(1, length // 5))

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nemo_minitron.artifacts import log, results
-from nemo_minitron.artifacts.build import STATE, discard
+from nemo_minitron.artifacts.build import STATE, discard, set_aside
 from nemo_minitron.artifacts.manifest import NAME, SCHEMA, Manifest, read_manifest
 from nemo_minitron.artifacts.workspace import ARTIFACTS, COMMANDS
 
@@ -194,10 +194,11 @@ def _measure(*paths: Path) -> tuple[int, int, float]:
 def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
     """What can be removed and made again; the caller holds the workspace's lock.
 
-    ``caches`` costs no training: leftovers of killed builds, and token caches. These are no artifact's input
-    (inputs name the text itself), and made anew they hold the same ids. Everything else is an input of the
-    student, directly or not: teacher, scores and plan by way of pruned, logits where they teach. Made anew it
-    would be younger than the student, by the rule of ``is_done`` a reason to train again; so it stays.
+    ``caches`` costs no finished training: leftovers of killed builds, what was begun with other settings, and
+    token caches. These are no artifact's input (inputs name the text itself), and made anew they hold the
+    same ids. Everything else is an input of the student, directly or not: teacher, scores and plan by way of
+    pruned, logits where they teach. Made anew it would be younger than the student, by the rule of
+    ``is_done`` a reason to train again; so it stays.
     ``intermediate`` leaves what a run is for, and its plan; the next run starts from the beginning. What no
     run has made stays always.
 
@@ -211,6 +212,8 @@ def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
     if _held(workspace / LOCKS[1]):
         raise ValueError(f"{workspace}: expected nobody at work, found a stage that has yet to end")
     due = [*_leftovers(workspace), *_beside(workspace, "tokens")]
+    own = [workspace / name for name in _OWN if not (workspace / name).is_symlink()]
+    due += [(path, "begun with other settings") for folder in own for path in set_aside(folder)]
     due += _intermediate(workspace) if level == "intermediate" else []
     paths = {path for path, _ in due}
     return [Item(path, _measure(path)[1], why) for path, why in due if paths.isdisjoint(path.parents)]

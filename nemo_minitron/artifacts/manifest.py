@@ -24,6 +24,8 @@ import nemo_minitron
 
 SCHEMA = 1
 NAME = "manifest.json"
+ASIDE = "state-"
+"""How sub-folders begin that hold what was begun with other settings; they are no part of the artifact."""
 _BLOCK = 4 * 2**20
 
 
@@ -225,7 +227,8 @@ def verify(folder: Path) -> list[str]:
             problems.append(f"{path}: SHA-256 differs from the manifest's")
     listed = {output.file for output in manifest.outputs} | {NAME}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.relative_to(folder).as_posix() not in listed:
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in listed and not name.startswith(ASIDE):
             problems.append(f"{path}: not in the manifest")
     if manifest.fingerprint != fingerprint(manifest.kind, manifest.config, manifest.inputs):
         problems.append(f"{folder / NAME}: fingerprint does not match its own config and inputs")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.core.divergences import Divergence
+from nemo_minitron.core.products import sum_dtype
 from nemo_minitron.core.sparse import SparseTargets, sparse_divergence
 
 BLOCK_BYTES, CPU_BLOCK_BYTES = 64 * 2**20, 2**20
@@ -52,7 +53,7 @@ def chunk_terms(
     rows, entries = student_CV.shape
     room = CPU_BLOCK_BYTES if student_CV.device.type == "cpu" else BLOCK_BYTES
     size = max(1, room // (student_CV.element_size() * entries))
-    sums = torch.zeros(2, dtype=torch.float64, device=student_CV.device)
+    sums = torch.zeros(2, dtype=sum_dtype(student_CV.device), device=student_CV.device)
     for block in (slice(start, start + size) for start in range(0, rows, size)):
         teacher_BV = None if teacher_CV is None else teacher_CV[block]
         sums += _block_terms_(student_CV[block], teacher_BV, labels_C[block], weights, wants_gradient)
@@ -71,12 +72,12 @@ def _block_terms_(
     With x and y the logits over the temperature t, less their maxima, p = e^y / P and q = e^x / Q:
     KL = sum p (y - x) - log P + log Q, and the gradient of t^2 KL by the student's logits is t (q - p).
     """
-    tau, column = weights.divergence.temperature, labels_B[:, None]
+    tau, column, wide = weights.divergence.temperature, labels_B[:, None], sum_dtype(student_BV.device)
     student_BV -= student_BV.amax(-1, keepdim=True)
     picked_B1 = student_BV.gather(1, column)
     if teacher_BV is None:
         total_B1 = student_BV.exp_().sum(-1, keepdim=True)
-        ce = (total_B1.log() - picked_B1).double().sum()
+        ce = (total_B1.log() - picked_B1).to(wide).sum()
         if wants_gradient:
             student_BV *= weights.ce / total_B1
             student_BV.scatter_add_(1, column, picked_B1.new_full(column.shape, -weights.ce))
@@ -92,8 +93,8 @@ def _block_terms_(
     total_p_B1 = teacher_BV.exp_().sum(-1, keepdim=True)
     total_q_B1 = student_BV.exp_().sum(-1, keepdim=True)
     mean_gap_B1 = gap_BV.mul_(teacher_BV).sum(-1, keepdim=True) / total_p_B1
-    kl = (mean_gap_B1 - total_p_B1.log() + total_q_B1.log()).double().sum() * tau**2
-    ce = ((total_q_B1 if own_B1 is None else own_B1).log() - picked_B1).double().sum()
+    kl = (mean_gap_B1 - total_p_B1.log() + total_q_B1.log()).to(wide).sum() * tau**2
+    ce = ((total_q_B1 if own_B1 is None else own_B1).log() - picked_B1).to(wide).sum()
     if wants_gradient:
         by_q = weights.kl * tau + (weights.ce if own_B1 is None else 0.0)
         student_BV *= by_q / total_q_B1
@@ -121,6 +122,6 @@ def _differentiated(
         else:
             value = sparse_divergence(teacher_CV, leaf_CV, weights.divergence.temperature).sum()
         if not wants_gradient:
-            return value.detach().double(), None
+            return value.detach().to(sum_dtype(student_CV.device)), None
         (grad_CV,) = torch.autograd.grad(value, leaf_CV)
-    return value.detach().double(), grad_CV.mul_(weights.kl)
+    return value.detach().to(sum_dtype(student_CV.device)), grad_CV.mul_(weights.kl)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemo_minitron.core.chunks import LossWeights as LossWeights
 from nemo_minitron.core.chunks import chunk_terms
-from nemo_minitron.core.products import add_products, scaled, wide_dtype, wide_linear
+from nemo_minitron.core.products import add_products, scaled, sum_dtype, wide_dtype, wide_linear
 from nemo_minitron.core.sparse import SparseTargets
 
 CHUNK_BYTES, CPU_CHUNK_BYTES = 384 * 2**20, 96 * 2**20
@@ -48,7 +48,7 @@ class LossTerms:
     Attributes:
         loss: scalar to differentiate.
         divergence: mean divergence over valid tokens (nats, where it is one of distributions), detached; NaN
-            without a teacher.
+            without a teacher, or where it has no weight.
         ce: mean cross-entropy over valid tokens (nats), detached.
         more: further terms by name, detached.
     """
@@ -159,7 +159,7 @@ class _FusedLinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, divergence and cross-entropy, scalars; arguments as in ``fused_linear_loss``."""
         tokens = student_TH.shape[0]
-        sums = torch.zeros(2, dtype=torch.float64, device=student_TH.device)
+        sums = torch.zeros(2, dtype=sum_dtype(student_TH.device), device=student_TH.device)
         wide = wide_dtype(student_TH.dtype)
         grad_TH = torch.zeros_like(student_TH, dtype=wide) if wants_gradient else None
         grad_VH = torch.zeros_like(head_VH, dtype=wide) if wants_gradient else None
@@ -190,7 +190,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             ctx.tokens, ctx.dtypes = max(tokens, 1), (student_TH.dtype, head_VH.dtype)
         taught = teacher is not None or targets is not None
         loss = weights.kl * kl + weights.ce * ce if taught else weights.ce * ce
-        if not taught:
+        if not taught or not weights.kl:  # then it was not computed
             kl = torch.full_like(kl, float("nan"))
         ctx.mark_non_differentiable(kl, ce)
         return loss, kl, ce

@@ -19,6 +19,8 @@ TILE_BYTES = 2 * 2**20
 """Of a large operand so much is widened to float32 at a time that it stays in the cache."""
 WIDENS = {"cuda"}
 """Devices whose products of low-precision operands come out in float32 where that is asked for."""
+NARROW = {"mps"}
+"""Devices without float64."""
 _SETTING = Lock()
 
 
@@ -78,6 +80,11 @@ def add_products(
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are kept in: float64 of float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of scalars that are sums over many tokens: float64 where the device has it."""
+    return torch.float32 if device.type in NARROW else torch.float64
 
 
 def scaled(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

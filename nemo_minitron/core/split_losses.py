@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.core.losses import LossTerms, LossWeights, chunk_rows
-from nemo_minitron.core.products import add_products, scaled, wide_dtype, wide_linear
+from nemo_minitron.core.products import add_products, scaled, sum_dtype, wide_dtype, wide_linear
 
 Reduce = Callable[[Tensor, str], Tensor]
 """Of a tensor and ``sum`` or ``max``: the same over all ranks that share the vocabulary, on each of them."""
@@ -79,7 +79,7 @@ class _SplitLoss(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, divergence and cross-entropy, scalars; arguments as in ``split_linear_loss``."""
-        sums = torch.zeros(2, dtype=torch.float64, device=student_TH.device)
+        sums = torch.zeros(2, dtype=sum_dtype(student_TH.device), device=student_TH.device)
         wide = wide_dtype(student_TH.dtype)
         grad_TH = torch.zeros_like(student_TH, dtype=wide)
         grad_WH = torch.zeros_like(head_WH, dtype=wide)
@@ -98,7 +98,7 @@ class _SplitLoss(torch.autograd.Function):
         ctx.save_for_backward(reduce(grad_TH, "sum"), grad_WH)
         ctx.tokens, ctx.dtypes = tokens, (student_TH.dtype, head_WH.dtype)
         loss = weights.ce * ce if teacher is None else weights.kl * kl + weights.ce * ce
-        if teacher is None:
+        if teacher is None or not weights.kl:
             kl = torch.full_like(kl, float("nan"))
         ctx.mark_non_differentiable(kl, ce)
         return loss, kl, ce
@@ -143,12 +143,12 @@ def _chunk(
     grad_CW = log_q1_CW.exp()
     grad_CW[mine_C.nonzero()[:, 0], labels_C[mine_C]] -= 1
     grad_CW *= weights.ce
-    kl = torch.zeros((), dtype=torch.float64, device=student_CW.device)
+    kl = torch.zeros((), dtype=sum_dtype(student_CW.device), device=student_CW.device)
     if teacher_CW is not None:
         log_p_CW = _log_softmax(teacher_CW / tau, reduce)
         log_q_CW = log_q1_CW if tau == 1 else _log_softmax(student_CW / tau, reduce)
         p_CW = log_p_CW.exp()
-        kl = (p_CW * (log_p_CW - log_q_CW)).sum(-1).double().sum() * tau**2
+        kl = (p_CW * (log_p_CW - log_q_CW)).sum(-1).to(kl.dtype).sum() * tau**2
         grad_CW += (log_q_CW.exp() - p_CW) * (weights.kl * tau)
-    sums = reduce(torch.stack([kl, -picked_C.double().sum()]), "sum")
+    sums = reduce(torch.stack([kl, -picked_C.to(kl.dtype).sum()]), "sum")
     return sums[0], sums[1], grad_CW

@@ -160,7 +160,8 @@ def recipe_of(values: dict[str, Any]) -> str:
 
 
 _HOW = (
-    "launch", "track", "export", "batch_size", "accumulate_grad_batches", "val_check_interval", "baseline",
+    "launch", "track", "export", "batch_size", "accumulate_grad_batches", "val_check_interval",
+    "validate_every", "baseline",
 )  # fmt: skip
 """Keys of the configuration that say how stages work, not what comes of them."""
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from nemo_minitron.artifacts.log import read_log
 from nemo_minitron.artifacts.progress import note
-from nemo_minitron.core.losses import LossTerms
 
 try:  # NeMo 2.x has its own; it calls pl_module.model_transform(trainer.model) and ignores what comes back
     from nemo.lightning.pytorch.callbacks import ModelTransform
@@ -118,7 +117,7 @@ class TrainingLog(Callback):
         seconds = time.monotonic() - self._clock[1]
         speed = (step - self._clock[0]) * self.tokens_per_step / max(seconds, 1e-9)
         self._clock = (step, time.monotonic())
-        terms = _over_ranks(trainer, pl_module.last_terms)
+        terms = pl_module.learned.means(trainer.strategy)
         if not trainer.is_global_zero:
             return
         tokens = step * self.tokens_per_step
@@ -166,11 +165,3 @@ def _peak(device: torch.device) -> float | None:
 def _short(value: float) -> float:
     """Five significant digits, whatever the size."""
     return float(f"{value:.5g}")
-
-
-def _over_ranks(trainer: Trainer, terms: LossTerms) -> dict[str, float]:
-    """Terms as means over the ranks, each of which has seen other samples."""
-    named = terms.named()
-    parts = torch.stack([value.detach().float() for value in named.values()])
-    mean = trainer.strategy.reduce(parts, reduce_op="mean")
-    return dict(zip(named, mean.tolist(), strict=True))

@@ -177,7 +177,8 @@ class KnowledgeDistillation(Callback):
         if self._inside is None:
             return terms
         inside = self._inside(labels_T >= 0)
-        alpha = self._alpha(terms.loss.detach(), inside.detach())
+        logits_loss = self.weights.kl * terms.divergence if self.weights.kl else terms.loss
+        alpha = self._alpha(logits_loss.detach(), inside.detach())
         more = {"intermediate": inside.detach(), "alpha": alpha}
         return replace(terms, loss=terms.loss + alpha * inside, more=more)
 

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_minitron.core.losses import LossTerms
+from nemo_minitron.core.products import sum_dtype
+
 
 class LearnedTokens:
-    """Counts a step's tokens, and weighs its gradients by them.
+    """Counts a step's tokens, and weighs its gradients and its terms by them.
 
     Attributes:
         last: learned tokens of the last micro-batch, a scalar.
@@ -21,6 +24,20 @@ class LearnedTokens:
     def __init__(self) -> None:
         self.last = torch.zeros((), dtype=torch.long)
         self._counts: list[Tensor] = []
+        self._terms: list[dict[str, Tensor]] = []
+        self._step: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def note(self, terms: LossTerms) -> None:
+        """Keeps the terms of the micro-batch whose ``share`` was asked for last."""
+        self._terms.append(terms.named())
+
+    def means(self, strategy: Any) -> dict[str, float]:
+        """Terms of the last whole step: means over its learned tokens, in all micro-batches and ranks."""
+        assert self._step is not None
+        tokens, sums = self._step
+        parts = torch.stack([tokens, *sums.values()])
+        whole, *values = strategy.reduce(parts, reduce_op="sum").tolist()
+        return {name: value / max(whole, 1) for name, value in zip(sums, values, strict=True)}
 
     def share(self, batch: Any) -> Tensor:
         """Share of a micro-batch's tokens that are learned, by which its objective is to be multiplied.
@@ -36,7 +53,13 @@ class LearnedTokens:
     def weigh(self, module: nn.Module, strategy: Any) -> None:
         """Makes the gradients of a whole step those of the mean over its learned tokens."""
         counts = torch.stack(self._counts).sum(0)
-        self._counts = []
+        wide = sum_dtype(counts.device)
+        tokens = [count[0].to(wide) for count in self._counts]
+        sums = {
+            name: torch.stack([t[name].to(wide) * n for t, n in zip(self._terms, tokens, strict=True)]).sum()
+            for name in self._terms[0]
+        }
+        self._step, self._counts, self._terms = (counts[0].to(wide), sums), [], []
         learned, tokens = strategy.reduce(counts, reduce_op="sum").tolist()
         if 0 < learned < tokens:
             for parameter in module.parameters():

@@ -240,8 +240,9 @@ class MinitronModel(ModelPT):
         terms = self.evaluate_objective(batch)
         named = {f"train_{name}": value for name, value in terms.named().items()}
         self.log_dict(named, batch_size=len(labels_of(batch)))
-        self.last_terms = terms
-        return terms.loss * self.learned.share(batch)
+        self.last_terms, share = terms, self.learned.share(batch)
+        self.learned.note(terms)
+        return terms.loss * share
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """The mean over the step's learned tokens."""

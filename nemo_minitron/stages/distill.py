@@ -51,7 +51,7 @@ def run(config: Config) -> Result:
 
         return load_model(pruned, dtype=torch.float32), read_config(pruned), pruned
 
-    elsewhere = ("teacher", "teacher_place", "cache")
+    elsewhere = ("teacher", "teacher_place", "cache", "chunk_tokens")
     section = {**asdict(settings), **dict.fromkeys(elsewhere), "trainer": {}, "optim": {}}
     section["live_teacher"] = settings.live_teacher is not None  # wherever it lies
     folder = workspace / "student"

@@ -122,7 +122,7 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
     samples_a_step = _samples_a_step(config, trainer, section["batch_size"])
     decides = {
         **resolved,
-        "trainer": _in_steps(deciding(trainer), trainer),
+        "trainer": deciding(trainer),
         "batch_size": samples_a_step,
         "training": _deciding(config.training),
         "train": sampling(config.data.train),
@@ -130,28 +130,26 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
     return resolved, decides
 
 
-def _in_steps(decides: dict[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Lightning counts the validation's interval in micro-batches, whose size decides nothing."""
-    per_step, name = trainer.get("accumulate_grad_batches") or 1, "val_check_interval"
-    if per_step == 1 or not isinstance(decides.get(name), int):
-        return decides
-    whole, rest = divmod(decides[name], per_step)
-    return {**decides, name: whole if not rest else decides[name] / per_step}
-
-
 def _deciding(training: TrainingConfig) -> dict[str, Any]:
-    """What of ``training`` decides the weights; where the default was always the rule, nothing."""
-    named = ("ema_decay", "on_bad_loss", "spike_factor", "spike_window", "transformer_engine")
+    """What of ``training`` decides the weights; where the default was always the rule, nothing.
+
+    Not what a bad loss does: whoever is stopped by one must be able to go on, and what was left out lies
+    beside the weights.
+    """
+    named = ("ema_decay", "transformer_engine")
     default = TrainingConfig()
     values = {name: getattr(training, name) for name in named}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
 def resolved_trainer(config: Config, changes: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """``trainer`` with a stage's changes, torchrun's devices, and the steps of a budget of tokens."""
+    """``trainer`` with torchrun's devices, and steps by ``training``, but for what the stage itself says."""
     trainer = {**merged(config.trainer, changes), **_launched()}
-    if config.training.max_tokens is not None:
+    if config.training.max_tokens is not None and changes.get("max_steps") is None:
         trainer["max_steps"] = _steps(config, trainer, batch_size)
+    if config.training.validate_every is not None and changes.get("val_check_interval") is None:
+        per_step = trainer.get("accumulate_grad_batches") or 1
+        trainer["val_check_interval"] = config.training.validate_every * per_step
     return trainer
 
 

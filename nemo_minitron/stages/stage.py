@@ -215,6 +215,10 @@ _NOT_DECIDING = (
     "num_nodes",
     "strategy",
     "accumulate_grad_batches",
+    "val_check_interval",  # neither does looking change what is looked at
+    "check_val_every_n_epoch",
+    "limit_val_batches",
+    "num_sanity_val_steps",
     "enable_progress_bar",
     "enable_model_summary",
     "log_every_n_steps",

@@ -125,7 +125,16 @@ class TrainingConfig:
     """What every training shares, besides what Lightning and NeMo know."""
 
     max_tokens: int | None = key(
-        None, "tokens to train on; sets trainer.max_steps, and the schedule with it", least=1
+        None,
+        "tokens to train on; sets trainer.max_steps, and the schedule with it, where the stage has no "
+        "max_steps of its own",
+        least=1,
+    )
+    validate_every: int | None = key(
+        None,
+        "steps between validations, however many micro-batches make a step; null: "
+        "trainer.val_check_interval, which counts micro-batches",
+        least=1,
     )
     parallel: str = key(
         "replicate",
