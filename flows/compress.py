@@ -81,7 +81,7 @@ def compress(
         checked = composed(config_name, overrides, workspace, model, data, plan, launch)
     else:
         checked = from_dict(config)
-    checked.launch.wait = patience(checked.launch.wait)
+    checked.launch.wait = patience(checked.launch)
     if checked.plan.budget.params is not None:
         from nemo_minitron.flows.search import search
 

@@ -53,7 +53,7 @@ def evaluate_checkpoint(
     if previous is not None:
         config.evaluate.previous = previous
     place = Path(workspace)
-    with at_work(place, patience(config.launch.wait)):
+    with at_work(place, patience(config.launch)):
         note_command(place, ["minitron", "evaluate", f"evaluate.model={folder}", *(overrides or [])])
         results = run_stages(["download", "evaluate"], config)
     return results

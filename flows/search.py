@@ -76,7 +76,7 @@ def search(
         checked = from_dict(config)
     words = ["minitron", "run", "--config-name", config_name, *(overrides or [])]
     place = Path(checked.workspace)
-    with at_work(place, patience(checked.launch.wait)):
+    with at_work(place, patience(checked.launch)):
         note_command(place, shlex.split(command) if command else words)
         score_once(checked)
         sizes = choose(checked)

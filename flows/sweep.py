@@ -85,7 +85,7 @@ def sweep(
     base = composed(config_name, overrides, workspace, model, data, None, launch)
     configs = _configs(base, variants, config_name, overrides, workspace, model, data, launch)
     place = Path(base.workspace)
-    with at_work(place, patience(base.launch.wait)):
+    with at_work(place, patience(base.launch)):
         note_command(place, ["minitron", "flow", "sweep", "--config-name", config_name, *(overrides or [])])
         score_once(base)
         outcomes = run_variants(base, configs)

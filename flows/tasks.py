@@ -4,9 +4,7 @@ import contextlib
 import contextvars
 import gc
 import logging
-import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from nemo_minitron.flows import publish
+from nemo_minitron.flows.turn import locks
 from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
@@ -22,7 +21,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TagsContext, TaskRunContext
 from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
-from prefect.states import Cancelled, Crashed
+from prefect.states import Cancelled, Crashed, Failed
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import exponential_backoff
 
@@ -82,13 +81,24 @@ def stage(name: str, values: dict[str, Any]) -> Any:
             result = launch(call, relay.take, _suspended)
     except Exception as error:
         if isinstance(error, GateError):
-            publish.gate(workspace, error)
+            with _shown(relay):
+                publish.gate(workspace, error)
         return _failed(call, values, error)
-    publish.stage(workspace, name, result, time.monotonic() - started)
+    with _shown(relay):
+        publish.stage(workspace, name, result, time.monotonic() - started)
     warning = _tracked(call.config, name, result)
     if warning:
         relay.say(warning)
     return result
+
+
+@contextlib.contextmanager
+def _shown(relay: "Relay") -> Iterator[None]:
+    """What is for the eyes only: a server that is away costs a line of the log, not a stage that is done."""
+    try:
+        yield
+    except Exception as error:
+        relay.say(f"not published: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
@@ -117,7 +127,8 @@ def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
     if isinstance(result, State):
         if result.is_cancelled():
             _suspend_if_asked()
-        raise StageError(name, failures.LOST, result.message or f"{name} crashed")
+        kind = failures.SLOW if result.name == "TimedOut" else failures.LOST
+        raise StageError(name, kind, result.message or f"{name} crashed")
     assert isinstance(result, Result)
     return result
 
@@ -134,6 +145,8 @@ def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
         return Cancelled(message=f"{call.name}: the run is suspended; resumed, it goes on from here")
     if kind == failures.STOPPED:
         raise TerminationSignal(15) from error
+    if kind == failures.SLOW:
+        return Failed(name="TimedOut", message=str(error))
     if kind == failures.MEMORY:
         if not note_memory(workspace, call.name, values):
             text = f"{call.name}: out of memory, and its micro-batch cannot be made smaller: {error}"
@@ -174,21 +187,6 @@ def _let_go(error: Exception) -> None:
         torch.cuda.empty_cache()
 
 
-def _locks() -> Path:
-    """The folder of all users' locks on accelerators.
-
-    Raises:
-        ValueError: it is there, and not for all to write.
-    """
-    folder = Path(tempfile.gettempdir()) / "nemo_minitron-locks"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir()
-        folder.chmod(0o777)  # whatever the umask; not sticky, else Linux keeps one user from another's file
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"launch.accelerator: {folder}: expected a folder that all users may write to")
-    return folder
-
-
 @contextlib.contextmanager
 def _slot(name: str, config: Config) -> Iterator[None]:
     """Holds the accelerator while a stage computes; flows on this machine that share it wait for each other.
@@ -201,7 +199,7 @@ def _slot(name: str, config: Config) -> Iterator[None]:
     if accelerator is None or computes not in SEVERAL or config.launch.kind == "slurm":
         yield
         return
-    folder = _locks()
+    folder = locks()
     lock = FileLock(folder / f"{publish.key(Path(accelerator))}.lock", mode=0o666, timeout=0)
     waited = False
     while not lock.is_locked:

@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 PROGRAMS = ("sbatch", "squeue", "scancel", "scontrol", "srun")
@@ -62,6 +63,12 @@ def send(jobs: Path, number: str, what: signal.Signals) -> None:
 def main(folder: Path, program: str, words: list[str]) -> int:
     jobs = folder / "jobs"
     if program == "sbatch":
+        while (folder / "slow").exists():  # it has taken the job, and does not answer
+            if not list(jobs.glob("*.sh")):
+                (jobs / "1.sh").write_text(sys.stdin.read())
+                (jobs / "1.name").write_text(option(words, "--job-name") or "")
+                start(jobs, "1")
+            time.sleep(0.1)
         if (folder / "refuse").exists():
             print(
                 "sbatch: error: Batch job submission failed: Invalid partition name specified",
@@ -70,17 +77,24 @@ def main(folder: Path, program: str, words: list[str]) -> int:
             return 1
         number = str(len(list(jobs.glob("*.sh"))) + 1)
         (jobs / f"{number}.sh").write_text(sys.stdin.read())
+        (jobs / f"{number}.name").write_text(option(words, "--job-name") or "")
         start(jobs, number)
         print(number)
     elif program == "squeue":
-        number = option(words, "--jobs")
-        assert number is not None
+        number, name = option(words, "--jobs"), option(words, "--name")
+        if number is None:
+            named = [path.stem for path in jobs.glob("*.name") if path.read_text() == name]
+            print(*[each for each in named if running(jobs, each)], sep="\n")
+            return 0
         if not (jobs / f"{number}.sh").is_file():
             print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
             return 1
         if running(jobs, number):
             print("RUNNING")
     elif program == "scancel":
+        if (folder / "away").exists():
+            print("scancel: error: Unable to contact slurm controller", file=sys.stderr)
+            return 1
         (jobs / f"{words[-1]}.cancelled").touch()
         send(jobs, words[-1], signal.SIGTERM)
     elif program == "scontrol" and words[0] == "requeue":

@@ -1,4 +1,4 @@
-"""tokenizers: from documents to samples of token ids, the same on every machine for a given seed.
+"""Samples for scoring: from documents to token ids, the same on every machine for a given seed.
 
 Shape suffixes: N or B samples, S positions.
 """
@@ -18,8 +18,6 @@ from nemo_minitron.bridge.tokenizer import tokenised
 
 POOL = 8192
 """Samples among which the next is drawn; a constant, so that more samples begin with those that fewer are."""
-_SPREAD = 8
-"""How many times as much text is read as samples are taken from it in ``pack``."""
 PACKING = ("plain", "documents", "off")
 
 
@@ -199,63 +197,3 @@ def _windows(
             continued = [*range(begin), *positions[begin : length + 1]]
             yield torch.tensor(ids[: length + 1]), torch.tensor(continued)
             ids, positions = ids[length:], positions[length:]
-
-
-def pack(
-    texts: TextSet,
-    tokenizer: Any,
-    length: int,
-    samples: int | None,
-    seed: int,
-    at_most: bool = False,
-    where: str | None = None,
-) -> Tensor:
-    """Packs documents end to end, separated by the tokenizer's own begin and end tokens, into samples.
-
-    A sample is ``length`` tokens and the one that follows, which is the label of the last: consecutive
-        samples
-    overlap by one token, so that every token but the first is predicted once.
-
-    Args:
-        texts: what to read.
-        tokenizer: a Hugging Face tokenizer.
-        length: tokens per sample.
-        samples: how many to make; None: all.
-        seed: order of files, and of samples.
-        where: configuration section of ``samples``, for messages; None: that of the text.
-        at_most: whether fewer than ``samples`` are acceptable.
-
-    Returns:
-        Tensor of shape [samples, length + 1], int64.
-
-    Raises:
-        ValueError: no text, too little for one sample, or for ``samples``.
-    """
-    wanted = None if samples is None else _SPREAD * samples * length + 1
-    stream = _token_stream(texts, tokenizer, seed, wanted)
-    total = len(stream)
-    count = (total - 1) // length
-    if samples is not None and count < samples and not at_most:
-        raise ValueError(
-            f"{where or texts.where}.samples: expected {samples} samples of {length} tokens, "
-            f"the text yields {max(count, 0)}"
-        )
-    if count < 1:
-        raise ValueError(f"{texts.where}: the text has {total} tokens, one sample needs {length + 1}")
-    packed = stream[: count * length + 1].unfold(0, length + 1, length)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return packed[order[:samples]].long()
-
-
-def _token_stream(texts: TextSet, tokenizer: Any, seed: int, wanted: int | None) -> Tensor:
-    """Token ids of the documents end to end, int32, until there are as many as wanted."""
-    chunks: list[Tensor] = []
-    total = 0
-    for ids in tokenised(documents(texts, seed), tokenizer, texts.where):
-        chunks.append(torch.tensor(ids, dtype=torch.int32))
-        total += len(ids)
-        if wanted is not None and total >= wanted:
-            break
-    if not chunks:
-        raise ValueError(f"{texts.where}.paths: {len(texts.files)} files hold no text")
-    return torch.cat(chunks)

@@ -132,7 +132,13 @@ def _fingerprint(path: Path) -> str:
 def _file_fingerprint(path: Path) -> str:
     if path.is_dir():
         return digest([_fingerprint(file) for file in sorted(path.rglob("*")) if file.is_file()])
-    size = path.stat().st_size
+    found = path.stat()
+    return _hashed(path, found.st_size, found.st_mtime_ns)
+
+
+@functools.cache
+def _hashed(path: Path, size: int, changed: int) -> str:
+    """A file's hash, once for each state of it: stages ask several times, of terabytes."""
     with path.open("rb") as file:
         if size <= _WHOLE:
             return hashlib.sha256(file.read()).hexdigest()

@@ -90,7 +90,8 @@ def _state(folder: Path) -> dict[str, Any]:
     """How far the cache has come: tokens on disk, documents they are from, and whether these were all."""
     if (folder / PROGRESS).is_file():
         known: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        return known
+        if (folder / IDS).is_file() and (folder / IDS).stat().st_size >= known["tokens"] * _ITEM.itemsize:
+            return known  # else somebody has shortened the file: it is made anew
     return {"tokens": 0, "documents": 0, "ended": False}
 
 

@@ -195,5 +195,6 @@ class _Pump(threading.Thread):
         with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
             file.writelines(f"{text}\n" for text in texts)  # a full disk is for the stage to find
         for text in texts:
-            with contextlib.suppress(Exception):  # nor may a listener stop it
+            # nor may a listener stop it: rich ends the process where its terminal, a worker, has gone
+            with contextlib.suppress(Exception, SystemExit):
                 self._on_line(text)

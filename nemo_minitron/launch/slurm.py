@@ -8,6 +8,7 @@ a training save.
 
 import json
 import re
+import secrets
 import shlex
 import subprocess
 import time
@@ -97,20 +98,49 @@ def run_job(
     if number is None:
         _end(papers, outcome, on_line, poll)
         clear(outcome)
-        number = _submit(job)
-        write_json(papers, {"job": number, "recipe": recipe})
+        name = f"{job.name}-{secrets.token_hex(4)}"
+        # before it is submitted: whoever is ended while sbatch works, or hears no answer, finds it by name
+        write_json(papers, {"name": name, "recipe": recipe})
+        try:
+            number = _submit(job, name)
+        except ValueError:  # refused
+            papers.unlink(missing_ok=True)
+            raise
+        except ConnectionError:
+            raise
+        except BaseException:
+            _cancel(_number(papers, recipe), papers, on_line)
+            raise
+        write_json(papers, {"job": number, "name": name, "recipe": recipe})
         on_line(f"Slurm job {number} submitted")
     else:
         on_line(f"Slurm job {number} is this stage's already; waiting for it")
+    _watch(number, papers, outcome, on_line, poll)
+    papers.unlink(missing_ok=True)
+    return number
+
+
+def _watch(number: str, papers: Path, outcome: Path, on_line: Callable[[str], None], poll: float) -> None:
+    """Waits for a job's end; whoever ends this process in an orderly way ends the job."""
     try:
         _wait(number, outcome, on_line, poll)
     except BaseException:
-        _call("scancel", "--signal=TERM", "--full", number)
-        _call("scancel", number)
-        papers.unlink(missing_ok=True)
+        _cancel(number, papers, on_line)
         raise
-    papers.unlink(missing_ok=True)
-    return number
+
+
+def _cancel(number: str | None, papers: Path, on_line: Callable[[str], None]) -> None:
+    """Ends a job, and forgets it once Slurm has heard of that."""
+    if number is None:
+        return
+    _call("scancel", "--signal=TERM", "--full", number)
+    code, _, error = _call("scancel", number)
+    if code:
+        on_line(
+            f"Slurm job {number} could not be cancelled ({' '.join(error.split())}); the next run finds it"
+        )
+    else:
+        papers.unlink(missing_ok=True)
 
 
 def adopt(papers: Path, outcome: Path, recipe: str, on_line: Callable[[str], None], poll: float) -> None:
@@ -124,7 +154,7 @@ def adopt(papers: Path, outcome: Path, recipe: str, on_line: Callable[[str], Non
         _end(papers, outcome, on_line, poll)
         return
     on_line(f"waiting for Slurm job {number} of an earlier run")
-    _wait(number, outcome, on_line, poll)
+    _watch(number, papers, outcome, on_line, poll)
 
 
 def _end(papers: Path, outcome: Path, on_line: Callable[[str], None], poll: float) -> None:
@@ -138,19 +168,30 @@ def _end(papers: Path, outcome: Path, on_line: Callable[[str], None], poll: floa
 
 
 def _number(papers: Path, recipe: str | None) -> str | None:
-    """The job that the papers name; None where there is none, or it is for another recipe."""
+    """The job that the papers name; None where there is none, or it is for another recipe.
+
+    Raises:
+        ConnectionError: Slurm knows whether there is one, and cannot be asked now.
+    """
     try:
         noted = json.loads(papers.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return str(noted["job"]) if recipe in (None, noted["recipe"]) else None
+    if recipe not in (None, noted["recipe"]):
+        return None
+    if "job" in noted:
+        return str(noted["job"])
+    code, out, error = _call("squeue", "--noheader", "--format=%i", "--name", noted["name"])
+    if code:
+        raise ConnectionError(f"squeue: {' '.join(error.split()) or f'exit status {code}'}")
+    return out.split()[0] if out.strip() else None
 
 
-def _submit(job: Job) -> str:
+def _submit(job: Job, name: str) -> str:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     try:
         done = subprocess.run(
-            ["sbatch", "--parsable"],
+            ["sbatch", "--parsable", f"--job-name={name}"],
             input=script(job),
             capture_output=True,
             text=True,
@@ -161,6 +202,8 @@ def _submit(job: Job) -> str:
         raise ValueError(
             "launch.kind=slurm: no program 'sbatch' here; start the flow on a login node"
         ) from error
+    except subprocess.TimeoutExpired as error:
+        raise ConnectionError("sbatch: no answer within two minutes") from error
     if done.returncode and re.search("timed out|unable to contact|temporarily", done.stderr, re.IGNORECASE):
         raise ConnectionError(f"sbatch: {' '.join(done.stderr.split())}")
     if done.returncode:

@@ -42,10 +42,17 @@ class ExactResume(Callback):
 
     Lightning 2.4 writes such checkpoints before it counts the batch as completed, and counts from the
     completed ones on resuming: one batch is lost from the accumulation of gradients and from the rhythm of
-    validation. And it counts in micro-batches, of which a step may have another number than before.
+    validation. And it counts in micro-batches, of which a step may have another number than before. What a
+    model draws by chance (dropout) neither of them carries over: here each micro-batch of a step and each
+    reader of samples has a seed of its own.
+
+    Attributes:
+        seed: of the draws.
+        tensor_parallel: ranks that share the work on each sample, and draw the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0, tensor_parallel: int = 1) -> None:
+        self.seed, self.tensor_parallel = seed, tensor_parallel
         self._resumed = False
 
     def on_load_checkpoint(
@@ -65,11 +72,19 @@ class ExactResume(Callback):
 
         NeMo validates nothing while the loop restarts, so the batch would go without the validation that is
         due behind it. And a validation that the restart made up for has counted as a step.
+
+        Then seeds what the batch will draw.
         """
         if self._resumed:
             self._resumed = False
             loop = trainer.fit_loop.epoch_loop
             loop.restarting, loop._batches_that_stepped = False, trainer.global_step
+        micro, reader = (
+            batch_idx % trainer.accumulate_grad_batches,
+            trainer.global_rank // self.tensor_parallel,
+        )
+        draw = ((self.seed * 1_000_003 + trainer.global_step) * 1_000_003 + micro) * 1_000_003 + reader
+        torch.manual_seed(draw % 2**63)
 
 
 class TrainingLog(Callback):

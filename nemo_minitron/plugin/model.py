@@ -25,7 +25,7 @@ from nemo_minitron.bridge.models import (
     save_model,
     softcap_of,
 )
-from nemo_minitron.bridge.samples import pack
+from nemo_minitron.bridge.packing import pack
 from nemo_minitron.bridge.text import find_text
 from nemo_minitron.core.losses import LossTerms, LossWeights
 from nemo_minitron.families import axis_sizes, config_with_sizes, family_of

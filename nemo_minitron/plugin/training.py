@@ -6,6 +6,7 @@ Lightning's Trainer, exp_manager for checkpoints and loggers, resumable at any t
 import inspect
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,7 @@ def _trainer(recipe: Recipe, callbacks: Sequence[Callback]) -> Trainer:
     arguments, options = dict(recipe.trainer), recipe.options
     bar = [TQDMProgressBar(refresh_rate=10)] if arguments.get("enable_progress_bar", True) else []
     average = [] if options.ema_decay is None else [Averaging(options.ema_decay)]
-    guards = [ExactResume(), LossGuard(options.spikes)]
+    guards = [ExactResume(recipe.seed, options.tensor_parallel), LossGuard(options.spikes)]
     # logger, checkpoints and their folders are exp_manager's; the sampler knows its ranks itself
     fixed = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}
     if options.shard:
@@ -253,6 +254,8 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
         raise ValueError("exp_manager.ema: its average never becomes the result; use training.ema_decay")
     folder = state / "nemo"
     newest = newest_checkpoint(folder / "checkpoints")
+    if trainer.is_global_zero and newest is not None:
+        _tidy(folder / "checkpoints", recipe.exp_manager.get("checkpoint_callback_params") or {})
     # a validation that was due behind the checkpoint, and did not come to its end, is made up for
     validated = [line["step"] for line in log.read_log(state / log.FILE) if "val_loss" in line]
     settings = {
@@ -271,12 +274,25 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
         raise ValueError(f"exp_manager: {str(error).splitlines()[0]}") from error
 
 
+def _tidy(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Removes finished checkpoints that the next one would have removed, had the training not been stopped.
+
+    What is saved on a signal no callback keeps count of; and NeMo forgets sharded ones when it resumes.
+    """
+    most = settings.get("save_top_k")
+    if settings.get("monitor") != "step" or not isinstance(most, int) or most < 1:
+        return  # it is not the newest that are to be kept
+    for path in sorted(_finished(folder), key=step_of)[:-most]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _finished(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.ckpt") if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The finished checkpoint with the highest step in its name, or None."""
-    finished = [
-        path for path in folder.glob("*.ckpt") if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)
-    ]
-    return max(finished, key=step_of, default=None)
+    return max(_finished(folder), key=step_of, default=None)
 
 
 def step_of(checkpoint: Path) -> int:

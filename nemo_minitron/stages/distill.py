@@ -1,5 +1,6 @@
 """distill: the pruned model learns from the teacher's logits ([P1] section 3)."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.artifacts.build import STATE
 from nemo_minitron.artifacts.checkpoint import read_config
+from nemo_minitron.artifacts.manifest import read_manifest
 from nemo_minitron.artifacts.plan import read_plan
 from nemo_minitron.artifacts.teacher_logits import TeacherLogits
 from nemo_minitron.artifacts.workspace import input_artifact
@@ -15,6 +17,7 @@ from nemo_minitron.core.divergences import Divergence
 from nemo_minitron.core.intermediate import IntermediateWeights
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.stages.logits import asked_for
 from nemo_minitron.stages.samples import LOGITS, sample_fingerprint
 from nemo_minitron.stages.stage import Result, distillation_teacher, shared_vocabulary, workspace_of
 from nemo_minitron.stages.training_config import DistillConfig, IntermediateConfig
@@ -121,11 +124,7 @@ def _cached(
         raise ValueError(f"{where}: stays what it is, and distill.live_teacher changes; use online")
     if inside is not None:
         raise ValueError(f"{where}: holds no hidden states, which distill.intermediate.terms needs")
-    if cache.facts["temperature"] != divergence.temperature:
-        raise ValueError(
-            f"{where}: made at temperature {cache.facts['temperature']}, found distill.temperature="
-            f"{divergence.temperature}; run 'minitron logits' again"
-        )
+    _check_cache(config, where)
     ours = read_config(pruned)["vocab_size"]
     vocabulary = None if ours == cache.facts["vocabulary"] else cache.facts["vocabulary"]
 
@@ -140,10 +139,38 @@ def _cached(
         from nemo_minitron.plugin.data import Numbered
 
         if sample_fingerprint(samples) != cache.facts["samples"]:
-            raise ValueError(f"{where}: made for other samples; run 'minitron logits' again")
+            raise ValueError(
+                f"{where}: made for other samples ({cache.facts['rows']:,}; this training reads "
+                f"{len(samples):,}); run 'minitron logits' again, with the same data.train.samples if on "
+                "fewer ranks"
+            )
         return Numbered(samples), Numbered(validation, cache.facts["validation"])
 
     return callbacks, dress
+
+
+def _check_cache(config: Config, where: str) -> None:
+    """Refuses logits that were made otherwise than the configuration says now.
+
+    Raises:
+        ValueError: they were.
+    """
+    manifest = read_manifest(workspace_of(config) / LOGITS)
+    assert manifest is not None
+    again = "run 'minitron logits' again"
+    for name, value in asked_for(config).items():
+        made = manifest.config.get(name)
+        if name == "train":  # how many samples: seen of the samples themselves
+            made, value = [{key: each[key] for key in each if key != "samples"} for each in (made, value)]
+        if made != value:
+            raise ValueError(f"{where}: made with {name} {made}, found {value}; {again}")
+    inputs = training_inputs(config)
+    with contextlib.suppress(ValueError, OSError):  # a teacher that is gone is not needed any more
+        inputs.insert(0, distillation_teacher(config)[1])
+    made_from = {item.fingerprint for item in manifest.inputs}
+    for item in inputs:
+        if item.fingerprint not in made_from:
+            raise ValueError(f"{where}: made from something else than {item.path}; {again}")
 
 
 def _divergence(settings: DistillConfig) -> Divergence:

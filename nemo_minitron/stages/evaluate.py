@@ -23,7 +23,7 @@ from nemo_minitron.stages.report import write_page
 from nemo_minitron.stages.stage import (
     VALIDATION_SAMPLES,
     Result,
-    sampling,
+    held_out_sampling,
     shared_vocabulary,
     teacher_folder,
     text_input,
@@ -56,7 +56,7 @@ def run(config: Config) -> Result:
             work(bench, ranks)
         ranks.broadcast(None)
         return Result("evaluate", folder, False, "")
-    settings = {**asdict(config.evaluate), "validation": sampling(config.data.validation, VALIDATION_SAMPLES)}
+    settings = {**asdict(config.evaluate), "validation": held_out_sampling(config, VALIDATION_SAMPLES)}
     for name in (*JUDGES, "from_scratch", "batch_size", "model"):
         del settings[name]
 
@@ -174,7 +174,7 @@ def _assembled(config: Config, bench: Bench) -> dict[str, Any]:
         "data_sets": {name: task["data_set"] for name, task in tasks.items() if task["data_set"]},
         "compared": _compared(bench, found),
         "measured_on": {
-            "text": bench.text, **sampling(config.data.validation, VALIDATION_SAMPLES),
+            "text": bench.text, **held_out_sampling(config, VALIDATION_SAMPLES),
             "task_limit": config.evaluate.task_limit, "task_dir": bench.tasks_print,
         },
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """logits: runs the teacher once over what distillation will read, and keeps a few entries per token."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nemo_minitron.stages.samples import LOGITS, sample_fingerprint, training_sa
 from nemo_minitron.stages.stage import (
     Result,
     distillation_teacher,
+    held_out_sampling,
     sampling,
     shared_vocabulary,
     teacher_folder,
@@ -41,12 +43,7 @@ def run(config: Config) -> Result:
         )
     trainer = resolved_trainer(config, {}, config.distill.batch_size)
     needed = samples_for(config, trainer, config.distill.batch_size)
-    decides = {
-        "method": settings.method, "entries": settings.entries, "temperature": config.distill.temperature,
-        "seed": settings.seed if settings.method == "sampling" else None, "samples": needed,
-        "train": sampling(config.data.train), "validation": sampling(config.data.validation),
-        "dtype": config.distill.teacher_dtype,
-    }  # fmt: skip
+    decides = asked_for(config) | {"samples": needed}
     from nemo_minitron.bridge.ranks import join
 
     ranks = join("cpu" if trainer["accelerator"] == "cpu" else "auto")
@@ -64,7 +61,7 @@ def run(config: Config) -> Result:
         ranks.broadcast(state)
         facts = _teach(config, teacher, source, needed, vocabulary, state, ranks)
         for path in sorted(state.glob("part-*.safetensors")):
-            path.replace(target / path.name)
+            _also(path, target / path.name)
         write_json(target / teacher_logits.FILE, facts)
 
     made = make_resumable(folder, "logits", decides, [teacher_input, *training_inputs(config)], build)
@@ -73,6 +70,25 @@ def run(config: Config) -> Result:
     ranks.broadcast(made)
     facts = TeacherLogits(folder).facts
     return Result("logits", folder, made, _headline(facts), facts=dict(facts))
+
+
+def asked_for(config: Config) -> dict[str, Any]:
+    """What of the configuration decides the cache, but for how many samples there are."""
+    settings = config.distill.cache
+    return {
+        "method": settings.method, "entries": settings.entries, "temperature": config.distill.temperature,
+        "seed": settings.seed if settings.method == "sampling" else None,
+        "train": sampling(config.data.train), "validation": held_out_sampling(config),
+        "dtype": config.distill.teacher_dtype,
+    }  # fmt: skip
+
+
+def _also(path: Path, target: Path) -> None:
+    """Gives a part a second name: whoever is killed while they are hashed still finds it in the state."""
+    try:
+        os.link(path, target)
+    except OSError:  # a file system without
+        path.replace(target)
 
 
 def _headline(facts: Any) -> str:

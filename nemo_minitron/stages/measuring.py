@@ -9,7 +9,7 @@ from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.artifacts.results import Results
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.progress import bar
-from nemo_minitron.stages.stage import VALIDATION_SAMPLES, sampling
+from nemo_minitron.stages.stage import VALIDATION_SAMPLES, held_out_sampling
 
 TEXT, WRITING, SPEED = "text", "writing", "speed"
 
@@ -76,7 +76,7 @@ class Bench:
         """All that decides a unit's outcome."""
         settings = self.config.evaluate
         key: dict[str, Any] = {"what": unit.what, "model": self.checkpoint(unit.model).fingerprint}
-        held_out = {"text": self.text, **sampling(self.config.data.validation, VALIDATION_SAMPLES)}
+        held_out = {"text": self.text, **held_out_sampling(self.config, VALIDATION_SAMPLES)}
         if unit.what in (TEXT, WRITING):
             key |= {"teacher": self.checkpoint("teacher").fingerprint, "held_out": held_out}
         if unit.what == WRITING:

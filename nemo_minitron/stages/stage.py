@@ -152,6 +152,20 @@ def validation_text(config: Config) -> Any:
     return _find(config.data.train, "data.train", "held_out", config.data.holdout)
 
 
+def validation_mixture(config: Config) -> list[tuple[Any, float]]:
+    """Text for measuring and its weights: what is held out is mixed as what is trained on."""
+    own = config.data.train
+    if config.data.validation.paths or own.weights is None:
+        return [(validation_text(config), 1.0)]
+    return _mixture(own, own.weights, "data.train", "held_out", config.data.holdout)
+
+
+def held_out_sampling(config: Config, default: int | None = None) -> dict[str, Any]:
+    """What decides the samples for measuring, for fingerprints; ``default`` stands for null samples."""
+    values, mixed = sampling(config.data.validation, default), len(validation_mixture(config)) > 1
+    return {**values, "weights": list(config.data.train.weights or [])} if mixed else values
+
+
 def _split(config: Config, side: str) -> str:
     return "all" if config.data.validation.paths else side
 
@@ -177,15 +191,14 @@ VALIDATION_SAMPLES = 512
 
 def validation_samples(config: Config, tokenizer: Any) -> Any:
     """Packed held-out samples, Tensor of shape [samples, positions + 1]."""
-    from nemo_minitron.bridge.samples import pack
+    from nemo_minitron.bridge.packing import pack_mixture
 
     own = config.data.validation
-    wanted = own.samples or VALIDATION_SAMPLES
-    return pack(
-        validation_text(config),
+    return pack_mixture(
+        validation_mixture(config),
         tokenizer,
         own.sequence_length,
-        wanted,
+        own.samples or VALIDATION_SAMPLES,
         own.seed,
         own.samples is None,
         "data.validation",

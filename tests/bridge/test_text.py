@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nemo_minitron.bridge.models import load_tokenizer
-from nemo_minitron.bridge.samples import calibration_samples, pack
+from nemo_minitron.bridge.packing import pack, pack_mixture
+from nemo_minitron.bridge.samples import calibration_samples
 from nemo_minitron.bridge.text import documents, find_text, plain
 
 
@@ -89,6 +90,23 @@ def test_samples_hold_every_token_once_and_repeat_by_seed(corpus, tokenizer):
     assert not torch.equal(packed, pack(texts, tokenizer, 16, None, 4))
     few = pack(texts, tokenizer, 16, 10, 3)
     assert few.shape == (10, 17)
+
+
+def test_what_is_measured_on_is_mixed_by_the_weights(tmp_path, tokenizer):
+    for name, word in (("a", "alpha"), ("b", "beta"), ("short", "x")):
+        (tmp_path / name).mkdir()
+        for number in range(1 if name == "short" else 30):
+            (tmp_path / name / f"{number}.txt").write_text(f"{word} " * (1 if name == "short" else 40))
+    mixture = [
+        (found([tmp_path / name]), weight) for name, weight in (("a", 3.0), ("b", 1.0), ("short", 0.1))
+    ]
+    packed = pack_mixture(mixture, tokenizer, 16, 40, 0, False, "data.validation")
+    beta = set(tokenizer(" beta beta")["input_ids"]) - set(tokenizer(" alpha alpha")["input_ids"])
+    of_b = sum(bool(beta & set(row.tolist())) for row in packed)
+    assert packed.shape == (40, 17) and of_b == 10
+    with pytest.raises(ValueError, match=r"data\.validation\.samples: expected 100000 samples of 16 tokens"):
+        pack_mixture(mixture, tokenizer, 16, 100000, 0, False, "data.validation")
+    assert len(pack_mixture(mixture, tokenizer, 16, 100000, 0, True, "data.validation")) > 40
 
 
 def test_the_split_is_disjoint_whole_and_puts_copies_on_one_side(corpus, tmp_path):

@@ -55,6 +55,16 @@ def test_the_cache_holds_the_documents_end_to_end_and_is_made_once(tmp_path, tex
     assert again.tolist() == ids.tolist()
 
 
+def test_a_file_that_somebody_has_shortened_is_made_anew(tmp_path, texts, tokenizer):
+    root = tmp_path / "tokens"
+    whole_ids = cached_tokens(root, texts, tokenizer, 0, 200).tolist()
+    (folder,) = made(root)
+    with (folder / "tokens.bin").open("r+b") as file:
+        file.truncate(100)
+    assert cached_tokens(root, texts, tokenizer, 0, 400).tolist()[: len(whole_ids)] == whole_ids
+    assert not verify(folder)
+
+
 def test_wanting_more_grows_it_and_other_text_seeds_and_tokenizers_have_their_own(tmp_path, texts, tokenizer):
     root = tmp_path / "tokens"
     few = cached_tokens(root, texts, tokenizer, 0, 200)

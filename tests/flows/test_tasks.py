@@ -156,12 +156,12 @@ def test_a_stage_that_takes_too_long_is_ended_and_not_tried_again(server, played
 def test_locks_on_accelerators_are_for_all_users_of_a_machine(monkeypatch, tmp_path):
     import tempfile
 
-    from nemo_minitron.flows.tasks import _locks
+    from nemo_minitron.flows.turn import locks
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = os.umask(0o077)
     try:
-        folders = [_locks(), _locks()]
+        folders = [locks(), locks()]
     finally:
         os.umask(before)
     assert folders[0] == folders[1] and folders[0].stat().st_mode & 0o7777 == 0o777

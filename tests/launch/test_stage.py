@@ -1,5 +1,6 @@
 """Stages as processes: one, several under torchrun, a Slurm job; crashed, killed, requeued, found again."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from nemo_minitron.artifacts.manifest import read_manifest
 from nemo_minitron.compose import as_dict, load_config
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.failures import StageError
-from nemo_minitron.launch.slurm import Job, script
+from nemo_minitron.launch.slurm import Job, adopt, run_job, script
 from nemo_minitron.launch.stage import Call, launch
 from tests import slurm
 from tests.conftest import minitron, settings
@@ -181,6 +182,52 @@ launch(Call("distill", from_dict(values), values), print)
     assert launch(call(*SLURM), heard.append).made
     assert heard[0] == "Slurm job 1 is this stage's already; waiting for it"
     assert len(list((queue / "jobs").glob("*.sh"))) == 1
+
+
+class Told(Exception):
+    """What a signal raises in a flow."""
+
+
+@contextlib.contextmanager
+def told_to_end(seconds):
+    def tell(*_):
+        raise Told
+
+    before = signal.signal(signal.SIGALRM, tell)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        with pytest.raises(Told):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_cancelling_ends_the_job_whatever_the_flow_was_about(queue, tmp_path):
+    papers, outcome, jobs, heard = tmp_path / "papers.json", tmp_path / "outcome", queue / "jobs", []
+    job = Job("minitron-x", ["sleep", "300"], 1, [], [], tmp_path / "log")
+
+    def run():
+        run_job(job, papers, outcome, "recipe", heard.append, 0.1)
+
+    (queue / "slow").touch()  # sbatch has taken the job, and does not answer
+    with told_to_end(2):
+        run()
+    assert (jobs / "1.cancelled").exists() and not papers.exists()
+    (queue / "slow").unlink()
+    (queue / "away").touch()  # Slurm does not hear of it
+    with told_to_end(2):
+        run()
+    assert slurm.running(jobs, "2") and papers.exists() and "could not be cancelled" in heard[-1]
+    (queue / "away").unlink()
+    with told_to_end(1):  # the next run waits for it, as for one that a killed flow left; and is cancelled
+        adopt(papers, outcome, "recipe", heard.append, 0.1)
+    assert "waiting for Slurm job 2 of an earlier run" in heard
+    assert (jobs / "2.cancelled").exists() and not papers.exists()
+    papers.write_text(json.dumps({"name": "minitron-nobody", "recipe": "recipe"}))  # never came to be
+    with told_to_end(2):
+        run()
+    assert (jobs / "3.cancelled").exists()
 
 
 def test_a_job_that_is_refused_or_vanishes(trained, queue, monkeypatch):

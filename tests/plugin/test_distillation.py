@@ -113,6 +113,19 @@ def test_hidden_states_come_closer_and_the_projection_is_learned_but_not_kept(tm
     assert not any("projection" in name for name in model.state_dict())
 
 
+def test_alpha_balances_against_the_loss_on_logits_alone(tmp_path):
+    teacher = make_model(tmp_path / "teacher", "llama", seed=1)
+    student = make_model(tmp_path / "student", "llama", seed=2)
+    weights = IntermediateWeights(("hidden",), layers=((0, 0),))
+    for name, mix in (("both", LossWeights(2.0, 1.0)), ("ce", LossWeights(0.0, 1.0))):
+        run(student, tmp_path / name, 2, [distillation(teacher, weights, weights=mix)])
+        for line in read_log(tmp_path / name / "metrics.jsonl"):
+            if "alpha" in line:
+                logits_loss = 2 * line["divergence"] if name == "both" else line["ce"]
+                assert line["alpha"] * line["intermediate"] == pytest.approx(logits_loss, rel=1e-4)
+                assert ("divergence" in line) == (name == "both")  # 0 would say that the models agree
+
+
 def test_a_training_with_hidden_states_resumes_bit_for_bit(tmp_path):
     teacher = make_model(tmp_path / "teacher", "llama", seed=1)
     student = make_model(tmp_path / "student", "llama", seed=2, hidden_size=12)

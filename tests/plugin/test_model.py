@@ -1,6 +1,8 @@
 """The NeMo model: real NeMo, real Lightning, real tiny Hugging Face models."""
 
 import dataclasses
+import os
+import signal
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from nemo_minitron.plugin.data import ConsumedSampler
 from nemo_minitron.plugin.distillation import KnowledgeDistillation
 from nemo_minitron.plugin.guard import BadStep, Spikes
 from nemo_minitron.plugin.model import MinitronModel
+from nemo_minitron.plugin.preemption import Preempted
 from nemo_minitron.plugin.training import (
     Options,
     Recipe,
@@ -90,9 +93,12 @@ def test_training_learns_and_logs(tmp_path):
     assert rates[-1] < 1e-3
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_steps_done_in_two_parts_are_bit_for_bit_those_done_in_one(tmp_path, accumulate):
-    folder = make_model(tmp_path / "m", "llama")
+DROPOUT = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.3)
+
+
+@pytest.mark.parametrize(("accumulate", "family"), [(1, "llama"), (2, "llama"), (2, "starcoder2")])
+def test_steps_done_in_two_parts_are_bit_for_bit_those_done_in_one(tmp_path, accumulate, family):
+    folder = make_model(tmp_path / "m", family, **(DROPOUT if family == "starcoder2" else {}))
     options = {"accumulate_grad_batches": accumulate}
     whole = run(folder, tmp_path / "whole", 9, **options)
     state = tmp_path / "parts"
@@ -427,11 +433,15 @@ def test_every_learned_token_weighs_the_same_however_a_step_is_cut(tmp_path, nor
             (
                 model.state_dict(),
                 [x["val_loss"] for x in read_log(state / "metrics.jsonl") if "val_loss" in x],
+                [x["loss"] for x in read_log(state / "metrics.jsonl") if "loss" in x],
             )
         )
     for name, value in found[0][0].items():
         assert torch.allclose(found[1][0][name], value, atol=1e-5), name
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-5) and found[0][1]
+    assert (
+        found[1][2] == pytest.approx(found[0][2], rel=1e-5) and found[0][2]
+    )  # of the step, not of its last part
 
 
 def test_nemos_own_average_is_refused_because_it_never_comes_out(tmp_path, monkeypatch):
@@ -501,3 +511,24 @@ def test_what_is_not_to_be_learned_is_read_and_gives_no_loss(tmp_path):
     assert torch.allclose(found, losses_BS[marked_BS[:, 1:] >= 0].mean(), atol=1e-5)
     nothing = model.evaluate_objective(~batch_BS)
     assert float(nothing.loss.detach()) == 0
+
+
+def test_what_signals_have_left_goes_when_the_training_goes_on(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    state = tmp_path / "state"
+
+    class Stop(Callback):
+        def __init__(self, step):
+            self.step = step
+
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == self.step - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    for step in (4, 5, 7, 8):
+        with pytest.raises(Preempted):
+            run(folder, state, 9, [Stop(step)])
+        checkpoints = state / "nemo" / "checkpoints"
+        assert newest_checkpoint(checkpoints).name == f"step={step}.ckpt"
+        # that, the one it went on from, and the last that was due
+        assert len(list(checkpoints.glob("*.ckpt"))) <= 3

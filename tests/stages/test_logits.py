@@ -97,6 +97,27 @@ def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypa
     assert all((ranks / "logits" / part.name).read_bytes() == part.read_bytes() for part in parts)
 
 
+def test_whoever_is_killed_while_the_parts_are_hashed_finds_them_again(tmp_path, words, monkeypatch):  # noqa: F811
+    from nemo_minitron.artifacts import build
+    from nemo_minitron.stages import logits
+
+    words = [f"workspace={tmp_path / 'ws'}", *words, CACHE, "distill.cache.entries=4"]
+    assert main(["prune", *words]) == 0
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "write_manifest", killed)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            main(["logits", *words])
+    taught = []
+    whole = logits.write_part
+    monkeypatch.setattr(logits, "write_part", lambda *given: (taught.append(given), whole(*given)))
+    assert main(["logits", *words]) == 0 and not taught
+    assert main(["verify", str(tmp_path / "ws")]) == 0
+
+
 def test_what_does_not_fit_the_cache_is_said_so(capsys, tmp_path, words):  # noqa: F811
     place = f"workspace={tmp_path / 'ws'}"
     words = [*words, CACHE]
@@ -109,8 +130,13 @@ def test_what_does_not_fit_the_cache_is_said_so(capsys, tmp_path, words):  # noq
     capsys.readouterr()
     for more, message in [
         ("distill.divergence=jsd", "gives forward_kl, found distill.divergence=jsd"),
-        ("distill.temperature=2", "made at temperature 1.0, found distill.temperature=2.0"),
+        ("distill.temperature=2", "made with temperature 1.0, found 2.0"),
         ("distill.intermediate.terms=[hidden]", "holds no hidden states"),
-        ("data.train.samples=64", "made for other samples; run 'minitron logits' again"),
+        (
+            "data.train.samples=64",
+            "made for other samples (96; this training reads 64); run 'minitron logits'",
+        ),
+        ("distill.cache.entries=4", "made with entries 64, found 4; run 'minitron logits' again"),
+        ("data.validation.seed=7", "made with validation {"),
     ]:
         assert message in refused(capsys, "distill", place, *words, more)

@@ -11,6 +11,7 @@ import torch
 
 from nemo_minitron.artifacts.log import read_log
 from nemo_minitron.cli import main
+from nemo_minitron.compose import load_config
 from nemo_minitron.plugin.training import newest_checkpoint
 from tests.stages.test_ranks import curve, weights
 from tests.stages.test_score import ended
@@ -156,6 +157,40 @@ def test_a_bad_batch_stops_where_that_is_asked_for(capsys, tmp_path, spoiled, mo
     assert main(["pretrain", f"workspace={tmp_path / 'ws'}", *spoiled, more, *skip]) == 1
     assert "a spike: the last 8 steps had" in capsys.readouterr().err
     assert not (tmp_path / "ws" / "pretrain" / "manifest.json").exists()
+
+
+def test_whoever_is_stopped_by_a_bad_batch_goes_on_without_it(capsys, tmp_path, spoiled):
+    place = tmp_path / "ws" / "pretrain"
+    often = "exp_manager.checkpoint_callback_params.every_n_train_steps=5"
+    words = ["pretrain", f"workspace={tmp_path / 'ws'}", *spoiled, often]
+    assert main(words) == 1
+    before = read_log(place / "state" / "metrics.jsonl")
+    saved = max(int(path.stem.split("=")[1]) for path in place.rglob("step=*.ckpt"))
+    assert saved > 1
+    capsys.readouterr()
+    assert main([*words, "training.on_bad_loss=skip"]) == 0
+    assert "other settings" not in capsys.readouterr().err
+    after = read_log(place / "metrics.jsonl")
+    assert after[:saved] == before[:saved]  # with their tokens per second: those of the first run
+
+
+def test_what_only_says_how_a_training_works_leaves_it_the_same(monkeypatch, tmp_path, words):
+    from nemo_minitron.stages.fitting import _resolved, resolved_trainer
+
+    def recipe(*more, ranks=1):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        config = load_config("config", [*words, "training.validate_every=7", *more])
+        section = {"batch_size": 2, "seed": 0, "trainer": {}, "optim": {}}
+        return _resolved(config, section)
+
+    one, decides = recipe("trainer.accumulate_grad_batches=4")
+    other, again = recipe("trainer.accumulate_grad_batches=2", "training.on_bad_loss=skip", ranks=2)
+    assert decides == again and recipe("trainer.accumulate_grad_batches=2")[1] != decides
+    intervals = one["trainer"]["val_check_interval"], other["trainer"]["val_check_interval"]
+    assert intervals == (28, 14)  # micro-batches
+    config = load_config("config", [*words, "training.max_tokens=1000000"])
+    assert resolved_trainer(config, {"max_steps": 30}, 2)["max_steps"] == 30  # a stage's own word
+    assert resolved_trainer(config, {"max_steps": None}, 2)["max_steps"] > 1000
 
 
 def test_a_budget_of_tokens_sets_the_steps_and_the_schedule(tmp_path, words):
