@@ -50,7 +50,7 @@ class Place:
         self.environment = {
             **os.environ, "PREFECT_HOME": str(root / "prefect"), "PREFECT_API_URL": self.api, "OMP_NUM_THREADS": "1",
             "PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1",
-            "PREFECT_SERVER_UI_ENABLED": "false", "HF_HUB_OFFLINE": "1", "PREFECT_CLIENT_MAX_RETRIES": "20",
+            "PREFECT_SERVER_UI_ENABLED": "false", "HF_HUB_OFFLINE": "1", "PREFECT_CLIENT_MAX_RETRIES": "6",
         }  # fmt: skip
         self.server = self.worker = None
 

@@ -6,9 +6,12 @@ runs.
 
 import base64
 import contextlib
+import contextvars
 import json
 import re
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +19,26 @@ from prefect.artifacts import (
     create_image_artifact,
     create_link_artifact,
     create_markdown_artifact,
+    create_progress_artifact,
     create_table_artifact,
+    update_progress_artifact,
 )
 from prefect.events import emit_event
 
+from nemo_minitron.artifacts import progress
 from nemo_minitron.artifacts.gate import GATE_COLUMNS, LINEAGE, GateError
 from nemo_minitron.artifacts.manifest import read_manifest
 from nemo_minitron.artifacts.report import PAGE, markdown
+from nemo_minitron.launch.stage import Call
 from nemo_minitron.stages.stage import Result
 
 GATE_EVENT = "nemo_minitron.gate.failed"
 """Event for automations: a student was too weak to be exported."""
 _LARGEST_PICTURE = 700_000
 """Bytes: Prefect drops events over 1.5 MB, and base64 adds a third."""
+
+
+_SHOW_SECONDS = 5.0
 
 
 def say(text: str) -> None:
@@ -124,3 +134,38 @@ def lineage(export: Path) -> str:
         at = [f"revision {revision}"] if revision else []
         rows.append((made["kind"], f"`{made['fingerprint'][:12]}`", ", ".join([*sources, *at])))
     return markdown(("made", "fingerprint", "from"), tuple(rows))
+
+
+@contextlib.contextmanager
+def progressing(call: Call) -> Iterator[None]:
+    """Shows how far a stage is, as an artifact that moves, from the moment it says so."""
+    ended = threading.Event()
+    place = key(Path(call.config.workspace), call.name, "progress")
+
+    def show() -> None:
+        """Moves the artifact until the stage has ended."""
+        shown, last = None, -1.0
+        while not ended.wait(_SHOW_SECONDS):
+            found = progress.read(call.progress)
+            if found is None or not found.total:
+                continue
+            percent = min(100.0, 100.0 * found.done / found.total)
+            if percent == last:
+                continue
+            last, text = percent, f"{call.name}: {found.what}, {found.done:,} of {found.total:,}"
+            try:
+                if shown is None:
+                    shown = create_progress_artifact(percent, key=place, description=text)
+                else:
+                    update_progress_artifact(shown, percent, description=text)
+            except Exception as error:  # a server that restarts must not end a training
+                say(f"{call.name}: progress not shown: {error}")
+
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=lambda: context.run(show), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(0.2)  # a display is not worth waiting for

@@ -1,11 +1,9 @@
 """A stage as a Prefect task: tried again where that helps, shown while it runs, published when done."""
 
 import contextlib
-import contextvars
 import gc
 import logging
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,17 +13,16 @@ from filelock import FileLock, Timeout
 from nemo_minitron.flows import publish
 from nemo_minitron.flows.turn import locks
 from prefect import task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TagsContext, TaskRunContext
-from prefect.exceptions import TerminationSignal
+from prefect.exceptions import Abort, TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Crashed, Failed
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import exponential_backoff
 
-from nemo_minitron.artifacts import progress
 from nemo_minitron.artifacts.gate import GateError
 from nemo_minitron.compose import from_dict
 from nemo_minitron.launch import failures
@@ -35,8 +32,6 @@ from nemo_minitron.launch.stage import Call, launch, limit_of
 from nemo_minitron.stages import SEVERAL
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result
-
-_SHOW_SECONDS = 5.0
 
 
 def worth_another_try(_: Any, run: TaskRun, state: State) -> bool:
@@ -77,7 +72,7 @@ def stage(name: str, values: dict[str, Any]) -> Any:
         relay.say(f"{name}: micro-batch halved {times} times, for memory ran out before")
     started = time.monotonic()
     try:
-        with _progress(call):
+        with publish.progressing(call):
             result = launch(call, relay.take, _suspended)
     except Exception as error:
         if isinstance(error, GateError):
@@ -127,6 +122,7 @@ def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
     if isinstance(result, State):
         if result.is_cancelled():
             _suspend_if_asked()
+            raise Abort(result.message or "cancelled")  # who has cancelled the run notes that it is
         kind = failures.SLOW if result.name == "TimedOut" else failures.LOST
         raise StageError(name, kind, result.message or f"{name} crashed")
     assert isinstance(result, Result)
@@ -143,6 +139,8 @@ def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
     # a training has saved what it did, as it was asked; now the flow ends by it
     if kind == failures.STOPPED and _suspended():
         return Cancelled(message=f"{call.name}: the run is suspended; resumed, it goes on from here")
+    if kind == failures.STOPPED and _cancelling():
+        return Cancelled(message=f"{call.name}: the run is cancelled; started again, it goes on from here")
     if kind == failures.STOPPED:
         raise TerminationSignal(15) from error
     if kind == failures.SLOW:
@@ -165,6 +163,17 @@ def _suspended() -> bool:
     """Whether the flow run is to be suspended, which Prefect itself looks at between tasks only."""
     context = FlowRunContext.get()
     return context is not None and context.flow_run_suspension_request.is_requested()
+
+
+def _cancelling() -> bool:
+    """Whether the flow run is being cancelled: its process' signal says no more than that it is to end."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return False
+    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+        state = client.read_flow_run(context.flow_run.id).state
+        return state is not None and state.is_cancelling()
+    return False
 
 
 def _suspend_if_asked() -> None:
@@ -214,41 +223,6 @@ def _slot(name: str, config: Config) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextlib.contextmanager
-def _progress(call: Call) -> Iterator[None]:
-    """Shows how far a stage is, as an artifact that moves, from the moment it says so."""
-    ended = threading.Event()
-    key = publish.key(Path(call.config.workspace), call.name, "progress")
-
-    def show() -> None:
-        """Moves the artifact until the stage has ended."""
-        shown, last = None, -1.0
-        while not ended.wait(_SHOW_SECONDS):
-            found = progress.read(call.progress)
-            if found is None or not found.total:
-                continue
-            percent = min(100.0, 100.0 * found.done / found.total)
-            if percent == last:
-                continue
-            last, text = percent, f"{call.name}: {found.what}, {found.done:,} of {found.total:,}"
-            try:
-                if shown is None:
-                    shown = create_progress_artifact(percent, key=key, description=text)
-                else:
-                    update_progress_artifact(shown, percent, description=text)
-            except Exception as error:  # a server that restarts must not end a training
-                publish.say(f"{call.name}: progress not shown: {error}")
-
-    context = contextvars.copy_context()
-    thread = threading.Thread(target=lambda: context.run(show), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(0.2)  # a display is not worth waiting for
 
 
 class Relay:

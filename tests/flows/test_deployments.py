@@ -117,11 +117,17 @@ def test_a_scheduled_run_fires_with_its_parameters_and_its_artifacts_are_there(
 
 
 @pytest.fixture
-def long(real_server, worker, finished, tmp_path, teacher, corpus):
+def kind():
+    """Where stages run."""
+    return "subprocess"
+
+
+@pytest.fixture
+def long(kind, real_server, worker, finished, tmp_path, teacher, corpus):
     """A run under the worker that trains for ever, at work; and how to start it again with fewer steps."""
     workspace = shutil.copytree(finished[0], tmp_path / "long")
     shutil.rmtree(workspace / "student")
-    made = minitron("deploy", "long", "--parameter", 'launch={"kind": "subprocess"}', env=real_server)
+    made = minitron("deploy", "long", "--parameter", f'launch={{"kind": "{kind}"}}', env=real_server)
     assert made.returncode == 0, made.stderr
     words = [*settings(workspace, teacher, corpus), "trainer.max_steps=100000", "trainer.val_check_interval=50000",
              "exp_manager.checkpoint_callback_params.every_n_train_steps=50"]  # fmt: skip
@@ -147,16 +153,19 @@ def saved(workspace):
     )
 
 
-def test_cancelling_saves_and_ends_the_training_within_seconds(real_server, long):
+@pytest.mark.parametrize("kind", ["subprocess", "inline"])
+def test_cancelling_saves_and_ends_the_training_within_seconds(kind, real_server, long):
     from prefect.states import Cancelling
 
     workspace, run = long
-    assert processes(str(workspace))
+    assert bool(processes(str(workspace))) == (kind == "subprocess")
     before = saved(workspace)
     ask(real_server, lambda client: client.set_flow_run_state(run.id, Cancelling()))
     until(lambda: not processes(str(workspace)), 40)
     until(lambda: state_of(real_server, run).is_final(), 30)
     assert state_of(real_server, run).is_cancelled()
+    states = ask(real_server, lambda client: client.read_flow_run_states(run.id))
+    assert not any(state.is_crashed() for state in states), states  # which would wake somebody up
     assert saved(workspace) > before and saved(workspace) >= logged(workspace)[-1]["step"]  # nothing lost
     assert read_manifest(workspace / "student") is None
 

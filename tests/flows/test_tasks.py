@@ -153,6 +153,25 @@ def test_a_stage_that_takes_too_long_is_ended_and_not_tried_again(server, played
     assert run.state.name == "TimedOut"
 
 
+def test_a_process_over_its_limit_is_timed_out_too(server, played, tmp_path):
+    seen = played(StageError("score", failures.SLOW, "score: over its time limit of 1 s"), None)
+    _, failure, run, _ = in_a_flow("score", workspace=tmp_path / "a")
+    assert "over its time limit" in str(failure) and failure.kind == failures.SLOW and len(seen) == 1
+    assert run.state.name == "TimedOut" and run.state.is_failed()
+
+
+def test_a_server_that_is_away_costs_no_stage_that_is_done(server, played, tmp_path, monkeypatch):
+    from nemo_minitron.flows import publish
+
+    def away(*_):
+        raise ConnectionError("All connection attempts failed")
+
+    monkeypatch.setattr(publish, "stage", away)
+    seen = played(None, None)
+    result, failure, run, _ = in_a_flow("score", workspace=tmp_path / "a")
+    assert failure is None and result.headline == "done" and len(seen) == 1 and run.state.is_completed()
+
+
 def test_locks_on_accelerators_are_for_all_users_of_a_machine(monkeypatch, tmp_path):
     import tempfile
 
@@ -238,7 +257,7 @@ def test_progress_is_an_artifact_that_moves(server, played, tmp_path, monkeypatc
 
     from nemo_minitron.artifacts import progress
 
-    monkeypatch.setattr(tasks, "_SHOW_SECONDS", 0.2)
+    monkeypatch.setattr(publish, "_SHOW_SECONDS", 0.2)
 
     def work():
         for step in (25, 50):

@@ -52,6 +52,18 @@ def test_a_flood_of_output_does_not_stop_it(tmp_path):
     assert (tmp_path / "out.log").stat().st_size > 8_000_000
 
 
+def test_a_listener_that_ends_the_thread_stops_nothing(tmp_path):
+    """As rich does where what it writes to has gone."""
+
+    def listen(line):
+        raise SystemExit(1)
+
+    script = "yes 'a long line of words that fills every pipe' | head -n 20000"
+    ended = run_process(["/bin/sh", "-c", script], dict(os.environ), tmp_path / "out.log", Limits(20), listen)
+    assert (ended.code, ended.stopped) == (0, None)
+    assert len((tmp_path / "out.log").read_text().splitlines()) == 20000
+
+
 def test_a_crash_is_told_from_a_failure(tmp_path):
     ended = sh("kill -SEGV $$", tmp_path)
     assert ended.code == -signal.SIGSEGV
