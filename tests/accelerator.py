@@ -74,6 +74,8 @@ class Elsewhere(torch.Tensor):
         return _run(func, args, kwargs or {})
 
 
+narrow = False
+"""Whether it has no float64, as Apple's."""
 operations = 0
 """How many operations it has done."""
 
@@ -111,6 +113,8 @@ def _held(value: Any) -> Any:
 def _wrapped(value: Any, known: dict[int, Elsewhere]) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
+    if narrow and value.dtype == torch.float64:
+        raise TypeError(f"{NAME}: no float64 here")
     return known[id(value)] if id(value) in known else Elsewhere(value)
 
 

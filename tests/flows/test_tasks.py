@@ -253,7 +253,7 @@ def test_prefect_shows_summaries_tables_links_pictures_and_lineage(server, finis
 
 
 def test_progress_is_an_artifact_that_moves(server, played, tmp_path, monkeypatch):
-    from nemo_minitron.flows import tasks
+    from nemo_minitron.flows import publish
 
     from nemo_minitron.artifacts import progress
 

@@ -147,6 +147,21 @@ def test_every_way_to_distil(both, pruned, monkeypatch, words, tolerance, widens
     assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
 
+def test_without_float64(both, pruned, monkeypatch):
+    monkeypatch.setattr(accelerator, "narrow", True)
+    monkeypatch.setattr(products, "NARROW", {NAME})
+    here, there = both(["distill", "evaluate"], *SMALL, *INSIDE, start=pruned)
+    assert curve(there, "loss", "val_loss") == pytest.approx(curve(here, "loss", "val_loss"), rel=1e-4)
+
+
+def test_scores_without_float64(both, monkeypatch):
+    monkeypatch.setattr(accelerator, "narrow", True)
+    monkeypatch.setattr(products, "NARROW", {NAME})
+    here, there = both(["download", "score"], "score.depth=lm_loss", "score.blocks=[2]")
+    for name, value in scores(here).items():
+        torch.testing.assert_close(scores(there)[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", sorted(families()))
 def test_every_family_is_scored_and_taught(tmp_path, name):
     family = families()[name]
