@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemo_minitron.core.products import widened
+
 AGGREGATIONS = ("l2", "mean", "var")
 
 
@@ -69,7 +71,8 @@ def over_routed(x_TU: Tensor, sample_T: Tensor, count_B: Tensor, hows: Sequence[
     Returns:
         Each aggregation's Tensor of shape [samples, units], float32.
     """
-    x_TU = x_TU.double()  # var is a difference of sums here
+    x_TU = widened(x_TU)  # var is a difference of sums here
+    sample_T, count_B = sample_T.to(x_TU.device), count_B.to(x_TU.device)
     zero_BU = torch.zeros(len(count_B), x_TU.shape[1], dtype=torch.float64, device=x_TU.device)
     count_B1 = count_B.double().clamp(min=1)[:, None]
     result = {}
@@ -99,7 +102,7 @@ class Moments:
 
 def moments(value_BU: Tensor) -> Moments:
     """Moments of one batch of per-sample values of shape [samples, ..., units]."""
-    value_BU = value_BU.double()
+    value_BU = widened(value_BU)
     return Moments(value_BU.shape[0], value_BU.sum(0), value_BU.square().sum(0))
 
 

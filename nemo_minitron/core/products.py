@@ -87,6 +87,11 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type in NARROW else torch.float64
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The same in float64; on the CPU where its device has none."""
+    return (tensor.cpu() if tensor.device.type in NARROW else tensor).double()
+
+
 def scaled(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Matrix x scale in another dtype, rounded once, without a copy in between."""
     result = torch.empty_like(tensor, dtype=dtype)

@@ -163,7 +163,9 @@ def test_scores_without_float64(both, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(families()))
-def test_every_family_is_scored_and_taught(tmp_path, name):
+def test_every_family_is_scored_and_taught(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(accelerator, "narrow", True)  # the least that a device can do
+    monkeypatch.setattr(products, "NARROW", {NAME})
     family = families()[name]
     folder = tiny_model(family, family.proofs[0], tmp_path / "m")
     checkpoint, found = open_checkpoint(folder), []
