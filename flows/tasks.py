@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from nemo_minitron.flows import publish
-from nemo_minitron.flows.turn import locks
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -26,6 +25,7 @@ from prefect.tasks import exponential_backoff
 from nemo_minitron.artifacts.gate import GateError
 from nemo_minitron.compose import from_dict
 from nemo_minitron.launch import failures
+from nemo_minitron.launch.accelerator import lock_on
 from nemo_minitron.launch.failures import StageError, kind_of
 from nemo_minitron.launch.lighter import lightened, note_memory
 from nemo_minitron.launch.stage import Call, launch, limit_of
@@ -208,8 +208,7 @@ def _slot(name: str, config: Config) -> Iterator[None]:
     if accelerator is None or computes not in SEVERAL or config.launch.kind == "slurm":
         yield
         return
-    folder = locks()
-    lock = FileLock(folder / f"{publish.key(Path(accelerator))}.lock", mode=0o666, timeout=0)
+    lock = lock_on(accelerator, "flow")
     waited = False
     while not lock.is_locked:
         try:

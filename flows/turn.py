@@ -1,16 +1,11 @@
-"""Whose turn it is: at a workspace, and on an accelerator."""
-
-import contextlib
-import math
-import os
-import tempfile
-from pathlib import Path
+"""How long a flow waits for its turn at a workspace."""
 
 from prefect.context import FlowRunContext
 
+from nemo_minitron.launch.accelerator import ENDING_SECONDS
 from nemo_minitron.stages.launch_config import LaunchConfig
 
-_ENDING_SECONDS = 120.0
+_A_YEAR = 365 * 86400.0
 
 
 def patience(launch: LaunchConfig) -> float:
@@ -27,20 +22,5 @@ def patience(launch: LaunchConfig) -> float:
     if not resumed:
         return launch.wait
     if launch.kind in ("inline", "slurm"):
-        return math.inf
-    return max(launch.wait, launch.grace + _ENDING_SECONDS)
-
-
-def locks() -> Path:
-    """The folder of all users' locks on accelerators.
-
-    Raises:
-        ValueError: it is there, and not for all to write.
-    """
-    folder = Path(tempfile.gettempdir()) / "nemo_minitron-locks"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir()
-        folder.chmod(0o777)  # whatever the umask; not sticky, else Linux keeps one user from another's file
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"launch.accelerator: {folder}: expected a folder that all users may write to")
-    return folder
+        return _A_YEAR
+    return max(launch.wait, launch.grace + ENDING_SECONDS)

@@ -18,6 +18,7 @@ from typing import Any
 from nemo_minitron.artifacts.manifest import now, write_json
 from nemo_minitron.artifacts.workspace import alone
 from nemo_minitron.compose import from_dict
+from nemo_minitron.launch.accelerator import ENDING_SECONDS, in_use
 from nemo_minitron.launch.failures import told
 from nemo_minitron.stages import SEVERAL, follows, meet, part, run_stage
 from nemo_minitron.stages.config import Config
@@ -35,7 +36,8 @@ def run_alone(name: str, config: Config) -> Result:
             part()
             return result
         return Result(name, Path(config.workspace), False, "see rank 0")
-    with alone(Path(config.workspace)):
+    patience = config.launch.grace + ENDING_SECONDS
+    with alone(Path(config.workspace), patience), in_use(config.launch, name):
         if name in SEVERAL:
             meet()
         result = run_stage(name, config)

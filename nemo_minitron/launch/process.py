@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 _TICK = 0.2
 _WATCHDOG = """trap '' TERM HUP INT USR1
@@ -86,14 +88,16 @@ def run_process(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=environment, start_new_session=True,
-    )  # fmt: skip
-    watchdog, held = watch_over(f"-{process.pid}", limits.grace)
-    pump, stopped = _Pump(process, log, on_line), None
-    try:
+    with _Later() as signals:  # one that came now would leave behind what nobody watches
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+        watchdog, held = watch_over(f"-{process.pid}", limits.grace)
+        pump, stopped = _Pump(process, log, on_line), None
         pump.start()
+    try:
+        signals.deliver()
         while process.poll() is None:
             stopped = "unwanted" if unwanted() else _overdue(limits, started, pump.heard, sign_of_life)
             if stopped is not None:
@@ -110,6 +114,35 @@ def run_process(
         os.close(held)
         pump.join(timeout=10)
     return Ended(command, process.wait(), stopped, time.monotonic() - started, list(pump.last))
+
+
+class _Later:
+    """Keeps SIGTERM and SIGINT back for a moment; only a process' main thread hears them.
+
+    Not by a mask, which a process that is started meanwhile would inherit.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[signal.Signals, Any] = {}
+        self._came: list[signal.Signals] = []
+
+    def __enter__(self) -> "_Later":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._came.append(signal.Signals(number))
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def deliver(self) -> None:
+        """Lets those be heard that came meanwhile."""
+        for number in self._came:
+            signal.raise_signal(number)
 
 
 def watch_over(target: str, grace: float) -> tuple[subprocess.Popen[bytes], int]:

@@ -6,6 +6,7 @@ requeue-safe: every stage goes on from what lies on disk, and SIGTERM two minute
 a training save.
 """
 
+import contextlib
 import json
 import re
 import secrets
@@ -109,7 +110,8 @@ def run_job(
         except ConnectionError:
             raise
         except BaseException:
-            _cancel(_number(papers, recipe), papers, on_line)
+            with contextlib.suppress(ConnectionError):  # the papers stay, for the next run to ask again
+                _cancel(_number(papers, recipe), papers, on_line)
             raise
         write_json(papers, {"job": number, "name": name, "recipe": recipe})
         on_line(f"Slurm job {number} submitted")

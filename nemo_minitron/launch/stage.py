@@ -15,6 +15,7 @@ from nemo_minitron.artifacts import progress
 from nemo_minitron.artifacts.manifest import digest, write_json
 from nemo_minitron.artifacts.workspace import alone, locked
 from nemo_minitron.launch import failures
+from nemo_minitron.launch.accelerator import in_use
 from nemo_minitron.launch.child import clear, outcomes, result_from
 from nemo_minitron.launch.failures import StageError, exit_words, raised
 from nemo_minitron.launch.process import Ended, Limits, run_process
@@ -99,7 +100,7 @@ def launch(call: Call, on_line: Callable[[str], None], unwanted: Callable[[], bo
         before = os.environ.get(progress.VARIABLE)
         os.environ[progress.VARIABLE] = str(call.progress.resolve())
         try:
-            with alone(Path(call.config.workspace)):
+            with alone(Path(call.config.workspace)), in_use(call.config.launch, call.stage):
                 return run_stage(call.stage, call.config)
         finally:
             os.environ.pop(progress.VARIABLE, None)

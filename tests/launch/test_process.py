@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nemo_minitron.launch.failures import exit_words
@@ -90,6 +91,33 @@ def test_a_process_that_is_no_longer_wanted_is_asked_to_end(tmp_path):
     )  # fmt: skip
     assert (ended.stopped, ended.code, ended.last[-1]) == ("unwanted", 0, "saved")
     assert ended.seconds < 5
+
+
+def test_a_signal_while_it_starts_leaves_nothing_behind(tmp_path):
+    class Told(Exception):
+        pass
+
+    def tell(*_):
+        raise Told
+
+    script, before = f"exec -a {tmp_path.name}-child sleep 300", signal.signal(signal.SIGTERM, tell)
+    told = 0
+    try:
+        for number in range(40):
+            killer = ["/bin/sh", "-c", f"sleep {0.0003 * number}; kill -TERM {os.getpid()}"]
+            try:
+                with subprocess.Popen(killer):
+                    run_process(
+                        ["/bin/bash", "-c", script], dict(os.environ), tmp_path / "log", Limits(3), print
+                    )
+            except Told:
+                told += 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    found = [
+        p for p in psutil.process_iter(["cmdline"]) if f"{tmp_path.name}-child" in (p.info["cmdline"] or [])
+    ]
+    assert told == 40 and not found
 
 
 def test_silence_is_noticed_and_a_sign_of_life_is_not_silence(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,9 +18,11 @@ import pytest
 from nemo_minitron.artifacts.manifest import read_manifest
 from nemo_minitron.compose import as_dict, load_config
 from nemo_minitron.launch import failures
+from nemo_minitron.launch.accelerator import ENDING_SECONDS, in_use
 from nemo_minitron.launch.failures import StageError
 from nemo_minitron.launch.slurm import Job, adopt, run_job, script
 from nemo_minitron.launch.stage import Call, launch
+from nemo_minitron.stages.launch_config import LaunchConfig
 from tests import slurm
 from tests.conftest import minitron, settings
 
@@ -330,6 +333,31 @@ def test_what_cannot_say_why_it_ended_is_not_tried_for_ever(trained, tmp_path, m
     with pytest.raises(StageError, match="no hydra here") as failure:
         launch(call("launch.kind=subprocess"), print)
     assert failure.value.kind == failures.FAILED
+
+
+def test_a_stage_whose_flow_is_gone_keeps_its_accelerator(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    _, call = trained
+    words = ("launch.kind=subprocess", "launch.accelerator=gpu-0")
+    code = (
+        "import sys, time; from nemo_minitron.launch.accelerator import in_use; "
+        "from nemo_minitron.stages.launch_config import LaunchConfig\n"
+        "with in_use(LaunchConfig(accelerator='gpu-0'), 'score'): print('held', flush=True); time.sleep(6)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    assert launch(call(*words, name="distill"), print).made  # it waited
+    assert holder.poll() == 0
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    quick = LaunchConfig(accelerator="gpu-0", grace=-ENDING_SECONDS)
+    other = pytest.raises(ConnectionError, match="gpu-0: a stage of another flow")
+    with (
+        in_use(quick, "score"),
+        in_use(quick, "plan"),
+        other,
+        in_use(quick, "distill"),
+    ):  # plan computes nothing
+        pass
 
 
 def test_two_stages_never_work_in_one_workspace(trained):

@@ -1,0 +1,64 @@
+"""Locks on accelerators, of which a machine has few and its flows many.
+
+Two for each, as for a workspace: a flow holds one while its stage computes. The stage's process holds the
+other, for it may outlive a flow that was killed while it saves what it did.
+"""
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nemo_minitron.stages import SEVERAL
+from nemo_minitron.stages.launch_config import LaunchConfig
+
+ENDING_SECONDS = 120.0
+"""What a stage that was told to end may take beyond its ``launch.grace``."""
+
+
+def locks() -> Path:
+    """The folder of all users' locks on accelerators.
+
+    Raises:
+        ValueError: it is there, and not for all to write.
+    """
+    folder = Path(tempfile.gettempdir()) / "nemo_minitron-locks"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        folder.chmod(0o777)  # whatever the umask; not sticky, else Linux keeps one user from another's file
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"launch.accelerator: {folder}: expected a folder that all users may write to")
+    return folder
+
+
+def lock_on(accelerator: str, whose: str) -> FileLock:
+    """The lock that a ``flow`` or a ``stage`` holds."""
+    name = re.sub(r"[^a-z0-9]+", "-", accelerator.lower()).strip("-")
+    return FileLock(locks() / f"{name}.{whose}.lock", mode=0o666, timeout=0)
+
+
+@contextlib.contextmanager
+def in_use(launch: LaunchConfig, stage: str) -> Iterator[None]:
+    """Holds the accelerator for a stage's process, where the stage computes on one of this machine.
+
+    Raises:
+        ConnectionError: the stage of a flow that is gone does not end; another try may find it gone too.
+    """
+    if launch.accelerator is None or stage not in SEVERAL or launch.kind == "slurm":
+        yield
+        return
+    lock = lock_on(launch.accelerator, "stage")
+    try:
+        lock.acquire(timeout=launch.grace + ENDING_SECONDS)
+    except Timeout:
+        raise ConnectionError(
+            f"launch.accelerator: {launch.accelerator}: a stage of another flow, now gone, still holds it"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
