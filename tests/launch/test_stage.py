@@ -149,7 +149,8 @@ def test_a_slurm_job_that_is_requeued_goes_on_and_its_flow_waits(trained, finish
     )
     result = launch(call(*SLURM), heard.append)
     requeuer.join()
-    assert result.made and hashes(workspace / "student") == hashes(finished[0] / "student")
+    # a job that was quicker than whoever requeues it has found all done
+    assert result.headline and hashes(workspace / "student") == hashes(finished[0] / "student")
     assert heard[0] == "Slurm job 1 submitted" and "Slurm job 1: RUNNING" in heard
     assert len(list((queue / "jobs").glob("*.sh"))) == 1
     text = (queue / "jobs" / "1.sh").read_text()

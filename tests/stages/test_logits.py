@@ -109,8 +109,7 @@ def test_whoever_is_killed_while_the_parts_are_hashed_finds_them_again(tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(build, "write_manifest", killed)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            main(["logits", *words])
+        assert main(["logits", *words]) == 1
     taught = []
     whole = logits.write_part
     monkeypatch.setattr(logits, "write_part", lambda *given: (taught.append(given), whole(*given)))
