@@ -80,6 +80,11 @@ def _online(
             "distill.teacher_place=shard: neither with distill.live_teacher nor with teacher_dtype=int8; use "
             "device or cpu"
         )
+    if config.training.tensor_parallel > 1 and inside is not None and "attention" in inside.terms:
+        raise ValueError(
+            "distill.intermediate.terms: attention compares whole queries, keys and values, and "
+            f"training.tensor_parallel={config.training.tensor_parallel} splits them; use 1, or other terms"
+        )
     if settings.live_teacher is not None and config.correct.enabled:
         raise ValueError(
             "distill.live_teacher: correct.enabled=true corrects the teacher before it is pruned; choose one"

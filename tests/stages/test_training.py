@@ -15,6 +15,7 @@ from nemo_minitron.compose import load_config
 from nemo_minitron.plugin.training import newest_checkpoint
 from tests.stages.test_ranks import curve, weights
 from tests.stages.test_score import ended
+from tests.test_cli import refused
 
 KILLER = '''
 """Runs a stage again and again in children of this process, and kills them at random times."""
@@ -191,6 +192,13 @@ def test_what_only_says_how_a_training_works_leaves_it_the_same(monkeypatch, tmp
     config = load_config("config", [*words, "training.max_tokens=1000000"])
     assert resolved_trainer(config, {"max_steps": 30}, 2)["max_steps"] == 30  # a stage's own word
     assert resolved_trainer(config, {"max_steps": None}, 2)["max_steps"] > 1000
+
+
+def test_what_is_split_cannot_be_compared(capsys, tmp_path, words):
+    place = f"workspace={tmp_path / 'ws'}"
+    assert main(["prune", place, *words]) == 0
+    more = ["distill.intermediate.terms=[attention]", "training.parallel=shard", "training.tensor_parallel=2"]
+    assert "training.tensor_parallel=2 splits them" in refused(capsys, "distill", place, *words, *more)
 
 
 def test_a_budget_of_tokens_sets_the_steps_and_the_schedule(tmp_path, words):
