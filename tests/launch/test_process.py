@@ -103,8 +103,8 @@ def test_a_signal_while_it_starts_leaves_nothing_behind(tmp_path):
     script, before = f"exec -a {tmp_path.name}-child sleep 300", signal.signal(signal.SIGTERM, tell)
     told = 0
     try:
-        for number in range(40):
-            killer = ["/bin/sh", "-c", f"sleep {0.0003 * number}; kill -TERM {os.getpid()}"]
+        for number in range(16):
+            killer = ["/bin/sh", "-c", f"sleep {0.0006 * number}; kill -TERM {os.getpid()}"]
             try:
                 with subprocess.Popen(killer):
                     run_process(
@@ -117,7 +117,7 @@ def test_a_signal_while_it_starts_leaves_nothing_behind(tmp_path):
     found = [
         p for p in psutil.process_iter(["cmdline"]) if f"{tmp_path.name}-child" in (p.info["cmdline"] or [])
     ]
-    assert told == 40 and not found
+    assert told == 16 and not found
 
 
 def test_silence_is_noticed_and_a_sign_of_life_is_not_silence(tmp_path):
