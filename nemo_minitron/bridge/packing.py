@@ -96,8 +96,7 @@ def pack_mixture(
             weights.append(weight)
     taken, rows = [0] * len(pools), []
     while pools and len(rows) < samples:
-        due = [(len(rows) + 1) * weight / sum(weights) - n for weight, n in zip(weights, taken, strict=True)]
-        source = due.index(max(due))
+        source = lagging(taken, weights)
         if taken[source] == len(pools[source]):
             break
         rows.append(pools[source][taken[source]])
@@ -108,6 +107,20 @@ def pack_mixture(
             f"yields {len(rows)}"
         )
     return torch.stack(rows)
+
+
+def lagging(taken: Sequence[int], weights: Sequence[float]) -> int:
+    """The text whose share lags furthest behind, from which the next sample comes.
+
+    So any first n samples are mixed as asked.
+
+    Args:
+        taken: samples of each text so far.
+        weights: shares of the texts.
+    """
+    count, whole = sum(taken) + 1, sum(weights)
+    due = [count * weight / whole - n for weight, n in zip(weights, taken, strict=True)]
+    return due.index(max(due))
 
 
 class TooLittle(ValueError):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.bridge.packing import lagging
 from nemo_minitron.bridge.text import TextSet, documents
 from nemo_minitron.bridge.tokenizer import tokenised
 
@@ -135,9 +136,7 @@ def calibration_samples(
     taken = [0] * len(streams)
     rows: list[tuple[Tensor, Tensor]] = []
     while samples is None or len(rows) < samples:
-        # whose share lags furthest behind comes next: any first n samples are mixed as asked
-        due = [(len(rows) + 1) * weight / sum(weights) - n for weight, n in zip(weights, taken, strict=True)]
-        source = due.index(max(due))
+        source = lagging(taken, weights)
         row = next(streams[source], None)
         if row is None:
             break

@@ -87,14 +87,13 @@ def run_process(
         unwanted: asked every now and then; True: it is stopped, with its grace.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
     with _Later() as signals:  # one that came now would leave behind what nobody watches
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=environment, start_new_session=True,
         )  # fmt: skip
         watchdog, held = watch_over(f"-{process.pid}", limits.grace)
-        pump, stopped = _Pump(process, log, on_line), None
+        pump, stopped, started = _Pump(process, log, on_line), None, time.monotonic()
         pump.start()
     try:
         signals.deliver()

@@ -99,26 +99,32 @@ def run_job(
     if number is None:
         _end(papers, outcome, on_line, poll)
         clear(outcome)
-        name = f"{job.name}-{secrets.token_hex(4)}"
-        # before it is submitted: whoever is ended while sbatch works, or hears no answer, finds it by name
-        write_json(papers, {"name": name, "recipe": recipe})
-        try:
-            number = _submit(job, name)
-        except ValueError:  # refused
-            papers.unlink(missing_ok=True)
-            raise
-        except ConnectionError:
-            raise
-        except BaseException:
-            with contextlib.suppress(ConnectionError):  # the papers stay, for the next run to ask again
-                _cancel(_number(papers, recipe), papers, on_line)
-            raise
-        write_json(papers, {"job": number, "name": name, "recipe": recipe})
-        on_line(f"Slurm job {number} submitted")
+        number = _noted(job, papers, recipe, on_line)
     else:
         on_line(f"Slurm job {number} is this stage's already; waiting for it")
     _watch(number, papers, outcome, on_line, poll)
     papers.unlink(missing_ok=True)
+    return number
+
+
+def _noted(job: Job, papers: Path, recipe: str, on_line: Callable[[str], None]) -> str:
+    """Submits a job under a name that is written down before, and its number after; returns the number."""
+    name = f"{job.name}-{secrets.token_hex(4)}"
+    # before it is submitted: whoever is ended while sbatch works, or hears no answer, finds it by name
+    write_json(papers, {"name": name, "recipe": recipe})
+    try:
+        number = _submit(job, name)
+    except ValueError:  # refused
+        papers.unlink(missing_ok=True)
+        raise
+    except ConnectionError:
+        raise
+    except BaseException:
+        with contextlib.suppress(ConnectionError):  # the papers stay, for the next run to ask again
+            _cancel(_number(papers, recipe), papers, on_line)
+        raise
+    write_json(papers, {"job": number, "name": name, "recipe": recipe})
+    on_line(f"Slurm job {number} submitted")
     return number
 
 

@@ -141,6 +141,7 @@ def _cached(
         return [CachedDistillation(cache, weights, settings.chunk_tokens, vocabulary)]
 
     def dress(samples: Any, validation: Any) -> tuple[Any, Any]:
+        """The samples with their rows in the cache, refused where these are of others."""
         from nemo_minitron.plugin.data import Numbered
 
         if sample_fingerprint(samples) != cache.facts["samples"]:
