@@ -19,6 +19,7 @@ os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="minitron-prefect-"))
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -187,6 +188,14 @@ def minitron(
         timeout=timeout,
         check=False,
     )
+
+
+def command_line(process: psutil.Process) -> str:
+    """What a process runs; nothing where it has ended or waits to be reaped."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def settings(workspace: Path, teacher: Path, corpus: Path) -> list[str]:

@@ -12,10 +12,9 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 _TICK = 0.2
@@ -87,7 +86,7 @@ def run_process(
         unwanted: asked every now and then; True: it is stopped, with its grace.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with _Later() as signals:  # one that came now would leave behind what nobody watches
+    with _signals_later() as let_through:  # one that came now would leave behind what nobody watches
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=environment, start_new_session=True,
@@ -95,53 +94,51 @@ def run_process(
         watchdog, held = watch_over(f"-{process.pid}", limits.grace)
         pump, stopped, started = _Pump(process, log, on_line), None, time.monotonic()
         pump.start()
-    try:
-        signals.deliver()
-        while process.poll() is None:
-            stopped = "unwanted" if unwanted() else _overdue(limits, started, pump.heard, sign_of_life)
-            if stopped is not None:
-                end_group(process, limits.grace)
-                break
-            time.sleep(_TICK)
-    except BaseException:
-        end_group(process, limits.grace)
-        raise
-    finally:
-        _kill_rest(process.pid)  # a process that it left behind
-        watchdog.kill()
-        watchdog.wait()
-        os.close(held)
-        pump.join(timeout=10)
+        try:
+            let_through()
+            while process.poll() is None:
+                stopped = "unwanted" if unwanted() else _overdue(limits, started, pump.heard, sign_of_life)
+                if stopped is not None:
+                    end_group(process, limits.grace)
+                    break
+                time.sleep(_TICK)
+        except BaseException:
+            end_group(process, limits.grace)
+            raise
+        finally:
+            _kill_rest(process.pid)  # a process that it left behind
+            watchdog.kill()
+            watchdog.wait()
+            os.close(held)
+            pump.join(timeout=10)
     return Ended(command, process.wait(), stopped, time.monotonic() - started, list(pump.last))
 
 
-class _Later:
-    """Keeps SIGTERM and SIGINT back for a moment; only a process' main thread hears them.
+@contextlib.contextmanager
+def _signals_later() -> Iterator[Callable[[], None]]:
+    """Keeps SIGTERM and SIGINT back until the function that is yielded is called.
 
-    Not by a mask, which a process that is started meanwhile would inherit.
+    Only a process' main thread hears them. Not by a mask, which a process that is started meanwhile would
+    inherit.
     """
+    before: dict[signal.Signals, Any] = {}
+    came: list[int] = []
 
-    def __init__(self) -> None:
-        self._before: dict[signal.Signals, Any] = {}
-        self._came: list[signal.Signals] = []
+    def let_through() -> None:
+        for number in list(before):  # one that comes in between may raise: the rest is for the second call
+            signal.signal(number, signal.SIG_DFL if before[number] is None else before[number])
+            del before[number]
+        while came:
+            signal.raise_signal(came.pop(0))
 
-    def __enter__(self) -> "_Later":
+    try:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._came.append(signal.Signals(number))
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def deliver(self) -> None:
-        """Lets those be heard that came meanwhile."""
-        for number in self._came:
-            signal.raise_signal(number)
+                before[number] = signal.getsignal(number)
+                signal.signal(number, lambda number, frame: came.append(number))
+        yield let_through
+    finally:
+        let_through()
 
 
 def watch_over(target: str, grace: float) -> tuple[subprocess.Popen[bytes], int]:

@@ -14,7 +14,7 @@ import pytest
 
 from nemo_minitron.artifacts.manifest import read_manifest
 from nemo_minitron.artifacts.workspace import artifacts_in
-from tests.conftest import minitron, settings
+from tests.conftest import command_line, minitron, settings
 
 NAMES = ["teacher", "scores", "plan", "pruned", "student", "scratch", "report", "export"]
 
@@ -234,7 +234,7 @@ def test_the_embedded_server_ends_with_the_run_and_not_before(finished, tmp_path
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     others = psutil.Process(process.pid).children(recursive=True)
-    assert any("uvicorn" in " ".join(other.cmdline()) for other in others)
+    assert any("uvicorn" in command_line(other) for other in others)
     if how == signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does: to every process
     else:

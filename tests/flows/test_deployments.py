@@ -15,7 +15,7 @@ import pytest
 
 from nemo_minitron.artifacts.manifest import read_manifest
 from nemo_minitron.artifacts.workspace import locked
-from tests.conftest import minitron, settings
+from tests.conftest import command_line, minitron, settings
 from tests.flows.conftest import running, until
 
 ROOT = Path(__file__).parents[2]
@@ -222,9 +222,7 @@ def test_a_paused_schedule_starts_nothing_until_it_is_active_again(
 
 def test_a_killed_flow_is_crashed_and_takes_its_stage_along(real_server, long):
     workspace, run = long
-    flows = [
-        p for p in processes("prefect") if any(str(workspace) in " ".join(c.cmdline()) for c in p.children())
-    ]
+    flows = [p for p in processes("prefect") if any(str(workspace) in command_line(c) for c in p.children())]
     assert len(flows) == 1
     flows[0].send_signal(signal.SIGKILL)
     until(lambda: state_of(real_server, run).is_final(), 60)

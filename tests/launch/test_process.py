@@ -101,18 +101,17 @@ def test_a_signal_while_it_starts_leaves_nothing_behind(tmp_path):
         raise Told
 
     script, before = f"exec -a {tmp_path.name}-child sleep 300", signal.signal(signal.SIGTERM, tell)
+    killer = f"while read pause; do sleep $pause; kill -TERM {os.getpid()}; done"
     told = 0
-    try:
+    with subprocess.Popen(["/bin/sh", "-c", killer], stdin=subprocess.PIPE, text=True, bufsize=1) as process:
         for number in range(16):
-            killer = ["/bin/sh", "-c", f"sleep {0.0006 * number}; kill -TERM {os.getpid()}"]
             try:
-                with subprocess.Popen(killer):
-                    run_process(
-                        ["/bin/bash", "-c", script], dict(os.environ), tmp_path / "log", Limits(3), print
-                    )
+                process.stdin.write(f"{0.0006 * number:.4f}\n")
+                run_process(["/bin/bash", "-c", script], dict(os.environ), tmp_path / "log", Limits(3), print)
             except Told:
                 told += 1
-    finally:
+        process.stdin.close()
+        assert process.wait(30) == 0
         signal.signal(signal.SIGTERM, before)
     found = [
         p for p in psutil.process_iter(["cmdline"]) if f"{tmp_path.name}-child" in (p.info["cmdline"] or [])

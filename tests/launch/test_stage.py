@@ -24,7 +24,7 @@ from nemo_minitron.launch.slurm import Job, adopt, run_job, script
 from nemo_minitron.launch.stage import Call, launch
 from nemo_minitron.stages.launch_config import LaunchConfig
 from tests import slurm
-from tests.conftest import minitron, settings
+from tests.conftest import command_line, minitron, settings
 
 QUIET = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -71,9 +71,7 @@ def steps(workspace: Path) -> int:
 
 def children() -> list[psutil.Process]:
     return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "launch.child" in " ".join(child.cmdline())
+        child for child in psutil.Process().children(recursive=True) if "launch.child" in command_line(child)
     ]
 
 
@@ -107,7 +105,7 @@ def test_several_processes_under_torchrun_and_one_of_them_dies(trained, finished
     words = ("launch.kind=torchrun", "launch.processes=2", "distill.batch_size=2")
 
     def kill_the_last():
-        ranks = [child for child in children() if "torch.distributed.run" not in " ".join(child.cmdline())]
+        ranks = [child for child in children() if "torch.distributed.run" not in command_line(child)]
         assert len(ranks) == 2
         ranks[1].send_signal(signal.SIGKILL)
 
