@@ -125,7 +125,7 @@ def _artifact(workspace: Path, name: str) -> Artifact | None:
 def _begun(workspace: Path, name: str) -> bool:
     """Whether an artifact is there or in the making; otherwise a folder of its name is not a run's."""
     places = (workspace / name / NAME, workspace / name / STATE, workspace / f".{name}.partial")
-    return any(os.path.exists(place) for place in places)
+    return any(os.path.exists(place) for place in places) or bool(set_aside(workspace / name))
 
 
 def _condition(workspace: Path, folder: Path, manifest: Manifest) -> tuple[str, str]:
@@ -213,7 +213,8 @@ def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
         raise ValueError(f"{workspace}: expected nobody at work, found a stage that has yet to end")
     due = [*_leftovers(workspace), *_beside(workspace, "tokens")]
     own = [workspace / name for name in _OWN if not (workspace / name).is_symlink()]
-    due += [(path, "begun with other settings") for folder in own for path in set_aside(folder)]
+    begun = [path for folder in own for path in set_aside(folder) if not (path / NAME).exists()]
+    due += [(path, "begun with other settings") for path in begun]
     due += _intermediate(workspace) if level == "intermediate" else []
     paths = {path for path, _ in due}
     return [Item(path, _measure(path)[1], why) for path, why in due if paths.isdisjoint(path.parents)]

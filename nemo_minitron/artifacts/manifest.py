@@ -25,7 +25,7 @@ import nemo_minitron
 SCHEMA = 1
 NAME = "manifest.json"
 ASIDE = "state-"
-"""How sub-folders begin that hold what was begun with other settings; they are no part of the artifact."""
+"""How sub-folders begin that hold what other settings made or began; they are no part of the artifact."""
 _BLOCK = 4 * 2**20
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import log
-from nemo_minitron.artifacts.build import make_resumable
 from nemo_minitron.artifacts.manifest import Input, write_json
+from nemo_minitron.artifacts.resumable import make_resumable
 from nemo_minitron.stages import follows
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.samples import training_samples
@@ -103,7 +103,7 @@ def train_into(
             if (state / name).is_file():
                 (target / name).write_bytes((state / name).read_bytes())
 
-    made = make_resumable(folder, kind, decides, inputs, build)
+    made = make_resumable(folder, kind, decides, inputs, build, keep=True)
     if not begun:
         ranks.broadcast(None)
     ranks.broadcast(made)  # the others wait until the artifact is whole

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import teacher_logits
-from nemo_minitron.artifacts.build import make_resumable
 from nemo_minitron.artifacts.checkpoint import read_config
 from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.artifacts.resumable import make_resumable
 from nemo_minitron.artifacts.teacher_logits import TeacherLogits, part_name, token_bytes, write_part
 from nemo_minitron.stages import follows
 from nemo_minitron.stages.config import Config

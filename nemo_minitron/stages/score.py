@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.artifacts.build import make_resumable
 from nemo_minitron.artifacts.checkpoint import Checkpoint, load_tensor, open_checkpoint
 from nemo_minitron.artifacts.manifest import SCHEMA, Input, fingerprint, is_done, read_manifest
+from nemo_minitron.artifacts.resumable import make_resumable
 from nemo_minitron.artifacts.scores import Scores, read_scores, write_scores
 from nemo_minitron.core.depth import block_importance
 from nemo_minitron.core.importance import AGGREGATIONS, concentration, random_scores

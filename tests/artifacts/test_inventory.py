@@ -1,5 +1,6 @@
 """Workspaces as they are found, and what can go of them: on artifacts that were really made, held and killed."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from nemo_minitron.artifacts.build import make, make_resumable
+from nemo_minitron.artifacts.build import make, set_aside
 from nemo_minitron.artifacts.inventory import (
     BESIDE,
     KEPT,
@@ -24,6 +25,7 @@ from nemo_minitron.artifacts.inventory import (
     workspaces,
 )
 from nemo_minitron.artifacts.manifest import Input, read_manifest, verify
+from nemo_minitron.artifacts.resumable import make_resumable
 from nemo_minitron.artifacts.workspace import (
     ARTIFACTS,
     COMMANDS,
@@ -112,7 +114,7 @@ time.sleep(60)
 TRAINING = """
 import json, sys, time
 from pathlib import Path
-from nemo_minitron.artifacts.build import make_resumable
+from nemo_minitron.artifacts.resumable import make_resumable
 def build(state, target):
     lines = [{"step": 100}, {"step": 120, "val_loss": 2.0}]
     (state / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines) + '{"step": 1')
@@ -330,6 +332,32 @@ def test_what_a_killed_training_goes_on_from_stays(tmp_path):
 
     assert make_resumable(tmp_path / "student", "student", {"lr": 1}, [], build)
     assert found == ["metrics.jsonl", "recipe.json"]
+
+
+def test_what_other_settings_finished_stays_and_what_they_began_goes(tmp_path):
+    run(tmp_path, ["teacher"])
+
+    def train(rate, text):
+        def build(state, target):
+            (state / "step").write_text("5")
+            if text is None:
+                raise KeyboardInterrupt
+            fill(target)
+
+        with contextlib.suppress(KeyboardInterrupt):
+            make_resumable(tmp_path / "student", "student", {"lr": rate}, [], build, keep=True)
+
+    for rate, text in ((1, "done"), (2, None), (3, None)):
+        train(rate, text)
+    items = rubbish(tmp_path)
+    assert [item.why for item in items] == ["begun with other settings"]
+    remove(items)
+    (aside,) = set_aside(tmp_path / "student")
+    assert (aside / "hf" / "weights").is_file() and rubbish(tmp_path) == []
+    train(3, "done")
+    assert verify(tmp_path / "student") == [] and states(tmp_path)["student"] == "done"
+    train(1, None)  # nothing is trained
+    assert read_manifest(tmp_path / "student").config == {"lr": 1}
 
 
 def test_what_a_damaged_training_can_be_mended_from_stays(tmp_path):

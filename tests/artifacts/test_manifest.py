@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from nemo_minitron.artifacts.build import building, make, make_resumable, set_aside
+from nemo_minitron.artifacts.build import building, make
 from nemo_minitron.artifacts.manifest import Input, fingerprint, is_done, read_manifest, verify
 from nemo_minitron.artifacts.workspace import input_artifact, locked, verify_tree
 
@@ -112,51 +112,6 @@ def test_a_build_killed_in_the_middle_looks_like_nothing_and_is_cleared_by_the_n
     assert not (tmp_path / "thing").exists()
     assert make(tmp_path / "thing", "thing", {}, [], write("whole"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thing"]
-
-
-def test_a_resumable_build_finds_its_state_and_another_recipe_sets_it_aside(tmp_path, capsys):
-    folder, seen = tmp_path / "student", []
-
-    def build(fails):
-        def inner(state, target):
-            seen.append(sorted(path.name for path in state.iterdir()))
-            (state / "step").write_text("5")
-            (target / "hf").mkdir()
-            (target / "hf" / "weights").write_text("w")
-            if fails:
-                raise KeyboardInterrupt
-
-        return inner
-
-    with pytest.raises(KeyboardInterrupt):
-        make_resumable(folder, "student", {"lr": 1}, [], build(True))
-    assert read_manifest(folder) is None
-    assert make_resumable(folder, "student", {"lr": 1}, [], build(False))
-    assert seen == [["recipe.json"], ["recipe.json", "step"]]
-    assert not make_resumable(folder, "student", {"lr": 1}, [], build(False))
-    assert sorted(path.name for path in folder.iterdir()) == ["hf", "manifest.json"]
-    assert verify(folder) == []
-    with pytest.raises(KeyboardInterrupt):
-        make_resumable(folder, "student", {"lr": 2}, [], build(True))
-    assert seen[-1] == ["recipe.json"]
-    assert not (folder / "hf").exists()
-    (folder / "state" / "step").write_text("weeks")
-    with pytest.raises(KeyboardInterrupt):
-        make_resumable(folder, "student", {"lr": 3, "trainer": {"precision": "bf16"}}, [], build(True))
-    said = capsys.readouterr().err
-    assert "student: begun with other settings (lr: 2, now 3; trainer.precision: None, now bf16)" in said
-    (aside,) = set_aside(folder)
-    assert (aside / "step").read_text() == "weeks" and str(aside) in said
-    assert make_resumable(folder, "student", {"lr": 3, "trainer": {"precision": "bf16"}}, [], build(False))
-    assert aside.is_dir() and verify(folder) == []
-
-    def look(state, target):
-        seen.append((state / "step").read_text())
-        (target / "weights").write_text("w")
-
-    assert make_resumable(folder, "student", {"lr": 2}, [], look)  # those settings come back
-    assert seen[-1] == "weeks" and not set_aside(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "weights"]
 
 
 LOCKER = """

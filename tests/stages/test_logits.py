@@ -98,7 +98,7 @@ def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypa
 
 
 def test_whoever_is_killed_while_the_parts_are_hashed_finds_them_again(tmp_path, words, monkeypatch):  # noqa: F811
-    from nemo_minitron.artifacts import build
+    from nemo_minitron.artifacts import resumable
     from nemo_minitron.stages import logits
 
     words = [f"workspace={tmp_path / 'ws'}", *words, CACHE, "distill.cache.entries=4"]
@@ -108,7 +108,7 @@ def test_whoever_is_killed_while_the_parts_are_hashed_finds_them_again(tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "write_manifest", killed)
+        patch.setattr(resumable, "write_manifest", killed)
         assert main(["logits", *words]) == 1
     taught = []
     whole = logits.write_part

@@ -1,0 +1,187 @@
+"""Making an artifact that takes long: in place, resumable, and never at the cost of another one's work.
+
+What another recipe has begun, or a training has finished, moves into a sub-folder named by that recipe; a run
+with that recipe finds it again. A kill in between leaves nothing that the next run does not complete.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.artifacts.build import STATE, building, discard, refuse_foreign, set_aside
+from nemo_minitron.artifacts.manifest import (
+    ASIDE,
+    NAME,
+    Input,
+    Manifest,
+    damage,
+    digest,
+    fingerprint,
+    is_done,
+    now,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+
+_STAMP = "recipe.json"
+
+
+def make_resumable(
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    inputs: Sequence[Input],
+    build: Callable[[Path, Path], None],
+    keep: bool = False,
+) -> bool:
+    """Builds an artifact that takes long, in place, so that a killed run goes on where it was.
+
+    Args:
+        folder: where it belongs; has no manifest until it is complete.
+        kind: what it is.
+        config: the part of the configuration that decides its contents.
+        inputs: what it is made from.
+        build: gets the state folder, as an earlier run with the same recipe left it, and an empty folder
+            whose contents become the artifact.
+        keep: whether a finished one of another recipe is set aside, too, and comes back with that recipe.
+
+    Returns:
+        Whether it had to be built.
+    """
+    expected = fingerprint(kind, config, inputs)
+    if is_done(folder, expected, inputs):
+        return False
+    refuse_foreign(folder)
+    started = now()
+    state = _make_room(folder, {"recipe": _recipe(expected, inputs), **config}, keep)
+    if state is None:
+        return False
+    with building(folder / "result") as temporary:
+        build(state, temporary)
+    for child in (folder / "result").iterdir():
+        discard(folder / child.name) if child.is_dir() else None
+        child.replace(folder / child.name)
+    discard(folder / "result")
+    without = (STATE, *(path.name for path in set_aside(folder)))
+    write_manifest(folder, kind, config, inputs, started, without=without)
+    discard(state)
+    return True
+
+
+def _make_room(folder: Path, recipe: dict[str, Any], keep: bool) -> Path | None:
+    """The state folder of a recipe, as it was left, or a new one; all else is set aside, or removed.
+
+    None: the recipe's finished artifact was set aside, and is back in its place.
+    """
+    for aside in () if (folder / NAME).exists() else set_aside(folder):  # of a killed run
+        if (manifest := read_manifest(aside)) is not None:
+            _move(manifest, folder, aside)
+    if keep:
+        _keep_finished(folder, recipe)
+    _keep_state(folder, recipe)
+    state, aside = folder / STATE, _aside(folder, recipe["recipe"])
+    (folder / NAME).unlink(missing_ok=True)
+    for child in folder.iterdir() if folder.is_dir() else ():
+        if child != state and child not in set_aside(folder):
+            discard(child) if child.is_dir() else child.unlink()
+    manifest = read_manifest(aside)
+    if manifest is not None and damage(aside, manifest) is None:
+        _move(manifest, aside, folder)
+        (aside / NAME).replace(folder / NAME)
+        discard(aside)
+        return None
+    if manifest is not None:
+        discard(aside)
+    if aside.is_dir():
+        aside.rename(state)
+    if not state.is_dir():
+        state.mkdir(parents=True)
+        write_json(state / _STAMP, recipe)
+    return state
+
+
+def _keep_finished(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Sets aside what another recipe has finished."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError:
+        return
+    if manifest is None or damage(folder, manifest) is not None:
+        return
+    aside = _aside(folder, _recipe(manifest.fingerprint, manifest.inputs))
+    if aside == _aside(folder, recipe["recipe"]):
+        return
+    _say(folder, "made", manifest.config, recipe, f"{aside} and comes back with those", " --intermediate")
+    discard(aside)
+    aside.mkdir()
+    (folder / NAME).replace(aside / NAME)  # first: what is killed behind it, the next run completes
+    _move(manifest, folder, aside)
+
+
+def _keep_state(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Sets aside what another recipe has begun."""
+    state, stamp = folder / STATE, folder / STATE / _STAMP
+    found = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+    found = {"recipe": found} if isinstance(found, str) else found  # of version 0.1
+    if found.get("recipe") == recipe["recipe"]:
+        return
+    if not found or not any(child != stamp for child in state.iterdir()):
+        discard(state)
+        return
+    aside = _aside(folder, found["recipe"])
+    if aside.exists():  # finished, and killed before it was tidied away
+        discard(state)
+        return
+    _say(folder, "begun", found, recipe, f"{aside} and goes on where those come back", "")
+    state.rename(aside)
+
+
+def _say(
+    folder: Path, how: str, old: Mapping[str, Any], new: Mapping[str, Any], kept: str, level: str
+) -> None:
+    changes = _changes(old, new)
+    why = f"with other settings ({changes})" if changes else "from other inputs"
+    print(
+        f"{folder.name}: {how} {why}; that is kept in {kept}; minitron clean{level} removes it",
+        file=sys.stderr,
+    )
+
+
+def _move(manifest: Manifest, source: Path, target: Path) -> None:
+    """Moves an artifact's files, as far as they have not been moved yet."""
+    for output in manifest.outputs:
+        if (source / output.file).is_file() and not (target / output.file).exists():
+            (target / output.file).parent.mkdir(parents=True, exist_ok=True)
+            (source / output.file).replace(target / output.file)
+
+
+def _recipe(expected: str, inputs: Sequence[Input]) -> str:
+    """A recipe and what exactly it was applied to."""
+    return digest([expected, [item.finished for item in inputs]])
+
+
+def _aside(folder: Path, recipe: str) -> Path:
+    return folder / f"{ASIDE}{recipe[:12]}"
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Which settings differ, in words."""
+    one, other = _flattened(old), _flattened(new)
+    names = sorted(name for name in {*one, *other} - {"recipe"} if one.get(name) != other.get(name))
+    told = [f"{name}: {one.get(name)}, now {other.get(name)}" for name in names[:3]]
+    return "; ".join([*told, *(["..."] if len(names) > 3 else [])])
+
+
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings inside settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= (
+            _flattened(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{name}": value}
+        )
+    return found

@@ -1,0 +1,139 @@
+"""Artifacts that take long: resumed, set aside, found again, whatever they are killed in the middle of."""
+
+from pathlib import Path
+
+import pytest
+
+from nemo_minitron.artifacts.build import set_aside
+from nemo_minitron.artifacts.manifest import Input, read_manifest, verify
+from nemo_minitron.artifacts.resumable import make_resumable
+
+
+def test_a_resumable_build_finds_its_state_and_another_recipe_sets_it_aside(tmp_path, capsys):
+    folder, seen = tmp_path / "student", []
+
+    def build(fails):
+        def inner(state, target):
+            seen.append(sorted(path.name for path in state.iterdir()))
+            (state / "step").write_text("5")
+            (target / "hf").mkdir()
+            (target / "hf" / "weights").write_text("w")
+            if fails:
+                raise KeyboardInterrupt
+
+        return inner
+
+    with pytest.raises(KeyboardInterrupt):
+        make_resumable(folder, "student", {"lr": 1}, [], build(True))
+    assert read_manifest(folder) is None
+    assert make_resumable(folder, "student", {"lr": 1}, [], build(False))
+    assert seen == [["recipe.json"], ["recipe.json", "step"]]
+    assert not make_resumable(folder, "student", {"lr": 1}, [], build(False))
+    assert sorted(path.name for path in folder.iterdir()) == ["hf", "manifest.json"]
+    assert verify(folder) == []
+    with pytest.raises(KeyboardInterrupt):
+        make_resumable(folder, "student", {"lr": 2}, [], build(True))
+    assert seen[-1] == ["recipe.json"]
+    assert not (folder / "hf").exists()
+    (folder / "state" / "step").write_text("weeks")
+    with pytest.raises(KeyboardInterrupt):
+        make_resumable(folder, "student", {"lr": 3, "trainer": {"precision": "bf16"}}, [], build(True))
+    said = capsys.readouterr().err
+    assert "student: begun with other settings (lr: 2, now 3; trainer.precision: None, now bf16)" in said
+    (aside,) = set_aside(folder)
+    assert (aside / "step").read_text() == "weeks" and str(aside) in said
+    assert make_resumable(folder, "student", {"lr": 3, "trainer": {"precision": "bf16"}}, [], build(False))
+    assert aside.is_dir() and verify(folder) == []
+
+    def look(state, target):
+        seen.append((state / "step").read_text())
+        (target / "weights").write_text("w")
+
+    assert make_resumable(folder, "student", {"lr": 2}, [], look)  # those settings come back
+    assert seen[-1] == "weeks" and not set_aside(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "weights"]
+
+
+def trained(text):
+    """Makes weights and a log of a text; fails where nothing may be made."""
+
+    def build(state, target):
+        assert text is not None, "nothing was to be trained"
+        (state / "step").write_text(text)
+        (target / "hf").mkdir()
+        (target / "hf" / "weights").write_text(text)
+        (target / "log").write_text(text)
+
+    return build
+
+
+def student(folder, rate, text, inputs=()):
+    return make_resumable(folder, "student", {"lr": rate}, list(inputs), trained(text), keep=True)
+
+
+def test_what_a_training_finished_outlives_other_settings_and_comes_back_with_its_own(tmp_path, capsys):
+    folder = tmp_path / "student"
+    assert student(folder, 1, "one") and student(folder, 2, "two")
+    (aside,) = set_aside(folder)
+    assert (aside / "hf" / "weights").read_text() == "one" and verify(aside) == []
+    said = capsys.readouterr().err
+    assert f"student: made with other settings (lr: 1, now 2); that is kept in {aside}" in said
+    assert verify(folder) == [] and (folder / "hf" / "weights").read_text() == "two"
+    assert not student(folder, 2, None)
+    before = (aside / "manifest.json").read_bytes()
+    assert not student(folder, 1, None)
+    assert (folder / "manifest.json").read_bytes() == before and verify(folder) == []
+    (other,) = set_aside(folder)
+    assert other != aside and (other / "log").read_text() == "two"
+    assert not student(folder, 2, None) and verify(folder) == []
+    made = student(folder, 2, "three", [Input("pruned", "abc", "2999-01-01")])  # its input was made anew
+    assert made and len(set_aside(folder)) == 2
+    assert "student: made from other inputs; that is kept in" in capsys.readouterr().err
+    (folder / "log").unlink()  # what is damaged is not kept
+    assert student(folder, 3, "four") and len(set_aside(folder)) == 2
+
+
+def test_a_finished_one_that_was_damaged_aside_is_made_anew(tmp_path):
+    folder = tmp_path / "student"
+    assert student(folder, 1, "one") and student(folder, 2, "two")
+    (aside,) = set_aside(folder)
+    (aside / "log").unlink()
+    assert student(folder, 1, "anew") and verify(folder) == []
+    (other,) = set_aside(folder)
+    assert (other / "log").read_text() == "two"
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_kill_while_things_are_moved_loses_nothing(tmp_path, monkeypatch, back):
+    """A kill before any one of the moves, while it is set aside or comes back."""
+    moves, whole, left = 0, False, []
+
+    def killed(move):
+        def inner(path, target):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            return move(path, target)
+
+        return inner
+
+    while not whole:
+        folder = tmp_path / str(moves) / "student"
+        assert student(folder, 1, "one")
+        assert student(folder, 2, "two")
+        rates = (1, 2) if back else (3, 2)
+
+        left[:] = [None] * moves
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", killed(Path.replace))
+            patch.setattr(Path, "rename", killed(Path.rename))
+            try:
+                student(folder, rates[0], None if back else "three")
+                whole = True
+            except KeyboardInterrupt:
+                pass
+        for rate, text in ((2, "two"), (1, "one"), (2, "two")):
+            assert not student(folder, rate, None), moves
+            assert (folder / "hf" / "weights").read_text() == text and verify(folder) == []
+        moves += 1
+    assert moves > 5
