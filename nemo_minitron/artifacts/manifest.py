@@ -1,12 +1,9 @@
 """The manifest of an artifact: what it is, what it was made from, and the bytes it consists of.
 
 A folder without ``manifest.json`` is no artifact. Stages build into a temporary neighbour, which is renamed
-into place
-with its manifest inside: whatever interrupts them, nothing that looks finished is incomplete. A stage whose
-    artifact
-already carries the fingerprint it would get, and is not older than its inputs, has nothing to do: this is
-    the only
-cache.
+into place with its manifest inside: whatever interrupts them, nothing that looks finished is incomplete. A
+stage whose artifact already carries the fingerprint it would get, and is not older than its inputs, has
+nothing to do: this is the only cache.
 """
 
 import datetime
