@@ -33,6 +33,7 @@ class Hub:
         cut: connections that break off in the middle of a file, before one that does not.
         lost: PUTs answered with 403, before one that is taken.
         made: repositories that were made: private or not, branches, tags, and files by branch.
+        commits: commits of main of all models, the newest last.
         large: uploaded contents by their SHA-256.
     """
 
@@ -46,6 +47,7 @@ class Hub:
     cut: int = 0
     lost: int = 0
     made: dict[str, "Made"] = field(default_factory=dict)
+    commits: list[str] = field(default_factory=lambda: [COMMIT])
     large: dict[str, bytes] = field(default_factory=dict)
 
     def take(self, path: str, body: bytes, token: str) -> tuple[int, dict[str, str], bytes]:
@@ -90,8 +92,9 @@ class Hub:
             self.failures -= 1
             return 503, {}, b"{}"
         for name, made in self.made.items():
-            if path.startswith(f"/api/models/{name}/tree/"):
-                return made.take("tree", path.removeprefix(f"/api/models/{name}/tree/"), b"", self)
+            if f"{path}/".startswith(f"/api/models/{name}/"):
+                verb, _, rest = path.removeprefix(f"/api/models/{name}").strip("/").partition("/")
+                return made.take(verb or "revision", rest, b"", self)
         for kind, names in (("models", self.repositories), ("datasets", self.data_sets)):
             for name, folder in names.items():
                 found = self._of(path, kind, name, folder)
@@ -106,20 +109,23 @@ class Hub:
         files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
         as_json = {"Content-Type": "application/json"}
         about = f"/api/{kind}/{name}"
-        if path == about or path.removeprefix(f"{about}/revision/") in ("main", PARQUET, COMMIT):
-            info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": str(f)} for f in files]}
+        asked = path.removeprefix(f"{about}/revision/")
+        if path == about or asked in ("main", PARQUET, *self.commits):
+            sha = asked if asked in self.commits else self.commits[-1]
+            info = {"id": name, "sha": sha, "siblings": [{"rfilename": str(f)} for f in files]}
             return 200, as_json, json.dumps(info).encode()
-        if path == f"{about}/paths-info/{COMMIT}" or path.startswith(f"{about}/tree/"):
+        if path.removeprefix(f"{about}/paths-info/") in self.commits or path.startswith(f"{about}/tree/"):
             below = unquote(path.partition("/tree/")[2].partition("/")[2])
             return 200, as_json, json.dumps(self._listed(folder, files, below)).encode()
         place = name if kind == "models" else f"datasets/{name}"
-        for revision in ("main", PARQUET, COMMIT):
+        for revision in ("main", PARQUET, *self.commits):
+            sha = revision if revision in self.commits else self.commits[-1]
             start = f"/{place}/resolve/{revision}/"
             if path.startswith(start) and (folder / unquote(path.removeprefix(start))).is_file():
                 body = (folder / unquote(path.removeprefix(start))).read_bytes()
-                return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}, body
+                return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": sha}, body
             if path.startswith(start):
-                return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b"{}"
+                return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha}, b"{}"
         if f"/{kind}/{name}/" in path or path.startswith(f"/{place}/"):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
         return None
@@ -147,12 +153,14 @@ class Made:
         private: whether it is.
         branches: branch to its files by path.
         tags: tag to the commit.
+        heads: branch to its newest commit.
     """
 
     name: str
     private: bool
     branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
     tags: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
 
     def take(self, verb: str, rest: str, body: bytes, hub: Hub) -> tuple[int, dict[str, str], bytes]:
         """Answers a request for it."""
@@ -160,6 +168,19 @@ class Made:
             files = self.branches[rest.partition("/")[0]]
             listed = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in files]
             return 200, {"Content-Type": "application/json"}, json.dumps(listed).encode()
+        if verb == "revision":
+            about = {
+                "id": self.name,
+                "private": self.private,
+                "sha": self.heads.get(rest or "main", "0" * 40),
+            }
+            return 200, {"Content-Type": "application/json"}, json.dumps({**about, "siblings": []}).encode()
+        if verb == "refs":
+            tags = [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": c} for n, c in self.tags.items()]
+            listed = {"branches": [], "converts": [], "tags": tags}
+            return 200, {"Content-Type": "application/json"}, json.dumps(listed).encode()
+        if verb == "tag" and json.loads(body)["tag"] in self.tags:
+            return 409, {}, b"{}"
         if verb == "branch":
             self.branches.setdefault(rest, {})
         elif verb == "tag":
@@ -175,6 +196,7 @@ class Made:
             ]  # fmt: skip
             return 200, {}, json.dumps({"files": files}).encode()
         elif verb == "commit":
+            before = dict(self.branches[rest])
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
@@ -183,11 +205,13 @@ class Made:
                     del self.branches[rest][value["path"]]
                 elif line["key"] == "lfsFile":
                     self.branches[rest][value["path"]] = hub.large[value["oid"]]
+            if before != self.branches[rest]:
+                new = f"{len(self.heads) + len(self.tags) + 1:040x}"
+                self.heads[rest] = new if rest in self.heads else COMMIT
+            made = self.heads[rest]
             done = {
-                "commitUrl": f"{hub.address}/{self.name}/commit/{COMMIT}",
-                "commitOid": COMMIT,
-                "success": True,
-            }
+                "commitUrl": f"{hub.address}/{self.name}/commit/{made}", "commitOid": made, "success": True,
+            }  # fmt: skip
             return 200, {}, json.dumps(done).encode()
         return 200, {}, b"{}"
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,12 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+LICENCES = ("LICEN[CS]E*", "NOTICE*", "*POLICY*")
+"""Patterns of the files that say under what terms a model may be used."""
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the dtypes that weights may have here."""
-_SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES)
+STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""safetensors' names to those of the dtypes that exports have."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         [file, (folder / file).stat().st_size, digest(headers[file]), sample(folder / file, headers[file])]
         for file in files
     ]
-    sides = [[name, hash_file(folder / name)] for name in _SIDE_FILES if (folder / name).is_file()]
+    sides = [[path.name, hash_file(path)] for path in side_files(folder)]
     table = [] if family.model_type not in own_tables() else [repr(family)]
     return Checkpoint(folder, config, family, entries, digest([stamp, config, sides, *table]))
 
@@ -249,9 +252,24 @@ def copy_side_files(source: Path, target: Path) -> None:
 
     Tokenizer, generation config, licence; byte for byte.
     """
-    for name in _SIDE_FILES:
-        if (source / name).is_file():
-            (target / name).write_bytes((source / name).read_bytes())
+    for path in side_files(source):
+        (target / path.name).write_bytes(path.read_bytes())
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Tokenizer, generation config and licence of a model's folder, as far as they are there."""
+    named = [folder / name for name in (*TOKENIZER_FILES, "generation_config.json")]
+    terms = sorted({path for pattern in LICENCES for path in folder.glob(pattern)})
+    return [path for path in (*named, *terms) if path.is_file()]
+
+
+def main_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype that most of a model's weights are stored in."""
+    counts: Counter[str] = Counter()
+    for name, entry in checkpoint.entries.items():
+        if find_row(checkpoint.family, name) is not None:
+            counts[STORED[entry.dtype]] += math.prod(entry.shape)
+    return counts.most_common(1)[0][0]
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -265,9 +283,10 @@ def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     transformers 5 writes ``rope_parameters`` and ``dtype``; 4.57 reads ``rope_theta``, ``rope_scaling``,
     ``partial_rotary_factor``, ``rope_local_base_freq`` (where layer types differ) and ``torch_dtype``, and
     silently falls back to defaults without them. A size with several names in the family's table (Qwen's
-    ``num_experts``, which transformers 5 calls ``num_local_experts``) gets all of them.
+    ``num_experts``, which transformers 5 calls ``num_local_experts``) gets all of them. ``auto_map`` names
+    code that does not come along; transformers' own classes are the ones that count here.
     """
-    written = dict(config)
+    written = {name: value for name, value in config.items() if name != "auto_map"}
     family = families().get(written.get("model_type", ""))
     for axis in family.axes.values() if family else ():
         for name in [key for key in axis.config if key in written][:1]:

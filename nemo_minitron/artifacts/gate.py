@@ -9,6 +9,8 @@ from typing import Any
 LINEAGE = "minitron.json"
 """Of an export: where it comes from, and what was measured of it."""
 GATE_COLUMNS = ("measure", "asked for", "found", "")
+Row = tuple[str, str, str, str]
+"""Of the gate's table: measure, asked for, found, and ``held`` or nothing."""
 
 
 class GateError(RuntimeError):
@@ -18,7 +20,7 @@ class GateError(RuntimeError):
         rows: the gate's table: measure, asked for, found, whether it held.
     """
 
-    def __init__(self, rows: Sequence[tuple[str, str, str, str]]) -> None:
+    def __init__(self, rows: Sequence[Row]) -> None:
         failed = "; ".join(
             f"{name}: {found}, asked for {asked}" for name, asked, found, held in rows if not held
         )
@@ -47,8 +49,13 @@ class Gate:
     previous: Mapping[str, Any] | None = None
     max_regression: float = 0.0
 
-    def rows(self, report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-        """The gate's table: measure, asked for, found, and ``held`` or nothing.
+    @property
+    def asks(self) -> bool:
+        """Whether it asks for anything."""
+        return self.min_retention is not None or bool(self.floors) or self.previous is not None
+
+    def rows(self, report: Mapping[str, Any]) -> list[Row]:
+        """The gate's table.
 
         Raises:
             ValueError: a floor for what was not measured, or a previous export that was measured otherwise
@@ -74,13 +81,20 @@ class Gate:
             rows += self._against(report, self.previous)
         return rows
 
-    def _against(
-        self, report: Mapping[str, Any], previous: Mapping[str, Any]
-    ) -> list[tuple[str, str, str, str]]:
+    def _against(self, report: Mapping[str, Any], previous: Mapping[str, Any]) -> list[Row]:
         student = report["models"]["student"]
-        if previous["measured_on"] != report["measured_on"]:
+        ours, theirs = dict(report["measured_on"]), dict(previous["measured_on"])
+        own, before = ours.pop("tasks", {}), theirs.pop("tasks", {})
+        if ours != theirs:
             raise ValueError(
-                "evaluate.previous: was measured on other text or with other limits; nothing can be compared"
+                "evaluate.previous: was measured on other text, with another tokenizer or other limits; "
+                "nothing can be compared"
+            )
+        changed = [name for name in before if name in own and own[name] != before[name]]
+        if changed:
+            raise ValueError(
+                f"evaluate.previous: {changed[0]} was measured of it with other questions or by another "
+                "lm-eval; nothing can be compared"
             )
         most = previous["student"]["perplexity"] * (1 + self.max_regression)
         value = student["perplexity"]
@@ -91,8 +105,14 @@ class Gate:
                     f"evaluate.previous: {task} was measured of it and is not measured now (evaluate.tasks)"
                 )
             for metric, old in metrics.items():
+                if metric.endswith("_stderr"):
+                    continue
                 new = student.get("tasks", {}).get(task, {}).get(metric)
-                if metric.endswith("_stderr") or new is None or metric not in report["better"].get(task, {}):
+                if new is None:
+                    raise ValueError(
+                        f"evaluate.previous: {task} {metric} was measured of it and is not measured now"
+                    )
+                if metric not in report["better"].get(task, {}):
                     continue
                 higher, slack = report["better"][task][metric], abs(old) * self.max_regression
                 bound = old - slack if higher else old + slack
@@ -101,19 +121,18 @@ class Gate:
                 rows.append(_row(f"{task} {metric} against the previous export", sign, bound, new, held))
         return rows
 
-    def check(self, report: Mapping[str, Any]) -> None:
-        """Holds a report against the gate.
 
-        Raises:
-            GateError: it fails.
-            ValueError: see ``rows``.
-        """
-        rows = self.rows(report)
-        if not all(held for *_, held in rows):
-            raise GateError(rows)
+def hold(rows: Sequence[Row]) -> None:
+    """Lets nothing pass that a gate's table does not.
+
+    Raises:
+        GateError: a row is not held.
+    """
+    if not all(held for *_, held in rows):
+        raise GateError(rows)
 
 
-def _row(name: str, asked: str, bound: float, found: float, held: bool) -> tuple[str, str, str, str]:
+def _row(name: str, asked: str, bound: float, found: float, held: bool) -> Row:
     shown = f"{found:.1%}" if "%" in asked else f"{found:.4g}"
     return name, asked.format(bound), shown, "held" if held else ""
 

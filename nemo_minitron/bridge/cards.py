@@ -7,24 +7,36 @@ from typing import Any
 import huggingface_hub
 import yaml
 
+_HEADLINES = ("acc_norm", "exact_match (strict-match)", "exact_match", "acc", "f1")
 
-def licence_of(folder: Path) -> dict[str, str]:
+
+def licence_of(folder: Path) -> dict[str, str | list[str]]:
     """The licence that a model folder's own card names; empty where there is none.
 
-    ``license``, and ``license_name`` and ``license_link`` of one that the hub does not know.
+    ``license``, and ``license_name`` and ``license_link`` of one that the hub does not know. A card that
+    cannot be read names none.
     """
     card = folder / "README.md"
     if not card.is_file():
         return {}
-    data = huggingface_hub.ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    text = card.read_text(encoding="utf-8-sig", errors="replace")
+    try:
+        data = huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data
+    except (yaml.YAMLError, ValueError):
+        return {}
     found = {name: data.get(name) for name in ("license", "license_name", "license_link")}
-    return {name: value for name, value in found.items() if isinstance(value, str)}
+    return {name: value for name, value in found.items() if isinstance(value, str) or _named(value)}
+
+
+def _named(value: Any) -> bool:
+    """Whether it is a list of names, as several licences are given."""
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
 
 
 def model_card(
     text: str,
     base_model: str | None,
-    licence: Mapping[str, str],
+    licence: Mapping[str, str | list[str]],
     name: str,
     results: list[tuple[str, str, str, float]],
 ) -> str:
@@ -67,18 +79,26 @@ def model_card(
 def write_eval_results(folder: Path, report: Mapping[str, Any]) -> None:
     """Writes ``.eval_results/minitron.yaml``: results on data sets of the hub, for its leaderboards.
 
+    Of each task the one number that leaderboards compare: the first of ``_HEADLINES`` that it has, or of
+    those of which more is better. Nothing where only a part of the questions was asked.
+
     Args:
         folder: the export.
         report: contents of report.json.
     """
-    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml  # not in old ones
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
+    if report["measured_on"]["task_limit"] is not None:
+        return
     entries = []
     for task, data_set in report["data_sets"].items():
-        for metric, value in report["models"]["student"]["tasks"][task].items():
-            if not metric.endswith("_stderr"):
-                notes = f"{metric}, lm-eval task {task}"
-                entries.append(EvalResultEntry(data_set, task.partition("@")[0], value, notes=notes))
+        found, better = report["models"]["student"]["tasks"][task], report["better"][task]
+        metric = next((m for m in (*_HEADLINES, *found) if m in found and better.get(m)), None)
+        if metric is not None:
+            notes = f"{metric}, lm-eval task {task}"
+            entries.append(EvalResultEntry(data_set, task.partition("@")[0], found[metric], notes=notes))
+    if not entries:
+        return
     (folder / ".eval_results").mkdir()
     text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
     (folder / ".eval_results" / "minitron.yaml").write_text(text, encoding="utf-8")

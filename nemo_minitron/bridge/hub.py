@@ -1,6 +1,7 @@
 """huggingface_hub: models in."""
 
 import contextlib
+import hashlib
 import re
 import shutil
 from pathlib import Path
@@ -19,9 +20,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from nemo_minitron.artifacts.checkpoint import LICENCES
 from nemo_minitron.artifacts.manifest import hash_file
 
-_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*", "*.md"]
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", *LICENCES]
 _NOT = ["*/*", "consolidated*.safetensors"]
 """Other libraries' copies of the weights, and whatever lies in sub-folders."""
 
@@ -78,7 +80,7 @@ def _check_room(where: str, size: int) -> None:
 
 
 def check_hashes(snapshot: Path) -> None:
-    """Compares the cached files that the hub names by their SHA-256 with their names.
+    """Compares the cached files with their names, which are the hub's hashes of them.
 
     A file that differs is deleted, so that the next try fetches it again.
 
@@ -87,10 +89,17 @@ def check_hashes(snapshot: Path) -> None:
     """
     for path in sorted(snapshot.iterdir()):
         blob = path.resolve()
-        if re.fullmatch("[0-9a-f]{64}", blob.name) and hash_file(blob) != blob.name:
+        large, small = (re.fullmatch(f"[0-9a-f]{{{digits}}}", blob.name) for digits in (64, 40))
+        if (large and hash_file(blob) != blob.name) or (small and _git_hash(blob) != blob.name):
             blob.unlink()
             path.unlink()
             raise ConnectionError(f"{path}: arrived damaged; deleted, the next try fetches it again")
+
+
+def _git_hash(path: Path) -> str:
+    """What git calls a file's contents, by which the hub names what is no large file."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def download_config(repository: str) -> Path:

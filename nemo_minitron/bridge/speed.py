@@ -62,8 +62,16 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def measure_in_process(folder: Path, device: str, cases: Sequence[Case]) -> dict[str, Any]:
+def measure_in_process(
+    folder: Path, device: str, cases: Sequence[Case], dtype: str = "auto"
+) -> dict[str, Any]:
     """Measures a model in a fresh process, and under vLLM in another where that is installed.
+
+    Args:
+        folder: the model's.
+        device: as in ``evaluate.device``.
+        cases: what is timed.
+        dtype: what the weights are loaded as; ``auto``: as they are stored.
 
     Returns:
         ``cases``: for each ``batch``, ``prompt``, ``new``, ``first_token_ms`` (the prompts' pass, best of
@@ -74,26 +82,26 @@ def measure_in_process(folder: Path, device: str, cases: Sequence[Case]) -> dict
     Raises:
         RuntimeError: the process failed; its last words are the message.
     """
-    found = _in_process("transformers", folder, device, cases)
+    found = _in_process("transformers", folder, device, cases, dtype)
     if isinstance(found, str):
         raise RuntimeError(f"speed of {folder}: {found}")
     if importlib.util.find_spec("vllm") is not None:
-        served = _in_process("vllm", folder, device, cases)
+        served = _in_process("vllm", folder, device, cases, dtype)
         found["vllm"] = {"failed": served} if isinstance(served, str) else served
     return found
 
 
-def _in_process(engine: str, folder: Path, device: str, cases: Sequence[Case]) -> Any:
+def _in_process(engine: str, folder: Path, device: str, cases: Sequence[Case], dtype: str) -> Any:
     """The numbers that a process prints, or its last words."""
     command = [sys.executable, "-m", "nemo_minitron.bridge.speed", engine, str(folder), device]
-    command.append(json.dumps([asdict(case) for case in cases]))
+    command += [json.dumps([asdict(case) for case in cases]), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _measure(folder: Path, device_name: str, cases: Sequence[Case]) -> dict[str, Any]:
+def _measure(folder: Path, device_name: str, cases: Sequence[Case], dtype: str = "auto") -> dict[str, Any]:
     import torch
 
     from nemo_minitron.bridge.models import frozen, load_model, pick_device
@@ -101,7 +109,7 @@ def _measure(folder: Path, device_name: str, cases: Sequence[Case]) -> dict[str,
     device = pick_device(device_name)
     _warm_up(folder)
     before = _start_counting()
-    model = load_model(folder, device=device)
+    model = load_model(folder, dtype, device)
     torch.manual_seed(0)
     with frozen(model):
         found = [_timed(model, case, device) for case in cases]
@@ -127,14 +135,14 @@ def _timed(model: Any, case: Case, device: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _measure_vllm(folder: Path, cases: Sequence[Case]) -> dict[str, Any]:
+def _measure_vllm(folder: Path, cases: Sequence[Case], dtype: str) -> dict[str, Any]:
     """The same prompts under vLLM: generated tokens a second over the batch, the prompts' pass included."""
     import random
 
     import vllm
 
     longest = max(case.prompt + case.new for case in cases)
-    engine = vllm.LLM(model=str(folder), skip_tokenizer_init=True, max_model_len=longest)
+    engine = vllm.LLM(model=str(folder), dtype=dtype, skip_tokenizer_init=True, max_model_len=longest)
     vocabulary, draw = engine.llm_engine.model_config.get_vocab_size(), random.Random(0)
     found = []
     for case in cases:
@@ -207,12 +215,11 @@ def _status_megabytes(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def main(engine: str, folder: str, device: str, cases: str) -> None:
+def main(engine: str, folder: str, device: str, cases: str, dtype: str) -> None:
     """Measures and prints."""
-    asked = [Case(**case) for case in json.loads(cases)]
-    numbers = (
-        _measure_vllm(Path(folder), asked) if engine == "vllm" else _measure(Path(folder), device, asked)
-    )
+    asked, place = [Case(**case) for case in json.loads(cases)], Path(folder)
+    served = engine == "vllm"
+    numbers = _measure_vllm(place, asked, dtype) if served else _measure(place, device, asked, dtype)
     print(json.dumps(numbers))
 
 

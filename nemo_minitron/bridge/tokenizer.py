@@ -49,12 +49,16 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> None
 
 
 def _speak_both_versions(folder: Path) -> None:
-    """Names the class that transformers 4 knows, and the special tokens where it looks for them."""
+    """Names the class that transformers 4 knows, and what else it looks for: special tokens, inputs.
+
+    Without the inputs it makes ``token_type_ids``, which ``generate`` refuses.
+    """
     import json
 
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_input_names"] = ["input_ids", "attention_mask"]
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     special = {"bos_token": BOS, "eos_token": EOS}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")

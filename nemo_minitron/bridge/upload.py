@@ -1,13 +1,19 @@
 """huggingface_hub: exports out."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import httpx
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 
-_OURS = ["*.safetensors", "*.safetensors.index.json", ".eval_results/*"]
+_OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|\.eval_results/minitron\.yaml")
 """Of an earlier export; beside new shards an old ``model.safetensors`` would be what loads."""
 
 
@@ -22,28 +28,39 @@ def upload(
     Args:
         folder: the export.
         repository: hub id; made where there is none.
-        private: whether a repository that is made is private; one that exists stays what it is.
+        private: whether the repository is private; one that is there and public is refused then.
         revision: branch to commit to, made where there is none; None: main.
-        tag: tag that the commit gets.
+        tag: tag that the commit gets; one that another commit has stays there.
 
     Returns:
         The commit's address.
 
     Raises:
-        ValueError: the hub refuses (no such name, no right to write).
+        ValueError: the hub refuses (no such name, no right to write), the repository is public, or the tag
+            is another commit's.
         ConnectionError: it could not be reached; worth another try.
     """
     api, where = huggingface_hub.HfApi(), f"export.push_to_hub: {repository!r}"
     try:
         api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise ValueError(f"{where} is public; set export.public=true if the export may be")
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
+        tagged = _tagged(api, repository, tag)
+        if tagged is not None and tagged != api.model_info(repository, revision=revision).sha:
+            raise ValueError(f"{where}: export.tag={tag} is there and means {tagged}; choose another")
+        old = [name for name in api.list_repo_files(repository, revision=revision) if _OURS.fullmatch(name)]
         info: Any = api.upload_folder(
             repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=["manifest.json"],
-            delete_patterns=_OURS, commit_message="Export by nemo_minitron",
+            delete_patterns=old or None, commit_message="Export by nemo_minitron",
         )  # fmt: skip
-        if tag is not None:
-            api.create_tag(repository, tag=tag, revision=info.oid, exist_ok=True)
+        if tagged not in (None, info.oid):
+            raise ValueError(f"{where}: uploaded as {info.oid}, but export.tag={tag} stays with {tagged}")
+        if tag is not None and tagged is None:
+            api.create_tag(repository, tag=tag, revision=info.oid)
+    except OfflineModeIsEnabled as error:
+        raise ValueError(f"{where}: HF_HUB_OFFLINE is set; nothing is uploaded") from error
     except LocalTokenNotFoundError as error:
         raise ValueError(f"{where}: no token; set HF_TOKEN to one that may write there") from error
     except (HfHubHTTPError, HFValidationError) as error:
@@ -57,3 +74,9 @@ def upload(
     except httpx.TransportError as error:
         raise ConnectionError(f"{where}: the hub cannot be reached") from error
     return str(info)
+
+
+def _tagged(api: huggingface_hub.HfApi, repository: str, tag: str | None) -> str | None:
+    """The commit that a tag means, where it is there."""
+    tags = [] if tag is None else api.list_repo_refs(repository).tags
+    return next((ref.target_commit for ref in tags if ref.name == tag), None)

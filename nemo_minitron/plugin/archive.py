@@ -7,17 +7,19 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_minitron.artifacts.checkpoint import LICENCE_FILES, TOKENIZER_FILES
-
-_SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES)
+from nemo_minitron.artifacts.checkpoint import side_files
 
 
 def make_cfg(
     hf_config: dict[str, Any], folder: Path | None, optim: dict[str, Any] | None, **rest: Any
 ) -> DictConfig:
-    """The NeMo ``cfg`` of a model: its config.json, the side files in ``folder``, and its optimiser."""
-    present = [name for name in _SIDE_FILES if folder is not None and (folder / name).is_file()]
-    files = {_file_key(name): str((folder or Path()) / name) for name in present}
+    """The NeMo ``cfg`` of a model: its config.json, the side files in ``folder``, and its optimiser.
+
+    The card is among these: it names the licence.
+    """
+    card = [] if folder is None else [path for path in (folder / "README.md",) if path.is_file()]
+    present = [] if folder is None else [*side_files(folder), *card]
+    files = {_file_key(path.name): str(path) for path in present}
     # NeMo restores only targets inside its own packages; of this one, it takes the subclass that is asked to
     # restore
     target = "nemo.core.classes.modelPT.ModelPT"

@@ -48,7 +48,8 @@ class MinitronModel(ModelPT):
     The model's ``cfg`` holds:
 
     * ``hf_config``: the model's config.json;
-    * ``files``: tokenizer, generation config and licence files, carried inside ``.nemo`` archives;
+    * ``files``: tokenizer, generation config, card and licence files, carried inside ``.nemo`` archives;
+    * ``dtypes``: optional, dtypes to names of the parameters that are stored in them; all others: float32;
     * ``optim``: a NeMo optimiser and scheduler;
     * ``train_ds``, ``validation_ds``: optional, ``paths``, ``exclude``, ``format``, ``text_key``,
         ``sequence_length``,
@@ -77,7 +78,7 @@ class MinitronModel(ModelPT):
         hf_config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(hf_config, dict)
         self.family = family_of(hf_config, "hf_config")
-        self.model = new_model(hf_config, seed=0) if model is None else model
+        self.model = _stored(new_model(hf_config, seed=0), self.cfg) if model is None else model
         self.objective: Objective = self.cross_entropy
         self.facts: dict[str, float] = {}
         self._sharded, self._gathered = False, None
@@ -95,7 +96,7 @@ class MinitronModel(ModelPT):
         cls,
         folder: Path | str,
         optim: dict[str, Any] | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         **rest: Any,
     ) -> "MinitronModel":
         """Loads a Hugging Face folder for training.
@@ -103,11 +104,15 @@ class MinitronModel(ModelPT):
         Args:
             folder: model folder, tokenizer beside it.
             optim: NeMo optimiser and scheduler.
-            dtype: dtype of the trained weights.
+            dtype: dtype of the trained weights; ``auto``: as they are stored, which an archive keeps.
             **rest: ``trainer``, and further entries of ``cfg``.
         """
         folder, trainer = Path(folder), rest.pop("trainer", None)
         model = load_model(folder, dtype=dtype).train()
+        if dtype == "auto":
+            rest["dtypes"] = {str(p.dtype).removeprefix("torch."): [] for p in model.parameters()}
+            for name, parameter in model.named_parameters():
+                rest["dtypes"][str(parameter.dtype).removeprefix("torch.")].append(name)
         return cls(make_cfg(read_config(folder), folder, optim, **rest), trainer, model)
 
     @classmethod
@@ -291,6 +296,15 @@ class MinitronModel(ModelPT):
             save_model(self.model, folder, {str(key): value for key, value in config.items()}, self._gathered)
         for name, content in self.side_files.items():
             (folder / name).write_bytes(content)
+
+
+def _stored(model: Any, cfg: DictConfig) -> Any:
+    """A model with its weights in the dtypes that its configuration says they are stored in."""
+    for dtype, names in (cfg.get("dtypes") or {}).items():
+        for name in names:
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model
 
 
 def _tokens(cfg: DictConfig, where: str) -> Tensor:

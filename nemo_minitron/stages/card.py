@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.plan import Plan
@@ -35,6 +36,8 @@ def card_text(
         failed: rows of the quality gate that did not hold.
     """
     student, teacher = report["models"]["student"], report["models"]["teacher"]
+    given = Path(source["given"]).expanduser()
+    source = {**source, "given": given.name} if given.is_absolute() else source  # no path of this machine
     return f"""{_head(name, source, plan)}
 {_warning(failed)}
 ## Quickstart
@@ -78,7 +81,7 @@ def _results(plan: Plan, report: Mapping[str, Any]) -> str:
 ## Results
 
 Held-out text of {report["models"]["student"]["tokens"]:,} tokens. "quality kept" is the teacher's perplexity
-over the model's.
+over the model's.{_limit(report)}
 
 {markdown(columns(report), table(report))}
 
@@ -87,6 +90,13 @@ that are equally good, "won back" the share of what the cut lost:
 
 {markdown(COMPARED, compared(report))}
 {_written(report)}"""
+
+
+def _limit(report: Mapping[str, Any]) -> str:
+    limit = report["measured_on"]["task_limit"]
+    if limit is None or not any(row.get("tasks") for row in report["models"].values()):
+        return ""
+    return f" Of each task only the first {limit:,} questions were asked."
 
 
 def _warning(failed: Sequence[tuple[str, str, str, str]]) -> str:

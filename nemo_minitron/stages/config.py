@@ -27,7 +27,10 @@ class SourceConfig:
     model: str | None = key(
         None, "hub id, local folder, or .nemo archive (of this package) of the model to compress"
     )
-    revision: str | None = key(None, "hub revision; the commit it stands for is pinned in the manifest")
+    revision: str | None = key(
+        None,
+        "hub revision; a workspace stays with the commit that it stood for when the workspace began",
+    )
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """download: the model to compress, checked and pointed at; a local folder is never copied."""
 
+import json
 import os
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def run(config: Config) -> Result:
     """
     workspace = workspace_of(config)
     folder, revision, given = _locate(config, workspace)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = _opened(folder, revision)
     inside = folder.is_relative_to(workspace)
     inputs = [Input(given, checkpoint.fingerprint, _finished(folder.parent) if inside else None)]
     # a folder of the workspace is pointed at from inside it, so that the workspace can move
@@ -36,7 +37,8 @@ def run(config: Config) -> Result:
             from nemo_minitron.bridge.models import load_tokenizer
 
             load_tokenizer(folder)
-        write_json(target / "source.json", {"path": pointer, "given": given, "revision": revision})
+        source = {"path": pointer, "given": given, "revision": revision, "asked": config.source.revision}
+        write_json(target / "source.json", source)
 
     made = make(workspace / "teacher", "teacher", settings, inputs, build)
     return Result("download", workspace / "teacher", made, _headline(checkpoint))
@@ -56,8 +58,36 @@ def _locate(config: Config, workspace: Path) -> tuple[Path, str | None, str]:
         return local, None, name
     from nemo_minitron.bridge.hub import download
 
-    folder, commit = download(name, config.source.revision)
+    asked = config.source.revision
+    folder, commit = download(name, _pinned(workspace, name, asked) or asked)
     return folder, commit, name
+
+
+def _pinned(workspace: Path, name: str, asked: str | None) -> str | None:
+    """The commit that this workspace began with: what is pushed to the hub later begins no other run."""
+    path = workspace / "teacher" / "source.json"
+    try:
+        source = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return source["revision"] if (source["given"], source.get("asked")) == (name, asked) else None
+
+
+def _opened(folder: Path, revision: str | None) -> Checkpoint:
+    """The checkpoint; what the hub's cache holds of it damaged is thrown out, to be fetched again.
+
+    Raises:
+        ValueError: it is none of a known family.
+        ConnectionError: a file had arrived damaged.
+    """
+    try:
+        return open_checkpoint(folder)
+    except ValueError:
+        if revision is not None:
+            from nemo_minitron.bridge.hub import check_hashes
+
+            check_hashes(folder)
+        raise
 
 
 def _unpacked(archive: Path, workspace: Path) -> Path:

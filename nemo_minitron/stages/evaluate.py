@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.build import make
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.artifacts.gate import Gate
-from nemo_minitron.artifacts.manifest import Input, digest, hash_file, read_manifest, write_json
+from nemo_minitron.artifacts.checkpoint import main_dtype, open_checkpoint, tokenizer_fingerprint
+from nemo_minitron.artifacts.gate import Gate, hold
+from nemo_minitron.artifacts.manifest import Input, digest, read_manifest, write_json
 from nemo_minitron.artifacts.report import FILE, columns, read_report, table
 from nemo_minitron.artifacts.results import FOLDER, Results
 from nemo_minitron.artifacts.workspace import input_artifact
@@ -17,7 +17,7 @@ from nemo_minitron.core.paired import paired, recovered
 from nemo_minitron.core.size import model_size
 from nemo_minitron.stages import follows
 from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.gating import JUDGES, gate_of
+from nemo_minitron.stages.gating import JUDGES, gate_of, judge
 from nemo_minitron.stages.measuring import SPEED, TEXT, WRITING, Bench, Unit, work
 from nemo_minitron.stages.report import write_page
 from nemo_minitron.stages.stage import (
@@ -25,6 +25,7 @@ from nemo_minitron.stages.stage import (
     Result,
     held_out_sampling,
     shared_vocabulary,
+    source_folder,
     teacher_folder,
     text_input,
     validation_text,
@@ -56,7 +57,8 @@ def run(config: Config) -> Result:
             work(bench, ranks)
         ranks.broadcast(None)
         return Result("evaluate", folder, False, "")
-    settings = {**asdict(config.evaluate), "validation": held_out_sampling(config, VALIDATION_SAMPLES)}
+    held_out = held_out_sampling(config, VALIDATION_SAMPLES)
+    settings = {**asdict(config.evaluate), "validation": held_out, "dtypes": dict(bench.dtypes)}
     for name in (*JUDGES, "from_scratch", "batch_size", "model"):
         del settings[name]
 
@@ -99,14 +101,13 @@ def _check(config: Config) -> None:
 def _judged(config: Config, gate: Gate, folder: Path, made: bool) -> Result:
     """Holds the report against the gate."""
     report = read_report(folder)
+    rows = judge(folder, gate, report)
     student = report["models"]["student"]
     headline = f"the student keeps {student['retention']:.1%} of the teacher's quality (perplexity ratio)"
-    notes: tuple[str, ...] = ()
-    if config.export.force:
-        failed = [row for row in gate.rows(report) if not row[3]]
-        notes = tuple(f"the quality gate failed: {row[0]}: {row[2]}, asked for {row[1]}" for row in failed)
-    else:
-        gate.check(report)
+    failed = [row for row in rows if not row[3]]
+    if not config.export.force:
+        hold(rows)
+    notes = tuple(f"the quality gate failed: {row[0]}: {row[2]}, asked for {row[1]}" for row in failed)
     return Result("evaluate", folder, made, headline, columns(report), table(report), report["models"], notes)
 
 
@@ -115,17 +116,31 @@ def _bench(config: Config) -> tuple[Bench, list[Input]]:
     models, inputs = _models(config)
     texts = validation_text(config)
     inputs.append(text_input(texts))
-    own = None
-    if config.evaluate.task_dir is not None:
-        found = sorted(path for path in Path(config.evaluate.task_dir).rglob("*") if path.is_file())
-        paths = [path for path in found if "__pycache__" not in path.parts]  # comes with the first use
-        own = digest([[path.name, hash_file(path)] for path in paths])
-        inputs.append(Input(config.evaluate.task_dir, own))
+    prints = _task_prints(config)
+    if prints:
+        inputs.append(Input(config.evaluate.task_dir or "lm_eval", digest(prints)))
     root = workspace / FOLDER
     return Bench(
-        config, models, texts.fingerprint, root / f"tasks-{texts.fingerprint[:12]}", own, Results(root),
-        shared_vocabulary(models["teacher"], models["student"]),
+        config, models, texts.fingerprint, root / f"tasks-{texts.fingerprint[:12]}", prints, Results(root),
+        shared_vocabulary(models["teacher"], models["student"]), _dtypes(config, models),
     ), inputs  # fmt: skip
+
+
+def _task_prints(config: Config) -> dict[str, dict[str, str | None]]:
+    if not config.evaluate.tasks:
+        return {}
+    from nemo_minitron.bridge.lm_eval import task_print
+
+    return {name: task_print(name, config.evaluate.task_dir) for name in config.evaluate.tasks}
+
+
+def _dtypes(config: Config, models: Mapping[str, Path]) -> dict[str, str]:
+    """What was trained here lies in float32 and is measured as it goes out: in the export's dtype."""
+    if config.evaluate.model is not None:
+        return {}
+    source, _ = source_folder(config)
+    dtype = config.export.dtype or main_dtype(open_checkpoint(source))
+    return {name: dtype for name, folder in models.items() if name != "pruned" and folder != source}
 
 
 def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
@@ -152,12 +167,14 @@ def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
 
 def _write_tasks(config: Config, bench: Bench) -> None:
     """Writes the data of the tasks that are made from held-out text, where it is not there yet."""
-    if bench.tasks.is_dir() or not any(name.startswith("held_out") for name in config.evaluate.tasks):
+    if bench.tasks.is_dir() or not config.evaluate.tasks:
         return
     from nemo_minitron.artifacts.build import building
-    from nemo_minitron.bridge.lm_eval import write_held_out_tasks
+    from nemo_minitron.bridge.lm_eval import is_made_here, write_held_out_tasks
     from nemo_minitron.bridge.text import documents, plain
 
+    if not any(map(is_made_here, config.evaluate.tasks)):
+        return
     with building(bench.tasks) as temporary:
         write_held_out_tasks(plain(documents(validation_text(config))), temporary)
 
@@ -167,15 +184,18 @@ def _assembled(config: Config, bench: Bench) -> dict[str, Any]:
     found = {unit: bench.measure(unit) for unit in bench.units()}
     models = {name: _row(bench, name, found) for name in bench.folders}
     tasks = {name: found[Unit("teacher", name)] for name in config.evaluate.tasks}
+    better = {name: found[Unit("student", name)]["better"] | task["better"] for name, task in tasks.items()}
     report: dict[str, Any] = {
         "workspace": workspace_of(config).resolve().name,
+        "dtype": bench.dtypes.get("student"),
         "models": models,
-        "better": {name: task["better"] for name, task in tasks.items()},
+        "better": better,
         "data_sets": {name: task["data_set"] for name, task in tasks.items() if task["data_set"]},
         "compared": _compared(bench, found),
         "measured_on": {
             "text": bench.text, **held_out_sampling(config, VALIDATION_SAMPLES),
-            "task_limit": config.evaluate.task_limit, "task_dir": bench.tasks_print,
+            "task_limit": config.evaluate.task_limit, "tasks": bench.prints,
+            "tokenizer": tokenizer_fingerprint(bench.folders["teacher"]),
         },
     }  # fmt: skip
     if config.evaluate.prompts:
@@ -221,8 +241,9 @@ def _compared(bench: Bench, found: Mapping[Unit, Any]) -> list[dict[str, Any]]:
     """Each model against the teacher, document by document, in everything that has a number for each."""
     measures = [("held-out text", "loss", TEXT, "losses", False)]
     for task in bench.config.evaluate.tasks:
-        first = found[Unit("teacher", task)]
-        measures += [(task, metric, task, metric, first["better"][metric]) for metric in first["documents"]]
+        first, *others = (found[Unit(name, task)] for name in bench.folders)
+        shared = [m for m in first["documents"] if all(m in other["documents"] for other in others)]
+        measures += [(task, metric, task, metric, first["better"][metric]) for metric in shared]
     rows = []
     for task, metric, what, series, better in measures:
         values = {}

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from nemo_minitron.artifacts.build import make
 from nemo_minitron.artifacts.checkpoint import (
+    STORED,
     Checkpoint,
     both_spellings,
     copy_side_files,
     load_tensor,
+    main_dtype,
     open_checkpoint,
 )
-from nemo_minitron.artifacts.gate import LINEAGE
-from nemo_minitron.artifacts.manifest import Input, read_manifest, write_json
+from nemo_minitron.artifacts.gate import LINEAGE, hold
+from nemo_minitron.artifacts.manifest import NAME, Input, read_manifest, write_json
 from nemo_minitron.artifacts.plan import read_plan
 from nemo_minitron.artifacts.report import read_report
 from nemo_minitron.artifacts.weights import DTYPES, Planned, write_weights
@@ -31,11 +33,10 @@ from nemo_minitron.core.size import model_size
 from nemo_minitron.families import find_row
 from nemo_minitron.stages.card import card_text, quickstart
 from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.gating import gate_of
+from nemo_minitron.stages.gating import gate_of, judge
 from nemo_minitron.stages.stage import Result, source_folder, workspace_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _check_told(workspace: Path, student: Input) -> None:
@@ -77,13 +78,14 @@ def run(config: Config) -> Result:
         input_artifact(workspace, "report", "evaluate"),
     ]
     _check_told(workspace, inputs[0])
-    report, gate = read_report(workspace / "report"), gate_of(config)
+    report = read_report(workspace / "report")
+    rows = judge(workspace / "report", gate_of(config), report)
+    failed = [row for row in rows if not row[3]]
     if not config.export.force:
-        gate.check(report)
-    failed = [row for row in gate.rows(report) if not row[3]]
+        hold(rows)
     source, _ = source_folder(config)
     checkpoint, student = open_checkpoint(source), workspace / "student" / "hf"
-    dtype = config.export.dtype or _source_dtype(checkpoint)
+    dtype = config.export.dtype or main_dtype(checkpoint)
     dtypes = {} if config.export.dtype else _row_dtypes(checkpoint)
     settings = {**asdict(config.export), "dtype": dtype, "failed": failed}
     for name in ("push_to_hub", "public", "revision", "tag", "force", "nemo"):
@@ -107,19 +109,19 @@ def run(config: Config) -> Result:
     made = make(folder, "export", settings, inputs, build)
     headline = f"{folder} loads with plain transformers; same logits as the student in {dtype}"
     if config.export.nemo:
-        headline += f"; {_nemo(folder, workspace / f'{workspace.resolve().name}.nemo', made)}"
+        headline += f"; {_nemo(folder, workspace / f'{workspace.resolve().name}.nemo')}"
     if config.export.push_to_hub:
         headline += f"; uploaded: {_upload(config, folder)}"
     return Result("export", folder, made, headline)
 
 
-def _nemo(export: Path, archive: Path, made: bool) -> str:
-    """Writes the export as a .nemo archive too, where that is not done."""
-    if made or not archive.is_file():
+def _nemo(export: Path, archive: Path) -> str:
+    """Writes the export as a .nemo archive too, where there is none as new as the export."""
+    if not archive.is_file() or archive.stat().st_mtime_ns < (export / NAME).stat().st_mtime_ns:
         from nemo_minitron.plugin.archive import nemo_archive
         from nemo_minitron.plugin.model import MinitronModel
 
-        nemo_archive(MinitronModel.from_hf(export), archive)
+        nemo_archive(MinitronModel.from_hf(export, dtype="auto"), archive)
     return f"NeMo archive {archive}"
 
 
@@ -137,17 +139,8 @@ def _row_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
     for name, entry in checkpoint.entries.items():
         match = find_row(checkpoint.family, name)
         if match is not None:
-            found.setdefault(match[0].pattern, Counter())[_STORED[entry.dtype]] += 1
+            found.setdefault(match[0].pattern, Counter())[STORED[entry.dtype]] += 1
     return {pattern: counts.most_common(1)[0][0] for pattern, counts in found.items()}
-
-
-def _source_dtype(checkpoint: Checkpoint) -> str:
-    """The dtype that most of the model's weights are stored in."""
-    counts: Counter[str] = Counter()
-    for name, entry in checkpoint.entries.items():
-        if find_row(checkpoint.family, name) is not None:
-            counts[_STORED[entry.dtype]] += torch.Size(entry.shape).numel()
-    return counts.most_common(1)[0][0]
 
 
 def _write_model(
@@ -209,9 +202,13 @@ def _card(
     results = [
         ("held-out perplexity", "held-out text", "perplexity", report["models"]["student"]["perplexity"])
     ]
+    limit = report["measured_on"]["task_limit"]
+    told = "" if limit is None else f", first {limit} questions"
     for task, metrics in report["models"]["student"].get("tasks", {}).items():
         results += [
-            (task, task, metric, value) for metric, value in metrics.items() if not metric.endswith("_stderr")
+            (f"{task}{told}", task, metric, value)
+            for metric, value in metrics.items()
+            if not metric.endswith("_stderr")
         ]
     return model_card(
         card_text(name, pointer, plan, report, failed),
@@ -258,7 +255,8 @@ def check_in_clean_process(folder: Path, student: Path, dtype: str) -> None:
         RuntimeError: it fails; the message is the process' last words.
     """
     code = quickstart((folder / "README.md").read_text(encoding="utf-8"))
-    command = [sys.executable, "-I", "-c", _CHECK, str(folder.resolve()), str(student.resolve()), dtype, code]
+    command = [sys.executable, "-c", _CHECK, str(folder.resolve()), str(student.resolve()), dtype, code]
+    # not isolated (-I): torch may have come by PYTHONPATH, or lie in the user's own site-packages
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]

@@ -50,18 +50,21 @@ class Bench:
         folders: model of the workspace to its folder; the teacher first.
         text: fingerprint of the held-out text.
         tasks: folder with the data of tasks made from it.
-        tasks_print: fingerprint of the user's own tasks, or None.
+        prints: task to what decides its questions (``task_print``).
         results: what was measured before.
         vocabulary: entries that count where teacher and student pad theirs differently; None: all.
+        dtypes: model to the dtype that it is measured in, where that is not the one it is stored in: what was
+            trained here in float32 goes out in another.
     """
 
     config: Config
     folders: Mapping[str, Path]
     text: str
     tasks: Path
-    tasks_print: str | None
+    prints: Mapping[str, Mapping[str, str | None]]
     results: Results
     vocabulary: int | None = None
+    dtypes: Mapping[str, str] = field(default_factory=dict)
     _loaded: dict[str, Any] = field(default_factory=dict)
     _unsure: dict[Unit, dict[str, Any]] = field(default_factory=dict)
 
@@ -76,6 +79,7 @@ class Bench:
         """All that decides a unit's outcome."""
         settings = self.config.evaluate
         key: dict[str, Any] = {"what": unit.what, "model": self.checkpoint(unit.model).fingerprint}
+        key["dtypes"] = [self.dtypes.get(name, "auto") for name in (unit.model, "teacher")]
         held_out = {"text": self.text, **held_out_sampling(self.config, VALIDATION_SAMPLES)}
         if unit.what in (TEXT, WRITING):
             key |= {"teacher": self.checkpoint("teacher").fingerprint, "held_out": held_out}
@@ -87,9 +91,10 @@ class Bench:
             cases = [asdict(case) for case in self._cases()]
             key |= {"cases": cases, "device": settings.device, "conditions": conditions(settings.device)}
         elif unit.what != TEXT:
-            own = None if unit.what.startswith("held_out") else self.tasks_print
-            made = self.text if unit.what.startswith("held_out") else None
-            key |= {"limit": settings.task_limit, "task_dir": own, "text": made}
+            from nemo_minitron.bridge.lm_eval import is_made_here
+
+            text = self.text if is_made_here(unit.what) else None
+            key |= {"limit": settings.task_limit, "task": dict(self.prints[unit.what]), "text": text}
         return key
 
     def checkpoint(self, model: str) -> Checkpoint:
@@ -162,7 +167,8 @@ class Bench:
     def _speed(self, name: str) -> dict[str, Any]:
         from nemo_minitron.bridge.speed import measure_in_process
 
-        return measure_in_process(self.folders[name], self.config.evaluate.device, self._cases())
+        dtype = self.dtypes.get(name, "auto")
+        return measure_in_process(self.folders[name], self.config.evaluate.device, self._cases(), dtype)
 
     def _cases(self) -> list[Any]:
         from nemo_minitron.bridge.speed import Case
@@ -179,7 +185,7 @@ class Bench:
             for other in [other for other in self.folders if other != "teacher"]:
                 self._loaded.pop(other, None)
             device = pick_device(self.config.evaluate.device)
-            self._loaded[name] = load_model(self.folders[name], device=device)
+            self._loaded[name] = load_model(self.folders[name], self.dtypes.get(name, "auto"), device)
         return self._loaded[name]
 
     def release(self) -> None:

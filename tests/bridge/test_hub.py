@@ -82,15 +82,30 @@ def test_a_connection_that_breaks_goes_on_where_it_broke(hub, tmp_path):
 
 
 def test_a_damaged_file_is_fetched_again(hub, tmp_path):
-    words = [*PRUNE, f"workspace={tmp_path / 'ws'}"]
-    assert run(hub, tmp_path, *words).returncode == 0
+    assert run(hub, tmp_path, *PRUNE, f"workspace={tmp_path / 'ws'}").returncode == 0
     blob = next((tmp_path / "cache").rglob("*.safetensors")).resolve()
-    whole = blob.read_bytes()
-    blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    again = [*PRUNE, f"workspace={tmp_path / 'ws2'}"]
-    refused(run(hub, tmp_path, *again), "arrived damaged", code=1)
-    assert run(hub, tmp_path, *again).returncode == 0
+    whole, words = blob.read_bytes(), [*PRUNE, f"workspace={tmp_path / 'ws2'}"]
+    for damaged in (whole[:-1] + bytes([whole[-1] ^ 1]), b"\xff" + whole[1:], whole[:-100]):
+        blob.write_bytes(damaged)
+        refused(run(hub, tmp_path, *words), "arrived damaged", code=1)
+    assert run(hub, tmp_path, *words).returncode == 0
     assert blob.read_bytes() == whole
+
+
+def test_a_workspace_stays_with_the_commit_that_it_began_with(hub, tmp_path):
+    words, pruned = [*PRUNE, f"workspace={tmp_path / 'ws'}"], tmp_path / "ws" / "pruned" / "manifest.json"
+    assert run(hub, tmp_path, *words).returncode == 0
+    before = pruned.read_bytes()
+    (tmp_path / "served" / "README.md").write_text("a card that was edited meanwhile")
+    hub.commits.append("f" * 40)
+    done = run(hub, tmp_path, *words)
+    assert done.returncode == 0 and pruned.read_bytes() == before, done.stderr
+    done = run(hub, tmp_path, *words, "source.revision=main")  # asked for
+    source = json.loads((tmp_path / "ws" / "teacher" / "source.json").read_text())
+    assert done.returncode == 0 and source["revision"] == "f" * 40
+    assert run(hub, tmp_path, *PRUNE, f"workspace={tmp_path / 'other'}").returncode == 0
+    source = json.loads((tmp_path / "other" / "teacher" / "source.json").read_text())
+    assert source["revision"] == "f" * 40
 
 
 def test_prune_by_hub_id(hub, tmp_path):

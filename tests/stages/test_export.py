@@ -51,18 +51,38 @@ def test_upload_to_a_branch_with_a_tag_private_and_a_second_one_sends_no_weights
     assert not any(line.startswith("PUT") for line in hub.requests)
 
 
+def test_a_tag_stays_what_it_is_and_nothing_private_gets_public(export):
+    _, hub, run = export
+    words = ["export.push_to_hub=me/small", "export.tag=first"]
+    assert run(*words).returncode == 0 and run(*words).returncode == 0
+    made = hub.made["me/small"]
+    moved = run(*words, "export.shard_size=10000")
+    assert moved.returncode == 2 and f"export.tag=first stays with {COMMIT}" in moved.stderr
+    assert made.tags == {"first": COMMIT} != made.heads["main"]
+    refused = run(*words, "export.name=other")
+    assert refused.returncode == 2 and f"export.tag=first is there and means {COMMIT}" in refused.stderr
+    assert run("export.push_to_hub=me/open", "export.public=true").returncode == 0
+    before = dict(hub.made["me/open"].branches["main"])
+    refused = run("export.push_to_hub=me/open", "export.name=other")
+    assert refused.returncode == 2 and "'me/open' is public; set export.public=true" in refused.stderr
+    assert hub.made["me/open"].branches["main"] == before
+    refused = run("export.push_to_hub=me/small", HF_HUB_OFFLINE="1")
+    assert refused.returncode == 2 and "HF_HUB_OFFLINE is set" in refused.stderr
+
+
 def test_nothing_of_an_earlier_export_stays_beside_the_weights(export):
     workspace, hub, run = export
     word = "export.push_to_hub=me/small"
     assert run(word).returncode == 0
     assert "model.safetensors" in hub.made["me/small"].branches["main"]
-    hub.made["me/small"].branches["main"]["NOTES.md"] = b"the owner's"
+    for name in ("NOTES.md", "awq/model.safetensors", "other.safetensors"):
+        hub.made["me/small"].branches["main"][name] = b"the owner's"
     assert run(word, "export.shard_size=10000").returncode == 0
     there = set(hub.made["me/small"].branches["main"])
     assert "model.safetensors" not in there  # it, and not the shards, is what transformers would load
-    assert "NOTES.md" in there
+    assert {"NOTES.md", "awq/model.safetensors", "other.safetensors"} < there
     shards = {path.name for path in (workspace / "export").glob("*.safetensors")}
-    assert len(shards) > 1 and shards == {name for name in there if name.endswith(".safetensors")}
+    assert len(shards) > 1 and shards == {name for name in there if name.startswith("model-")}
 
 
 def test_an_upload_that_broke_off_goes_on_and_a_stranger_may_not_write(export):
