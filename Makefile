@@ -42,7 +42,7 @@ test: setup
 # the proofs of all families on the oldest transformers that setup.cfg admits; that proofs bite, and scoring layer by
 # layer, is seen of all of them in 'make test'
 oldest: setup
-	$(BIN)/python -m pip install -q --no-deps --target .oldest --upgrade transformers==5.0.0 "tokenizers<=0.23.0" "huggingface-hub>=1.3,<2"
+	$(BIN)/python -m pip install -q --no-deps --target .oldest --upgrade transformers==5.0.0 "tokenizers<=0.23.0" "huggingface-hub>=1.4,<2"
 	PYTHONPATH=.oldest $(PYTEST) tests/families tests/core/test_select_cut.py tests/bridge/test_scoring.py \
 		-k "not (layer_by_layer or bites) or llama or gpt_oss"
 

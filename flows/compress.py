@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.flows.forms import Launch, Sizes, composed
+from nemo_minitron.flows.forms import Launch, Sizes, composed, words
 from nemo_minitron.flows.publish import say
 from nemo_minitron.flows.tasks import run_stage_task
 from nemo_minitron.flows.turn import patience
@@ -87,10 +87,10 @@ def compress(
 
         found: list[Result] = search(config=as_dict(checked), command=command)
         return found
-    words = ["minitron", "run", "--config-name", config_name, *(overrides or [])]
+    line = ["minitron", "run", *words(config_name, overrides, workspace, model, data, plan, launch)]
     folder = Path(checked.workspace)
     with at_work(folder, checked.launch.wait):
-        note_command(folder, shlex.split(command) if command else words)
+        note_command(folder, shlex.split(command) if command else line)
         results = run_stages(list(steps(checked)), checked)
     return results
 

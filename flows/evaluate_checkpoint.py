@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from nemo_minitron.flows.compress import run_name, run_stages
-from nemo_minitron.flows.forms import Launch, composed
+from nemo_minitron.flows.forms import Launch, composed, words
 from nemo_minitron.flows.turn import patience
 from prefect import flow
 
@@ -54,7 +54,12 @@ def evaluate_checkpoint(
         config.evaluate.previous = previous
     place = Path(workspace)
     with at_work(place, patience(config.launch)):
-        note_command(place, ["minitron", "evaluate", f"evaluate.model={folder}", *(overrides or [])])
+        line = words(
+            config_name, overrides, workspace, found, None, None, launch, source__revision=revision,
+            data__validation__paths=data, evaluate__model=str(folder), evaluate__previous=previous,
+        )  # fmt: skip
+        for stage in ("download", "evaluate"):
+            note_command(place, ["minitron", stage, *line])
         results = run_stages(["download", "evaluate"], config)
     return results
 

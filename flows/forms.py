@@ -1,5 +1,6 @@
 """Parameters of the flows as forms, made of the documented keys of the configuration."""
 
+import re
 from dataclasses import fields
 from typing import Any, Literal, get_type_hints
 
@@ -56,3 +57,50 @@ def composed(
         if form is not None:
             values[section] |= form.model_dump(exclude_none=True)
     return from_dict(values)
+
+
+def words(
+    config_name: str,
+    overrides: list[str] | None,
+    workspace: str | None = None,
+    model: str | None = None,
+    data: list[str] | None = None,
+    plan: BaseModel | None = None,
+    launch: BaseModel | None = None,
+    **more: str | list[str] | None,
+) -> list[str]:
+    """The command line that composes the same configuration, behind the command's name.
+
+    Args:
+        config_name: configuration to start from.
+        overrides: in Hydra's grammar.
+        workspace: folder of the run.
+        model: hub id or folder of the model to compress.
+        data: text to train on.
+        plan: target sizes, as a form.
+        launch: where stages run, as a form.
+        **more: further keys with their values, ``__`` in place of dots; None: not set.
+    """
+    values: dict[str, Any] = {"workspace": workspace, "source.model": model, "data.train.paths": data}
+    values |= {name.replace("__", "."): value for name, value in more.items()}
+    for section, form in (("plan", plan), ("launch", launch)):
+        if form is not None:
+            values |= {
+                f"{section}.{name}": value for name, value in form.model_dump(exclude_none=True).items()
+            }
+    given = [f"{name}={_in_grammar(value)}" for name, value in values.items() if value is not None]
+    named = [] if config_name == "config" else ["--config-name", config_name]
+    return [*named, *(overrides or []), *given]
+
+
+def _in_grammar(value: Any) -> str:
+    """A value in Hydra's grammar of overrides."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_in_grammar, value))}]"
+    if not isinstance(value, str):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    plain = re.fullmatch(r"(\.{0,2}/|[A-Za-z])[\w./-]*", value)
+    if plain and value.lower() not in ("true", "false", "null", "nan", "inf"):
+        return value
+    quoted = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{quoted}'"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.flows.compress import run_name, run_stages, steps
-from nemo_minitron.flows.forms import Launch, composed
+from nemo_minitron.flows.forms import Launch, composed, words
 from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
 from nemo_minitron.flows.turn import patience
 from prefect import flow
@@ -74,10 +74,10 @@ def search(
         checked = composed(config_name, overrides, workspace, model, data, None, launch)
     else:
         checked = from_dict(config)
-    words = ["minitron", "run", "--config-name", config_name, *(overrides or [])]
+    line = ["minitron", "run", *words(config_name, overrides, workspace, model, data, None, launch)]
     place = Path(checked.workspace)
     with at_work(place, patience(checked.launch)):
-        note_command(place, shlex.split(command) if command else words)
+        note_command(place, shlex.split(command) if command else line)
         score_once(checked)
         sizes = choose(checked)
         results = []

@@ -4,6 +4,7 @@ What the variants share (the source, its correction, the scores, the tokenised t
 workspace and is linked into theirs; all are pruned in one pass over the teacher's weights.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from nemo_minitron.flows import publish
 from nemo_minitron.flows.compress import run_name, run_stages
-from nemo_minitron.flows.forms import Launch, composed
+from nemo_minitron.flows.forms import Launch, composed, words
 from nemo_minitron.flows.turn import patience
 from prefect import flow
 from prefect.artifacts import create_image_artifact, create_table_artifact
@@ -86,7 +87,10 @@ def sweep(
     configs = _configs(base, variants, config_name, overrides, workspace, model, data, launch)
     place = Path(base.workspace)
     with at_work(place, patience(base.launch)):
-        note_command(place, ["minitron", "flow", "sweep", "--config-name", config_name, *(overrides or [])])
+        line = words(config_name, overrides, workspace, model, data, None, launch)
+        given = f"variants={json.dumps(variants)}"
+        note_command(place, ["minitron", "deploy", "sweep", "--flow", "sweep", "--parameter", given, *line])
+        note_command(place, ["prefect", "deployment", "run", "sweep/sweep"])
         score_once(base)
         outcomes = run_variants(base, configs)
         write_json(place / FILE, [asdict(outcome) for outcome in outcomes])

@@ -2,8 +2,9 @@
 
 import huggingface_hub
 import pytest
+import yaml
 
-from nemo_minitron.bridge.cards import licence_of, model_card
+from nemo_minitron.bridge.cards import licence_of, model_card, write_eval_results
 
 OTHER = "license: other\nlicense_name: open-model-license\nlicense_link: https://example.org/licence\n"
 
@@ -18,3 +19,44 @@ def test_the_sources_licence_is_carried_over_whole(tmp_path, head):
         assert card.data.get(name) == found.get(name)
     assert card.data.base_model == "owner/model"
     assert licence_of(tmp_path / "absent") == {}
+
+
+def test_a_card_of_any_kind_gives_what_it_names(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("---\nlicense: [apache-2.0, mit]\n---\n# A model\n", encoding="utf-8-sig")
+    found = licence_of(tmp_path)
+    assert found == {"license": ["apache-2.0", "mit"]}
+    assert huggingface_hub.ModelCard(model_card("# A", None, found, "a", [])).data.license == [
+        "apache-2.0",
+        "mit",
+    ]
+    path.write_text("---\nlicense: [unclosed\n---\n# A model\n")
+    assert licence_of(tmp_path) == {}
+    path.write_bytes(b"---\nlicense: mit\n---\nna\xefve\n")
+    assert licence_of(tmp_path) == {"license": "mit"}
+
+
+def test_leaderboards_get_one_whole_number_of_each_task(tmp_path):
+    metrics = {
+        "hellaswag@10": {"acc": 0.4, "acc_stderr": 0.01, "acc_norm": 0.5},
+        "lambada": {"perplexity": 12.0, "acc": 0.3},
+        "wiki": {"word_perplexity": 9.0},
+    }
+    report = {
+        "data_sets": {
+            "hellaswag@10": "Rowan/hellaswag",
+            "lambada": "EleutherAI/lambada_openai",
+            "wiki": "a/b",
+        },
+        "better": {task: {m: "perplexity" not in m for m in found} for task, found in metrics.items()},
+        "models": {"student": {"tasks": metrics}},
+        "measured_on": {"task_limit": 10},
+    }
+    write_eval_results(tmp_path, report)
+    assert not (tmp_path / ".eval_results").exists()
+    report["measured_on"]["task_limit"] = None
+    write_eval_results(tmp_path, report)
+    found = yaml.safe_load((tmp_path / ".eval_results" / "minitron.yaml").read_text())
+    assert [(entry["dataset"]["id"], entry["value"]) for entry in found] == [
+        ("Rowan/hellaswag", 0.5), ("EleutherAI/lambada_openai", 0.3),
+    ]  # fmt: skip

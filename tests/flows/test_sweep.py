@@ -1,12 +1,13 @@
 """Several plans from one scoring, and the search for the best size within a budget, on the real engine."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 
 from nemo_minitron.artifacts.manifest import read_manifest
-from nemo_minitron.artifacts.workspace import verify_tree
+from nemo_minitron.artifacts.workspace import commands_in, verify_tree
 from tests.conftest import minitron, settings
 from tests.flows.test_tasks import server
 
@@ -110,6 +111,11 @@ def test_a_checkpoint_is_measured_against_the_teacher_that_its_lineage_names(
     results = evaluate_checkpoint(**call, overrides=small)
     assert [result.stage for result in results] == ["download", "evaluate"] and results[1].made
     assert [result.made for result in evaluate_checkpoint(**call, overrides=small)] == [False, False]
+    told = commands_in(tmp_path / "night")[:2]
+    assert [line.split()[:2] for line in told] == [["minitron", "download"], ["minitron", "evaluate"]]
+    for line in told:  # and it does the same
+        done = minitron(*shlex.split(line)[1:])
+        assert done.returncode == 0 and "already done" in done.stdout + done.stderr
     with pytest.raises(RuntimeError, match="the quality gate failed"):
         evaluate_checkpoint(**call, overrides=[*small, "evaluate.min_retention=50"])
     own = shutil.copytree(export, tmp_path / "own")

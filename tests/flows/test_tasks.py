@@ -341,6 +341,20 @@ def test_two_flows_on_one_workspace(server, played, tmp_path):
     holder.join()
 
 
+def test_the_command_that_is_written_down_composes_the_same():
+    from nemo_minitron.flows.forms import Launch, Sizes, composed, words
+
+    given = {
+        "overrides": ["distill.kl=2"], "workspace": "runs/what's new", "model": "org/tiny",
+        "data": ["a folder/*.txt", "hf://owner/name", "C:\\text\\"], "plan": Sizes(hidden=8, layers=2),
+        "launch": Launch(kind="subprocess", accelerator="gpu-0", wait=3600, retries=0),
+    }  # fmt: skip
+    line = words("config", **given)
+    assert as_dict(load_config("config", line)) == as_dict(composed("config", **given))
+    assert "plan.hidden=8" in line and "workspace='runs/what\\'s new'" in line
+    assert words("demo", None) == ["--config-name", "demo"]
+
+
 def test_parameters_are_forms_with_bounds(server):
     from nemo_minitron.flows.compress import compress
 

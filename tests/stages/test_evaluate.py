@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from nemo_minitron.artifacts.report import speeds, unserved
@@ -20,7 +21,7 @@ from nemo_minitron.launch.failures import TRANSIENT, kind_of
 from nemo_minitron.stages import run_stage
 from nemo_minitron.stages.evaluate import _bench
 from nemo_minitron.stages.measuring import SPEED, Unit, work
-from tests.conftest import settings
+from tests.conftest import minitron, settings
 
 LINES = [{"q": f"the model reads a file {i}", "a": ["and", "waits"], "n": i % 2} for i in range(12)]
 DATA = """task: {name}
@@ -162,6 +163,82 @@ def test_a_task_that_fails_costs_no_other(words, capsys):
     assert now == kept  # nothing was measured twice
 
 
+def test_a_task_is_measured_again_when_its_own_questions_have_changed_and_only_then(words, capsys, tmp_path):
+    workspace, arguments = words
+    folder, data = tmp_path / "own", tmp_path / "elsewhere" / "questions.jsonl"
+    folder.mkdir()
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    names = ("held_out_mine", "own_quiz", "own_coded", "own_split")
+    for name in names:
+        kind = KINDS["own_choice"].replace("tag: [own_tag]\n", "")
+        (folder / f"{name}.yaml").write_text(DATA.format(name=name, path=data) + kind)
+    with (folder / "own_coded.yaml").open("a") as file:
+        file.write("process_docs: !function helper.same\n")
+    (folder / "helper.py").write_text("def same(docs):\n    return docs\n")
+    base = (folder / "own_split.yaml").read_text()
+    (folder / "base").write_text(base.replace("task: own_split\n", ""))
+    (folder / "own_split.yaml").write_text("task: own_split\ninclude: base\n")
+    more = [f"evaluate.task_dir={folder}", f"evaluate.tasks=[{','.join(names)}]", "evaluate.prompts=0"]
+
+    def measured():
+        """Tasks of the student that were measured, not read; each evaluation in a process of its own."""
+        before = {path.name for path in (workspace / "results").glob("*.json")}
+        done = minitron("evaluate", *arguments, *more)
+        assert done.returncode == 0, done.stderr[-2000:]
+        new = [path for path in (workspace / "results").glob("*.json") if path.name not in before]
+        keys = [json.loads(path.read_text())["key"] for path in new]
+        return sorted({key["what"] for key in keys})
+
+    assert measured() == sorted([*names, "text"])
+    assert measured() == []
+    (folder / "notes.txt").write_text("nobody's")
+    (folder / "other.yaml").write_text(DATA.format(name="other", path=data) + KINDS["own_rolling"])
+    assert measured() == []
+    (folder / "helper.py").write_text("def same(docs):\n    return docs.select(range(6))\n")
+    assert measured() == ["own_coded"]
+    with (folder / "base").open("a") as file:
+        file.write("fewshot_delimiter: ' '\n")
+    assert measured() == ["own_split"]
+    with (folder / "held_out_mine.yaml").open("a") as file:
+        file.write("description: 'The model reads. '\n")
+    assert measured() == ["held_out_mine"]
+    data.write_text("".join(json.dumps({**line, "n": 1 - line["n"]}) + "\n" for line in LINES))
+    assert measured() == sorted(names)
+
+
+def test_a_measure_that_one_model_lacks_is_not_compared(words, capsys, tmp_path, monkeypatch):
+    from nemo_minitron.stages import measuring
+
+    whole = measuring.Bench._task
+
+    def partly(bench, unit):
+        found = whole(bench, unit)
+        if unit.model == "student":
+            del found["documents"]["acc_norm"], found["metrics"]["acc_norm"]
+        return found
+
+    monkeypatch.setattr(measuring.Bench, "_task", partly)
+    workspace, arguments = words
+    assert called(capsys, "evaluate", *arguments, "evaluate.tasks=[own_choice]")[0] == 0
+    measures = {row["metric"] for row in read(workspace)["compared"] if row["task"] == "own_choice"}
+    assert measures == {"acc"}
+
+
+def test_the_student_is_measured_as_it_goes_out(words, capsys, tmp_path):
+    workspace, arguments = words
+    arguments = [*arguments, "evaluate.tasks=[own_choice]", "export.dtype=bfloat16"]
+    bench, _ = _bench(load_config("config", arguments))
+    dtypes = {name: bench._model(name).dtype for name in bench.folders}
+    assert dtypes == {"teacher": torch.float32, "pruned": torch.float32, "student": torch.bfloat16}
+    assert called(capsys, "evaluate", *arguments)[0] == 0 and called(capsys, "export", *arguments)[0] == 0
+    other = [word.replace(str(workspace), str(tmp_path / "again")) for word in arguments]
+    other = [*other, f"evaluate.model={workspace / 'export'}"]
+    assert called(capsys, "download", *other)[0] == 0 and called(capsys, "evaluate", *other)[0] == 0
+    one, two = (read(place)["models"]["student"] for place in (workspace, tmp_path / "again"))
+    assert one["loss"] == two["loss"] and one["tasks"] == two["tasks"]
+
+
 def test_bad_input_is_refused_in_one_line_before_anything_is_measured(words, capsys):
     workspace, arguments = words
     for word, text in (
@@ -205,6 +282,16 @@ def test_the_gate_holds_until_it_is_forced_and_the_card_says_so(words, capsys):
     (old / "minitron.json").write_text(json.dumps(lineage))
     code, last = called(capsys, "evaluate", *arguments, f"evaluate.previous={old}")
     assert code == 1 and "perplexity against the previous export" in last
+    # a verdict outlives the command that asked for it
+    shutil.rmtree(workspace / "export")
+    code, last = called(capsys, "export", *arguments)
+    assert code == 1 and "perplexity against the previous export" in last
+    assert not (workspace / "export").exists()
+    assert called(capsys, "export", *arguments, "export.force=true")[0] == 0
+    assert "perplexity against the previous export" in (workspace / "export" / "README.md").read_text()
+    assert called(capsys, "evaluate", *arguments, "evaluate.floors=[own_choice:acc:0]")[0] == 0
+    assert called(capsys, "export", *arguments)[0] == 0
+    assert "by force" not in (workspace / "export" / "README.md").read_text()
 
 
 def test_only_the_student_that_was_measured_and_the_plan_it_was_cut_by_go_out(words, capsys):
