@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_minitron.artifacts.foreign import check_config, check_folder, check_names
 from nemo_minitron.artifacts.headers import FLOATS, read_header, sample
 from nemo_minitron.artifacts.manifest import digest, hash_file
+from nemo_minitron.artifacts.side_files import side_files
 from nemo_minitron.families import (
     Family,
     axis_sizes,
@@ -28,19 +29,6 @@ from nemo_minitron.families.grammar import row_axes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-LICENCES = ("LICEN[CS]E*", "NOTICE*", "*POLICY*")
-"""Patterns of the files that say under what terms a model may be used."""
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the dtypes that weights may have here."""
 STORED = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -247,22 +235,6 @@ def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     return memory.view(TORCH[entry.dtype]).reshape(entry.shape)
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copies what belongs to a model besides config and weights.
-
-    Tokenizer, generation config, licence; byte for byte.
-    """
-    for path in side_files(source):
-        (target / path.name).write_bytes(path.read_bytes())
-
-
-def side_files(folder: Path) -> list[Path]:
-    """Tokenizer, generation config and licence of a model's folder, as far as they are there."""
-    named = [folder / name for name in (*TOKENIZER_FILES, "generation_config.json")]
-    terms = sorted({path for pattern in LICENCES for path in folder.glob(pattern)})
-    return [path for path in (*named, *terms) if path.is_file()]
-
-
 def main_dtype(checkpoint: Checkpoint) -> str:
     """The dtype that most of a model's weights are stored in."""
     counts: Counter[str] = Counter()
@@ -270,11 +242,6 @@ def main_dtype(checkpoint: Checkpoint) -> str:
         if find_row(checkpoint.family, name) is not None:
             counts[STORED[entry.dtype]] += math.prod(entry.shape)
     return counts.most_common(1)[0][0]
-
-
-def tokenizer_fingerprint(folder: Path) -> str:
-    """SHA-256 over the tokenizer's files."""
-    return digest([[name, hash_file(folder / name)] for name in TOKENIZER_FILES if (folder / name).is_file()])
 
 
 def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:

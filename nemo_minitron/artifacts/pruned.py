@@ -20,10 +20,10 @@ from nemo_minitron.artifacts.checkpoint import (
     Checkpoint,
     Entry,
     both_spellings,
-    copy_side_files,
     open_checkpoint,
 )
 from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.artifacts.side_files import copy_side_files
 from nemo_minitron.artifacts.weights import Block, Planned, ShardWriter, stored_order
 from nemo_minitron.core.cut import Cut, Piece, cut_config, pieces, rescaled
 

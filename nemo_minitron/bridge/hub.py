@@ -20,8 +20,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from nemo_minitron.artifacts.checkpoint import LICENCES
 from nemo_minitron.artifacts.manifest import hash_file
+from nemo_minitron.artifacts.side_files import LICENCES
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", *LICENCES]
 _NOT = ["*/*", "consolidated*.safetensors"]

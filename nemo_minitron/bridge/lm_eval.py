@@ -1,103 +1,23 @@
-"""lm-eval on a loaded model: its tasks, own task YAMLs, and two tasks made from held-out text."""
+"""lm-eval on a loaded model: its tasks, own task YAMLs, and the tasks made from held-out text."""
 
 import contextlib
 import difflib
 import functools
-import glob
-import itertools
-import json
 import logging
 import math
 import os
-import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
-from nemo_minitron.artifacts.manifest import digest, hash_file
+from nemo_minitron.bridge.held_out_tasks import MADE_HERE, made_here, split_shots
 
-MADE_HERE = ("held_out_choice", "held_out_bytes")
 ADDED = Path(__file__).parent / "lm_tasks"
 """Tasks that lm-eval lacks."""
-_CHOICES = 4
-_CONTEXT, _CONTINUATION, _DOCUMENT = 240, 80, 2000
-_QUESTIONS = 200
-
-
-def write_held_out_tasks(documents: Iterable[str], folder: Path, seed: int = 0) -> None:
-    """Writes the data of the tasks made from held-out text, as JSONL.
-
-    ``held_out_choice``: the start of a document, and which of four passages of equal length goes on; the
-    other three come from other documents. ``held_out_bytes``: documents, to be scored in bits per byte.
-
-    Args:
-        documents: held-out documents.
-        folder: an existing folder.
-        seed: seed of the choice of passages.
-
-    Raises:
-        ValueError: fewer than four documents are long enough.
-    """
-    long_enough = (text for text in documents if len(text) >= 2 * (_CONTEXT + _CONTINUATION))
-    usable = list(itertools.islice(long_enough, _QUESTIONS))
-    if len(usable) < _CHOICES:
-        raise ValueError(
-            f"evaluate.tasks: {MADE_HERE[0]} needs at least {_CHOICES} held-out documents of "
-            f"{2 * (_CONTEXT + _CONTINUATION)} characters, found {len(usable)}"
-        )
-    draw = random.Random(seed)
-    rows = []
-    for question in range(_QUESTIONS):
-        i = question % len(usable)
-        text = usable[i]
-        start = draw.randrange(0, len(text) - _CONTEXT - _CONTINUATION)
-        context, right = _passage(text, start, _CONTEXT), _passage(text, start + _CONTEXT, _CONTINUATION)
-        others = draw.sample([j for j in range(len(usable)) if j != i], _CHOICES - 1)
-        wrong = [_somewhere(usable[j], draw) for j in others]
-        answer = draw.randrange(_CHOICES)
-        choices = [*wrong[:answer], right, *wrong[answer:]]
-        rows.append({"context": context, "choices": choices, "answer": answer})
-    _write_lines(folder / "held_out_choice.jsonl", rows)
-    _write_lines(folder / "held_out_bytes.jsonl", [{"text": text[:_DOCUMENT]} for text in usable])
-
-
-def _passage(text: str, start: int, length: int) -> str:
-    return text[start : start + length]
-
-
-def _somewhere(text: str, draw: random.Random) -> str:
-    return _passage(text, draw.randrange(0, len(text) - _CONTINUATION), _CONTINUATION)
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _made_here(name: str, folder: Path) -> dict[str, Any]:
-    """The lm-eval description of a task made here."""
-    data = {"data_files": {"test": str(folder / f"{name}.jsonl")}}
-    base = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
-    if name == "held_out_bytes":
-        metrics = [{"metric": "bits_per_byte"}]
-        return {
-            **base, "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-            "metric_list": metrics,
-        }  # fmt: skip
-    return {
-        **base,
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
-    }
 
 
 @dataclass(frozen=True)
@@ -119,23 +39,6 @@ class TaskResult:
     data_set: str | None = None
 
 
-def split_shots(name: str) -> tuple[str, int | None]:
-    """``arc_challenge@25`` to its task and the number of examples before each question; None: the task's own.
-
-    Raises:
-        ValueError: what stands behind the @ is no number.
-    """
-    task, at, shots = name.partition("@")
-    if at and not shots.isdecimal():
-        raise ValueError(f"evaluate.tasks: expected TASK@SHOTS, as in arc_challenge@25, found {name!r}")
-    return task, int(shots) if at else None
-
-
-def is_made_here(name: str) -> bool:
-    """Whether a task, as ``evaluate.tasks`` names it, is one of those made from held-out text."""
-    return split_shots(name)[0] in MADE_HERE
-
-
 def check_tasks(names: Sequence[str], task_dir: str | None) -> None:
     """Refuses tasks that lm-eval would not know, before anything is measured.
 
@@ -145,9 +48,9 @@ def check_tasks(names: Sequence[str], task_dir: str | None) -> None:
     tasks = [split_shots(name)[0] for name in names]
     unknown = [task for task in tasks if task not in MADE_HERE]
     if not unknown:
-        _library()
+        library()
         return
-    manager = _manager(task_dir, True)
+    manager = manager_of(task_dir, True)
     tags = set(manager.all_tags)
     known = [task for task in manager.all_tasks if task not in tags]
     for task in unknown:
@@ -164,65 +67,8 @@ def check_tasks(names: Sequence[str], task_dir: str | None) -> None:
             )
 
 
-def task_print(name: str, task_dir: str | None) -> dict[str, str | None]:
-    """What decides a task's questions: lm-eval's version, and a YAML that is not its own.
-
-    With the YAML counts what it includes, the Python files beside it where it names a function, the
-    data that it names where they lie here, and for a group the same of its tasks.
-    """
-    task, _ = split_shots(name)
-    own: set[Path] = set() if task in MADE_HERE else _files_of(task, _manager(task_dir, True).task_index)
-    prints = [[path.name, hash_file(path)] for path in sorted(own)]
-    return {"lm_eval": version("lm_eval"), "own": digest(prints) if prints else None}
-
-
-def _files_of(task: str, index: Any) -> set[Path]:
-    entry = index.get(task)
-    theirs = Path(_library().__file__).parent
-    if entry is None or entry.yaml_path is None or Path(entry.yaml_path).resolve().is_relative_to(theirs):
-        return set()
-    found, config = _named_in(Path(entry.yaml_path).resolve())
-    if "group" in config:
-        for member in set(_strings(config.get("task"))) - {task}:
-            found |= _files_of(member, index)
-    return found
-
-
-class _Unresolved(yaml.SafeLoader):
-    """YAML whose functions stay names."""
-
-
-_Unresolved.add_constructor("!function", lambda loader, node: f"!function {node.value}")
-
-
-def _named_in(path: Path) -> tuple[set[Path], dict[str, Any]]:
-    """Files that a task's YAML consists of, and what it says without its includes."""
-    text = path.read_text(encoding="utf-8")
-    config, found = yaml.load(text, _Unresolved) or {}, {path}
-    for include in _strings(config.get("include")):
-        included = path.parent / include
-        if included.is_file() and included != path:
-            found |= _named_in(included)[0]
-    if "!function" in text or "class" in config:
-        found |= set(path.parent.rglob("*.py"))
-    for name in _strings([config.get("dataset_path"), config.get("dataset_kwargs")]):
-        with contextlib.suppress(OSError, ValueError):  # no name of a file
-            there = [Path(name)] if Path(name).exists() else map(Path, glob.glob(name))
-            found |= {
-                file for at in there for file in ([at] if at.is_file() else at.rglob("*")) if file.is_file()
-            }
-    return found, config
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
-
-
-def _library() -> Any:
+def library() -> Any:
+    """lm-eval, or what to install."""
     try:
         import lm_eval
     except ImportError as error:
@@ -232,9 +78,9 @@ def _library() -> Any:
 
 
 @functools.cache
-def _manager(task_dir: str | None, defaults: bool) -> Any:
+def manager_of(task_dir: str | None, defaults: bool) -> Any:
     """lm-eval's index of tasks, which takes seconds to make."""
-    _library()
+    library()
     from lm_eval.tasks import TaskManager
 
     folders = [str(ADDED), *([] if task_dir is None else [task_dir])]
@@ -278,9 +124,9 @@ def run_task(
     aside = contextlib.redirect_stdout(sys.stderr)
     with _alone(), aside, _unconnected() if made else contextlib.nullcontext():
         # unless told otherwise it resamples 100000 times
-        found = _library().simple_evaluate(
-            wrapped, tasks=[_made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
-            task_manager=_manager(task_dir, not made), bootstrap_iters=100,
+        found = library().simple_evaluate(
+            wrapped, tasks=[made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
+            task_manager=manager_of(task_dir, not made), bootstrap_iters=100,
             confirm_run_unsafe_code=os.environ.get("HF_ALLOW_CODE_EVAL") == "1",
         )  # fmt: skip
     direction = found["higher_is_better"].get(task, {})

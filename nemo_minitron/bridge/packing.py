@@ -4,8 +4,10 @@ The same on every machine for a given seed.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,20 @@ _SPREAD = 8
 """How many times as much text is read as samples are taken from it in ``pack``."""
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Samples, and whose they are.
+
+    Attributes:
+        samples: Tensor of shape [samples, length + 1], int64.
+        documents: number of the document that stands in the middle of each sample; those of one document are
+            alike, and statistics must not take them for independent.
+    """
+
+    samples: Tensor
+    documents: list[int]
+
+
 def pack(
     texts: TextSet,
     tokenizer: Any,
@@ -26,7 +42,7 @@ def pack(
     seed: int,
     at_most: bool = False,
     where: str | None = None,
-) -> Tensor:
+) -> Packed:
     """Packs documents end to end, separated by the tokenizer's own begin and end tokens, into samples.
 
     A sample is ``length`` tokens and the one that follows, which is the label of the last: consecutive
@@ -41,14 +57,11 @@ def pack(
         where: configuration section of ``samples``, for messages; None: that of the text.
         at_most: whether fewer than ``samples`` are acceptable.
 
-    Returns:
-        Tensor of shape [samples, length + 1], int64.
-
     Raises:
         ValueError: no text, too little for one sample, or for ``samples``.
     """
     wanted = None if samples is None else _SPREAD * samples * length + 1
-    stream = _token_stream(texts, tokenizer, seed, wanted)
+    stream, ends = _token_stream(texts, tokenizer, seed, wanted)
     total = len(stream)
     count = (total - 1) // length
     if samples is not None and count < samples and not at_most:
@@ -59,8 +72,9 @@ def pack(
     if count < 1:
         raise TooLittle(f"{texts.where}: the text has {total} tokens, one sample needs {length + 1}")
     packed = stream[: count * length + 1].unfold(0, length + 1, length)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return packed[order[:samples]].long()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    middle = order * length + length // 2
+    return Packed(packed[order].long(), torch.searchsorted(ends, middle, right=True).tolist())
 
 
 def pack_mixture(
@@ -71,7 +85,7 @@ def pack_mixture(
     seed: int,
     at_most: bool,
     where: str,
-) -> Tensor:
+) -> Packed:
     """Packs several texts apart, and takes samples of each by its weight; else as ``pack``.
 
     A text that does not fill one sample is left out.
@@ -92,21 +106,24 @@ def pack_mixture(
     for texts, weight in mixture:
         share = math.ceil(samples * weight / sum(each for _, each in mixture)) + 1
         with contextlib.suppress(TooLittle):
-            pools.append(list(pack(texts, tokenizer, length, share, seed, True, where)))
+            pools.append(pack(texts, tokenizer, length, share, seed, True, where))
             weights.append(weight)
-    taken, rows = [0] * len(pools), []
+    taken, rows, documents = [0] * len(pools), [], []
+    first_of = list(itertools.accumulate((max(pool.documents) + 1 for pool in pools), initial=0))
     while pools and len(rows) < samples:
         source = lagging(taken, weights)
-        if taken[source] == len(pools[source]):
+        pool = pools[source]
+        if taken[source] == len(pool.samples):
             break
-        rows.append(pools[source][taken[source]])
+        rows.append(pool.samples[taken[source]])
+        documents.append(first_of[source] + pool.documents[taken[source]])
         taken[source] += 1
     if not rows or (len(rows) < samples and not at_most):
         raise ValueError(
             f"{where}.samples: expected {samples} samples of {length} tokens by data.train.weights, the text "
             f"yields {len(rows)}"
         )
-    return torch.stack(rows)
+    return Packed(torch.stack(rows), documents)
 
 
 def lagging(taken: Sequence[int], weights: Sequence[float]) -> int:
@@ -127,8 +144,8 @@ class TooLittle(ValueError):
     """A text does not fill one sample."""
 
 
-def _token_stream(texts: TextSet, tokenizer: Any, seed: int, wanted: int | None) -> Tensor:
-    """Token ids of the documents end to end, int32, until there are as many as wanted."""
+def _token_stream(texts: TextSet, tokenizer: Any, seed: int, wanted: int | None) -> tuple[Tensor, Tensor]:
+    """Token ids of the documents end to end, int32, until there are as many as wanted; where each ends."""
     chunks: list[Tensor] = []
     total = 0
     for ids in tokenised(documents(texts, seed), tokenizer, texts.where):
@@ -138,4 +155,4 @@ def _token_stream(texts: TextSet, tokenizer: Any, seed: int, wanted: int | None)
             break
     if not chunks:
         raise TooLittle(f"{texts.where}.paths: {len(texts.files)} files hold no text")
-    return torch.cat(chunks)
+    return torch.cat(chunks), torch.tensor([len(chunk) for chunk in chunks]).cumsum(0)

@@ -9,7 +9,8 @@ import torch
 
 from nemo_minitron.artifacts.checkpoint import Checkpoint
 from nemo_minitron.bridge.detour import Detour
-from nemo_minitron.bridge.lm_eval import MADE_HERE, run_task, write_held_out_tasks
+from nemo_minitron.bridge.held_out_tasks import MADE_HERE, write_held_out_tasks
+from nemo_minitron.bridge.lm_eval import run_task
 from nemo_minitron.bridge.models import frozen, load_tokenizer
 from nemo_minitron.bridge.scoring import blocks_of
 from nemo_minitron.core.depth import DepthSums

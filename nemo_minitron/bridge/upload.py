@@ -42,23 +42,7 @@ def upload(
     """
     api, where = huggingface_hub.HfApi(), f"export.push_to_hub: {repository!r}"
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        if private and not api.model_info(repository).private:
-            raise ValueError(f"{where} is public; set export.public=true if the export may be")
-        if revision is not None:
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        tagged = _tagged(api, repository, tag)
-        if tagged is not None and tagged != api.model_info(repository, revision=revision).sha:
-            raise ValueError(f"{where}: export.tag={tag} is there and means {tagged}; choose another")
-        old = [name for name in api.list_repo_files(repository, revision=revision) if _OURS.fullmatch(name)]
-        info: Any = api.upload_folder(
-            repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=["manifest.json"],
-            delete_patterns=old or None, commit_message="Export by nemo_minitron",
-        )  # fmt: skip
-        if tagged not in (None, info.oid):
-            raise ValueError(f"{where}: uploaded as {info.oid}, but export.tag={tag} stays with {tagged}")
-        if tag is not None and tagged is None:
-            api.create_tag(repository, tag=tag, revision=info.oid)
+        return _send(api, folder, repository, private, revision, tag)
     except OfflineModeIsEnabled as error:
         raise ValueError(f"{where}: HF_HUB_OFFLINE is set; nothing is uploaded") from error
     except LocalTokenNotFoundError as error:
@@ -73,6 +57,38 @@ def upload(
         raise ConnectionError(f"{where}: {error}; the next try sends what is missing") from error
     except httpx.TransportError as error:
         raise ConnectionError(f"{where}: the hub cannot be reached") from error
+
+
+def _send(
+    api: huggingface_hub.HfApi,
+    folder: Path,
+    repository: str,
+    private: bool,
+    revision: str | None,
+    tag: str | None,
+) -> str:
+    """Makes the repository, branch, commit and tag; see ``upload``."""
+    api.create_repo(repository, private=private, exist_ok=True)
+    if private and not api.model_info(repository).private:
+        raise ValueError(
+            f"export.push_to_hub: {repository!r} is public; set export.public=true if the export may be"
+        )
+    if revision is not None:
+        api.create_branch(repository, branch=revision, exist_ok=True)
+    tagged = _tagged(api, repository, tag)
+    if tagged is not None and tagged != api.model_info(repository, revision=revision).sha:
+        raise ValueError(f"export.push_to_hub: export.tag={tag} is there and means {tagged}; choose another")
+    old = [name for name in api.list_repo_files(repository, revision=revision) if _OURS.fullmatch(name)]
+    info: Any = api.upload_folder(
+        repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=["manifest.json"],
+        delete_patterns=old or None, commit_message="Export by nemo_minitron",
+    )  # fmt: skip
+    if tagged not in (None, info.oid):
+        raise ValueError(
+            f"export.push_to_hub: uploaded as {info.oid}, but export.tag={tag} stays with {tagged}"
+        )
+    if tag is not None and tagged is None:
+        api.create_tag(repository, tag=tag, revision=info.oid)
     return str(info)
 
 

@@ -22,15 +22,19 @@ class Paired:
     documents: int
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
+def paired(first: Sequence[float], second: Sequence[float], documents: Sequence[int] | None = None) -> Paired:
     """Compares two models document by document.
 
     Where every result is right or wrong the exact test of McNemar counts the documents that only one of them
-    got right (Psychometrika 1947, a binomial test); otherwise the t test of pairs.
+    got right (Psychometrika 1947, a binomial test); otherwise the t test of pairs. Where several numbers are
+    of one document they are alike, and its standard error is the cluster-robust one (Liang and Zeger,
+    Biometrika 1986): that of the documents' sums of deviations, with as many degrees of freedom as there are
+    documents, less one.
 
     Args:
-        first: a number for each document, of one model.
+        first: numbers of one model.
         second: of the other, in the same order.
+        documents: which document each is of; None: each is one of its own.
 
     Raises:
         ValueError: not as many of one as of the other, or none.
@@ -39,15 +43,18 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
         raise ValueError(f"paired: expected as many results of both, found {len(first)} and {len(second)}")
     gaps = [b - a for a, b in zip(first, second, strict=True)]
     n, mean = len(gaps), math.fsum(gaps) / len(gaps)
-    variance = math.fsum((gap - mean) ** 2 for gap in gaps) / max(1, n - 1)
-    error = math.sqrt(variance / n)
-    if set(first) | set(second) <= {0.0, 1.0}:
+    sums: dict[int, float] = {}
+    for gap, document in zip(gaps, range(n) if documents is None else documents, strict=True):
+        sums[document] = sums.get(document, 0.0) + gap - mean
+    groups = len(sums)
+    error = math.sqrt(math.fsum(total**2 for total in sums.values()) * groups / max(1, groups - 1)) / n
+    if documents is None and set(first) | set(second) <= {0.0, 1.0}:
         p = _binomial(sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps))
-    elif mean == 0 or n == 1:  # one document says nothing
+    elif mean == 0 or groups == 1:  # one document says nothing
         p = 1.0
     else:
-        p = 0.0 if error == 0 else _student(abs(mean) / error, n - 1)
-    return Paired(mean, error, p, n)
+        p = 0.0 if error == 0 else _student(abs(mean) / error, groups - 1)
+    return Paired(mean, error, p, groups)
 
 
 def _student(t: float, freedom: int) -> float:

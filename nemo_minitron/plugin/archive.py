@@ -5,9 +5,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_minitron.artifacts.checkpoint import side_files
+from nemo_minitron.artifacts.side_files import side_files
 
 
 def make_cfg(
@@ -37,6 +38,23 @@ def _file_key(name: str) -> str:
 def file_name(key: str) -> str:
     """The file that an entry of ``cfg.files`` stands for."""
     return key.replace("__dot__", ".")
+
+
+def dtypes_of(model: Any) -> dict[str, list[str]]:
+    """Dtypes to the names of the parameters that are stored in them."""
+    found: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        found.setdefault(str(parameter.dtype).removeprefix("torch."), []).append(name)
+    return found
+
+
+def as_stored(model: Any, cfg: DictConfig) -> Any:
+    """A model with its weights in the dtypes that its configuration says they are stored in."""
+    for dtype, names in (cfg.get("dtypes") or {}).items():
+        for name in names:
+            parameter = model.get_parameter(name)
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model
 
 
 def nemo_archive(model: Any, path: Path) -> Path:

@@ -29,7 +29,7 @@ from nemo_minitron.bridge.packing import pack
 from nemo_minitron.bridge.text import find_text
 from nemo_minitron.core.losses import LossTerms, LossWeights
 from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
-from nemo_minitron.plugin.archive import file_name, make_cfg
+from nemo_minitron.plugin.archive import as_stored, dtypes_of, file_name, make_cfg
 from nemo_minitron.plugin.data import ConsumedSampler, as_samples, train_loader, validation_loader
 from nemo_minitron.plugin.guard import gradient_norm
 from nemo_minitron.plugin.learned import LearnedTokens, labels_of
@@ -49,11 +49,10 @@ class MinitronModel(ModelPT):
 
     * ``hf_config``: the model's config.json;
     * ``files``: tokenizer, generation config, card and licence files, carried inside ``.nemo`` archives;
-    * ``dtypes``: optional, dtypes to names of the parameters that are stored in them; all others: float32;
+    * ``dtypes``: optional, dtypes to the names of parameters that are stored in them;
     * ``optim``: a NeMo optimiser and scheduler;
     * ``train_ds``, ``validation_ds``: optional, ``paths``, ``exclude``, ``format``, ``text_key``,
-        ``sequence_length``,
-      ``samples``, ``seed``, ``batch_size`` and ``tokenizer`` (a model folder with its tokenizer).
+      ``sequence_length``, ``samples``, ``seed``, ``batch_size`` and ``tokenizer`` (a model's folder).
 
     It minimises cross-entropy; the ``KnowledgeDistillation`` callback replaces ``objective``.
 
@@ -71,14 +70,13 @@ class MinitronModel(ModelPT):
         Args:
             cfg: see the class.
             trainer: Lightning's Trainer.
-            model: the Hugging Face model where it exists already; None: from ``cfg.hf_config`` with random
-                weights.
+            model: the Hugging Face model where it exists already; None: random weights.
         """
         super().__init__(cfg=cfg, trainer=trainer)
         hf_config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(hf_config, dict)
         self.family = family_of(hf_config, "hf_config")
-        self.model = _stored(new_model(hf_config, seed=0), self.cfg) if model is None else model
+        self.model = as_stored(new_model(hf_config, seed=0), self.cfg) if model is None else model
         self.objective: Objective = self.cross_entropy
         self.facts: dict[str, float] = {}
         self._sharded, self._gathered = False, None
@@ -109,10 +107,7 @@ class MinitronModel(ModelPT):
         """
         folder, trainer = Path(folder), rest.pop("trainer", None)
         model = load_model(folder, dtype=dtype).train()
-        if dtype == "auto":
-            rest["dtypes"] = {str(p.dtype).removeprefix("torch."): [] for p in model.parameters()}
-            for name, parameter in model.named_parameters():
-                rest["dtypes"][str(parameter.dtype).removeprefix("torch.")].append(name)
+        rest |= {"dtypes": dtypes_of(model)} if dtype == "auto" else {}
         return cls(make_cfg(read_config(folder), folder, optim, **rest), trainer, model)
 
     @classmethod
@@ -298,16 +293,8 @@ class MinitronModel(ModelPT):
             (folder / name).write_bytes(content)
 
 
-def _stored(model: Any, cfg: DictConfig) -> Any:
-    """A model with its weights in the dtypes that its configuration says they are stored in."""
-    for dtype, names in (cfg.get("dtypes") or {}).items():
-        for name in names:
-            parameter = model.get_parameter(name)
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-    return model
-
-
 def _tokens(cfg: DictConfig, where: str) -> Tensor:
     paths = [cfg.paths] if isinstance(cfg.paths, str) else list(cfg.paths)
     texts = find_text(paths, list(cfg.exclude), cfg.format, cfg.text_key, where)
-    return pack(texts, load_tokenizer(Path(cfg.tokenizer)), cfg.sequence_length, cfg.samples, cfg.seed)
+    own = load_tokenizer(Path(cfg.tokenizer))
+    return pack(texts, own, cfg.sequence_length, cfg.samples, cfg.seed).samples

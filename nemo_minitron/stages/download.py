@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 
 from nemo_minitron.artifacts.build import building, make
-from nemo_minitron.artifacts.checkpoint import TOKENIZER_FILES, Checkpoint, open_checkpoint
+from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.artifacts.manifest import Input, digest, read_manifest, write_json
+from nemo_minitron.artifacts.side_files import TOKENIZER_FILES
 from nemo_minitron.core.size import model_size
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.stage import Result, workspace_of

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.build import make
-from nemo_minitron.artifacts.checkpoint import main_dtype, open_checkpoint, tokenizer_fingerprint
+from nemo_minitron.artifacts.checkpoint import main_dtype, open_checkpoint
 from nemo_minitron.artifacts.gate import Gate, hold
 from nemo_minitron.artifacts.manifest import Input, digest, read_manifest, write_json
 from nemo_minitron.artifacts.report import FILE, columns, read_report, table
 from nemo_minitron.artifacts.results import FOLDER, Results
+from nemo_minitron.artifacts.side_files import tokenizer_fingerprint
 from nemo_minitron.artifacts.workspace import input_artifact
 from nemo_minitron.core.paired import paired, recovered
 from nemo_minitron.core.size import model_size
@@ -129,7 +130,7 @@ def _bench(config: Config) -> tuple[Bench, list[Input]]:
 def _task_prints(config: Config) -> dict[str, dict[str, str | None]]:
     if not config.evaluate.tasks:
         return {}
-    from nemo_minitron.bridge.lm_eval import task_print
+    from nemo_minitron.bridge.task_files import task_print
 
     return {name: task_print(name, config.evaluate.task_dir) for name in config.evaluate.tasks}
 
@@ -170,7 +171,7 @@ def _write_tasks(config: Config, bench: Bench) -> None:
     if bench.tasks.is_dir() or not config.evaluate.tasks:
         return
     from nemo_minitron.artifacts.build import building
-    from nemo_minitron.bridge.lm_eval import is_made_here, write_held_out_tasks
+    from nemo_minitron.bridge.held_out_tasks import is_made_here, write_held_out_tasks
     from nemo_minitron.bridge.text import documents, plain
 
     if not any(map(is_made_here, config.evaluate.tasks)):
@@ -244,7 +245,7 @@ def _compared(bench: Bench, found: Mapping[Unit, Any]) -> list[dict[str, Any]]:
         first, *others = (found[Unit(name, task)] for name in bench.folders)
         shared = [m for m in first["documents"] if all(m in other["documents"] for other in others)]
         measures += [(task, metric, task, metric, first["better"][metric]) for metric in shared]
-    rows = []
+    rows, whose = [], found[Unit("teacher", TEXT)]["documents"]
     for task, metric, what, series, better in measures:
         values = {}
         for name in bench.folders:
@@ -252,7 +253,7 @@ def _compared(bench: Bench, found: Mapping[Unit, Any]) -> list[dict[str, Any]]:
             values[name] = own[series] if what == TEXT else own["documents"][series]
         means = {name: sum(value) / len(value) for name, value in values.items()}
         for name in [name for name in values if name != "teacher"]:
-            gap = paired(values["teacher"], values[name])
+            gap = paired(values["teacher"], values[name], whose if what == TEXT else None)
             back = None
             if name == "student" and "pruned" in means:
                 back = recovered(means["teacher"], means["pruned"], means[name], better)

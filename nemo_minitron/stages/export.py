@@ -1,6 +1,7 @@
 """export: the student as a Hugging Face folder that plain transformers loads, with a card and a proof."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,6 @@ from nemo_minitron.artifacts.checkpoint import (
     STORED,
     Checkpoint,
     both_spellings,
-    copy_side_files,
     load_tensor,
     main_dtype,
     open_checkpoint,
@@ -27,6 +27,7 @@ from nemo_minitron.artifacts.gate import LINEAGE, hold
 from nemo_minitron.artifacts.manifest import NAME, Input, read_manifest, write_json
 from nemo_minitron.artifacts.plan import read_plan
 from nemo_minitron.artifacts.report import read_report
+from nemo_minitron.artifacts.side_files import copy_side_files
 from nemo_minitron.artifacts.weights import DTYPES, Planned, write_weights
 from nemo_minitron.artifacts.workspace import artifacts_in, input_artifact
 from nemo_minitron.core.size import model_size
@@ -257,7 +258,8 @@ def check_in_clean_process(folder: Path, student: Path, dtype: str) -> None:
     code = quickstart((folder / "README.md").read_text(encoding="utf-8"))
     command = [sys.executable, "-c", _CHECK, str(folder.resolve()), str(student.resolve()), dtype, code]
     # not isolated (-I): torch may have come by PYTHONPATH, or lie in the user's own site-packages
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # but nothing from the export itself is imported
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise RuntimeError(f"the export does not work with plain transformers: {last}")

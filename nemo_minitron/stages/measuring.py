@@ -91,7 +91,7 @@ class Bench:
             cases = [asdict(case) for case in self._cases()]
             key |= {"cases": cases, "device": settings.device, "conditions": conditions(settings.device)}
         elif unit.what != TEXT:
-            from nemo_minitron.bridge.lm_eval import is_made_here
+            from nemo_minitron.bridge.held_out_tasks import is_made_here
 
             text = self.text if is_made_here(unit.what) else None
             key |= {"limit": settings.task_limit, "task": dict(self.prints[unit.what]), "text": text}
@@ -132,7 +132,8 @@ class Bench:
                 model, self.checkpoint(name).family, self._samples(), self.config.evaluate.batch_size,
                 teacher, self.vocabulary,
             )  # fmt: skip
-        return {**asdict(found), "tokens": self._samples()[:, 1:].numel()}
+        documents = self._packed().documents
+        return {**asdict(found), "tokens": self._samples()[:, 1:].numel(), "documents": documents}
 
     def _writing(self, name: str) -> dict[str, Any]:
         """What a model writes, and what the teacher thinks of it."""
@@ -203,12 +204,15 @@ class Bench:
             self._loaded["tokenizer"] = load_tokenizer(self.folders["teacher"])
         return self._loaded["tokenizer"]
 
-    def _samples(self) -> Any:
+    def _packed(self) -> Any:
         if "samples" not in self._loaded:
-            from nemo_minitron.stages.stage import validation_samples
+            from nemo_minitron.stages.stage import validation_packed
 
-            self._loaded["samples"] = validation_samples(self.config, self._tokenizer())
+            self._loaded["samples"] = validation_packed(self.config, self._tokenizer())
         return self._loaded["samples"]
+
+    def _samples(self) -> Any:
+        return self._packed().samples
 
 
 def work(bench: Bench, ranks: Any) -> list[Failed]:

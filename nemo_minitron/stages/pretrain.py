@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.checkpoint import read_config, tokenizer_fingerprint
+from nemo_minitron.artifacts.checkpoint import read_config
 from nemo_minitron.artifacts.manifest import Input
+from nemo_minitron.artifacts.side_files import tokenizer_fingerprint
 from nemo_minitron.artifacts.workspace import input_artifact
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs

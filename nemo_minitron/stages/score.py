@@ -112,7 +112,7 @@ def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
             raise ValueError(
                 "score.depth=task: no task given; set score.tasks, as in score.tasks=[winogrande]"
             )
-        from nemo_minitron.bridge.lm_eval import task_print
+        from nemo_minitron.bridge.task_files import task_print
 
         prints = {name: task_print(name, config.evaluate.task_dir) for name in score.tasks}
         settings["tasks"] = [list(score.tasks), score.task_limit, prints]

@@ -83,7 +83,8 @@ def shared_vocabulary(teacher: Path, student: Path) -> int | None:
     Raises:
         ValueError: they do not.
     """
-    from nemo_minitron.artifacts.checkpoint import read_config, tokenizer_fingerprint
+    from nemo_minitron.artifacts.checkpoint import read_config
+    from nemo_minitron.artifacts.side_files import tokenizer_fingerprint
     from nemo_minitron.bridge.models import load_tokenizer
 
     ours, theirs = read_config(student)["vocab_size"], read_config(teacher)["vocab_size"]
@@ -191,6 +192,11 @@ VALIDATION_SAMPLES = 512
 
 def validation_samples(config: Config, tokenizer: Any) -> Any:
     """Packed held-out samples, Tensor of shape [samples, positions + 1]."""
+    return validation_packed(config, tokenizer).samples
+
+
+def validation_packed(config: Config, tokenizer: Any) -> Any:
+    """Packed held-out samples with the documents that they are of."""
     from nemo_minitron.bridge.packing import pack_mixture
 
     own = config.data.validation

@@ -17,7 +17,8 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from nemo_minitron.bridge.lm_eval import run_task, write_held_out_tasks
+from nemo_minitron.bridge.held_out_tasks import write_held_out_tasks
+from nemo_minitron.bridge.lm_eval import run_task
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], max_position_embeddings=2048).eval()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 write_held_out_tasks([" ".join(["%d words of text" % i] * 60) for i in range(8)], Path("."))

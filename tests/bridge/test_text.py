@@ -79,17 +79,23 @@ def test_a_wrong_text_key_names_the_columns(tmp_path):
 
 def test_samples_hold_every_token_once_and_repeat_by_seed(corpus, tokenizer):
     texts = found([corpus])
-    packed = pack(texts, tokenizer, 16, None, 3)
+    packed = pack(texts, tokenizer, 16, None, 3).samples
     assert packed.shape[1] == 17
     stream = [
         i for text in documents(texts, 3) for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     ]
     expected = torch.tensor(stream[: len(packed) * 16 + 1]).unfold(0, 17, 16)
     assert sorted(packed.tolist()) == sorted(expected.tolist())
-    assert torch.equal(packed, pack(texts, tokenizer, 16, None, 3))
-    assert not torch.equal(packed, pack(texts, tokenizer, 16, None, 4))
+    assert torch.equal(packed, pack(texts, tokenizer, 16, None, 3).samples)
+    assert not torch.equal(packed, pack(texts, tokenizer, 16, None, 4).samples)
     few = pack(texts, tokenizer, 16, 10, 3)
-    assert few.shape == (10, 17)
+    assert few.samples.shape == (10, 17) and len(few.documents) == 10
+    lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in documents(texts, 3)]
+    whose = [number for number, length in enumerate(lengths) for _ in range(length)]
+    middles = [whose[k * 16 + 8] for k in range(len(packed))]
+    order = torch.randperm(len(packed), generator=torch.Generator().manual_seed(3)).tolist()
+    assert pack(texts, tokenizer, 16, None, 3).documents == [middles[k] for k in order]
+    assert len(set(middles)) > 3
 
 
 def test_what_is_measured_on_is_mixed_by_the_weights(tmp_path, tokenizer):
@@ -100,13 +106,18 @@ def test_what_is_measured_on_is_mixed_by_the_weights(tmp_path, tokenizer):
     mixture = [
         (found([tmp_path / name]), weight) for name, weight in (("a", 3.0), ("b", 1.0), ("short", 0.1))
     ]
-    packed = pack_mixture(mixture, tokenizer, 16, 40, 0, False, "data.validation")
+    both = pack_mixture(mixture, tokenizer, 16, 40, 0, False, "data.validation")
+    packed = both.samples
     beta = set(tokenizer(" beta beta")["input_ids"]) - set(tokenizer(" alpha alpha")["input_ids"])
     of_b = sum(bool(beta & set(row.tolist())) for row in packed)
     assert packed.shape == (40, 17) and of_b == 10
+    mine = {number for number, row in zip(both.documents, packed, strict=True) if beta & set(row.tolist())}
+    assert mine.isdisjoint(
+        number for number, row in zip(both.documents, packed, strict=True) if not beta & set(row.tolist())
+    )
     with pytest.raises(ValueError, match=r"data\.validation\.samples: expected 100000 samples of 16 tokens"):
         pack_mixture(mixture, tokenizer, 16, 100000, 0, False, "data.validation")
-    assert len(pack_mixture(mixture, tokenizer, 16, 100000, 0, True, "data.validation")) > 40
+    assert len(pack_mixture(mixture, tokenizer, 16, 100000, 0, True, "data.validation").samples) > 40
 
 
 def test_the_split_is_disjoint_whole_and_puts_copies_on_one_side(corpus, tmp_path):

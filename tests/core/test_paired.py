@@ -47,6 +47,24 @@ def test_no_difference_a_constant_one_and_bad_input():
         paired([1.0], [1.0, 2.0])
 
 
+def test_numbers_of_one_document_are_not_taken_for_independent():
+    draw, alarms = random.Random(0), {"apart": 0, "together": 0}
+    documents = [i // 16 for i in range(128)]
+    for _ in range(200):  # no difference but what each document brings
+        shifts = [draw.gauss(0, 0.3) for _ in range(8)]
+        second = [shifts[document] + draw.gauss(0, 0.2) for document in documents]
+        alarms["apart"] += paired([0.0] * 128, second).p < 0.05
+        found = paired([0.0] * 128, second, documents)
+        alarms["together"] += found.p < 0.05
+        assert found.documents == 8
+        means = [sum(second[16 * i : 16 * i + 16]) / 16 for i in range(8)]  # of equal size: the test of means
+        assert found.p == pytest.approx(stats.ttest_1samp(means, 0).pvalue, rel=1e-6)
+    assert alarms["together"] < 20 < 80 < alarms["apart"]
+    assert paired([1.0, 2.0], [1.5, 3.0], [4, 4]).p == 1.0
+    one, other = paired([1.0, 2.0, 4.0], [1.5, 3.0, 4.0], [7, 3, 5]), paired([1.0, 2.0, 4.0], [1.5, 3.0, 4.0])
+    assert one == other
+
+
 def test_what_was_won_back():
     assert recovered(0.8, 0.3, 0.7, True) == pytest.approx(0.8)
     assert recovered(10.0, 30.0, 12.0, False) == pytest.approx(0.9)

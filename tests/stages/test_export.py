@@ -114,12 +114,17 @@ def test_a_nemo_archive_beside_it_restores_to_the_same_weights(export):
     from nemo_minitron.plugin.model import MinitronModel
 
     workspace, _, run = export
-    done = run("export.nemo=true")
-    assert done.returncode == 0, done.stderr[-2000:]
+    stale = run("export.nemo=true")
+    assert stale.returncode == 0, stale.stderr[-2000:]
+    before = (workspace / "run.nemo").read_bytes()
+    assert run("export.dtype=bfloat16").returncode == 0
+    assert run("export.nemo=true", "export.dtype=bfloat16").returncode == 0  # of the export that is there now
+    assert len((workspace / "run.nemo").read_bytes()) < len(before)
     restored = MinitronModel.restore_from(str(workspace / "run.nemo"), map_location="cpu")
     weights = load_file(workspace / "export" / "model.safetensors")
     found = restored.model.state_dict()
-    assert weights and all(torch.equal(found[name].to(value.dtype), value) for name, value in weights.items())
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
     # and it is a source like any other
     again = workspace.parent / "again"
     words = [f"source.model={workspace / 'run.nemo'}", "score.importance=magnitude", "plan.ffn=8"]
@@ -129,7 +134,8 @@ def test_a_nemo_archive_beside_it_restores_to_the_same_weights(export):
         assert file.get_slice("model.layers.0.mlp.up_proj.weight").get_shape() == [8, 12]
     (unpacked,) = (again / "unpacked").glob("*/hf")
     source = load_file(unpacked / "model.safetensors")
-    assert all(torch.equal(source[name].to(value.dtype), value) for name, value in weights.items())
+    assert all(torch.equal(source[name], value) for name, value in weights.items())
+    assert (unpacked / "README.md").read_bytes() == (workspace / "export" / "README.md").read_bytes()
     assert (unpacked / "tokenizer.json").read_bytes() == (
         workspace / "export" / "tokenizer.json"
     ).read_bytes()

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from nemo_minitron.bridge.specimens import tiny_model
@@ -36,6 +37,20 @@ def test_sizes_alone_prune_a_model_directory(capsys, tmp_path, importance):
     assert json.loads(capsys.readouterr().out)["made"] is False
     assert main(["prune", *words, "plan.hidden=18"]) == 0
     assert json.loads((workspace / "pruned" / "config.json").read_text())["hidden_size"] == 18
+
+
+def test_names_of_code_that_does_not_come_along_stay_behind(tmp_path):
+    """As repositories have them that are older than their class in transformers."""
+    source = make_model(tmp_path / "m", "phi3")
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_phi3.Phi3Config"}
+    (source / "config.json").write_text(json.dumps(config))
+    words = [f"workspace={tmp_path / 'ws'}", f"source.model={source}", "score.importance=magnitude"]
+    assert main(["prune", *words, "plan.ffn=20"]) == 0
+    pruned = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ws" / "pruned", trust_remote_code=True
+    )
+    assert type(pruned) is transformers.Phi3ForCausalLM
 
 
 def test_the_largest_by_magnitude_stay(tmp_path):

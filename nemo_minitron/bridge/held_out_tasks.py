@@ -1,0 +1,100 @@
+"""Two lm-eval tasks made from held-out text, so that there is something to ask without a network."""
+
+import itertools
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+MADE_HERE = ("held_out_choice", "held_out_bytes")
+_CHOICES = 4
+_CONTEXT, _CONTINUATION, _DOCUMENT = 240, 80, 2000
+_QUESTIONS = 200
+
+
+def write_held_out_tasks(documents: Iterable[str], folder: Path, seed: int = 0) -> None:
+    """Writes the data of the tasks made from held-out text, as JSONL.
+
+    ``held_out_choice``: the start of a document, and which of four passages of equal length goes on; the
+    other three come from other documents. ``held_out_bytes``: documents, to be scored in bits per byte.
+
+    Args:
+        documents: held-out documents.
+        folder: an existing folder.
+        seed: seed of the choice of passages.
+
+    Raises:
+        ValueError: fewer than four documents are long enough.
+    """
+    long_enough = (text for text in documents if len(text) >= 2 * (_CONTEXT + _CONTINUATION))
+    usable = list(itertools.islice(long_enough, _QUESTIONS))
+    if len(usable) < _CHOICES:
+        raise ValueError(
+            f"evaluate.tasks: {MADE_HERE[0]} needs at least {_CHOICES} held-out documents of "
+            f"{2 * (_CONTEXT + _CONTINUATION)} characters, found {len(usable)}"
+        )
+    draw = random.Random(seed)
+    rows = []
+    for question in range(_QUESTIONS):
+        i = question % len(usable)
+        text = usable[i]
+        start = draw.randrange(0, len(text) - _CONTEXT - _CONTINUATION)
+        context, right = _passage(text, start, _CONTEXT), _passage(text, start + _CONTEXT, _CONTINUATION)
+        others = draw.sample([j for j in range(len(usable)) if j != i], _CHOICES - 1)
+        wrong = [_somewhere(usable[j], draw) for j in others]
+        answer = draw.randrange(_CHOICES)
+        choices = [*wrong[:answer], right, *wrong[answer:]]
+        rows.append({"context": context, "choices": choices, "answer": answer})
+    _write_lines(folder / "held_out_choice.jsonl", rows)
+    _write_lines(folder / "held_out_bytes.jsonl", [{"text": text[:_DOCUMENT]} for text in usable])
+
+
+def _passage(text: str, start: int, length: int) -> str:
+    return text[start : start + length]
+
+
+def _somewhere(text: str, draw: random.Random) -> str:
+    return _passage(text, draw.randrange(0, len(text) - _CONTINUATION), _CONTINUATION)
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def made_here(name: str, folder: Path) -> dict[str, Any]:
+    """The lm-eval description of a task made here."""
+    data = {"data_files": {"test": str(folder / f"{name}.jsonl")}}
+    base = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+    if name == "held_out_bytes":
+        metrics = [{"metric": "bits_per_byte"}]
+        return {
+            **base, "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+            "metric_list": metrics,
+        }  # fmt: skip
+    return {
+        **base,
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+
+
+def split_shots(name: str) -> tuple[str, int | None]:
+    """``arc_challenge@25`` to its task and the number of examples before each question; None: the task's own.
+
+    Raises:
+        ValueError: what stands behind the @ is no number.
+    """
+    task, at, shots = name.partition("@")
+    if at and not shots.isdecimal():
+        raise ValueError(f"evaluate.tasks: expected TASK@SHOTS, as in arc_challenge@25, found {name!r}")
+    return task, int(shots) if at else None
+
+
+def is_made_here(name: str) -> bool:
+    """Whether a task, as ``evaluate.tasks`` names it, is one of those made from held-out text."""
+    return split_shots(name)[0] in MADE_HERE
