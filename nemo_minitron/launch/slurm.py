@@ -178,6 +178,8 @@ def _end(papers: Path, outcome: Path, on_line: Callable[[str], None], poll: floa
 def _number(papers: Path, recipe: str | None) -> str | None:
     """The job that the papers name; None where there is none, or it is for another recipe.
 
+    One that they know by its name only gets its number noted: the queue forgets it with its end.
+
     Raises:
         ConnectionError: Slurm knows whether there is one, and cannot be asked now.
     """
@@ -192,7 +194,11 @@ def _number(papers: Path, recipe: str | None) -> str | None:
     code, out, error = _call("squeue", "--noheader", "--format=%i", "--name", noted["name"])
     if code:
         raise ConnectionError(f"squeue: {' '.join(error.split()) or f'exit status {code}'}")
-    return out.split()[0] if out.strip() else None
+    if not out.strip():
+        return None
+    number = out.split()[0]
+    write_json(papers, {"job": number, **noted})
+    return number
 
 
 def _submit(job: Job, name: str) -> str:

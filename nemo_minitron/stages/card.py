@@ -81,7 +81,7 @@ def _results(plan: Plan, report: Mapping[str, Any]) -> str:
 ## Results
 
 Held-out text of {report["models"]["student"]["tokens"]:,} tokens. "quality kept" is the teacher's perplexity
-over the model's.{_limit(report)}
+over the model's.{_as_it_is(report)}{_limit(report)}
 
 {markdown(columns(report), table(report))}
 
@@ -90,6 +90,10 @@ that are equally good, "won back" the share of what the cut lost:
 
 {markdown(COMPARED, compared(report))}
 {_written(report)}"""
+
+
+def _as_it_is(report: Mapping[str, Any]) -> str:
+    return f" The distilled model was measured in {report['dtype']}." if report["dtype"] else ""
 
 
 def _limit(report: Mapping[str, Any]) -> str:
