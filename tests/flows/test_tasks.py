@@ -223,10 +223,12 @@ def test_flows_that_share_an_accelerator_wait_for_each_other(server, played, tmp
     assert not together.broken
 
 
-def test_prefect_shows_summaries_tables_links_pictures_and_lineage(server, finished, teacher, corpus):
+def test_prefect_shows_summaries_tables_links_pictures_and_lineage(
+    server, finished, tmp_path, teacher, corpus
+):
     from nemo_minitron.flows.compress import compress
 
-    workspace, _ = finished
+    workspace = shutil.copytree(finished[0], tmp_path / "run")
     config = load_config("config", settings(workspace, teacher, corpus))
     results = compress(config=as_dict(config))
     assert [result.made for result in results] == [False] * 8
