@@ -1,4 +1,8 @@
-"""SIGTERM and SIGUSR1 during a training: it saves behind the step at hand and ends, to be run again."""
+"""Signals during a training.
+
+SIGTERM and SIGUSR1: it saves behind the step at hand and ends, to be run again. Ctrl-C ends it at once, and
+where Python drops the exception (raised while an object is being destroyed), behind the step.
+"""
 
 import signal
 import threading
@@ -23,20 +27,29 @@ class Preemption(Callback):
     Attributes:
         folder: where checkpoints lie.
         received: name of the signal that came, or None.
+        interrupted: whether Ctrl-C was pressed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.received: str | None = None
+        self.interrupted = False
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals, from Lightning too; only a process' main thread can."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            own = signal.getsignal(signal.SIGINT)
+            if callable(own):  # else it is to be ignored
+                self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        self._before[signal.SIGINT](number, frame)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -45,7 +58,10 @@ class Preemption(Callback):
 
         Raises:
             Preempted: what was saved, and that it goes on from there.
+            KeyboardInterrupt: Ctrl-C was pressed, and came to nothing.
         """
+        if self.interrupted:
+            raise KeyboardInterrupt
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         came = self.received is not None
@@ -65,7 +81,8 @@ class Preemption(Callback):
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the signals back."""
+        """Gives the signals back; Lightning ignores Ctrl-C while it ends by one."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if number != signal.SIGINT or signal.getsignal(number) == self._interrupt:
+                signal.signal(number, handler)
         self._before = {}

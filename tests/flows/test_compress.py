@@ -239,7 +239,10 @@ def test_the_embedded_server_ends_with_the_run_and_not_before(finished, tmp_path
         os.killpg(process.pid, how)  # as a terminal does: to every process
     else:
         process.send_signal(how)
-    _, told = process.communicate(timeout=40)
+    try:
+        _, told = process.communicate(timeout=40)
+    finally:
+        process.kill()
     if how == signal.SIGINT:
         assert process.returncode == 1 and told.strip().endswith(
             "minitron run: interrupted; run it again to go on"

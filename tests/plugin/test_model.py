@@ -532,3 +532,24 @@ def test_what_signals_have_left_goes_when_the_training_goes_on(tmp_path):
         assert newest_checkpoint(checkpoints).name == f"step={step}.ckpt"
         # that, the one it went on from, and the last that was due
         assert len(list(checkpoints.glob("*.ckpt"))) <= 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_ends_the_training_behind_the_step(tmp_path):
+    class Finaliser:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)  # "Exception ignored in ..."
+
+    class Press(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            seen.append(trainer.global_step)
+            if trainer.global_step == 3:
+                Finaliser()
+
+    seen, before = [], signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            run(make_model(tmp_path / "m", "llama"), tmp_path / "state", 9, [Press()])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [0, 1, 2, 3]
