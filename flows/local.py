@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from nemo_minitron.artifacts.workspace import masked
+from nemo_minitron.artifacts.masking import masked
 from nemo_minitron.compose import as_dict
 from nemo_minitron.launch.process import watch_over
 from nemo_minitron.stages.config import Config

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import nemo_minitron
 from nemo_minitron import lookup, operate
+from nemo_minitron.artifacts.plain_text import plain
 from nemo_minitron.lookup import print_table
 from nemo_minitron.stages import SEVERAL, STAGES, follows, meet, part, run_stage
 
@@ -122,9 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    from nemo_minitron.artifacts.workspace import masked
+    from nemo_minitron.artifacts.masking import masked
 
-    return masked(" ".join(str(error).split()))
+    return plain(masked(str(error)))
 
 
 def _interrupted(error: BaseException | None) -> bool:
@@ -212,7 +213,7 @@ def _before(command: str, config: "Config") -> list[str]:
 
 def _notes(result: "Result") -> None:
     for note in result.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {plain(note)}", file=sys.stderr)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -238,8 +239,8 @@ def _run(args: argparse.Namespace) -> int:
     for result in evaluated:
         print_table(result.columns, result.rows, result.headline)
     print(
-        f"report  {Path(config.workspace) / 'report' / 'report.html'}\n"
-        f"model   {Path(config.workspace) / 'export'}"
+        f"report  {plain(Path(config.workspace) / 'report' / 'report.html')}\n"
+        f"model   {plain(Path(config.workspace) / 'export')}"
     )
     return 0
 
@@ -250,7 +251,7 @@ def _show(result: "Result", as_json: bool) -> None:
         return
     if result.columns:
         print_table(result.columns, result.rows)
-    print(f"{result.stage}: {result.headline}" + ("" if result.made else " (already done)"))
+    print(f"{result.stage}: {plain(result.headline)}" + ("" if result.made else " (already done)"))
 
 
 def _json(result: "Result") -> dict[str, Any]:

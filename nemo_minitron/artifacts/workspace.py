@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shlex
 import socket
 import sys
@@ -15,6 +14,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from nemo_minitron.artifacts.log import read_log
 from nemo_minitron.artifacts.manifest import Input, damage, now, read_manifest, verify, write_json
+from nemo_minitron.artifacts.masking import masked
 
 ARTIFACTS = (
     "pretrain",
@@ -140,18 +140,8 @@ def alone(workspace: Path, patience: float = _PATIENCE) -> Iterator[None]:
         lock.release()
 
 
-_SECRETS = ((r"hf_[A-Za-z0-9]{8,}", "hf_***"), (r"://[^/\s:@]+:[^/\s@]+@", "://***@"))
-
-
-def masked(text: str) -> str:
-    """A text without tokens of the hub, and without names and passwords in addresses."""
-    for pattern, instead in _SECRETS:
-        text = re.sub(pattern, instead, text)
-    return text
-
-
 def note_command(workspace: Path, words: Sequence[str]) -> None:
-    """Writes down the command that a run was started with, for its report; tokens of the hub are masked."""
+    """Writes down the command that a run was started with, for its report; credentials are masked."""
     text = masked(shlex.join(words))
     if commands_in(workspace)[-1:] != [text]:
         with (workspace / COMMANDS).open("a", encoding="utf-8") as file:

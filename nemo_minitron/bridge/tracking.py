@@ -22,7 +22,7 @@ from typing import Any
 
 from nemo_minitron.artifacts import log, report
 from nemo_minitron.artifacts.manifest import Manifest, digest, read_manifest
-from nemo_minitron.artifacts.workspace import masked
+from nemo_minitron.artifacts.masking import masked
 
 IDENTITY = "minitron.identity"
 """Tag by which a workspace finds its run again."""
