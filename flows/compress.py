@@ -13,9 +13,11 @@ from nemo_minitron.flows.forms import Launch, Sizes, composed, words
 from nemo_minitron.flows.publish import say
 from nemo_minitron.flows.tasks import run_stage_task
 from nemo_minitron.flows.turn import patience
-from prefect import flow
+from nemo_minitron.flows.withheld import flow
 from prefect.runtime import flow_run
 
+from nemo_minitron.artifacts.masking import masked
+from nemo_minitron.artifacts.plain_text import plain
 from nemo_minitron.artifacts.workspace import note_command
 from nemo_minitron.compose import as_dict, from_dict
 from nemo_minitron.launch.stage import at_work
@@ -44,10 +46,10 @@ def run_name() -> str:
     given = flow_run.parameters
     config = given.get("config") or {}
     workspace = given.get("workspace") or config.get("workspace") or given.get("config_name") or "run"
-    return f"{flow_run.flow_name}-{Path(str(workspace)).name}"
+    return plain(masked(f"{flow_run.flow_name}-{Path(str(workspace)).name}"))
 
 
-@flow(name="compress", flow_run_name=run_name, log_prints=False, persist_result=False)
+@flow(name="compress", flow_run_name=run_name)
 def compress(
     config_name: str = "config",
     overrides: list[str] | None = None,

@@ -1,8 +1,10 @@
 """Deployments without a file: 'minitron deploy' for a server's workers, 'minitron serve' for this one."""
 
 import contextlib
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from prefect.flows import EntrypointType
 from prefect.settings import PREFECT_API_URL
 from pydantic import ValidationError
 
+from nemo_minitron.artifacts.masking import masked_values
 from nemo_minitron.compose import load_config
 
 FLOWS: dict[str, Flow[Any, Any]] = {
@@ -38,13 +41,16 @@ def deployment(
     """A deployment of a flow with its parameters and its schedule, not registered yet.
 
     Raises:
-        ValueError: an unknown flow, a configuration that cannot be composed, a schedule that is none.
+        ValueError: an unknown flow, a configuration that cannot be composed, a schedule that is none, a
+            credential.
     """
     from prefect.client.schemas.schedules import CronSchedule
 
     if flow not in FLOWS:
         raise ValueError(f"--flow: no flow {flow!r}; there are: {', '.join(FLOWS)}")
-    load_config(config_name, list(overrides))
+    _refuse_credentials({"overrides": list(overrides), **parameters})
+    with _named_variables(overrides):
+        load_config(config_name, list(overrides))
     schedules: list[Any] = []
     if cron is not None:
         try:
@@ -61,6 +67,35 @@ def deployment(
         name, schedules=schedules, parameters=given, tags=TAGS, description=FLOWS[flow].description,
         entrypoint_type=EntrypointType.MODULE_PATH,
     )  # fmt: skip
+
+
+def _refuse_credentials(given: Mapping[str, Any]) -> None:
+    """Refuses what a server would keep for all its users to read.
+
+    Raises:
+        ValueError: a parameter, or an override, holds a credential; its name is told.
+    """
+    for name, value in given.items():
+        for each in value if isinstance(value, list) else [value]:
+            shown = masked_values(each, name)
+            if shown != each:
+                where = f"--parameter {name}={shown}" if name != "overrides" else shown
+                raise ValueError(
+                    f"{where}: holds a credential, and the server keeps a deployment's parameters for all to "
+                    "read; write ${oc.env:NAME} in its place, which is read from the worker's environment"
+                )
+
+
+@contextlib.contextmanager
+def _named_variables(overrides: Sequence[str]) -> Iterator[None]:
+    """Lets variables that overrides name be set where they are not: the worker has them, not this machine."""
+    names = set(re.findall(r"\$\{oc\.env:(\w+)", " ".join(overrides))) - set(os.environ)
+    os.environ.update(dict.fromkeys(names, "set-on-the-worker"))
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
 
 
 def need_server() -> None:

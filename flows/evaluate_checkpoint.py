@@ -6,7 +6,7 @@ from pathlib import Path
 from nemo_minitron.flows.compress import run_name, run_stages
 from nemo_minitron.flows.forms import Launch, composed, words
 from nemo_minitron.flows.turn import patience
-from prefect import flow
+from nemo_minitron.flows.withheld import flow
 
 from nemo_minitron.artifacts.gate import LINEAGE
 from nemo_minitron.artifacts.workspace import note_command
@@ -14,7 +14,7 @@ from nemo_minitron.launch.stage import at_work
 from nemo_minitron.stages.stage import Result
 
 
-@flow(name="evaluate_checkpoint", flow_run_name=run_name, log_prints=False, persist_result=False)
+@flow(name="evaluate_checkpoint", flow_run_name=run_name)
 def evaluate_checkpoint(
     checkpoint: str,
     workspace: str,

@@ -1,7 +1,8 @@
 """What a stage made, as Prefect artifacts: summary, table, pictures, links, lineage.
 
 Keys are made of the workspace's name and the stage, so that Prefect shows the history of the same thing over
-runs.
+runs. Credentials are masked in all of it; and what comes from outside (names of models, tasks and files,
+messages) is text in it, not markup.
 """
 
 import base64
@@ -11,7 +12,7 @@ import json
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from prefect.artifacts import (
 )
 from prefect.events import emit_event
 
-from nemo_minitron.artifacts import progress
+from nemo_minitron.artifacts import plain_text, progress
 from nemo_minitron.artifacts.gate import GATE_COLUMNS, LINEAGE, GateError
 from nemo_minitron.artifacts.manifest import read_manifest
+from nemo_minitron.artifacts.masking import masked, masked_values
 from nemo_minitron.artifacts.report import PAGE, markdown
 from nemo_minitron.launch.stage import Call
 from nemo_minitron.stages.stage import Result
@@ -44,39 +46,63 @@ _SHOW_SECONDS = 5.0
 def say(text: str) -> None:
     """A line on the screen, which may have gone with the worker that held it: nothing depends on it."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        print(line(text), file=sys.stderr, flush=True)
+
+
+def line(text: object) -> str:
+    """A text as one line of a screen or a log."""
+    return plain_text.plain(masked(str(text)))
+
+
+def text(value: object) -> str:
+    """A text within Markdown, as descriptions are too."""
+    return plain_text.markdown(masked(str(value)))
+
+
+def code(value: object) -> str:
+    """A text as a code span within Markdown."""
+    return plain_text.code(masked(str(value)))
+
+
+def cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table artifact: what is text in it is shown as such, numbers stay numbers."""
+    values = masked_values(dict(row))
+    return {
+        text(name): plain_text.markdown(value) if isinstance(value, str) else value
+        for name, value in values.items()
+    }
 
 
 def key(workspace: Path, *parts: str) -> str:
     """An artifact's key: lower case letters, digits and dashes are all that Prefect takes."""
-    name = "-".join(["minitron", workspace.resolve().name, *parts])
+    name = masked("-".join(["minitron", workspace.resolve().name, *parts]))
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def stage(workspace: Path, name: str, result: Result, seconds: float) -> None:
     """Publishes what a stage made."""
+    headline = text(result.headline)
     create_markdown_artifact(
-        markdown=_summary(name, result, seconds), key=key(workspace, name), description=result.headline
+        markdown=summary(name, result, seconds), key=key(workspace, name), description=headline
     )
-    link = result.folder.resolve().as_uri()
-    create_link_artifact(link=link, key=key(workspace, name, "folder"), description=result.headline)
+    link = masked(result.folder.resolve().as_uri())
+    create_link_artifact(link=link, key=key(workspace, name, "folder"), description=headline)
     if result.columns:
         titles = [title or " " for title in result.columns]
         create_table_artifact(
-            table=[dict(zip(titles, row, strict=True)) for row in result.rows],
-            key=key(workspace, name, "table"),
-            description=result.headline,
-        )
+            table=[cells(dict(zip(titles, row, strict=True))) for row in result.rows],
+            key=key(workspace, name, "table"), description=headline,
+        )  # fmt: skip
     for picture in sorted((result.folder / "plots").glob("*.png")):
         if picture.stat().st_size <= _LARGEST_PICTURE:
             create_image_artifact(
                 image_url=inline(picture.read_bytes()), key=key(workspace, name, picture.stem),
-                description=f"{name}: {picture.stem}",
+                description=text(f"{name}: {picture.stem}"),
             )  # fmt: skip
     page = result.folder / PAGE
     if page.is_file():
         create_link_artifact(
-            link=page.resolve().as_uri(), key=key(workspace, name, "page"), description="report"
+            link=masked(page.resolve().as_uri()), key=key(workspace, name, "page"), description="report"
         )
     if (result.folder / LINEAGE).is_file():
         create_markdown_artifact(
@@ -90,37 +116,39 @@ def inline(picture: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
-def _summary(name: str, result: Result, seconds: float) -> str:
-    lines = [f"# {name}", result.headline, ""]
+def summary(name: str, result: Result, seconds: float) -> str:
+    """What a stage made, as Markdown."""
+    lines = [f"# {text(name)}", text(result.headline), ""]
     lines.append(f"- {'made' if result.made else 'was there already'}, {seconds:,.1f} s")
-    lines.append(f"- `{result.folder.resolve()}`")
+    lines.append(f"- {code(result.folder.resolve())}")
     manifest = read_manifest(result.folder)
     if manifest is not None:
         size = sum(output.size for output in manifest.outputs)
         lines.append(
             f"- fingerprint `{manifest.fingerprint[:12]}`, {len(manifest.outputs)} files, {size:,} bytes"
         )
-        lines += [f"- from {item.path}: `{item.fingerprint[:12]}`" for item in manifest.inputs]
-    lines += [f"- note: {note}" for note in result.notes]
+        lines += [f"- from {text(item.path)}: {code(item.fingerprint[:12])}" for item in manifest.inputs]
+    lines += [f"- note: {text(note)}" for note in result.notes]
     if result.columns:
-        lines += ["", markdown(result.columns, result.rows)]
+        lines += ["", markdown(masked_values(result.columns), masked_values(result.rows))]
     return "\n".join(lines)
 
 
 def gate(workspace: Path, error: GateError) -> None:
     """Publishes why nothing is exported, and tells automations."""
-    text = f"**the quality gate failed, nothing is exported**\n\n{markdown(GATE_COLUMNS, error.rows)}"
+    table = markdown(GATE_COLUMNS, masked_values(error.rows))
+    page = f"**the quality gate failed, nothing is exported**\n\n{table}"
     create_markdown_artifact(
-        markdown=text, key=key(workspace, "gate"), description="why nothing was exported"
+        markdown=page, key=key(workspace, "gate"), description="why nothing was exported"
     )
     place = workspace.resolve()
     emit_event(
         GATE_EVENT,
         {
             "prefect.resource.id": f"nemo_minitron.workspace.{key(workspace)}",
-            "prefect.resource.name": place.name,
+            "prefect.resource.name": line(place.name),
         },
-        payload={"workspace": str(place), "reason": str(error)},
+        payload={"workspace": line(place), "reason": line(error)},
     )
 
 
@@ -129,11 +157,11 @@ def lineage(export: Path) -> str:
     found: dict[str, Any] = json.loads((export / LINEAGE).read_text(encoding="utf-8"))
     rows = []
     for made in reversed(found["stages"]):
-        sources = [f"{item['path']} `{item['fingerprint'][:12]}`" for item in made["inputs"]]
+        sources = [f"{item['path']} {item['fingerprint'][:12]}" for item in made["inputs"]]
         revision = made["config"].get("revision")
         at = [f"revision {revision}"] if revision else []
-        rows.append((made["kind"], f"`{made['fingerprint'][:12]}`", ", ".join([*sources, *at])))
-    return markdown(("made", "fingerprint", "from"), tuple(rows))
+        rows.append((made["kind"], made["fingerprint"][:12], ", ".join([*sources, *at])))
+    return markdown(("made", "fingerprint", "from"), masked_values(tuple(rows)))
 
 
 @contextlib.contextmanager
@@ -152,12 +180,12 @@ def progressing(call: Call) -> Iterator[None]:
             percent = min(100.0, 100.0 * found.done / found.total)
             if percent == last:
                 continue
-            last, text = percent, f"{call.name}: {found.what}, {found.done:,} of {found.total:,}"
+            last, told = percent, text(f"{call.name}: {found.what}, {found.done:,} of {found.total:,}")
             try:
                 if shown is None:
-                    shown = create_progress_artifact(percent, key=place, description=text)
+                    shown = create_progress_artifact(percent, key=place, description=told)
                 else:
-                    update_progress_artifact(shown, percent, description=text)
+                    update_progress_artifact(shown, percent, description=told)
             except Exception as error:  # a server that restarts must not end a training
                 say(f"{call.name}: progress not shown: {error}")
 

@@ -15,7 +15,7 @@ from nemo_minitron.flows.compress import run_name, run_stages, steps
 from nemo_minitron.flows.forms import Launch, composed, words
 from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
 from nemo_minitron.flows.turn import patience
-from prefect import flow
+from nemo_minitron.flows.withheld import flow
 
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
 from nemo_minitron.artifacts.manifest import write_json
@@ -39,7 +39,7 @@ class Round:
     outcomes: tuple[Outcome, ...]
 
 
-@flow(name="search", flow_run_name=run_name, log_prints=False, persist_result=False)
+@flow(name="search", flow_run_name=run_name)
 def search(
     config_name: str = "config",
     overrides: list[str] | None = None,

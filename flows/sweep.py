@@ -16,10 +16,13 @@ from nemo_minitron.flows import publish
 from nemo_minitron.flows.compress import run_name, run_stages
 from nemo_minitron.flows.forms import Launch, composed, words
 from nemo_minitron.flows.turn import patience
-from prefect import flow
+from nemo_minitron.flows.withheld import flow
 from prefect.artifacts import create_image_artifact, create_table_artifact
+from prefect.runtime import flow_run
 
 from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.artifacts.masking import masked
+from nemo_minitron.artifacts.plain_text import plain
 from nemo_minitron.artifacts.report import read_report
 from nemo_minitron.artifacts.workspace import note_command
 from nemo_minitron.compose import as_dict, from_dict
@@ -55,7 +58,7 @@ class Outcome:
     failure: str | None = None
 
 
-@flow(name="sweep", flow_run_name=run_name, log_prints=False, persist_result=False)
+@flow(name="sweep", flow_run_name=run_name)
 def sweep(
     variants: dict[str, list[str]],
     config_name: str = "config",
@@ -156,14 +159,14 @@ def run_variants(base: Config, configs: Mapping[str, Config]) -> list[Outcome]:
 
 
 def _failed(name: str, error: Exception) -> Outcome:
-    return Outcome(name, failure=f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return Outcome(name, failure=masked(f"{type(error).__name__}: {' '.join(str(error).split())}"))
 
 
 def _outcome(name: str, config: Config) -> Outcome:
     """Distils and measures a variant; what it fails by is told, not raised."""
     try:
         with at_work(Path(config.workspace)):
-            run_variant.with_options(flow_run_name=f"variant-{name}")(as_dict(config))
+            run_variant(as_dict(config))
     except Exception as error:
         return _failed(name, error)
     models = read_report(Path(config.workspace) / "report")["models"]
@@ -173,7 +176,13 @@ def _outcome(name: str, config: Config) -> Outcome:
     )
 
 
-@flow(name="variant", log_prints=False, persist_result=False)
+def _variant_name() -> str:
+    """What Prefect calls a variant's run."""
+    workspace = flow_run.parameters["values"]["workspace"]
+    return plain(masked(f"variant-{Path(workspace).name}"))
+
+
+@flow(name="variant", flow_run_name=_variant_name)
 def run_variant(values: dict[str, Any]) -> None:
     """Distils one pruned model and measures it.
 
@@ -207,7 +216,7 @@ def show(place: Path, kind: str, outcomes: Sequence[Outcome]) -> None:
     from nemo_minitron.bridge.plots import pareto
 
     create_table_artifact(
-        table=[asdict(outcome) for outcome in outcomes], key=publish.key(place, kind, "table"),
+        table=[publish.cells(asdict(outcome)) for outcome in outcomes], key=publish.key(place, kind, "table"),
         description=f"{len(outcomes)} variants, the best first",
     )  # fmt: skip
     points = [

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import Timeout
 from nemo_minitron.flows import publish
+from nemo_minitron.flows.withheld import words_withheld
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -23,6 +24,7 @@ from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import exponential_backoff
 
 from nemo_minitron.artifacts.gate import GateError
+from nemo_minitron.artifacts.masking import masked
 from nemo_minitron.compose import from_dict
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.accelerator import lock_on
@@ -62,6 +64,11 @@ def stage(name: str, values: dict[str, Any]) -> Any:
         A ``Result``; or, where the stage's process was lost and no try is left, the state Crashed; or
         Cancelled, where the run is suspended.
     """
+    with words_withheld(stored=False):
+        return _stage(name, values)
+
+
+def _stage(name: str, values: dict[str, Any]) -> Any:
     workspace = Path(values["workspace"])
     lighter, times = lightened(workspace, name, values)
     if name == "baseline":
@@ -144,7 +151,7 @@ def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
     if kind == failures.STOPPED:
         raise TerminationSignal(15) from error
     if kind == failures.SLOW:
-        return Failed(name="TimedOut", message=str(error))
+        return Failed(name="TimedOut", message=masked(str(error)))
     if kind == failures.MEMORY:
         if not note_memory(workspace, call.name, values):
             text = f"{call.name}: out of memory, and its micro-batch cannot be made smaller: {error}"
@@ -155,7 +162,7 @@ def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
     context = TaskRunContext.get()
     assert context is not None
     if kind == failures.LOST and context.task_run.run_count > context.task.retries:
-        return Crashed(message=str(error))
+        return Crashed(message=masked(str(error)))
     raise error
 
 
@@ -247,7 +254,7 @@ class Relay:
     def say(self, text: str) -> None:
         """Something that must be heard."""
         if self._kept:
-            self._logger.info(text)
+            self._logger.info("%s", publish.line(text))
         else:
             publish.say(text)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts.manifest import now, write_json
+from nemo_minitron.artifacts.masking import Masking, masked, masked_values, remember
 from nemo_minitron.artifacts.workspace import alone
 from nemo_minitron.compose import from_dict
 from nemo_minitron.launch.accelerator import ENDING_SECONDS, in_use
@@ -78,21 +79,25 @@ def main(arguments: list[str]) -> int:
     name, values, outcome = arguments
     _die_with_torchrun()
     path = Path(outcome)
+    # a batch job's output goes to its log without passing through the flow
+    sys.stdout, sys.stderr = Masking(sys.stdout), Masking(sys.stderr)
     _say(f"{name}: process {os.getpid()}")
     try:
-        result = run_alone(name, from_dict(json.loads(Path(values).read_text(encoding="utf-8"))))
+        given = json.loads(Path(values).read_text(encoding="utf-8"))
+        remember(given)
+        result = run_alone(name, from_dict(given))
     except BaseException as error:
         # the first rank to fail knows why; the others only that it is gone
         failure = {"failure": told(error), "at": time.time()}
         with contextlib.suppress(OSError):  # the disk that is full may be this one
             write_json(_of_rank(path, os.environ.get("RANK", "0")), failure)
         if failure["failure"]["kind"] == "failed":
-            traceback.print_exc()
+            print(masked(traceback.format_exc()), file=sys.stderr)
         _say(f"{name}: {failure['failure']['message']}")
         return 2 if failure["failure"]["kind"] == "mistake" else 1
     if not follows():
         _say(f"{name}: {result.headline}")
-        write_json(path, {"result": {**asdict(result), "folder": str(result.folder)}})
+        write_json(path, {"result": {**masked_values(asdict(result)), "folder": str(result.folder)}})
     return 0
 
 

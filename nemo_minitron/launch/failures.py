@@ -1,11 +1,14 @@
 """What kind of failure an exception is, and whether another try may help."""
 
 import errno
+import os
 import signal
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_minitron.artifacts.gate import GateError
+from nemo_minitron.artifacts.masking import masked, masked_values
 
 MISTAKE, GATE, MEMORY, TRANSIENT, LOST, STOPPED, SLOW, FAILED = (
     "mistake", "gate", "memory", "transient", "lost", "stopped", "time limit", "failed",
@@ -101,12 +104,12 @@ def _is_passing(error: BaseException) -> bool:
 
 
 def told(error: BaseException) -> dict[str, Any]:
-    """A failure as JSON, for another process."""
+    """A failure as JSON, for another process; credentials are masked."""
     message = " ".join(str(error).split()) or "no message"
     known = isinstance(error, ValueError | GateError | StageError)
     text = message if known else f"{type(error).__name__}: {message}"
     rows = [list(row) for row in error.rows] if isinstance(error, GateError) else []
-    return {"kind": kind_of(error), "message": text, "rows": rows}
+    return {"kind": kind_of(error), "message": masked(text), "rows": masked_values(rows)}
 
 
 def raised(stage: str, value: Mapping[str, Any]) -> Exception:
@@ -116,6 +119,54 @@ def raised(stage: str, value: Mapping[str, Any]) -> Exception:
     if value["kind"] == GATE:
         return GateError([(row[0], row[1], row[2], row[3]) for row in value["rows"]])
     return StageError(stage, value["kind"], value["message"])
+
+
+def without_secrets(error: Exception, stored: bool = False) -> Exception:
+    """A failure of the same kind in whose words, and in those of what caused it, credentials are masked.
+
+    Args:
+        error: changed in place where it can be, so that it keeps its type, its traceback and its causes.
+        stored: it will be pickled: then it may hold nothing but words, no answer of a server that knows its
+            request.
+
+    Returns:
+        The same exception; or, where it cannot be changed, another one with the same words.
+    """
+    instead, kind = raised("", told(error)), kind_of(error)
+    first, *causes = [_mask(each) for each in _chain(error)]
+    if not all(causes):
+        error.__cause__, error.__suppress_context__ = None, True
+        error.__context__ = None
+    fit = first and not (stored and not _holds_words_only(error))
+    return error if fit and kind_of(error) == kind else instead
+
+
+def _mask(error: BaseException) -> bool:
+    """Masks what an exception says; returns whether nothing is left that it tells."""
+    try:
+        error.args = masked_values(error.args)
+        error.__dict__.update(masked_values(vars(error)))
+        if isinstance(error, OSError):
+            for name in ("strerror", "filename", "filename2"):
+                value = getattr(error, name)
+                if isinstance(value, str | os.PathLike):
+                    setattr(error, name, masked(os.fspath(value)))
+        inside = [_mask(each) for each in getattr(error, "exceptions", ())]
+        lines = "".join(traceback.format_exception_only(type(error), error))
+    except Exception:  # whatever a library's exceptions do where they are touched
+        return False
+    return all(inside) and masked(lines) == lines
+
+
+def _holds_words_only(error: BaseException) -> bool:
+    def plain(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return all(plain(each) for pair in value.items() for each in pair)
+        if isinstance(value, list | tuple):
+            return all(map(plain, value))
+        return value is None or isinstance(value, str | int | float)
+
+    return plain(error.args) and plain(vars(error))
 
 
 def exit_words(code: int) -> str:

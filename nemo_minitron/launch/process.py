@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.masking import masked
+
 _TICK = 0.2
 _WATCHDOG = """trap '' TERM HUP INT USR1
 read line
@@ -72,9 +74,9 @@ def run_process(
 ) -> Ended:
     """Runs a command to its end.
 
-    Its output goes to ``log``, which is appended to, and line by line to ``on_line``. If this process is
-    told to end (any exception here: a cancelled flow, Ctrl-C), the group is told so too, gets its grace,
-    and then is killed.
+    Its output, credentials masked, goes to ``log``, which is appended to, and line by line to ``on_line``.
+    If this process is told to end (any exception here: a cancelled flow, Ctrl-C), the group is told so too,
+    gets its grace, and then is killed.
 
     Args:
         command: program and arguments.
@@ -219,7 +221,7 @@ class _Pump(threading.Thread):
         self._take([rest])
 
     def _take(self, lines: list[bytes]) -> None:
-        texts = [text for line in lines if (text := line.decode(errors="replace").rstrip())]
+        texts = [masked(text) for line in lines if (text := line.decode(errors="replace").rstrip())]
         self.last.extend(texts)
         with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
             file.writelines(f"{text}\n" for text in texts)  # a full disk is for the stage to find

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.artifacts import progress
-from nemo_minitron.artifacts.manifest import digest, write_json
+from nemo_minitron.artifacts.manifest import digest
+from nemo_minitron.artifacts.masking import remember
 from nemo_minitron.artifacts.workspace import alone, locked
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.accelerator import in_use
@@ -90,6 +91,7 @@ def launch(call: Call, on_line: Callable[[str], None], unwanted: Callable[[], bo
         StageError: it failed in a process of its own; ``kind`` says how.
         Exception: whatever it raised in this process.
     """
+    remember(call.values)
     call.papers.mkdir(parents=True, exist_ok=True)
     call.progress.unlink(missing_ok=True)
     for noted in call.papers.glob(f"*{_SLURM}"):
@@ -113,7 +115,7 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
     """Runs a stage in other processes."""
     settings = call.config.launch
     values = call.papers / f"{call.name}.json"
-    write_json(values, call.values)
+    _write_private(values, call.values)
     command = [sys.executable, "-m", "nemo_minitron.launch.child", call.stage, str(values), str(call.outcome)]
     shared = call.stage in (SEVERAL if settings.stages is None else settings.stages)
     if shared and settings.kind in ("torchrun", "slurm"):
@@ -125,6 +127,16 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
     environment = {**os.environ, progress.VARIABLE: str(call.progress.resolve()), "PYTHONUNBUFFERED": "1"}
     ended = run_process(command, environment, call.log, limits, on_line, call.progress, unwanted)
     return _ended(call, ended, limits)
+
+
+def _write_private(path: Path, value: Any) -> None:
+    """Writes JSON for this user alone: what the stage is handed may hold credentials."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(number, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+    temporary.replace(path)
 
 
 def _queued(call: Call, command: list[str], on_line: Callable[[str], None]) -> Result:

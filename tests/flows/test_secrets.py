@@ -1,0 +1,194 @@
+"""Credentials wherever a user can put them, real runs, and then a look into every byte that these have left."""
+
+import base64
+import binascii
+import json
+import re
+import sqlite3
+import stat
+import subprocess
+import sys
+from urllib.parse import quote
+
+import pytest
+
+from nemo_minitron.artifacts.masking import MASK
+from nemo_minitron.artifacts.workspace import locked
+from tests.conftest import minitron, settings
+
+SECRETS = {
+    "train": "trainS3cretPw",
+    "validation": "validationS3cretPw",
+    "source": "sourceS3cretPw",
+    "mlflow": "mlflowS3cretPw",
+    "query": "queryS3cretToken",
+    "slurm": "slurmS3cretToken",
+    "option": "optionS3cretPw",
+    "HF_TOKEN": "hf_environmentS3cret",
+    "WANDB_API_KEY": "wandbS3cretKey",
+    "MLFLOW_TRACKING_PASSWORD": "trackingS3cretPw",
+}
+VARIABLES = {name: value for name, value in SECRETS.items() if name.isupper()}
+
+
+def address(name, path=""):
+    return f"http://me:{SECRETS[name]}@127.0.0.1:9/{path}"
+
+
+def everywhere(workspace):
+    """Overrides with a credential in each place that takes one."""
+    return [
+        f"workspace={workspace}",
+        f"source.model='{address('source', 'model')}'",
+        f"data.train.paths=['{address('train', 'text.jsonl')}','http://127.0.0.1:9/x?token={SECRETS['query']}']",
+        f"data.validation.paths=['{address('validation', 'text.jsonl')}']",
+        f"track.mlflow='{address('mlflow')}'",
+        f"launch.slurm.setup=['export HF_TOKEN={SECRETS['slurm']}','login --password {SECRETS['option']}']",
+    ]
+
+
+def decoded(content):
+    """Bytes, and what is base64 in them: Prefect stores failures so."""
+    yield content
+    for run in re.findall(rb"[A-Za-z0-9+/]{24,}={0,2}", content):
+        try:
+            yield base64.b64decode(run[: len(run) - len(run) % 4])
+        except binascii.Error:
+            continue
+
+
+def leaks(*places, printed=""):
+    """Each secret that lies in the files below some places, or was printed, as the place and its name."""
+    contents = {path: path.read_bytes() for place in places for path in place.rglob("*") if path.is_file()}
+    contents["printed"] = printed.encode()
+    found = []
+    for place, content in contents.items():
+        for each in decoded(content):
+            for name, secret in SECRETS.items():
+                if any(word.encode() in each for word in {secret, quote(secret)}):
+                    found.append((str(place), name))
+    return sorted(set(found))
+
+
+def asked(home, question):
+    with sqlite3.connect(home / "prefect.db") as database:
+        return database.execute(question).fetchall()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs 'minitron run' with an embedded server of its own that keeps all logs; returns what it printed."""
+    home = tmp_path / "prefect"
+    home.mkdir()
+    environment = {
+        **VARIABLES, "PREFECT_HOME": str(home), "PREFECT_LOGGING_LEVEL": "DEBUG", "MINITRON_TRACEBACK": "",
+        "PREFECT_LOGGING_TO_API_BATCH_INTERVAL": "0.1",
+    }  # fmt: skip
+
+    def start(*words, code):
+        done = minitron("run", *words, env=environment)
+        assert done.returncode == code, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    return home, start
+
+
+def test_a_run_that_fails_at_its_credentials_leaves_none_of_them(run, tmp_path):
+    """The search as well: a flow within the flow, which is handed the whole configuration."""
+    home, start = run
+    workspace = tmp_path / "workspace"
+    with locked(tmp_path / "workspace"):  # which a run of which nothing came would remove
+        workspace.joinpath("kept").mkdir()
+    printed = start(*everywhere(workspace), "plan.budget.params=15000", code=2)
+    assert f"http://{MASK}@127.0.0.1:9/model" in printed.splitlines()[-2], printed[-2000:]
+    assert leaks(home, workspace, printed=printed) == []
+    stored = [json.loads(row[0])["config"] for row in asked(home, "select parameters from flow_run")]
+    assert len(stored) == 2  # compress, and search in it
+    for config in stored:
+        assert config["track"]["mlflow"] == f"http://{MASK}@127.0.0.1:9/"
+        assert config["launch"]["slurm"]["setup"] == [f"export HF_TOKEN={MASK}", f"login --password {MASK}"]
+        assert config["data"]["train"]["paths"][1] == f"http://127.0.0.1:9/x?token={MASK}"
+    messages = [row[0] for row in asked(home, "select message from flow_run_state where type = 'FAILED'")]
+    assert len(messages) == 2 and all(MASK in message and "ValueError" in message for message in messages)
+    assert asked(home, "select count(*) from log")[0][0] > 0
+
+
+@pytest.mark.parametrize("kind", ["inline", "subprocess"])
+def test_the_true_values_reach_the_stages_and_nothing_else(run, tmp_path, teacher, corpus, kind):
+    home, start = run
+    workspace = tmp_path / "workspace"
+    sound = [word for word in settings(workspace, teacher, corpus) if not word.startswith("data.train.paths")]
+    secret = [word for word in everywhere(workspace) if word.startswith(("data.train", "track", "launch"))]
+    words = [
+        *sound,
+        *secret,
+        f"data.calibration.paths=['{corpus}']",
+        f"launch.kind={kind}",
+        "launch.retries=0",
+    ]
+    printed = start(*words, code=2)
+    assert "score: " in printed and "data.train" in printed  # so far it came
+    assert f"is not logged at http://{MASK}@127.0.0.1:9/" in printed
+    assert leaks(home, workspace, printed=printed) == []
+    if kind == "subprocess":
+        assert "data.train" in (workspace / "logs" / "distill.log").read_text()
+    assert not (workspace / ".launch").exists()
+
+
+def test_a_process_of_a_stage_masks_what_it_prints_and_hides_what_it_is_handed(tmp_path, teacher):
+    from nemo_minitron.compose import as_dict, load_config
+    from nemo_minitron.launch.stage import Call, _write_private
+
+    words = [*everywhere(tmp_path / "ws"), f"score.device={SECRETS['train']}"]
+    config = load_config("config", words)
+    call = Call("download", config, as_dict(config))
+    call.papers.mkdir(parents=True)
+    values = call.papers / "download.json"
+    _write_private(values, call.values)
+    assert stat.S_IMODE(values.stat().st_mode) == 0o600
+    assert json.loads(values.read_text()) == call.values
+    command = [sys.executable, "-m", "nemo_minitron.launch.child", "download", str(values), str(call.outcome)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False
+    )  # as a batch job: no flow reads
+    assert done.returncode == 2, done.stderr
+    values.unlink()
+    assert leaks(tmp_path, printed=done.stdout + done.stderr) == []
+
+
+def test_a_credential_in_a_deployment_is_refused_by_name(tmp_path, capsys, monkeypatch):
+    from nemo_minitron.cli import main
+    from nemo_minitron.compose import load_config
+
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    password = SECRETS["train"]
+    for words, name in (
+        ([f"track.mlflow={address('train')}"], f"track.mlflow=http://{MASK}@127.0.0.1:9/: "),
+        ([f"launch.slurm.setup=['export A_TOKEN={password}']"], f"['export A_TOKEN={MASK}']: "),
+        (["--parameter", f"model={address('train')}"], f"--parameter model=http://{MASK}@127.0.0.1:9/: "),
+        (["--parameter", f'data=["{address("train")}"]'], f"--parameter data=http://{MASK}@127.0.0.1:9/: "),
+    ):
+        code, said = main(["deploy", "x", *words]), capsys.readouterr().err
+        assert code == 2 and name in said and "${oc.env:NAME}" in said and password not in said, said
+    given = ["track.mlflow=${oc.env:MY_MLFLOW}", "launch.slurm.setup=['export A_TOKEN=${oc.env:MY_TOKEN}']"]
+    from nemo_minitron.flows.deploy import deployment
+
+    made = deployment(
+        "x", "compress", "config", given, {"model": "http://me:${oc.env:MY_TOKEN}@h/"}, None, None
+    )
+    assert made.parameters["overrides"] == given
+    monkeypatch.setenv("MY_MLFLOW", address("mlflow"))
+    monkeypatch.setenv("MY_TOKEN", password)
+    config = load_config("config", given)
+    assert config.track.mlflow == address("mlflow")
+    assert config.launch.slurm.setup == [f"export A_TOKEN={password}"]
+
+
+def test_what_prefect_shows_cannot_be_run_again(tmp_path):
+    """Without a server: the parameters are looked at before anything else."""
+    from nemo_minitron.flows.compress import compress
+
+    with pytest.raises(ValueError, match=r"^overrides\[1\]: 'track.mlflow=http://\*\*\*@h' holds a mask"):
+        compress.fn(overrides=["plan.hidden=3", f"track.mlflow=http://{MASK}@h"])
+    with pytest.raises(ValueError, match=r"^config\.launch\.slurm\.setup\[0\]: .*\$\{oc\.env:NAME\}"):
+        compress.fn(config={"launch": {"slurm": {"setup": [f"export HF_TOKEN={MASK}"]}}})
