@@ -3,19 +3,26 @@
 import base64
 import binascii
 import json
+import pickle
 import re
 import sqlite3
 import stat
 import subprocess
 import sys
+import traceback
 from urllib.parse import quote
 
 import pytest
 
 from nemo_minitron.artifacts.masking import MASK
 from nemo_minitron.artifacts.workspace import locked
+from nemo_minitron.launch import failures
+from nemo_minitron.launch.failures import StageError
+from nemo_minitron.stages.stage import Result
 from tests.conftest import minitron, settings
+from tests.flows.test_tasks import in_a_flow, played, read, server
 
+__all__ = ["played", "server"]
 SECRETS = {
     "train": "trainS3cretPw",
     "validation": "validationS3cretPw",
@@ -113,8 +120,7 @@ def test_a_run_that_fails_at_its_credentials_leaves_none_of_them(run, tmp_path):
     assert asked(home, "select count(*) from log")[0][0] > 0
 
 
-@pytest.mark.parametrize("kind", ["inline", "subprocess"])
-def test_the_true_values_reach_the_stages_and_nothing_else(run, tmp_path, teacher, corpus, kind):
+def test_the_true_values_reach_the_stages_and_nothing_else(run, tmp_path, teacher, corpus):
     home, start = run
     workspace = tmp_path / "workspace"
     sound = [word for word in settings(workspace, teacher, corpus) if not word.startswith("data.train.paths")]
@@ -123,15 +129,14 @@ def test_the_true_values_reach_the_stages_and_nothing_else(run, tmp_path, teache
         *sound,
         *secret,
         f"data.calibration.paths=['{corpus}']",
-        f"launch.kind={kind}",
+        "launch.kind=subprocess",
         "launch.retries=0",
     ]
     printed = start(*words, code=2)
     assert "score: " in printed and "data.train" in printed  # so far it came
     assert f"is not logged at http://{MASK}@127.0.0.1:9/" in printed
     assert leaks(home, workspace, printed=printed) == []
-    if kind == "subprocess":
-        assert "data.train" in (workspace / "logs" / "distill.log").read_text()
+    assert "data.train" in (workspace / "logs" / "distill.log").read_text()
     assert not (workspace / ".launch").exists()
 
 
@@ -192,3 +197,82 @@ def test_what_prefect_shows_cannot_be_run_again(tmp_path):
         compress.fn(overrides=["plan.hidden=3", f"track.mlflow=http://{MASK}@h"])
     with pytest.raises(ValueError, match=r"^config\.launch\.slurm\.setup\[0\]: .*\$\{oc\.env:NAME\}"):
         compress.fn(config={"launch": {"slurm": {"setup": [f"export HF_TOKEN={MASK}"]}}})
+
+
+HOSTILE = f"<script>a</script> | [x](http://h) `c` http://u:{SECRETS['train']}@h"
+SHOWN = "&lt;script&gt;a&lt;/script&gt; \\| \\[x\\](http://h) \\`c\\` http://\\*\\*\\*@h"
+
+
+def test_what_is_published_is_text_and_masked(server, played, tmp_path, monkeypatch):
+    """A real server's artifacts of a stage whose every word comes from outside."""
+    from nemo_minitron.flows import publish, tasks
+
+    from nemo_minitron.artifacts.gate import GateError
+
+    def hostile(name, config):
+        folder = tmp_path / "stage"
+        folder.mkdir(exist_ok=True)
+        (folder / publish.LINEAGE).write_text(json.dumps({"stages": [
+            {"kind": "teacher", "fingerprint": "0" * 64, "config": {"revision": HOSTILE},
+             "inputs": [{"path": HOSTILE, "fingerprint": "1" * 64}]},
+        ]}))  # fmt: skip
+        return Result(name, folder, True, HOSTILE, ("task", HOSTILE), ((HOSTILE, "1"),), {}, (HOSTILE,))
+
+    monkeypatch.setattr("nemo_minitron.launch.stage.run_stage", hostile)
+    _, failure, _, _ = in_a_flow("score", workspace=tmp_path / "hostile")
+    assert failure is None
+    played(GateError([(HOSTILE, ">= 1", "0", "")]))
+    _, failure, gated, _ = in_a_flow("evaluate", workspace=tmp_path / "hostile")
+    assert isinstance(failure, GateError) and f"http://{MASK}@h" in str(failure)
+    assert failure.rows[0][0] == HOSTILE.replace(f"u:{SECRETS['train']}", MASK)
+    assert f"http://{MASK}@h" in gated.state.message
+
+    async def all_(client):
+        return {artifact.key: artifact for artifact in await client.read_artifacts()}
+
+    found = read(all_)
+    name = "minitron-hostile"
+    page = found[f"{name}-score"]
+    assert page.description == SHOWN and f"\n{SHOWN}\n" in page.data and f"- note: {SHOWN}" in page.data
+    assert json.loads(found[f"{name}-score-table"].data) == [{"task": SHOWN, SHOWN: "1"}]
+    for kind in ("score", "score-table", "score-folder", "lineage", "gate"):
+        artifact = found[f"{name}-{kind}"]
+        text = f"{artifact.data} {artifact.description}"
+        assert "<script" not in text and SECRETS["train"] not in text, text
+        if kind in ("lineage", "gate"):  # cells of a table of Markdown
+            assert SHOWN in text and text.count(" | ") == text.replace(SHOWN, "").count(" | ")
+    assert publish.cells({"name": HOSTILE, "loss": 1.5, "failure": None}) == {
+        "name": SHOWN, "loss": 1.5, "failure": None,
+    }  # fmt: skip
+    assert tasks.publish.line(f"a\x1b[2J\n{HOSTILE}").startswith("a\\x1b[2J <script>a</script> | ")
+
+
+def test_a_failure_keeps_its_kind_and_loses_its_credentials_in_tracebacks_too(server, played, tmp_path):
+    from nemo_minitron.flows.withheld import flow
+
+    def cause():
+        try:
+            raise KeyError(f"A_TOKEN={SECRETS['train']}")
+        except KeyError as error:
+            raise ConnectionError(f"{address('train')} is away") from error
+
+    seen = played(cause, ValueError(f"bad: {address('train')}"))
+    _, failure, run, _ = in_a_flow("download", workspace=tmp_path / "a")
+    assert len(seen) == run.run_count == 2 and type(failure) is ValueError  # tried again, and then not
+    assert str(failure) == f"bad: http://{MASK}@127.0.0.1:9/" and SECRETS["train"] not in run.state.message
+
+    def answered():
+        import httpx
+        from huggingface_hub.errors import HfHubHTTPError
+
+        request = httpx.Request("GET", "http://h", headers={"authorization": f"Bearer {SECRETS['HF_TOKEN']}"})
+        raise HfHubHTTPError(f"no {address('train')}", response=httpx.Response(503, request=request))
+
+    for raised, kind in ((answered, failures.TRANSIENT), (cause, failures.TRANSIENT)):
+        made = flow("withheld", lambda: "withheld")(raised)
+        with pytest.raises((StageError, ConnectionError)) as caught:
+            made()
+        assert failures.kind_of(caught.value) == kind
+        lines = "".join(traceback.format_exception(caught.value))
+        assert SECRETS["train"] not in lines and MASK in lines
+        assert not any(secret.encode() in pickle.dumps(caught.value) for secret in SECRETS.values())

@@ -1,8 +1,10 @@
 """Kinds of failure: real exceptions of the libraries that raise them, and what becomes of them between processes."""
 
 import errno
+import json
 import pickle
 import socket
+import traceback
 
 import httpx
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from nemo_minitron.artifacts.gate import GateError
 from nemo_minitron.launch import failures
-from nemo_minitron.launch.failures import StageError, kind_of, raised, told
+from nemo_minitron.launch.failures import StageError, kind_of, raised, told, without_secrets
 
 
 def answered(status: int) -> Exception:
@@ -18,6 +20,12 @@ def answered(status: int) -> Exception:
 
     request = httpx.Request("GET", "http://localhost/x")
     return HfHubHTTPError("no", response=httpx.Response(status, request=request))
+
+
+def noted(error: Exception, note: str) -> Exception:
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    return error
 
 
 def from_(error: Exception, cause: Exception) -> Exception:
@@ -70,3 +78,61 @@ def test_the_gate_keeps_its_table_between_processes():
     rows = [("quality kept", ">= 90.0%", "12.0%", ""), ("own_choice acc", ">= 0.1", "0.2", "held")]
     again = raised("evaluate", told(GateError(rows)))
     assert isinstance(again, GateError) and again.rows == tuple(rows)
+
+
+SECRET, MASKED = "http://me:s3cretpw@host", "http://***@host"
+
+
+def chained(error: Exception, cause: Exception) -> Exception:
+    try:
+        raise error from cause
+    except Exception as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(f"bad {SECRET}"), KeyError(SECRET), StageError("score", failures.LOST, f"lost {SECRET}"),
+        GateError([(SECRET, ">= 1", "0", "")]), FileNotFoundError(errno.ENOENT, "none", f"/x/{SECRET}"),
+        ConnectionError(f"{SECRET} is away"), json.JSONDecodeError("no", SECRET, 1), noted(RuntimeError("x"), SECRET),
+        chained(RuntimeError("x"), ConnectionResetError(SECRET)), torch.OutOfMemoryError(f"out of memory {SECRET}"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_credentials_leave_a_failure_and_its_type_stays(error):
+    kind, told_before = kind_of(error), told(error)
+    assert "s3cretpw" not in json.dumps(told_before)
+    fit = without_secrets(error, stored=True)
+    assert fit is error and kind_of(fit) == kind
+    assert "s3cretpw" not in "".join(traceback.format_exception(fit)) + repr(fit)
+    assert b"s3cretpw" not in pickle.dumps(fit)
+    assert told(fit) == told_before and kind_of(raised("score", told(fit))) == kind
+
+
+class Stubborn(Exception):
+    """One that says what it likes."""
+
+    def __str__(self) -> str:
+        return f"always {SECRET}"
+
+
+def test_a_failure_that_cannot_be_changed_becomes_another_of_its_kind():
+    fit = without_secrets(Stubborn())
+    assert isinstance(fit, StageError) and fit.kind == failures.FAILED
+    assert str(fit) == f"Stubborn: always {MASKED}"
+    behind = without_secrets(chained(ValueError("x"), Stubborn()))
+    assert type(behind) is ValueError and behind.__cause__ is None and behind.__context__ is None
+    undecodable = UnicodeDecodeError("utf-8", SECRET.encode() + b"\xff", 0, 1, "no")
+    assert without_secrets(undecodable) is undecodable
+    stored = without_secrets(undecodable, stored=True)
+    assert type(stored) is ValueError and b"s3cretpw" not in pickle.dumps(stored)
+    transient = answered(503)
+    assert without_secrets(transient) is transient
+    assert isinstance(without_secrets(transient, stored=True), StageError)
+    assert kind_of(without_secrets(transient, stored=True)) == failures.TRANSIENT
+
+
+def test_a_failure_without_credentials_is_left_alone():
+    error = chained(ValueError("plan.hidden: expected 1 to 24"), KeyError("x"))
+    assert without_secrets(error, stored=True) is error and isinstance(error.__cause__, KeyError)
