@@ -62,7 +62,7 @@ import accelerate, transformers
 from nemo_minitron.bridge.scoring import in_memory
 from nemo_minitron.bridge.taps import Measures
 begin()
-config = transformers.AutoConfig.from_pretrained(folder)
+config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 with accelerate.init_empty_weights():
     model = transformers.AutoModelForCausalLM.from_config(config)
 places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

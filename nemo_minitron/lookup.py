@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.plain_text import plain
+
 
 def print_table(
     columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...], title: str | None = None, left: int = 1
@@ -23,12 +25,13 @@ def print_table(
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title)
+    table = Table(title=None if title is None else Text(plain(title)))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right")
+        table.add_column(Text(plain(column)), justify="left" if i < left else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(plain(cell)) for cell in row))  # text: a name is no markup
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -166,5 +169,5 @@ def verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"artifacts": count, "problems": problems}, indent=2))
     else:
-        print("\n".join([*problems, f"{count} artifacts checked, {len(problems)} problems"]))
+        print("\n".join([*map(plain, problems), f"{count} artifacts checked, {len(problems)} problems"]))
     return 1 if problems else 0

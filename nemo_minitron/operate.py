@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts.plain_text import plain
 from nemo_minitron.lookup import print_table
 
 HELP = {
@@ -62,7 +63,7 @@ def runs(args: argparse.Namespace) -> int:
         print(json.dumps([asdict(workspace) for workspace in found], indent=2, default=str))
         return 0
     if not found:
-        print(f"no workspaces below {args.folder}")
+        print(f"no workspaces below {plain(args.folder)}")
         return 0
     rows = []
     for workspace in found:
@@ -97,7 +98,7 @@ def clean(args: argparse.Namespace) -> int:
         told = [{"path": str(item.path), "bytes": item.bytes, "why": item.why} for item in items]
         if not args.json:
             for item in items:
-                print(f"{amount(item.bytes):>10}  {item.path}  ({item.why})")
+                print(f"{amount(item.bytes):>10}  {plain(item.path)}  ({item.why})")
         if items and not args.yes and not _agreed(f"remove these {len(items)}, {amount(size)}? [y/N] "):
             print("nothing removed", file=sys.stderr)
             return 1
@@ -139,13 +140,14 @@ def _deployment(args: argparse.Namespace) -> Any:
     from nemo_minitron.flows.local import prepare_environment
 
     prepare_environment()
+    from nemo_minitron.artifacts.masking import masked
     from nemo_minitron.flows.deploy import deployment
 
     parameters = {}
     for text in args.parameter:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--parameter: expected NAME=VALUE, found {text!r}")
+            raise ValueError(f"--parameter: expected NAME=VALUE, found {masked(text)!r}")
         try:
             parameters[name] = json.loads(value)
         except ValueError:

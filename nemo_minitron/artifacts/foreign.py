@@ -1,9 +1,11 @@
 """Weights that are not a plain causal LM: recognised by name, refused with what to do about it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from nemo_minitron.artifacts.plain_text import plain
 
 _DEQUANTISE = (
     "dequantise it first: load it with transformers, model.dequantize(), save_pretrained in bfloat16"
@@ -26,15 +28,17 @@ _KINDS = (
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that holds an adapter and no model, or a distributed checkpoint of NeMo 2.
+    """Refuses a folder that holds an adapter, or a distributed checkpoint of NeMo 2.
 
     Raises:
-        ValueError: it is one.
+        ValueError: it does; also where a model lies beside the adapter: transformers would load the base
+            model that the adapter names, from wherever that is, and the two together.
     """
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if (folder / "adapter_config.json").is_file():
+        kind = "beside a model" if (folder / "config.json").is_file() else "not a model"
         raise ValueError(
-            f"{folder}: a LoRA adapter, not a model (adapter_config.json, no config.json); "
-            "merge it into its base model first (peft: merge_and_unload) and save the merged model"
+            f"{folder}: a LoRA adapter, {kind} (adapter_config.json); merge it into its base model first "
+            "(peft: merge_and_unload) and save the merged model, or remove the adapter's files"
         )
     distributed = (folder / "weights").is_dir() or any(folder.glob("*.distcp"))
     if distributed and not (folder / "config.json").is_file():
@@ -45,15 +49,39 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a config.json that declares quantised weights.
+    """Refuses a config.json that declares quantised weights, or code to be fetched from the hub.
+
+    transformers takes ``attn_implementation: owner/kernel`` for a kernel, which it fetches and runs.
 
     Raises:
-        ValueError: it does; the message names the method.
+        ValueError: it does; the message names the method, or the key.
     """
+    for key, value in implementations(config):
+        if "/" in value:
+            raise ValueError(
+                f"{folder / 'config.json'}: {key}={plain(value, 80)!r} is code on the hub, which is never "
+                "run; remove the key"
+            )
     settings = config.get("quantization_config")
     if settings:
         method = settings.get("quant_method", "quantised") if isinstance(settings, Mapping) else settings
         raise ValueError(f"{folder / 'config.json'}: weights are quantised ({method!s:.40}); {_DEQUANTISE}")
+
+
+def implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys of a configuration, at any depth, that choose an implementation of layers, with their choices."""
+    waiting: list[Any] = [config]
+    while waiting:  # not by recursion: a stranger's file may be nested deeply
+        part = waiting.pop()
+        for key, value in part.items() if isinstance(part, Mapping) else enumerate(part):
+            if str(key).lstrip("_").startswith(_IMPLEMENTATIONS):
+                named = value.values() if isinstance(value, Mapping) else [value]
+                yield from ((str(key), each) for each in named if isinstance(each, str))
+            elif isinstance(value, Mapping | list):
+                waiting.append(value)
+
+
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
 def check_names(folder: Path, unknown: Iterable[str], layers: int) -> None:

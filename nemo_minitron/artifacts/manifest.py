@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_minitron
+from nemo_minitron.artifacts.links import leads_out
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -130,11 +131,13 @@ def is_done(folder: Path, expected: str, inputs: Sequence[Input]) -> bool:
 
 
 def damage(folder: Path, manifest: Manifest) -> str | None:
-    """What is wrong with an artifact's files at a glance, by their sizes; None: nothing."""
+    """What is wrong with an artifact's files at a glance, by their places and sizes; None: nothing."""
     for output in manifest.outputs:
         path = folder / output.file
         if not path.is_file():
             return f"{output.file} is missing"
+        if leads_out(path, folder):
+            return f"{output.file} lies outside of the folder, at {path.resolve()}"
         if path.stat().st_size != output.size:
             return f"{output.file} has {path.stat().st_size} bytes, expected {output.size}"
     return None

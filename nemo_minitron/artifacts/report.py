@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts import plain_text
+
 FILE = "report.json"
 PAGE = "report.html"
 NAMES = {"teacher": "teacher", "pruned": "pruned", "student": "distilled", "scratch": "from scratch"}
@@ -134,6 +136,6 @@ def _with_error(metrics: Mapping[str, float], metric: str) -> str:
 
 
 def markdown(titles: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
-    """A table in Markdown, numbers to the right."""
-    lines = ["| " + " | ".join(titles) + " |", "|" + "|".join(["---"] + ["---:"] * (len(titles) - 1)) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    """A table in Markdown, numbers to the right; what stands in its cells is text, not markup."""
+    head, *body = ("| " + " | ".join(map(plain_text.markdown, row)) + " |" for row in (titles, *rows))
+    return "\n".join([head, "|" + "|".join(["---"] + ["---:"] * (len(titles) - 1)) + "|", *body])

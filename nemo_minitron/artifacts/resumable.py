@@ -25,6 +25,7 @@ from nemo_minitron.artifacts.manifest import (
     write_json,
     write_manifest,
 )
+from nemo_minitron.artifacts.plain_text import plain
 
 _STAMP = "recipe.json"
 
@@ -144,10 +145,8 @@ def _say(
 ) -> None:
     changes = _changes(old, new)
     why = f"with other settings ({changes})" if changes else "from other inputs"
-    print(
-        f"{folder.name}: {how} {why}; that is kept in {kept}; minitron clean{level} removes it",
-        file=sys.stderr,
-    )
+    text = f"{folder.name}: {how} {why}; that is kept in {kept}; minitron clean{level} removes it"
+    print(plain(text), file=sys.stderr)
 
 
 def _move(manifest: Manifest, source: Path, target: Path) -> None:

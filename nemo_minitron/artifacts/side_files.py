@@ -1,7 +1,9 @@
 """What belongs to a model besides config and weights: tokenizer, generation config, licence."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from nemo_minitron.artifacts.links import refuse_link
 from nemo_minitron.artifacts.manifest import digest, hash_file
 
 TOKENIZER_FILES = (
@@ -15,6 +17,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+GENERATION_CONFIG = "generation_config.json"
 LICENCES = ("LICEN[CS]E*", "NOTICE*", "*POLICY*")
 """Patterns of the files that say under what terms a model may be used."""
 
@@ -29,10 +32,24 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Tokenizer, generation config and licence of a model's folder, as far as they are there."""
-    named = [folder / name for name in (*TOKENIZER_FILES, "generation_config.json")]
+    """Tokenizer, generation config and licence of a model's folder, as far as they are there.
+
+    Raises:
+        ValueError: one is a link that leads out of the folder.
+    """
+    named = [folder / name for name in (*TOKENIZER_FILES, GENERATION_CONFIG)]
     terms = sorted({path for pattern in LICENCES for path in folder.glob(pattern)})
-    return [path for path in (*named, *terms) if path.is_file()]
+    found = [path for path in (*named, *terms) if path.is_file()]
+    for path in found:
+        refuse_link(path, folder)
+    return found
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a plain file name is that of a tokenizer's file, a generation config or a licence."""
+    if not name or Path(name).name != name:
+        return False
+    return name in (*TOKENIZER_FILES, GENERATION_CONFIG) or any(fnmatchcase(name, form) for form in LICENCES)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """huggingface_hub: model cards, and evaluation results as the hub reads them."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,30 +8,50 @@ from typing import Any
 import huggingface_hub
 import yaml
 
+from nemo_minitron.artifacts.links import leads_out
+from nemo_minitron.artifacts.plain_text import plain
+
 _HEADLINES = ("acc_norm", "exact_match (strict-match)", "exact_match", "acc", "f1")
 
 
-def licence_of(folder: Path) -> dict[str, str | list[str]]:
+_IDENTIFIER = re.compile(r"[A-Za-z0-9](?:[\w.+(), -]{0,98}[\w.+)])?", re.ASCII)
+"""The hub's id of a licence, a licence's name, or the name of the file that holds it."""
+_LINK = re.compile(r"https?://[A-Za-z0-9][\w.~:/?#@!$&*+,;=%-]{1,500}", re.ASCII)
+_HUB_ID = re.compile(r"[\w.-]{1,96}(?:/[\w.-]{1,96})?", re.ASCII)
+_FORMS = {
+    "license": (_IDENTIFIER,), "license_name": (_IDENTIFIER,), "license_link": (_LINK, _IDENTIFIER),
+}  # fmt: skip
+"""Fields of a card's front matter about the licence, and the forms in which they are taken over."""
+
+
+def licence_of(folder: Path) -> tuple[dict[str, str | list[str]], dict[str, str]]:
     """The licence that a model folder's own card names; empty where there is none.
 
     ``license``, and ``license_name`` and ``license_link`` of one that the hub does not know. A card that
     cannot be read names none.
+
+    Returns:
+        What another card's front matter can take over: ids on one line, and links. And the rest as text, to
+        be quoted: it comes from a stranger.
     """
     card = folder / "README.md"
-    if not card.is_file():
-        return {}
+    if not card.is_file() or leads_out(card, folder):
+        return {}, {}
     text = card.read_text(encoding="utf-8-sig", errors="replace")
     try:
         data = huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data
     except (yaml.YAMLError, ValueError):
-        return {}
-    found = {name: data.get(name) for name in ("license", "license_name", "license_link")}
-    return {name: value for name, value in found.items() if isinstance(value, str) or _named(value)}
-
-
-def _named(value: Any) -> bool:
-    """Whether it is a list of names, as several licences are given."""
-    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
+        return {}, {}
+    taken: dict[str, str | list[str]] = {}
+    rest: dict[str, str] = {}
+    for name, forms in _FORMS.items():
+        value = data.get(name)
+        each = value if isinstance(value, list) and name == "license" else [value]
+        if each and all(isinstance(one, str) and any(form.fullmatch(one) for form in forms) for one in each):
+            taken[name] = value
+        elif value:
+            rest[name] = str(value)
+    return taken, rest
 
 
 def model_card(
@@ -44,8 +65,8 @@ def model_card(
 
     Args:
         text: markdown body.
-        base_model: hub id of the source model, where it has one.
-        licence: as ``licence_of`` gives it.
+        base_model: hub id of the source model, where it has one; left out where it is no hub id.
+        licence: what ``licence_of`` takes over.
         name: title of the model.
         results: (task, data set, metric, value) for the model index.
 
@@ -55,22 +76,23 @@ def model_card(
     evaluations = [
         huggingface_hub.EvalResult(
             task_type="text-generation",
-            dataset_type=data,
-            dataset_name=data,
-            metric_type=metric,
-            metric_name=task,
+            dataset_type=plain(data),
+            dataset_name=plain(data),
+            metric_type=plain(metric),
+            metric_name=plain(task),
             metric_value=value,
         )
         for task, data, metric, value in results
     ]
+    named = base_model is not None and _HUB_ID.fullmatch(base_model) is not None
     data = huggingface_hub.ModelCardData(
-        base_model=base_model,
-        base_model_relation="finetune" if base_model else None,
+        base_model=base_model if named else None,
+        base_model_relation="finetune" if named else None,
         **licence,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["minitron", "pruning", "distillation"],
-        model_name=name,
+        model_name=plain(name),
         eval_results=evaluations or None,
     )
     return f"---\n{data.to_yaml()}\n---\n\n{text}"

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import transformers
 from torch import Tensor, nn
 
 from nemo_minitron.artifacts.checkpoint import both_spellings, read_config
+from nemo_minitron.artifacts.foreign import check_config, check_folder, implementations
 from nemo_minitron.artifacts.manifest import write_json
 from nemo_minitron.families import Family, family_of
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+_FLASH = ("flash_attn", "flash_attn_interface")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,10 +53,21 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: torch.de
     """Loads a causal LM for reading: evaluation mode, no gradients wanted, every weight accounted for.
 
     Raises:
-        ValueError: weights are missing, unexpected or of another shape.
+        ValueError: weights are missing, unexpected or of another shape; or the folder asks for what is not
+            loaded from a model (``artifacts/foreign.py``).
     """
+    check_folder(folder)
+    config = read_config(folder)
+    check_config(folder, config)
+    for key, choice in implementations(config):
+        if choice.startswith("flash_attention") and not any(map(find_spec, _FLASH)):
+            # transformers would fetch a kernel from the hub in its place, where the package kernels is
+            raise ValueError(
+                f"{folder / 'config.json'}: {key}={choice!r}, and flash-attn is not installed here; install "
+                "it, or remove the key"
+            )
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True
+        folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
     )
     wrong = {
         kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -73,9 +87,12 @@ def load_layers(folder: Path, family: Family, tensors: Mapping[str, Tensor]) -> 
         family: its table.
         tensors: names on disk to weights.
     """
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     architecture = getattr(transformers, family.architecture)
-    return architecture.from_pretrained(None, config=config, state_dict=dict(tensors), dtype="auto").eval()
+    loaded = architecture.from_pretrained(
+        None, config=config, state_dict=dict(tensors), dtype="auto", trust_remote_code=False
+    )
+    return loaded.eval()
 
 
 def new_model(config: Mapping[str, Any], seed: int) -> Any:
@@ -95,7 +112,7 @@ def new_model(config: Mapping[str, Any], seed: int) -> Any:
     try:
         entries = {key: value for key, value in config.items() if key != "model_type"}
         model = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(config["model_type"], **entries)
+            transformers.AutoConfig.for_model(config["model_type"], **entries), trust_remote_code=False
         ).float()
     except Exception as error:  # transformers raises whatever its validators raise
         raise ValueError(f"pretrain.model: transformers refuses this config: {error}") from error
@@ -199,7 +216,7 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
     """
     vocabulary = vocabulary or read_config(folder)["vocab_size"]
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the tokenizer's backend raises
         raise ValueError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
     largest = max(tokenizer.get_vocab().values(), default=-1)

@@ -63,7 +63,7 @@ def random_model(config: Mapping[str, Any], folder: Path, seed: int = 0) -> Path
     entries = {key: value for key, value in config.items() if key != "model_type"}
     settings = transformers.AutoConfig.for_model(config["model_type"], **entries)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(settings)
+    model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
     with torch.no_grad():
         for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values():
             scale = 1.0 if tensor.dim() == 1 else 0.3

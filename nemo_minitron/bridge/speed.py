@@ -95,7 +95,7 @@ def _in_process(engine: str, folder: Path, device: str, cases: Sequence[Case], d
     """The numbers that a process prints, or its last words."""
     command = [sys.executable, "-m", "nemo_minitron.bridge.speed", engine, str(folder), device]
     command += [json.dumps([asdict(case) for case in cases]), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
     return json.loads(done.stdout.splitlines()[-1])
@@ -190,9 +190,9 @@ def _warm_up(folder: Path) -> None:
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        transformers.AutoModelForCausalLM.from_config(config)
+        transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     torch.ones(512, 512) @ torch.ones(512, 512)
 
 

@@ -13,6 +13,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
+from nemo_minitron.artifacts.links import refuse_link
+
 _OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|\.eval_results/minitron\.yaml")
 """Of an earlier export; beside new shards an old ``model.safetensors`` would be what loads."""
 
@@ -37,10 +39,12 @@ def upload(
 
     Raises:
         ValueError: the hub refuses (no such name, no right to write), the repository is public, or the tag
-            is another commit's.
+            is another commit's; or a file of the folder is a link that leads out of it.
         ConnectionError: it could not be reached; worth another try.
     """
     api, where = huggingface_hub.HfApi(), f"export.push_to_hub: {repository!r}"
+    for path in sorted(folder.rglob("*")):
+        refuse_link(path, folder)
     try:
         return _send(api, folder, repository, private, revision, tag)
     except OfflineModeIsEnabled as error:

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.artifacts.plain_text import plain
 from nemo_minitron.launch.child import clear
 
+_NUMBER = re.compile(r"\d{1,12}", re.ASCII)
 _GONE_FOR = 30.0
 """Seconds that a job may be unknown to squeue with nothing written by it: accounting lags behind."""
 
@@ -48,8 +50,17 @@ class Job:
 
 
 def script(job: Job) -> str:
-    """The batch script."""
+    """The batch script.
+
+    Raises:
+        ValueError: the log's path cannot stand in it: a line of its own would be run.
+    """
     output = str(job.log).replace("%", "%%")
+    if re.search(r'[\x00-\x1f"\\]', output):
+        raise ValueError(
+            f"workspace {plain(job.log.parent.parent)!r}: a batch script cannot hold its name; choose one "
+            "without quotes, backslashes and control characters"
+        )
     options = [
         f"--job-name={job.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1", f'--output="{output}"',
         # to the batch shell, which torchrun or srun has become: torchrun passes SIGTERM on, and no SIGUSR1
@@ -182,6 +193,7 @@ def _number(papers: Path, recipe: str | None) -> str | None:
 
     Raises:
         ConnectionError: Slurm knows whether there is one, and cannot be asked now.
+        ValueError: what they name is no job's number.
     """
     try:
         noted = json.loads(papers.read_text(encoding="utf-8"))
@@ -190,6 +202,10 @@ def _number(papers: Path, recipe: str | None) -> str | None:
     if recipe not in (None, noted["recipe"]):
         return None
     if "job" in noted:
+        if not _NUMBER.fullmatch(str(noted["job"])):  # scancel would take it for an option, or for all jobs
+            raise ValueError(
+                f"{papers}: expected the number of a job, found {plain(noted['job'], 80)!r}; remove it"
+            )
         return str(noted["job"])
     code, out, error = _call("squeue", "--noheader", "--format=%i", "--name", noted["name"])
     if code:
@@ -259,7 +275,9 @@ def _wait(number: str, outcome: Path, on_line: Callable[[str], None], poll: floa
 
 def _call(*command: str) -> tuple[int, str, str]:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60
+        )
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
         return 1, "", str(error)
     return done.returncode, done.stdout, done.stderr

@@ -2,13 +2,21 @@
 
 import tarfile
 import tempfile
-from pathlib import Path
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from nemo_minitron.artifacts.side_files import side_files
+from nemo_minitron.artifacts.checkpoint import TORCH
+from nemo_minitron.artifacts.links import refuse_link
+from nemo_minitron.artifacts.plain_text import plain
+from nemo_minitron.artifacts.side_files import is_side_file, side_files
+
+CARD = "README.md"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH.values()}
 
 
 def make_cfg(
@@ -18,7 +26,9 @@ def make_cfg(
 
     The card is among these: it names the licence.
     """
-    card = [] if folder is None else [path for path in (folder / "README.md",) if path.is_file()]
+    card = [] if folder is None else [path for path in (folder / CARD,) if path.is_file()]
+    for path in card:
+        refuse_link(path, folder or path.parent)
     present = [] if folder is None else [*side_files(folder), *card]
     files = {_file_key(path.name): str(path) for path in present}
     # NeMo restores only targets inside its own packages; of this one, it takes the subclass that is asked to
@@ -49,11 +59,20 @@ def dtypes_of(model: Any) -> dict[str, list[str]]:
 
 
 def as_stored(model: Any, cfg: DictConfig) -> Any:
-    """A model with its weights in the dtypes that its configuration says they are stored in."""
+    """A model with its weights in the dtypes that its configuration says they are stored in.
+
+    Raises:
+        ValueError: a dtype that models are not stored in, or a parameter that it does not have.
+    """
     for dtype, names in (cfg.get("dtypes") or {}).items():
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtypes: expected some of {', '.join(_DTYPES)}, found {dtype!r}")
         for name in names:
-            parameter = model.get_parameter(name)
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+            try:
+                parameter = model.get_parameter(name)
+            except AttributeError as error:
+                raise ValueError(f"dtypes.{dtype}: the model has no parameter {name!r}") from error
+            parameter.data = parameter.data.to(_DTYPES[dtype])
     return model
 
 
@@ -67,20 +86,83 @@ def nemo_archive(model: Any, path: Path) -> Path:
 
 
 def check_archive(path: Path) -> None:
-    """Refuses a ``.nemo`` archive that is none of ``MinitronModel``'s.
+    """Refuses a ``.nemo`` archive that is none of ``MinitronModel``'s, or reaches out of itself.
+
+    Nothing is unpacked; NeMo's own extraction refuses members that would land outside, and links.
 
     Raises:
-        ValueError: it is no archive, or one of another model.
+        ValueError: it is no archive, one of another model, or its configuration is refused by
+            ``check_restored``.
     """
     try:
         with tarfile.open(path) as archive:
-            names = [name for name in archive.getnames() if Path(name).name == "model_config.yaml"]
-            file = archive.extractfile(names[0]) if names else None
-            text = "" if file is None else file.read().decode("utf-8")
-    except tarfile.TarError as error:
+            # by the names under which they are unpacked; of two with one name the later one stays
+            members = {str(PurePosixPath(member.name)): member for member in archive if member.isfile()}
+            config = members.get("model_config.yaml")
+            file = None if config is None else archive.extractfile(config)
+            text = "" if file is None else file.read(_LONGEST_CONFIG + 1).decode("utf-8")
+        if len(text) > _LONGEST_CONFIG:
+            raise ValueError(f"{path}: its model_config.yaml is longer than {_LONGEST_CONFIG:,} characters")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError(f"{path}: its model_config.yaml holds YAML aliases, which NeMo never writes")
+        cfg = OmegaConf.create(text)
+    except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a .nemo archive ({error})") from error
-    if "hf_config" not in OmegaConf.create(text):
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: its model_config.yaml is no configuration: {plain(error, 200)}") from error
+    if not isinstance(cfg, DictConfig) or "hf_config" not in cfg:
         raise ValueError(
             f"{path}: a .nemo archive of another model class, not one that this package wrote; convert it to "
             "a Hugging Face folder with the NeMo that made it (its scripts/checkpoint_converters)"
         )
+    check_restored(cfg, str(path), members)
+
+
+_LONGEST_CONFIG = 16 * 2**20
+
+
+def check_restored(cfg: DictConfig, where: str, members: Collection[str] | None = None) -> None:
+    """Refuses the configuration of a restored archive that reaches out of the archive.
+
+    Its files have the plain names that a model's files have, and are members of the archive: a key would
+    otherwise name a file to write anywhere, a value one to read from anywhere. And what becomes config.json
+    refers to nothing: a resolver would read, for instance, the environment.
+
+    Args:
+        cfg: what model_config.yaml holds; not resolved.
+        where: for messages.
+        members: names of the archive's files; None: not known.
+
+    Raises:
+        ValueError: it does.
+    """
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(raw, dict)
+    files = raw.get("files") or {}
+    if not isinstance(files, dict):
+        raise ValueError(f"{where}: files: expected names of files, found {plain(files, 80)}")
+    for key, value in files.items():
+        name = file_name(str(key))
+        if not is_side_file(name) and name != CARD:
+            raise ValueError(f"{where}: files: {plain(name, 80)!r} is no name of a file that a model has")
+        member = str(value).removeprefix("nemo:")
+        inside = str(value).startswith("nemo:") and PurePosixPath(member).name == member
+        if not inside or (members is not None and member not in members):
+            raise ValueError(f"{where}: files.{name}: {plain(value, 80)!r} is no file of the archive")
+    for key in ("hf_config", "dtypes"):
+        reference = next((text for text in _texts(raw.get(key)) if "${" in text), None)
+        if reference is not None:
+            raise ValueError(f"{where}: {key}: {plain(reference, 80)!r} refers to something outside of it")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested containers, names of entries among them."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            waiting += [*part.keys(), *part.values()]
+        elif isinstance(part, list):
+            waiting += part

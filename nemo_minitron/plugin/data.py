@@ -6,11 +6,17 @@ Because of that a resumed run needs no state of the loader: the step in the chec
 
 import itertools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+
+from nemo_minitron.bridge.models import load_tokenizer
+from nemo_minitron.bridge.packing import pack
+from nemo_minitron.bridge.text import find_text
 
 
 class ConsumedSampler(Sampler[list[int]]):
@@ -109,3 +115,11 @@ class Numbered(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.samples[index], self.first + index
+
+
+def packed_tokens(cfg: DictConfig, where: str) -> Tensor:
+    """The samples of a ``train_ds`` or ``validation_ds``, Tensor of shape [samples, positions + 1]."""
+    paths = [cfg.paths] if isinstance(cfg.paths, str) else list(cfg.paths)
+    texts = find_text(paths, list(cfg.exclude), cfg.format, cfg.text_key, where)
+    own = load_tokenizer(Path(cfg.tokenizer))
+    return pack(texts, own, cfg.sequence_length, cfg.samples, cfg.seed).samples

@@ -20,17 +20,27 @@ from nemo_minitron.bridge.models import (
     head_of,
     hidden_states,
     load_model,
-    load_tokenizer,
     new_model,
     save_model,
     softcap_of,
 )
-from nemo_minitron.bridge.packing import pack
-from nemo_minitron.bridge.text import find_text
 from nemo_minitron.core.losses import LossTerms, LossWeights
 from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
-from nemo_minitron.plugin.archive import as_stored, dtypes_of, file_name, make_cfg
-from nemo_minitron.plugin.data import ConsumedSampler, as_samples, train_loader, validation_loader
+from nemo_minitron.plugin.archive import (
+    as_stored,
+    check_archive,
+    check_restored,
+    dtypes_of,
+    file_name,
+    make_cfg,
+)
+from nemo_minitron.plugin.data import (
+    ConsumedSampler,
+    as_samples,
+    packed_tokens,
+    train_loader,
+    validation_loader,
+)
 from nemo_minitron.plugin.guard import gradient_norm
 from nemo_minitron.plugin.learned import LearnedTokens, labels_of
 from nemo_minitron.plugin.loss import linear_loss
@@ -72,6 +82,8 @@ class MinitronModel(ModelPT):
             trainer: Lightning's Trainer.
             model: the Hugging Face model where it exists already; None: random weights.
         """
+        if self._is_model_being_restored():  # by whatever call of NeMo's
+            check_restored(cfg, "model_config.yaml")
         super().__init__(cfg=cfg, trainer=trainer)
         hf_config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(hf_config, dict)
@@ -111,18 +123,35 @@ class MinitronModel(ModelPT):
         return cls(make_cfg(read_config(folder), folder, optim, **rest), trainer, model)
 
     @classmethod
+    def restore_from(cls, restore_path: str, *more: Any, **options: Any) -> Any:
+        """Restores a ``.nemo`` archive, as NeMo does, which takes nothing from outside of the archive.
+
+        Raises:
+            ValueError: it is none of this class, or reaches out of itself.
+        """
+        if Path(restore_path).is_file():
+            check_archive(Path(restore_path))
+        try:
+            return super().restore_from(restore_path, *more, **options)
+        except BaseException:
+            cls._set_model_restore_state(is_being_restored=False)  # which NeMo leaves as it was
+            raise
+
+    @classmethod
     def list_available_models(cls) -> None:
         """No models are registered with NVIDIA's catalogue."""
         return None
 
     def setup_training_data(self, train_data_config: DictConfig) -> None:
         """Builds the training loader from ``cfg.train_ds``."""
-        tokens_NS = _tokens(train_data_config, "train_ds")
+        tokens_NS = packed_tokens(train_data_config, "train_ds")
         self.use_training_samples(tokens_NS, train_data_config.batch_size, train_data_config.seed)
 
     def setup_validation_data(self, val_data_config: DictConfig) -> None:
         """Builds the validation loader from ``cfg.validation_ds``."""
-        self.use_validation_samples(_tokens(val_data_config, "validation_ds"), val_data_config.batch_size)
+        self.use_validation_samples(
+            packed_tokens(val_data_config, "validation_ds"), val_data_config.batch_size
+        )
 
     def setup_multiple_validation_data(self, val_data_config: DictConfig) -> None:
         """One validation set; NeMo's own would take every entry of ``paths`` for a set of its own."""
@@ -291,10 +320,3 @@ class MinitronModel(ModelPT):
             save_model(self.model, folder, {str(key): value for key, value in config.items()}, self._gathered)
         for name, content in self.side_files.items():
             (folder / name).write_bytes(content)
-
-
-def _tokens(cfg: DictConfig, where: str) -> Tensor:
-    paths = [cfg.paths] if isinstance(cfg.paths, str) else list(cfg.paths)
-    texts = find_text(paths, list(cfg.exclude), cfg.format, cfg.text_key, where)
-    own = load_tokenizer(Path(cfg.tokenizer))
-    return pack(texts, own, cfg.sequence_length, cfg.samples, cfg.seed).samples

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from nemo_minitron.bridge.models import ENTRY, decoder_of, layers_of
 from nemo_minitron.families import Family, axis_sizes
+from nemo_minitron.plugin.checkpoint_safety import DataReader
 
 _METADATA = "meta.pt"  # Lightning's name for what is neither weights nor optimiser
 _SPLIT = {"heads", "kv_heads", "ffn", "shared_ffn"}
@@ -33,7 +34,7 @@ class Sharded(ModelParallelStrategy):
     """FSDP2 x TP whose checkpoints can be read again.
 
     Lightning 2.4 reads its own metadata file, which holds NeMo's configuration, in a mode in which
-    torch >= 2.6 takes tensors only.
+    torch >= 2.6 takes tensors only; and torch's, a pickle, in one in which it runs code.
     """
 
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
@@ -41,12 +42,12 @@ class Sharded(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         assert self.model is not None
         weights = {"state_dict": get_model_state_dict(self.model)}
-        dcp.load(weights, checkpoint_id=path)
+        dcp.load(weights, storage_reader=DataReader(path))
         self.model.load_state_dict(weights["state_dict"])
         for number, optimizer in enumerate(self.optimizers):
             key = f"optimizer_{number}"
             state = {key: get_optimizer_state_dict(self.model, optimizer)}
-            dcp.load(state, checkpoint_id=path)
+            dcp.load(state, storage_reader=DataReader(path))
             set_optimizer_state_dict(self.model, optimizer, state[key])
         found: dict[str, Any] = self.checkpoint_io.load_checkpoint(path / _METADATA)
         return found

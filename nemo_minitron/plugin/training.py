@@ -26,6 +26,7 @@ from nemo_minitron.families import Family
 from nemo_minitron.plugin.archive import make_cfg
 from nemo_minitron.plugin.averaging import Averaging
 from nemo_minitron.plugin.callbacks import ExactResume, TrainingLog
+from nemo_minitron.plugin.checkpoint_safety import checkpoints_as_data
 from nemo_minitron.plugin.data import as_samples
 from nemo_minitron.plugin.distillation import KnowledgeDistillation
 from nemo_minitron.plugin.guard import LossGuard, Spikes
@@ -140,7 +141,7 @@ def train(
         The trained model.
 
     Raises:
-        ValueError: NeMo, Lightning or a callback refuses a setting.
+        ValueError: NeMo, Lightning or a callback refuses a setting, or the checkpoint holds more than data.
         BadStep: a step that must not be taken; with it in ``skipped``, another call goes on.
     """
     hush()
@@ -158,7 +159,8 @@ def train(
         model.setup_optimization()  # once now, so that wrong arguments show before anything runs
     except (MisconfigurationException, TypeError) as error:
         raise ValueError(f"trainer, optim, exp_manager: {str(error).splitlines()[0]}") from error
-    _fit(trainer, model)
+    with checkpoints_as_data(newest_checkpoint(state / "nemo" / "checkpoints")):
+        _fit(trainer, model)
     model.gather()
     return model
 

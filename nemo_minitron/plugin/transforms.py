@@ -114,8 +114,9 @@ def _build(model: Any, config: dict[str, Any], state: dict[str, Tensor]) -> Any:
     """A model of the pruned shape with these weights, strictly loaded."""
     hf_config = type(model.config).from_dict(config)
     built, info = type(model).from_pretrained(
-        None, config=hf_config, state_dict=state, dtype=model.dtype, output_loading_info=True
-    )
+        None, config=hf_config, state_dict=state, dtype=model.dtype, output_loading_info=True,
+        trust_remote_code=False,
+    )  # fmt: skip
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys")}
     if any(wrong.values()):
         raise ValueError(f"the pruned {type(model).__name__} does not load strictly: {wrong}")

@@ -1,22 +1,13 @@
-"""The text of the model card."""
+"""The text of the model card; what comes from files stands in it as text, never as markup."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.artifacts import plain_text
 from nemo_minitron.artifacts.plan import Plan
 from nemo_minitron.artifacts.report import COMPARED, WRITTEN, columns, compared, markdown, table, written
-
-_QUICKSTART = """import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-path = "."  # this folder, or the name of its repository
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-inputs = tokenizer("The", return_tensors="pt")
-outputs = model.generate(**inputs, max_length=50)
-print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
+from nemo_minitron.stages.quickstart import QUICKSTART
 
 
 def card_text(
@@ -25,6 +16,7 @@ def card_text(
     plan: Plan,
     report: Mapping[str, Any],
     failed: Sequence[tuple[str, str, str, str]] = (),
+    licence: Mapping[str, str] | None = None,
 ) -> str:
     """Body of the card: what it is, quickstart, sizes, results, limits.
 
@@ -34,6 +26,7 @@ def card_text(
         plan: what was cut.
         report: what was measured.
         failed: rows of the quality gate that did not hold.
+        licence: what the source's card says of its licence that does not fit into this card's front matter.
     """
     student, teacher = report["models"]["student"], report["models"]["teacher"]
     given = Path(source["given"]).expanduser()
@@ -43,7 +36,7 @@ def card_text(
 ## Quickstart
 
 ```python
-{_QUICKSTART}
+{QUICKSTART}
 ```
 
 {_results(plan, report)}
@@ -55,18 +48,26 @@ On that kind of text its perplexity is {student["perplexity"]:.3f} against the t
 choice: look at both. It inherits the teacher's biases and gaps. Measure it on your own task before you rely
 on it.
 
-## Lineage
+{_licence(licence or {})}## Lineage
 
 `minitron.json` lists every step with its configuration, inputs and fingerprints.
 """
 
 
-def _head(name: str, source: Mapping[str, Any], plan: Plan) -> str:
-    revision = f" at {source['revision']}" if source["revision"] else ""
-    return f"""# {name}
+def _licence(untaken: Mapping[str, str]) -> str:
+    if not untaken:
+        return ""
+    told = "\n".join(f"- {plain_text.code(name)}: {plain_text.code(text)}" for name, text in untaken.items())
+    return f"## Licence\n\nThe card of the source says of its licence:\n\n{told}\n\n"
 
-A {plan.model_type} model of {plan.cost_after.parameters:,} parameters, pruned from
-`{source["given"]}`{revision} ({plan.cost_before.parameters:,} parameters) and distilled from its teacher
+
+def _head(name: str, source: Mapping[str, Any], plan: Plan) -> str:
+    revision = f" at {plain_text.code(source['revision'])}" if source["revision"] else ""
+    origin = f"{plain_text.code(source['given'])}{revision}"
+    return f"""# {plain_text.markdown(name)}
+
+A {plain_text.markdown(plan.model_type)} model of {plan.cost_after.parameters:,} parameters, pruned
+from {origin} ({plan.cost_before.parameters:,} parameters) and distilled from its teacher
 by the Minitron recipe ([arXiv 2407.14679](https://arxiv.org/abs/2407.14679),
 [arXiv 2408.11796](https://arxiv.org/abs/2408.11796)) with nemo_minitron."""
 
@@ -93,7 +94,9 @@ that are equally good, "won back" the share of what the cut lost:
 
 
 def _as_it_is(report: Mapping[str, Any]) -> str:
-    return f" The distilled model was measured in {report['dtype']}." if report["dtype"] else ""
+    return (
+        f" The distilled model was measured in {plain_text.code(report['dtype'])}." if report["dtype"] else ""
+    )
 
 
 def _limit(report: Mapping[str, Any]) -> str:
@@ -107,7 +110,7 @@ def _warning(failed: Sequence[tuple[str, str, str, str]]) -> str:
     if not failed:
         return ""
     told = "; ".join(f"{name} is {found}, asked for was {asked}" for name, asked, found, _ in failed)
-    return f"\n> **Exported by force: the quality gate failed.** {told}.\n"
+    return f"\n> **Exported by force: the quality gate failed.** {plain_text.markdown(told)}.\n"
 
 
 def _written(report: Mapping[str, Any]) -> str:
@@ -120,10 +123,3 @@ them, in nats a token:
 
 {markdown(WRITTEN, written(report))}
 """
-
-
-def quickstart(card: str) -> str:
-    """The code of a card's quickstart."""
-    match = re.search(r"```python\n(.*?)```", card, re.DOTALL)
-    assert match is not None
-    return match.group(1)

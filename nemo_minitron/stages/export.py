@@ -1,9 +1,6 @@
 """export: the student as a Hugging Face folder that plain transformers loads, with a card and a proof."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -32,9 +29,10 @@ from nemo_minitron.artifacts.weights import DTYPES, Planned, write_weights
 from nemo_minitron.artifacts.workspace import artifacts_in, input_artifact
 from nemo_minitron.core.size import model_size
 from nemo_minitron.families import find_row
-from nemo_minitron.stages.card import card_text, quickstart
+from nemo_minitron.stages.card import card_text
 from nemo_minitron.stages.config import Config
 from nemo_minitron.stages.gating import gate_of, judge
+from nemo_minitron.stages.quickstart import check_in_clean_process
 from nemo_minitron.stages.stage import Result, source_folder, workspace_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -211,10 +209,14 @@ def _card(
             for metric, value in metrics.items()
             if not metric.endswith("_stderr")
         ]
+    if config.export.license:
+        licence, untaken = {"license": config.export.license}, {}
+    else:
+        licence, untaken = licence_of(source)
     return model_card(
-        card_text(name, pointer, plan, report, failed),
+        card_text(name, pointer, plan, report, failed, untaken),
         base_model=pointer["given"] if from_hub else None,
-        licence={"license": config.export.license} if config.export.license else licence_of(source),
+        licence=licence,
         name=name,
         results=results,
     )
@@ -230,36 +232,3 @@ def _short(parameters: int) -> str:
         if parameters >= limit:
             return f"{parameters / limit:.1f}{unit}"
     return str(parameters)
-
-
-_CHECK = """
-import sys, torch
-exec(compile(sys.argv[4], "quickstart", "exec"))
-assert outputs.shape[1] > inputs["input_ids"].shape[1], "generate produced no token"
-dtype = getattr(torch, sys.argv[3])
-tokens = torch.arange(32)[None] % model.config.vocab_size
-logits = []
-for folder in sys.argv[1:3]:
-    loaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    with torch.inference_mode():
-        logits.append(loaded.eval()(tokens).logits)
-assert torch.equal(*logits), f"logits differ from the student's by {(logits[0] - logits[1]).abs().max()}"
-assert not [name for name in sys.modules if name.startswith(("nemo", "lightning", "prefect"))]
-"""
-
-
-def check_in_clean_process(folder: Path, student: Path, dtype: str) -> None:
-    """Runs the card's quickstart and compares logits, in a process that knows only torch and transformers.
-
-    Raises:
-        RuntimeError: it fails; the message is the process' last words.
-    """
-    code = quickstart((folder / "README.md").read_text(encoding="utf-8"))
-    command = [sys.executable, "-c", _CHECK, str(folder.resolve()), str(student.resolve()), dtype, code]
-    # not isolated (-I): torch may have come by PYTHONPATH, or lie in the user's own site-packages
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # but nothing from the export itself is imported
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise RuntimeError(f"the export does not work with plain transformers: {last}")

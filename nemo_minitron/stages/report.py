@@ -3,16 +3,17 @@
 'minitron report' rewrites it.
 """
 
-import base64
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemo_minitron.artifacts import log
+from nemo_minitron.artifacts.links import leads_out
 from nemo_minitron.artifacts.manifest import NAME, Output, hash_file, read_manifest, write_json
+from nemo_minitron.artifacts.pictures import inline, pictures_in
 from nemo_minitron.artifacts.plan import Plan, read_plan
 from nemo_minitron.artifacts.report import (
     COMPARED,
@@ -57,7 +58,7 @@ def rewrite(workspace: Path) -> Result:
 def write_page(workspace: Path, folder: Path) -> None:
     """Writes report.html into ``folder``, from the report.json there and the artifacts of the workspace."""
     report = read_report(folder)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         name=report["workspace"],
         columns=columns(report),
@@ -105,22 +106,18 @@ def _curves(workspace: Path, report: dict[str, Any]) -> str | None:
             logs[name] = lines
     if not logs:
         return None
-    return _inline(loss_curves(logs, {name: row["loss"] for name, row in report["models"].items()}))
+    return inline(loss_curves(logs, {name: row["loss"] for name, row in report["models"].items()}))
 
 
 def _pareto(workspace: Path) -> str | None:
     """The picture of the sizes that a search or a sweep has tried; None where there was none."""
     path = workspace / "pareto.png"
-    return _inline(path.read_bytes()) if path.is_file() else None
+    return inline(path.read_bytes()) if path.is_file() and not leads_out(path, workspace) else None
 
 
 def _maps(workspace: Path) -> list[tuple[str, str]]:
-    pictures = sorted((workspace / "scores" / "plots").glob("*.png"))
-    return [(picture.stem, _inline(picture.read_bytes())) for picture in pictures]
-
-
-def _inline(picture: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
+    pictures = pictures_in(workspace / "scores")
+    return [(picture.stem, inline(picture.read_bytes())) for picture in pictures]
 
 
 def _lineage(workspace: Path) -> list[dict[str, Any]]:

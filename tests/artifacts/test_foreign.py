@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_minitron.artifacts.checkpoint import open_checkpoint
+from nemo_minitron.bridge.models import load_model
 from tests.conftest import make_model
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -130,3 +131,40 @@ def test_a_distributed_checkpoint_of_nemo_2_is_refused_with_the_conversion(tmp_p
         (tmp_path / "nemo2" / name).mkdir(parents=True)
     with pytest.raises(ValueError, match=r"a distributed checkpoint of NeMo 2.*nemo llm export path="):
         open_checkpoint(tmp_path / "nemo2")
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path):
+    """transformers would load the adapter, and the base model that it names, with the model."""
+    folder = make_model(tmp_path / "m", "llama")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    for read in (open_checkpoint, load_model):
+        with pytest.raises(ValueError, match=r"a LoRA adapter, beside a model .*remove the adapter's files"):
+            read(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"attn_implementation": "owner/kernel"},
+        {"_attn_implementation": "owner/kernel@main:function"},
+        {"attn_implementation": {"": "paged|owner/kernel"}},
+        {"text_config": {"deep": [{"_attn_implementation_internal": "owner/kernel"}]}},
+        {"experts_implementation": "owner/kernel"},
+    ],
+)
+def test_a_kernel_from_the_hub_is_refused_by_its_key(tmp_path, entry):
+    folder = make_model(tmp_path / "m", "llama")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **entry}))
+    for read in (open_checkpoint, load_model):
+        with pytest.raises(
+            ValueError, match=r"config\.json: _?\w+_implementation\w*='.*owner/kernel.*never run"
+        ):
+            read(folder)
+    path.write_text(json.dumps({**config, "attn_implementation": "eager"}))
+    assert load_model(folder).config._attn_implementation == "eager"
+    path.write_text(json.dumps({**config, "attn_implementation": "flash_attention_2"}))
+    open_checkpoint(folder)  # to prune it, nothing of it is run
+    with pytest.raises(ValueError, match="flash-attn is not installed here; install it, or remove the key"):
+        load_model(folder)

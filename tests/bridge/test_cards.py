@@ -12,28 +12,59 @@ OTHER = "license: other\nlicense_name: open-model-license\nlicense_link: https:/
 @pytest.mark.parametrize("head", ["license: apache-2.0\n", OTHER, "tags: [x]\n", ""])
 def test_the_sources_licence_is_carried_over_whole(tmp_path, head):
     (tmp_path / "README.md").write_text((f"---\n{head}---\n" if head else "") + "# A model\n")
-    found = licence_of(tmp_path)
+    found, untaken = licence_of(tmp_path)
+    assert untaken == {}
     assert found == dict(line.split(": ", 1) for line in head.splitlines() if line.startswith("license"))
     card = huggingface_hub.ModelCard(model_card("# Smaller", "owner/model", found, "smaller", []))
     for name in ("license", "license_name", "license_link"):
         assert card.data.get(name) == found.get(name)
     assert card.data.base_model == "owner/model"
-    assert licence_of(tmp_path / "absent") == {}
+    assert licence_of(tmp_path / "absent") == ({}, {})
 
 
 def test_a_card_of_any_kind_gives_what_it_names(tmp_path):
     path = tmp_path / "README.md"
     path.write_text("---\nlicense: [apache-2.0, mit]\n---\n# A model\n", encoding="utf-8-sig")
-    found = licence_of(tmp_path)
+    found, _ = licence_of(tmp_path)
     assert found == {"license": ["apache-2.0", "mit"]}
     assert huggingface_hub.ModelCard(model_card("# A", None, found, "a", [])).data.license == [
         "apache-2.0",
         "mit",
     ]
     path.write_text("---\nlicense: [unclosed\n---\n# A model\n")
-    assert licence_of(tmp_path) == {}
+    assert licence_of(tmp_path) == ({}, {})
     path.write_bytes(b"---\nlicense: mit\n---\nna\xefve\n")
-    assert licence_of(tmp_path) == {"license": "mit"}
+    assert licence_of(tmp_path) == ({"license": "mit"}, {})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("license_name", "x ```python\nimport os\n```"),
+        ("license_link", 'open("/tmp/x","w")```'),
+        ("license_link", "javascript:alert(1)"),
+        ("license_link", "https://host/a b\n# heading"),
+        ("license_link", "../../etc/passwd"),
+        ("license", {"nested": ["mit"]}),
+        ("license", ["mit", "a\nb"]),
+    ],
+)
+def test_what_is_no_id_and_no_link_is_quoted_and_not_taken_over(tmp_path, field, value):
+    front = yaml.safe_dump({"license": "other", "license_name": "n", field: value})
+    (tmp_path / "README.md").write_text(f"---\n{front}---\n# A model\n")
+    taken, untaken = licence_of(tmp_path)
+    assert field not in taken
+    assert untaken == {field: str(value)}
+    assert taken.keys() | untaken.keys() >= {"license", "license_name"}
+
+
+def test_a_name_with_lines_in_it_stays_inside_the_front_matter():
+    name = "small\n---\n# Not the card\n```python\nx\n```"
+    results = [(name, name, "perplexity", 2.0)]
+    card = huggingface_hub.ModelCard(model_card("# Smaller", f"owner/{name}", {}, name, results))
+    assert card.text.strip() == "# Smaller"
+    assert card.data.base_model is None  # no id of the hub
+    assert card.data.model_name == " ".join(name.split())
 
 
 def test_leaderboards_get_one_whole_number_of_each_task(tmp_path):

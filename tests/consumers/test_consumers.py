@@ -12,7 +12,7 @@ import torch
 from nemo_minitron.artifacts.checkpoint import both_spellings, read_config
 from nemo_minitron.bridge.specimens import tiny_model
 from nemo_minitron.families import families
-from nemo_minitron.stages.card import quickstart
+from nemo_minitron.stages.quickstart import QUICKSTART
 from tests.conftest import logits
 
 OLDER = Path(__file__).parents[2] / ".consumers"
@@ -96,7 +96,8 @@ AutoModelForCausalLM.from_pretrained(sys.argv[2])
 
 @pytest.mark.skipif(not OLDER.is_dir(), reason="transformers 4.57 comes with 'make consumers'")
 def test_the_cards_quickstart_runs_on_transformers_4_57(export):
-    code = quickstart((export / "README.md").read_text()).replace('path = "."', "path = sys.argv[1]")
+    assert f"```python\n{QUICKSTART}\n```" in (export / "README.md").read_text()
+    code = QUICKSTART.replace('path = "."', "path = sys.argv[1]")
     begin = f"import sys; sys.path.insert(0, {str(OLDER)!r})"
     said = alone(f"{begin}\n{code}\nimport transformers; print(transformers.__version__)", export)
     assert said.splitlines()[-1].startswith("4.57.")

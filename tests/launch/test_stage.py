@@ -232,6 +232,28 @@ def test_cancelling_ends_the_job_whatever_the_flow_was_about(queue, tmp_path):
     assert (jobs / "3.cancelled").exists()
 
 
+@pytest.mark.parametrize("job", ["--user=root", "1 2", "", "-1", "1;2"])
+def test_a_workspaces_papers_end_no_job_but_their_own(queue, tmp_path, job):
+    """scancel takes what stands in them for options, or for other jobs."""
+    papers, jobs = tmp_path / "papers.json", queue / "jobs"
+    papers.write_text(json.dumps({"job": job, "name": "minitron-x", "recipe": "another"}))
+    mine = Job("minitron-x", ["true"], 1, [], [], tmp_path / "log")
+    for use in (
+        lambda: run_job(mine, papers, tmp_path / "outcome", "recipe", print, 0.1),
+        lambda: adopt(papers, tmp_path / "outcome", "another", print, 0.1),
+    ):
+        with pytest.raises(ValueError, match=r"papers\.json: expected the number of a job"):
+            use()
+    assert not list(jobs.iterdir())
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\nb", "a\\b"])
+def test_a_workspaces_name_is_no_line_of_a_batch_script(tmp_path, name):
+    job = Job("minitron-x", ["true"], 1, [], [], tmp_path / name / "logs" / "x.log")
+    with pytest.raises(ValueError, match="a batch script cannot hold its name"):
+        script(job)
+
+
 def test_a_job_that_is_refused_or_vanishes(trained, queue, monkeypatch):
     _workspace, call = trained
     (queue / "refuse").touch()

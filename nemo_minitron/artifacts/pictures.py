@@ -1,0 +1,16 @@
+"""Pictures of an artifact, as they are shown in the report and in Prefect."""
+
+import base64
+from pathlib import Path
+
+from nemo_minitron.artifacts.links import leads_out
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The PNGs of an artifact, in order; a link out of its folder is none, whatever its name."""
+    return [path for path in sorted((folder / "plots").glob("*.png")) if not leads_out(path, folder)]
+
+
+def inline(picture: bytes) -> str:
+    """A PNG as the address of itself (RFC 2397)."""
+    return "data:image/png;base64," + base64.b64encode(picture).decode()

@@ -1,0 +1,112 @@
+"""Checkpoints of a training are read as data: a pickle that would run code is refused.
+
+A workspace may come from somebody else, and with it what its training is resumed from. Lightning 2.4 reads
+checkpoints with ``weights_only=False``; so does torch.distributed.checkpoint what is no tensor, and its
+``.metadata`` is a plain pickle.
+"""
+
+import contextlib
+import os
+import pickle
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import RunningStage
+from omegaconf import DictConfig, ListConfig
+from omegaconf.base import ContainerMetadata, Metadata
+from omegaconf.nodes import AnyNode
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nemo_minitron.artifacts.plain_text import plain
+
+_FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_DATA: list[Any] = [
+    DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata,  # the model's cfg
+    defaultdict, OrderedDict, Any, dict, list, tuple, set, frozenset, int, float, bool, str, bytes,
+    RunningStage,  # of exp_manager's timer
+]  # fmt: skip
+"""What a checkpoint holds besides tensors."""
+
+
+@contextlib.contextmanager
+def checkpoints_as_data(checkpoint: Path | None) -> Iterator[None]:
+    """Lets torch load nothing but tensors, plain containers and OmegaConf's configurations meanwhile.
+
+    Source: torch's notes on serialization semantics (``weights_only``, its environment variables).
+
+    Args:
+        checkpoint: what is loaded, for the message.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    before = {name: os.environ.pop(name, None) for name in (_FORCE, _FORCE_NOT)}
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals(_DATA):
+            yield
+    except (pickle.UnpicklingError, CheckpointException) as error:
+        cause = _refused(error)
+        if cause is None:
+            raise
+        raise ValueError(
+            f"{checkpoint}: holds more than the data of a training and may run code when it is loaded, so it "
+            f"is not read; remove it to begin anew ({cause})"
+        ) from error
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _refused(error: BaseException) -> str | None:
+    """What a checkpoint holds that is no data; None: it failed by something else."""
+    if isinstance(error, CheckpointException):  # of every rank its failure
+        found = [_refused(failure[0]) for failure in error.failures.values()]
+        return next((each for each in found if each is not None), None)
+    if not isinstance(error, pickle.UnpicklingError):
+        return None
+    lines = str(error).splitlines() or [""]  # torch's message has many, of advice
+    return plain(next((line for line in lines if "GLOBAL" in line), lines[0]), 200)
+
+
+class DataReader(FileSystemReader):
+    """Reads a checkpoint in parts whose pickled ``.metadata`` only describes tensors."""
+
+    def __init__(self, path: Path) -> None:
+        """Looks through the metadata before anything is read: torch goes on where reading it fails.
+
+        Raises:
+            pickle.UnpicklingError: a file holds something else.
+        """
+        for metadata in sorted(path.glob("*.metadata")):  # one of all ranks, or one of each
+            with metadata.open("rb") as file:
+                _DataUnpickler(file).load()
+        super().__init__(path)
+
+
+class _DataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Descriptions of tensors, and nothing that could be called with an effect."""
+        if (module, name) in _DESCRIPTIONS:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):
+            return getattr(torch, name)
+        if module == "torch.distributed.checkpoint.metadata" and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+_DESCRIPTIONS = {
+    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+    ("builtins", "set"), ("builtins", "frozenset"),
+}  # fmt: skip

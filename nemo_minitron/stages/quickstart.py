@@ -1,0 +1,66 @@
+"""The quickstart that every card shows, and the trial of an export by exactly that code.
+
+The code is a constant: no text that comes from a model, a card or a workspace is ever run.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+QUICKSTART = """import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this folder, or the name of its repository
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+inputs = tokenizer("The", return_tensors="pt")
+outputs = model.generate(**inputs, max_length=50)
+print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
+
+_COMPARE = """
+import sys
+assert outputs.shape[1] > inputs["input_ids"].shape[1], "generate produced no token"
+dtype = getattr(torch, sys.argv[3])
+tokens = torch.arange(32)[None] % model.config.vocab_size
+logits = []
+for folder in sys.argv[1:3]:
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.inference_mode():
+        logits.append(loaded.eval()(tokens).logits)
+assert torch.equal(*logits), f"logits differ from the student's by {(logits[0] - logits[1]).abs().max()}"
+assert not [name for name in sys.modules if name.startswith(("nemo", "lightning", "prefect"))]
+"""
+
+
+def check_in_clean_process(folder: Path, student: Path, dtype: str) -> None:
+    """Runs the quickstart and compares logits, in a process that knows only torch and transformers.
+
+    Args:
+        folder: the export.
+        student: the model that it was made from.
+        dtype: what both are loaded in, as torch names it.
+
+    Raises:
+        RuntimeError: it fails; the message is the process' last words.
+    """
+    command = [
+        sys.executable,
+        "-c",
+        QUICKSTART + _COMPARE,
+        str(folder.resolve()),
+        str(student.resolve()),
+        dtype,
+    ]
+    # not isolated (-I): torch may have come by PYTHONPATH, or lie in the user's own site-packages
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # but nothing from the export itself is imported
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise RuntimeError(f"the export does not work with plain transformers: {last}")

@@ -1,0 +1,119 @@
+"""A .nemo archive of a stranger's reaches nothing outside of itself."""
+
+import io
+import tarfile
+
+import pytest
+import yaml
+
+from nemo_minitron.cli import main
+from nemo_minitron.plugin.archive import check_archive
+from nemo_minitron.plugin.model import MinitronModel
+
+
+@pytest.fixture(scope="module")
+def good(once, teacher):
+    def write(folder):
+        (teacher / "tokenizer.json").stat()
+        MinitronModel.from_hf(teacher, dtype="auto").save_to(str(folder / "good.nemo"))
+
+    return once("archive", write) / "good.nemo"
+
+
+def altered(good, path, change, config_name="./model_config.yaml"):
+    """A copy of an archive with another configuration: ``change`` gets the old one and returns the new text."""
+    with tarfile.open(good) as old, tarfile.open(path, "w") as new:
+        for member in old.getmembers():
+            content = old.extractfile(member).read() if member.isfile() else b""
+            if member.name.endswith("model_config.yaml"):
+                content = change(yaml.safe_load(content))
+                content = content if isinstance(content, bytes) else yaml.safe_dump(content).encode()
+                member.name, member.size = config_name, len(content)
+            new.addfile(member, io.BytesIO(content))
+    return path
+
+
+def with_file(key, value):
+    return lambda config: {**config, "files": {**config["files"], key: value}}
+
+
+def a_member(config):
+    return next(value for value in config["files"].values())
+
+
+ATTACKS = {
+    "write anywhere, absolute": (lambda c, o: with_file(f"{o}/written", a_member(c))(c), "is no name of a file"),
+    "write anywhere, upwards": (
+        lambda c, o: with_file("__dot____dot__/__dot____dot__/written", a_member(c))(c), "is no name of a file",
+    ),
+    "write config.json": (lambda c, o: with_file("config__dot__json", a_member(c))(c), "is no name of a file"),
+    "write python": (lambda c, o: with_file("sitecustomize__dot__py", a_member(c))(c), "is no name of a file"),
+    "read anything": (lambda c, o: with_file("LICENSE", f"{o}/secret")(c), "is no file of the archive"),
+    "read upwards": (lambda c, o: with_file("LICENSE", f"nemo:../../../{o}/secret")(c), "is no file of the archive"),
+    "read what is not there": (lambda c, o: with_file("LICENSE", "nemo:absent")(c), "is no file of the archive"),
+    "read the environment": (
+        lambda c, o: {**c, "hf_config": {**c["hf_config"], "note": "${oc.env:HF_TOKEN}"}}, "refers to something outside",
+    ),
+    "read the environment as a key": (
+        lambda c, o: {**c, "hf_config": {**c["hf_config"], "x": {"${oc.env:HF_TOKEN}": 1}}}, "refers to something outside",
+    ),
+    "grow without end": (
+        lambda c, o: b"a: &a [1, 1]\nb: [*a, *a]\n" + yaml.safe_dump(c).encode(), "holds YAML aliases",
+    ),
+    "call something as a dtype": (lambda c, o: {**c, "dtypes": {"load": ["model.lm_head.weight"]}}, "dtypes: expected some of"),
+    "no configuration": (lambda c, o: b"[1, 2", "is no configuration"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_what_reaches_out_is_refused_whoever_restores_it(tmp_path, capsys, monkeypatch, good, name):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("of the user's")
+    change, message = ATTACKS[name]
+    archive = altered(good, tmp_path / "a.nemo", lambda config: change(config, outside))
+    words = [
+        f"source.model={archive}",
+        "score.importance=magnitude",
+        "plan.ffn=8",
+        f"workspace={tmp_path / 'ws'}",
+    ]
+    assert main(["prune", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said, said
+    assert "hf_secret" not in said
+    with pytest.raises(ValueError, match=message):
+        MinitronModel.restore_from(str(archive), map_location="cpu")
+    assert [path.name for path in outside.iterdir()] == ["secret"]
+    kept = [
+        path for path in tmp_path.rglob("*") if path.is_file() and path not in (archive, outside / "secret")
+    ]
+    assert not any(
+        b"of the user's" in path.read_bytes() or b"hf_secret" in path.read_bytes() for path in kept
+    )
+
+
+def test_the_configuration_that_is_checked_is_the_one_that_nemo_reads(tmp_path, good):
+    """An innocent one in a sub-folder, the other one at the top."""
+    bad = altered(good, tmp_path / "bad.nemo", with_file("LICENSE", "/etc/hostname"))
+    both = tmp_path / "both.nemo"
+    with tarfile.open(both, "w") as new:
+        for source, folder in ((good, "./inner"), (bad, ".")):
+            with tarfile.open(source) as old:
+                for member in old.getmembers():
+                    if member.isfile():
+                        content = old.extractfile(member).read()
+                        member.name = f"{folder}/{member.name.removeprefix('./')}"
+                        new.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match="is no file of the archive"):
+        check_archive(both)
+
+
+def test_after_a_refusal_models_are_built_as_before(tmp_path, good, teacher):
+    bad = altered(good, tmp_path / "bad.nemo", lambda config: {**config, "dtypes": {"float32": ["absent"]}})
+    with pytest.raises(ValueError, match=r"dtypes\.float32: the model has no parameter 'absent'"):
+        MinitronModel.restore_from(str(bad), map_location="cpu")
+    MinitronModel.from_hf(teacher)  # whose files are not an archive's
+    restored = MinitronModel.restore_from(str(good), map_location="cpu")
+    assert restored.side_files["tokenizer.json"] == (teacher / "tokenizer.json").read_bytes()

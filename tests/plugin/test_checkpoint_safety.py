@@ -1,0 +1,95 @@
+"""A training is resumed from data: a checkpoint that would run code is refused."""
+
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from nemo_minitron.cli import main
+from nemo_minitron.plugin.checkpoint_safety import DataReader, checkpoints_as_data
+from nemo_minitron.plugin.training import newest_checkpoint
+from tests.stages.test_training import words  # noqa: F401  (a fixture)
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.fixture
+def killed(tmp_path, words):  # noqa: F811
+    """A workspace whose distillation was killed behind its first checkpoint."""
+    words = [*words, "trainer.max_steps=60", "trainer.enable_progress_bar=false"]
+    place = tmp_path / "run"
+    assert main(["prune", f"workspace={place}", *words]) == 0
+    folder = place / "student" / "state" / "nemo" / "checkpoints"
+    command = [sys.executable, "-m", "nemo_minitron", "distill", f"workspace={place}", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and newest_checkpoint(folder) is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    return place, words, newest_checkpoint(folder)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_an_honest_one_resumes(
+    killed, tmp_path, capsys, monkeypatch
+):
+    place, words, checkpoint = killed  # noqa: F811
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what some NeMo users have set
+    honest = tmp_path / "honest.ckpt"
+    shutil.copy(checkpoint, honest)
+    content = torch.load(checkpoint, weights_only=False)
+    torch.save({**content, "note": Bomb(tmp_path / "PWNED")}, checkpoint)
+    capsys.readouterr()
+    assert main(["distill", f"workspace={place}", *words]) == 2
+    said = capsys.readouterr().err
+    assert f"{checkpoint}: holds more than the data of a training" in said
+    assert "remove it to begin anew" in said
+    assert not (tmp_path / "PWNED").exists()
+    shutil.copy(honest, checkpoint)
+    assert main(["distill", f"workspace={place}", *words]) == 0
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+
+
+def test_a_checkpoint_in_parts_with_code_in_it_is_refused(tmp_path):
+    state = {"weight": torch.arange(4.0), "step": 3, "betas": (0.9, 0.95)}
+    dcp.save(dict(state), checkpoint_id=tmp_path / "c", no_dist=True)
+    found = {"weight": torch.zeros(4), "step": 0, "betas": (0.0, 0.0)}
+    with checkpoints_as_data(tmp_path / "c"):
+        dcp.load(found, storage_reader=DataReader(tmp_path / "c"), no_dist=True)
+    assert torch.equal(found["weight"], state["weight"])
+    assert (found["step"], found["betas"]) == (3, (0.9, 0.95))
+    metadata = tmp_path / "c" / ".metadata"
+    honest = metadata.read_bytes()
+    for bomb in (Bomb(tmp_path / "PWNED"), os.system, getattr, torch.load, torch.hub.load, dcp.load):
+        metadata.write_bytes(pickle.dumps([pickle.loads(honest), bomb]))
+        with (
+            pytest.raises(ValueError, match="holds more than the data of a training"),
+            checkpoints_as_data(tmp_path / "c"),
+        ):
+            dcp.load(found, storage_reader=DataReader(tmp_path / "c"), no_dist=True)
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_code_in_what_is_no_tensor_is_refused(tmp_path):
+    dcp.save({"step": Bomb(tmp_path / "PWNED")}, checkpoint_id=tmp_path / "c", no_dist=True)
+    with pytest.raises(ValueError, match="holds more than"), checkpoints_as_data(tmp_path / "c"):
+        dcp.load({"step": 0}, storage_reader=DataReader(tmp_path / "c"), no_dist=True)
+    buffer = io.BytesIO()
+    torch.save(Bomb(tmp_path / "PWNED"), buffer)
+    with pytest.raises(ValueError, match="holds more than"), checkpoints_as_data(None):
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert not (tmp_path / "PWNED").exists()
