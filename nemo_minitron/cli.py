@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -106,20 +107,32 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"minitron {args.command}: {_one_line(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # of what the user wrote where a name belongs
+            return _failed(args.command, error)
+        print(f"minitron {args.command}: {_one_line(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"minitron {args.command}: interrupted; run it again to go on", file=sys.stderr)
         return 1
-    except (SystemExit, Exception) as error:  # the last resort: one line too, its traceback on request
-        if _interrupted(error):  # Lightning makes an exit of it, a lost server another failure
-            print(f"minitron {args.command}: interrupted; run it again to go on", file=sys.stderr)
-            return 1
-        if isinstance(error, SystemExit):
-            raise
-        if os.environ.get("MINITRON_TRACEBACK"):
-            raise
-        text = f"{type(error).__name__}: {_one_line(error)}"
-        print(f"minitron {args.command}: failed: {text} (MINITRON_TRACEBACK=1 shows where)", file=sys.stderr)
+    except (SystemExit, Exception) as error:
+        return _failed(args.command, error)
+
+
+def _failed(command: str, error: BaseException) -> int:
+    """The last resort: one line too, its traceback on request.
+
+    Raises:
+        BaseException: an exit that nobody pressed Ctrl-C for; or all, where tracebacks are asked for.
+    """
+    if _interrupted(error):  # Lightning makes an exit of it, a lost server another failure
+        print(f"minitron {command}: interrupted; run it again to go on", file=sys.stderr)
         return 1
+    if isinstance(error, SystemExit) or os.environ.get("MINITRON_TRACEBACK"):
+        raise error
+    text = f"{type(error).__name__}: {_one_line(error)}"
+    print(f"minitron {command}: failed: {text} (MINITRON_TRACEBACK=1 shows where)", file=sys.stderr)
+    return 1
 
 
 def _one_line(error: BaseException) -> str:
