@@ -1,5 +1,7 @@
 """tokenizers: documents to ids; a byte-level BPE trained from text that transformers 4 and 5 both read."""
 
+import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from nemo_minitron.bridge.chat_template import ChatTemplate
 from nemo_minitron.bridge.text import Document
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -73,73 +76,66 @@ def tokenised(
     they are read, and not learned.
 
     Raises:
-        ValueError: a conversation without a template, or ids beyond the vocabulary.
+        ValueError: a conversation without a template, or one that its template cannot render within its
+            limits; ids beyond the vocabulary.
+        RuntimeError: the process for the template does not start.
     """
+    with contextlib.closing(ChatTemplate(tokenizer, where)) as template:
+        yield from _tokenised(found, tokenizer, template, where, answers_only)
+
+
+def _tokenised(
+    found: Iterator[Any], tokenizer: Any, template: ChatTemplate, where: str, answers_only: bool
+) -> Iterator[list[int]]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     largest = max(tokenizer.get_vocab().values())
-    waiting: list[str] = []
-    for document in found:
-        if isinstance(document, str):
-            waiting.append(document)
-            if len(waiting) < _TOGETHER:
-                continue
-        yield from _encode(waiting, tokenizer, end)
-        waiting = []
-        if isinstance(document, list):
-            yield _ended(_conversation(document, tokenizer, where, answers_only), end)
-        elif isinstance(document, np.ndarray):
-            if document.max() > largest or document.min() < 0:
+    for kind, run in itertools.groupby(found, _kind):
+        while together := list(itertools.islice(run, _TOGETHER[kind])):
+            if kind == "text":
+                yield from _encode(together, tokenizer, end)
+            elif kind == "ids":
+                yield _ended(_checked(together[0], largest, where), end)
+            elif not tokenizer.chat_template:
                 raise ValueError(
-                    f"{where}: token ids up to {int(document.max())} do not fit the tokenizer, whose largest "
-                    f"is {largest}: the data set was made with another one"
+                    f"{where}: the text holds conversations, but the tokenizer has no chat template"
                 )
-            yield _ended(document.tolist(), end)
-    yield from _encode(waiting, tokenizer, end)
+            else:
+                for text, answers in template.render(together, answers_only):
+                    yield _ended(_conversation(text, answers, tokenizer, answers_only), end)
 
 
-_TOGETHER = 256
-"""Texts that are encoded at a time, by as many threads as there are cores."""
+_TOGETHER = {"text": 256, "ids": 1, "conversation": 64}
+"""How many are read at a time: texts are encoded by as many threads as there are cores, and the process that
+renders conversations goes on while they are encoded."""
 
 
-def _conversation(
-    messages: list[dict[str, Any]], tokenizer: Any, where: str, answers_only: bool
-) -> list[int]:
-    if not tokenizer.chat_template:
-        raise ValueError(f"{where}: the text holds conversations, but the tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+def _kind(document: Document) -> str:
+    if isinstance(document, np.ndarray):
+        return "ids"
+    return "text" if isinstance(document, str) else "conversation"
+
+
+def _checked(ids: Any, largest: int, where: str) -> list[int]:
+    if ids.max() > largest or ids.min() < 0:
+        raise ValueError(
+            f"{where}: token ids up to {int(ids.max())} do not fit the tokenizer, whose largest "
+            f"is {largest}: the data set was made with another one"
+        )
+    return list(ids.tolist())
+
+
+def _conversation(text: str, answers: list[tuple[int, int]], tokenizer: Any, answers_only: bool) -> list[int]:
     options = {"add_special_tokens": False, "verbose": False}
     if not answers_only:
         return list(tokenizer(text, **options)["input_ids"])
     encoded = tokenizer(text, return_offsets_mapping=True, **options)
-    answers = _answers(messages, text, tokenizer, where)
     learned = [any(a <= start and end <= b for a, b in answers) for start, end in encoded["offset_mapping"]]
     return [i if yes else ~i for i, yes in zip(encoded["input_ids"], learned, strict=True)]
 
 
-def _answers(messages: list[dict[str, Any]], text: str, tokenizer: Any, where: str) -> list[tuple[int, int]]:
-    """Where in the text of a conversation the assistant speaks, its end-of-turn mark included.
-
-    An answer begins where the conversation so far ends that asks for one, and ends where it is in.
-    """
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        asked = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        said = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-        if not text.startswith(asked) or not text.startswith(said) or not said.startswith(asked):
-            raise ValueError(
-                f"{where}: the tokenizer's chat template rewrites what was said before, so that the "
-                "assistant's words cannot be told apart; use data.train.learn_from=all"
-            )
-        spans.append((len(asked), len(said)))
-    return spans
-
-
 def _encode(batch: list[str], tokenizer: Any, end: list[int]) -> Iterator[list[int]]:
-    if batch:
-        for ids in tokenizer(batch, verbose=False)["input_ids"]:
-            yield _ended(ids, end)
+    for ids in tokenizer(batch, verbose=False)["input_ids"]:
+        yield _ended(ids, end)
 
 
 def _ended(ids: list[int], end: list[int]) -> list[int]:
