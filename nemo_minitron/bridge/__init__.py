@@ -1,1 +1,0 @@
-"""Floor 4: one foreign library per file (transformers, tokenizers, datasets, lm-eval, matplotlib ...)."""
