@@ -43,7 +43,7 @@ test: setup
 # layer, is seen of all of them in 'make test'
 oldest: setup
 	$(BIN)/python -m pip install -q --no-deps --target .oldest --upgrade transformers==5.0.0 "tokenizers<=0.23.0" "huggingface-hub>=1.4,<2"
-	PYTHONPATH=.oldest $(PYTEST) tests/families tests/core/test_select_cut.py tests/bridge/test_scoring.py \
+	PYTHONPATH=.oldest $(PYTEST) tests/families tests/proofs tests/pruning/test_select_slice.py tests/scoring/test_passes.py \
 		-k "not (layer_by_layer or bites) or llama or gpt_oss"
 
 # exports must mean the same to transformers 4.57, which the package itself does not run on
@@ -65,8 +65,8 @@ gpu: setup
 	$(BIN)/python -m benchmarks.gpu
 
 docs: setup
-	$(BIN)/python -m nemo_minitron.stages.config_page > docs/configuration.md
-	$(BIN)/python -m nemo_minitron.bridge.proof docs/families.md
+	$(BIN)/python -m nemo_minitron.config.reference > docs/configuration.md
+	$(BIN)/python -m nemo_minitron.proofs.proof docs/families.md
 
 # the README's table, from the demo
 readme: demo

@@ -3,10 +3,10 @@
 import torch
 
 from benchmarks.duel import duel, show
-from nemo_minitron.bridge.models import frozen, head_of, hidden_states, new_model
-from nemo_minitron.core.divergences import forward_kl
-from nemo_minitron.core.losses import LossWeights, fused_linear_loss
 from nemo_minitron.families import families
+from nemo_minitron.losses.divergences import forward_kl
+from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, new_model
 
 TEACHER = {
     "model_type": "llama", "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6,

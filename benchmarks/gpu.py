@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from benchmarks.duel import RESULTS
-from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.bridge.models import frozen, head_of, hidden_states
-from nemo_minitron.bridge.quantised import quantise
-from nemo_minitron.core.divergences import forward_kl
-from nemo_minitron.core.losses import LossWeights, fused_linear_loss
 from nemo_minitron.families import families
+from nemo_minitron.losses.divergences import forward_kl
+from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states
+from nemo_minitron.models.int8 import quantise
+from nemo_minitron.workspace.training_log import read_log
 
 LLAMA_8B = {
     "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
@@ -177,8 +177,8 @@ def step(device: str, shapes: Sequence[dict[str, Any]], length: int, int8: bool)
 
 def trainings(device: str, tiny: bool) -> dict[str, list[float]]:
     """Losses of short trainings of one pruned model, by engine; FSDP2 must have those of the plain one."""
-    from nemo_minitron.compose import load_config
-    from nemo_minitron.stages import run_stage
+    from nemo_minitron.config.compose import load_config
+    from nemo_minitron.stages.run import run_stage
 
     ways: dict[str, list[str]] = {
         "plain": [],

@@ -9,15 +9,15 @@ import json
 from pathlib import Path
 
 from benchmarks.duel import RESULTS
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.artifacts.report import markdown
-from nemo_minitron.bridge.models import frozen, load_model, load_tokenizer
-from nemo_minitron.bridge.perplexity import held_out_loss
-from nemo_minitron.compose import load_config
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.config.compose import load_config
+from nemo_minitron.config.config import Config
+from nemo_minitron.data.mixtures import validation_samples
+from nemo_minitron.evaluation.held_out_loss import held_out_loss
+from nemo_minitron.evaluation.report import markdown
 from nemo_minitron.families import axis_sizes
-from nemo_minitron.stages import run_stage
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.stage import validation_samples
+from nemo_minitron.models.causal_lm import frozen, load_model, load_tokenizer
+from nemo_minitron.stages.run import run_stage
 
 WIDTHS = {
     "activation": [],

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.duel import RESULTS
-from nemo_minitron.artifacts.report import markdown
-from nemo_minitron.core.losses import LossWeights, fused_linear_loss
+from nemo_minitron.evaluation.report import markdown
+from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
 
 TOKENS, HIDDEN = 1024, 256
 VOCABULARIES = (32_000, 128_256, 262_144)

@@ -22,8 +22,8 @@ from typing import Any
 import psutil
 
 from benchmarks.duel import RESULTS
-from nemo_minitron.artifacts.manifest import write_json
-from nemo_minitron.lookup import print_table
+from nemo_minitron.cli.tables import print_table
+from nemo_minitron.workspace.manifest import write_json
 
 WATCH = """
 import os, sys
@@ -97,7 +97,7 @@ def main() -> None:
 def cases(root: Path) -> tuple[dict[str, Any], list[str]]:
     """Running server, embedded server with a new database, and with that database again."""
     from benchmarks.soak import make_parts
-    from tests.conftest import settings
+    from tests.support.runs import settings
 
     parts, trace = make_parts(root), root / "trace.txt"
     (root / "watch").mkdir()

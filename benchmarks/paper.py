@@ -10,9 +10,9 @@ import json
 import statistics
 from pathlib import Path
 
-from nemo_minitron.artifacts.report import markdown, read_report
-from nemo_minitron.compose import load_config
-from nemo_minitron.stages import run_stage
+from nemo_minitron.config.compose import load_config
+from nemo_minitron.evaluation.report import markdown, read_report
+from nemo_minitron.stages.run import run_stage
 
 RANKINGS = ("activation", "magnitude", "random")
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 
 from benchmarks.duel import duel, show
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.artifacts.manifest import write_json
-from nemo_minitron.artifacts.pruned import write_pruned
-from nemo_minitron.artifacts.weights import Planned, write_weights
-from nemo_minitron.core.cut import Cut
-from nemo_minitron.core.select import select_units
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.checkpoints.shard_writer import Planned, write_weights
 from nemo_minitron.families import axis_sizes, expected_tensors, families
+from nemo_minitron.pruning.select import select_units
+from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.stream import write_pruned
+from nemo_minitron.workspace.manifest import write_json
 
 SHAPE = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 2048,

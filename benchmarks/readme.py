@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from nemo_minitron.artifacts.report import columns, markdown, read_report, table
+from nemo_minitron.evaluation.report import columns, markdown, read_report, table
 
 ROOT = Path(__file__).parents[1]
 _LEFT_OUT = ("prefill tok/s", "decode tok/s", "peak MB")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from benchmarks.duel import duel, show
-from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.bridge.detour import Detour
-from nemo_minitron.bridge.models import (
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.data.calibration_samples import Samples
+from nemo_minitron.models.causal_lm import (
     decoder_of,
     frozen,
     hidden_states,
@@ -23,9 +23,9 @@ from nemo_minitron.bridge.models import (
     save_model,
     stored_config,
 )
-from nemo_minitron.bridge.samples import Samples
-from nemo_minitron.bridge.scoring import in_memory, loss_sum
-from nemo_minitron.bridge.taps import Measures
+from nemo_minitron.models.layer_control import LayerControl
+from nemo_minitron.scoring.hooks import Measures
+from nemo_minitron.scoring.pass_in_memory import in_memory, loss_sum
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6,
@@ -127,7 +127,7 @@ def leave_one_out(checkpoint: Checkpoint, model: Any) -> None:
 
     def naive() -> None:
         losses = []
-        with frozen(model), Detour(model, family, 24).attached() as detour:
+        with frozen(model), LayerControl(model, family, 24).attached() as detour:
             for layer in range(24):
                 detour.skip = frozenset({layer})
                 losses.append(

@@ -24,10 +24,11 @@ from pathlib import Path
 import psutil
 
 from benchmarks.duel import RESULTS
-from nemo_minitron.artifacts.manifest import read_manifest, write_json
-from nemo_minitron.artifacts.workspace import artifacts_in, verify_tree
-from nemo_minitron.lookup import print_table
-from tests.conftest import WORDS, make_model, settings
+from nemo_minitron.cli.tables import print_table
+from nemo_minitron.workspace.artifacts import artifacts_in, verify_tree
+from nemo_minitron.workspace.manifest import read_manifest, write_json
+from tests.support.models import WORDS, make_model
+from tests.support.runs import settings
 
 FAULTS = (
     "none", "stage killed", "flow killed", "worker killed", "server killed", "disk full", "file truncated",
@@ -129,7 +130,7 @@ def kill(process):
 def stage_process(workspace):
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "nemo_minitron.launch.child" in words and any(str(workspace) in word for word in words):
+        if "nemo_minitron.launch.stage_process" in words and any(str(workspace) in word for word in words):
             return process
     return None
 
@@ -340,7 +341,7 @@ def first(place, parts):
 
 def make_parts(root: Path):
     """A small teacher and some text."""
-    from nemo_minitron.bridge.tokenizer import train_tokenizer
+    from nemo_minitron.data.tokenizer import train_tokenizer
 
     draw, corpus = random.Random(0), root / "corpus"
     corpus.mkdir()

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.duel import show
 from benchmarks.prune import make_checkpoint
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.bridge.streaming import layer_bytes
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.scoring.pass_by_layer import layer_bytes
 
 SHAPE = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8192, "hidden_size": 2048,
@@ -30,8 +30,8 @@ BUDGET = 8_000_000
 _COMMON = """
 import json, os, resource, sys, time, torch
 from pathlib import Path
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.bridge.samples import Samples
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.data.calibration_samples import Samples
 folder, work = map(Path, sys.argv[1:3])
 limit, count, length, batch, budget = map(int, sys.argv[3:])
 samples = Samples(torch.randint(0, 8192, (count, length + 1), generator=torch.Generator().manual_seed(0)))
@@ -50,8 +50,8 @@ def end(values):
                       "read": read() - before, "values": values}))
 """
 _OURS = """
-from nemo_minitron.bridge.streaming import streamed
-from nemo_minitron.bridge.taps import Measures
+from nemo_minitron.scoring.pass_by_layer import streamed
+from nemo_minitron.scoring.hooks import Measures
 begin()
 tally = streamed(open_checkpoint(folder), samples, groups, Measures(), torch.device("cpu"), budget, work)
 sums = tally.depth["block_influence", 1]
@@ -59,8 +59,8 @@ end((1 - sums.total / sums.count).tolist())
 """
 _ACCELERATE = """
 import accelerate, transformers
-from nemo_minitron.bridge.scoring import in_memory
-from nemo_minitron.bridge.taps import Measures
+from nemo_minitron.scoring.pass_in_memory import in_memory
+from nemo_minitron.scoring.hooks import Measures
 begin()
 config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 with accelerate.init_empty_weights():

@@ -16,18 +16,19 @@ import torch
 
 from benchmarks.duel import RESULTS
 from benchmarks.importance import ROOT, teacher
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.artifacts.report import markdown
-from nemo_minitron.bridge.models import head_of, hidden_states, load_model, load_tokenizer
-from nemo_minitron.bridge.ranks import Ranks
-from nemo_minitron.compose import load_config
-from nemo_minitron.core.losses import LossWeights, fused_linear_loss
+from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.config.compose import load_config
+from nemo_minitron.config.config import Config
+from nemo_minitron.data.mixtures import validation_samples
+from nemo_minitron.data.training_samples import training_samples
+from nemo_minitron.evaluation.report import markdown
 from nemo_minitron.families import family_of
-from nemo_minitron.plugin.data import ConsumedSampler
-from nemo_minitron.stages import run_stage
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.samples import training_samples
-from nemo_minitron.stages.stage import teacher_folder, validation_samples
+from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.models.causal_lm import head_of, hidden_states, load_model, load_tokenizer
+from nemo_minitron.models.ranks import Ranks
+from nemo_minitron.stages.inputs import teacher_folder
+from nemo_minitron.stages.run import run_stage
+from nemo_minitron.training.sampler import ConsumedSampler
 
 CACHE = ["distill.teacher_logits=cache"]
 WAYS: dict[str, list[str]] = {

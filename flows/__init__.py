@@ -1,4 +1,4 @@
-"""Floor 6: Prefect flows. The only code that imports prefect.
+"""Prefect flows. The only code that imports prefect.
 
 It orchestrates, the artifacts carry the truth.
 """

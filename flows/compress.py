@@ -9,20 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.flows.forms import Launch, Sizes, composed, words
-from nemo_minitron.flows.publish import say
-from nemo_minitron.flows.tasks import run_stage_task
-from nemo_minitron.flows.turn import patience
-from nemo_minitron.flows.withheld import flow
+from prefect.context import FlowRunContext
 from prefect.runtime import flow_run
 
-from nemo_minitron.artifacts.masking import masked
-from nemo_minitron.artifacts.plain_text import plain
-from nemo_minitron.artifacts.workspace import note_command
-from nemo_minitron.compose import as_dict, from_dict
-from nemo_minitron.launch.stage import at_work
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.stage import Result
+from nemo_minitron.config.compose import as_dict, from_dict
+from nemo_minitron.config.config import Config
+from nemo_minitron.config.launch_config import LaunchConfig
+from nemo_minitron.flows.forms import Launch, Sizes, cli_words, composed
+from nemo_minitron.flows.publish import log_line
+from nemo_minitron.flows.tasks import run_stage_task
+from nemo_minitron.flows.withheld import flow
+from nemo_minitron.launch.accelerator_lock import ENDING_SECONDS
+from nemo_minitron.launch.launcher import at_work
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.command_log import note_command
+from nemo_minitron.workspace.masking import masked
+from nemo_minitron.workspace.plain_text import plain
 
 
 def steps(config: Config) -> Iterator[str]:
@@ -83,13 +85,13 @@ def compress(
         checked = composed(config_name, overrides, workspace, model, data, plan, launch)
     else:
         checked = from_dict(config)
-    checked.launch.wait = patience(checked.launch)
+    checked.launch.wait = workspace_wait_seconds(checked.launch)
     if checked.plan.budget.params is not None:
         from nemo_minitron.flows.search import search
 
         found: list[Result] = search(config=as_dict(checked), command=command)
         return found
-    line = ["minitron", "run", *words(config_name, overrides, workspace, model, data, plan, launch)]
+    line = ["minitron", "run", *cli_words(config_name, overrides, workspace, model, data, plan, launch)]
     folder = Path(checked.workspace)
     with at_work(folder, checked.launch.wait):
         note_command(folder, shlex.split(command) if command else line)
@@ -101,17 +103,38 @@ def run_stages(names: list[str], config: Config) -> list[Result]:
     """Runs stages one after the other, and says so on the screen."""
     values, results = as_dict(config), []
     if config.track.mlflow is not None:
-        from nemo_minitron.bridge.tracking import check
+        from nemo_minitron.release.mlflow_tracking import check
 
         check()  # that it is installed, before hours are spent
     for position, name in enumerate(names):
         place = f"[{position + 1}/{len(names)}] {name}"
-        say(f"{place} ...")
+        log_line(f"{place} ...")
         result = run_stage_task(name, config, values)
         results.append(result)
         done = "" if result.made else " (already done)"
-        say(f"{place}: {result.headline}{done}")
+        log_line(f"{place}: {result.headline}{done}")
     return results
+
+
+_A_YEAR = 365 * 86400.0
+
+
+def workspace_wait_seconds(launch: LaunchConfig) -> float:
+    """Seconds to wait for a workspace that another run holds.
+
+    A run that is resumed may be under way before the process that it was suspended in has ended, and must not
+    be refused by itself: it waits for as long as that may take. A stage inside the flow's process, or in a
+    batch job, comes to its end first, whenever that is.
+    """
+    context = FlowRunContext.get()
+    run = context.flow_run if context is not None else None
+    # Prefect counts a resumed run as one and the same, but it has spent time in the state Running before
+    resumed = run is not None and run.total_run_time.total_seconds() > 0
+    if not resumed:
+        return launch.wait
+    if launch.kind in ("inline", "slurm"):
+        return _A_YEAR
+    return max(launch.wait, launch.grace + ENDING_SECONDS)
 
 
 if __name__ == "__main__":

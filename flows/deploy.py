@@ -8,10 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.flows.compress import compress
-from nemo_minitron.flows.evaluate_checkpoint import evaluate_checkpoint
-from nemo_minitron.flows.search import search
-from nemo_minitron.flows.sweep import sweep
 from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -20,8 +16,12 @@ from prefect.flows import EntrypointType
 from prefect.settings import PREFECT_API_URL
 from pydantic import ValidationError
 
-from nemo_minitron.artifacts.masking import masked_values
-from nemo_minitron.compose import load_config
+from nemo_minitron.config.compose import load_config
+from nemo_minitron.flows.compress import compress
+from nemo_minitron.flows.evaluate_checkpoint import evaluate_checkpoint
+from nemo_minitron.flows.search import search
+from nemo_minitron.flows.sweep import sweep
+from nemo_minitron.workspace.masking import masked_values
 
 FLOWS: dict[str, Flow[Any, Any]] = {
     "compress": compress, "search": search, "sweep": sweep, "evaluate_checkpoint": evaluate_checkpoint,

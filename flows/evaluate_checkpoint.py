@@ -3,15 +3,13 @@
 import json
 from pathlib import Path
 
-from nemo_minitron.flows.compress import run_name, run_stages
-from nemo_minitron.flows.forms import Launch, composed, words
-from nemo_minitron.flows.turn import patience
+from nemo_minitron.evaluation.gate import LINEAGE
+from nemo_minitron.flows.compress import run_name, run_stages, workspace_wait_seconds
+from nemo_minitron.flows.forms import Launch, cli_words, composed
 from nemo_minitron.flows.withheld import flow
-
-from nemo_minitron.artifacts.gate import LINEAGE
-from nemo_minitron.artifacts.workspace import note_command
-from nemo_minitron.launch.stage import at_work
-from nemo_minitron.stages.stage import Result
+from nemo_minitron.launch.launcher import at_work
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.command_log import note_command
 
 
 @flow(name="evaluate_checkpoint", flow_run_name=run_name)
@@ -53,8 +51,8 @@ def evaluate_checkpoint(
     if previous is not None:
         config.evaluate.previous = previous
     place = Path(workspace)
-    with at_work(place, patience(config.launch)):
-        line = words(
+    with at_work(place, workspace_wait_seconds(config.launch)):
+        line = cli_words(
             config_name, overrides, workspace, found, None, None, launch, source__revision=revision,
             data__validation__paths=data, evaluate__model=str(folder), evaluate__previous=previous,
         )  # fmt: skip

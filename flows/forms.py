@@ -6,9 +6,10 @@ from typing import Any, Literal, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from nemo_minitron.compose import as_dict, from_dict, load_config
-from nemo_minitron.stages.config import Config, PlanConfig
-from nemo_minitron.stages.launch_config import LaunchConfig
+from nemo_minitron.config.compose import as_dict, from_dict, load_config
+from nemo_minitron.config.config import Config
+from nemo_minitron.config.launch_config import LaunchConfig
+from nemo_minitron.config.plan_config import PlanConfig
 
 
 def _form(name: str, section: type, text: str) -> type[BaseModel]:
@@ -59,7 +60,7 @@ def composed(
     return from_dict(values)
 
 
-def words(
+def cli_words(
     config_name: str,
     overrides: list[str] | None,
     workspace: str | None = None,

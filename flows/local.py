@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from nemo_minitron.artifacts.masking import masked
-from nemo_minitron.compose import as_dict
-from nemo_minitron.launch.process import watch_over
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.stage import Result
+from nemo_minitron.config.compose import as_dict
+from nemo_minitron.config.config import Config
+from nemo_minitron.launch.process_group import watch_over
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.masking import masked
 
 
 def prepare_environment() -> None:
@@ -45,9 +45,10 @@ def run_here(config: Config, words: Sequence[str]) -> list[Result]:
     prepare_environment()
     # a failure reaches the caller as an exception; Prefect's own log would print its traceback as well
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-    from nemo_minitron.flows.compress import compress
     from prefect import tags
     from prefect.settings import PREFECT_API_URL
+
+    from nemo_minitron.flows.compress import compress
 
     if not PREFECT_API_URL.value():
         _start_server()

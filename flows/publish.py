@@ -26,13 +26,13 @@ from prefect.artifacts import (
 )
 from prefect.events import emit_event
 
-from nemo_minitron.artifacts import plain_text, progress
-from nemo_minitron.artifacts.gate import GATE_COLUMNS, LINEAGE, GateError
-from nemo_minitron.artifacts.manifest import read_manifest
-from nemo_minitron.artifacts.masking import masked, masked_values
-from nemo_minitron.artifacts.report import PAGE, markdown
-from nemo_minitron.launch.stage import Call
-from nemo_minitron.stages.stage import Result
+from nemo_minitron.evaluation.gate import GATE_COLUMNS, LINEAGE, GateError
+from nemo_minitron.evaluation.report import PAGE, markdown
+from nemo_minitron.launch.launcher import Call
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace import plain_text, progress
+from nemo_minitron.workspace.manifest import read_manifest
+from nemo_minitron.workspace.masking import masked, masked_values
 
 GATE_EVENT = "nemo_minitron.gate.failed"
 """Event for automations: a student was too weak to be exported."""
@@ -43,7 +43,7 @@ _LARGEST_PICTURE = 700_000
 _SHOW_SECONDS = 5.0
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """A line on the screen, which may have gone with the worker that held it: nothing depends on it."""
     with contextlib.suppress(OSError, ValueError):
         print(line(text), file=sys.stderr, flush=True)
@@ -187,7 +187,7 @@ def progressing(call: Call) -> Iterator[None]:
                 else:
                     update_progress_artifact(shown, percent, description=told)
             except Exception as error:  # a server that restarts must not end a training
-                say(f"{call.name}: progress not shown: {error}")
+                log_line(f"{call.name}: progress not shown: {error}")
 
     context = contextvars.copy_context()
     thread = threading.Thread(target=lambda: context.run(show), daemon=True)

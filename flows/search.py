@@ -11,22 +11,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.flows.compress import run_name, run_stages, steps
-from nemo_minitron.flows.forms import Launch, composed, words
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.config.compose import as_dict, from_dict
+from nemo_minitron.config.config import Config
+from nemo_minitron.flows.compress import run_name, run_stages, steps, workspace_wait_seconds
+from nemo_minitron.flows.forms import Launch, cli_words, composed
 from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
-from nemo_minitron.flows.turn import patience
 from nemo_minitron.flows.withheld import flow
-
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.artifacts.manifest import write_json
-from nemo_minitron.artifacts.workspace import note_command
-from nemo_minitron.compose import as_dict, from_dict
-from nemo_minitron.core.search import Candidate, candidates, default_choices, halving, rungs
-from nemo_minitron.core.size import model_size
-from nemo_minitron.launch.stage import at_work
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.stage import Result, teacher_folder
-from nemo_minitron.stages.targets import given
+from nemo_minitron.launch.launcher import at_work
+from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.size_search import Candidate, candidates, default_choices, halving, rungs
+from nemo_minitron.pruning.target_sizes import explicit_targets
+from nemo_minitron.stages.inputs import teacher_folder
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.command_log import note_command
+from nemo_minitron.workspace.manifest import write_json
 
 FILE = "search.json"
 
@@ -74,9 +73,9 @@ def search(
         checked = composed(config_name, overrides, workspace, model, data, None, launch)
     else:
         checked = from_dict(config)
-    line = ["minitron", "run", *words(config_name, overrides, workspace, model, data, None, launch)]
+    line = ["minitron", "run", *cli_words(config_name, overrides, workspace, model, data, None, launch)]
     place = Path(checked.workspace)
-    with at_work(place, patience(checked.launch)):
+    with at_work(place, workspace_wait_seconds(checked.launch)):
         note_command(place, shlex.split(command) if command else line)
         score_once(checked)
         sizes = choose(checked)
@@ -127,7 +126,7 @@ def choose(config: Config) -> dict[str, int]:
 
 def _candidates(config: Config) -> list[Candidate]:
     budget = config.plan.budget
-    asked = [name for name in given(config.plan) if name != "layer_choice"]
+    asked = [name for name in explicit_targets(config.plan) if name != "layer_choice"]
     if budget.params is None:
         raise ValueError("plan.budget.params: expected how large the model may be, as in 4e9, found null")
     if asked:

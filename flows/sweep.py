@@ -12,22 +12,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.flows import publish
-from nemo_minitron.flows.compress import run_name, run_stages
-from nemo_minitron.flows.forms import Launch, composed, words
-from nemo_minitron.flows.turn import patience
-from nemo_minitron.flows.withheld import flow
 from prefect.artifacts import create_image_artifact, create_table_artifact
 from prefect.runtime import flow_run
 
-from nemo_minitron.artifacts.manifest import write_json
-from nemo_minitron.artifacts.masking import masked
-from nemo_minitron.artifacts.plain_text import plain
-from nemo_minitron.artifacts.report import read_report
-from nemo_minitron.artifacts.workspace import note_command
-from nemo_minitron.compose import as_dict, from_dict
-from nemo_minitron.launch.stage import at_work
-from nemo_minitron.stages.config import Config
+from nemo_minitron.config.compose import as_dict, from_dict
+from nemo_minitron.config.config import Config
+from nemo_minitron.evaluation.report import read_report
+from nemo_minitron.flows import publish
+from nemo_minitron.flows.compress import run_name, run_stages, workspace_wait_seconds
+from nemo_minitron.flows.forms import Launch, cli_words, composed
+from nemo_minitron.flows.withheld import flow
+from nemo_minitron.launch.launcher import at_work
+from nemo_minitron.workspace.command_log import note_command
+from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.masking import masked
+from nemo_minitron.workspace.plain_text import plain
 
 SHARED = ("pretrain", "teacher", "correct", "scores", "tokens", "unpacked")
 """Folders of the sweep's workspace that its variants see as their own."""
@@ -89,8 +88,8 @@ def sweep(
     base = composed(config_name, overrides, workspace, model, data, None, launch)
     configs = _configs(base, variants, config_name, overrides, workspace, model, data, launch)
     place = Path(base.workspace)
-    with at_work(place, patience(base.launch)):
-        line = words(config_name, overrides, workspace, model, data, None, launch)
+    with at_work(place, workspace_wait_seconds(base.launch)):
+        line = cli_words(config_name, overrides, workspace, model, data, None, launch)
         given = f"variants={json.dumps(variants)}"
         note_command(place, ["minitron", "deploy", "sweep", "--flow", "sweep", "--parameter", given, *line])
         note_command(place, ["prefect", "deployment", "run", "sweep/sweep"])
@@ -213,7 +212,7 @@ def show(place: Path, kind: str, outcomes: Sequence[Outcome]) -> None:
         kind: ``sweep`` or ``search``.
         outcomes: the best first.
     """
-    from nemo_minitron.bridge.plots import pareto
+    from nemo_minitron.evaluation.plots import pareto
 
     create_table_artifact(
         table=[publish.cells(asdict(outcome)) for outcome in outcomes], key=publish.key(place, kind, "table"),

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import Timeout
-from nemo_minitron.flows import publish
-from nemo_minitron.flows.withheld import words_withheld
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
@@ -23,17 +21,19 @@ from prefect.states import Cancelled, Crashed, Failed
 from prefect.task_engine import TaskRunTimeoutError
 from prefect.tasks import exponential_backoff
 
-from nemo_minitron.artifacts.gate import GateError
-from nemo_minitron.artifacts.masking import masked
-from nemo_minitron.compose import from_dict
+from nemo_minitron.config.compose import from_dict
+from nemo_minitron.config.config import Config
+from nemo_minitron.evaluation.gate import GateError
+from nemo_minitron.flows import publish
+from nemo_minitron.flows.withheld import words_withheld
 from nemo_minitron.launch import failures
-from nemo_minitron.launch.accelerator import lock_on
+from nemo_minitron.launch.accelerator_lock import lock_on
 from nemo_minitron.launch.failures import StageError, kind_of
-from nemo_minitron.launch.lighter import lightened, note_memory
-from nemo_minitron.launch.stage import Call, launch, limit_of
-from nemo_minitron.stages import SEVERAL
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.stage import Result
+from nemo_minitron.launch.launcher import Call, launch, limit_of
+from nemo_minitron.launch.out_of_memory import note_memory, with_smaller_micro_batch
+from nemo_minitron.stages.result import Result
+from nemo_minitron.stages.run import SEVERAL
+from nemo_minitron.workspace.masking import masked
 
 
 def worth_another_try(_: Any, run: TaskRun, state: State) -> bool:
@@ -70,7 +70,7 @@ def stage(name: str, values: dict[str, Any]) -> Any:
 
 def _stage(name: str, values: dict[str, Any]) -> Any:
     workspace = Path(values["workspace"])
-    lighter, times = lightened(workspace, name, values)
+    lighter, times = with_smaller_micro_batch(workspace, name, values)
     if name == "baseline":
         lighter = {**lighter, "pretrain": {**lighter["pretrain"], "baseline": True}}
     call = Call(name, from_dict(lighter), lighter)
@@ -256,14 +256,14 @@ class Relay:
         if self._kept:
             self._logger.info("%s", publish.line(text))
         else:
-            publish.say(text)
+            publish.log_line(text)
 
 
 def _tracked(config: Config, name: str, result: Result) -> str | None:
     """Logs a stage to MLflow where that is asked for; returns a warning where it did not work."""
     if config.track.mlflow is None:
         return None
-    from nemo_minitron.bridge.tracking import track
+    from nemo_minitron.release.mlflow_tracking import track
 
     workspace = Path(config.workspace).resolve()
     return track(

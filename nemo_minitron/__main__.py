@@ -1,5 +1,5 @@
 """Runs the command line: ``python -m nemo_minitron``."""
 
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 
 raise SystemExit(main())

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.contracts import broken_contracts, contracts, listed
+
 ROOT = Path(__file__).parent.parent
 SOURCES = [path for folder in ("nemo_minitron", "flows") for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -21,11 +23,58 @@ def tool(*command, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
 
 
-def test_import_contracts_hold():
-    lint = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
-    done = tool(lint, "--config", "setup.cfg", "--no-cache")
-    assert done.returncode == 0, done.stdout
-    assert "0 broken" in done.stdout
+CONTRACTS = contracts()
+# by contract, one import that it refuses and no other does: the module, and what it would import
+REFUSED = {
+    "layers": ("pruning/cost.py", "nemo_minitron.evaluation.report"),
+    "pure": ("workspace/manifest.py", "transformers"),
+    "prefect": ("launch/failures.py", "prefect"),
+    "nemo": ("data/documents.py", "lightning"),
+    "nothing-trained": ("evaluation/speed.py", "nemo_minitron.training.sampler"),
+    "subjects": ("release/hub_upload.py", "nemo_minitron.config.compose"),
+    "values": ("config/plan_config.py", "nemo_minitron.families"),
+    "stages": ("stages/distill.py", "nemo_minitron.stages.logits"),
+}
+
+
+def test_import_contracts_hold(tmp_path):
+    broken, printed = broken_contracts(tmp_path)
+    assert not broken, printed
+    assert f"{len(CONTRACTS)} kept, 0 broken" in printed
+
+
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_each_contract_refuses_what_it_is_there_for(contract, tmp_path):
+    broken, printed = broken_contracts(tmp_path, *REFUSED[contract])
+    assert broken == [CONTRACTS[contract]], printed
+
+
+def test_the_contracts_see_the_flows_under_the_name_they_are_imported_by(tmp_path):
+    broken, printed = broken_contracts(tmp_path, "pruning/cost.py", "nemo_minitron.flows.tasks")
+    assert {CONTRACTS["layers"], CONTRACTS["pure"], CONTRACTS["subjects"]} <= set(broken), printed
+
+
+def test_every_package_stands_in_the_contracts():
+    present = {f"nemo_minitron.{path.parent.name}" for path in (ROOT / "nemo_minitron").glob("*/__init__.py")}
+    assert listed("layers") == present | {"nemo_minitron.flows"}
+    assert listed("prefect") == present
+    assert listed("nemo") == present - {"nemo_minitron.plugin", "nemo_minitron.training"} | {
+        "nemo_minitron.flows"
+    }
+    upper = {f"nemo_minitron.{name}" for name in ("cli", "launch", "stages", "config")}
+    assert listed("subjects") == present - upper
+    sections = {
+        f"nemo_minitron.config.{path.stem}" for path in (ROOT / "nemo_minitron/config").glob("[!_]*.py")
+    }
+    assert listed("values") == sections - {"nemo_minitron.config.compose", "nemo_minitron.config.reference"}
+    from nemo_minitron.stages.run import STAGES
+
+    assert listed("stages") == set(STAGES.values())
+
+
+def test_no_two_modules_have_one_name():
+    names = [path.name for path in SOURCES if not path.name.startswith("__")]
+    assert sorted(names) == sorted(set(names))
 
 
 def test_style_and_types():
@@ -72,27 +121,33 @@ SINKS = re.compile(
 )
 """Calls that can run text, unpickle, start programs, import by name, render templates or unpack archives."""
 ADMITTED = {
-    ("nemo_minitron/bridge/chat_template_process.py", "subprocess.Popen"): "the templates' own process",
-    ("nemo_minitron/bridge/lm_eval.py", "TaskManager"): "tasks of evaluate.task_dir, which the user names",
+    ("nemo_minitron/data/chat_template_process.py", "subprocess.Popen"): "the templates' own process",
     (
-        "nemo_minitron/bridge/lm_eval.py",
+        "nemo_minitron/evaluation/lm_eval.py",
+        "TaskManager",
+    ): "tasks of evaluate.task_dir, which the user names",
+    (
+        "nemo_minitron/evaluation/lm_eval.py",
         "library().simple_evaluate",
     ): "runs them; !function is Python by design",
-    ("nemo_minitron/bridge/speed.py", "subprocess.run"): "this package's module, arguments as JSON",
+    ("nemo_minitron/evaluation/speed.py", "subprocess.run"): "this package's module, arguments as JSON",
     (
-        "nemo_minitron/bridge/task_files.py",
+        "nemo_minitron/evaluation/task_files.py",
         "yaml.load",
     ): "with a subclass of SafeLoader that makes texts only",
     (
-        "nemo_minitron/launch/process.py",
+        "nemo_minitron/launch/process_group.py",
         "subprocess.Popen",
     ): "a stage; and /bin/sh with a constant and numbers",
     ("nemo_minitron/launch/slurm.py", "subprocess.run"): "Slurm's programs, job numbers checked",
-    ("nemo_minitron/plugin/checkpoint_safety.py", "_DataUnpickler"): "knows descriptions of tensors only",
-    ("nemo_minitron/stages/__init__.py", "importlib.import_module"): "by a name of the table above it",
-    ("nemo_minitron/stages/quickstart.py", "subprocess.run"): "a constant; folders as arguments",
-    ("nemo_minitron/stages/report.py", "ImmutableSandboxedEnvironment"): "this package's own template",
-    ("nemo_minitron/stages/report.py", "environment.from_string"): "the same",
+    ("nemo_minitron/training/checkpoint_safety.py", "_DataUnpickler"): "knows descriptions of tensors only",
+    ("nemo_minitron/stages/run.py", "importlib.import_module"): "by a name of the table above it",
+    ("nemo_minitron/release/quickstart.py", "subprocess.run"): "a constant; folders as arguments",
+    (
+        "nemo_minitron/evaluation/report_page.py",
+        "ImmutableSandboxedEnvironment",
+    ): "this package's own template",
+    ("nemo_minitron/evaluation/report_page.py", "environment.from_string"): "the same",
 }
 """What remains of them, and why it is safe; docs/security.md says what is trusted."""
 
@@ -161,15 +216,15 @@ sys.path.insert(0, {str(installed)!r})
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 import nemo_minitron
 assert nemo_minitron.__file__.startswith({str(installed)!r}), nemo_minitron.__file__
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 assert main(["families"]) == 0
 assert main(["run", "--config-name", "demo", "--cfg"]) == 0
 assert main(["run", "recipe=llama3.1_4b_width", "--cfg"]) == 0
 import nemo_minitron.flows.compress as flow
 assert flow.__file__.startswith({str(installed)!r})
-from nemo_minitron.stages.report import _TEMPLATE
+from nemo_minitron.evaluation.report_page import _TEMPLATE
 assert _TEMPLATE.is_file()
-from nemo_minitron.bridge.lm_eval import check_tasks
+from nemo_minitron.evaluation.lm_eval import check_tasks
 check_tasks(["xlsum_en"], None)
 """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -185,6 +240,6 @@ check_tasks(["xlsum_en"], None)
 
 
 def test_the_configuration_page_is_current():
-    from nemo_minitron.stages.config_page import markdown
+    from nemo_minitron.config.reference import markdown
 
     assert (ROOT / "docs" / "configuration.md").read_text() == markdown(), "run make docs"

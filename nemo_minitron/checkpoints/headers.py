@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Names of the dtypes that weights may have here, and bytes of one number."""
+from nemo_minitron.checkpoints.dtypes import FLOATS
+
 _SAMPLE = 512
 """Bytes of each tensor that tell it from another of the same name and shape."""
 

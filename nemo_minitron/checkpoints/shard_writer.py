@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_minitron.artifacts.checkpoint import INDEX, SINGLE
-from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.checkpoints.checkpoint import INDEX, SINGLE
+from nemo_minitron.checkpoints.dtypes import DTYPES
+from nemo_minitron.workspace.manifest import write_json
 
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-}  # fmt: skip
 _WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 Block = np.ndarray[Any, Any]
 

@@ -3,8 +3,8 @@
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from nemo_minitron.artifacts.links import refuse_link
-from nemo_minitron.artifacts.manifest import digest, hash_file
+from nemo_minitron.workspace.links import refuse_link
+from nemo_minitron.workspace.manifest import digest, hash_file
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nemo_minitron
-from nemo_minitron import lookup, operate
-from nemo_minitron.artifacts.plain_text import plain
-from nemo_minitron.lookup import print_table
-from nemo_minitron.stages import SEVERAL, STAGES, follows, meet, part, run_stage
+from nemo_minitron.cli import family_tables, model_size, workspaces
+from nemo_minitron.cli.tables import print_table
+from nemo_minitron.models.torchrun import is_follower, join_ranks, leave_ranks
+from nemo_minitron.stages.run import SEVERAL, STAGES, run_stage
+from nemo_minitron.workspace.plain_text import plain
 
 if TYPE_CHECKING:
-    from nemo_minitron.stages.config import Config
-    from nemo_minitron.stages.stage import Result
+    from nemo_minitron.config.config import Config
+    from nemo_minitron.stages.result import Result
 
 _HELP = {
     "run": "the whole pipeline, as a Prefect flow",
@@ -85,7 +86,7 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         command = commands.add_parser(name, help=_HELP[name], description=_HELP[name])
         command.add_argument(operand, metavar=operand.upper(), type=Path)
         command.add_argument("--json", action="store_true")
-    operate.add_parsers(commands)
+    workspaces.add_parsers(commands)
     return top, commands.choices
 
 
@@ -136,7 +137,7 @@ def _failed(command: str, error: BaseException) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    from nemo_minitron.artifacts.masking import masked
+    from nemo_minitron.workspace.masking import masked
 
     return plain(masked(str(error)))
 
@@ -153,15 +154,15 @@ def _interrupted(error: BaseException | None) -> bool:
 
 
 def _config(args: argparse.Namespace) -> "Config":
-    from nemo_minitron.compose import load_config
+    from nemo_minitron.config.compose import load_config
 
     return load_config(args.config_name, args.overrides, args.config_dir)
 
 
 def _shows_only(args: argparse.Namespace) -> bool:
     if args.keys:
-        from nemo_minitron.stages.config import Config
-        from nemo_minitron.stages.keys import describe
+        from nemo_minitron.config.config import Config
+        from nemo_minitron.config.option import describe
 
         for name, item, _ in describe(Config):
             print(
@@ -180,15 +181,16 @@ def _shows_only(args: argparse.Namespace) -> bool:
 def _stage(args: argparse.Namespace) -> int:
     if _shows_only(args):
         return 0
-    from nemo_minitron.artifacts.workspace import alone, locked, note_command
+    from nemo_minitron.workspace.command_log import note_command
+    from nemo_minitron.workspace.locks import alone, locked
 
     config = _config(args)
     several = args.command in SEVERAL
-    if follows():
+    if is_follower():
         if several:
-            meet()
+            join_ranks()
             run_stage(args.command, config)
-            part()
+            leave_ranks()
         return 0
     # progress bars go to the error output: standard output is for the result
     place = Path(config.workspace)
@@ -197,10 +199,10 @@ def _stage(args: argparse.Namespace) -> int:
         for name in _before(args.command, config):
             _notes(run_stage(name, config))
         if several:
-            meet()
+            join_ranks()
         result = run_stage(args.command, config)
         if several:
-            part()
+            leave_ranks()
     _show(result, args.json)
     _notes(result)
     return 0
@@ -214,9 +216,9 @@ def _before(command: str, config: "Config") -> list[str]:
     names = (
         ["download"] if config.source.model is not None and command not in ("download", "pretrain") else []
     )
-    from nemo_minitron.stages.targets import given, needs_scores
+    from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores
 
-    if command in ("plan", "prune") and given(config.plan):
+    if command in ("plan", "prune") and explicit_targets(config.plan):
         if needs_scores(config.plan) and config.score.importance != "activation":
             names.append("score")
         if command == "prune":
@@ -235,7 +237,7 @@ def _run(args: argparse.Namespace) -> int:
     config = _config(args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"not under torchrun; run the stages that compute with it: {', '.join(SEVERAL)}")
-    from nemo_minitron.artifacts.workspace import locked
+    from nemo_minitron.workspace.locks import locked
 
     with locked(
         Path(config.workspace), config.launch.wait
@@ -275,8 +277,8 @@ def _json(result: "Result") -> dict[str, Any]:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from nemo_minitron.artifacts.workspace import locked
-    from nemo_minitron.stages.report import rewrite
+    from nemo_minitron.stages.rewrite_report import rewrite
+    from nemo_minitron.workspace.locks import locked
 
     if not args.workspace.is_dir():
         raise ValueError(f"{args.workspace}: no such workspace")
@@ -288,9 +290,9 @@ def _report(args: argparse.Namespace) -> int:
 _COMMANDS = {
     "run": _run,
     **dict.fromkeys(STAGES, _stage),
-    "size": lookup.size,
-    "families": lookup.families,
+    "size": model_size.size,
+    "families": family_tables.families,
     "report": _report,
-    "verify": lookup.verify,
-    **operate.COMMANDS,
+    "verify": workspaces.verify,
+    **workspaces.COMMANDS,
 }

@@ -1,51 +1,24 @@
-"""Commands that only look: sizes of a model, the families, the bytes of an artifact."""
+"""What a model costs: parameters, FLOPs, cache, memory of a training; from config.json alone."""
 
 import argparse
-import contextlib
 import json
 import re
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.plain_text import plain
-
-
-def print_table(
-    columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...], title: str | None = None, left: int = 1
-) -> None:
-    """Prints a table, as wide as it needs to be where the output is no terminal.
-
-    Args:
-        columns: titles.
-        rows: cells as text.
-        title: above it.
-        left: columns of words; those of numbers, to the right, follow.
-    """
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=None if title is None else Text(plain(title)))
-    for i, column in enumerate(columns):
-        table.add_column(Text(plain(column)), justify="left" if i < left else "right")
-    for row in rows:
-        table.add_row(*(Text(plain(cell)) for cell in row))  # text: a name is no markup
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(table)
+from nemo_minitron.cli.family_tables import split_own_tables
+from nemo_minitron.cli.tables import print_table
 
 
 def size(args: argparse.Namespace) -> int:
     """``minitron size``: what a model costs, from its config.json alone."""
-    from nemo_minitron.artifacts.checkpoint import read_config
-    from nemo_minitron.core.cut import Cut, cut_config
-    from nemo_minitron.core.size import model_size
+    from nemo_minitron.checkpoints.hf_config import read_config
     from nemo_minitron.families import axis_sizes, check_sizes, config_with_sizes, family_of, use_tables
+    from nemo_minitron.pruning.cost import model_size
+    from nemo_minitron.pruning.slice import Cut, cut_config
 
-    own, wanted = _own_tables(args.sizes)
+    own, wanted = split_own_tables(args.sizes)
     if own:
         use_tables(own)
     path = _config_folder(args.model)
@@ -88,7 +61,7 @@ def _config_folder(model: str) -> Path:
     if path.name == "config.json":
         path = path.parent
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        from nemo_minitron.bridge.hub import download_config
+        from nemo_minitron.release.hub_download import download_config
 
         return download_config(model)
     return path
@@ -96,9 +69,9 @@ def _config_folder(model: str) -> Path:
 
 def _training_memory(args: argparse.Namespace, family: Any, config: Any) -> dict[str, int]:
     """Bytes on each rank, by what they are for."""
-    from nemo_minitron.artifacts.checkpoint import read_config
-    from nemo_minitron.core.footprint import Launch, training_footprint
+    from nemo_minitron.checkpoints.hf_config import read_config
     from nemo_minitron.families import family_of
+    from nemo_minitron.training.memory_estimate import Launch, training_footprint
 
     try:
         launch = Launch(
@@ -113,61 +86,3 @@ def _training_memory(args: argparse.Namespace, family: Any, config: Any) -> dict
         teacher = (family_of(their, args.teacher), their)
     found = training_footprint(family, config, launch, teacher)
     return {**asdict(found), "total": found.total}
-
-
-def _own_tables(words: list[str]) -> tuple[str | None, list[str]]:
-    """The value of families.path among a command's words, and the other words."""
-    prefix = "families.path="
-    own = [word.removeprefix(prefix) for word in words if word.startswith(prefix)]
-    return (own[-1] if own else None), [word for word in words if not word.startswith(prefix)]
-
-
-def families(args: argparse.Namespace) -> int:
-    """``minitron families``: the tables and, on request, their proofs."""
-    from nemo_minitron.families import families, use_tables
-
-    own, names = _own_tables(args.names)
-    if own:
-        use_tables(own)
-    unknown = sorted(set(names) - set(families()))
-    if unknown:
-        raise ValueError(f"families: no family {unknown[0]!r}; there are: {', '.join(sorted(families()))}")
-    chosen = {name: family for name, family in families().items() if not names or name in names}
-    if args.prove:
-        from nemo_minitron.bridge.proof import proof_table
-
-        with contextlib.redirect_stdout(sys.stderr):
-            columns, rows, failed = proof_table(chosen)
-        if args.json:
-            print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2))
-        else:
-            print_table(columns, rows)
-        return 1 if failed else 0
-    if args.json:
-        listed = {
-            name: {
-                "architecture": family.architecture,
-                "prunable": list(family.prunable),
-                "axes": list(family.axes),
-            }
-            for name, family in chosen.items()
-        }
-        print(json.dumps(listed, indent=2))
-        return 0
-    rows = [(name, family.architecture, ", ".join(family.prunable)) for name, family in chosen.items()]
-    print_table(("model_type", "architecture", "axes that can be pruned"), tuple(rows))
-    return 0
-
-
-def verify(args: argparse.Namespace) -> int:
-    """``minitron verify``: re-hashes an artifact or a workspace."""
-    from nemo_minitron.artifacts.workspace import verify_tree
-
-    if not args.path.is_dir():
-        raise ValueError(f"{args.path}: no such folder")
-    count, problems = verify_tree(args.path)
-    if args.json:
-        print(json.dumps({"artifacts": count, "problems": problems}, indent=2))
-    else:
-        print("\n".join([*map(plain, problems), f"{count} artifacts checked, {len(problems)} problems"]))
-    return 1 if problems else 0

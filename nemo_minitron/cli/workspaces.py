@@ -1,4 +1,4 @@
-"""Commands of those who operate: what runs there are, what can be cleaned up, deployments and schedules."""
+"""What runs there are, what can be cleaned up, and whether the bytes are whole."""
 
 import argparse
 import datetime
@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.plain_text import plain
-from nemo_minitron.lookup import print_table
+from nemo_minitron.cli.deployments import deploy, serve
+from nemo_minitron.cli.tables import print_table
+from nemo_minitron.workspace.plain_text import plain
 
 HELP = {
     "runs": "workspaces with the states of their stages, sizes and ages",
@@ -54,7 +55,8 @@ def add_parsers(commands: Any) -> None:
 
 def runs(args: argparse.Namespace) -> int:
     """Lists workspaces."""
-    from nemo_minitron.artifacts.inventory import age, amount, workspaces
+    from nemo_minitron.cli.tables import age, amount
+    from nemo_minitron.workspace.inventory import workspaces
 
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder}: no such folder")
@@ -85,8 +87,9 @@ def runs(args: argparse.Namespace) -> int:
 
 def clean(args: argparse.Namespace) -> int:
     """Removes what can be made again."""
-    from nemo_minitron.artifacts.inventory import amount, is_workspace, remove, rubbish
-    from nemo_minitron.artifacts.workspace import locked
+    from nemo_minitron.cli.tables import amount
+    from nemo_minitron.workspace.inventory import is_workspace, remove, rubbish
+    from nemo_minitron.workspace.locks import locked
 
     if not is_workspace(args.workspace):
         raise ValueError(
@@ -117,44 +120,18 @@ def _agreed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def deploy(args: argparse.Namespace) -> int:
-    """Registers a deployment."""
-    made = _deployment(args)
-    from nemo_minitron.flows.deploy import deploy as register
-
-    full = register(made, args.pool, args.kind)
-    print(f"{full} is deployed; to run it: prefect worker start --pool {args.pool}")
-    return 0
-
-
-def serve(args: argparse.Namespace) -> int:
-    """Runs a schedule here."""
-    made = _deployment(args)
-    from nemo_minitron.flows.deploy import serve as run
-
-    run(made)
-    return 0
-
-
-def _deployment(args: argparse.Namespace) -> Any:
-    from nemo_minitron.flows.local import prepare_environment
-
-    prepare_environment()
-    from nemo_minitron.artifacts.masking import masked
-    from nemo_minitron.flows.deploy import deployment
-
-    parameters = {}
-    for text in args.parameter:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--parameter: expected NAME=VALUE, found {masked(text)!r}")
-        try:
-            parameters[name] = json.loads(value)
-        except ValueError:
-            parameters[name] = value
-    return deployment(
-        args.name, args.flow, args.config_name, args.overrides, parameters, args.cron, args.timezone
-    )
-
-
 COMMANDS = {"runs": runs, "clean": clean, "deploy": deploy, "serve": serve}
+
+
+def verify(args: argparse.Namespace) -> int:
+    """``minitron verify``: re-hashes an artifact or a workspace."""
+    from nemo_minitron.workspace.artifacts import verify_tree
+
+    if not args.path.is_dir():
+        raise ValueError(f"{args.path}: no such folder")
+    count, problems = verify_tree(args.path)
+    if args.json:
+        print(json.dumps({"artifacts": count, "problems": problems}, indent=2))
+    else:
+        print("\n".join([*map(plain, problems), f"{count} artifacts checked, {len(problems)} problems"]))
+    return 1 if problems else 0

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import nemo_minitron
+from nemo_minitron.config.config import Config
+from nemo_minitron.config.option import describe
 from nemo_minitron.families import use_tables
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.keys import describe
 
 _PACKAGE = Path(nemo_minitron.__file__).parent
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"

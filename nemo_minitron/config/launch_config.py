@@ -1,66 +1,58 @@
-"""Keys that say where stages run, what they are allowed, and who is told of them."""
+"""Keys of ``launch``: where stages run and what they are allowed."""
 
 from dataclasses import dataclass, field
 
-from nemo_minitron.stages.keys import key
+from nemo_minitron.config.option import option
 
 
 @dataclass
 class SlurmConfig:
     """Jobs of a batch system."""
 
-    nodes: int = key(1, "nodes of a job", least=1)
-    options: list[str] = key([], "further #SBATCH options, as in ['--partition=batch', '--gres=gpu:8']")
-    setup: list[str] = key([], "shell lines before the stage, as in ['module load cuda']")
-    poll_seconds: float = key(15.0, "seconds between looks at the queue", least=0)
+    nodes: int = option(1, "nodes of a job", least=1)
+    options: list[str] = option([], "further #SBATCH options, as in ['--partition=batch', '--gres=gpu:8']")
+    setup: list[str] = option([], "shell lines before the stage, as in ['module load cuda']")
+    poll_seconds: float = option(15.0, "seconds between looks at the queue", least=0)
 
 
 @dataclass
 class LaunchConfig:
     """How 'minitron run' and the flows start a stage, and what becomes of one that fails."""
 
-    kind: str = key(
+    kind: str = option(
         "inline",
         "inline: in the flow's own process; subprocess: in one of its own; torchrun: in several on this "
         "machine; slurm: as a job of the batch system",
         ("inline", "subprocess", "torchrun", "slurm"),
     )
-    processes: int | None = key(
+    processes: int | None = option(
         None, "processes per node of torchrun and slurm; null: one per GPU of this machine", least=1
     )
-    stages: list[str] | None = key(
+    stages: list[str] | None = option(
         None,
         "stages that torchrun and slurm start so, the others run in a process of their own; null: all "
         "that can share their work",
     )
-    time_limit: float | None = key(None, "seconds that a stage may take; null: any", least=0)
-    time_limits: dict[str, float] = key(
+    time_limit: float | None = option(None, "seconds that a stage may take; null: any", least=0)
+    time_limits: dict[str, float] = option(
         {}, "the same for single stages, as in +launch.time_limits.distill=86400"
     )
-    silence: float | None = key(
+    silence: float | None = option(
         3600.0,
         "seconds without output or progress after which a stage's process counts as hung; null: any",
         least=0,
     )
-    grace: float = key(60.0, "seconds that a stage's process has to save after SIGTERM", least=0)
-    retries: int = key(
+    grace: float = option(60.0, "seconds that a stage's process has to save after SIGTERM", least=0)
+    retries: int = option(
         4, "further tries after a failure that may pass: network, lost process, too little memory", least=0
     )
-    retry_seconds: float = key(2.0, "wait before the second try; doubles with each, and is jittered", least=0)
-    accelerator: str | None = key(
+    retry_seconds: float = option(
+        2.0, "wait before the second try; doubles with each, and is jittered", least=0
+    )
+    accelerator: str | None = option(
         None,
         "name of what a stage holds while it computes, such as gpu-0: flows on this machine that name the "
         "same wait for each other",
     )
-    wait: float = key(0.0, "seconds to wait for a workspace that another run holds", least=0)
+    wait: float = option(0.0, "seconds to wait for a workspace that another run holds", least=0)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
-
-
-@dataclass
-class TrackConfig:
-    """Where else the facts of a run go."""
-
-    mlflow: str | None = key(
-        None, "MLflow tracking URI, as in http://mlflow:5000 (pip install nemo-minitron[mlflow])"
-    )
-    experiment: str = key("nemo_minitron", "MLflow experiment")

@@ -4,7 +4,9 @@ from dataclasses import field, fields, is_dataclass
 from typing import Any, get_type_hints
 
 
-def key(default: Any, text: str, choices: tuple[str, ...] | None = None, least: float | None = None) -> Any:
+def option(
+    default: Any, text: str, choices: tuple[str, ...] | None = None, least: float | None = None
+) -> Any:
     """A documented configuration key.
 
     Its default, one sentence, and the values it takes where they are few.

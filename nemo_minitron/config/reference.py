@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.keys import describe
+from nemo_minitron.config.config import Config
+from nemo_minitron.config.option import describe
 
 
 def markdown() -> str:
     """docs/configuration.md: every key with its default and meaning."""
-    lines = ["# Configuration", "", "Made by `make docs` from `nemo_minitron/stages/config.py`.", ""]
+    lines = ["# Configuration", "", "Made by `make docs` from `nemo_minitron/config/`.", ""]
     lines += ["| key | default | meaning |", "|---|---|---|"]
     defaults = Config()
     for name, item, _ in describe(Config):

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.bridge.packing import lagging
-from nemo_minitron.bridge.text import TextSet, documents
-from nemo_minitron.bridge.tokenizer import tokenised
+from nemo_minitron.data.documents import TextSet, documents
+from nemo_minitron.data.packing import lagging
+from nemo_minitron.data.tokenizer import tokenised
 
 POOL = 8192
 """Samples among which the next is drawn; a constant, so that more samples begin with those that fewer are."""

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.plain_text import plain
-from nemo_minitron.bridge.chat_template_process import Lost, Silent, Worker
+from nemo_minitron.data.chat_template_process import Lost, Silent, Worker
+from nemo_minitron.workspace.plain_text import plain
 
 SECONDS = 20.0
 """How long a template may take for one rendering of a conversation."""

@@ -1,6 +1,6 @@
 """A process that runs a tokenizer's chat template: conversations in, texts out, a line of JSON each.
 
-``nemo_minitron.bridge.chat_template`` starts this file by its path. It imports nothing of this package and
+``nemo_minitron.data.chat_template`` starts this file by its path. It imports nothing of this package and
 no torch, so that it starts within a second. The first line it reads holds its settings; it answers with an
 empty line once it is ready. An empty line later on says that it is alive.
 """

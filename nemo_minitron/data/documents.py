@@ -20,8 +20,8 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from nemo_minitron.artifacts.manifest import digest
-from nemo_minitron.bridge import megatron
+from nemo_minitron.data import megatron
+from nemo_minitron.workspace.manifest import digest
 
 _WHOLE = 64 * 2**20
 _SUFFIXES = {"jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
@@ -116,7 +116,7 @@ def _is_dataset(path: Path) -> bool:
 @functools.cache
 def _revision(name: str) -> str:
     """The commit of a data set on the hub: what is fingerprinted is what is read."""
-    from nemo_minitron.bridge.hub import data_set_commit
+    from nemo_minitron.data.hub_data_set import data_set_commit
 
     match = _ON_HUB.fullmatch(name)
     assert match is not None, name

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.bridge.text import TextSet, documents
-from nemo_minitron.bridge.tokenizer import tokenised
+from nemo_minitron.data.documents import TextSet, documents
+from nemo_minitron.data.tokenizer import tokenised
 
 _SPREAD = 8
 """How many times as much text is read as samples are taken from it in ``pack``."""

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_minitron.artifacts.manifest import NAME, Input, digest, now, write_json, write_manifest
-from nemo_minitron.bridge.text import TextSet, documents
-from nemo_minitron.bridge.tokenizer import tokenised
+from nemo_minitron.data.documents import TextSet, documents
+from nemo_minitron.data.tokenizer import tokenised
+from nemo_minitron.workspace.manifest import NAME, Input, digest, now, write_json, write_manifest
 
 IDS = "tokens.bin"
 """Token ids end to end, little-endian int32; ~id where a token is read, but not learned."""

@@ -11,8 +11,8 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from nemo_minitron.bridge.chat_template import ChatTemplate
-from nemo_minitron.bridge.text import Document
+from nemo_minitron.data.chat_template import ChatTemplate
+from nemo_minitron.data.documents import Document
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 BOS, EOS = "<s>", "</s>"

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from nemo_minitron.artifacts.manifest import digest
-from nemo_minitron.stages import follows
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.progress import bar
-from nemo_minitron.stages.stage import training_mixture, workspace_of
+from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.data.mixtures import training_mixture
+from nemo_minitron.models.torchrun import is_follower
+from nemo_minitron.workspace.manifest import digest
+from nemo_minitron.workspace.progress_bar import bar
 
 FOLDER = "tokens"
 LOGITS = "logits"
@@ -30,9 +30,9 @@ def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) ->
     Raises:
         ValueError: no text, or too little for ``data.train.samples``.
     """
-    from nemo_minitron.bridge.tokens import PackedTokens, places
+    from nemo_minitron.data.token_cache import PackedTokens, places
 
-    if not follows():
+    if not is_follower():
         _streams(config, tokenizer, needed)
     ranks.broadcast(None)
     streams = _streams(config, tokenizer, needed)
@@ -57,7 +57,7 @@ def sample_fingerprint(samples: Any) -> str:
 
 
 def _streams(config: Config, tokenizer: Any, needed: int) -> list[Any]:
-    from nemo_minitron.bridge.tokens import cached_tokens
+    from nemo_minitron.data.token_cache import cached_tokens
 
     text, mixture = config.data.train, training_mixture(config)
     streams = []

@@ -6,12 +6,11 @@ Shape suffixes: T tokens, G hidden of the teacher, H hidden of the student, B sa
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from nemo_minitron.bridge.captures import Captures
-from nemo_minitron.core.intermediate import IntermediateWeights, relation_divergence, state_distance
 from nemo_minitron.families import Family, axis_sizes
+from nemo_minitron.losses.intermediate import IntermediateWeights, relation_divergence, state_distance
+from nemo_minitron.models.captures import Captures
 
 
 class IntermediateLoss:
@@ -55,7 +54,7 @@ class IntermediateLoss:
             pl_module.projection = _projection(widths, kept_H, next(pl_module.model.parameters()))
 
     @staticmethod
-    def release(pl_module: LightningModule) -> None:
+    def release(pl_module: nn.Module) -> None:
         """Takes the projection away again: no archive of the model holds it."""
         if hasattr(pl_module, "projection"):
             del pl_module.projection

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
-from nemo_minitron.core.split_losses import split_linear_loss
+from nemo_minitron.losses.fused_linear_loss import LossTerms, LossWeights, fused_linear_loss
+from nemo_minitron.losses.vocabulary_parallel import split_linear_loss
 
 _HOW = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nemo_minitron.core.sparse import SparseTargets
+from nemo_minitron.losses.sparse_targets import SparseTargets
 
 FILE = "logits.json"
 PART_BYTES = 256 * 2**20

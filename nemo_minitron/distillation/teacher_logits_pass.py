@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.bridge.models import frozen, head_of, hidden_states, softcap_of
-from nemo_minitron.core.losses import chunk_rows
-from nemo_minitron.core.products import wide_linear
-from nemo_minitron.core.sparse import SparseTargets, known_entries
 from nemo_minitron.families import Family
+from nemo_minitron.losses.fused_linear_loss import chunk_rows
+from nemo_minitron.losses.sparse_targets import SparseTargets, known_entries
+from nemo_minitron.losses.wide_matmul import wide_linear
+from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, softcap_of
 
 
 def teach(
@@ -32,7 +32,7 @@ def teach(
         family: its table.
         samples: packed samples, each [positions + 1]; negative entries ~id are read as id.
         rows: which.
-        method: see ``core.sparse.known_entries``.
+        method: see ``losses.sparse_targets.known_entries``.
         entries: likewise.
         temperature: likewise.
         batch_size: samples per forward pass.

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.bridge.models import head_of, hidden_states, softcap_of
-from nemo_minitron.core.losses import LossWeights, chunk_rows, fused_linear_loss
-from nemo_minitron.core.products import wide_linear
 from nemo_minitron.families import Family
+from nemo_minitron.losses.fused_linear_loss import LossWeights, chunk_rows, fused_linear_loss
+from nemo_minitron.losses.wide_matmul import wide_linear
+from nemo_minitron.models.causal_lm import head_of, hidden_states, softcap_of
 
 
 @dataclass(frozen=True)

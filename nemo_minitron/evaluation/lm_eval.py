@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from nemo_minitron.bridge.held_out_tasks import MADE_HERE, made_here, split_shots
+from nemo_minitron.evaluation.held_out_tasks import MADE_HERE, made_here, split_shots
 
 ADDED = Path(__file__).parent / "lm_tasks"
 """Tasks that lm-eval lacks."""

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.artifacts.results import Results
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.progress import bar
-from nemo_minitron.stages.stage import VALIDATION_SAMPLES, held_out_sampling
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.config.config import Config
+from nemo_minitron.data.mixtures import VALIDATION_SAMPLES, held_out_sampling
+from nemo_minitron.workspace.progress_bar import bar
+from nemo_minitron.workspace.results import Results
 
 TEXT, WRITING, SPEED = "text", "writing", "speed"
 
@@ -86,12 +86,12 @@ class Bench:
         if unit.what == WRITING:
             key |= {"prompts": settings.prompts, "tokens": settings.written_tokens}
         elif unit.what == SPEED:
-            from nemo_minitron.bridge.speed import conditions
+            from nemo_minitron.evaluation.speed import conditions
 
             cases = [asdict(case) for case in self._cases()]
             key |= {"cases": cases, "device": settings.device, "conditions": conditions(settings.device)}
         elif unit.what != TEXT:
-            from nemo_minitron.bridge.held_out_tasks import is_made_here
+            from nemo_minitron.evaluation.held_out_tasks import is_made_here
 
             text = self.text if is_made_here(unit.what) else None
             key |= {"limit": settings.task_limit, "task": dict(self.prints[unit.what]), "text": text}
@@ -121,8 +121,8 @@ class Bench:
         return dict(value)
 
     def _text(self, name: str) -> dict[str, Any]:
-        from nemo_minitron.bridge.models import frozen
-        from nemo_minitron.bridge.perplexity import held_out
+        from nemo_minitron.evaluation.held_out_loss import held_out
+        from nemo_minitron.models.causal_lm import frozen
 
         model, teacher = self._model(name), None
         if name != "teacher":
@@ -137,8 +137,8 @@ class Bench:
 
     def _writing(self, name: str) -> dict[str, Any]:
         """What a model writes, and what the teacher thinks of it."""
-        from nemo_minitron.bridge.generation import as_text, continue_greedily, loss_of, repetition
-        from nemo_minitron.bridge.models import frozen
+        from nemo_minitron.evaluation.generation import as_text, continue_greedily, loss_of, repetition
+        from nemo_minitron.models.causal_lm import frozen
 
         settings = self.config.evaluate
         samples_NS, length = self._samples(), settings.written_tokens
@@ -156,7 +156,7 @@ class Bench:
         }  # fmt: skip
 
     def _task(self, unit: Unit) -> dict[str, Any]:
-        from nemo_minitron.bridge.lm_eval import run_task
+        from nemo_minitron.evaluation.lm_eval import run_task
 
         settings = self.config.evaluate
         found = run_task(
@@ -166,13 +166,13 @@ class Bench:
         return asdict(found)
 
     def _speed(self, name: str) -> dict[str, Any]:
-        from nemo_minitron.bridge.speed import measure_in_process
+        from nemo_minitron.evaluation.speed import measure_in_process
 
         dtype = self.dtypes.get(name, "auto")
         return measure_in_process(self.folders[name], self.config.evaluate.device, self._cases(), dtype)
 
     def _cases(self) -> list[Any]:
-        from nemo_minitron.bridge.speed import Case
+        from nemo_minitron.evaluation.speed import Case
 
         settings = self.config.evaluate
         contexts = [settings.prompt_tokens, *settings.contexts]
@@ -181,7 +181,7 @@ class Bench:
     def _model(self, name: str) -> Any:
         """A model, loaded; beside the teacher one at a time stays."""
         if name not in self._loaded:
-            from nemo_minitron.bridge.models import load_model, pick_device
+            from nemo_minitron.models.causal_lm import load_model, pick_device
 
             for other in [other for other in self.folders if other != "teacher"]:
                 self._loaded.pop(other, None)
@@ -191,7 +191,7 @@ class Bench:
 
     def release(self) -> None:
         """Lets go of all models: speed is measured in processes that need the memory."""
-        from nemo_minitron.bridge.models import free
+        from nemo_minitron.models.causal_lm import free
 
         for name in self.folders:
             self._loaded.pop(name, None)
@@ -199,14 +199,14 @@ class Bench:
 
     def _tokenizer(self) -> Any:
         if "tokenizer" not in self._loaded:
-            from nemo_minitron.bridge.models import load_tokenizer
+            from nemo_minitron.models.causal_lm import load_tokenizer
 
             self._loaded["tokenizer"] = load_tokenizer(self.folders["teacher"])
         return self._loaded["tokenizer"]
 
     def _packed(self) -> Any:
         if "samples" not in self._loaded:
-            from nemo_minitron.stages.stage import validation_packed
+            from nemo_minitron.data.mixtures import validation_packed
 
             self._loaded["samples"] = validation_packed(self.config, self._tokenizer())
         return self._loaded["samples"]

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from nemo_minitron.artifacts.report import NAMES
+from nemo_minitron.evaluation.report import NAMES
 
 COLOURS = {"teacher": "#555555", "pruned": "#d1862b", "student": "#2b6cb0", "scratch": "#b03a5b"}
 _TITLES = {

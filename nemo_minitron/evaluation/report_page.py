@@ -4,18 +4,12 @@
 """
 
 import json
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nemo_minitron.artifacts import log
-from nemo_minitron.artifacts.links import leads_out
-from nemo_minitron.artifacts.manifest import NAME, Output, hash_file, read_manifest, write_json
-from nemo_minitron.artifacts.pictures import inline, pictures_in
-from nemo_minitron.artifacts.plan import Plan, read_plan
-from nemo_minitron.artifacts.report import (
+from nemo_minitron.evaluation.report import (
     COMPARED,
     NAMES,
     PAGE,
@@ -29,30 +23,15 @@ from nemo_minitron.artifacts.report import (
     unserved,
     written,
 )
-from nemo_minitron.artifacts.workspace import artifacts_in, commands_in
-from nemo_minitron.stages.stage import Result
+from nemo_minitron.pruning.plan_file import Plan, read_plan
+from nemo_minitron.workspace import training_log
+from nemo_minitron.workspace.artifacts import artifacts_in
+from nemo_minitron.workspace.command_log import commands_in
+from nemo_minitron.workspace.links import leads_out
+from nemo_minitron.workspace.manifest import read_manifest
+from nemo_minitron.workspace.pictures import inline, pictures_in
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
-
-
-def rewrite(workspace: Path) -> Result:
-    """Writes report.html anew from what lies in a workspace, and lists it in the report's manifest.
-
-    Raises:
-        ValueError: the workspace has not been evaluated.
-    """
-    folder = workspace / "report"
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ValueError(f"{folder}: no report yet; run 'minitron evaluate' first")
-    report = read_report(folder)
-    write_page(workspace, folder)
-    page = Output(PAGE, (folder / PAGE).stat().st_size, hash_file(folder / PAGE))
-    outputs = [page if output.file == PAGE else output for output in manifest.outputs]
-    write_json(folder / NAME, asdict(replace(manifest, outputs=tuple(outputs))))
-    return Result(
-        "report", folder, True, str(folder / PAGE), columns(report), table(report), report["models"]
-    )
 
 
 def write_page(workspace: Path, folder: Path) -> None:
@@ -97,11 +76,11 @@ def _plan(workspace: Path) -> Plan | None:
 
 def _curves(workspace: Path, report: dict[str, Any]) -> str | None:
     """The picture of the losses; None where nothing was trained here."""
-    from nemo_minitron.bridge.plots import loss_curves
+    from nemo_minitron.evaluation.plots import loss_curves
 
     logs = {}
     for name in report["models"]:
-        lines = log.read_log(workspace / name / log.FILE)
+        lines = training_log.read_log(workspace / name / training_log.FILE)
         if lines:
             logs[name] = lines
     if not logs:

@@ -1,4 +1,6 @@
-"""Speed and memory of one model, measured in a process of its own (``python -m nemo_minitron.bridge.speed``).
+"""Speed and memory of one model, measured in a process of its own.
+
+The process runs ``python -m nemo_minitron.evaluation.speed``.
 
 Prints one JSON object. Peak memory is the most that the process held beyond what the libraries take: weights,
 activations, KV cache; on a GPU, the most that torch allocated there.
@@ -39,7 +41,7 @@ def conditions(device_name: str) -> dict[str, str | None]:
     """What speed depends on beside model and cases: numbers of another machine are not these."""
     import torch
 
-    from nemo_minitron.bridge.models import pick_device
+    from nemo_minitron.models.causal_lm import pick_device
 
     device = pick_device(device_name)
     if device.type == "cuda":
@@ -93,7 +95,7 @@ def measure_in_process(
 
 def _in_process(engine: str, folder: Path, device: str, cases: Sequence[Case], dtype: str) -> Any:
     """The numbers that a process prints, or its last words."""
-    command = [sys.executable, "-m", "nemo_minitron.bridge.speed", engine, str(folder), device]
+    command = [sys.executable, "-m", "nemo_minitron.evaluation.speed", engine, str(folder), device]
     command += [json.dumps([asdict(case) for case in cases]), dtype]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -104,7 +106,7 @@ def _in_process(engine: str, folder: Path, device: str, cases: Sequence[Case], d
 def _measure(folder: Path, device_name: str, cases: Sequence[Case], dtype: str = "auto") -> dict[str, Any]:
     import torch
 
-    from nemo_minitron.bridge.models import frozen, load_model, pick_device
+    from nemo_minitron.models.causal_lm import frozen, load_model, pick_device
 
     device = pick_device(device_name)
     _warm_up(folder)

@@ -7,16 +7,36 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.artifacts.checkpoint import Checkpoint
-from nemo_minitron.bridge.detour import Detour
-from nemo_minitron.bridge.held_out_tasks import MADE_HERE, write_held_out_tasks
-from nemo_minitron.bridge.lm_eval import run_task
-from nemo_minitron.bridge.models import frozen, load_tokenizer
-from nemo_minitron.bridge.scoring import blocks_of
-from nemo_minitron.core.depth import DepthSums
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.config.config import Config
+from nemo_minitron.data.documents import documents, plain
+from nemo_minitron.data.mixtures import validation_text
+from nemo_minitron.evaluation.held_out_tasks import MADE_HERE, write_held_out_tasks
+from nemo_minitron.evaluation.lm_eval import run_task
 from nemo_minitron.families import axis_sizes
+from nemo_minitron.models.causal_lm import frozen, load_tokenizer
+from nemo_minitron.models.layer_control import LayerControl
+from nemo_minitron.scoring.depth import DepthSums
+from nemo_minitron.scoring.pass_in_memory import blocks_of
 
 _ACCURACIES = ("acc_norm", "acc", "exact_match")
+
+
+def task_sums(config: Config, checkpoint: Checkpoint) -> Callable[[Any, int, frozenset[int]], DepthSums]:
+    """What measures the tasks of ``score.tasks`` without blocks of layers.
+
+    Returns:
+        Called with rank 0's side of a pass, the layers of a block, and layers that are left out all along.
+    """
+
+    def measure(lead: Any, length: int, removed: frozenset[int]) -> DepthSums:
+        return accuracy_without(
+            lead.model(checkpoint.folder, config.score.device), checkpoint, config.score.tasks,
+            config.evaluate.task_dir, lambda: plain(documents(validation_text(config))),
+            config.score.task_limit, config.score.batch_size, length, removed,
+        )  # fmt: skip
+
+    return measure
 
 
 def accuracy_without(
@@ -47,7 +67,7 @@ def accuracy_without(
         ValueError: a task that reports no accuracy.
     """
     layers = axis_sizes(checkpoint.family, checkpoint.config)["layers"]
-    detour = Detour(model, checkpoint.family, layers)
+    detour = LayerControl(model, checkpoint.family, layers)
     tokenizer = load_tokenizer(checkpoint.folder)
     cached = model.config.use_cache
     model.config.use_cache = False  # a cache counts what its first layer has seen, which may be left out

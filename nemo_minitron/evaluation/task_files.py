@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from nemo_minitron.artifacts.manifest import digest, hash_file
-from nemo_minitron.bridge.held_out_tasks import MADE_HERE, split_shots
-from nemo_minitron.bridge.lm_eval import library, manager_of
+from nemo_minitron.evaluation.held_out_tasks import MADE_HERE, split_shots
+from nemo_minitron.evaluation.lm_eval import library, manager_of
+from nemo_minitron.workspace.manifest import digest, hash_file
 
 
 def task_print(name: str, task_dir: str | None) -> dict[str, str | None]:

@@ -1,18 +1,6 @@
-"""Floor 1: what a model family is. A family is a YAML table of named axes; there is no code per family."""
+"""What a model family is. A family is a YAML table of named axes; there is no code per family."""
 
-from nemo_minitron.families.family import (
-    Axis,
-    Family,
-    Fold,
-    Tap,
-    TensorRow,
-    families,
-    load_family,
-    own_tables,
-    use_tables,
-)
-from nemo_minitron.families.grammar import evaluate, parse_row
-from nemo_minitron.families.shapes import (
+from nemo_minitron.families.architecture import (
     axis_sizes,
     check_layers,
     check_sizes,
@@ -25,6 +13,18 @@ from nemo_minitron.families.shapes import (
     has_tensor,
     present_axes,
     tensor_names,
+)
+from nemo_minitron.families.grammar import evaluate, parse_row
+from nemo_minitron.families.table import (
+    Axis,
+    Family,
+    Fold,
+    Tap,
+    TensorRow,
+    families,
+    load_family,
+    own_tables,
+    use_tables,
 )
 
 __all__ = [

@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from nemo_minitron.families.family import Family, TensorRow, families
 from nemo_minitron.families.grammar import evaluate, names_in, row_axes, row_shape
+from nemo_minitron.families.table import Family, TensorRow, families
 
 
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nemo_minitron.stages import SEVERAL
-from nemo_minitron.stages.launch_config import LaunchConfig
+from nemo_minitron.config.launch_config import LaunchConfig
+from nemo_minitron.stages.run import SEVERAL
 
 ENDING_SECONDS = 120.0
 """What a stage that was told to end may take beyond its ``launch.grace``."""

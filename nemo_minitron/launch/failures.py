@@ -7,8 +7,8 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nemo_minitron.artifacts.gate import GateError
-from nemo_minitron.artifacts.masking import masked, masked_values
+from nemo_minitron.evaluation.gate import GateError
+from nemo_minitron.workspace.masking import masked, masked_values
 
 MISTAKE, GATE, MEMORY, TRANSIENT, LOST, STOPPED, SLOW, FAILED = (
     "mistake", "gate", "memory", "transient", "lost", "stopped", "time limit", "failed",
@@ -57,7 +57,7 @@ def kind_of(error: BaseException) -> str:
         return GATE
     if isinstance(error, ValueError):  # what the stages raise for what the user can put right
         return MISTAKE
-    if type(error).__name__ == "Preempted":  # plugin.preemption: not imported, for it would import NeMo
+    if type(error).__name__ == "Preempted":  # training.preemption: not imported, for it would import NeMo
         return STOPPED
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
@@ -103,7 +103,7 @@ def _is_passing(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in _BROKEN_LINE)
 
 
-def told(error: BaseException) -> dict[str, Any]:
+def failure_to_json(error: BaseException) -> dict[str, Any]:
     """A failure as JSON, for another process; credentials are masked."""
     message = " ".join(str(error).split()) or "no message"
     known = isinstance(error, ValueError | GateError | StageError)
@@ -112,7 +112,7 @@ def told(error: BaseException) -> dict[str, Any]:
     return {"kind": kind_of(error), "message": masked(text), "rows": masked_values(rows)}
 
 
-def raised(stage: str, value: Mapping[str, Any]) -> Exception:
+def failure_from_json(stage: str, value: Mapping[str, Any]) -> Exception:
     """The exception that ``told`` was told of: the user's mistakes and the gate keep their type."""
     if value["kind"] == MISTAKE:
         return ValueError(value["message"])
@@ -132,7 +132,7 @@ def without_secrets(error: Exception, stored: bool = False) -> Exception:
     Returns:
         The same exception; or, where it cannot be changed, another one with the same words.
     """
-    instead, kind = raised("", told(error)), kind_of(error)
+    instead, kind = failure_from_json("", failure_to_json(error)), kind_of(error)
     first, *causes = [_mask(each) for each in _chain(error)]
     if not all(causes):
         error.__cause__, error.__suppress_context__ = None, True

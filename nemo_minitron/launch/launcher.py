@@ -11,20 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import progress
-from nemo_minitron.artifacts.manifest import digest
-from nemo_minitron.artifacts.masking import remember
-from nemo_minitron.artifacts.workspace import alone, locked
+from nemo_minitron.config.config import Config
+from nemo_minitron.config.launch_config import LaunchConfig
 from nemo_minitron.launch import failures
-from nemo_minitron.launch.accelerator import in_use
-from nemo_minitron.launch.child import clear, outcomes, result_from
-from nemo_minitron.launch.failures import StageError, exit_words, raised
-from nemo_minitron.launch.process import Ended, Limits, run_process
+from nemo_minitron.launch.accelerator_lock import in_use
+from nemo_minitron.launch.failures import StageError, exit_words, failure_from_json
+from nemo_minitron.launch.process_group import Ended, Limits, run_process
 from nemo_minitron.launch.slurm import Job, adopt, run_job
-from nemo_minitron.stages import SEVERAL, run_stage
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.launch_config import LaunchConfig
-from nemo_minitron.stages.stage import Result
+from nemo_minitron.launch.stage_process import clear, outcomes, result_from
+from nemo_minitron.stages.result import Result
+from nemo_minitron.stages.run import SEVERAL, run_stage
+from nemo_minitron.workspace import progress
+from nemo_minitron.workspace.locks import alone, locked
+from nemo_minitron.workspace.manifest import digest
+from nemo_minitron.workspace.masking import remember
 
 PAPERS = ".launch"
 """In the workspace: what a flow and the processes of its stages tell each other."""
@@ -116,7 +116,14 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
     settings = call.config.launch
     values = call.papers / f"{call.name}.json"
     _write_private(values, call.values)
-    command = [sys.executable, "-m", "nemo_minitron.launch.child", call.stage, str(values), str(call.outcome)]
+    command = [
+        sys.executable,
+        "-m",
+        "nemo_minitron.launch.stage_process",
+        call.stage,
+        str(values),
+        str(call.outcome),
+    ]
     shared = call.stage in (SEVERAL if settings.stages is None else settings.stages)
     if shared and settings.kind in ("torchrun", "slurm"):
         command = _torchrun(settings, command)
@@ -245,7 +252,7 @@ def _verdict(call: Call, silent: str, kind: str = failures.LOST) -> Result:
     first = min(found, key=lambda value: value["at"])["failure"]
     if first["kind"] == failures.STOPPED:  # not by us: we do not ask afterwards
         first = {**first, "kind": failures.LOST}
-    raise raised(call.name, first)
+    raise failure_from_json(call.name, first)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.workspace.manifest import write_json
 
 FILE = ".memory.json"
 """In the workspace: stage to how often its micro-batch was halved."""
@@ -23,7 +23,7 @@ _OWN_TRAINER = ("pretrain", "correct")
 """Trainings with a section ``trainer`` of their own, which replaces keys of the common one."""
 
 
-def halved(stage: str, values: dict[str, Any], times: int = 1) -> dict[str, Any] | None:
+def with_halved_micro_batch(stage: str, values: dict[str, Any], times: int = 1) -> dict[str, Any] | None:
     """A configuration whose micro-batch is halved so many times, with as many samples a step as before.
 
     Args:
@@ -59,10 +59,12 @@ def _twice_as_many(common: dict[str, Any], own: dict[str, Any]) -> None:
             place[name] = 2 * count
 
 
-def lightened(workspace: Path, stage: str, values: dict[str, Any]) -> tuple[dict[str, Any], int]:
+def with_smaller_micro_batch(
+    workspace: Path, stage: str, values: dict[str, Any]
+) -> tuple[dict[str, Any], int]:
     """The configuration for the next try, and how often its micro-batch is halved."""
     times = _noted(workspace).get(stage, 0)
-    lighter = halved(stage, values, times) if times else values
+    lighter = with_halved_micro_batch(stage, values, times) if times else values
     return (values, 0) if lighter is None else (lighter, times)
 
 
@@ -70,7 +72,7 @@ def note_memory(workspace: Path, stage: str, values: dict[str, Any]) -> bool:
     """Notes that a stage ran out of memory; returns whether there is a smaller micro-batch to try."""
     noted = _noted(workspace)
     times = noted.get(stage, 0) + 1
-    if halved(stage, values, times) is None:
+    if with_halved_micro_batch(stage, values, times) is None:
         return False
     write_json(workspace / FILE, {**noted, stage: times})
     return True

@@ -1,4 +1,4 @@
-"""A stage as a process: ``python -m nemo_minitron.launch.child STAGE VALUES.json OUTCOME.json``.
+"""A stage as a process: ``python -m nemo_minitron.launch.stage_process STAGE VALUES.json OUTCOME.json``.
 
 Under torchrun every rank runs it. The outcome is a JSON file, whole or not there at all.
 """
@@ -15,35 +15,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.manifest import now, write_json
-from nemo_minitron.artifacts.masking import Masking, masked, masked_values, remember
-from nemo_minitron.artifacts.workspace import alone
-from nemo_minitron.compose import from_dict
-from nemo_minitron.launch.accelerator import ENDING_SECONDS, in_use
-from nemo_minitron.launch.failures import told
-from nemo_minitron.stages import SEVERAL, follows, meet, part, run_stage
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.stage import Result
+from nemo_minitron.config.compose import from_dict
+from nemo_minitron.config.config import Config
+from nemo_minitron.launch.accelerator_lock import ENDING_SECONDS, in_use
+from nemo_minitron.launch.failures import failure_to_json
+from nemo_minitron.models.torchrun import is_follower, join_ranks, leave_ranks
+from nemo_minitron.stages.result import Result
+from nemo_minitron.stages.run import SEVERAL, run_stage
+from nemo_minitron.workspace.locks import alone
+from nemo_minitron.workspace.manifest import now, write_json
+from nemo_minitron.workspace.masking import Masking, masked, masked_values, remember
 
 _PR_SET_PDEATHSIG = 1
 
 
 def run_alone(name: str, config: Config) -> Result:
     """Runs a stage as the only one in its workspace; under torchrun with the other ranks."""
-    if follows():
+    if is_follower():
         if name in SEVERAL:
-            meet()
+            join_ranks()
             result = run_stage(name, config)
-            part()
+            leave_ranks()
             return result
         return Result(name, Path(config.workspace), False, "see rank 0")
     patience = config.launch.grace + ENDING_SECONDS
     with alone(Path(config.workspace), patience), in_use(config.launch, name):
         if name in SEVERAL:
-            meet()
+            join_ranks()
         result = run_stage(name, config)
         if name in SEVERAL:
-            part()
+            leave_ranks()
     return result
 
 
@@ -88,14 +89,14 @@ def main(arguments: list[str]) -> int:
         result = run_alone(name, from_dict(given))
     except BaseException as error:
         # the first rank to fail knows why; the others only that it is gone
-        failure = {"failure": told(error), "at": time.time()}
+        failure = {"failure": failure_to_json(error), "at": time.time()}
         with contextlib.suppress(OSError):  # the disk that is full may be this one
             write_json(_of_rank(path, os.environ.get("RANK", "0")), failure)
         if failure["failure"]["kind"] == "failed":
             print(masked(traceback.format_exc()), file=sys.stderr)
         _say(f"{name}: {failure['failure']['message']}")
         return 2 if failure["failure"]["kind"] == "mistake" else 1
-    if not follows():
+    if not is_follower():
         _say(f"{name}: {result.headline}")
         write_json(path, {"result": {**masked_values(asdict(result)), "folder": str(result.folder)}})
     return 0

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.core.chunks import LossWeights as LossWeights
-from nemo_minitron.core.chunks import chunk_terms
-from nemo_minitron.core.products import add_products, scaled, sum_dtype, wide_dtype, wide_linear
-from nemo_minitron.core.sparse import SparseTargets
+from nemo_minitron.losses.loss_terms import LossWeights as LossWeights
+from nemo_minitron.losses.loss_terms import chunk_terms
+from nemo_minitron.losses.sparse_targets import SparseTargets
+from nemo_minitron.losses.wide_matmul import add_products, scaled, sum_dtype, wide_dtype, wide_linear
 
 CHUNK_BYTES, CPU_CHUNK_BYTES = 384 * 2**20, 96 * 2**20
 """Memory for one chunk of one model's logits in float32, on an accelerator and on the CPU; all that a chunk

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_minitron.core.divergences import Divergence
-from nemo_minitron.core.products import sum_dtype
-from nemo_minitron.core.sparse import SparseTargets, sparse_divergence
+from nemo_minitron.losses.divergences import Divergence
+from nemo_minitron.losses.sparse_targets import SparseTargets, sparse_divergence
+from nemo_minitron.losses.wide_matmul import sum_dtype
 
 BLOCK_BYTES, CPU_BLOCK_BYTES = 64 * 2**20, 2**20
 """A chunk is passed over in blocks of rows; the CPU's stay in its cache."""

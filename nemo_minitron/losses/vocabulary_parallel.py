@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.core.losses import LossTerms, LossWeights, chunk_rows
-from nemo_minitron.core.products import add_products, scaled, sum_dtype, wide_dtype, wide_linear
+from nemo_minitron.losses.fused_linear_loss import LossTerms, LossWeights, chunk_rows
+from nemo_minitron.losses.wide_matmul import add_products, scaled, sum_dtype, wide_dtype, wide_linear
 
 Reduce = Callable[[Tensor, str], Tensor]
 """Of a tensor and ``sum`` or ``max``: the same over all ranks that share the vocabulary, on each of them."""

@@ -36,7 +36,7 @@ class Captures:
             model: a Hugging Face causal LM.
             family: its table.
             config: its config.json.
-            terms: some of ``core.intermediate.TERMS``.
+            terms: some of ``losses.intermediate.TERMS``.
             layers: layers, 0-based; negative ones count from the end.
 
         Raises:

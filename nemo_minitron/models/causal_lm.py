@@ -14,10 +14,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from nemo_minitron.artifacts.checkpoint import both_spellings, read_config
-from nemo_minitron.artifacts.foreign import check_config, check_folder, implementations
-from nemo_minitron.artifacts.manifest import write_json
+from nemo_minitron.checkpoints.hf_config import both_spellings, read_config
+from nemo_minitron.checkpoints.unsupported_weights import check_config, check_folder, implementations
 from nemo_minitron.families import Family, family_of
+from nemo_minitron.workspace.manifest import write_json
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -54,7 +54,7 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: torch.de
 
     Raises:
         ValueError: weights are missing, unexpected or of another shape; or the folder asks for what is not
-            loaded from a model (``artifacts/foreign.py``).
+            loaded from a model (``checkpoints/unsupported_weights.py``).
     """
     check_folder(folder)
     config = read_config(folder)

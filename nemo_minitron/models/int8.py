@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.bridge.models import layers_of, load_model
+from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.families import Family, family_of
+from nemo_minitron.models.causal_lm import layers_of, load_model
 
 
 class Int8Linear(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nemo_minitron.families import Family, fill
 
 
-class Detour:
+class LayerControl:
     """Control over the layers of one model.
 
     Attributes:
@@ -35,7 +35,7 @@ class Detour:
         self.output: Tensor | None = None
 
     @contextmanager
-    def attached(self) -> Iterator["Detour"]:
+    def attached(self) -> Iterator["LayerControl"]:
         """In force for the length of the block; to be attached before hooks that read the layers' inputs."""
         handles = []
         for layer, module in enumerate(self._modules):

@@ -9,16 +9,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from nemo_minitron.artifacts.teacher_logits import TeacherLogits
-from nemo_minitron.bridge.models import frozen, head_of, hidden_states, softcap_of
-from nemo_minitron.core.intermediate import IntermediateWeights, balance
-from nemo_minitron.core.losses import LossTerms, LossWeights, fused_linear_loss
+from nemo_minitron.distillation.intermediate_loss import IntermediateLoss
+from nemo_minitron.distillation.parallel_loss import linear_loss
+from nemo_minitron.distillation.teacher_logits import TeacherLogits
 from nemo_minitron.families import Family
-from nemo_minitron.plugin.intermediate import IntermediateLoss
-from nemo_minitron.plugin.loss import linear_loss
+from nemo_minitron.losses.fused_linear_loss import LossTerms, LossWeights, fused_linear_loss
+from nemo_minitron.losses.intermediate import IntermediateWeights, balance
+from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, softcap_of
 from nemo_minitron.plugin.model import MinitronModel
-from nemo_minitron.plugin.strategies import shard
-from nemo_minitron.plugin.te import Exchange
+from nemo_minitron.training.strategies import shard
+from nemo_minitron.training.transformer_engine import Exchange
 
 
 class KnowledgeDistillation(Callback):

@@ -9,12 +9,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_minitron.artifacts import log
-from nemo_minitron.artifacts.build import building, discard
-from nemo_minitron.artifacts.manifest import write_json
-from nemo_minitron.plugin.distillation import KnowledgeDistillation
+from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.model import MinitronModel
-from nemo_minitron.plugin.training import newest_checkpoint, step_of
+from nemo_minitron.plugin.trainer import newest_checkpoint, step_of
+from nemo_minitron.workspace import training_log
+from nemo_minitron.workspace.build import building, discard
+from nemo_minitron.workspace.manifest import write_json
 
 _KEPT = 2  # snapshots: one that may just be read, and the newest
 
@@ -81,7 +81,7 @@ class LiveTeacher(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Goes on with the teacher that the checkpoint was made with."""
-        path = self.state / log.TEACHERS
+        path = self.state / training_log.TEACHERS
         self._taken = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         before = [entry for entry in self._taken if entry["step"] < trainer.global_step]
         if before:
@@ -113,7 +113,7 @@ class LiveTeacher(Callback):
         except FileNotFoundError:  # a newer one has just taken its place: next step
             return None
         entry = {"step": step, "snapshot": newest}
-        write_json(self.state / log.TEACHERS, [*self._taken, entry])
+        write_json(self.state / training_log.TEACHERS, [*self._taken, entry])
         return entry
 
     def _keep(self, snapshot: int) -> None:

@@ -15,8 +15,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.bridge.models import (
+from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.distillation.parallel_loss import linear_loss
+from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
+from nemo_minitron.losses.fused_linear_loss import LossTerms, LossWeights
+from nemo_minitron.models.causal_lm import (
     head_of,
     hidden_states,
     load_model,
@@ -24,9 +27,7 @@ from nemo_minitron.bridge.models import (
     save_model,
     softcap_of,
 )
-from nemo_minitron.core.losses import LossTerms, LossWeights
-from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
-from nemo_minitron.plugin.archive import (
+from nemo_minitron.plugin.nemo_archive import (
     as_stored,
     check_archive,
     check_restored,
@@ -34,18 +35,17 @@ from nemo_minitron.plugin.archive import (
     file_name,
     make_cfg,
 )
-from nemo_minitron.plugin.data import (
+from nemo_minitron.training.loss_guard import gradient_norm
+from nemo_minitron.training.sampler import (
     ConsumedSampler,
     as_samples,
     packed_tokens,
     train_loader,
     validation_loader,
 )
-from nemo_minitron.plugin.guard import gradient_norm
-from nemo_minitron.plugin.learned import LearnedTokens, labels_of
-from nemo_minitron.plugin.loss import linear_loss
-from nemo_minitron.plugin.strategies import gathered, shard
-from nemo_minitron.plugin.te import EXTRA_STATE, Exchange, Kit
+from nemo_minitron.training.strategies import gathered, shard
+from nemo_minitron.training.token_weighting import LearnedTokens, labels_of
+from nemo_minitron.training.transformer_engine import EXTRA_STATE, Exchange, Kit
 
 Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float | None, Tensor | None], LossTerms]
 """From hidden states [tokens, hidden], head [vocabulary, hidden], labels [tokens], token ids

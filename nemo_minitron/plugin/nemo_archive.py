@@ -10,10 +10,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_minitron.artifacts.checkpoint import TORCH
-from nemo_minitron.artifacts.links import refuse_link
-from nemo_minitron.artifacts.plain_text import plain
-from nemo_minitron.artifacts.side_files import is_side_file, side_files
+from nemo_minitron.checkpoints.dtypes import TORCH
+from nemo_minitron.checkpoints.side_files import is_side_file, side_files
+from nemo_minitron.workspace.links import refuse_link
+from nemo_minitron.workspace.plain_text import plain
 
 CARD = "README.md"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH.values()}

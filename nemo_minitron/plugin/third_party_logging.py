@@ -1,4 +1,4 @@
-"""NeMo's and Lightning's chatter."""
+"""What NeMo and Lightning log and warn of."""
 
 import logging
 import re
@@ -7,7 +7,7 @@ import warnings
 from nemo.utils import logging as nemo_logging
 
 
-def hush() -> None:
+def silence_third_parties() -> None:
     """Keeps NeMo's and Lightning's chatter out of the way of the progress bar.
 
     Warnings of substance remain.

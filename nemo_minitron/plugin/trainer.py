@@ -19,22 +19,22 @@ from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
-from nemo_minitron.artifacts import log
-from nemo_minitron.bridge.models import layers_of
-from nemo_minitron.core.size import model_size
 from nemo_minitron.families import Family
-from nemo_minitron.plugin.archive import make_cfg
-from nemo_minitron.plugin.averaging import Averaging
-from nemo_minitron.plugin.callbacks import ExactResume, TrainingLog
-from nemo_minitron.plugin.checkpoint_safety import checkpoints_as_data
-from nemo_minitron.plugin.data import as_samples
-from nemo_minitron.plugin.distillation import KnowledgeDistillation
-from nemo_minitron.plugin.guard import LossGuard, Spikes
+from nemo_minitron.models.causal_lm import layers_of
+from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.model import MinitronModel
-from nemo_minitron.plugin.preemption import Preemption
-from nemo_minitron.plugin.quiet import hush
-from nemo_minitron.plugin.strategies import Sharded
-from nemo_minitron.plugin.te import transformer_engine
+from nemo_minitron.plugin.nemo_archive import make_cfg
+from nemo_minitron.plugin.third_party_logging import silence_third_parties
+from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.training.averaging import Averaging
+from nemo_minitron.training.callbacks import ExactResume, TrainingLog
+from nemo_minitron.training.checkpoint_safety import checkpoints_as_data
+from nemo_minitron.training.loss_guard import LossGuard, Spikes
+from nemo_minitron.training.preemption import Preemption
+from nemo_minitron.training.sampler import as_samples
+from nemo_minitron.training.strategies import sharding_strategy
+from nemo_minitron.training.transformer_engine import transformer_engine
+from nemo_minitron.workspace import training_log
 
 _STEP = re.compile(r"step=(\d+)")
 
@@ -144,7 +144,7 @@ def train(
         ValueError: NeMo, Lightning or a callback refuses a setting, or the checkpoint holds more than data.
         BadStep: a step that must not be taken; with it in ``skipped``, another call goes on.
     """
-    hush()
+    silence_third_parties()
     check_trainer(recipe.trainer)
     try:
         trainer = _trainer(recipe, callbacks)
@@ -185,20 +185,8 @@ def _trainer(recipe: Recipe, callbacks: Sequence[Callback]) -> Trainer:
     # logger, checkpoints and their folders are exp_manager's; the sampler knows its ranks itself
     fixed = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}
     if options.shard:
-        fixed["strategy"] = _sharded(options.tensor_parallel)
+        fixed["strategy"] = sharding_strategy(options.tensor_parallel)
     return Trainer(**{**arguments, **fixed}, callbacks=[*callbacks, *guards, *average, *bar])
-
-
-def _sharded(tensor_parallel: int) -> Sharded:
-    """The strategy that splits the model.
-
-    Raises:
-        ValueError: the ranks cannot be laid out so.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks % tensor_parallel:
-        raise ValueError(f"training.tensor_parallel: {tensor_parallel} does not divide the {ranks} ranks")
-    return Sharded(data_parallel_size=ranks // tensor_parallel, tensor_parallel_size=tensor_parallel)
 
 
 def _watch(trainer: Trainer, model: MinitronModel, recipe: Recipe, positions: int, state: Path) -> None:
@@ -210,7 +198,9 @@ def _watch(trainer: Trainer, model: MinitronModel, recipe: Recipe, positions: in
     for callback in trainer.callbacks:
         if isinstance(callback, KnowledgeDistillation):
             flops += forward_flops(callback.teacher, callback.family, positions)
-    trainer.callbacks.append(TrainingLog(state / log.FILE, every, tokens, flops, recipe.options.peak_tflops))
+    trainer.callbacks.append(
+        TrainingLog(state / training_log.FILE, every, tokens, flops, recipe.options.peak_tflops)
+    )
     trainer.callbacks.append(Preemption(state / "nemo" / "checkpoints"))
 
 
@@ -259,7 +249,9 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
     if trainer.is_global_zero and newest is not None:
         _tidy(folder / "checkpoints", recipe.exp_manager.get("checkpoint_callback_params") or {})
     # a validation that was due behind the checkpoint, and did not come to its end, is made up for
-    validated = [line["step"] for line in log.read_log(state / log.FILE) if "val_loss" in line]
+    validated = [
+        line["step"] for line in training_log.read_log(state / training_log.FILE) if "val_loss" in line
+    ]
     settings = {
         "disable_validation_on_resume": newest is None or step_of(newest) in validated,
         **recipe.exp_manager,

@@ -1,7 +1,7 @@
 """NeMo model transforms: callables ``nn.Module -> nn.Module`` that prune a model in memory by a plan.
 
-They read the same family table and call the same ``core.cut`` as the streaming stage, so that both give the
-same weights. The module is changed **in place** (NeMo 2.x ignores what a transform returns) and returned.
+They read the same family table and call the same ``pruning.slice`` as the streaming stage, so that both give
+the same weights. The module is changed **in place** (NeMo 2.x ignores what a transform returns) and returned.
 """
 
 from pathlib import Path
@@ -11,10 +11,10 @@ import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from nemo_minitron.artifacts.plan import Plan, read_plan
-from nemo_minitron.core.cut import Cut, cut_config, cut_tensor, pieces
-from nemo_minitron.core.select import Keep
 from nemo_minitron.families import axis_sizes, family_of
+from nemo_minitron.pruning.plan_file import Plan, read_plan
+from nemo_minitron.pruning.select import Keep
+from nemo_minitron.pruning.slice import Cut, cut_config, cut_tensor, pieces
 
 
 class Pruning:

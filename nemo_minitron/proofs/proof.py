@@ -16,22 +16,15 @@ import torch
 import transformers
 from torch import Tensor
 
-from nemo_minitron.artifacts.checkpoint import SINGLE, Checkpoint, open_checkpoint
-from nemo_minitron.artifacts.pruned import write_pruned
-from nemo_minitron.bridge.models import load_model
-from nemo_minitron.bridge.specimens import dead_copy, permutation, tiny_model
-from nemo_minitron.core.cut import Cut
-from nemo_minitron.core.importance import random_scores
-from nemo_minitron.core.select import Keep, complete_targets, score_shape, select_units
-from nemo_minitron.core.size import model_size
-from nemo_minitron.families import (
-    Family,
-    axis_sizes,
-    check_sizes,
-    config_with_sizes,
-    families,
-    present_axes,
-)
+from nemo_minitron.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
+from nemo_minitron.families import Family, axis_sizes, check_sizes, config_with_sizes, families, present_axes
+from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.proofs.tiny_models import dead_copy, permutation, tiny_model
+from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.select import Keep, complete_targets, score_shape, select_units
+from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.stream import write_pruned
+from nemo_minitron.scoring.importance import random_scores
 
 PROOFS = ("permutation", "dead units", "strict load", "generate")
 TOGETHER = "all together"

@@ -10,11 +10,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_minitron.artifacts.checkpoint import SINGLE, Checkpoint
-from nemo_minitron.core.cut import dim_index
-from nemo_minitron.core.select import Keep, score_shape
+from nemo_minitron.checkpoints.checkpoint import SINGLE, Checkpoint
 from nemo_minitron.families import Family, axis_sizes, find_row
 from nemo_minitron.families.grammar import Dim, dim_size
+from nemo_minitron.pruning.select import Keep, score_shape
+from nemo_minitron.pruning.slice import dim_index
 
 SIZES = {
     "hidden": 32, "ffn": 40, "heads": 8, "kv_heads": 2, "head_dim": 4, "vocab": 96, "layers": 4, "experts": 4,

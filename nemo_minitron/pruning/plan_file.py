@@ -8,11 +8,11 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from nemo_minitron.artifacts.manifest import write_json
-from nemo_minitron.core.cut import Cut, cut_config
-from nemo_minitron.core.select import Keep
-from nemo_minitron.core.size import Size, model_size
 from nemo_minitron.families import Family, axis_sizes
+from nemo_minitron.pruning.cost import Size, model_size
+from nemo_minitron.pruning.select import Keep
+from nemo_minitron.pruning.slice import Cut, cut_config
+from nemo_minitron.workspace.manifest import write_json
 
 FILE = "plan.json"
 KEEP = "keep.safetensors"

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nemo_minitron.core.importance import group_scores
 from nemo_minitron.families import Family
 
 Keep = dict[str, Tensor]
@@ -163,3 +162,13 @@ def scattered(scores_L: Tensor, count: int) -> list[int]:
     """
     kept = top(scores_L, scores_L.numel() - count).tolist()
     return [layer for layer in range(scores_L.numel()) if layer not in kept]
+
+
+def group_scores(heads_LN: Tensor, groups: int) -> Tensor:
+    """Score of each KV group.
+
+    The L2 norm over its query heads' scores. [layers, heads] to [layers, groups].
+    """
+    heads_LN = heads_LN.clamp(min=0)  # less than nothing: gone in an earlier round
+    norms: Tensor = torch.linalg.vector_norm(heads_LN.unflatten(-1, (groups, -1)), dim=-1)
+    return norms

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_minitron.core.cut import Cut, cut_config
-from nemo_minitron.core.select import complete_targets
-from nemo_minitron.core.size import ROUND, Size, model_size
 from nemo_minitron.families import Family, axis_sizes, check_layers, check_sizes
+from nemo_minitron.families.architecture import config_with_sizes, present_axes, tensor_names
 from nemo_minitron.families.grammar import Row, evaluate, names_in, row_axes, row_shape
-from nemo_minitron.families.shapes import config_with_sizes, present_axes, tensor_names
+from nemo_minitron.pruning.cost import ROUND, Size, model_size
+from nemo_minitron.pruning.select import complete_targets
+from nemo_minitron.pruning.slice import Cut, cut_config
 
 MEASURES = ("parameters", "non_embedding", "active", "kv_bytes_per_token", "flops_per_token")
 _MOST = 200_000

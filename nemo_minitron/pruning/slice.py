@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.core.select import Keep
 from nemo_minitron.families import (
     Family,
     TensorRow,
@@ -20,6 +19,7 @@ from nemo_minitron.families import (
     find_row,
 )
 from nemo_minitron.families.grammar import Dim, dim_size, extent, row_axes, row_shape
+from nemo_minitron.pruning.select import Keep
 
 
 @dataclass(frozen=True)

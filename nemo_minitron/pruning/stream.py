@@ -15,17 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_minitron.artifacts.checkpoint import (
-    TORCH,
-    Checkpoint,
-    Entry,
-    both_spellings,
-    open_checkpoint,
-)
-from nemo_minitron.artifacts.manifest import write_json
-from nemo_minitron.artifacts.side_files import copy_side_files
-from nemo_minitron.artifacts.weights import Block, Planned, ShardWriter, stored_order
-from nemo_minitron.core.cut import Cut, Piece, cut_config, pieces, rescaled
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, Entry, open_checkpoint
+from nemo_minitron.checkpoints.dtypes import TORCH
+from nemo_minitron.checkpoints.hf_config import both_spellings
+from nemo_minitron.checkpoints.shard_writer import Block, Planned, ShardWriter, stored_order
+from nemo_minitron.checkpoints.side_files import copy_side_files
+from nemo_minitron.pruning.slice import Cut, Piece, cut_config, pieces, rescaled
+from nemo_minitron.workspace.manifest import write_json
 
 BLOCK_BYTES = 8 * 2**20
 GAP_BYTES = 32 * 1024

@@ -4,22 +4,22 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from nemo_minitron.core.select import complete_targets
+from nemo_minitron.config.plan_config import PlanConfig
 from nemo_minitron.families import Family, axis_sizes, check_sizes, present_axes
-from nemo_minitron.stages.config import PlanConfig
+from nemo_minitron.pruning.select import complete_targets
 
 _CHOICES = ("drop_layers", "layer_choice")
 """Keys of the plan that are no sizes."""
 
 
-def given(plan: PlanConfig) -> dict[str, Any]:
+def explicit_targets(plan: PlanConfig) -> dict[str, Any]:
     """The keys of the plan that were set."""
     return {name: value for name, value in asdict(plan).items() if value is not None and name != "budget"}
 
 
 def needs_scores(plan: PlanConfig) -> bool:
     """Whether a ranking decides anything: a list of layers to drop alone needs none."""
-    return bool(set(given(plan)) - set(_CHOICES))
+    return bool(set(explicit_targets(plan)) - set(_CHOICES))
 
 
 def target_sizes(family: Family, config: Mapping[str, Any], plan: PlanConfig) -> dict[str, int]:
@@ -28,7 +28,7 @@ def target_sizes(family: Family, config: Mapping[str, Any], plan: PlanConfig) ->
     Raises:
         ValueError: a target that cannot be, with what was expected and found.
     """
-    asked = {name: value for name, value in given(plan).items() if name not in _CHOICES}
+    asked = {name: value for name, value in explicit_targets(plan).items() if name not in _CHOICES}
     sizes, present = axis_sizes(family, config), present_axes(family, config)
     axes = [name for name in family.prunable if name in present]
     if plan.budget.params is not None:

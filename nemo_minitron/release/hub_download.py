@@ -17,12 +17,11 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 
-from nemo_minitron.artifacts.manifest import hash_file
-from nemo_minitron.artifacts.side_files import LICENCES
+from nemo_minitron.checkpoints.side_files import LICENCES
+from nemo_minitron.workspace.manifest import hash_file
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", *LICENCES]
 _NOT = ["*/*", "consolidated*.safetensors"]
@@ -118,19 +117,3 @@ def download_config(repository: str) -> Path:
         raise ConnectionError(f"{repository!r} is no folder here, and the hub cannot be reached") from error
     except (EntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
         raise ValueError(f"{repository!r} is neither a folder here nor a repository on the hub") from error
-
-
-def data_set_commit(repository: str) -> str:
-    """The commit that a data set's main branch stands for.
-
-    Raises:
-        ValueError: there is no such data set.
-        ConnectionError: the hub could not be reached, or is in trouble; worth another try.
-    """
-    try:
-        return str(huggingface_hub.HfApi().dataset_info(repository).sha)
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        text = f"{repository!r}: no such data set on the hub ({str(error).splitlines()[0]})"
-        raise ValueError(text) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.TransportError) as error:
-        raise ConnectionError(f"{repository!r}: the hub cannot be reached") from error

@@ -20,9 +20,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import log, report
-from nemo_minitron.artifacts.manifest import Manifest, digest, read_manifest
-from nemo_minitron.artifacts.masking import masked
+from nemo_minitron.evaluation import report
+from nemo_minitron.workspace import training_log
+from nemo_minitron.workspace.manifest import Manifest, digest, read_manifest
+from nemo_minitron.workspace.masking import masked
 
 IDENTITY = "minitron.identity"
 """Tag by which a workspace finds its run again."""
@@ -41,7 +42,7 @@ _NAME, _VALUE, _TAG, _REASON = 250, 6000, 5000, 240
 """Longest name, param and tag, as MLflow takes them; and how much of an error is told."""
 _POINTS, _PARAMS = 1000, 25
 """Entries of a request; it may hold 100 params and a million bytes, which so many long ones stay below."""
-_FILES = (report.PAGE, report.FILE, log.TABLE)
+_FILES = (report.PAGE, report.FILE, training_log.TABLE)
 _LOCK = threading.Lock()
 
 
@@ -198,7 +199,7 @@ def _log(
 def _curves(prefix: str, folder: Path) -> dict[tuple[str, int], Any]:
     """A training's log by name and step; a step that has several lines counts once."""
     found = {}
-    for line in log.read_log(folder / log.FILE):
+    for line in training_log.read_log(folder / training_log.FILE):
         values = ((("curve", name), value) for name, value in line.items() if name != "step")
         for name, value in _named(prefix, "/", values).items():
             found[name, int(line["step"])] = value

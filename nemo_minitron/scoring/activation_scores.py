@@ -5,24 +5,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.artifacts.manifest import Input, read_manifest
-from nemo_minitron.artifacts.pruned import write_pruned
-from nemo_minitron.artifacts.scores import Scores, read_scores
-from nemo_minitron.core.cut import Cut
-from nemo_minitron.core.iterate import outranked, sizes_after, spread
-from nemo_minitron.core.select import Keep, select_units
-from nemo_minitron.core.tally import Tally, merge_tallies, rank
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.config.config import Config
+from nemo_minitron.data.mixtures import calibration_mixture
 from nemo_minitron.families import axis_sizes
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.depth import block_lengths, greedy, greedy_steps, with_tasks
-from nemo_minitron.stages.runner import Runner
-from nemo_minitron.stages.stage import calibration_mixture
+from nemo_minitron.pruning.select import Keep, select_units
+from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.stream import write_pruned
+from nemo_minitron.scoring.calibration_sums import CalibrationSums, merge_sums, rankings
+from nemo_minitron.scoring.iterative import outranked, sizes_after, spread
+from nemo_minitron.scoring.layer_removal import TaskSums, block_lengths, greedy, greedy_steps, with_tasks
+from nemo_minitron.scoring.pass_runner import Runner
+from nemo_minitron.scoring.scores_file import Scores, read_scores
+from nemo_minitron.workspace.manifest import Input, read_manifest
 
 if TYPE_CHECKING:
-    from nemo_minitron.bridge.ranks import Ranks
-    from nemo_minitron.bridge.samples import Samples
-    from nemo_minitron.bridge.taps import Measures
+    from nemo_minitron.data.calibration_samples import Samples
+    from nemo_minitron.models.ranks import Ranks
+    from nemo_minitron.scoring.hooks import Measures
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Outcome:
 
 def measures_of(config: Config, layers: int) -> "Measures":
     """What a pass sums."""
-    from nemo_minitron.bridge.taps import Measures
+    from nemo_minitron.scoring.hooks import Measures
 
     lengths = block_lengths(config, layers)
     depth = config.score.depth
@@ -71,7 +71,7 @@ class Prepared:
     samples: "Samples"
     wanted: dict[int, str]
     measures: "Measures"
-    merged: Tally
+    merged: CalibrationSums
 
 
 def prepare(config: Config, folder: Path, teacher: Input) -> Prepared:
@@ -85,8 +85,8 @@ def prepare(config: Config, folder: Path, teacher: Input) -> Prepared:
     Raises:
         ValueError: too little text, or parts that do not make a whole.
     """
-    from nemo_minitron.bridge.models import load_tokenizer
-    from nemo_minitron.bridge.samples import calibration_samples
+    from nemo_minitron.data.calibration_samples import calibration_samples
+    from nemo_minitron.models.causal_lm import load_tokenizer
 
     checkpoint, calibration = open_checkpoint(folder), config.data.calibration
     samples = calibration_samples(
@@ -96,12 +96,18 @@ def prepare(config: Config, folder: Path, teacher: Input) -> Prepared:
     named = dict(enumerate(samples.fingerprints()))
     wanted = {index: named[index] for index in part_of(config.score.shard, len(samples))}
     measures = measures_of(config, axis_sizes(checkpoint.family, checkpoint.config)["layers"])
-    merged = _merged(config, teacher, measures, wanted) if config.score.merge else Tally()
+    merged = _merged(config, teacher, measures, wanted) if config.score.merge else CalibrationSums()
     return Prepared(samples, wanted, measures, merged)
 
 
 def by_activation(
-    config: Config, folder: Path, prepared: Prepared, state: Path, before: Tally, ranks: "Ranks"
+    config: Config,
+    folder: Path,
+    prepared: Prepared,
+    state: Path,
+    before: CalibrationSums,
+    ranks: "Ranks",
+    tasks: TaskSums,
 ) -> Outcome:
     """Scores a model on the calibration samples.
 
@@ -112,14 +118,15 @@ def by_activation(
         state: folder that survives interruption.
         before: sums of an earlier scoring of this model, which count as far as they fit.
         ranks: this process among others.
+        tasks: measures tasks without blocks of layers.
     """
-    from nemo_minitron.bridge.passes import keep, leading, saved
+    from nemo_minitron.scoring.distributed_pass import leading, load_partial, save_partial
 
     checkpoint, wanted, measures = open_checkpoint(folder), prepared.wanted, prepared.measures
     if prepared.merged.samples:
         ranks.broadcast(None)
         return Outcome(_scores(config, checkpoint, prepared.merged), 0, 0.0, [])
-    known = usable(saved(state), measures, wanted)
+    known = usable(load_partial(state), measures, wanted)
     known = known if known.samples else usable(before, measures, wanted)
     missing = [index for index in wanted if index not in known.samples]
     notes = [f"{len(known.samples)} of {len(wanted)} samples were scored before"] if known.samples else []
@@ -127,15 +134,16 @@ def by_activation(
         run = Runner(config, lead, prepared.samples, state, notes)
         tally = known
         if missing:
-            keep(state, known)
-            tally = merge_tallies(known, run(folder, measures, missing))
-            keep(state, tally)
+            save_partial(state, known)
+            tally = merge_sums(known, run(folder, measures, missing))
+            save_partial(state, tally)
         scores = _scores(config, checkpoint, tally)
         if config.score.depth == "task":
-            scores = with_tasks(config, lead, checkpoint, scores)
+            scores = with_tasks(config, lead, checkpoint, scores, tasks)
         steps = greedy_steps(config, axis_sizes(checkpoint.family, checkpoint.config)["layers"])
         if steps:
-            scores = replace(scores, greedy=greedy(config, run, checkpoint, scores, list(wanted), steps))
+            order = greedy(config, run, checkpoint, scores, list(wanted), steps, tasks)
+            scores = replace(scores, greedy=order)
         if config.score.iterations > 1:
             scores = _iterated(config, run, checkpoint, scores, measures, list(wanted))
     return Outcome(scores, run.tokens, run.seconds, notes)
@@ -157,21 +165,21 @@ def part_of(shard: str | None, count: int) -> list[int]:
     return list(range(int(match[1]) - 1, count, int(match[2])))
 
 
-def usable(tally: Tally, measures: "Measures", wanted: dict[int, str]) -> Tally:
+def usable(tally: CalibrationSums, measures: "Measures", wanted: dict[int, str]) -> CalibrationSums:
     """The sums that a pass need not make again; empty where they lack something, or hold too much."""
     if any(wanted.get(index) != name for index, name in tally.samples.items()):
-        return Tally()
+        return CalibrationSums()
     depth = [("block_influence", n) for n in measures.influence] + [("lm_loss", n) for n in measures.losses]
     held = {how for _, how in tally.sums}
     if not set(measures.sequence) <= held or not set(depth) <= set(tally.depth):
-        return Tally()
+        return CalibrationSums()
     sums = {key: value for key, value in tally.sums.items() if key[1] in measures.sequence}
     return replace(tally, sums=sums, depth={key: tally.depth[key] for key in depth})
 
 
-def _merged(config: Config, teacher: Input, measures: "Measures", wanted: dict[int, str]) -> Tally:
+def _merged(config: Config, teacher: Input, measures: "Measures", wanted: dict[int, str]) -> CalibrationSums:
     """Adds up the parts that other runs scored."""
-    found = Tally()
+    found = CalibrationSums()
     for name in config.score.merge:
         place = Path(name).expanduser() / "scores"
         manifest = read_manifest(place)
@@ -190,7 +198,7 @@ def _merged(config: Config, teacher: Input, measures: "Measures", wanted: dict[i
                 f"score.merge: {place}: not the samples, aggregations and blocks that are asked for here"
             )
         try:
-            found = merge_tallies(found, fitting)
+            found = merge_sums(found, fitting)
         except ValueError as error:
             raise ValueError(f"score.merge: {place}: {error}") from error
     missing = [index for index in wanted if index not in found.samples]
@@ -202,9 +210,9 @@ def _merged(config: Config, teacher: Input, measures: "Measures", wanted: dict[i
     return found
 
 
-def _scores(config: Config, checkpoint: Checkpoint, tally: Tally) -> Scores:
+def _scores(config: Config, checkpoint: Checkpoint, tally: CalibrationSums) -> Scores:
     aggregation = config.score.aggregation
-    ranking = rank(tally, checkpoint.family, aggregation.batch, aggregation.sequence, config.score.depth)
+    ranking = rankings(tally, checkpoint.family, aggregation.batch, aggregation.sequence, config.score.depth)
     return Scores(ranking, tally)
 
 
@@ -217,8 +225,8 @@ def _iterated(
     indices: list[int],
 ) -> Scores:
     """Iterative importance: cuts a part of the way, scores what is left, T rounds in all."""
-    from nemo_minitron.artifacts.build import building, discard
-    from nemo_minitron.stages.targets import target_sizes
+    from nemo_minitron.pruning.target_sizes import target_sizes
+    from nemo_minitron.workspace.build import building, discard
 
     family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
     target = target_sizes(family, checkpoint.config, config.plan)
@@ -235,7 +243,9 @@ def _iterated(
                 checkpoint, [(temporary, Cut(family, checkpoint.config, keep, every))], 5_000_000_000
             )
         tally = run(folder, replace(measures, influence=(), losses=()), indices, save=False)
-        found = rank(tally, family, config.score.aggregation.batch, config.score.aggregation.sequence, "none")
+        found = rankings(
+            tally, family, config.score.aggregation.batch, config.score.aggregation.sequence, "none"
+        )
         for axis, values in found.items():
             now, alive = spread(family, sizes, keep, axis, values)
             ranking[axis] = outranked(ranking[axis], now, alive)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nemo_minitron.core.depth import DepthSums, block_importance, merge_depth
-from nemo_minitron.core.importance import Moments, merge, over_batch
 from nemo_minitron.families import Family
+from nemo_minitron.scoring.depth import DepthSums, block_importance, merge_depth
+from nemo_minitron.scoring.importance import Moments, merge, over_batch
 
 
 @dataclass(frozen=True)
-class Tally:
+class CalibrationSums:
     """Sums over a set of calibration samples.
 
     Attributes:
@@ -37,7 +37,7 @@ class Tally:
         return not self.samples
 
 
-def merge_tallies(left: Tally, right: Tally) -> Tally:
+def merge_sums(left: CalibrationSums, right: CalibrationSums) -> CalibrationSums:
     """Sums over two disjoint sets of samples together.
 
     Raises:
@@ -50,7 +50,7 @@ def merge_tallies(left: Tally, right: Tally) -> Tally:
         raise ValueError(f"scores to be merged share calibration sample {min(both)}: it would count twice")
     if set(left.sums) != set(right.sums) or set(left.depth) != set(right.depth):
         raise ValueError("scores to be merged hold different axes, aggregations or depth metrics")
-    return Tally(
+    return CalibrationSums(
         {key: merge(value, right.sums[key]) for key, value in left.sums.items()},
         {axis: value + right.routed[axis] for axis, value in left.routed.items()},
         {key: merge_depth(value, right.depth[key]) for key, value in left.depth.items()},
@@ -58,7 +58,9 @@ def merge_tallies(left: Tally, right: Tally) -> Tally:
     )
 
 
-def rank(tally: Tally, family: Family, batch: str, sequence: str, depth: str) -> dict[str, Tensor]:
+def rankings(
+    tally: CalibrationSums, family: Family, batch: str, sequence: str, depth: str
+) -> dict[str, Tensor]:
     """Scores of every axis from the sums.
 
     Args:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_minitron.core.products import sum_dtype
+from nemo_minitron.losses.wide_matmul import sum_dtype
 
 METRICS = ("block_influence", "lm_loss", "task")
 

@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-from nemo_minitron.artifacts.build import discard
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.artifacts.manifest import digest
-from nemo_minitron.artifacts.scores import Scores, read_scores, write_scores
-from nemo_minitron.bridge.models import decoder_of, load_model, pick_device
-from nemo_minitron.bridge.ranks import Ranks
-from nemo_minitron.bridge.samples import Samples
-from nemo_minitron.bridge.scoring import in_memory
-from nemo_minitron.bridge.shelf import Savings
-from nemo_minitron.bridge.streaming import streamed
-from nemo_minitron.bridge.taps import Measures
-from nemo_minitron.core.tally import Tally, merge_tallies
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.data.calibration_samples import Samples
 from nemo_minitron.families import Family, axis_sizes, fill
+from nemo_minitron.models.causal_lm import decoder_of, load_model, pick_device
+from nemo_minitron.models.ranks import Ranks
+from nemo_minitron.scoring.calibration_sums import CalibrationSums, merge_sums
+from nemo_minitron.scoring.hooks import Measures
+from nemo_minitron.scoring.layerwise_checkpoint import LayerwiseCheckpoint
+from nemo_minitron.scoring.pass_by_layer import streamed
+from nemo_minitron.scoring.pass_in_memory import in_memory
+from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
+from nemo_minitron.workspace.build import discard
+from nemo_minitron.workspace.manifest import digest
 
 
 @dataclass(frozen=True)
-class Job:
+class PassRequest:
     """One pass, as rank 0 hands it out.
 
     Attributes:
@@ -57,10 +57,10 @@ class Job:
 
 
 @contextmanager
-def leading(ranks: Ranks) -> Iterator["Lead"]:
+def leading(ranks: Ranks) -> Iterator["Leader"]:
     """Rank 0's part; the others are let go at the end of the block, however it ends."""
     try:
-        yield Lead(ranks)
+        yield Leader(ranks)
     finally:
         ranks.broadcast(None)
 
@@ -72,14 +72,14 @@ def follow(ranks: Ranks) -> None:
         ranks.gather(_perform(job, ranks, models, lambda _: None))
 
 
-class Lead:
+class Leader:
     """Runs passes; keeps the model in memory between them."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._models = _Models(ranks)
 
-    def run(self, job: Job, progress: Callable[[int], None] = lambda _: None) -> Tally:
+    def run(self, job: PassRequest, progress: Callable[[int], None] = lambda _: None) -> CalibrationSums:
         """Sums over all ranks.
 
         Args:
@@ -87,7 +87,8 @@ class Lead:
             progress: called with tokens that this rank has read.
         """
         self.ranks.broadcast(job)
-        return reduce(merge_tallies, self.ranks.gather(_perform(job, self.ranks, self._models, progress)))
+        found: list[CalibrationSums] = self.ranks.gather(_perform(job, self.ranks, self._models, progress))
+        return reduce(merge_sums, found)
 
     def model(self, folder: Path, device: str) -> Any:
         """A model in memory, for what is no pass."""
@@ -132,21 +133,25 @@ def _shard(model: Any, family: Family) -> None:
     fully_shard(decoder)
 
 
-def deal(indices: Sequence[int], batch_size: int, ranks: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def split_batches(
+    indices: Sequence[int], batch_size: int, ranks: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Batches of samples, dealt to the ranks in turn."""
     batches = [tuple(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
     return tuple(tuple(batches[rank::ranks]) for rank in range(ranks))
 
 
-def _perform(job: Job, ranks: Ranks, models: _Models, progress: Callable[[int], None]) -> Tally:
+def _perform(
+    job: PassRequest, ranks: Ranks, models: _Models, progress: Callable[[int], None]
+) -> CalibrationSums:
     groups = job.groups[ranks.rank]
     checkpoint = open_checkpoint(job.folder)
     if job.streaming and not groups:
-        return Tally()
+        return CalibrationSums()
     if job.streaming:
         device = _device(job.device, ranks)
         recipe = digest([checkpoint.fingerprint, groups, asdict(job.measures), sorted(job.removed)])
-        savings = Savings(job.state / f"layers-{ranks.rank}", recipe, job.save_seconds)
+        savings = LayerwiseCheckpoint(job.state / f"layers-{ranks.rank}", recipe, job.save_seconds)
         tally = streamed(
             checkpoint, job.samples, groups, job.measures, device, job.budget, job.state, job.removed,
             progress, savings,
@@ -156,7 +161,7 @@ def _perform(job: Job, ranks: Ranks, models: _Models, progress: Callable[[int], 
     idle = max(map(len, job.groups)) - len(groups) if job.sharded else 0
     saved = time.monotonic()
 
-    def report(sums: Callable[[], Tally], tokens: int) -> None:
+    def report(sums: Callable[[], CalibrationSums], tokens: int) -> None:
         nonlocal saved
         progress(tokens)
         if job.save_seconds is not None and time.monotonic() - saved >= job.save_seconds:
@@ -167,7 +172,7 @@ def _perform(job: Job, ranks: Ranks, models: _Models, progress: Callable[[int], 
     return in_memory(model, checkpoint, job.samples, groups, job.measures, job.removed, idle, report)
 
 
-def _save(target: Path, tally: Tally) -> None:
+def _save(target: Path, tally: CalibrationSums) -> None:
     """Writes sums so that a reader finds the old ones or the new ones, whole."""
     fresh = target.with_name(f"{target.name}.new")
     discard(fresh)
@@ -181,20 +186,20 @@ def _save(target: Path, tally: Tally) -> None:
     discard(old)
 
 
-def saved(state: Path) -> Tally:
+def load_partial(state: Path) -> CalibrationSums:
     """The sums that a killed run left, those of all its ranks together.
 
     A sample that lies in several files (an older one that was not cleared away in time) counts once.
     """
     parts = [read_scores(path).tally for path in state.glob("part-*") if path.suffix != ".new"]
-    found = Tally()
+    found = CalibrationSums()
     for part in sorted(parts, key=lambda part: -len(part.samples)):
         if not set(part.samples) & set(found.samples):
-            found = merge_tallies(found, part)
+            found = merge_sums(found, part)
     return found
 
 
-def keep(state: Path, tally: Tally) -> None:
+def save_partial(state: Path, tally: CalibrationSums) -> None:
     """Leaves sums where ``saved`` finds them, whatever ranks then save beside them."""
     _save(state / "part-all", tally)
     for path in state.glob("part-*"):

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_minitron.bridge.experts import Visit, watched
-from nemo_minitron.core.depth import DepthSums, cosine_sum
-from nemo_minitron.core.importance import Moments, merge, moments, over_routed, over_sequence
-from nemo_minitron.core.tally import Tally
 from nemo_minitron.families import Family, Tap, axis_sizes, fill, find_row, present_axes
 from nemo_minitron.families.grammar import Dim, dim_size, extent
+from nemo_minitron.models.routed_experts import Visit, watched
+from nemo_minitron.scoring.calibration_sums import CalibrationSums
+from nemo_minitron.scoring.depth import DepthSums, cosine_sum
+from nemo_minitron.scoring.importance import Moments, merge, moments, over_routed, over_sequence
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,11 @@ class Recorder:
                     torch.linalg.vector_norm(opened, dim=others, dtype=torch.float32) if others else opened
                 )
             start += width
-        return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts).float(), dim=0)
+        if len(parts) == 1:
+            only: Tensor = parts[0]
+            return only
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(parts).float(), dim=0)
+        return whole
 
     def _add(self, axis: str, how: str, layer: int, tap: int, batch: Moments) -> None:
         key = (axis, how, layer, tap)
@@ -217,7 +221,7 @@ class Recorder:
         ]:
             del self._inputs[old]
 
-    def tally(self) -> Tally:
+    def tally(self) -> CalibrationSums:
         """The sums of all layers, on the CPU; the samples are the caller's to name."""
         sums: dict[tuple[str, str], Moments] = {}
         for axis, layers in self.places.items():
@@ -235,7 +239,7 @@ class Recorder:
             for first, cosines, _ in found:
                 total[first] = float(cosines)
             depth["block_influence", length] = DepthSums(total, 0.0, found[0][2] if found else 0)
-        return Tally(sums, routed, depth)
+        return CalibrationSums(sums, routed, depth)
 
     def _stacked(self, axis: str, how: str, layers: Sequence[int]) -> Moments:
         taps = range(len(self._taps(axis)) if self.family.axes[axis].scope == "model" else 1)

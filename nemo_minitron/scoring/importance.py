@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_minitron.core.products import widened
+from nemo_minitron.losses.wide_matmul import widened
 
 AGGREGATIONS = ("l2", "mean", "var")
 
@@ -128,16 +128,6 @@ def over_batch(sums: Moments, how: str) -> Tensor:
         return mean
     assert how == "var", how
     return (sums.squares / sums.samples - mean.square()).clamp(min=0)
-
-
-def group_scores(heads_LN: Tensor, groups: int) -> Tensor:
-    """Score of each KV group.
-
-    The L2 norm over its query heads' scores. [layers, heads] to [layers, groups].
-    """
-    heads_LN = heads_LN.clamp(min=0)  # less than nothing: gone in an earlier round
-    norms: Tensor = torch.linalg.vector_norm(heads_LN.unflatten(-1, (groups, -1)), dim=-1)
-    return norms
 
 
 def random_scores(shape: tuple[int, ...], seed: int) -> Tensor:

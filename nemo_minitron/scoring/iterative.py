@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nemo_minitron.core.select import Keep, complete_targets, score_shape
 from nemo_minitron.families import Family, check_sizes
+from nemo_minitron.pruning.select import Keep, complete_targets, score_shape
 
 
 def sizes_after(

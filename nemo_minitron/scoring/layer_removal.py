@@ -1,20 +1,23 @@
 """Which blocks of layers are measured, by task accuracy too, and greedy removal ([P2] section 3)."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from nemo_minitron.artifacts.checkpoint import Checkpoint
-from nemo_minitron.artifacts.scores import Scores
-from nemo_minitron.core.depth import DepthSums, block_importance
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.config.config import Config
 from nemo_minitron.families import axis_sizes
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.runner import Runner
+from nemo_minitron.scoring.depth import DepthSums, block_importance
+from nemo_minitron.scoring.pass_runner import Runner
+from nemo_minitron.scoring.scores_file import Scores
 
 if TYPE_CHECKING:
-    from nemo_minitron.bridge.passes import Lead
+    from nemo_minitron.scoring.distributed_pass import Leader
+
+TaskSums = Callable[["Leader", int, frozenset[int]], DepthSums]
+"""Accuracy without each block of so many layers, where some layers are left out all along."""
 
 
 def block_lengths(config: Config, layers: int) -> tuple[int, ...]:
@@ -39,10 +42,16 @@ def greedy_steps(config: Config, layers: int) -> int:
 
 
 def greedy(
-    config: Config, run: Runner, checkpoint: Checkpoint, scores: Scores, indices: list[int], steps: int
+    config: Config,
+    run: Runner,
+    checkpoint: Checkpoint,
+    scores: Scores,
+    indices: list[int],
+    steps: int,
+    tasks: TaskSums,
 ) -> tuple[int, ...]:
     """Removes the least important layer and measures all others anew, again and again ([P1] A.5)."""
-    from nemo_minitron.bridge.taps import Measures
+    from nemo_minitron.scoring.hooks import Measures
 
     metric = config.score.depth
     importance = scores.ranking["layers"]
@@ -57,37 +66,19 @@ def greedy(
         if len(order) == steps:
             return tuple(order)
         if metric == "task":
-            importance = _task_importance(config, run.lead, checkpoint, 1, frozenset(order))
+            importance = block_importance("task", tasks(run.lead, 1, frozenset(order)))
         else:
             tally = run(checkpoint.folder, measures, indices, frozenset(order), save=False)
             importance = block_importance(metric, tally.depth[metric, 1])
 
 
-def with_tasks(config: Config, lead: "Lead", checkpoint: Checkpoint, scores: Scores) -> Scores:
+def with_tasks(
+    config: Config, lead: "Leader", checkpoint: Checkpoint, scores: Scores, tasks: TaskSums
+) -> Scores:
     """Ranks layers, and blocks of them, by a task's accuracy without them ([P2] section 3)."""
     layers = axis_sizes(checkpoint.family, checkpoint.config)["layers"]
     depth: dict[tuple[str, int], DepthSums] = dict(scores.tally.depth)
     for length in block_lengths(config, layers):
-        depth["task", length] = _task_sums(config, lead, checkpoint, length, frozenset())
+        depth["task", length] = tasks(lead, length, frozenset())
     ranking = {**scores.ranking, "layers": block_importance("task", depth["task", 1])}
     return Scores(ranking, replace(scores.tally, depth=depth))
-
-
-def _task_importance(
-    config: Config, lead: "Lead", checkpoint: Checkpoint, length: int, removed: frozenset[int]
-) -> Tensor:
-    return block_importance("task", _task_sums(config, lead, checkpoint, length, removed))
-
-
-def _task_sums(
-    config: Config, lead: "Lead", checkpoint: Checkpoint, length: int, removed: frozenset[int]
-) -> DepthSums:
-    from nemo_minitron.bridge.tasks import accuracy_without
-    from nemo_minitron.bridge.text import documents, plain
-    from nemo_minitron.stages.stage import validation_text
-
-    return accuracy_without(
-        lead.model(checkpoint.folder, config.score.device), checkpoint, config.score.tasks,
-        config.evaluate.task_dir, lambda: plain(documents(validation_text(config))), config.score.task_limit,
-        config.score.batch_size, length, removed,
-    )  # fmt: skip

@@ -20,17 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.artifacts.checkpoint import Checkpoint, both_spellings, load_tensor
-from nemo_minitron.bridge.detour import Detour
-from nemo_minitron.bridge.models import decoder_of, frozen, hidden_states, load_layers
-from nemo_minitron.bridge.samples import Batch, Samples
-from nemo_minitron.bridge.scoring import Losses, check_isolation, loss_sum
-from nemo_minitron.bridge.shelf import Savings, Shelf
-from nemo_minitron.bridge.taps import Measures, Recorder
-from nemo_minitron.core.cut import Cut, cut_config, pieces
-from nemo_minitron.core.importance import Moments, merge
-from nemo_minitron.core.tally import Tally, place
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor
+from nemo_minitron.checkpoints.hf_config import both_spellings
+from nemo_minitron.data.calibration_samples import Batch, Samples
 from nemo_minitron.families import axis_sizes, present_axes
+from nemo_minitron.models.causal_lm import decoder_of, frozen, hidden_states, load_layers
+from nemo_minitron.models.layer_control import LayerControl
+from nemo_minitron.pruning.slice import Cut, cut_config, pieces
+from nemo_minitron.scoring.calibration_sums import CalibrationSums, place
+from nemo_minitron.scoring.hidden_state_store import HiddenStateStore
+from nemo_minitron.scoring.hooks import Measures, Recorder
+from nemo_minitron.scoring.importance import Moments, merge
+from nemo_minitron.scoring.layerwise_checkpoint import LayerwiseCheckpoint
+from nemo_minitron.scoring.pass_in_memory import Losses, check_isolation, loss_sum
 
 
 def layer_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -55,7 +57,7 @@ class _OneLayer:
         self._kept: dict[str, Tensor] = {}
 
     @contextmanager
-    def loaded(self, layer: int) -> Iterator[tuple[Any, Detour, int, dict[str, Any]]]:
+    def loaded(self, layer: int) -> Iterator[tuple[Any, LayerControl, int, dict[str, Any]]]:
         """The model, control over its layers, the layer's number in it, and its config.json."""
         family = self.checkpoint.family
         company = {
@@ -80,7 +82,7 @@ class _OneLayer:
                 self._kept[piece.source] = tensors[piece.name]
         model = load_layers(self.folder, family, tensors).to(self.device)
         del tensors
-        detour = Detour(model, family, len(layers))
+        detour = LayerControl(model, family, len(layers))
         here = layers.index(layer)
         detour.skip = frozenset(range(len(layers))) - {here}
         try:
@@ -101,8 +103,8 @@ def streamed(
     spill: Path,
     removed: frozenset[int] = frozenset(),
     progress: Callable[[int], None] = lambda _: None,
-    savings: Savings | None = None,
-) -> Tally:
+    savings: LayerwiseCheckpoint | None = None,
+) -> CalibrationSums:
     """The sums of ``scoring.in_memory``, with one layer in memory at a time.
 
     Args:
@@ -128,7 +130,7 @@ def streamed(
         (Path(name) / "model").mkdir()
         loader = _OneLayer(checkpoint, device, Path(name) / "model")
         batches = [samples.batch(group) for group in groups]
-        one = _Pass(loader, Shelf(budget, Path(name)), batches, measures, removed, progress)
+        one = _Pass(loader, HiddenStateStore(budget, Path(name)), batches, measures, removed, progress)
         found = one.run(savings, check=samples.positions_NS is not None)
     fingerprints = samples.fingerprints()
     done = {index: fingerprints[index] for group in groups for index in group}
@@ -141,7 +143,7 @@ class _Pass:
     def __init__(
         self,
         loader: _OneLayer,
-        shelf: Shelf,
+        shelf: HiddenStateStore,
         batches: Sequence[Batch],
         measures: Measures,
         removed: frozenset[int],
@@ -154,9 +156,9 @@ class _Pass:
         self.kept = [layer for layer in range(self.layers) if layer not in removed]
         self.losses = Losses(self.layers, measures.losses, removed)
 
-    def run(self, savings: Savings | None, check: bool) -> Tally:
+    def run(self, savings: LayerwiseCheckpoint | None, check: bool) -> CalibrationSums:
         """Takes all batches through layer after layer."""
-        start, found = savings.load(self.shelf) if savings is not None else (0, Tally())
+        start, found = savings.load(self.shelf) if savings is not None else (0, CalibrationSums())
         if start:
             print(f"scoring goes on at layer {self.kept[start]}", flush=True)
         self.progress(start * sum(batch.tokens_BS.numel() for batch in self.batches))
@@ -166,7 +168,7 @@ class _Pass:
                 savings.save(self.shelf, position + 1, found)
         return found
 
-    def _layer(self, layer: int, found: Tally, check: bool) -> Tally:
+    def _layer(self, layer: int, found: CalibrationSums, check: bool) -> CalibrationSums:
         """Takes all batches through one layer; nothing of it is left when it returns."""
         with self.loader.loaded(layer) as (model, detour, here, config):
             if check:
@@ -181,7 +183,14 @@ class _Pass:
             return _joined(found, recorder.tally(), layer, here, self.layers)
 
     def _advance(
-        self, model: Any, detour: Detour, here: int, recorder: Recorder, batch: Batch, number: int, layer: int
+        self,
+        model: Any,
+        detour: LayerControl,
+        here: int,
+        recorder: Recorder,
+        batch: Batch,
+        number: int,
+        layer: int,
     ) -> None:
         """Takes a batch through a layer, as the whole model has it and as models without a block have it."""
         decoder, shelf = decoder_of(model, self.family), self.shelf
@@ -203,7 +212,7 @@ class _Pass:
         shelf.put((None, number), after)
         detour.output, detour.inject, detour.inputs[here] = None, {}, None
 
-    def _finish(self, model: Any, detour: Detour) -> None:
+    def _finish(self, model: Any, detour: LayerControl) -> None:
         """Final norm, head and loss of all that has come through the last layer."""
         if not self.losses.blocks:
             return
@@ -216,7 +225,9 @@ class _Pass:
                 self.losses.add(block, loss_sum(model, self.family, hidden_BSH, fed.labels_BS))
 
 
-def _joined(found: Tally, one: Tally, layer: int, here: int, layers: int) -> Tally:
+def _joined(
+    found: CalibrationSums, one: CalibrationSums, layer: int, here: int, layers: int
+) -> CalibrationSums:
     """Adds the sums of one layer to those of the layers before it."""
     sums: dict[tuple[str, str], Moments] = dict(found.sums)
     for key, value in one.sums.items():

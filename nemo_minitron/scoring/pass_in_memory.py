@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.artifacts.checkpoint import Checkpoint
-from nemo_minitron.bridge.detour import Detour
-from nemo_minitron.bridge.models import decoder_of, frozen, head_of, hidden_states, softcap_of
-from nemo_minitron.bridge.samples import Batch, Samples
-from nemo_minitron.bridge.taps import Measures, Recorder
-from nemo_minitron.core.depth import DepthSums
-from nemo_minitron.core.losses import LossWeights, fused_linear_loss
-from nemo_minitron.core.tally import Tally
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.data.calibration_samples import Batch, Samples
 from nemo_minitron.families import Family, axis_sizes
+from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.models.causal_lm import decoder_of, frozen, head_of, hidden_states, softcap_of
+from nemo_minitron.models.layer_control import LayerControl
+from nemo_minitron.scoring.calibration_sums import CalibrationSums
+from nemo_minitron.scoring.depth import DepthSums
+from nemo_minitron.scoring.hooks import Measures, Recorder
 
 Block = tuple[int, ...]
 """Layers that are left out together, ascending."""
-Report = Callable[[Callable[[], Tally], int], None]
+Report = Callable[[Callable[[], CalibrationSums], int], None]
 """Called with a function that gives the sums so far, and with the tokens that were read since."""
 
 
@@ -104,7 +104,7 @@ class Losses:
 
 
 def losses_without(
-    model: Any, family: Family, detour: Detour, batch: Batch, losses: Losses, removed: frozenset[int]
+    model: Any, family: Family, detour: LayerControl, batch: Batch, losses: Losses, removed: frozenset[int]
 ) -> None:
     """Loss of one batch without each block: only the layers behind the block run again ([P2] section 3).
 
@@ -131,7 +131,7 @@ def in_memory(
     removed: frozenset[int] = frozenset(),
     idle: int = 0,
     report: Report = lambda *_: None,
-) -> Tally:
+) -> CalibrationSums:
     """One pass: every axis, block influence, and the loss without layers, batch after batch.
 
     Args:
@@ -149,14 +149,14 @@ def in_memory(
     recorder = Recorder(family, checkpoint.config, measures)
     losses = Losses(layers, measures.losses, removed)
     device = next(model.parameters()).device
-    detour = Detour(model, family, layers)
+    detour = LayerControl(model, family, layers)
     detour.skip = removed
     done: dict[int, str] = {}
     fingerprints = samples.fingerprints()
 
-    def tally() -> Tally:
+    def tally() -> CalibrationSums:
         if not done:
-            return Tally()
+            return CalibrationSums()
         found = recorder.tally()
         return replace(found, depth={**found.depth, **losses.depth()}, samples=dict(done))
 
@@ -176,7 +176,12 @@ def in_memory(
 
 
 def _read(
-    model: Any, recorder: Recorder, detour: Detour, batch: Batch, losses: Losses, removed: frozenset[int]
+    model: Any,
+    recorder: Recorder,
+    detour: LayerControl,
+    batch: Batch,
+    losses: Losses,
+    removed: frozenset[int],
 ) -> None:
     """Takes one batch through the model, recorded, and through it without each block."""
     family = recorder.family

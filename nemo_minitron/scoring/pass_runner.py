@@ -5,23 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.core.tally import Tally
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.config.config import Config
 from nemo_minitron.families import axis_sizes
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.progress import bar
+from nemo_minitron.scoring.calibration_sums import CalibrationSums
+from nemo_minitron.workspace.progress_bar import bar
 
 if TYPE_CHECKING:
-    from nemo_minitron.bridge.passes import Job, Lead
-    from nemo_minitron.bridge.samples import Samples
-    from nemo_minitron.bridge.taps import Measures
+    from nemo_minitron.data.calibration_samples import Samples
+    from nemo_minitron.scoring.distributed_pass import Leader, PassRequest
+    from nemo_minitron.scoring.hooks import Measures
 
 
 class Runner:
     """Runs passes with the settings of one configuration, and counts tokens and seconds."""
 
     def __init__(
-        self, config: Config, lead: "Lead", samples: "Samples", state: Path, notes: list[str]
+        self, config: Config, lead: "Leader", samples: "Samples", state: Path, notes: list[str]
     ) -> None:
         self.config, self.lead, self.samples, self.state, self.notes = config, lead, samples, state, notes
         self.tokens, self.seconds = 0, 0.0
@@ -33,20 +33,28 @@ class Runner:
         indices: Sequence[int],
         removed: frozenset[int] = frozenset(),
         save: bool = True,
-    ) -> Tally:
+    ) -> CalibrationSums:
         """Sums over some samples."""
-        from nemo_minitron.bridge.passes import Job, deal
+        from nemo_minitron.scoring.distributed_pass import PassRequest, split_batches
 
         score = self.config.score
         streaming, note = self._choose(folder, measures)
         if note and note not in self.notes:
             self.notes.append(note)
             print(note, flush=True)
-        job = Job(
-            folder, self.samples, deal(indices, score.batch_size, self.lead.ranks.size), measures, removed,
-            score.device, streaming, score.parallel == "shard", score.activation_budget, self.state,
+        job = PassRequest(
+            folder,
+            self.samples,
+            split_batches(indices, score.batch_size, self.lead.ranks.size),
+            measures,
+            removed,
+            score.device,
+            streaming,
+            score.parallel == "shard",
+            score.activation_budget,
+            self.state,
             score.save_seconds if save else None,
-        )  # fmt: skip
+        )
         tokens = len(indices) * (self.samples.tokens_NS.shape[1] - 1)
         started = time.monotonic()
         with bar("scoring", _tokens(job, folder)) as advance:
@@ -56,9 +64,9 @@ class Runner:
 
     def _choose(self, folder: Path, measures: "Measures") -> tuple[bool, str]:
         """Whether to stream, and why."""
-        from nemo_minitron.bridge.memory import available_bytes
-        from nemo_minitron.bridge.models import pick_device
-        from nemo_minitron.bridge.streaming import layer_bytes
+        from nemo_minitron.models.causal_lm import pick_device
+        from nemo_minitron.models.free_memory import available_bytes
+        from nemo_minitron.scoring.pass_by_layer import layer_bytes
 
         score = self.config.score
         if score.streaming != "auto":
@@ -87,7 +95,7 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _tokens(job: "Job", folder: Path) -> int:
+def _tokens(job: "PassRequest", folder: Path) -> int:
     """Tokens that this process reads, over all layers where layers come one by one."""
     rounds = 1
     if job.streaming:

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemo_minitron.artifacts.manifest import write_json
-from nemo_minitron.core.depth import DepthSums
-from nemo_minitron.core.importance import Moments
-from nemo_minitron.core.tally import Tally
+from nemo_minitron.scoring.calibration_sums import CalibrationSums
+from nemo_minitron.scoring.depth import DepthSums
+from nemo_minitron.scoring.importance import Moments
+from nemo_minitron.workspace.manifest import write_json
 
 FILE = "scores.safetensors"
 SAMPLES = "samples.json"
@@ -30,7 +30,7 @@ class Scores:
     """
 
     ranking: dict[str, Tensor]
-    tally: Tally = field(default_factory=Tally)
+    tally: CalibrationSums = field(default_factory=CalibrationSums)
     greedy: tuple[int, ...] = ()
 
 
@@ -62,7 +62,7 @@ def read_scores(folder: Path) -> Scores:
     return Scores(ranking, _tally(tensors, samples), greedy)
 
 
-def _tensors(tally: Tally) -> dict[str, Tensor]:
+def _tensors(tally: CalibrationSums) -> dict[str, Tensor]:
     tensors = {f"routed.{axis}": counts.contiguous() for axis, counts in tally.routed.items()}
     for (axis, how), sums in tally.sums.items():
         tensors[f"sums.{axis}.{how}.total"] = sums.total.contiguous()
@@ -75,7 +75,7 @@ def _tensors(tally: Tally) -> dict[str, Tensor]:
     return tensors
 
 
-def _tally(tensors: Mapping[str, Tensor], samples: Mapping[int, str]) -> Tally:
+def _tally(tensors: Mapping[str, Tensor], samples: Mapping[int, str]) -> CalibrationSums:
     sums, routed, depth = {}, {}, {}
     for name, value in tensors.items():
         kind, *words = name.split(".")
@@ -89,4 +89,4 @@ def _tally(tensors: Mapping[str, Tensor], samples: Mapping[int, str]) -> Tally:
         elif kind == "depth" and words[-1] == "count":
             base = float(tensors[f"{stem}.base"])
             depth[words[0], int(words[1])] = DepthSums(tensors[f"{stem}.total"], base, int(value))
-    return Tally(sums, routed, depth, samples)
+    return CalibrationSums(sums, routed, depth, samples)

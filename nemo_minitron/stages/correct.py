@@ -4,10 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
-from nemo_minitron.stages.stage import Result, source_folder, workspace_of
+from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.stages.inputs import source_folder
+from nemo_minitron.stages.result import Result
+from nemo_minitron.stages.training_stage import Role, last_losses, tokenizer_of, train_into, training_inputs
 
 LIVE = "live"
 """Folder of the workspace with snapshots of a correction that is under way."""
@@ -24,12 +25,12 @@ def run(config: Config) -> Result:
     def start() -> tuple[Any, dict[str, Any], Path]:
         import torch
 
-        from nemo_minitron.bridge.models import load_model
+        from nemo_minitron.models.causal_lm import load_model
 
         return load_model(source, dtype=torch.float32), read_config(source), source
 
     def callbacks() -> list[Any]:
-        from nemo_minitron.plugin.live import Publishing
+        from nemo_minitron.plugin.live_teacher import Publishing
 
         every = config.correct.publish_every
         return [] if every is None else [Publishing(workspace_of(config) / LIVE, every)]

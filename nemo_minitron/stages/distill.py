@@ -7,20 +7,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.build import STATE
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.artifacts.manifest import read_manifest
-from nemo_minitron.artifacts.plan import read_plan
-from nemo_minitron.artifacts.teacher_logits import TeacherLogits
-from nemo_minitron.artifacts.workspace import input_artifact
-from nemo_minitron.core.divergences import Divergence
-from nemo_minitron.core.intermediate import IntermediateWeights
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
-from nemo_minitron.stages.logits import asked_for
-from nemo_minitron.stages.samples import LOGITS, sample_fingerprint
-from nemo_minitron.stages.stage import Result, distillation_teacher, shared_vocabulary, workspace_of
-from nemo_minitron.stages.training_config import DistillConfig, IntermediateConfig
+from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.config.distill_config import DistillConfig, IntermediateConfig
+from nemo_minitron.data.training_samples import LOGITS, sample_fingerprint
+from nemo_minitron.distillation.teacher_logits import TeacherLogits
+from nemo_minitron.losses.divergences import Divergence
+from nemo_minitron.losses.intermediate import IntermediateWeights
+from nemo_minitron.pruning.plan_file import read_plan
+from nemo_minitron.stages.inputs import distillation_teacher, shared_vocabulary
+from nemo_minitron.stages.logit_cache import asked_for
+from nemo_minitron.stages.result import Result
+from nemo_minitron.stages.training_stage import Role, last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.build import STATE
+from nemo_minitron.workspace.manifest import read_manifest
 
 
 def run(config: Config) -> Result:
@@ -50,7 +51,7 @@ def run(config: Config) -> Result:
     def start() -> tuple[Any, dict[str, Any], Path]:
         import torch
 
-        from nemo_minitron.bridge.models import load_model
+        from nemo_minitron.models.causal_lm import load_model
 
         return load_model(pruned, dtype=torch.float32), read_config(pruned), pruned
 
@@ -92,11 +93,11 @@ def _online(
 
     def callbacks() -> list[Any]:
         """The distillation, and what exchanges its teacher; loads the teacher."""
-        from nemo_minitron.bridge.quantised import load_teacher
-        from nemo_minitron.core.losses import LossWeights
         from nemo_minitron.families import family_of
-        from nemo_minitron.plugin.distillation import KnowledgeDistillation
-        from nemo_minitron.plugin.live import LiveTeacher
+        from nemo_minitron.losses.fused_linear_loss import LossWeights
+        from nemo_minitron.models.int8 import load_teacher
+        from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
+        from nemo_minitron.plugin.live_teacher import LiveTeacher
 
         weights = LossWeights(settings.kl, settings.ce, divergence)
         family = family_of(read_config(teacher))
@@ -134,15 +135,15 @@ def _cached(
     vocabulary = None if ours == cache.facts["vocabulary"] else cache.facts["vocabulary"]
 
     def callbacks() -> list[Any]:
-        from nemo_minitron.core.losses import LossWeights
-        from nemo_minitron.plugin.distillation import CachedDistillation
+        from nemo_minitron.losses.fused_linear_loss import LossWeights
+        from nemo_minitron.plugin.knowledge_distillation import CachedDistillation
 
         weights = LossWeights(settings.kl, settings.ce, divergence)
         return [CachedDistillation(cache, weights, settings.chunk_tokens, vocabulary)]
 
     def dress(samples: Any, validation: Any) -> tuple[Any, Any]:
         """The samples with their rows in the cache, refused where these are of others."""
-        from nemo_minitron.plugin.data import Numbered
+        from nemo_minitron.training.sampler import Numbered
 
         if sample_fingerprint(samples) != cache.facts["samples"]:
             raise ValueError(

@@ -4,13 +4,13 @@ import json
 import os
 from pathlib import Path
 
-from nemo_minitron.artifacts.build import building, make
-from nemo_minitron.artifacts.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.artifacts.manifest import Input, digest, read_manifest, write_json
-from nemo_minitron.artifacts.side_files import TOKENIZER_FILES
-from nemo_minitron.core.size import model_size
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.stage import Result, workspace_of
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES
+from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.build import building, make
+from nemo_minitron.workspace.manifest import Input, digest, read_manifest, write_json
 
 
 def run(config: Config) -> Result:
@@ -31,11 +31,11 @@ def run(config: Config) -> Result:
     def build(target: Path) -> None:
         """Checks what was fetched, and writes the pointer."""
         if revision is not None:
-            from nemo_minitron.bridge.hub import check_hashes
+            from nemo_minitron.release.hub_download import check_hashes
 
             check_hashes(folder)
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
-            from nemo_minitron.bridge.models import load_tokenizer
+            from nemo_minitron.models.causal_lm import load_tokenizer
 
             load_tokenizer(folder)
         source = {"path": pointer, "given": given, "revision": revision, "asked": config.source.revision}
@@ -57,7 +57,7 @@ def _locate(config: Config, workspace: Path) -> tuple[Path, str | None, str]:
         return _unpacked(local, workspace), None, name
     if local.exists() or name.startswith((".", "/", "~")):
         return local, None, name
-    from nemo_minitron.bridge.hub import download
+    from nemo_minitron.release.hub_download import download
 
     asked = config.source.revision
     folder, commit = download(name, _pinned(workspace, name, asked) or asked)
@@ -85,7 +85,7 @@ def _opened(folder: Path, revision: str | None) -> Checkpoint:
         return open_checkpoint(folder)
     except ValueError:
         if revision is not None:
-            from nemo_minitron.bridge.hub import check_hashes
+            from nemo_minitron.release.hub_download import check_hashes
 
             check_hashes(folder)
         raise
@@ -100,8 +100,8 @@ def _unpacked(archive: Path, workspace: Path) -> Path:
     stamp = digest([str(archive.resolve()), state.st_size, state.st_mtime_ns])[:12]
     folder = workspace / "unpacked" / stamp / "hf"
     if not folder.is_dir():
-        from nemo_minitron.plugin.archive import check_archive
         from nemo_minitron.plugin.model import MinitronModel
+        from nemo_minitron.plugin.nemo_archive import check_archive
 
         check_archive(archive)
         with building(folder) as temporary:

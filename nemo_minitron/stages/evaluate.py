@@ -6,32 +6,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.build import make
-from nemo_minitron.artifacts.checkpoint import main_dtype, open_checkpoint
-from nemo_minitron.artifacts.gate import Gate, hold
-from nemo_minitron.artifacts.manifest import Input, digest, read_manifest, write_json
-from nemo_minitron.artifacts.report import FILE, columns, read_report, table
-from nemo_minitron.artifacts.results import FOLDER, Results
-from nemo_minitron.artifacts.side_files import tokenizer_fingerprint
-from nemo_minitron.artifacts.workspace import input_artifact
-from nemo_minitron.core.paired import paired, recovered
-from nemo_minitron.core.size import model_size
-from nemo_minitron.stages import follows
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.gating import JUDGES, gate_of, judge
-from nemo_minitron.stages.measuring import SPEED, TEXT, WRITING, Bench, Unit, work
-from nemo_minitron.stages.report import write_page
-from nemo_minitron.stages.stage import (
-    VALIDATION_SAMPLES,
-    Result,
-    held_out_sampling,
-    shared_vocabulary,
-    source_folder,
-    teacher_folder,
-    text_input,
-    validation_text,
-    workspace_of,
-)
+from nemo_minitron.checkpoints.checkpoint import main_dtype, open_checkpoint
+from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
+from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.data.mixtures import VALIDATION_SAMPLES, held_out_sampling, text_input, validation_text
+from nemo_minitron.evaluation.gate import JUDGES, Gate, gate_of, judge, raise_if_failed
+from nemo_minitron.evaluation.measurements import SPEED, TEXT, WRITING, Bench, Unit, work
+from nemo_minitron.evaluation.report import FILE, columns, read_report, table
+from nemo_minitron.evaluation.report_page import write_page
+from nemo_minitron.evaluation.significance import paired, recovered
+from nemo_minitron.models.torchrun import is_follower
+from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.stages.inputs import shared_vocabulary, source_folder, teacher_folder
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.build import make
+from nemo_minitron.workspace.manifest import Input, digest, read_manifest, write_json
+from nemo_minitron.workspace.results import FOLDER, Results
 
 _SHOWN = 6
 
@@ -49,11 +40,11 @@ def run(config: Config) -> Result:
     workspace, gate = workspace_of(config), gate_of(config)
     _check(config)
     bench, inputs = _bench(config)
-    from nemo_minitron.bridge.ranks import join
+    from nemo_minitron.models.ranks import join
 
     ranks, begun = join("cpu" if config.evaluate.device == "cpu" else "auto"), False
     folder = workspace / "report"
-    if follows():
+    if is_follower():
         if ranks.broadcast(None):
             work(bench, ranks)
         ranks.broadcast(None)
@@ -92,7 +83,7 @@ def _check(config: Config) -> None:
         ValueError: an unknown task, or no size to time.
     """
     if config.evaluate.tasks:
-        from nemo_minitron.bridge.lm_eval import check_tasks
+        from nemo_minitron.evaluation.lm_eval import check_tasks
 
         check_tasks(config.evaluate.tasks, config.evaluate.task_dir)
     if config.evaluate.speed and not config.evaluate.speed_batches:
@@ -107,7 +98,7 @@ def _judged(config: Config, gate: Gate, folder: Path, made: bool) -> Result:
     headline = f"the student keeps {student['retention']:.1%} of the teacher's quality (perplexity ratio)"
     failed = [row for row in rows if not row[3]]
     if gate.asks and not config.export.force:
-        hold(rows)
+        raise_if_failed(rows)
     notes = tuple(f"the quality gate failed: {row[0]}: {row[2]}, asked for {row[1]}" for row in failed)
     return Result("evaluate", folder, made, headline, columns(report), table(report), report["models"], notes)
 
@@ -130,7 +121,7 @@ def _bench(config: Config) -> tuple[Bench, list[Input]]:
 def _task_prints(config: Config) -> dict[str, dict[str, str | None]]:
     if not config.evaluate.tasks:
         return {}
-    from nemo_minitron.bridge.task_files import task_print
+    from nemo_minitron.evaluation.task_files import task_print
 
     return {name: task_print(name, config.evaluate.task_dir) for name in config.evaluate.tasks}
 
@@ -170,9 +161,9 @@ def _write_tasks(config: Config, bench: Bench) -> None:
     """Writes the data of the tasks that are made from held-out text, where it is not there yet."""
     if bench.tasks.is_dir() or not config.evaluate.tasks:
         return
-    from nemo_minitron.artifacts.build import building
-    from nemo_minitron.bridge.held_out_tasks import is_made_here, write_held_out_tasks
-    from nemo_minitron.bridge.text import documents, plain
+    from nemo_minitron.data.documents import documents, plain
+    from nemo_minitron.evaluation.held_out_tasks import is_made_here, write_held_out_tasks
+    from nemo_minitron.workspace.build import building
 
     if not any(map(is_made_here, config.evaluate.tasks)):
         return
@@ -224,7 +215,7 @@ def _row(bench: Bench, name: str, found: Mapping[Unit, Any]) -> dict[str, Any]:
     if settings.prompts:
         from torch import tensor
 
-        from nemo_minitron.bridge.generation import agreement
+        from nemo_minitron.evaluation.generation import agreement
 
         own, theirs = found[Unit(name, WRITING)], found[Unit("teacher", WRITING)]
         row["writing"] = {

@@ -11,29 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.artifacts.build import make
-from nemo_minitron.artifacts.checkpoint import (
-    STORED,
-    Checkpoint,
-    both_spellings,
-    load_tensor,
-    main_dtype,
-    open_checkpoint,
-)
-from nemo_minitron.artifacts.gate import LINEAGE, hold
-from nemo_minitron.artifacts.manifest import NAME, Input, read_manifest, write_json
-from nemo_minitron.artifacts.plan import read_plan
-from nemo_minitron.artifacts.report import read_report
-from nemo_minitron.artifacts.side_files import copy_side_files
-from nemo_minitron.artifacts.weights import DTYPES, Planned, write_weights
-from nemo_minitron.artifacts.workspace import artifacts_in, input_artifact
-from nemo_minitron.core.size import model_size
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor, main_dtype, open_checkpoint
+from nemo_minitron.checkpoints.dtypes import DTYPES, STORED
+from nemo_minitron.checkpoints.hf_config import both_spellings
+from nemo_minitron.checkpoints.shard_writer import Planned, write_weights
+from nemo_minitron.checkpoints.side_files import copy_side_files
+from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.evaluation.gate import LINEAGE, gate_of, judge, raise_if_failed
+from nemo_minitron.evaluation.report import read_report
 from nemo_minitron.families import find_row
-from nemo_minitron.stages.card import card_text
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.gating import gate_of, judge
-from nemo_minitron.stages.quickstart import check_in_clean_process
-from nemo_minitron.stages.stage import Result, source_folder, workspace_of
+from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.plan_file import read_plan
+from nemo_minitron.release.model_card import card_text
+from nemo_minitron.release.quickstart import check_in_clean_process
+from nemo_minitron.stages.inputs import source_folder
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.artifacts import artifacts_in, input_artifact
+from nemo_minitron.workspace.build import make
+from nemo_minitron.workspace.manifest import NAME, Input, read_manifest, write_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -81,7 +76,7 @@ def run(config: Config) -> Result:
     rows = judge(workspace / "report", gate_of(config), report)
     failed = [row for row in rows if not row[3]]
     if not config.export.force:
-        hold(rows)
+        raise_if_failed(rows)
     source, _ = source_folder(config)
     checkpoint, student = open_checkpoint(source), workspace / "student" / "hf"
     dtype = config.export.dtype or main_dtype(checkpoint)
@@ -97,7 +92,7 @@ def run(config: Config) -> Result:
         card = _card(config, workspace, temporary, source, failed)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if report["data_sets"]:
-            from nemo_minitron.bridge.cards import write_eval_results
+            from nemo_minitron.release.card_metadata import write_eval_results
 
             write_eval_results(temporary, report)
         write_json(temporary / LINEAGE, _lineage(workspace, report))
@@ -117,15 +112,15 @@ def run(config: Config) -> Result:
 def _nemo(export: Path, archive: Path) -> str:
     """Writes the export as a .nemo archive too, where there is none as new as the export."""
     if not archive.is_file() or archive.stat().st_mtime_ns < (export / NAME).stat().st_mtime_ns:
-        from nemo_minitron.plugin.archive import nemo_archive
         from nemo_minitron.plugin.model import MinitronModel
+        from nemo_minitron.plugin.nemo_archive import nemo_archive
 
         nemo_archive(MinitronModel.from_hf(export, dtype="auto"), archive)
     return f"NeMo archive {archive}"
 
 
 def _upload(config: Config, folder: Path) -> str:
-    from nemo_minitron.bridge.upload import upload
+    from nemo_minitron.release.hub_upload import upload
 
     settings = config.export
     assert settings.push_to_hub is not None
@@ -189,7 +184,7 @@ def _lineage(workspace: Path, report: Mapping[str, Any]) -> dict[str, Any]:
 def _card(
     config: Config, workspace: Path, folder: Path, source: Path, failed: Sequence[tuple[str, str, str, str]]
 ) -> str:
-    from nemo_minitron.bridge.cards import licence_of, model_card
+    from nemo_minitron.release.card_metadata import licence_of, model_card
 
     report = read_report(workspace / "report")
     plan = read_plan(workspace / "plan")

@@ -4,26 +4,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import teacher_logits
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.artifacts.manifest import write_json
-from nemo_minitron.artifacts.resumable import make_resumable
-from nemo_minitron.artifacts.teacher_logits import TeacherLogits, part_name, token_bytes, write_part
-from nemo_minitron.stages import follows
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.fitting import resolved_trainer, samples_for, tokenizer_of, training_inputs
-from nemo_minitron.stages.progress import bar
-from nemo_minitron.stages.samples import LOGITS, sample_fingerprint, training_samples
-from nemo_minitron.stages.stage import (
-    Result,
-    distillation_teacher,
-    held_out_sampling,
-    sampling,
-    shared_vocabulary,
-    teacher_folder,
-    validation_samples,
-    workspace_of,
-)
+from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.data.mixtures import validation_samples
+from nemo_minitron.data.training_samples import LOGITS, sample_fingerprint, training_samples
+from nemo_minitron.distillation import teacher_logits
+from nemo_minitron.distillation.teacher_logits import TeacherLogits, part_name, token_bytes, write_part
+from nemo_minitron.models.torchrun import is_follower
+from nemo_minitron.stages.inputs import distillation_teacher, shared_vocabulary, teacher_folder
+from nemo_minitron.stages.logit_cache import asked_for
+from nemo_minitron.stages.result import Result
+from nemo_minitron.stages.training_stage import resolved_trainer, samples_for, tokenizer_of, training_inputs
+from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.progress_bar import bar
+from nemo_minitron.workspace.resumable import make_resumable
 
 
 def run(config: Config) -> Result:
@@ -44,10 +38,10 @@ def run(config: Config) -> Result:
     trainer = resolved_trainer(config, {}, config.distill.batch_size)
     needed = samples_for(config, trainer, config.distill.batch_size)
     decides = asked_for(config) | {"samples": needed}
-    from nemo_minitron.bridge.ranks import join
+    from nemo_minitron.models.ranks import join
 
     ranks = join("cpu" if trainer["accelerator"] == "cpu" else "auto")
-    if follows():
+    if is_follower():
         state = ranks.broadcast(None)
         if state is not None:
             _teach(config, teacher, source, needed, vocabulary, state, ranks)
@@ -70,17 +64,6 @@ def run(config: Config) -> Result:
     ranks.broadcast(made)
     facts = TeacherLogits(folder).facts
     return Result("logits", folder, made, _headline(facts), facts=dict(facts))
-
-
-def asked_for(config: Config) -> dict[str, Any]:
-    """What of the configuration decides the cache, but for how many samples there are."""
-    settings = config.distill.cache
-    return {
-        "method": settings.method, "entries": settings.entries, "temperature": config.distill.temperature,
-        "seed": settings.seed if settings.method == "sampling" else None,
-        "train": sampling(config.data.train), "validation": held_out_sampling(config),
-        "dtype": config.distill.teacher_dtype,
-    }  # fmt: skip
 
 
 def _also(path: Path, target: Path) -> None:
@@ -110,10 +93,10 @@ def _teach(
     """Writes this rank's parts, and says what all of them are."""
     import torch
 
-    from nemo_minitron.bridge.models import pick_device
-    from nemo_minitron.bridge.quantised import load_teacher
-    from nemo_minitron.bridge.teaching import teach
+    from nemo_minitron.distillation.teacher_logits_pass import teach
     from nemo_minitron.families import family_of
+    from nemo_minitron.models.causal_lm import pick_device
+    from nemo_minitron.models.int8 import load_teacher
 
     settings = config.distill.cache
     tokenizer = tokenizer_of(source)

@@ -3,18 +3,19 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from nemo_minitron.artifacts.build import make
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.artifacts.plan import Plan, make_plan, read_plan, write_plan
-from nemo_minitron.artifacts.scores import Scores, read_scores
-from nemo_minitron.artifacts.workspace import input_artifact
-from nemo_minitron.core.depth import block_importance
-from nemo_minitron.core.select import contiguous, kept_layers, scattered, select_units
-from nemo_minitron.core.size import alignment
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.families import axis_sizes, check_layers
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.stage import Result, teacher_folder, workspace_of
-from nemo_minitron.stages.targets import given, needs_scores, target_sizes
+from nemo_minitron.pruning.cost import alignment
+from nemo_minitron.pruning.plan_file import Plan, make_plan, read_plan, write_plan
+from nemo_minitron.pruning.select import contiguous, kept_layers, scattered, select_units
+from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores, target_sizes
+from nemo_minitron.scoring.depth import block_importance
+from nemo_minitron.scoring.scores_file import Scores, read_scores
+from nemo_minitron.stages.inputs import teacher_folder
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.build import make
 
 
 def run(config: Config) -> Result:
@@ -40,7 +41,7 @@ def run(config: Config) -> Result:
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
         write_plan(temporary, make_plan(checkpoint.family, checkpoint.config, keep, tuple(layers)))
 
-    settings = given(config.plan)
+    settings = explicit_targets(config.plan)
     if settings.get("layer_choice") == "contiguous":
         settings["depth"] = config.score.depth
     made = make(workspace / "plan", "plan", settings, inputs, build)

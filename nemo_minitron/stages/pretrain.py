@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.artifacts.manifest import Input
-from nemo_minitron.artifacts.side_files import tokenizer_fingerprint
-from nemo_minitron.artifacts.workspace import input_artifact
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.fitting import Role, last_losses, tokenizer_of, train_into, training_inputs
-from nemo_minitron.stages.stage import Result, training_text, workspace_of
+from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
+from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.data.mixtures import training_text
+from nemo_minitron.stages.result import Result
+from nemo_minitron.stages.training_stage import Role, last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.manifest import Input
 
 TOKENIZER = "tokenizer"
 
@@ -42,20 +43,20 @@ def _teacher(config: Config) -> Result:
 
     def prepare() -> None:
         if not (files / "tokenizer.json").is_file() and given is None:
-            from nemo_minitron.bridge.text import documents, plain
-            from nemo_minitron.bridge.tokenizer import train_tokenizer
+            from nemo_minitron.data.documents import documents, plain
+            from nemo_minitron.data.tokenizer import train_tokenizer
 
             files.mkdir(exist_ok=True)
             train_tokenizer(plain(documents(training_text(config))), shape["vocab_size"], files)
 
     def start() -> tuple[Any, dict[str, Any], Path]:
-        from nemo_minitron.bridge.models import new_model, stored_config
+        from nemo_minitron.models.causal_lm import new_model, stored_config
 
         model = new_model(shape, config.pretrain.seed)
         return model, stored_config(model, shape), files
 
     def tokenizer() -> Any:
-        from nemo_minitron.bridge.models import load_tokenizer
+        from nemo_minitron.models.causal_lm import load_tokenizer
 
         return load_tokenizer(files, shape["vocab_size"])
 
@@ -79,7 +80,7 @@ def _baseline(config: Config) -> Result:
     inputs = [input_artifact(workspace, "pruned", "prune"), *training_inputs(config)]
 
     def start() -> tuple[Any, dict[str, Any], Path]:
-        from nemo_minitron.bridge.models import new_model
+        from nemo_minitron.models.causal_lm import new_model
 
         hf_config = read_config(pruned)
         return new_model(hf_config, config.pretrain.seed), hf_config, pruned

@@ -6,17 +6,19 @@ No framework, no model in memory.
 from contextlib import ExitStack
 from pathlib import Path
 
-from nemo_minitron.artifacts.build import building, refuse_foreign
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.artifacts.manifest import Input, fingerprint, is_done, now, write_manifest
-from nemo_minitron.artifacts.plan import read_plan
-from nemo_minitron.artifacts.pruned import planned_bytes, write_pruned
-from nemo_minitron.artifacts.workspace import input_artifact, locked
-from nemo_minitron.core.cut import Cut
-from nemo_minitron.core.size import model_size
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.progress import bar
-from nemo_minitron.stages.stage import Result, teacher_folder, workspace_of
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.plan_file import read_plan
+from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.stream import planned_bytes, write_pruned
+from nemo_minitron.stages.inputs import teacher_folder
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.build import building, refuse_unknown_folder
+from nemo_minitron.workspace.locks import locked
+from nemo_minitron.workspace.manifest import Input, fingerprint, is_done, now, write_manifest
+from nemo_minitron.workspace.progress_bar import bar
 
 
 def run(config: Config) -> Result:
@@ -74,7 +76,7 @@ def _build(
             if plan.before != Cut(checkpoint.family, checkpoint.config, {}, ()).before:
                 raise ValueError(f"{place / 'plan'}: made for a model of other sizes than {source}")
             cut = Cut(checkpoint.family, checkpoint.config, plan.keep, plan.layers_kept)
-            refuse_foreign(place / "pruned")
+            refuse_unknown_folder(place / "pruned")
             targets.append((stack.enter_context(building(place / "pruned")), cut))
         advance = stack.enter_context(
             bar("pruning", sum(planned_bytes(checkpoint, cut) for _, cut in targets))

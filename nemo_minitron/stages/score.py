@@ -8,29 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.artifacts.checkpoint import Checkpoint, load_tensor, open_checkpoint
-from nemo_minitron.artifacts.manifest import SCHEMA, Input, fingerprint, is_done, read_manifest
-from nemo_minitron.artifacts.resumable import make_resumable
-from nemo_minitron.artifacts.scores import Scores, read_scores, write_scores
-from nemo_minitron.core.depth import block_importance
-from nemo_minitron.core.importance import AGGREGATIONS, concentration, random_scores
-from nemo_minitron.core.magnitude import unit_squares
-from nemo_minitron.core.select import score_shape
-from nemo_minitron.core.tally import Tally
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor, open_checkpoint
+from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_input
 from nemo_minitron.families import Family, axis_sizes, find_row, present_axes
-from nemo_minitron.stages import follows
-from nemo_minitron.stages.activation import Outcome, by_activation, prepare
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.depth import block_lengths, greedy_steps
-from nemo_minitron.stages.stage import (
-    Result,
-    calibration_mixture,
-    sampling,
-    teacher_folder,
-    text_input,
-    workspace_of,
-)
-from nemo_minitron.stages.targets import given, target_sizes
+from nemo_minitron.models.torchrun import is_follower
+from nemo_minitron.pruning.select import score_shape
+from nemo_minitron.pruning.target_sizes import explicit_targets, target_sizes
+from nemo_minitron.scoring.activation_scores import Outcome, by_activation, prepare
+from nemo_minitron.scoring.calibration_sums import CalibrationSums
+from nemo_minitron.scoring.depth import block_importance
+from nemo_minitron.scoring.importance import AGGREGATIONS, concentration, random_scores
+from nemo_minitron.scoring.layer_removal import TaskSums, block_lengths, greedy_steps
+from nemo_minitron.scoring.magnitude import unit_squares
+from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
+from nemo_minitron.stages.inputs import teacher_folder
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.manifest import SCHEMA, Input, fingerprint, is_done, read_manifest
+from nemo_minitron.workspace.resumable import make_resumable
 
 
 def run(config: Config) -> Result:
@@ -39,10 +34,10 @@ def run(config: Config) -> Result:
     Raises:
         ValueError: an unknown choice, or no (or too little) calibration text.
     """
-    from nemo_minitron.bridge.ranks import join
+    from nemo_minitron.models.ranks import join
 
-    if follows():
-        from nemo_minitron.bridge.passes import follow
+    if is_follower():
+        from nemo_minitron.scoring.distributed_pass import follow
 
         follow(join(config.score.device))
         return Result("score", workspace_of(config) / "scores", False, "see rank 0")
@@ -60,13 +55,13 @@ def run(config: Config) -> Result:
     def build(state: Path, temporary: Path) -> None:
         """Scores, and writes scores and pictures."""
         if prepared is not None:
-            ranks = join(config.score.device)
-            outcome.append(by_activation(config, folder, prepared, state, before, ranks))
+            ranks, tasks = join(config.score.device), _tasks(config, folder)
+            outcome.append(by_activation(config, folder, prepared, state, before, ranks, tasks))
             scores = outcome[0].scores
         else:
             scores = _BASELINES[config.score.importance](config, open_checkpoint(folder))
         write_scores(temporary, scores)
-        from nemo_minitron.bridge.plots import depth_map, importance_maps
+        from nemo_minitron.evaluation.plots import depth_map, importance_maps
 
         (temporary / "plots").mkdir()
         pictures = importance_maps(scores.ranking)
@@ -84,6 +79,12 @@ def run(config: Config) -> Result:
     if not outcome:  # no pass was run: the other ranks still wait to hear of one
         join(config.score.device).broadcast(None)
     return _result(target, made, config, read_scores(target), outcome)
+
+
+def _tasks(config: Config, folder: Path) -> TaskSums:
+    from nemo_minitron.evaluation.task_accuracy import task_sums
+
+    return task_sums(config, open_checkpoint(folder))
 
 
 def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -112,14 +113,14 @@ def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
             raise ValueError(
                 "score.depth=task: no task given; set score.tasks, as in score.tasks=[winogrande]"
             )
-        from nemo_minitron.bridge.task_files import task_print
+        from nemo_minitron.evaluation.task_files import task_print
 
         prints = {name: task_print(name, config.evaluate.task_dir) for name in score.tasks}
         settings["tasks"] = [list(score.tasks), score.task_limit, prints]
     if greedy_steps(config, layers):
         settings["greedy"] = greedy_steps(config, layers)
     if score.iterations > 1:
-        settings["iterations"] = [score.iterations, given(config.plan)]
+        settings["iterations"] = [score.iterations, explicit_targets(config.plan)]
     if score.shard:
         settings["shard"] = score.shard
     return settings
@@ -154,21 +155,21 @@ def _check(config: Config, checkpoint: Checkpoint) -> None:
         target_sizes(checkpoint.family, checkpoint.config, config.plan)
 
 
-def _earlier(target: Path, config: Config, teacher: Input) -> Tally:
+def _earlier(target: Path, config: Config, teacher: Input) -> CalibrationSums:
     """The sums of scores that are there already, of the same model read in the same way."""
     try:
         manifest = read_manifest(target)
     except ValueError:
-        return Tally()
+        return CalibrationSums()
     if manifest is None or manifest.schema != SCHEMA or manifest.config.get("importance") != "activation":
-        return Tally()
+        return CalibrationSums()
     first = manifest.inputs[0]
     rebuilt = teacher.finished is not None and teacher.finished > manifest.started
     if first.fingerprint != teacher.fingerprint or rebuilt or "iterations" in manifest.config:
-        return Tally()
+        return CalibrationSums()
     same = manifest.config.get("neurons") == config.score.neurons
     packing = manifest.config["calibration"].get("packing") == config.data.calibration.packing
-    return read_scores(target).tally if same and packing else Tally()
+    return read_scores(target).tally if same and packing else CalibrationSums()
 
 
 def _by_magnitude(config: Config, checkpoint: Checkpoint) -> Scores:

@@ -8,22 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts import log
-from nemo_minitron.artifacts.manifest import Input, write_json
-from nemo_minitron.artifacts.resumable import make_resumable
-from nemo_minitron.stages import follows
-from nemo_minitron.stages.config import Config
-from nemo_minitron.stages.samples import training_samples
-from nemo_minitron.stages.stage import (
-    deciding,
-    merged,
+from nemo_minitron.config.config import Config
+from nemo_minitron.config.training_config import TrainingConfig
+from nemo_minitron.data.mixtures import (
     sampling,
     text_input,
     training_mixture,
     validation_samples,
     validation_text,
 )
-from nemo_minitron.stages.training_config import TrainingConfig
+from nemo_minitron.data.training_samples import training_samples
+from nemo_minitron.models.torchrun import is_follower
+from nemo_minitron.training.trainer_arguments import deciding, merged
+from nemo_minitron.workspace import training_log
+from nemo_minitron.workspace.manifest import Input, write_json
+from nemo_minitron.workspace.resumable import make_resumable
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def training_inputs(config: Config) -> list[Input]:
 
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a model folder."""
-    from nemo_minitron.bridge.models import load_tokenizer
+    from nemo_minitron.models.causal_lm import load_tokenizer
 
     return load_tokenizer(folder)
 
@@ -81,7 +80,7 @@ def train_into(
     resolved, decides = _resolved(config, section)
     trainer = resolved["trainer"]
     accelerator = str(trainer["accelerator"]) if "accelerator" in trainer else "auto"
-    if follows():
+    if is_follower():
         return _follow(config, resolved, role, accelerator)
     ranks = _ranks(accelerator)
     begun = False
@@ -89,7 +88,7 @@ def train_into(
     def build(state: Path, target: Path) -> None:
         """Trains, the other ranks along with it, and writes what came of it."""
         nonlocal begun
-        from nemo_minitron.plugin.training import check_trainer  # NeMo's import takes seconds: only where due
+        from nemo_minitron.plugin.trainer import check_trainer  # NeMo's import takes seconds: only where due
 
         check_trainer(trainer)
         role.prepare()
@@ -98,8 +97,8 @@ def train_into(
         trained = _train(config, resolved, role, state)
         (target / "hf").mkdir()
         trained.save_hf(target / "hf")
-        log.write_csv(log.read_log(state / log.FILE), target / log.TABLE)
-        for name in (log.FILE, SKIPPED, log.TEACHERS):
+        training_log.write_csv(training_log.read_log(state / training_log.FILE), target / training_log.TABLE)
+        for name in (training_log.FILE, SKIPPED, training_log.TEACHERS):
             if (state / name).is_file():
                 (target / name).write_bytes((state / name).read_bytes())
 
@@ -183,7 +182,7 @@ def _launched() -> dict[str, Any]:
 
 def _ranks(accelerator: str) -> Any:
     """This process among those of torchrun, joined before Lightning would."""
-    from nemo_minitron.bridge.ranks import join
+    from nemo_minitron.models.ranks import join
 
     return join("cpu" if accelerator == "cpu" else "auto")
 
@@ -199,8 +198,8 @@ def _follow(config: Config, section: Mapping[str, Any], role: Role, accelerator:
 
 
 def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) -> Any:
-    from nemo_minitron.plugin.guard import BadStep
-    from nemo_minitron.plugin.training import Recipe, train
+    from nemo_minitron.plugin.trainer import Recipe, train
+    from nemo_minitron.training.loss_guard import BadStep
 
     trainer = section["trainer"]
     tokenizer = role.tokenizer()
@@ -227,8 +226,8 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) 
 
 
 def _options(training: TrainingConfig) -> Any:
-    from nemo_minitron.plugin.guard import Spikes
-    from nemo_minitron.plugin.training import Options
+    from nemo_minitron.plugin.trainer import Options
+    from nemo_minitron.training.loss_guard import Spikes
 
     spikes = Spikes(training.spike_factor, training.spike_window)
     return Options(
@@ -249,13 +248,13 @@ def _leave_out(bad: Any, skips: list[dict[str, Any]], most: int, state: Path) ->
     Raises:
         BadStep: enough is enough.
     """
-    from nemo_minitron.plugin.data import kept_batches
+    from nemo_minitron.training.sampler import kept_batches
 
     if len(skips) >= most:
         raise bad
     known = frozenset(skip["samples_of_step"] - 1 for skip in skips)
     (source,) = kept_batches(bad.step, bad.step + 1, known)
-    if follows():
+    if is_follower():
         return
     skips.append({"step": bad.step + 1, "samples_of_step": source + 1, "reason": bad.reason})
     write_json(state / SKIPPED, skips)
@@ -269,7 +268,7 @@ def _leave_out(bad: Any, skips: list[dict[str, Any]], most: int, state: Path) ->
 
 def last_losses(folder: Path) -> str:
     """The end of a training in words, from its log."""
-    lines = log.read_log(folder / log.FILE)
+    lines = training_log.read_log(folder / training_log.FILE)
     validated = [line for line in lines if "val_loss" in line]
     steps = max(line["step"] for line in lines)
     left_out = f", {len(skips)} left out ({SKIPPED})" if (skips := _skips(folder)) else ""

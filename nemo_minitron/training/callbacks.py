@@ -1,40 +1,15 @@
-"""Lightning callbacks: model transforms, exact resume, the training log."""
+"""Lightning callbacks: exact resume, the training log."""
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 
-from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.artifacts.progress import note
-
-try:  # NeMo 2.x has its own; it calls pl_module.model_transform(trainer.model) and ignores what comes back
-    from nemo.lightning.pytorch.callbacks import ModelTransform
-except ImportError:
-
-    class ModelTransform(Callback):  # type: ignore[no-redef]
-        """Applies ``pl_module.model_transform`` once, before the optimiser is made.
-
-        The transform may change the module in place, return another one, or both.
-        """
-
-        def __init__(self) -> None:
-            self.applied = False
-
-        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-            """Applies the transform to the module's ``model``."""
-            transform: Callable[[nn.Module], nn.Module] | None = getattr(pl_module, "model_transform", None)
-            if transform is None or self.applied:
-                return
-            self.applied = True
-            result = transform(pl_module.model)
-            if result is not None:
-                pl_module.model = result
+from nemo_minitron.workspace.progress import note
+from nemo_minitron.workspace.training_log import read_log
 
 
 class ExactResume(Callback):

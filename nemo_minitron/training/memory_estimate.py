@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_minitron.core.losses import CHUNK_BYTES
 from nemo_minitron.families import Family, axis_sizes, expected_tensors
 from nemo_minitron.families.grammar import row_axes
+from nemo_minitron.losses.fused_linear_loss import CHUNK_BYTES
 
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
 """Bytes of a stored weight (its gradient and both moments of Adam are as large), and of an activation."""

@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from nemo_minitron.bridge.models import load_tokenizer
-from nemo_minitron.bridge.packing import pack
-from nemo_minitron.bridge.text import find_text
+from nemo_minitron.data.documents import find_text
+from nemo_minitron.data.packing import pack
+from nemo_minitron.models.causal_lm import load_tokenizer
 
 
 class ConsumedSampler(Sampler[list[int]]):

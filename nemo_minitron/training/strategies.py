@@ -5,6 +5,7 @@ the layer's own forward and backward pass only. Checkpoints are written in parts
 (torch.distributed.checkpoint), which any number of ranks reads.
 """
 
+import os
 import types
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from nemo_minitron.bridge.models import ENTRY, decoder_of, layers_of
 from nemo_minitron.families import Family, axis_sizes
-from nemo_minitron.plugin.checkpoint_safety import DataReader
+from nemo_minitron.models.causal_lm import ENTRY, decoder_of, layers_of
+from nemo_minitron.training.checkpoint_safety import DataReader
 
 _METADATA = "meta.pt"  # Lightning's name for what is neither weights nor optimiser
 _SPLIT = {"heads", "kv_heads", "ffn", "shared_ffn"}
@@ -114,3 +115,15 @@ def gathered(module: nn.Module) -> dict[str, Any]:
     """The whole weights on the CPU of rank 0, tensor by tensor; nothing on the others. All ranks call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(module, options=options)
+
+
+def sharding_strategy(tensor_parallel: int) -> Sharded:
+    """The strategy that splits the model.
+
+    Raises:
+        ValueError: the ranks cannot be laid out so.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks % tensor_parallel:
+        raise ValueError(f"training.tensor_parallel: {tensor_parallel} does not divide the {ranks} ranks")
+    return Sharded(data_parallel_size=ranks // tensor_parallel, tensor_parallel_size=tensor_parallel)

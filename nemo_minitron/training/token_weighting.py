@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_minitron.core.losses import LossTerms
-from nemo_minitron.core.products import sum_dtype
+from nemo_minitron.losses.fused_linear_loss import LossTerms
+from nemo_minitron.losses.wide_matmul import sum_dtype
 
 
 class LearnedTokens:

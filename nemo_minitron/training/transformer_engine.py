@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_minitron.bridge.models import layers_of
 from nemo_minitron.families import Family
+from nemo_minitron.models.causal_lm import layers_of
 
 EXTRA_STATE = "_extra_state"
 """How names of what Transformer Engine keeps beside parameters end: scales of FP8, of no use to others."""

@@ -6,15 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.manifest import (
-    ASIDE,
-    NAME,
-    Input,
-    fingerprint,
-    is_done,
-    now,
-    write_manifest,
-)
+from nemo_minitron.workspace.manifest import ASIDE, NAME, Input, fingerprint, is_done, now, write_manifest
 
 STATE = "state"
 """Sub-folder of an artifact in the making that survives interruption: what a training resumes from."""
@@ -51,7 +43,7 @@ def discard(folder: Path) -> None:
         shutil.rmtree(aside)
 
 
-def refuse_foreign(folder: Path) -> None:
+def refuse_unknown_folder(folder: Path) -> None:
     """Refuses to put an artifact in the place of what is none.
 
     Raises:
@@ -86,7 +78,7 @@ def make(
     """
     if is_done(folder, fingerprint(kind, config, inputs), inputs):
         return False
-    refuse_foreign(folder)
+    refuse_unknown_folder(folder)
     started = now()
     with building(folder) as temporary:
         known = build(temporary)

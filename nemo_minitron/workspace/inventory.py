@@ -15,10 +15,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nemo_minitron.artifacts import log, results
-from nemo_minitron.artifacts.build import STATE, discard, set_aside
-from nemo_minitron.artifacts.manifest import NAME, SCHEMA, Manifest, read_manifest
-from nemo_minitron.artifacts.workspace import ARTIFACTS, COMMANDS
+from nemo_minitron.workspace import results, training_log
+from nemo_minitron.workspace.artifacts import ARTIFACTS
+from nemo_minitron.workspace.build import STATE, discard, set_aside
+from nemo_minitron.workspace.command_log import COMMANDS
+from nemo_minitron.workspace.manifest import NAME, SCHEMA, Manifest, read_manifest
 
 LEVELS = ("caches", "intermediate")
 """How much ``rubbish`` takes."""
@@ -114,7 +115,7 @@ def _artifact(workspace: Path, name: str) -> Artifact | None:
     try:
         manifest = read_manifest(folder)
         if manifest is None:
-            return Artifact(name, "unfinished", size, None, _last_step(folder / STATE / log.FILE))
+            return Artifact(name, "unfinished", size, None, _last_step(folder / STATE / training_log.FILE))
         finished = datetime.fromisoformat(manifest.finished)
         state, detail = _condition(workspace, folder, manifest)
         return Artifact(name, state, size, finished, detail)
@@ -154,7 +155,7 @@ def _condition(workspace: Path, folder: Path, manifest: Manifest) -> tuple[str, 
 
 def _last_step(path: Path) -> str:
     try:
-        return f"step {max(line['step'] for line in log.read_log(path) if 'step' in line):d}"
+        return f"step {max(line['step'] for line in training_log.read_log(path) if 'step' in line):d}"
     except _STRANGE:  # none yet
         return ""
 
@@ -283,18 +284,3 @@ def remove(items: Sequence[Item]) -> int:
         else:  # what a kill leaves of it, the next call takes
             discard(path)
     return freed
-
-
-def age(seconds: float) -> str:
-    """A time in words, in its largest unit, rounded down: "3 min", "5 h", "2 days"."""
-    passed, units = max(0, int(seconds)), ((86400, "day"), (3600, "h"), (60, "min"), (1, "s"))
-    unit, name = next((pair for pair in units if passed >= pair[0]), units[-1])
-    return f"{passed // unit} {name}" + ("s" if name == "day" and passed >= 2 * unit else "")
-
-
-def amount(bytes: int) -> str:
-    """Bytes in words, in powers of 1000: "12.3 MB"."""
-    value, units = float(bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 999.95 and len(units) > 1:  # would be written as 1000.0
-        value, units = value / 1000, units[1:]
-    return f"{bytes} B" if units[0] == "B" else f"{value:.1f} {units[0]}"

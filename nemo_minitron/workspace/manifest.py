@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_minitron
-from nemo_minitron.artifacts.links import leads_out
+from nemo_minitron.workspace.links import leads_out
 
 SCHEMA = 1
 NAME = "manifest.json"

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from nemo_minitron.artifacts.progress import note
+from nemo_minitron.workspace.progress import note
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.manifest import digest, write_json
+from nemo_minitron.workspace.manifest import digest, write_json
 
 FOLDER = "results"
 

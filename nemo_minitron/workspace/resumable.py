@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.artifacts.build import STATE, building, discard, refuse_foreign, set_aside
-from nemo_minitron.artifacts.manifest import (
+from nemo_minitron.workspace.build import STATE, building, discard, refuse_unknown_folder, set_aside
+from nemo_minitron.workspace.manifest import (
     ASIDE,
     NAME,
     Input,
@@ -25,7 +25,7 @@ from nemo_minitron.artifacts.manifest import (
     write_json,
     write_manifest,
 )
-from nemo_minitron.artifacts.plain_text import plain
+from nemo_minitron.workspace.plain_text import plain
 
 _STAMP = "recipe.json"
 
@@ -55,7 +55,7 @@ def make_resumable(
     expected = fingerprint(kind, config, inputs)
     if is_done(folder, expected, inputs):
         return False
-    refuse_foreign(folder)
+    refuse_unknown_folder(folder)
     started = now()
     state = _make_room(folder, {"recipe": _recipe(expected, inputs), **config}, keep)
     if state is None:

@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nemo_minitron.artifacts.checkpoint import both_spellings, load_tensor, open_checkpoint
-from nemo_minitron.artifacts.headers import read_header
-from nemo_minitron.artifacts.manifest import hash_file
-from nemo_minitron.artifacts.weights import DTYPES, Planned, write_weights
-from nemo_minitron.bridge.specimens import tiny_model
-from nemo_minitron.core.cut import Cut, cut_config
+from nemo_minitron.checkpoints.checkpoint import load_tensor, open_checkpoint
+from nemo_minitron.checkpoints.dtypes import DTYPES
+from nemo_minitron.checkpoints.headers import read_header
+from nemo_minitron.checkpoints.hf_config import both_spellings
+from nemo_minitron.checkpoints.shard_writer import Planned, write_weights
 from nemo_minitron.families import families
-from tests.conftest import make_model
+from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.pruning.slice import Cut, cut_config
+from nemo_minitron.workspace.manifest import hash_file
+from tests.support.models import make_model
 
 
 def change_config(folder, **changes):

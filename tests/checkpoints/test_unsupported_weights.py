@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.bridge.models import load_model
-from tests.conftest import make_model
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.models.causal_lm import load_model
+from tests.support.models import make_model
 
 LAYER = "model.layers.0.mlp.up_proj"
 

@@ -7,18 +7,9 @@ import sys
 
 import pytest
 
-from nemo_minitron.cli import main
-from tests.conftest import make_model, minitron
-
-
-def refused(capsys, *arguments):
-    """Runs a command that must be refused and returns its one line."""
-    code = main(list(arguments))
-    err = capsys.readouterr().err
-    assert code == 2, err
-    assert err.count("\n") == 1, err
-    assert err.startswith(f"minitron {arguments[0]}: ")
-    return err
+from nemo_minitron.cli.main import main
+from tests.support.models import make_model
+from tests.support.runs import minitron, refused
 
 
 @pytest.fixture
@@ -142,7 +133,7 @@ def test_a_stage_without_its_input_says_what_to_run(capsys, workspace, teacher):
 
 
 def test_a_busy_workspace(capsys, workspace, teacher):
-    from nemo_minitron.artifacts.workspace import locked
+    from nemo_minitron.workspace.locks import locked
 
     with locked(workspace):
         for command in ("score", "run"):
@@ -240,7 +231,7 @@ def test_own_folder_of_configurations(capsys, tmp_path):
 
 def test_help_and_light_commands_load_no_tensor_library():
     code = (
-        "import sys; from nemo_minitron.cli import main\n"
+        "import sys; from nemo_minitron.cli.main import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'hydra' not in sys.modules\n"
         "assert main(['families']) == 0\n"
@@ -261,8 +252,8 @@ def test_exit_codes_of_the_process(tmp_path):
 
 
 def test_every_key_is_documented(capsys):
-    from nemo_minitron.stages.config import Config
-    from nemo_minitron.stages.keys import describe
+    from nemo_minitron.config.config import Config
+    from nemo_minitron.config.option import describe
 
     for name, item, _ in describe(Config):
         assert item.metadata["help"], name

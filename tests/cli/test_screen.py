@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from nemo_minitron.artifacts.manifest import write_manifest
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
+from nemo_minitron.workspace.manifest import write_manifest
 
 NAMES = ["a[b]c[red]", "[bold]x", "[link=host]x", "red\x1b[31m\x1b]0;title\x07", "turned\u202egnp"]
 

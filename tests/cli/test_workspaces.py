@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from nemo_minitron.artifacts.workspace import locked
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
+from nemo_minitron.workspace.locks import locked
 
 
 def called(capsys, *words):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_minitron.artifacts.checkpoint import both_spellings, read_config
-from nemo_minitron.bridge.specimens import tiny_model
+from nemo_minitron.checkpoints.hf_config import both_spellings, read_config
 from nemo_minitron.families import families
-from nemo_minitron.stages.quickstart import QUICKSTART
-from tests.conftest import logits
+from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.release.quickstart import QUICKSTART
+from tests.support.models import logits
 
 OLDER = Path(__file__).parents[2] / ".consumers"
 """transformers 4.57, where ``make consumers`` has installed it."""

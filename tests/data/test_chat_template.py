@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_minitron.bridge import chat_template
-from nemo_minitron.bridge.chat_template import ChatTemplate
-from nemo_minitron.bridge.models import load_tokenizer
-from nemo_minitron.bridge.tokenizer import tokenised
+from nemo_minitron.data import chat_template
+from nemo_minitron.data.chat_template import ChatTemplate
+from nemo_minitron.data.tokenizer import tokenised
+from nemo_minitron.models.causal_lm import load_tokenizer
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -300,7 +300,7 @@ def test_the_process_gets_no_secrets_and_nothing_of_the_models(speaking, tmp_pat
 
 
 def test_a_process_that_does_not_start_says_why(speaking, tmp_path, monkeypatch):
-    from nemo_minitron.bridge import chat_template_process
+    from nemo_minitron.data import chat_template_process
 
     (tmp_path / "wrong.py").write_text("import sys\nsys.exit('no room on the moon')")
     monkeypatch.setattr(chat_template_process, "_WORKER", tmp_path / "wrong.py")
@@ -327,7 +327,7 @@ def test_threads_have_processes_of_their_own_and_may_end_before_them(speaking):
 SCRIPT = """
 import os, sys, time
 from types import SimpleNamespace
-from nemo_minitron.bridge.chat_template import ChatTemplate
+from nemo_minitron.data.chat_template import ChatTemplate
 tokenizer = SimpleNamespace(chat_template=sys.argv[1], special_tokens_map={}, name_or_path="")
 talks = [[{"role": "user", "content": f"{i} " * 3000}] for i in range(100)]
 found = ChatTemplate(tokenizer, "x").render(talks)

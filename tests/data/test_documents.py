@@ -6,15 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.bridge.models import load_tokenizer
-from nemo_minitron.bridge.packing import pack, pack_mixture
-from nemo_minitron.bridge.samples import calibration_samples
-from nemo_minitron.bridge.text import documents, find_text, plain
-
-
-def found(paths, side="all", holdout=0.0, **changes):
-    options = {"exclude": [], "format": "auto", "text_key": "text", "where": "data.train", **changes}
-    return find_text([str(path) for path in paths], side=side, holdout=holdout, **options)
+from nemo_minitron.data.calibration_samples import calibration_samples
+from nemo_minitron.data.documents import documents, plain
+from nemo_minitron.data.packing import pack, pack_mixture
+from nemo_minitron.models.causal_lm import load_tokenizer
+from tests.support.text_samples import found
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_minitron.artifacts.manifest import verify
-from nemo_minitron.bridge import tokens as module
-from nemo_minitron.bridge.models import load_tokenizer
-from nemo_minitron.bridge.text import documents
-from nemo_minitron.bridge.tokenizer import tokenised
-from nemo_minitron.bridge.tokens import PackedTokens, cached_tokens, places
-from tests.bridge.test_text import found
+from nemo_minitron.data import token_cache as module
+from nemo_minitron.data.documents import documents
+from nemo_minitron.data.token_cache import PackedTokens, cached_tokens, places
+from nemo_minitron.data.tokenizer import tokenised
+from nemo_minitron.models.causal_lm import load_tokenizer
+from nemo_minitron.workspace.manifest import verify
+from tests.support.text_samples import found
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +87,9 @@ def test_wanting_more_grows_it_and_other_text_seeds_and_tokenizers_have_their_ow
 KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from nemo_minitron.bridge import tokens as module
-from nemo_minitron.bridge.models import load_tokenizer
-from nemo_minitron.bridge.text import find_text
+from nemo_minitron.data import token_cache as module
+from nemo_minitron.models.causal_lm import load_tokenizer
+from nemo_minitron.data.documents import find_text
 
 root, draw, kills = Path(sys.argv[1]), random.Random(1), 0
 module._SAVE_SECONDS = 0.0

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from nemo_minitron.artifacts.gate import Gate, GateError, hold, measured_of
-from nemo_minitron.artifacts.results import Results
+from nemo_minitron.evaluation.gate import Gate, GateError, measured_of, raise_if_failed
+from nemo_minitron.workspace.results import Results
 
 
 def report(retention=0.9, accuracy=0.5, bits=1.2, text="t"):
@@ -26,7 +26,7 @@ def previous(**changes):
 
 def test_retention_and_floors_in_both_directions():
     gate = Gate(0.8, (("choice", "acc", 0.4), ("bytes", "bits_per_byte", 1.3)))
-    hold(gate.rows(report()))
+    raise_if_failed(gate.rows(report()))
     for weak, name in (
         (report(retention=0.7), "quality kept: 70.0%, asked for >= 80.0%"),
         (report(retention=math.nan), "quality kept: nan%"),
@@ -34,7 +34,7 @@ def test_retention_and_floors_in_both_directions():
         (report(bits=1.31), "bytes bits_per_byte: 1.31, asked for <= 1.3"),
     ):
         with pytest.raises(GateError, match=name.replace("%", ".")) as failed:
-            hold(gate.rows(weak))
+            raise_if_failed(gate.rows(weak))
         assert [row[3] for row in failed.value.rows].count("") == 1
 
 
@@ -44,16 +44,16 @@ def test_a_floor_for_what_was_not_measured_is_the_users_mistake():
 
 
 def test_no_measure_may_fall_behind_an_earlier_export():
-    hold(Gate(previous=previous(), max_regression=0.02).rows(report(accuracy=0.491, bits=1.22)))
+    raise_if_failed(Gate(previous=previous(), max_regression=0.02).rows(report(accuracy=0.491, bits=1.22)))
     for weak in (report(accuracy=0.48), report(bits=1.23)):
         with pytest.raises(GateError, match="against the previous export"):
-            hold(Gate(previous=previous(), max_regression=0.02).rows(weak))
+            raise_if_failed(Gate(previous=previous(), max_regression=0.02).rows(weak))
     with pytest.raises(GateError, match="perplexity against the previous export"):
-        hold(Gate(previous=previous(perplexity=9.7), max_regression=0.02).rows(report()))
+        raise_if_failed(Gate(previous=previous(perplexity=9.7), max_regression=0.02).rows(report()))
     with pytest.raises(ValueError, match="other text, with another tokenizer or other limits"):
-        hold(Gate(previous=previous()).rows(report(text="another")))
+        raise_if_failed(Gate(previous=previous()).rows(report(text="another")))
     with pytest.raises(ValueError, match="sums was measured of it and is not measured now"):
-        hold(Gate(previous=previous(tasks={"sums": {"acc": 0.1}})).rows(report()))
+        raise_if_failed(Gate(previous=previous(tasks={"sums": {"acc": 0.1}})).rows(report()))
     renamed = report()
     renamed["models"]["student"]["tasks"]["choice"] = {"acc (strict)": 0.01}
     with pytest.raises(ValueError, match="choice acc was measured of it and is not measured now"):
@@ -64,7 +64,7 @@ def test_only_the_tasks_that_both_measured_must_ask_the_same(tmp_path):
     now, before = report(), previous()
     now["measured_on"]["tasks"] = {"choice": {"own": "1"}, "bytes": {"own": None}, "new": {"own": "2"}}
     before["measured_on"]["tasks"] = {"choice": {"own": "1"}, "bytes": {"own": None}}
-    hold(Gate(previous=before).rows(now))
+    raise_if_failed(Gate(previous=before).rows(now))
     now["measured_on"]["tasks"]["choice"] = {"own": "3"}
     with pytest.raises(ValueError, match="choice was measured of it with other questions"):
         Gate(previous=before).rows(now)

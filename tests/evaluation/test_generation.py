@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.bridge.generation import agreement, continue_greedily, loss_of, repetition
-from nemo_minitron.bridge.models import frozen
-from nemo_minitron.bridge.perplexity import held_out
+from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.evaluation.generation import agreement, continue_greedily, loss_of, repetition
+from nemo_minitron.evaluation.held_out_loss import held_out
 from nemo_minitron.families import family_of
+from nemo_minitron.models.causal_lm import frozen
 
 
 @pytest.fixture(params=["llama", "gemma2"])

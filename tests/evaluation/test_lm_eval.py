@@ -9,16 +9,16 @@ from urllib.parse import unquote
 import pytest
 from datasets import Dataset
 
-from nemo_minitron.bridge.lm_tasks.xlsum import fifth, rouge
-from tests.hub import serve
+from nemo_minitron.evaluation.lm_tasks.xlsum import fifth, rouge
+from tests.support.hub import serve
 
 TEXT = "the dog that saw a cat ran home and the cat that saw it sat down to eat a fish"
 PROGRAM = """
 import json, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from nemo_minitron.bridge.held_out_tasks import write_held_out_tasks
-from nemo_minitron.bridge.lm_eval import run_task
+from nemo_minitron.evaluation.held_out_tasks import write_held_out_tasks
+from nemo_minitron.evaluation.lm_eval import run_task
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], max_position_embeddings=2048).eval()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 write_held_out_tasks([" ".join(["%d words of text" % i] * 60) for i in range(8)], Path("."))

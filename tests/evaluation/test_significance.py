@@ -5,7 +5,7 @@ import random
 import pytest
 from scipy import stats
 
-from nemo_minitron.core.paired import paired, recovered
+from nemo_minitron.evaluation.significance import paired, recovered
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -7,15 +7,15 @@ import pytest
 import torch
 import yaml
 
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.bridge.models import load_model
-from nemo_minitron.bridge.specimens import tiny_model
-from nemo_minitron.bridge.taps import Measures, Recorder
-from nemo_minitron.core.select import score_shape
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.families import axis_sizes, families, family_of, load_family, present_axes, use_tables
-from nemo_minitron.families.family import OWN_TABLES, TABLES
-from tests.conftest import make_model, minitron
-from tests.families.test_proofs import INSTALLED
+from nemo_minitron.families.table import OWN_TABLES, TABLES
+from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.pruning.select import score_shape
+from nemo_minitron.scoring.hooks import Measures, Recorder
+from tests.support.models import INSTALLED, make_model
+from tests.support.runs import minitron
 
 
 @pytest.mark.parametrize("name", sorted(INSTALLED))

@@ -1,53 +1,22 @@
 """A Prefect server of its own with SQLite, started by the tests on loopback, and a worker."""
 
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from nemo_minitron.launch import launcher as launching
+from nemo_minitron.stages.result import Result
+from tests.support.processes import running, until
 
 
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
-
-
-@contextmanager
-def running(words: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A program in a process group of its own, ended with the block."""
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *words], env=environment, stdout=file, stderr=file, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        for number, patience in ((signal.SIGINT, 10), (signal.SIGKILL, 10)):
-            if process.poll() is None:
-                os.killpg(process.pid, number)
-                try:
-                    process.wait(patience)
-                except subprocess.TimeoutExpired:
-                    continue
-
-
-def until(condition, seconds: float = 120, every: float = 0.2):
-    """Waits until a condition gives something; returns it."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found = condition()
-        if found:
-            return found
-        time.sleep(every)
-    raise AssertionError(f"not within {seconds} s: {condition}")
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +52,33 @@ def worker(real_server, tmp_path_factory) -> Iterator[Path]:
     words = ["prefect", "worker", "start", "--pool", "minitron", "--type", "process", "--name", "here"]
     with running(words, {**real_server, "PYTHONPATH": str(Path.cwd())}, log):
         yield log
+
+
+@pytest.fixture(scope="module")
+def server():
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture
+def played(monkeypatch, tmp_path):
+    """Puts what a test gives in the place of the stages; one entry for each try."""
+
+    def play(*tries):
+        left, seen = list(tries), []
+
+        def run_stage(name, config):
+            seen.append(config)
+            outcome = left.pop(0)
+            if isinstance(outcome, BaseException):
+                raise outcome
+            if callable(outcome):
+                outcome()
+            return Result(name, tmp_path, True, "done")
+
+        monkeypatch.setattr(launching, "run_stage", run_stage)
+        return seen
+
+    return play

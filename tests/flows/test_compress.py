@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_minitron.artifacts.manifest import read_manifest
-from nemo_minitron.artifacts.workspace import artifacts_in
-from tests.conftest import command_line, minitron, settings
+from nemo_minitron.workspace.artifacts import artifacts_in
+from nemo_minitron.workspace.manifest import read_manifest
+from tests.support.runs import command_line, minitron, settings
 
 NAMES = ["teacher", "scores", "plan", "pruned", "student", "scratch", "report", "export"]
 
@@ -202,9 +202,8 @@ def test_standard_output_is_json_alone_also_with_progress_bars(finished, tmp_pat
 
 
 def test_the_baseline_stage_follows_only_when_asked_for(finished):
+    from nemo_minitron.config.config import Config
     from nemo_minitron.flows.compress import steps
-
-    from nemo_minitron.stages.config import Config
 
     config = Config()
     assert list(steps(config)) == ["download", "score", "plan", "prune", "distill", "evaluate", "export"]

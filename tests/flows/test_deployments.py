@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_minitron.artifacts.manifest import read_manifest
-from nemo_minitron.artifacts.workspace import locked
-from nemo_minitron.cli import main
-from tests.conftest import command_line, minitron, settings
-from tests.flows.conftest import running, until
+from nemo_minitron.cli.main import main
+from nemo_minitron.workspace.locks import locked
+from nemo_minitron.workspace.manifest import read_manifest
+from tests.support.processes import running, until
+from tests.support.runs import command_line, minitron, settings
 
 ROOT = Path(__file__).parents[2]
 

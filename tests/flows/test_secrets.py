@@ -14,15 +14,14 @@ from urllib.parse import quote
 
 import pytest
 
-from nemo_minitron.artifacts.masking import MASK
-from nemo_minitron.artifacts.workspace import locked
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.failures import StageError
-from nemo_minitron.stages.stage import Result
-from tests.conftest import minitron, settings
-from tests.flows.test_tasks import in_a_flow, played, read, server
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.locks import locked
+from nemo_minitron.workspace.masking import MASK
+from tests.support.flow_runs import in_a_flow, read
+from tests.support.runs import minitron, settings
 
-__all__ = ["played", "server"]
 SECRETS = {
     "train": "trainS3cretPw",
     "validation": "validationS3cretPw",
@@ -141,8 +140,8 @@ def test_the_true_values_reach_the_stages_and_nothing_else(run, tmp_path, teache
 
 
 def test_a_process_of_a_stage_masks_what_it_prints_and_hides_what_it_is_handed(tmp_path, teacher):
-    from nemo_minitron.compose import as_dict, load_config
-    from nemo_minitron.launch.stage import Call, _write_private
+    from nemo_minitron.config.compose import as_dict, load_config
+    from nemo_minitron.launch.launcher import Call, _write_private
 
     words = [*everywhere(tmp_path / "ws"), f"score.device={SECRETS['train']}"]
     config = load_config("config", words)
@@ -152,7 +151,14 @@ def test_a_process_of_a_stage_masks_what_it_prints_and_hides_what_it_is_handed(t
     _write_private(values, call.values)
     assert stat.S_IMODE(values.stat().st_mode) == 0o600
     assert json.loads(values.read_text()) == call.values
-    command = [sys.executable, "-m", "nemo_minitron.launch.child", "download", str(values), str(call.outcome)]
+    command = [
+        sys.executable,
+        "-m",
+        "nemo_minitron.launch.stage_process",
+        "download",
+        str(values),
+        str(call.outcome),
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False
     )  # as a batch job: no flow reads
@@ -162,8 +168,8 @@ def test_a_process_of_a_stage_masks_what_it_prints_and_hides_what_it_is_handed(t
 
 
 def test_a_credential_in_a_deployment_is_refused_by_name(tmp_path, capsys, monkeypatch):
-    from nemo_minitron.cli import main
-    from nemo_minitron.compose import load_config
+    from nemo_minitron.cli.main import main
+    from nemo_minitron.config.compose import load_config
 
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     password = SECRETS["train"]
@@ -205,9 +211,8 @@ SHOWN = "&lt;script&gt;a&lt;/script&gt; \\| \\[x\\](http://h) \\`c\\` http://\\*
 
 def test_what_is_published_is_text_and_masked(server, played, tmp_path, monkeypatch):
     """A real server's artifacts of a stage whose every word comes from outside."""
+    from nemo_minitron.evaluation.gate import GateError
     from nemo_minitron.flows import publish, tasks
-
-    from nemo_minitron.artifacts.gate import GateError
 
     def hostile(name, config):
         folder = tmp_path / "stage"
@@ -218,7 +223,7 @@ def test_what_is_published_is_text_and_masked(server, played, tmp_path, monkeypa
         ]}))  # fmt: skip
         return Result(name, folder, True, HOSTILE, ("task", HOSTILE), ((HOSTILE, "1"),), {}, (HOSTILE,))
 
-    monkeypatch.setattr("nemo_minitron.launch.stage.run_stage", hostile)
+    monkeypatch.setattr("nemo_minitron.launch.launcher.run_stage", hostile)
     _, failure, _, _ = in_a_flow("score", workspace=tmp_path / "hostile")
     assert failure is None
     played(GateError([(HOSTILE, ">= 1", "0", "")]))

@@ -6,12 +6,11 @@ import shutil
 
 import pytest
 
-from nemo_minitron.artifacts.manifest import read_manifest
-from nemo_minitron.artifacts.workspace import commands_in, verify_tree
-from tests.conftest import minitron, settings
-from tests.flows.test_tasks import server
+from nemo_minitron.workspace.artifacts import verify_tree
+from nemo_minitron.workspace.command_log import commands_in
+from nemo_minitron.workspace.manifest import read_manifest
+from tests.support.runs import minitron, settings
 
-__all__ = ["server"]
 QUICK = ["evaluate.speed=false", "evaluate.from_scratch=false", "evaluate.tasks=[]", "evaluate.prompts=0"]
 
 

@@ -1,6 +1,5 @@
 """Stages as Prefect tasks, on Prefect's real engine: tries, limits, crashes, memory, slots, artifacts."""
 
-import asyncio
 import json
 import os
 import shutil
@@ -13,88 +12,11 @@ import time
 import pytest
 import torch
 
-from nemo_minitron.compose import as_dict, load_config
+from nemo_minitron.config.compose import as_dict, load_config
 from nemo_minitron.launch import failures
-from nemo_minitron.launch import stage as launching
 from nemo_minitron.launch.failures import StageError
-from nemo_minitron.stages.stage import Result
-from tests.conftest import settings
-
-
-@pytest.fixture(scope="module")
-def server():
-    from prefect.testing.utilities import prefect_test_harness
-
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
-def read(what):
-    """Asks the server."""
-    from prefect.client.orchestration import get_client
-
-    async def ask():
-        async with get_client() as client:
-            return await what(client)
-
-    return asyncio.run(ask())
-
-
-def in_a_flow(name, *words, workspace):
-    """Runs one stage as the flows do; returns what it reports, and the states its task went through."""
-    from nemo_minitron.flows.tasks import run_stage_task
-    from prefect import flow
-
-    config = load_config("config", [f"workspace={workspace}", "launch.retry_seconds=0", *words])
-    ids = []
-
-    @flow
-    def one():
-        from prefect.runtime import flow_run
-
-        ids.append(flow_run.id)
-        return run_stage_task(name, config, as_dict(config))
-
-    failure = result = None
-    try:
-        result = one()
-    except Exception as error:
-        failure = error
-
-    async def states(client):
-        from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-
-        (run,) = await client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[ids[0]])))
-        return run, [state.name for state in await client.read_task_run_states(run.id)]
-
-    for _ in range(50):  # the last state arrives a moment later
-        run, names = read(states)
-        if run.state.is_final():
-            break
-        time.sleep(0.1)
-    return result, failure, run, names
-
-
-@pytest.fixture
-def played(monkeypatch, tmp_path):
-    """Puts what a test gives in the place of the stages; one entry for each try."""
-
-    def play(*tries):
-        left, seen = list(tries), []
-
-        def run_stage(name, config):
-            seen.append(config)
-            outcome = left.pop(0)
-            if isinstance(outcome, BaseException):
-                raise outcome
-            if callable(outcome):
-                outcome()
-            return Result(name, tmp_path, True, "done")
-
-        monkeypatch.setattr(launching, "run_stage", run_stage)
-        return seen
-
-    return play
+from tests.support.flow_runs import in_a_flow, read
+from tests.support.runs import settings
 
 
 def test_passing_failures_are_tried_again_and_the_users_are_not(server, played, tmp_path):
@@ -175,7 +97,7 @@ def test_a_server_that_is_away_costs_no_stage_that_is_done(server, played, tmp_p
 def test_locks_on_accelerators_are_for_all_users_of_a_machine(monkeypatch, tmp_path):
     import tempfile
 
-    from nemo_minitron.launch.accelerator import locks
+    from nemo_minitron.launch.accelerator_lock import locks
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = os.umask(0o077)
@@ -188,8 +110,9 @@ def test_locks_on_accelerators_are_for_all_users_of_a_machine(monkeypatch, tmp_p
 
 def test_flows_that_share_an_accelerator_wait_for_each_other(server, played, tmp_path):
     """Two flows of two processes would do the same: the slots are the server's."""
-    from nemo_minitron.flows.tasks import run_stage_task
     from prefect import flow
+
+    from nemo_minitron.flows.tasks import run_stage_task
 
     at_once, most, lock = [0], [0], threading.Lock()
     together = threading.Barrier(2)
@@ -256,8 +179,7 @@ def test_prefect_shows_summaries_tables_links_pictures_and_lineage(
 
 def test_progress_is_an_artifact_that_moves(server, played, tmp_path, monkeypatch):
     from nemo_minitron.flows import publish
-
-    from nemo_minitron.artifacts import progress
+    from nemo_minitron.workspace import progress
 
     monkeypatch.setattr(publish, "_SHOW_SECONDS", 0.2)
 
@@ -318,8 +240,7 @@ def test_a_flow_that_is_told_to_end_saves_first_and_leaves_no_process(
 
 def test_two_flows_on_one_workspace(server, played, tmp_path):
     from nemo_minitron.flows.compress import compress
-
-    from nemo_minitron.artifacts.workspace import locked
+    from nemo_minitron.workspace.locks import locked
 
     config = load_config("config", [f"workspace={tmp_path / 'ws'}"])
     busy = threading.Event()
@@ -344,17 +265,17 @@ def test_two_flows_on_one_workspace(server, played, tmp_path):
 
 
 def test_the_command_that_is_written_down_composes_the_same():
-    from nemo_minitron.flows.forms import Launch, Sizes, composed, words
+    from nemo_minitron.flows.forms import Launch, Sizes, cli_words, composed
 
     given = {
         "overrides": ["distill.kl=2"], "workspace": "runs/what's new", "model": "org/tiny",
         "data": ["a folder/*.txt", "hf://owner/name", "C:\\text\\"], "plan": Sizes(hidden=8, layers=2),
         "launch": Launch(kind="subprocess", accelerator="gpu-0", wait=3600, retries=0),
     }  # fmt: skip
-    line = words("config", **given)
+    line = cli_words("config", **given)
     assert as_dict(load_config("config", line)) == as_dict(composed("config", **given))
     assert "plan.hidden=8" in line and "workspace='runs/what\\'s new'" in line
-    assert words("demo", None) == ["--config-name", "demo"]
+    assert cli_words("demo", None) == ["--config-name", "demo"]
 
 
 def test_parameters_are_forms_with_bounds(server):

@@ -10,9 +10,15 @@ import httpx
 import pytest
 import torch
 
-from nemo_minitron.artifacts.gate import GateError
+from nemo_minitron.evaluation.gate import GateError
 from nemo_minitron.launch import failures
-from nemo_minitron.launch.failures import StageError, kind_of, raised, told, without_secrets
+from nemo_minitron.launch.failures import (
+    StageError,
+    failure_from_json,
+    failure_to_json,
+    kind_of,
+    without_secrets,
+)
 
 
 def answered(status: int) -> Exception:
@@ -59,7 +65,7 @@ def from_(error: Exception, cause: Exception) -> Exception:
 )
 def test_kinds(error, kind):
     assert kind_of(error) == kind
-    again = raised("distill", told(error))
+    again = failure_from_json("distill", failure_to_json(error))
     assert kind_of(again) == kind
     assert kind_of(pickle.loads(pickle.dumps(again))) == kind
 
@@ -76,7 +82,7 @@ def test_only_what_may_pass_is_worth_another_try():
 
 def test_the_gate_keeps_its_table_between_processes():
     rows = [("quality kept", ">= 90.0%", "12.0%", ""), ("own_choice acc", ">= 0.1", "0.2", "held")]
-    again = raised("evaluate", told(GateError(rows)))
+    again = failure_from_json("evaluate", failure_to_json(GateError(rows)))
     assert isinstance(again, GateError) and again.rows == tuple(rows)
 
 
@@ -101,13 +107,16 @@ def chained(error: Exception, cause: Exception) -> Exception:
     ids=lambda error: type(error).__name__,
 )  # fmt: skip
 def test_credentials_leave_a_failure_and_its_type_stays(error):
-    kind, told_before = kind_of(error), told(error)
+    kind, told_before = kind_of(error), failure_to_json(error)
     assert "s3cretpw" not in json.dumps(told_before)
     fit = without_secrets(error, stored=True)
     assert fit is error and kind_of(fit) == kind
     assert "s3cretpw" not in "".join(traceback.format_exception(fit)) + repr(fit)
     assert b"s3cretpw" not in pickle.dumps(fit)
-    assert told(fit) == told_before and kind_of(raised("score", told(fit))) == kind
+    assert (
+        failure_to_json(fit) == told_before
+        and kind_of(failure_from_json("score", failure_to_json(fit))) == kind
+    )
 
 
 class Stubborn(Exception):

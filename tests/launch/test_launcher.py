@@ -15,16 +15,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_minitron.artifacts.manifest import read_manifest
-from nemo_minitron.compose import as_dict, load_config
+from nemo_minitron.config.compose import as_dict, load_config
+from nemo_minitron.config.launch_config import LaunchConfig
 from nemo_minitron.launch import failures
-from nemo_minitron.launch.accelerator import ENDING_SECONDS, in_use
+from nemo_minitron.launch.accelerator_lock import ENDING_SECONDS, in_use
 from nemo_minitron.launch.failures import StageError
+from nemo_minitron.launch.launcher import Call, launch
 from nemo_minitron.launch.slurm import Job, adopt, run_job, script
-from nemo_minitron.launch.stage import Call, launch
-from nemo_minitron.stages.launch_config import LaunchConfig
-from tests import slurm
-from tests.conftest import command_line, minitron, settings
+from nemo_minitron.workspace.manifest import read_manifest
+from tests.support import slurm
+from tests.support.runs import command_line, minitron, settings
 
 QUIET = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -71,7 +71,9 @@ def steps(workspace: Path) -> int:
 
 def children() -> list[psutil.Process]:
     return [
-        child for child in psutil.Process().children(recursive=True) if "launch.child" in command_line(child)
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "launch.stage_process" in command_line(child)
     ]
 
 
@@ -167,8 +169,8 @@ def test_a_flow_that_was_killed_finds_its_job_again(trained, queue, tmp_path):
     values.write_text(json.dumps(call(*SLURM).values))
     code = """
 import json, sys
-from nemo_minitron.compose import from_dict
-from nemo_minitron.launch.stage import Call, launch
+from nemo_minitron.config.compose import from_dict
+from nemo_minitron.launch.launcher import Call, launch
 values = json.load(open(sys.argv[1]))
 launch(Call("distill", from_dict(values), values), print)
 """
@@ -364,8 +366,8 @@ def test_a_stage_whose_flow_is_gone_keeps_its_accelerator(trained, tmp_path, mon
     _, call = trained
     words = ("launch.kind=subprocess", "launch.accelerator=gpu-0")
     code = (
-        "import sys, time; from nemo_minitron.launch.accelerator import in_use; "
-        "from nemo_minitron.stages.launch_config import LaunchConfig\n"
+        "import sys, time; from nemo_minitron.launch.accelerator_lock import in_use; "
+        "from nemo_minitron.config.launch_config import LaunchConfig\n"
         "with in_use(LaunchConfig(accelerator='gpu-0'), 'score'): print('held', flush=True); time.sleep(6)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -385,10 +387,10 @@ def test_a_stage_whose_flow_is_gone_keeps_its_accelerator(trained, tmp_path, mon
 
 
 def test_two_stages_never_work_in_one_workspace(trained):
-    from nemo_minitron.artifacts.workspace import alone
+    from nemo_minitron.workspace.locks import alone
 
     workspace, call = trained
-    code = "import sys, time; from pathlib import Path; from nemo_minitron.artifacts.workspace import alone\nwith alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(3)"
+    code = "import sys, time; from pathlib import Path; from nemo_minitron.workspace.locks import alone\nwith alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(3)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(workspace)], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(ValueError, match="a stage of an earlier run is still at work"), alone(workspace, 0.2):
@@ -405,8 +407,8 @@ def test_ending_a_flow_in_good_order_cancels_its_job(trained, queue, tmp_path):
     )
     code = """
 import json, sys
-from nemo_minitron.compose import from_dict
-from nemo_minitron.launch.stage import Call, launch
+from nemo_minitron.config.compose import from_dict
+from nemo_minitron.launch.launcher import Call, launch
 values = json.load(open(sys.argv[1]))
 launch(Call("distill", from_dict(values), values), print)
 """

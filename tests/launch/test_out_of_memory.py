@@ -2,9 +2,14 @@
 
 import pytest
 
-from nemo_minitron.compose import as_dict, from_dict, load_config
-from nemo_minitron.launch.lighter import FILE, halved, lightened, note_memory
-from nemo_minitron.stages.fitting import _resolved
+from nemo_minitron.config.compose import as_dict, from_dict, load_config
+from nemo_minitron.launch.out_of_memory import (
+    FILE,
+    note_memory,
+    with_halved_micro_batch,
+    with_smaller_micro_batch,
+)
+from nemo_minitron.stages.training_stage import _resolved
 
 
 def values(*overrides):
@@ -24,7 +29,7 @@ def section(config, stage):
 )
 def test_a_training_stays_the_same_training(stage, more):
     before = values(*more)
-    after = halved(stage, before, 2)
+    after = with_halved_micro_batch(stage, before, 2)
     assert before == values(*more)  # not touched
     one, two = from_dict(before), from_dict(after)
     (first, decided), (second, decided_too) = (_resolved(c, section(c, stage)) for c in (one, two))
@@ -35,26 +40,26 @@ def test_a_training_stays_the_same_training(stage, more):
 
 
 def test_there_is_an_end_to_it():
-    assert halved("distill", values(), 3) is not None
-    assert halved("distill", values(), 4) is None
-    assert halved("distill", values("distill.batch_size=6"), 2) is None  # 3 samples: no half
-    assert halved("score", values())["score"]["batch_size"] == 1
-    assert halved("score", values(), 2) is None
-    assert halved("prune", values()) is None
+    assert with_halved_micro_batch("distill", values(), 3) is not None
+    assert with_halved_micro_batch("distill", values(), 4) is None
+    assert with_halved_micro_batch("distill", values("distill.batch_size=6"), 2) is None  # 3 samples: no half
+    assert with_halved_micro_batch("score", values())["score"]["batch_size"] == 1
+    assert with_halved_micro_batch("score", values(), 2) is None
+    assert with_halved_micro_batch("prune", values()) is None
 
 
 def test_it_is_remembered_for_the_next_try_and_the_next_run(tmp_path):
     config = values()
-    assert lightened(tmp_path, "distill", config) == (config, 0)
+    assert with_smaller_micro_batch(tmp_path, "distill", config) == (config, 0)
     assert note_memory(tmp_path, "distill", config) and note_memory(tmp_path, "distill", config)
-    lighter, times = lightened(tmp_path, "distill", config)
+    lighter, times = with_smaller_micro_batch(tmp_path, "distill", config)
     assert (times, lighter["distill"]["batch_size"], lighter["trainer"]["accumulate_grad_batches"]) == (
         2,
         2,
         4,
     )
-    assert lightened(tmp_path, "score", config) == (config, 0)
+    assert with_smaller_micro_batch(tmp_path, "score", config) == (config, 0)
     assert note_memory(tmp_path, "distill", config)
     assert not note_memory(tmp_path, "distill", config)  # one sample is one sample
     (tmp_path / FILE).write_text("not json")
-    assert lightened(tmp_path, "distill", config) == (config, 0)
+    assert with_smaller_micro_batch(tmp_path, "distill", config) == (config, 0)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from nemo_minitron.launch.failures import exit_words
-from nemo_minitron.launch.process import Limits, run_process
+from nemo_minitron.launch.process_group import Limits, run_process
 
 NONE = Limits()
 
@@ -139,7 +139,7 @@ def test_what_it_leaves_behind_does_not_outlive_it(tmp_path):
 STARTER = """
 import os, sys
 from pathlib import Path
-from nemo_minitron.launch.process import Limits, run_process
+from nemo_minitron.launch.process_group import Limits, run_process
 script = "trap 'echo saved > {0}/saved; exit 0' TERM; sleep 300 & echo $! > {0}/pids; echo $$ >> {0}/pids; wait"
 run_process(["/bin/sh", "-c", script.format(sys.argv[1])], dict(os.environ), Path(sys.argv[1]) / "log", Limits(grace=20), print)
 """

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from nemo_minitron.core.divergences import DIVERGENCES, Divergence, forward_kl, topk_kl
-from nemo_minitron.core.losses import LossWeights, fused_linear_loss
+from nemo_minitron.losses.divergences import DIVERGENCES, Divergence, forward_kl, topk_kl
+from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
 
 TOKENS, VOCABULARY, HIDDEN, TEACHER = 37, 101, 16, 24
 

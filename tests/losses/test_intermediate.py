@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nemo_minitron.core.intermediate import (
+from nemo_minitron.losses.intermediate import (
     IntermediateWeights,
     balance,
     relation_divergence,

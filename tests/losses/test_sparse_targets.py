@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from nemo_minitron.core.divergences import Divergence, forward_kl, topk_kl
-from nemo_minitron.core.losses import LossWeights, fused_linear_loss
-from nemo_minitron.core.sparse import SparseTargets, known_entries, sparse_divergence
+from nemo_minitron.losses.divergences import Divergence, forward_kl, topk_kl
+from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.losses.sparse_targets import SparseTargets, known_entries, sparse_divergence
 
 
 def double(*shape, seed=0):

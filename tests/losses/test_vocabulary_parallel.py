@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from nemo_minitron.core.divergences import Divergence
-from nemo_minitron.core.losses import LossWeights, fused_linear_loss
-from nemo_minitron.core.split_losses import split_linear_loss
+from nemo_minitron.losses.divergences import Divergence
+from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.losses.vocabulary_parallel import split_linear_loss
 
 
 class Exchange:

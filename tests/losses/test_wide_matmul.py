@@ -5,9 +5,9 @@ import threading
 import pytest
 import torch
 
-from nemo_minitron.core import products
-from nemo_minitron.core.losses import LossWeights, fused_linear_loss
-from nemo_minitron.core.products import add_products, scaled, wide_linear
+from nemo_minitron.losses import wide_matmul
+from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.losses.wide_matmul import add_products, scaled, wide_linear
 
 
 def drawn(*shape, dtype):
@@ -25,7 +25,7 @@ def error(found, exact):
     [(torch.float64, 1e-15), (torch.float32, 1e-6), (torch.bfloat16, 1e-6), (torch.float16, 1e-6)],
 )
 def test_results_are_as_exact_as_the_operands(monkeypatch, dtype, bound):
-    monkeypatch.setattr(products, "TILE_BYTES", 4 * 96 * 100)  # several tiles, the last one smaller
+    monkeypatch.setattr(wide_matmul, "TILE_BYTES", 4 * 96 * 100)  # several tiles, the last one smaller
     hidden_CH, weight_VH = drawn(17, 96, dtype=dtype), drawn(333, 96, dtype=dtype)
     exact = hidden_CH.double() @ weight_VH.double().T
     found = wide_linear(hidden_CH, weight_VH)
@@ -35,9 +35,9 @@ def test_results_are_as_exact_as_the_operands(monkeypatch, dtype, bound):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_gradients_are_added_to_what_is_there(monkeypatch, dtype):
-    monkeypatch.setattr(products, "TILE_BYTES", 4 * 96 * 100)
+    monkeypatch.setattr(wide_matmul, "TILE_BYTES", 4 * 96 * 100)
     hidden_CH, weight_VH = drawn(17, 96, dtype=dtype), drawn(333, 96, dtype=dtype)
-    grad_CV = drawn(17, 333, dtype=products.wide_dtype(dtype))
+    grad_CV = drawn(17, 333, dtype=wide_matmul.wide_dtype(dtype))
     sum_CH, sum_VH = torch.ones(17, 96, dtype=grad_CV.dtype), torch.ones(333, 96, dtype=grad_CV.dtype)
     add_products(grad_CV, hidden_CH, weight_VH, sum_CH, sum_VH)
     # of low precision the gradient counts as rounded to it

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.bridge.models import head_of, layers_of, load_model
-from nemo_minitron.bridge.quantised import Int8Linear, load_teacher
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 from nemo_minitron.families import families
-from tests.conftest import make_model
-from tests.stages.test_training import words  # noqa: F401
+from nemo_minitron.models.causal_lm import head_of, layers_of, load_model
+from nemo_minitron.models.int8 import Int8Linear, load_teacher
+from nemo_minitron.workspace.training_log import read_log
+from tests.support.models import make_model
+from tests.support.short_training import words  # noqa: F401
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from nemo_minitron.bridge.models import load_model, load_tokenizer
-from nemo_minitron.cli import main
-from tests.conftest import logits
+from nemo_minitron.cli.main import main
+from nemo_minitron.models.causal_lm import load_model, load_tokenizer
+from tests.support.models import logits
 
 CODE = """
 from pathlib import Path

@@ -7,29 +7,17 @@ pytest.importorskip("nemo")
 
 from lightning.pytorch import Callback
 
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.bridge.captures import Captures
-from nemo_minitron.bridge.models import load_model
-from nemo_minitron.core.intermediate import IntermediateWeights
-from nemo_minitron.core.losses import LossWeights
+from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.families import families, present_axes
-from nemo_minitron.plugin.distillation import KnowledgeDistillation
-from nemo_minitron.plugin.training import newest_checkpoint
-from tests.conftest import make_model
-from tests.plugin.test_model import run
-
-ALL = ("embedding", "hidden", "mlp_input", "attention")
-
-
-def distillation(teacher, intermediate, family="llama", weights=None, kept_H=None):
-    return KnowledgeDistillation(
-        load_model(teacher),
-        families()[family],
-        weights or LossWeights(),
-        intermediate=intermediate,
-        kept_H=kept_H,
-    )
+from nemo_minitron.losses.fused_linear_loss import LossWeights
+from nemo_minitron.losses.intermediate import IntermediateWeights
+from nemo_minitron.models.captures import Captures
+from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
+from nemo_minitron.plugin.trainer import newest_checkpoint
+from nemo_minitron.workspace.training_log import read_log
+from tests.support.models import make_model
+from tests.support.nemo_training import ALL, distillation, run
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

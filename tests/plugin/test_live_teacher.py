@@ -6,16 +6,16 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from nemo_minitron.bridge.models import load_model
-from nemo_minitron.cli import main
-from nemo_minitron.core.losses import LossWeights
+from nemo_minitron.cli.main import main
 from nemo_minitron.families import families
-from nemo_minitron.plugin.distillation import KnowledgeDistillation
-from nemo_minitron.plugin.live import LiveTeacher, snapshots
-from tests.conftest import logits, make_model
-from tests.plugin.test_model import run
-from tests.stages.test_ranks import weights
-from tests.stages.test_training import words  # noqa: F401
+from nemo_minitron.losses.fused_linear_loss import LossWeights
+from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
+from nemo_minitron.plugin.live_teacher import LiveTeacher, snapshots
+from tests.support.models import logits, make_model
+from tests.support.nemo_training import run
+from tests.support.short_training import words  # noqa: F401
+from tests.support.two_ranks import weights
 
 
 def test_a_correction_publishes_and_a_distillation_takes_it_over(tmp_path, words):  # noqa: F811

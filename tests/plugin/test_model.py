@@ -12,72 +12,22 @@ pytest.importorskip("nemo")
 
 from lightning.pytorch import Callback, Trainer
 
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.bridge.models import load_model
-from nemo_minitron.core.divergences import Divergence
-from nemo_minitron.core.losses import LossWeights
+from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.families import families
-from nemo_minitron.plugin.archive import nemo_archive
-from nemo_minitron.plugin.callbacks import ModelTransform
-from nemo_minitron.plugin.data import ConsumedSampler
-from nemo_minitron.plugin.distillation import KnowledgeDistillation
-from nemo_minitron.plugin.guard import BadStep, Spikes
+from nemo_minitron.losses.divergences import Divergence
+from nemo_minitron.losses.fused_linear_loss import LossWeights
+from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.model import MinitronModel
-from nemo_minitron.plugin.preemption import Preempted
-from nemo_minitron.plugin.training import (
-    Options,
-    Recipe,
-    _apply,
-    _manage,
-    check_trainer,
-    newest_checkpoint,
-    train,
-)
-from tests.conftest import logits, make_model
-
-OPTIM = {"name": "adamw", "lr": 2e-2, "sched": {"name": "CosineAnnealing", "warmup_steps": 2, "min_lr": 1e-4}}
-EXP = {
-    "create_tensorboard_logger": False,
-    "create_checkpoint_callback": True,
-    "checkpoint_callback_params": {
-        "filename": "{step}", "monitor": "step", "mode": "max", "save_top_k": 1, "save_last": False,
-        "every_n_train_steps": 3, "every_n_epochs": None, "save_nemo_on_train_end": False,
-    },
-    "log_step_timing": False, "log_tflops_per_sec_per_gpu": False, "seconds_to_sleep": 0,
-}  # fmt: skip
-
-
-def recipe(steps, options=None, **trainer):
-    settings = {
-        "max_steps": steps, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "log_every_n_steps": 1,
-        "enable_model_summary": False, "num_sanity_val_steps": 0, "val_check_interval": 2,
-        "check_val_every_n_epoch": None,
-    }  # fmt: skip
-    return Recipe({**settings, **trainer}, OPTIM, EXP, 4, 0, options or Options())
-
-
-def tokens(count=40, length=17, seed=0):
-    """Counting sequences: next token = token + 1, learnable in a few steps."""
-    start = torch.randint(0, 60, (count, 1), generator=torch.Generator().manual_seed(seed))
-    return start + torch.arange(length)
-
-
-def run(folder, state, steps, callbacks=(), skipped=frozenset(), **trainer):
-    state.mkdir(exist_ok=True)
-    config = read_config(folder)
-    model = load_model(folder, dtype=torch.float32)
-    return train(
-        model,
-        config,
-        folder,
-        recipe(steps, **trainer),
-        tokens(),
-        tokens(8, seed=1),
-        state,
-        callbacks,
-        skipped,
-    )
+from nemo_minitron.plugin.model_transform import ModelTransform
+from nemo_minitron.plugin.nemo_archive import nemo_archive
+from nemo_minitron.plugin.trainer import Options, _apply, _manage, check_trainer, newest_checkpoint, train
+from nemo_minitron.training.loss_guard import BadStep, Spikes
+from nemo_minitron.training.preemption import Preempted
+from nemo_minitron.training.sampler import ConsumedSampler
+from nemo_minitron.workspace.training_log import read_log
+from tests.support.models import logits, make_model
+from tests.support.nemo_training import EXP, OPTIM, recipe, run, tokens
 
 
 def test_training_learns_and_logs(tmp_path):

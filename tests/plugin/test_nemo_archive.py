@@ -6,9 +6,9 @@ import tarfile
 import pytest
 import yaml
 
-from nemo_minitron.cli import main
-from nemo_minitron.plugin.archive import check_archive
+from nemo_minitron.cli.main import main
 from nemo_minitron.plugin.model import MinitronModel
+from nemo_minitron.plugin.nemo_archive import check_archive
 
 
 @pytest.fixture(scope="module")

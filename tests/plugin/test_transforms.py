@@ -5,18 +5,18 @@ import torch
 
 pytest.importorskip("nemo")
 
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.artifacts.plan import make_plan, read_plan, write_plan
-from nemo_minitron.bridge.models import load_model
-from nemo_minitron.bridge.proof import TOGETHER, halved
-from nemo_minitron.bridge.specimens import tiny_model
-from nemo_minitron.core.importance import random_scores
-from nemo_minitron.core.select import score_shape, select_units
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.families import axis_sizes, families, present_axes
-from nemo_minitron.plugin.archive import nemo_archive
+from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.plugin.model import MinitronModel
+from nemo_minitron.plugin.nemo_archive import nemo_archive
 from nemo_minitron.plugin.transforms import DepthPruning, Pruning, WidthPruning
-from tests.conftest import logits, make_model, stream
+from nemo_minitron.proofs.proof import TOGETHER, halved
+from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.pruning.plan_file import make_plan, read_plan, write_plan
+from nemo_minitron.pruning.select import score_shape, select_units
+from nemo_minitron.scoring.importance import random_scores
+from tests.support.models import logits, make_model, stream
 
 
 def plan_for(folder, layers=(0, 2)):

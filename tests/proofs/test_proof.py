@@ -8,22 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.bridge.proof import PROOFS, TOGETHER, markdown, permutations, proof_table, prove, tabulate
-from nemo_minitron.bridge.specimens import tiny_config, tiny_model
-from nemo_minitron.core.cut import Cut, rescaled
-from nemo_minitron.core.size import model_size
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.families import axis_sizes, families, has_tensor, present_axes
 from nemo_minitron.families.grammar import row_axes
-from tests.conftest import logits, stream
+from nemo_minitron.proofs.proof import PROOFS, TOGETHER, markdown, permutations, proof_table, prove, tabulate
+from nemo_minitron.proofs.tiny_models import tiny_config, tiny_model
+from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.slice import Cut, rescaled
+from tests.support.models import INSTALLED, logits, stream
 
-INSTALLED = {
-    name: family
-    for name, family in families().items()
-    if Version(transformers.__version__) >= Version(family.since)
-}
 CASES = [(name, i) for name, family in sorted(INSTALLED.items()) for i in range(len(family.proofs))]
 
 
@@ -178,7 +172,7 @@ def test_the_embedding_scale_is_folded(tmp_path, name, tied):
 def test_a_fold_is_exact_in_float32_and_leaves_other_tensors_alone(tmp_path):
     family = families()["gemma"]
     checkpoint = open_checkpoint(tiny_model(family, {}, tmp_path / "m"))
-    from nemo_minitron.core.cut import pieces
+    from nemo_minitron.pruning.slice import pieces
 
     cut = Cut(family, checkpoint.config, {"hidden": torch.arange(8)}, (0, 1, 2, 3))
     scaled = {p.source: p for p in pieces(cut, list(checkpoint.entries)) if p.scale != 1}
@@ -205,7 +199,7 @@ def test_a_fold_is_exact_in_float32_and_leaves_other_tensors_alone(tmp_path):
     ],
 )  # fmt: skip
 def test_what_a_config_says_per_layer_goes_with_the_layers(name, changes, layers, expected):
-    from nemo_minitron.core.cut import cut_config
+    from nemo_minitron.pruning.slice import cut_config
 
     family = families()[name]
     config = tiny_config(family, changes)

@@ -1,7 +1,7 @@
 import pytest
 
-from nemo_minitron.core.size import model_size
 from nemo_minitron.families import families
+from nemo_minitron.pruning.cost import model_size
 
 NEMOTRON = {
     "model_type": "nemotron",

@@ -3,22 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.bridge.models import load_model
-from nemo_minitron.bridge.proof import generates
-from nemo_minitron.bridge.specimens import tiny_config, tiny_model
-from nemo_minitron.core.cut import Cut, Piece, cut_config, cut_tensor, dim_index, pieces
-from nemo_minitron.core.importance import random_scores
-from nemo_minitron.core.select import (
-    complete_targets,
-    kept_layers,
-    scattered,
-    score_shape,
-    select_units,
-    top,
-    top_within,
-)
-from nemo_minitron.core.size import model_size
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.families import (
     axis_sizes,
     check_sizes,
@@ -27,8 +12,23 @@ from nemo_minitron.families import (
     parse_row,
     present_axes,
 )
-from nemo_minitron.families.family import TensorRow
-from tests.conftest import logits, stream
+from nemo_minitron.families.table import TensorRow
+from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.proofs.proof import generates
+from nemo_minitron.proofs.tiny_models import tiny_config, tiny_model
+from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.select import (
+    complete_targets,
+    kept_layers,
+    scattered,
+    score_shape,
+    select_units,
+    top,
+    top_within,
+)
+from nemo_minitron.pruning.slice import Cut, Piece, cut_config, cut_tensor, dim_index, pieces
+from nemo_minitron.scoring.importance import random_scores
+from tests.support.models import logits, stream
 
 
 def test_the_best_stay_in_their_original_order_and_ties_go_to_the_lower_index():

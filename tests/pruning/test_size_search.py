@@ -8,11 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_minitron.bridge.specimens import tiny_config
-from nemo_minitron.core.cut import Cut, cut_config
-from nemo_minitron.core.search import MEASURES, candidates, default_choices, halving, rungs
-from nemo_minitron.core.select import complete_targets
-from nemo_minitron.core.size import alignment, model_size
 from nemo_minitron.families import (
     axis_sizes,
     check_layers,
@@ -21,6 +16,11 @@ from nemo_minitron.families import (
     families,
     present_axes,
 )
+from nemo_minitron.proofs.tiny_models import tiny_config
+from nemo_minitron.pruning.cost import alignment, model_size
+from nemo_minitron.pruning.select import complete_targets
+from nemo_minitron.pruning.size_search import MEASURES, candidates, default_choices, halving, rungs
+from nemo_minitron.pruning.slice import Cut, cut_config
 
 NEMOTRON = {
     "model_type": "nemotron", "vocab_size": 256000, "num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128,

@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nemo_minitron.artifacts import pruned
-from nemo_minitron.artifacts.checkpoint import load_tensor, open_checkpoint
-from nemo_minitron.artifacts.manifest import hash_file, write_json
-from nemo_minitron.artifacts.pruned import planned_bytes, write_pruned
-from nemo_minitron.artifacts.weights import Planned, ShardWriter, write_weights
-from nemo_minitron.bridge.proof import TOGETHER, halved
-from nemo_minitron.bridge.specimens import permutation, tiny_model
-from nemo_minitron.core.cut import Cut, cut_tensor, pieces
-from nemo_minitron.core.importance import random_scores
-from nemo_minitron.core.select import score_shape, select_units
+from nemo_minitron.checkpoints.checkpoint import load_tensor, open_checkpoint
+from nemo_minitron.checkpoints.shard_writer import Planned, ShardWriter, write_weights
 from nemo_minitron.families import axis_sizes, expected_tensors, families, present_axes
-from tests.conftest import minitron
+from nemo_minitron.proofs.proof import TOGETHER, halved
+from nemo_minitron.proofs.tiny_models import permutation, tiny_model
+from nemo_minitron.pruning import stream
+from nemo_minitron.pruning.select import score_shape, select_units
+from nemo_minitron.pruning.slice import Cut, cut_tensor, pieces
+from nemo_minitron.pruning.stream import planned_bytes, write_pruned
+from nemo_minitron.scoring.importance import random_scores
+from nemo_minitron.workspace.manifest import hash_file, write_json
+from tests.support.runs import minitron
 
 
 def half_of_everything(checkpoint, seed=0, layers=(1, 3)):
@@ -79,8 +79,8 @@ def test_the_stream_equals_slices_in_memory_whatever_blocks_shards_and_dtypes(
     tmp_path, monkeypatch, name, dtypes, block
 ):
     pytest.importorskip(f"transformers.models.{name}")
-    monkeypatch.setattr(pruned, "BLOCK_BYTES", block)
-    monkeypatch.setattr(pruned, "GAP_BYTES", block // 4)
+    monkeypatch.setattr(stream, "BLOCK_BYTES", block)
+    monkeypatch.setattr(stream, "GAP_BYTES", block // 4)
     family = families()[name]
     checkpoint = open_checkpoint(retype(tiny_model(family, family.proofs[0], tmp_path / "m"), dtypes))
     turned = permutation(family, checkpoint.config, [a for a in family.prunable if a != "layers"])
@@ -203,7 +203,7 @@ def test_a_full_disk_is_one_clear_line_and_no_debris(tmp_path, big):
     """The limit on a file's size strikes in the middle of a write, as a full disk does."""
     code = (
         "import resource, sys\n"
-        "from nemo_minitron.cli import main\n"
+        "from nemo_minitron.cli.main import main\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))\n"
         "sys.exit(main(sys.argv[1:]))"
     )

@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 import yaml
 
-from nemo_minitron.bridge.cards import licence_of, model_card, write_eval_results
+from nemo_minitron.release.card_metadata import licence_of, model_card, write_eval_results
 
 OTHER = "license: other\nlicense_name: open-model-license\nlicense_link: https://example.org/licence\n"
 

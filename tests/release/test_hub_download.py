@@ -8,8 +8,9 @@ import sys
 import pytest
 from safetensors import safe_open
 
-from tests.conftest import make_model, minitron
-from tests.hub import COMMIT, WRITER, serve
+from tests.support.hub import COMMIT, WRITER, serve
+from tests.support.models import make_model
+from tests.support.runs import minitron
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_a_hub_in_trouble_is_a_failure_not_a_mistake(hub, tmp_path):
 
 def test_a_data_set_by_hub_id(hub, tmp_path):
     code = (
-        "from nemo_minitron.bridge.text import documents, find_text\n"
+        "from nemo_minitron.data.documents import documents, find_text\n"
         "texts = find_text(['hf://org/lines'], [], 'auto', 'body', 'data.calibration')\n"
         "print(texts.fingerprint)\n"
         "for text in documents(texts): print(text)\n"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.artifacts.build import discard, make
-from nemo_minitron.artifacts.log import read_log, write_csv
-from nemo_minitron.artifacts.manifest import Input, hash_file, read_manifest
-from nemo_minitron.bridge.tracking import IDENTITY, check, track
+from nemo_minitron.release.mlflow_tracking import IDENTITY, check, track
+from nemo_minitron.workspace.build import discard, make
+from nemo_minitron.workspace.manifest import Input, hash_file, read_manifest
+from nemo_minitron.workspace.training_log import read_log, write_csv
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # these tests import it themselves
 mlflow = pytest.importorskip("mlflow")
@@ -364,7 +364,7 @@ def test_nothing_is_sent_home_and_mlflow_comes_late(place, tmp_path):
         "def hook(event, values):\n"
         "    if event in ('socket.connect', 'socket.getaddrinfo'): os.write(2, repr(values).encode())\n"
         "sys.addaudithook(hook)\n"
-        "from nemo_minitron.bridge.tracking import check, track\n"
+        "from nemo_minitron.release.mlflow_tracking import check, track\n"
         "check()\nassert 'mlflow' not in sys.modules\n"
         f"print(track({place!r}, 'trials', 'run', Path({str(artifact(tmp_path))!r}), 'distill', {{}}, '', 'me'))\n",
         tmp_path,

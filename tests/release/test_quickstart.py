@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from nemo_minitron.artifacts.manifest import NAME, hash_file
-from nemo_minitron.stages.quickstart import QUICKSTART
-from tests.conftest import minitron, settings
+from nemo_minitron.release.quickstart import QUICKSTART
+from nemo_minitron.workspace.manifest import NAME, hash_file
+from tests.support.runs import minitron, settings
 
 
 def written(workspace, name, change):

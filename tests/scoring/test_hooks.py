@@ -9,28 +9,18 @@ import pytest
 import torch
 import transformers
 
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.bridge.models import load_model
-from nemo_minitron.bridge.samples import Samples
-from nemo_minitron.bridge.scoring import in_memory
-from nemo_minitron.bridge.specimens import tiny_model
-from nemo_minitron.bridge.taps import Measures, Recorder
-from nemo_minitron.core.importance import AGGREGATIONS, over_batch
-from nemo_minitron.core.tally import merge_tallies, rank
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.families import families
-from tests.conftest import make_model
-from tests.families.test_proofs import INSTALLED
+from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.scoring.calibration_sums import merge_sums, rankings
+from nemo_minitron.scoring.hooks import Measures, Recorder
+from nemo_minitron.scoring.importance import AGGREGATIONS, over_batch
+from nemo_minitron.scoring.pass_in_memory import in_memory
+from tests.support.models import INSTALLED, make_model
+from tests.support.text_samples import padded
 
 ALL = Measures(AGGREGATIONS, influence=(1, 2))
-
-
-def padded(count=4, length=12, vocabulary=96):
-    """Samples one token longer than the length, two of them padded."""
-    torch.manual_seed(0)
-    tokens = torch.randint(2, vocabulary, (count, length + 1))
-    valid = torch.ones(count, length + 1, dtype=torch.bool)
-    valid[0, 9:] = valid[2, 5:] = False
-    return Samples(tokens, valid)
 
 
 def score(folder, samples, measures=ALL, batch=2):
@@ -90,7 +80,7 @@ def test_every_axis_against_the_formula(tmp_path, name, batch, sequence):
     folder, samples = make_model(tmp_path / "m", name), padded()
     caught, model = by_hand(folder, samples)
     tally = score(folder, samples)
-    found = rank(tally, families()[name], batch, sequence, "block_influence")
+    found = rankings(tally, families()[name], batch, sequence, "block_influence")
 
     def same(result, x):
         expected = aggregate(x, samples, batch, sequence)
@@ -213,7 +203,7 @@ def test_any_split_over_batches_and_runs_merges_to_the_whole(tmp_path):
     parts = [
         in_memory(model, checkpoint, samples, groups, ALL) for groups in ([[5, 0], [7]], [[1, 2, 3, 4, 6]])
     ]
-    for other in (score(folder, samples, batch=3), merge_tallies(*parts)):
+    for other in (score(folder, samples, batch=3), merge_sums(*parts)):
         assert dict(sorted(other.samples.items())) == whole.samples
         for key, sums in whole.sums.items():
             assert other.sums[key].samples == 8
@@ -221,7 +211,7 @@ def test_any_split_over_batches_and_runs_merges_to_the_whole(tmp_path):
         for key, sums in whole.depth.items():
             assert torch.allclose(other.depth[key].total, sums.total, rtol=1e-6)
     with pytest.raises(ValueError, match="share calibration sample 0"):
-        merge_tallies(parts[0], whole)
+        merge_sums(parts[0], whole)
 
 
 def test_hooks_are_gone_afterwards_also_after_an_error(tmp_path):

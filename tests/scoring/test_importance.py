@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 
-from nemo_minitron.core.depth import cosine_sum
-from nemo_minitron.core.importance import (
+from nemo_minitron.families import families
+from nemo_minitron.pruning.select import group_scores
+from nemo_minitron.scoring.depth import cosine_sum
+from nemo_minitron.scoring.importance import (
     AGGREGATIONS,
     concentration,
-    group_scores,
     merge,
     moments,
     over_batch,
@@ -17,8 +18,7 @@ from nemo_minitron.core.importance import (
     over_sequence,
     random_scores,
 )
-from nemo_minitron.core.magnitude import unit_squares
-from nemo_minitron.families import families
+from nemo_minitron.scoring.magnitude import unit_squares
 
 
 def naive(values, how):
@@ -116,7 +116,7 @@ def test_magnitude_of_a_unit_is_the_norm_of_its_weights():
 
 
 def test_magnitude_of_fused_and_concatenated_tensors(monkeypatch):
-    from nemo_minitron.core import magnitude
+    from nemo_minitron.scoring import magnitude
 
     monkeypatch.setattr(magnitude, "_BLOCK", 40)  # several blocks
     family = families()["gpt_oss"]

@@ -5,20 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_minitron.artifacts.checkpoint import open_checkpoint
-from nemo_minitron.bridge.detour import Detour
-from nemo_minitron.bridge.models import load_model
-from nemo_minitron.bridge.samples import Samples
-from nemo_minitron.bridge.scoring import check_isolation, in_memory
-from nemo_minitron.bridge.specimens import tiny_model
-from nemo_minitron.bridge.streaming import layer_bytes, streamed
-from nemo_minitron.bridge.taps import Measures
-from nemo_minitron.core.depth import block_importance
-from nemo_minitron.core.importance import AGGREGATIONS
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.data.calibration_samples import Samples
 from nemo_minitron.families import families
-from tests.bridge.test_taps import padded
-from tests.conftest import make_model, stream
-from tests.families.test_proofs import INSTALLED
+from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.models.layer_control import LayerControl
+from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.scoring.depth import block_importance
+from nemo_minitron.scoring.hooks import Measures
+from nemo_minitron.scoring.importance import AGGREGATIONS
+from nemo_minitron.scoring.pass_by_layer import layer_bytes, streamed
+from nemo_minitron.scoring.pass_in_memory import check_isolation, in_memory
+from tests.support.models import INSTALLED, make_model, stream
+from tests.support.text_samples import padded
 
 DEPTH = Measures((), influence=(), losses=(1, 2))
 GROUPS = [[0, 1], [2, 3]]
@@ -125,7 +124,7 @@ def test_a_detour_leaves_no_trace(tmp_path):
     tokens = torch.arange(8)[None]
     with torch.inference_mode():
         before = model(tokens).logits
-        with Detour(model, families()["llama"], 3).attached() as detour:
+        with LayerControl(model, families()["llama"], 3).attached() as detour:
             assert torch.equal(model(tokens).logits, before)
             detour.skip = frozenset({1})
             assert not torch.allclose(model(tokens, use_cache=False).logits, before)

@@ -9,28 +9,30 @@ from safetensors.torch import load_file
 
 pytest.importorskip("nemo")
 
-from nemo_minitron.artifacts.checkpoint import open_checkpoint, read_config
-from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.artifacts.report import read_report
-from nemo_minitron.bridge.models import head_of, load_model
-from nemo_minitron.bridge.scoring import in_memory
-from nemo_minitron.bridge.specimens import tiny_model
-from nemo_minitron.bridge.speed import Case, _measure
-from nemo_minitron.bridge.taps import Measures
-from nemo_minitron.bridge.teaching import teach
-from nemo_minitron.compose import load_config
-from nemo_minitron.core import products
-from nemo_minitron.core.importance import AGGREGATIONS
-from nemo_minitron.core.intermediate import IntermediateWeights
-from nemo_minitron.core.losses import LossWeights, fused_linear_loss
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.config.compose import load_config
+from nemo_minitron.distillation.teacher_logits_pass import teach
+from nemo_minitron.evaluation.report import read_report
+from nemo_minitron.evaluation.speed import Case, _measure
 from nemo_minitron.families import families, present_axes
-from nemo_minitron.stages import run_stage
-from tests import accelerator
-from tests.accelerator import DEVICE, NAME
-from tests.bridge.test_taps import padded
-from tests.conftest import make_model, settings
-from tests.plugin.test_distillation import ALL, distillation
-from tests.plugin.test_model import run as trained
+from nemo_minitron.losses import wide_matmul
+from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.losses.intermediate import IntermediateWeights
+from nemo_minitron.models.causal_lm import head_of, load_model
+from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.scoring.hooks import Measures
+from nemo_minitron.scoring.importance import AGGREGATIONS
+from nemo_minitron.scoring.pass_in_memory import in_memory
+from nemo_minitron.stages.run import run_stage
+from nemo_minitron.workspace.training_log import read_log
+from tests.support import accelerator
+from tests.support.accelerator import DEVICE, NAME
+from tests.support.models import make_model
+from tests.support.nemo_training import ALL, distillation
+from tests.support.nemo_training import run as trained
+from tests.support.runs import settings
+from tests.support.text_samples import padded
 
 THERE = [
     f"score.device={NAME}",
@@ -141,7 +143,7 @@ def test_every_way_to_distil(both, pruned, monkeypatch, words, tolerance, widens
     if widens and not low:
         pytest.skip("float32 stays as it is")
     if widens:
-        monkeypatch.setattr(products, "WIDENS", {NAME})
+        monkeypatch.setattr(wide_matmul, "WIDENS", {NAME})
     here, there = both(["distill"], *words, start=pruned)
     found, expected = curve(there, "loss", "val_loss"), curve(here, "loss", "val_loss")
     assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
@@ -149,14 +151,14 @@ def test_every_way_to_distil(both, pruned, monkeypatch, words, tolerance, widens
 
 def test_without_float64(both, pruned, monkeypatch):
     monkeypatch.setattr(accelerator, "narrow", True)
-    monkeypatch.setattr(products, "NARROW", {NAME})
+    monkeypatch.setattr(wide_matmul, "NARROW", {NAME})
     here, there = both(["distill", "evaluate"], *SMALL, *INSIDE, start=pruned)
     assert curve(there, "loss", "val_loss") == pytest.approx(curve(here, "loss", "val_loss"), rel=1e-4)
 
 
 def test_scores_without_float64(both, monkeypatch):
     monkeypatch.setattr(accelerator, "narrow", True)
-    monkeypatch.setattr(products, "NARROW", {NAME})
+    monkeypatch.setattr(wide_matmul, "NARROW", {NAME})
     here, there = both(["download", "score"], "score.depth=lm_loss", "score.blocks=[2]")
     for name, value in scores(here).items():
         torch.testing.assert_close(scores(there)[name], value, rtol=1e-4, atol=1e-5)
@@ -165,7 +167,7 @@ def test_scores_without_float64(both, monkeypatch):
 @pytest.mark.parametrize("name", sorted(families()))
 def test_every_family_is_scored_and_taught(tmp_path, monkeypatch, name):
     monkeypatch.setattr(accelerator, "narrow", True)  # the least that a device can do
-    monkeypatch.setattr(products, "NARROW", {NAME})
+    monkeypatch.setattr(wide_matmul, "NARROW", {NAME})
     family = families()[name]
     folder = tiny_model(family, family.proofs[0], tmp_path / "m")
     checkpoint, found = open_checkpoint(folder), []

@@ -12,18 +12,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from nemo_minitron.artifacts.report import speeds, unserved
-from nemo_minitron.bridge import speed
-from nemo_minitron.bridge.lm_eval import check_tasks, manager_of
-from nemo_minitron.bridge.ranks import Ranks
-from nemo_minitron.bridge.task_files import task_print
-from nemo_minitron.cli import main
-from nemo_minitron.compose import load_config
+from nemo_minitron.cli.main import main
+from nemo_minitron.config.compose import load_config
+from nemo_minitron.evaluation import speed
+from nemo_minitron.evaluation.lm_eval import check_tasks, manager_of
+from nemo_minitron.evaluation.measurements import SPEED, Unit, work
+from nemo_minitron.evaluation.report import speeds, unserved
+from nemo_minitron.evaluation.task_files import task_print
 from nemo_minitron.launch.failures import TRANSIENT, kind_of
-from nemo_minitron.stages import run_stage
+from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.evaluate import _bench
-from nemo_minitron.stages.measuring import SPEED, Unit, work
-from tests.conftest import settings
+from nemo_minitron.stages.run import run_stage
+from tests.support.runs import settings
 
 LINES = [{"q": f"the model reads a file {i}", "a": ["and", "waits"], "n": i % 2} for i in range(12)]
 DATA = """task: {name}
@@ -219,9 +219,9 @@ def test_a_task_is_measured_again_when_its_own_questions_have_changed_and_only_t
 
 
 def test_a_measure_that_one_model_lacks_is_not_compared(words, capsys, tmp_path, monkeypatch):
-    from nemo_minitron.stages import measuring
+    from nemo_minitron.evaluation import measurements
 
-    whole = measuring.Bench._task
+    whole = measurements.Bench._task
 
     def partly(bench, unit):
         found = whole(bench, unit)
@@ -229,7 +229,7 @@ def test_a_measure_that_one_model_lacks_is_not_compared(words, capsys, tmp_path,
             del found["documents"]["acc_norm"], found["metrics"]["acc_norm"]
         return found
 
-    monkeypatch.setattr(measuring.Bench, "_task", partly)
+    monkeypatch.setattr(measurements.Bench, "_task", partly)
     workspace, arguments = words
     assert called(capsys, "evaluate", *arguments, "evaluate.tasks=[own_choice]")[0] == 0
     measures = {row["metric"] for row in read(workspace)["compared"] if row["task"] == "own_choice"}

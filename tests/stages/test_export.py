@@ -6,8 +6,8 @@ import tarfile
 
 import pytest
 
-from tests.conftest import minitron, settings
-from tests.hub import COMMIT, WRITER, Made, serve
+from tests.support.hub import COMMIT, WRITER, Made, serve
+from tests.support.runs import minitron, settings
 
 
 @pytest.fixture

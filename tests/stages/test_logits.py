@@ -8,13 +8,12 @@ import time
 
 import pytest
 
-from nemo_minitron.artifacts import teacher_logits
-from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.artifacts.teacher_logits import TeacherLogits
-from nemo_minitron.cli import main
-from tests.stages.test_ranks import torchrun, weights, words  # noqa: F401
-from tests.stages.test_score import ended
-from tests.test_cli import refused
+from nemo_minitron.cli.main import main
+from nemo_minitron.distillation import teacher_logits
+from nemo_minitron.distillation.teacher_logits import TeacherLogits
+from nemo_minitron.workspace.training_log import read_log
+from tests.support.runs import ended, refused
+from tests.support.two_ranks import torchrun, weights  # noqa: F401
 
 CACHE = "distill.teacher_logits=cache"
 
@@ -25,7 +24,7 @@ def made(place, *more):
     return read_log(place / "student" / "metrics.jsonl")
 
 
-def test_all_entries_teach_what_the_teacher_beside_the_student_does(capsys, tmp_path, words):  # noqa: F811
+def test_all_entries_teach_what_the_teacher_beside_the_student_does(capsys, tmp_path, words):
     entries = 300  # the whole vocabulary
     cached = made(tmp_path / "cached", *words, CACHE, f"distill.cache.entries={entries}")
     online = made(tmp_path / "online", *words)
@@ -40,7 +39,7 @@ def test_all_entries_teach_what_the_teacher_beside_the_student_does(capsys, tmp_
 
 
 @pytest.mark.parametrize("method", ["top_k", "sampling"])
-def test_a_student_learns_from_a_few_entries_and_needs_no_teacher(tmp_path, words, method):  # noqa: F811
+def test_a_student_learns_from_a_few_entries_and_needs_no_teacher(tmp_path, words, method):
     place = tmp_path / "ws"
     shared = next(word for word in words if word.startswith("source.model=")).partition("=")[2]
     source = shutil.copytree(shared, tmp_path / "teacher")  # the other tests keep theirs
@@ -57,14 +56,12 @@ def test_a_student_learns_from_a_few_entries_and_needs_no_teacher(tmp_path, word
     assert divergences[-1] < divergences[0]
 
 
-def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypatch):  # noqa: F811
+def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypatch):
     words = [*words, CACHE, "distill.cache.method=sampling", "distill.cache.entries=6"]
     straight, killed, ranks = (tmp_path / name for name in ("straight", "killed", "ranks"))
     monkeypatch.setattr(teacher_logits, "PART_BYTES", 16 * 6 * 2 * 4)  # four samples a part
-    small = (
-        "import sys; from nemo_minitron.artifacts import teacher_logits as t; t.PART_BYTES = 16 * 6 * 2 * 4; "
-    )
-    run = small + "from nemo_minitron.cli import main; sys.exit(main(sys.argv[1:]))"
+    small = "import sys; from nemo_minitron.distillation import teacher_logits as t; t.PART_BYTES = 16 * 6 * 2 * 4; "
+    run = small + "from nemo_minitron.cli.main import main; sys.exit(main(sys.argv[1:]))"
     for place in (straight, killed, ranks):
         assert main(["prune", f"workspace={place}", *words]) == 0
     assert main(["logits", f"workspace={straight}", *words]) == 0
@@ -85,7 +82,8 @@ def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypa
         assert again.stat().st_mtime_ns == left.get(part.name, again.stat().st_mtime_ns)  # not made twice
     script = tmp_path / "ranks.py"
     script.write_text(
-        small + "from nemo_minitron.cli import main\nif __name__ == '__main__': sys.exit(main(sys.argv[1:]))"
+        small
+        + "from nemo_minitron.cli.main import main\nif __name__ == '__main__': sys.exit(main(sys.argv[1:]))"
     )
     launched = torchrun("logits", f"workspace={ranks}", *words)
     launched[launched.index("-m", 3) : launched.index("-m", 3) + 2] = [str(script)]
@@ -94,9 +92,9 @@ def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypa
     assert all((ranks / "logits" / part.name).read_bytes() == part.read_bytes() for part in parts)
 
 
-def test_whoever_is_killed_while_the_parts_are_hashed_finds_them_again(tmp_path, words, monkeypatch):  # noqa: F811
-    from nemo_minitron.artifacts import resumable
+def test_whoever_is_killed_while_the_parts_are_hashed_finds_them_again(tmp_path, words, monkeypatch):
     from nemo_minitron.stages import logits
+    from nemo_minitron.workspace import resumable
 
     words = [f"workspace={tmp_path / 'ws'}", *words, CACHE, "distill.cache.entries=4"]
     assert main(["prune", *words]) == 0
@@ -114,7 +112,7 @@ def test_whoever_is_killed_while_the_parts_are_hashed_finds_them_again(tmp_path,
     assert main(["verify", str(tmp_path / "ws")]) == 0
 
 
-def test_what_does_not_fit_the_cache_is_said_so(capsys, tmp_path, words):  # noqa: F811
+def test_what_does_not_fit_the_cache_is_said_so(capsys, tmp_path, words):
     place = f"workspace={tmp_path / 'ws'}"
     words = [*words, CACHE]
     assert main(["prune", place, *words]) == 0

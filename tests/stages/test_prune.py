@@ -8,12 +8,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from nemo_minitron.bridge.specimens import tiny_model
-from nemo_minitron.cli import main
+from nemo_minitron.cli.main import main
 from nemo_minitron.families import families
-from nemo_minitron.families.family import OWN_TABLES, TABLES
-from tests.conftest import logits, make_model
-from tests.test_cli import refused
+from nemo_minitron.families.table import OWN_TABLES, TABLES
+from nemo_minitron.proofs.tiny_models import tiny_model
+from tests.support.models import logits, make_model
+from tests.support.runs import refused
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "random"])

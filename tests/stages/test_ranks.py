@@ -10,33 +10,16 @@ import time
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.cli import main
+from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.cli.main import main
 from nemo_minitron.families import families
-from nemo_minitron.plugin.strategies import tensor_plan
-from nemo_minitron.plugin.training import newest_checkpoint, step_of
-from tests.conftest import make_model
-from tests.stages.test_score import ended
-from tests.test_cli import refused
-
-
-@pytest.fixture
-def words(teacher, corpus):
-    return [
-        f"source.model={teacher}", f"data.train.paths=[{corpus}]", "data.train.sequence_length=16",
-        "data.validation.sequence_length=16", "data.validation.samples=16", "data.train.samples=96",
-        "score.importance=magnitude", "plan.ffn=20", "trainer.max_steps=6", "trainer.val_check_interval=3",
-        "trainer.accelerator=cpu", "optim.sched.warmup_steps=1", "trainer.log_every_n_steps=1",
-        "distill.ce=0.1", "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
-    ]  # fmt: skip
-
-
-def torchrun(*arguments):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-            "nemo_minitron", *arguments]  # fmt: skip
+from nemo_minitron.plugin.trainer import newest_checkpoint, step_of
+from nemo_minitron.training.strategies import tensor_plan
+from nemo_minitron.workspace.training_log import read_log
+from tests.support.models import make_model
+from tests.support.runs import ended, refused
+from tests.support.two_ranks import curve, torchrun, weights
 
 
 def kill_all(number):
@@ -44,16 +27,6 @@ def kill_all(number):
     for process in [psutil.Process(number), *psutil.Process(number).children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def curve(place):
-    lines = read_log(place / "student" / "metrics.jsonl")
-    clocked = ("tokens_per_second", "tflops")
-    return [{key: value for key, value in line.items() if key not in clocked} for line in lines]
-
-
-def weights(place):
-    return load_file(place / "student" / "hf" / "model.safetensors")
 
 
 SHARD = "training.parallel=shard"

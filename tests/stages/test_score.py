@@ -12,11 +12,11 @@ import time
 import pytest
 import torch
 
-from nemo_minitron.artifacts.plan import read_plan
-from nemo_minitron.artifacts.scores import read_scores
-from nemo_minitron.cli import main
-from tests.conftest import make_model, minitron
-from tests.test_cli import refused
+from nemo_minitron.cli.main import main
+from nemo_minitron.pruning.plan_file import read_plan
+from nemo_minitron.scoring.scores_file import read_scores
+from tests.support.models import make_model
+from tests.support.runs import ended, minitron, refused
 
 
 @pytest.fixture
@@ -31,19 +31,6 @@ def words(teacher, corpus):
 def score(place, words, *more):
     assert main(["score", f"workspace={place}", *words, *more]) == 0
     return read_scores(place / "scores")
-
-
-def ended(command, seconds=120):
-    """Runs a command in a process group of its own, and ends all of it after a while."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def same(found, expected, rtol=1e-6):
@@ -151,7 +138,7 @@ def test_two_ranks_give_what_one_gives(tmp_path, words, more):
 
 
 def test_a_rank_without_samples_and_memory_that_is_left(tmp_path, words):
-    from nemo_minitron.bridge import memory
+    from nemo_minitron.models import free_memory
 
     words = [*words, "data.calibration.samples=2", "score.batch_size=2", "score.streaming=on"]
     alone = score(tmp_path / "one", words)
@@ -160,7 +147,7 @@ def test_a_rank_without_samples_and_memory_that_is_left(tmp_path, words):
     done = ended(command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert same(read_scores(tmp_path / "two" / "scores"), alone)
-    assert 10**8 < memory.available_bytes(torch.device("cpu")) < 2**62
+    assert 10**8 < free_memory.available_bytes(torch.device("cpu")) < 2**62
 
 
 def test_a_mistake_on_rank_0_ends_all_ranks(tmp_path, words):
@@ -211,11 +198,11 @@ def test_layers_ranked_by_a_task(tmp_path, teacher, corpus):
     assert torch.allclose(scores.ranking["layers"], sums.base - sums.total)
     assert len(set(scores.greedy)) == 2
     # by hand: the accuracy of the checkpoint that really lacks the layer
-    from nemo_minitron.artifacts.checkpoint import open_checkpoint
-    from nemo_minitron.bridge.models import load_model
-    from nemo_minitron.bridge.tasks import accuracy_without
-    from nemo_minitron.bridge.text import documents, find_text
-    from tests.conftest import stream
+    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+    from nemo_minitron.data.documents import documents, find_text
+    from nemo_minitron.evaluation.task_accuracy import accuracy_without
+    from nemo_minitron.models.causal_lm import load_model
+    from tests.support.models import stream
 
     cut = stream(teacher, tmp_path / "cut", {}, (0, 2))
     texts = find_text([str(corpus)], [], "auto", "text", "data.train", "held_out", 0.3)

@@ -9,20 +9,20 @@ import time
 import pytest
 import torch
 
-from nemo_minitron.artifacts.log import read_log
-from nemo_minitron.cli import main
-from nemo_minitron.compose import load_config
-from nemo_minitron.plugin.training import newest_checkpoint
-from tests.stages.test_ranks import curve, weights
-from tests.stages.test_score import ended
-from tests.test_cli import refused
+from nemo_minitron.cli.main import main
+from nemo_minitron.config.compose import load_config
+from nemo_minitron.plugin.trainer import newest_checkpoint
+from nemo_minitron.workspace.training_log import read_log
+from tests.support.runs import ended, refused
+from tests.support.short_training import words  # noqa: F401 (a fixture)
+from tests.support.two_ranks import curve, weights
 
 KILLER = '''
 """Runs a stage again and again in children of this process, and kills them at random times."""
 import json, os, random, signal, sys, time
 from pathlib import Path
-import nemo_minitron.plugin.training as training  # once, and not in every child
-from nemo_minitron.cli import main
+from nemo_minitron.plugin import trainer as training  # once, and not in every child
+from nemo_minitron.cli.main import main
 
 kills, checkpoints, arguments = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 draw, report, log = random.Random(0), [], checkpoints.parents[1] / "metrics.jsonl"
@@ -48,18 +48,7 @@ print(json.dumps({"saved": report, "code": os.waitstatus_to_exitcode(status)}))
 '''
 
 
-@pytest.fixture
-def words(teacher, corpus):
-    return [
-        f"source.model={teacher}", f"data.train.paths=[{corpus}]", "data.train.sequence_length=16",
-        "data.validation.sequence_length=16", "data.validation.samples=8", "data.train.samples=96",
-        "score.importance=magnitude", "plan.ffn=20", "trainer.val_check_interval=100", "trainer.accelerator=cpu",
-        "optim.sched.warmup_steps=1", "trainer.log_every_n_steps=1", "distill.batch_size=2",
-        "exp_manager.checkpoint_callback_params.every_n_train_steps=7",
-    ]  # fmt: skip
-
-
-def test_twenty_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, words):
+def test_twenty_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, words):  # noqa: F811
     words = [*words, "trainer.max_steps=1500", "distill.intermediate.terms=[hidden]",
              "distill.intermediate.layers=['-1:-1']", "training.spike_factor=50"]  # fmt: skip
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -80,7 +69,7 @@ def test_twenty_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, word
     assert all(torch.equal(weights(killed)[name], tensor) for name, tensor in weights(straight).items())
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, words):
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, words):  # noqa: F811
     words = [*words, "trainer.max_steps=400"]
     straight, full = tmp_path / "straight", tmp_path / "full"
     for place in (straight, full):
@@ -111,7 +100,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, words):
 
 
 @pytest.fixture
-def spoiled(tmp_path, words):
+def spoiled(tmp_path, words):  # noqa: F811
     """A training on sentences among which there is one sample of noise."""
     import random
 
@@ -163,7 +152,7 @@ def test_a_bad_batch_stops_where_that_is_asked_for(capsys, tmp_path, spoiled, mo
 def test_whoever_is_stopped_by_a_bad_batch_goes_on_without_it(capsys, tmp_path, spoiled):
     place = tmp_path / "ws" / "pretrain"
     often = "exp_manager.checkpoint_callback_params.every_n_train_steps=5"
-    words = ["pretrain", f"workspace={tmp_path / 'ws'}", *spoiled, often]
+    words = ["pretrain", f"workspace={tmp_path / 'ws'}", *spoiled, often]  # noqa: F811
     assert main(words) == 1
     before = read_log(place / "state" / "metrics.jsonl")
     saved = max(int(path.stem.split("=")[1]) for path in place.rglob("step=*.ckpt"))
@@ -175,8 +164,8 @@ def test_whoever_is_stopped_by_a_bad_batch_goes_on_without_it(capsys, tmp_path, 
     assert after[:saved] == before[:saved]  # with their tokens per second: those of the first run
 
 
-def test_what_only_says_how_a_training_works_leaves_it_the_same(monkeypatch, tmp_path, words):
-    from nemo_minitron.stages.fitting import _resolved, resolved_trainer
+def test_what_only_says_how_a_training_works_leaves_it_the_same(monkeypatch, tmp_path, words):  # noqa: F811
+    from nemo_minitron.stages.training_stage import _resolved, resolved_trainer
 
     def recipe(*more, ranks=1):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
@@ -194,14 +183,14 @@ def test_what_only_says_how_a_training_works_leaves_it_the_same(monkeypatch, tmp
     assert resolved_trainer(config, {"max_steps": None}, 2)["max_steps"] > 1000
 
 
-def test_what_is_split_cannot_be_compared(capsys, tmp_path, words):
+def test_what_is_split_cannot_be_compared(capsys, tmp_path, words):  # noqa: F811
     place = f"workspace={tmp_path / 'ws'}"
     assert main(["prune", place, *words]) == 0
     more = ["distill.intermediate.terms=[attention]", "training.parallel=shard", "training.tensor_parallel=2"]
     assert "training.tensor_parallel=2 splits them" in refused(capsys, "distill", place, *words, *more)
 
 
-def test_a_budget_of_tokens_sets_the_steps_and_the_schedule(tmp_path, words):
+def test_a_budget_of_tokens_sets_the_steps_and_the_schedule(tmp_path, words):  # noqa: F811
     words = [*words, "training.max_tokens=500"]  # 500 / (2 x 16) = 15.6
     place = tmp_path / "ws"
     assert main(["prune", f"workspace={place}", *words]) == 0

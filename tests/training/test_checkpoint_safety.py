@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nemo_minitron.cli import main
-from nemo_minitron.plugin.checkpoint_safety import DataReader, checkpoints_as_data
-from nemo_minitron.plugin.training import newest_checkpoint
-from tests.stages.test_training import words  # noqa: F401  (a fixture)
+from nemo_minitron.cli.main import main
+from nemo_minitron.plugin.trainer import newest_checkpoint
+from nemo_minitron.training.checkpoint_safety import DataReader, checkpoints_as_data
+from tests.support.short_training import words  # noqa: F401  (a fixture)
 
 
 class Bomb:

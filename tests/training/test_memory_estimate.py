@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from nemo_minitron.artifacts.checkpoint import read_config
-from nemo_minitron.bridge.models import hidden_states, load_model
-from nemo_minitron.core.footprint import Launch, activations_per_token, training_footprint
-from nemo_minitron.core.losses import CHUNK_BYTES
+from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.families import families
-from tests.conftest import make_model
+from nemo_minitron.losses.fused_linear_loss import CHUNK_BYTES
+from nemo_minitron.models.causal_lm import hidden_states, load_model
+from nemo_minitron.training.memory_estimate import Launch, activations_per_token, training_footprint
+from tests.support.models import make_model
 
 BIG = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 3}
 

@@ -8,15 +8,22 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from nemo_minitron.bridge.models import layers_of, load_model
-from nemo_minitron.bridge.specimens import tiny_model
 from nemo_minitron.families import families, fill
-from nemo_minitron.plugin.guard import BadStep
+from nemo_minitron.models.causal_lm import layers_of, load_model
 from nemo_minitron.plugin.model import MinitronModel
-from nemo_minitron.plugin.te import EXTRA_STATE, Exchange, Kit, Norm, norm_formula, transformer_engine
-from nemo_minitron.plugin.training import Options
-from tests.conftest import logits, make_model
-from tests.plugin.test_model import run
+from nemo_minitron.plugin.trainer import Options
+from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.training.loss_guard import BadStep
+from nemo_minitron.training.transformer_engine import (
+    EXTRA_STATE,
+    Exchange,
+    Kit,
+    Norm,
+    norm_formula,
+    transformer_engine,
+)
+from tests.support.models import logits, make_model
+from tests.support.nemo_training import run
 
 
 class Scaled(nn.Linear):
@@ -104,8 +111,8 @@ def test_what_listens_to_a_layer_listens_to_its_successor():
 
 
 def load_model_in_memory():
-    from nemo_minitron.bridge.models import new_model
-    from tests.conftest import SIZES
+    from nemo_minitron.models.causal_lm import new_model
+    from tests.support.models import SIZES
 
     config = {**SIZES, "hidden_size": 48, "intermediate_size": 32, "head_dim": 16, "model_type": "llama"}
     return new_model(config, 0)

@@ -11,33 +11,28 @@ import time
 
 import pytest
 
-from nemo_minitron.artifacts.build import make, set_aside
-from nemo_minitron.artifacts.inventory import (
+from nemo_minitron.cli.tables import age, amount
+from nemo_minitron.data import training_samples
+from nemo_minitron.data.token_cache import IDS, cached_tokens
+from nemo_minitron.models.causal_lm import load_tokenizer
+from nemo_minitron.stages import correct
+from nemo_minitron.workspace.artifacts import ARTIFACTS, input_artifact
+from nemo_minitron.workspace.build import make, set_aside
+from nemo_minitron.workspace.command_log import COMMANDS, note_command
+from nemo_minitron.workspace.inventory import (
     BESIDE,
     KEPT,
     LOCKS,
     Item,
-    age,
-    amount,
     is_workspace,
     remove,
     rubbish,
     workspaces,
 )
-from nemo_minitron.artifacts.manifest import Input, read_manifest, verify
-from nemo_minitron.artifacts.resumable import make_resumable
-from nemo_minitron.artifacts.workspace import (
-    ARTIFACTS,
-    COMMANDS,
-    TRACES,
-    input_artifact,
-    locked,
-    note_command,
-)
-from nemo_minitron.bridge.models import load_tokenizer
-from nemo_minitron.bridge.tokens import IDS, cached_tokens
-from nemo_minitron.stages import correct, samples
-from tests.bridge.test_text import found
+from nemo_minitron.workspace.locks import TRACES, locked
+from nemo_minitron.workspace.manifest import Input, read_manifest, verify
+from nemo_minitron.workspace.resumable import make_resumable
+from tests.support.text_samples import found
 
 PIPELINE = {
     "teacher": (), "scores": ("teacher",), "plan": ("teacher", "scores"), "pruned": ("teacher", "plan"),
@@ -114,7 +109,7 @@ time.sleep(60)
 TRAINING = """
 import json, sys, time
 from pathlib import Path
-from nemo_minitron.artifacts.resumable import make_resumable
+from nemo_minitron.workspace.resumable import make_resumable
 def build(state, target):
     lines = [{"step": 100}, {"step": 120, "val_loss": 2.0}]
     (state / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines) + '{"step": 1')
@@ -126,7 +121,7 @@ make_resumable(Path(sys.argv[1]), "student", {"lr": 1}, [], build)
 BUILDING = """
 import sys, time
 from pathlib import Path
-from nemo_minitron.artifacts.build import make
+from nemo_minitron.workspace.build import make
 def build(folder):
     (folder / "half").write_bytes(b"h" * 300)
     print("there", flush=True)
@@ -261,7 +256,7 @@ def test_what_a_killed_process_leaves_is_unfinished_and_says_its_last_step(tmp_p
 CHURNING = """
 import sys
 from pathlib import Path
-from nemo_minitron.artifacts.build import discard, make
+from nemo_minitron.workspace.build import discard, make
 def build(folder):
     for number in range(20):
         (folder / str(number)).mkdir()
@@ -526,7 +521,7 @@ def test_nothing_goes_while_a_stage_outlives_its_run(tmp_path):
 REMOVING = """
 import os, signal, sys
 from pathlib import Path
-from nemo_minitron.artifacts.inventory import remove, rubbish
+from nemo_minitron.workspace.inventory import remove, rubbish
 removed = []
 def watch(event, arguments):
     if event == "os.remove":
@@ -555,8 +550,8 @@ def test_a_removal_that_is_killed_is_ended_by_the_next(tmp_path):
 
 
 def test_names_agree_with_those_who_write_there():
-    assert samples.FOLDER in BESIDE and correct.LIVE in BESIDE
-    assert BESIDE[samples.FOLDER][0] == IDS
+    assert training_samples.FOLDER in BESIDE and correct.LIVE in BESIDE
+    assert BESIDE[training_samples.FOLDER][0] == IDS
     assert set(LOCKS) < set(TRACES)
 
 

@@ -7,9 +7,10 @@ import time
 
 import pytest
 
-from nemo_minitron.artifacts.build import building, make
-from nemo_minitron.artifacts.manifest import Input, fingerprint, is_done, read_manifest, verify
-from nemo_minitron.artifacts.workspace import input_artifact, locked, verify_tree
+from nemo_minitron.workspace.artifacts import input_artifact, verify_tree
+from nemo_minitron.workspace.build import building, make
+from nemo_minitron.workspace.locks import locked
+from nemo_minitron.workspace.manifest import Input, fingerprint, is_done, read_manifest, verify
 
 
 def write(text):
@@ -95,7 +96,7 @@ def test_what_carries_no_manifest_is_said_so(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from nemo_minitron.artifacts.build import make
+from nemo_minitron.workspace.build import make
 def build(folder):
     (folder / "weights").write_bytes(b"x" * 1000)
     print("half", flush=True)
@@ -117,7 +118,7 @@ def test_a_build_killed_in_the_middle_looks_like_nothing_and_is_cleared_by_the_n
 LOCKER = """
 import sys, time
 from pathlib import Path
-from nemo_minitron.artifacts.workspace import locked
+from nemo_minitron.workspace.locks import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_minitron.artifacts import masking
-from nemo_minitron.artifacts.masking import MASK, Masking, mask_in, masked, masked_values, remember
+from nemo_minitron.workspace import masking
+from nemo_minitron.workspace.masking import MASK, Masking, mask_in, masked, masked_values, remember
 
 SECRET = "s3cretS3cret"
 SAFE = st.text(
@@ -81,9 +81,9 @@ def test_what_is_no_credential_stays(text):
 
 
 def test_the_keys_of_the_configuration_and_the_commands_of_the_documentation_stay():
-    from nemo_minitron.compose import OPEN
-    from nemo_minitron.stages.config import Config
-    from nemo_minitron.stages.keys import describe
+    from nemo_minitron.config.compose import OPEN
+    from nemo_minitron.config.config import Config
+    from nemo_minitron.config.option import describe
 
     names = [name for name, _, _ in describe(Config)] + list(OPEN)
     for name in names:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from nemo_minitron.artifacts.build import set_aside
-from nemo_minitron.artifacts.manifest import Input, read_manifest, verify
-from nemo_minitron.artifacts.resumable import make_resumable
+from nemo_minitron.workspace.build import set_aside
+from nemo_minitron.workspace.manifest import Input, read_manifest, verify
+from nemo_minitron.workspace.resumable import make_resumable
 
 
 def test_a_resumable_build_finds_its_state_and_another_recipe_sets_it_aside(tmp_path, capsys):

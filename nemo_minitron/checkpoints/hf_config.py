@@ -1,0 +1,59 @@
+"""config.json: read, and written in the spellings of transformers 4 and 5."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_minitron.families import families
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json.
+
+    Raises:
+        ValueError: the folder or the file is missing, or the file is no JSON object.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise ValueError(f"{folder}: no config.json here; a Hugging Face model folder is expected")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Spells out dtype, rope settings and renamed sizes for transformers 4 and 5 alike.
+
+    transformers 5 writes ``rope_parameters`` and ``dtype``; 4.57 reads ``rope_theta``, ``rope_scaling``,
+    ``partial_rotary_factor``, ``rope_local_base_freq`` (where layer types differ) and ``torch_dtype``, and
+    silently falls back to defaults without them. A size with several names in the family's table (Qwen's
+    ``num_experts``, which transformers 5 calls ``num_local_experts``) gets all of them. ``auto_map`` names
+    code that does not come along; transformers' own classes are the ones that count here.
+    """
+    written = {name: value for name, value in config.items() if name != "auto_map"}
+    family = families().get(written.get("model_type", ""))
+    for axis in family.axes.values() if family else ():
+        for name in [key for key in axis.config if key in written][:1]:
+            written.update({other: written[name] for other in axis.config if other not in written})
+    for ours, theirs in (("dtype", "torch_dtype"), ("torch_dtype", "dtype")):
+        if written.get(ours) is not None and written.get(theirs) is None:
+            written[theirs] = written[ours]
+    rope = written.get("rope_parameters")
+    if isinstance(rope, Mapping) and isinstance(rope.get("sliding_attention"), Mapping):
+        written.setdefault("rope_local_base_freq", rope["sliding_attention"].get("rope_theta"))
+        rope = rope.get("full_attention")
+    if isinstance(rope, Mapping) and "rope_theta" in rope:
+        written.setdefault("rope_theta", rope["rope_theta"])
+        if "partial_rotary_factor" in rope:
+            written.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        if scaling.get("rope_type", "default") != "default":
+            written.setdefault("rope_scaling", scaling)
+    return written

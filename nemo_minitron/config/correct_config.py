@@ -1,0 +1,20 @@
+"""Keys of ``correct``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_minitron.config.option import option
+
+
+@dataclass
+class CorrectConfig:
+    """Teacher correction: the unpruned model goes on training on the distillation data ([P2] section 2)."""
+
+    enabled: bool = option(False, "whether 'minitron run' corrects the teacher before scoring it")
+    publish_every: int | None = option(
+        None, "steps after which the weights are put into live/, for distill.live_teacher", least=1
+    )
+    batch_size: int = option(8, "samples per step and device", least=1)
+    seed: int = option(1, "seed of the sample order")
+    trainer: dict[str, Any] = option({}, "keys that replace those of trainer")
+    optim: dict[str, Any] = option({}, "keys that replace those of optim")

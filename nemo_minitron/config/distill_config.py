@@ -1,0 +1,93 @@
+"""Keys of ``distill``."""
+
+from dataclasses import dataclass, field
+
+from nemo_minitron.config.option import option
+
+
+@dataclass
+class IntermediateConfig:
+    """Losses on what lies between embedding and logits ([P1] section 3.2)."""
+
+    terms: list[str] = option(
+        [],
+        "which: embedding (output of the embedding), hidden (output of a layer), mlp_input, attention "
+        "(relations between queries, keys, values, as in MiniLMv2); empty: none, the papers' choice unless "
+        "much depth was removed",
+    )
+    distance: str = option("cosine", "between hidden states; the first was best in [P1]", ("cosine", "mse"))
+    layers: list[str] = option(
+        ["-3:-3"], "teacher:student layers that are compared, 0-based, negative ones counted from the end"
+    )
+    relation_heads: int = option(8, "heads into which the relations of attention are split", least=1)
+    alpha: float | None = option(
+        None, "weight of their sum; null: at every step what makes it as large as the loss on logits"
+    )
+
+
+@dataclass
+class CacheConfig:
+    """What 'minitron logits' keeps of the teacher's logits."""
+
+    method: str = option(
+        "top_k",
+        "the largest entries and the mass of all others, or entries drawn from the teacher's distribution, "
+        "whose gradient is unbiased (arXiv 2503.16870)",
+        ("top_k", "sampling"),
+    )
+    entries: int = option(64, "entries per token", least=1)
+    batch_size: int = option(8, "samples per forward pass", least=1)
+    seed: int = option(0, "seed of the draw")
+
+
+@dataclass
+class DistillConfig:
+    """From the pruned model to the student ([P1] section 3)."""
+
+    teacher: str | None = option(
+        None, "model folder to distil from; null: the (corrected) model that was pruned"
+    )
+    teacher_place: str = option(
+        "device",
+        "where the teacher runs: on the student's device, split over the ranks as the student is "
+        "(training.parallel=shard), or on the CPU",
+        ("device", "shard", "cpu"),
+    )
+    teacher_dtype: str | None = option(
+        None,
+        "dtype of the teacher's weights; int8: eight bits for its projections, with a scale per output "
+        "channel; null: as they are stored",
+        ("float32", "bfloat16", "float16", "int8"),
+    )
+    teacher_logits: str = option(
+        "online",
+        "online: the teacher runs beside the student; cache: 'minitron logits' has run it once, and written "
+        "a few entries per token",
+        ("online", "cache"),
+    )
+    live_teacher: str | None = option(
+        None,
+        "folder WORKSPACE/live of another run, whose 'minitron correct' has correct.publish_every: its "
+        "newest weights are the teacher's from the next step on",
+    )
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    kl: float = option(1.0, "weight of the divergence between teacher and student logits")
+    divergence: str = option(
+        "forward_kl",
+        "which divergence; the first is the papers' choice",
+        ("forward_kl", "reverse_kl", "jsd", "topk_kl", "mse", "cosine"),
+    )
+    beta: float = option(0.5, "beta of divergence=jsd, between 0 (exclusive) and 1 (exclusive)")
+    top_k: int = option(
+        100, "entries that divergence=topk_kl tells apart; one bucket holds the others", least=1
+    )
+    ce: float = option(0.0, "weight of the cross-entropy with the data")
+    intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
+    temperature: float = option(1.0, "softmax temperature tau; the divergence carries the factor tau squared")
+    chunk_tokens: int | None = option(
+        None, "tokens whose logits exist at a time; null: chosen from the vocabulary"
+    )
+    batch_size: int = option(
+        8, "samples per step and device, before trainer.accumulate_grad_batches", least=1
+    )
+    seed: int = option(0, "seed of the sample order")

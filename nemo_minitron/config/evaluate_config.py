@@ -1,0 +1,48 @@
+"""Keys of ``evaluate``."""
+
+from dataclasses import dataclass
+
+from nemo_minitron.config.option import option
+
+
+@dataclass
+class EvaluateConfig:
+    """What is measured, and the gate before export."""
+
+    tasks: list[str] = option(
+        [],
+        "lm-eval tasks by name, with @ and the number of examples before each question where it is not the "
+        "task's own (arc_challenge@25); held_out_choice and held_out_bytes are made from the validation text",
+    )
+    task_dir: str | None = option(None, "folder with own lm-eval task YAMLs")
+    task_limit: int | None = option(None, "documents per task; null: all", least=1)
+    model: str | None = option(
+        None,
+        "folder of a model, such as an earlier export, to measure against source.model; null: what this "
+        "workspace pruned and distilled",
+    )
+    from_scratch: bool = option(
+        False, "also train and measure a model of the student's shape from random weights"
+    )
+    min_retention: float | None = option(
+        None, "least allowed share of the teacher's quality (teacher perplexity / student perplexity), 0 to 1"
+    )
+    floors: list[str] = option(
+        [],
+        "TASK:METRIC:VALUE each: what the student must reach (or stay under, where less is better) to go out",
+    )
+    previous: str | None = option(None, "folder of an earlier export that the student must not fall behind")
+    max_regression: float = option(
+        0.02, "how far, relatively, the student may fall behind evaluate.previous in any measure", least=0
+    )
+    batch_size: int = option(8, "samples per forward pass", least=1)
+    prompts: int = option(16, "held-out beginnings that every model goes on writing; 0: none", least=0)
+    written_tokens: int = option(64, "tokens that it writes, behind as many of the text", least=1)
+    speed: bool = option(
+        True, "measure tokens per second and peak memory, each model in a process of its own"
+    )
+    speed_batches: list[int] = option([1, 8], "samples at a time in the speed measurement")
+    prompt_tokens: int = option(256, "prompt length of the speed measurement", least=1)
+    contexts: list[int] = option([], "further prompt lengths of the speed measurement")
+    new_tokens: int = option(64, "generated tokens of the speed measurement", least=1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")

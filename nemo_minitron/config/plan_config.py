@@ -1,0 +1,55 @@
+"""Keys of ``plan``."""
+
+from dataclasses import dataclass, field
+
+from nemo_minitron.config.option import option
+
+
+@dataclass
+class BudgetConfig:
+    """A search instead of target sizes ([P1] section 4.3)."""
+
+    params: float | None = option(None, "how large the model may be; null: no search", least=1)
+    tolerance: float = option(0.05, "how far from that a candidate may be, relatively", least=0)
+    measure: str = option(
+        "parameters",
+        "what params counts",
+        ("parameters", "non_embedding", "active", "kv_bytes_per_token", "flops_per_token"),
+    )
+    choices: dict[str, list[float]] = option(
+        {},
+        "sizes to choose from, as in +plan.budget.choices.hidden=[2560,3072]; expansion stands for ffn / "
+        "hidden; none: a grid around the share that is asked for",
+    )
+    candidates: int = option(8, "candidates to try, those nearest to params", least=1)
+    steps: int = option(400, "steps of distillation of the last round", least=1)
+    factor: int = option(2, "share of the candidates that goes on to the next round, 1 in so many", least=2)
+
+
+@dataclass
+class PlanConfig:
+    """Target sizes; null keeps an axis as it is."""
+
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+
+    hidden: int | None = option(None, "width of the residual stream")
+    ffn: int | None = option(None, "neurons of the dense MLP, per layer")
+    heads: int | None = option(None, "query heads, per layer")
+    kv_heads: int | None = option(None, "key/value heads (whole groups), per layer")
+    experts: int | None = option(None, "routed experts, per layer")
+    expert_ffn: int | None = option(None, "neurons inside a routed expert")
+    shared_ffn: int | None = option(None, "neurons of a shared expert")
+    mamba_heads: int | None = option(None, "Mamba heads, per layer")
+    mamba_groups: int | None = option(None, "groups of Mamba heads (whole groups), per layer")
+    mamba_head_dim: int | None = option(
+        None, "channels of every Mamba head, the same in all heads of a layer"
+    )
+    mamba_state: int | None = option(None, "state size of the Mamba layers")
+    layers: int | None = option(None, "layers")
+    drop_layers: list[int] | None = option(None, "0-based layers to drop, instead of plan.layers")
+    layer_choice: str | None = option(
+        None,
+        "which layers go: the least important wherever they are (scattered, also null), the best block of "
+        "consecutive ones, or one after the other with all others measured anew",
+        ("scattered", "contiguous", "greedy"),
+    )

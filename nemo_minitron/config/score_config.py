@@ -1,0 +1,64 @@
+"""Keys of ``score``."""
+
+from dataclasses import dataclass, field
+
+from nemo_minitron.config.option import option
+
+
+@dataclass
+class AggregationConfig:
+    """How activations become one number per unit ([P1] section 2.2)."""
+
+    batch: str = option("l2", "aggregation over samples", ("l2", "mean", "var"))
+    sequence: str = option(
+        "mean", "aggregation over the positions of a sample, done first", ("l2", "mean", "var")
+    )
+    also: list[str] = option(
+        [], "further aggregations over positions, summed in the same pass and stored beside the first"
+    )
+
+
+@dataclass
+class ScoreConfig:
+    """Importance of channels, heads, neurons, experts and layers."""
+
+    importance: str = option("activation", "what the ranking rests on", ("activation", "magnitude", "random"))
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    neurons: str = option(
+        "post_activation",
+        "where the neurons of dense and shared MLPs are read: at the input of the down projection, or at the "
+        "output of the up projection",
+        ("post_activation", "pre_activation"),
+    )
+    depth: str = option(
+        "block_influence", "how layers are ranked", ("block_influence", "lm_loss", "task", "none")
+    )
+    blocks: list[int] = option(
+        [],
+        "lengths of blocks of consecutive layers to measure besides single layers; plan.layers with "
+        "plan.layer_choice=contiguous adds its own",
+    )
+    tasks: list[str] = option([], "lm-eval tasks of score.depth=task, as in evaluate.tasks")
+    task_limit: int | None = option(None, "documents per task; null: all", least=1)
+    iterations: int = option(
+        1, "rounds of score and cut on the way to the plan's widths; 1: score the whole model once", least=1
+    )
+    batch_size: int = option(8, "samples per forward pass", least=1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
+    seed: int = option(0, "seed of the random baseline")
+    streaming: str = option(
+        "auto",
+        "one layer's weights in memory at a time; auto: where the model does not fit",
+        ("auto", "on", "off"),
+    )
+    activation_budget: int = option(
+        2_000_000_000, "bytes of hidden states that streaming keeps in memory; the rest goes to disk", least=0
+    )
+    parallel: str = option(
+        "replicate",
+        "under torchrun: a copy of the model on every rank, or its layers sharded over them (FSDP2)",
+        ("replicate", "shard"),
+    )
+    shard: str | None = option(None, "score only part i of n of the samples, as in 2/4; to be merged")
+    merge: list[str] = option([], "workspaces with the parts: their scores are added up, nothing is run")
+    save_seconds: float = option(60.0, "how often the sums so far are saved", least=0)

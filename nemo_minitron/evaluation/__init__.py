@@ -1,0 +1,1 @@
+"""Measurements of models and what is made of them: report, quality gate, plots."""

@@ -1,0 +1,1 @@
+"""Losses of a distillation: plain torch, no model and no file."""

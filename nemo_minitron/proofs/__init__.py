@@ -1,0 +1,1 @@
+"""Proof of a family table on tiny real models."""

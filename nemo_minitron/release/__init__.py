@@ -1,0 +1,1 @@
+"""What goes in and out: the hub, the model card, MLflow."""

@@ -1,0 +1,71 @@
+"""What a pass layer by layer goes on from after it was killed."""
+
+import json
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from nemo_minitron.scoring.calibration_sums import CalibrationSums
+from nemo_minitron.scoring.hidden_state_store import HiddenStateStore, Stream, file_name
+from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
+from nemo_minitron.workspace.build import discard
+from nemo_minitron.workspace.manifest import write_json
+
+
+def key_of(name: str) -> Stream:
+    """The key that a file is named after."""
+    batch, *block = name.split("-")
+    return tuple(int(layer) for layer in block if layer) or None, int(batch)
+
+
+class LayerwiseCheckpoint:
+    """What a pass layer by layer goes on from after it was killed: hidden states, sums, the next layer."""
+
+    def __init__(self, folder: Path, recipe: str, seconds: float | None) -> None:
+        """What is saved of one pass.
+
+        Args:
+            folder: where they lie, or will.
+            recipe: what the pass computes; savings of another are not taken.
+            seconds: least time between two savings; None: never save.
+        """
+        self._folder, self._recipe, self._seconds = folder, recipe, seconds
+        self._last, self._cost = time.monotonic(), 0.0
+
+    def load(self, shelf: HiddenStateStore) -> tuple[int, CalibrationSums]:
+        """Fills the shelf; gives the position of the next layer, 0 where there is nothing, and the sums."""
+        for folder in (self._folder, self._folder.with_name(f"{self._folder.name}.old")):
+            stamp = folder / "next.json"
+            if stamp.is_file():
+                found = json.loads(stamp.read_text(encoding="utf-8"))
+                if found["recipe"] == self._recipe:
+                    for path in folder.glob("*.hidden"):
+                        shelf.put(key_of(path.stem), load_file(path)["hidden"])
+                    return int(found["next"]), read_scores(folder).tally
+        return 0, CalibrationSums()
+
+    def save(self, shelf: HiddenStateStore, following: int, tally: CalibrationSums) -> None:
+        """Saves, where it is time; at most a tenth of the time goes into saving."""
+        waited = time.monotonic() - self._last
+        if self._seconds is None or waited < max(self._seconds, 9 * self._cost):
+            return
+        started = time.monotonic()
+        fresh, old = (self._folder.with_name(f"{self._folder.name}.{end}") for end in ("new", "old"))
+        discard(fresh)
+        fresh.mkdir(parents=True)
+        for key in shelf.keys():  # noqa: SIM118 (a HiddenStateStore is no mapping)
+            save_file({"hidden": shelf.get(key).contiguous()}, fresh / f"{file_name(key)}.hidden")
+        write_scores(fresh, Scores({}, tally))
+        write_json(fresh / "next.json", {"recipe": self._recipe, "next": following})  # last
+        discard(old)
+        if self._folder.exists():
+            self._folder.rename(old)
+        fresh.rename(self._folder)
+        discard(old)
+        self._last, self._cost = time.monotonic(), time.monotonic() - started
+
+    def clear(self) -> None:
+        """Removes them."""
+        for end in ("", ".old", ".new"):
+            discard(self._folder.with_name(f"{self._folder.name}{end}"))

@@ -1,0 +1,17 @@
+"""What decides the cache of a teacher's logits, for the stage that writes it and the one that reads it."""
+
+from typing import Any
+
+from nemo_minitron.config.config import Config
+from nemo_minitron.data.mixtures import held_out_sampling, sampling
+
+
+def asked_for(config: Config) -> dict[str, Any]:
+    """What of the configuration decides the cache, but for how many samples there are."""
+    settings = config.distill.cache
+    return {
+        "method": settings.method, "entries": settings.entries, "temperature": config.distill.temperature,
+        "seed": settings.seed if settings.method == "sampling" else None,
+        "train": sampling(config.data.train), "validation": held_out_sampling(config),
+        "dtype": config.distill.teacher_dtype,
+    }  # fmt: skip
