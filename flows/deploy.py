@@ -21,7 +21,7 @@ from nemo_minitron.flows.compress import compress
 from nemo_minitron.flows.evaluate_checkpoint import evaluate_checkpoint
 from nemo_minitron.flows.search import search
 from nemo_minitron.flows.sweep import sweep
-from nemo_minitron.workspace.masking import masked_values
+from nemo_minitron.security.masking import masked_values
 
 FLOWS: dict[str, Flow[Any, Any]] = {
     "compress": compress, "search": search, "sweep": sweep, "evaluate_checkpoint": evaluate_checkpoint,

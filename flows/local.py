@@ -11,8 +11,8 @@ from pathlib import Path
 from nemo_minitron.config.compose import as_dict
 from nemo_minitron.config.config import Config
 from nemo_minitron.launch.process_group import watch_over
+from nemo_minitron.security.masking import masked
 from nemo_minitron.stages.result import Result
-from nemo_minitron.workspace.masking import masked
 
 
 def prepare_environment() -> None:

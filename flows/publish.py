@@ -29,10 +29,11 @@ from prefect.events import emit_event
 from nemo_minitron.evaluation.gate import GATE_COLUMNS, LINEAGE, GateError
 from nemo_minitron.evaluation.report import PAGE, markdown
 from nemo_minitron.launch.launcher import Call
+from nemo_minitron.security import plain_text
+from nemo_minitron.security.masking import masked, masked_values
 from nemo_minitron.stages.result import Result
-from nemo_minitron.workspace import plain_text, progress
+from nemo_minitron.workspace import progress
 from nemo_minitron.workspace.manifest import read_manifest
-from nemo_minitron.workspace.masking import masked, masked_values
 
 GATE_EVENT = "nemo_minitron.gate.failed"
 """Event for automations: a student was too weak to be exported."""

@@ -23,10 +23,10 @@ from nemo_minitron.flows.compress import run_name, run_stages, workspace_wait_se
 from nemo_minitron.flows.forms import Launch, cli_words, composed
 from nemo_minitron.flows.withheld import flow
 from nemo_minitron.launch.launcher import at_work
+from nemo_minitron.security.masking import masked
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.command_log import note_command
 from nemo_minitron.workspace.manifest import write_json
-from nemo_minitron.workspace.masking import masked
-from nemo_minitron.workspace.plain_text import plain
 
 SHARED = ("pretrain", "teacher", "correct", "scores", "tokens", "unpacked")
 """Folders of the sweep's workspace that its variants see as their own."""

@@ -15,7 +15,7 @@ from prefect import Flow
 from pydantic import BaseModel
 
 from nemo_minitron.launch.failures import without_secrets
-from nemo_minitron.workspace.masking import mask_in, masked_values, remember
+from nemo_minitron.security.masking import mask_in, masked_values, remember
 
 _WRITTEN_MASKED = "command"
 """Parameter that is masked before it is handed over, for it is only shown."""

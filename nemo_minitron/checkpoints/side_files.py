@@ -3,7 +3,7 @@
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from nemo_minitron.workspace.links import refuse_link
+from nemo_minitron.security.links import refuse_link
 from nemo_minitron.workspace.manifest import digest, hash_file
 
 TOKENIZER_FILES = (

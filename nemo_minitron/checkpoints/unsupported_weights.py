@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.workspace.plain_text import plain
+from nemo_minitron.security.plain_text import plain
 
 _DEQUANTISE = (
     "dequantise it first: load it with transformers, model.dequantize(), save_pretrained in bfloat16"

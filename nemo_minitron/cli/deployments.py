@@ -29,7 +29,7 @@ def _deployment(args: argparse.Namespace) -> Any:
 
     prepare_environment()
     from nemo_minitron.flows.deploy import deployment
-    from nemo_minitron.workspace.masking import masked
+    from nemo_minitron.security.masking import masked
 
     parameters = {}
     for text in args.parameter:

@@ -13,8 +13,8 @@ import nemo_minitron
 from nemo_minitron.cli import family_tables, model_size, workspaces
 from nemo_minitron.cli.tables import print_table
 from nemo_minitron.models.torchrun import is_follower, join_ranks, leave_ranks
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.run import SEVERAL, STAGES, run_stage
-from nemo_minitron.workspace.plain_text import plain
 
 if TYPE_CHECKING:
     from nemo_minitron.config.config import Config
@@ -137,7 +137,7 @@ def _failed(command: str, error: BaseException) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    from nemo_minitron.workspace.masking import masked
+    from nemo_minitron.security.masking import masked
 
     return plain(masked(str(error)))
 

@@ -1,6 +1,6 @@
 """Tables for the screen."""
 
-from nemo_minitron.workspace.plain_text import plain
+from nemo_minitron.security.plain_text import plain
 
 
 def age(seconds: float) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_minitron.cli.deployments import deploy, serve
 from nemo_minitron.cli.tables import print_table
-from nemo_minitron.workspace.plain_text import plain
+from nemo_minitron.security.plain_text import plain
 
 HELP = {
     "runs": "workspaces with the states of their stages, sizes and ages",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.data.chat_template_process import Lost, Silent, Worker
-from nemo_minitron.workspace.plain_text import plain
+from nemo_minitron.security.plain_text import plain
 
 SECONDS = 20.0
 """How long a template may take for one rendering of a conversation."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.workspace import plain_text
+from nemo_minitron.security import plain_text
 
 FILE = "report.json"
 PAGE = "report.html"

@@ -24,10 +24,10 @@ from nemo_minitron.evaluation.report import (
     written,
 )
 from nemo_minitron.pruning.plan_file import Plan, read_plan
+from nemo_minitron.security.links import leads_out
 from nemo_minitron.workspace import training_log
 from nemo_minitron.workspace.artifacts import artifacts_in
 from nemo_minitron.workspace.command_log import commands_in
-from nemo_minitron.workspace.links import leads_out
 from nemo_minitron.workspace.manifest import read_manifest
 from nemo_minitron.workspace.pictures import inline, pictures_in
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nemo_minitron.evaluation.gate import GateError
-from nemo_minitron.workspace.masking import masked, masked_values
+from nemo_minitron.security.masking import masked, masked_values
 
 MISTAKE, GATE, MEMORY, TRANSIENT, LOST, STOPPED, SLOW, FAILED = (
     "mistake", "gate", "memory", "transient", "lost", "stopped", "time limit", "failed",

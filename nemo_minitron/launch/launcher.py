@@ -19,12 +19,12 @@ from nemo_minitron.launch.failures import StageError, exit_words, failure_from_j
 from nemo_minitron.launch.process_group import Ended, Limits, run_process
 from nemo_minitron.launch.slurm import Job, adopt, run_job
 from nemo_minitron.launch.stage_process import clear, outcomes, result_from
+from nemo_minitron.security.masking import remember
 from nemo_minitron.stages.result import Result
 from nemo_minitron.stages.run import SEVERAL, run_stage
 from nemo_minitron.workspace import progress
 from nemo_minitron.workspace.locks import alone, locked
 from nemo_minitron.workspace.manifest import digest
-from nemo_minitron.workspace.masking import remember
 
 PAPERS = ".launch"
 """In the workspace: what a flow and the processes of its stages tell each other."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.workspace.masking import masked
+from nemo_minitron.security.masking import masked
 
 _TICK = 0.2
 _WATCHDOG = """trap '' TERM HUP INT USR1

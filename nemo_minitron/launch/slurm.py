@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.launch.stage_process import clear
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
-from nemo_minitron.workspace.plain_text import plain
 
 _NUMBER = re.compile(r"\d{1,12}", re.ASCII)
 _GONE_FOR = 30.0

@@ -20,11 +20,11 @@ from nemo_minitron.config.config import Config
 from nemo_minitron.launch.accelerator_lock import ENDING_SECONDS, in_use
 from nemo_minitron.launch.failures import failure_to_json
 from nemo_minitron.models.torchrun import is_follower, join_ranks, leave_ranks
+from nemo_minitron.security.masking import Masking, masked, masked_values, remember
 from nemo_minitron.stages.result import Result
 from nemo_minitron.stages.run import SEVERAL, run_stage
 from nemo_minitron.workspace.locks import alone
 from nemo_minitron.workspace.manifest import now, write_json
-from nemo_minitron.workspace.masking import Masking, masked, masked_values, remember
 
 _PR_SET_PDEATHSIG = 1
 

@@ -12,8 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.checkpoints.dtypes import TORCH
 from nemo_minitron.checkpoints.side_files import is_side_file, side_files
-from nemo_minitron.workspace.links import refuse_link
-from nemo_minitron.workspace.plain_text import plain
+from nemo_minitron.security.links import refuse_link
+from nemo_minitron.security.plain_text import plain
 
 CARD = "README.md"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH.values()}

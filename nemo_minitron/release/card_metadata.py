@@ -8,8 +8,8 @@ from typing import Any
 import huggingface_hub
 import yaml
 
-from nemo_minitron.workspace.links import leads_out
-from nemo_minitron.workspace.plain_text import plain
+from nemo_minitron.security.links import leads_out
+from nemo_minitron.security.plain_text import plain
 
 _HEADLINES = ("acc_norm", "exact_match (strict-match)", "exact_match", "acc", "f1")
 

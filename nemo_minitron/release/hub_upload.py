@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from nemo_minitron.workspace.links import refuse_link
+from nemo_minitron.security.links import refuse_link
 
 _OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|\.eval_results/minitron\.yaml")
 """Of an earlier export; beside new shards an old ``model.safetensors`` would be what loads."""

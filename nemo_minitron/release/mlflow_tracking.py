@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.evaluation import report
+from nemo_minitron.security.masking import masked
 from nemo_minitron.workspace import training_log
 from nemo_minitron.workspace.manifest import Manifest, digest, read_manifest
-from nemo_minitron.workspace.masking import masked
 
 IDENTITY = "minitron.identity"
 """Tag by which a workspace finds its run again."""

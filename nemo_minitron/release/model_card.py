@@ -7,7 +7,7 @@ from typing import Any
 from nemo_minitron.evaluation.report import COMPARED, WRITTEN, columns, compared, markdown, table, written
 from nemo_minitron.pruning.plan_file import Plan
 from nemo_minitron.release.quickstart import QUICKSTART
-from nemo_minitron.workspace import plain_text
+from nemo_minitron.security import plain_text
 
 
 def card_text(

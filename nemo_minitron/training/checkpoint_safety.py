@@ -21,7 +21,7 @@ from omegaconf.nodes import AnyNode
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_minitron.workspace.plain_text import plain
+from nemo_minitron.security.plain_text import plain
 
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _DATA: list[Any] = [

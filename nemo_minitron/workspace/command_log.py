@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_minitron.security.masking import masked
 from nemo_minitron.workspace.manifest import now
-from nemo_minitron.workspace.masking import masked
 from nemo_minitron.workspace.training_log import read_log
 
 COMMANDS = "commands.jsonl"

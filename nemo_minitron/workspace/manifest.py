@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_minitron
-from nemo_minitron.workspace.links import leads_out
+from nemo_minitron.security.links import leads_out
 
 SCHEMA = 1
 NAME = "manifest.json"

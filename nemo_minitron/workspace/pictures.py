@@ -3,7 +3,7 @@
 import base64
 from pathlib import Path
 
-from nemo_minitron.workspace.links import leads_out
+from nemo_minitron.security.links import leads_out
 
 
 def pictures_in(folder: Path) -> list[Path]:

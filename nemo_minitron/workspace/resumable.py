@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.build import STATE, building, discard, refuse_unknown_folder, set_aside
 from nemo_minitron.workspace.manifest import (
     ASIDE,
@@ -25,7 +26,6 @@ from nemo_minitron.workspace.manifest import (
     write_json,
     write_manifest,
 )
-from nemo_minitron.workspace.plain_text import plain
 
 _STAMP = "recipe.json"
 

@@ -16,9 +16,9 @@ import pytest
 
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.failures import StageError
+from nemo_minitron.security.masking import MASK
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.locks import locked
-from nemo_minitron.workspace.masking import MASK
 from tests.support.flow_runs import in_a_flow, read
 from tests.support.runs import minitron, settings
 

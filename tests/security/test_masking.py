@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_minitron.workspace import masking
-from nemo_minitron.workspace.masking import MASK, Masking, mask_in, masked, masked_values, remember
+from nemo_minitron.security import masking
+from nemo_minitron.security.masking import MASK, Masking, mask_in, masked, masked_values, remember
 
 SECRET = "s3cretS3cret"
 SAFE = st.text(

@@ -7,7 +7,7 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from rich.markdown import Markdown
 
-from nemo_minitron.workspace.plain_text import code, markdown, plain
+from nemo_minitron.security.plain_text import code, markdown, plain
 
 
 def rendered(source):
