@@ -5,7 +5,6 @@ runs. Credentials are masked in all of it; and what comes from outside (names of
 messages) is text in it, not markup.
 """
 
-import base64
 import contextlib
 import contextvars
 import json
@@ -34,6 +33,7 @@ from nemo_minitron.security.masking import masked, masked_values
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace import progress
 from nemo_minitron.workspace.manifest import read_manifest
+from nemo_minitron.workspace.pictures import inline, pictures_in
 
 GATE_EVENT = "nemo_minitron.gate.failed"
 """Event for automations: a student was too weak to be exported."""
@@ -94,7 +94,7 @@ def stage(workspace: Path, name: str, result: Result, seconds: float) -> None:
             table=[cells(dict(zip(titles, row, strict=True))) for row in result.rows],
             key=key(workspace, name, "table"), description=headline,
         )  # fmt: skip
-    for picture in sorted((result.folder / "plots").glob("*.png")):
+    for picture in pictures_in(result.folder):
         if picture.stat().st_size <= _LARGEST_PICTURE:
             create_image_artifact(
                 image_url=inline(picture.read_bytes()), key=key(workspace, name, picture.stem),
@@ -110,11 +110,6 @@ def stage(workspace: Path, name: str, result: Result, seconds: float) -> None:
             markdown=lineage(result.folder), key=key(workspace, "lineage"),
             description="from the export back to source and data",
         )  # fmt: skip
-
-
-def inline(picture: bytes) -> str:
-    """A PNG as the address of itself."""
-    return "data:image/png;base64," + base64.b64encode(picture).decode()
 
 
 def summary(name: str, result: Result, seconds: float) -> str:

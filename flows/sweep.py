@@ -27,6 +27,7 @@ from nemo_minitron.security.masking import masked
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.command_log import note_command
 from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.pictures import inline
 
 SHARED = ("pretrain", "teacher", "correct", "scores", "tokens", "unpacked")
 """Folders of the sweep's workspace that its variants see as their own."""
@@ -225,6 +226,6 @@ def show(place: Path, kind: str, outcomes: Sequence[Outcome]) -> None:
         picture = pareto(points)
         (place / PICTURE).write_bytes(picture)
         create_image_artifact(
-            image_url=publish.inline(picture), key=publish.key(place, kind, "pareto"),
+            image_url=inline(picture), key=publish.key(place, kind, "pareto"),
             description="held-out loss against size",
         )  # fmt: skip
