@@ -8,6 +8,7 @@ from nemo_minitron.flows.compress import run_name, run_stages, workspace_wait_se
 from nemo_minitron.flows.forms import Launch, cli_words, composed
 from nemo_minitron.flows.withheld import flow
 from nemo_minitron.launch.launcher import at_work
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.command_log import note_command
 
@@ -76,4 +77,9 @@ def teacher_of(export: Path) -> tuple[str, str | None]:
     (source,) = made["inputs"]
     if source["finished"] is not None:  # a folder of the workspace that it was made in
         raise ValueError(f"teacher: {export} was made from a model of its own run; give its folder")
-    return str(source["path"]), made["config"]["revision"]
+    found, revision = str(source["path"]), made["config"]["revision"]
+    if "${" in f"{found}{revision}":  # which would be resolved, with this machine's environment
+        raise ValueError(
+            f"teacher: {path} names {plain(found, 80)!r}, which is no folder and no hub id; give it"
+        )
+    return found, revision

@@ -19,6 +19,7 @@ from nemo_minitron.checkpoints.side_files import side_files
 from nemo_minitron.checkpoints.unsupported_weights import check_config, check_folder, check_names
 from nemo_minitron.families import Family, axis_sizes, expected_tensors, family_of, find_row, own_tables
 from nemo_minitron.families.grammar import row_axes
+from nemo_minitron.security.links import refuse_links
 from nemo_minitron.workspace.manifest import digest, hash_file
 
 INDEX = "model.safetensors.index.json"
@@ -81,6 +82,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             file and names.
     """
     check_folder(folder)
+    refuse_links(folder)
     config = read_config(folder)
     family = family_of(config, str(folder / "config.json"))
     check_config(folder, config)
@@ -124,6 +126,11 @@ def weight_files(folder: Path) -> list[str]:
         if missing:
             raise ValueError(
                 f"{folder}: shard {missing[0]} is listed in {INDEX} but missing ({len(missing)} missing)"
+            )
+        if (folder / SINGLE).is_file() and SINGLE not in files:
+            raise ValueError(
+                f"{folder}: two sets of weights, {SINGLE} and those that {INDEX} lists; transformers reads "
+                "the first, others the second: remove one"
             )
         return files
     if (folder / SINGLE).is_file():

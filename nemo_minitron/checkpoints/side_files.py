@@ -18,6 +18,10 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 GENERATION_CONFIG = "generation_config.json"
+_CODE = {
+    ".py", ".pyc", ".so", ".sh", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".joblib",
+}  # fmt: skip
+"""Suffixes of files that can be run, or run something when they are loaded: no terms of use."""
 LICENCES = ("LICEN[CS]E*", "NOTICE*", "*POLICY*")
 """Patterns of the files that say under what terms a model may be used."""
 
@@ -39,7 +43,7 @@ def side_files(folder: Path) -> list[Path]:
     """
     named = [folder / name for name in (*TOKENIZER_FILES, GENERATION_CONFIG)]
     terms = sorted({path for pattern in LICENCES for path in folder.glob(pattern)})
-    found = [path for path in (*named, *terms) if path.is_file()]
+    found = [path for path in (*named, *terms) if path.is_file() and path.suffix.lower() not in _CODE]
     for path in found:
         refuse_link(path, folder)
     return found
@@ -49,7 +53,8 @@ def is_side_file(name: str) -> bool:
     """Whether a plain file name is that of a tokenizer's file, a generation config or a licence."""
     if not name or Path(name).name != name:
         return False
-    return name in (*TOKENIZER_FILES, GENERATION_CONFIG) or any(fnmatchcase(name, form) for form in LICENCES)
+    terms = Path(name).suffix.lower() not in _CODE and any(fnmatchcase(name, form) for form in LICENCES)
+    return terms or name in (*TOKENIZER_FILES, GENERATION_CONFIG)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

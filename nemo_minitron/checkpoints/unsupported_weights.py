@@ -56,6 +56,11 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it does; the message names the method, or the key.
     """
+    if config.get("transformers_weights") is not None:
+        raise ValueError(
+            f"{folder / 'config.json'}: transformers_weights names other files than those that are read "
+            "here; remove the key, or save the model anew with transformers"
+        )
     for key, value in implementations(config):
         if "/" in value:
             raise ValueError(

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
 
 from nemo_minitron.data import megatron
 from nemo_minitron.workspace.manifest import digest
@@ -87,6 +88,9 @@ def find_text(
         if not matches:
             raise ValueError(f"{where}.paths: {pattern!r} matches no file")
         found |= matches
+    chained = next((path for path in sorted(found) if "::" in str(path) or "://" in str(path)), None)
+    if chained is not None:  # readers of data sets take such a name for a chain of protocols, and follow it
+        raise ValueError(f"{where}.paths: {str(chained)!r}: a name with '::' or '://' in it is not read")
     kept = sorted(path for path in found if not any(fnmatch.fnmatch(str(path), rule) for rule in exclude))
     if not kept and not remote:
         raise ValueError(f"{where}.paths: all {len(found)} files are excluded by {where}.exclude")
@@ -210,14 +214,21 @@ def _from_hub(name: str, texts: TextSet) -> Iterator[Document]:
         raise ValueError(f"{texts.where}: {name}: {str(error).splitlines()[0]}") from error
 
 
+def _content(path: Path) -> bytes:
+    """A file's bytes, decompressed where its name says how; the name itself is never taken for an address."""
+    with path.open("rb") as file:
+        compression = infer_compression(str(path))
+        content: bytes = file.read() if compression is None else compr[compression](file).read()
+    return content
+
+
 def _read(path: Path, texts: TextSet) -> Iterator[Document]:
     kind = texts.format if texts.format != "auto" else _format_of(path)
     if kind == "megatron":
         yield from megatron.documents(path, texts.where)
         return
     if kind == "text":
-        with fsspec.open(str(path), "rb", compression="infer") as file:
-            content: bytes = file.read()
+        content = _content(path)
         if b"\0" in content:
             raise ValueError(f"{texts.where}: {path} is not text")
         yield content.decode("utf-8", errors="replace")

@@ -74,6 +74,10 @@ def library() -> Any:
     except ImportError as error:
         raise ValueError("evaluate.tasks needs lm-eval: pip install 'nemo-minitron[eval]'") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval import evaluator
+
+    # it asks git, which runs what the configuration of the working folder's repository says
+    evaluator.get_git_commit_hash = lambda: None
     return lm_eval
 
 

@@ -22,6 +22,7 @@ from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
 
 _NUMBER = re.compile(r"\d{1,12}", re.ASCII)
+_NAME = re.compile(r"minitron-[a-z_]+-[0-9a-f]{8}")
 _GONE_FOR = 30.0
 """Seconds that a job may be unknown to squeue with nothing written by it: accounting lags behind."""
 
@@ -206,7 +207,12 @@ def _number(papers: Path, recipe: str | None) -> str | None:
             raise ValueError(
                 f"{papers}: expected the number of a job, found {plain(noted['job'], 80)!r}; remove it"
             )
-        return str(noted["job"])
+        number = str(noted["job"])
+        code, out, _ = _call("squeue", "--noheader", "--format=%j", "--jobs", number)
+        known = out.strip() if code == 0 else ""
+        return number if known in ("", noted["name"]) else None  # somebody else's, or of another cluster
+    if not _NAME.fullmatch(noted["name"]):  # none that was given here
+        return None
     code, out, error = _call("squeue", "--noheader", "--format=%i", "--name", noted["name"])
     if code:
         raise ConnectionError(f"squeue: {' '.join(error.split()) or f'exit status {code}'}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nemo_minitron.checkpoints.hf_config import both_spellings, read_config
 from nemo_minitron.checkpoints.unsupported_weights import check_config, check_folder, implementations
 from nemo_minitron.families import Family, family_of
+from nemo_minitron.security.links import refuse_links
 from nemo_minitron.workspace.manifest import write_json
 
 transformers.logging.set_verbosity_error()
@@ -57,6 +58,7 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: torch.de
             loaded from a model (``checkpoints/unsupported_weights.py``).
     """
     check_folder(folder)
+    refuse_links(folder)
     config = read_config(folder)
     check_config(folder, config)
     for key, choice in implementations(config):
@@ -212,9 +214,11 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
         vocabulary: size of the model's vocabulary; None: from the config.json in the same folder.
 
     Raises:
-        ValueError: there is none, it does not load, or it has ids beyond the model's vocabulary.
+        ValueError: there is none, it does not load, or it has ids beyond the model's vocabulary; or a file
+            is a link that leads out of the folder.
     """
     vocabulary = vocabulary or read_config(folder)["vocab_size"]
+    refuse_links(folder)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the tokenizer's backend raises

@@ -1,5 +1,6 @@
 """NeMo's configuration of a model and its ``.nemo`` archive."""
 
+import re
 import tarfile
 import tempfile
 from collections.abc import Collection, Iterator
@@ -7,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,6 +18,8 @@ from nemo_minitron.security.links import refuse_link
 from nemo_minitron.security.plain_text import plain
 
 CARD = "README.md"
+TARGET = "nemo.core.classes.modelPT.ModelPT"
+"""NeMo restores only targets inside its own packages; of this one, it takes the subclass that is asked to."""
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH.values()}
 
 
@@ -31,10 +35,7 @@ def make_cfg(
         refuse_link(path, folder or path.parent)
     present = [] if folder is None else [*side_files(folder), *card]
     files = {_file_key(path.name): str(path) for path in present}
-    # NeMo restores only targets inside its own packages; of this one, it takes the subclass that is asked to
-    # restore
-    target = "nemo.core.classes.modelPT.ModelPT"
-    cfg = OmegaConf.create({"target": target, "hf_config": hf_config, "files": files, **rest})
+    cfg = OmegaConf.create({"target": TARGET, "hf_config": hf_config, "files": files, **rest})
     if optim is not None:
         with open_dict(cfg):
             cfg.optim = OmegaConf.create(optim)
@@ -95,7 +96,8 @@ def check_archive(path: Path) -> None:
             ``check_restored``.
     """
     try:
-        with tarfile.open(path) as archive:
+        # opened as NeMo opens it: a file can be an archive in one way, and another archive in another
+        with SaveRestoreConnector._tar_open(str(path)) as archive:
             # by the names under which they are unpacked; of two with one name the later one stays
             members = {str(PurePosixPath(member.name)): member for member in archive if member.isfile()}
             config = members.get("model_config.yaml")
@@ -138,6 +140,7 @@ def check_restored(cfg: DictConfig, where: str, members: Collection[str] | None 
     """
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
+    _check_targets(raw, where)
     files = raw.get("files") or {}
     if not isinstance(files, dict):
         raise ValueError(f"{where}: files: expected names of files, found {plain(files, 80)}")
@@ -153,6 +156,38 @@ def check_restored(cfg: DictConfig, where: str, members: Collection[str] | None 
         reference = next((text for text in _texts(raw.get(key)) if "${" in text), None)
         if reference is not None:
             raise ValueError(f"{where}: {key}: {plain(reference, 80)!r} refers to something outside of it")
+
+
+def _check_targets(raw: dict[Any, Any], where: str) -> None:
+    """Refuses what makes NeMo build something else than this model, or call something by its name.
+
+    NeMo 3 takes ``model`` in place of the whole, ``cls`` and ``params`` for a class and its arguments, and
+    calls any ``_target_`` of its own packages, among them tokenizers that load code from the hub.
+
+    Raises:
+        ValueError: it does.
+    """
+    if raw.get("target", TARGET) != TARGET:
+        raise ValueError(f"{where}: target: expected {TARGET}, found {plain(raw['target'], 80)!r}")
+    other = next((key for key in ("model", "cls", "params") if key in raw), None)
+    if other is not None:
+        raise ValueError(f"{where}: {other}: no entry of an archive of this package")
+    waiting: list[Any] = [raw]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            target = part.get("_target_")
+            if target is not None and not _OPTIMISERS.fullmatch(str(target)):
+                raise ValueError(f"{where}: _target_: {plain(target, 80)!r} is not called out of an archive")
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+    reference = next((text for text in _texts(raw) if "${oc." in text), None)
+    if reference is not None:
+        raise ValueError(f"{where}: {plain(reference, 80)!r} refers to something outside of it")
+
+
+_OPTIMISERS = re.compile(r"torch\.optim\.(lr_scheduler\.)?[A-Z]\w*")
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -4,6 +4,7 @@ import logging
 import re
 import warnings
 
+import nemo.utils.exp_manager
 from nemo.utils import logging as nemo_logging
 
 
@@ -13,6 +14,9 @@ def silence_third_parties() -> None:
     Warnings of substance remain.
     """
     nemo_logging.setLevel(logging.ERROR)
+    # exp_manager asks git about the working folder, and git runs what the configuration of a repository there
+    # says (core.fsmonitor); nor does the user's diff belong into a run's folder
+    nemo.utils.exp_manager.get_git_hash = lambda: (False, "")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     known = (

@@ -26,9 +26,10 @@ from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.nemo_archive import make_cfg
 from nemo_minitron.plugin.third_party_logging import silence_third_parties
 from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.security.masking import masked
 from nemo_minitron.training.averaging import Averaging
 from nemo_minitron.training.callbacks import ExactResume, TrainingLog
-from nemo_minitron.training.checkpoint_safety import checkpoints_as_data
+from nemo_minitron.training.checkpoint_safety import checkpoints_as_data, keep_checkpoints_inside
 from nemo_minitron.training.loss_guard import LossGuard, Spikes
 from nemo_minitron.training.preemption import Preemption
 from nemo_minitron.training.sampler import as_samples
@@ -266,6 +267,11 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
         exp_manager(trainer, OmegaConf.create(settings))
     except ConfigKeyError as error:
         raise ValueError(f"exp_manager: {str(error).splitlines()[0]}") from error
+    keep_checkpoints_inside(trainer, folder / "checkpoints")
+    words = folder / "cmd-args.log"  # NeMo notes the command line as it is
+    if trainer.is_global_zero and words.is_file():
+        replaced = masked(words.read_text(encoding="utf-8", errors="replace"))
+        words.write_text(replaced, encoding="utf-8")
 
 
 def _tidy(folder: Path, settings: Mapping[str, Any]) -> None:

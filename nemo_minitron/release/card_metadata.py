@@ -17,6 +17,7 @@ _HEADLINES = ("acc_norm", "exact_match (strict-match)", "exact_match", "acc", "f
 _IDENTIFIER = re.compile(r"[A-Za-z0-9](?:[\w.+(), -]{0,98}[\w.+)])?", re.ASCII)
 """The hub's id of a licence, a licence's name, or the name of the file that holds it."""
 _LINK = re.compile(r"https?://[A-Za-z0-9][\w.~:/?#@!$&*+,;=%-]{1,500}", re.ASCII)
+_LONGEST_CARD = 2**20
 _HUB_ID = re.compile(r"[\w.-]{1,96}(?:/[\w.-]{1,96})?", re.ASCII)
 _FORMS = {
     "license": (_IDENTIFIER,), "license_name": (_IDENTIFIER,), "license_link": (_LINK, _IDENTIFIER),
@@ -37,10 +38,15 @@ def licence_of(folder: Path) -> tuple[dict[str, str | list[str]], dict[str, str]
     card = folder / "README.md"
     if not card.is_file() or leads_out(card, folder):
         return {}, {}
-    text = card.read_text(encoding="utf-8-sig", errors="replace")
+    with card.open(encoding="utf-8-sig", errors="replace") as file:
+        text = file.read(_LONGEST_CARD)
+    front = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
+        events = yaml.parse(front[1], yaml.SafeLoader) if front else ()
+        if any(isinstance(event, yaml.AliasEvent) for event in events):
+            return {}, {}  # a few lines of them can stand for gigabytes
         data = huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data
-    except (yaml.YAMLError, ValueError):
+    except Exception:  # whatever YAML's constructors raise at a stranger's text
         return {}, {}
     taken: dict[str, str | list[str]] = {}
     rest: dict[str, str] = {}
@@ -50,7 +56,7 @@ def licence_of(folder: Path) -> tuple[dict[str, str | list[str]], dict[str, str]
         if each and all(isinstance(one, str) and any(form.fullmatch(one) for form in forms) for one in each):
             taken[name] = value
         elif value:
-            rest[name] = str(value)
+            rest[name] = plain(value, 500)
     return taken, rest
 
 

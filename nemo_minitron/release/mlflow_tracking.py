@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.evaluation import report
+from nemo_minitron.security.links import leads_out
 from nemo_minitron.security.masking import masked
 from nemo_minitron.workspace import training_log
 from nemo_minitron.workspace.manifest import Manifest, digest, read_manifest
+from nemo_minitron.workspace.pictures import pictures_in
 
 IDENTITY = "minitron.identity"
 """Tag by which a workspace finds its run again."""
@@ -246,14 +248,14 @@ def _source(teacher: Path) -> dict[str, str]:
 
 def _send_files(client: Any, run_id: str, folder: Path, stage: str) -> None:
     for name in _FILES:
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() or leads_out(folder / name, folder):
             continue
         text = (folder / name).read_bytes().decode("utf-8")
         if masked(text) == text:
             client.log_artifact(run_id, str(folder / name), stage)
         else:
             client.log_text(run_id, masked(text), f"{stage}/{name}")
-    for picture in sorted((folder / "plots").glob("*.png")):
+    for picture in pictures_in(folder):
         client.log_artifact(run_id, str(picture), f"{stage}/plots")
 
 

@@ -4,7 +4,11 @@ A stranger's folder may hold a link named LICENSE that leads to a file of the us
 then go out with the result.
 """
 
+import os
+import stat
 from pathlib import Path
+
+from nemo_minitron.security.plain_text import plain
 
 
 def leads_out(path: Path, folder: Path) -> bool:
@@ -34,3 +38,40 @@ def refuse_link(path: Path, folder: Path) -> None:
             f"{path}: a link to {path.resolve()}, outside of {folder}; put a copy in its place if that file "
             "belongs to the model"
         )
+
+
+def refuse_links(model: Path) -> None:
+    """Refuses a model's folder in which a file is a link to somewhere else: whatever reads it would show it.
+
+    Weights and config.json may be links, for models are assembled that way.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for path in sorted([*model.glob("*"), *model.glob("additional_chat_templates/*")]):
+        if path.name != "config.json" and path.suffix != ".safetensors":
+            refuse_link(path, model)
+
+
+def check_tree(root: Path, enclosing: Path) -> None:
+    """Refuses a folder with links out of it, or with what is neither file nor folder (nobody ends a pipe).
+
+    Args:
+        root: is looked through; links are not followed.
+        enclosing: where links may lead: the folder itself, or one around it.
+
+    Raises:
+        ValueError: there is one; the message names it.
+    """
+    around = enclosing.resolve()
+    for at, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = Path(at) / name
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode) and not path.resolve().is_relative_to(around):
+                raise ValueError(
+                    f"{plain(path)}: a link to {plain(path.resolve())}, outside of {plain(root)}; nothing is "
+                    "read or written through it: remove it, or move the whole folder to where there is room"
+                )
+            if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise ValueError(f"{plain(path)}: neither a file nor a folder; remove it")

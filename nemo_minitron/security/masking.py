@@ -35,7 +35,7 @@ _OPTION = re.compile(
     rf"(?<![\w.\-])(?P<name>--?[\w\-]*?(?:{_KINDS}))(?P<between>['\"]*[ \t]+)(?!-)", re.IGNORECASE
 )
 _VALUE = re.compile(
-    r"(?P<quote>['\"\\]+)(?P<inside>.*?)(?P=quote)"
+    r"(?P<quote>['\"\\]{1,8})(?P<inside>.*?)(?P=quote)"
     r"|['\"]?[^\s'\"]+(?:['\"](?=[^\s'\",;)\]}])[^\s'\"]+)*"  # as in it's
 )
 _NUMBER = re.compile(r"[\d.,:%]+(?![^\s'\"])")
@@ -59,7 +59,8 @@ _ADDRESS = re.compile(
 _SHAPES = re.compile(
     r"(?P<hub>hf_)(?!transfer\b)[A-Za-z0-9]{8,}"
     r"|(?<![A-Za-z0-9])(?:gh[opsur]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w\-]{16,}|pn[bu]_[A-Za-z0-9]{20,}"
-    r"|xox[abeprs]-[\w\-]{10,}|sk-(?:[a-z]+-)?[A-Za-z0-9_]{20,}|AKIA[A-Z0-9]{16}|dapi[0-9a-f]{32}"
+    r"|xox[abeprs]-[\w\-]{10,}|sk-[A-Za-z0-9_\-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|dapi[0-9a-f]{32}"
+    r"|AIza[\w\-]{35}|npm_[A-Za-z0-9]{36}|api_org_[A-Za-z0-9]{20,}"
     r"|eyJ[\w\-]{10,}\.[\w\-]+\.[\w\-]*)"
 )
 _REFERENCE = re.compile(r"['\"\\]*(?:\$\{[^}]*\}|\$\([^)]*\)?|\$[A-Z_][A-Z0-9_]*)\W*")

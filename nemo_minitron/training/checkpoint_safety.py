@@ -6,14 +6,17 @@ checkpoints with ``weights_only=False``; so does torch.distributed.checkpoint wh
 """
 
 import contextlib
+import functools
 import os
 import pickle
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import RunningStage
 from omegaconf import DictConfig, ListConfig
 from omegaconf.base import ContainerMetadata, Metadata
@@ -62,6 +65,29 @@ def checkpoints_as_data(checkpoint: Path | None) -> Iterator[None]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def keep_checkpoints_inside(trainer: Trainer, folder: Path) -> None:
+    """Lets checkpoint callbacks take from a checkpoint only paths of the training's own folder.
+
+    They remove what they find no longer among the best, by paths that the checkpoint holds.
+    """
+    for callback in trainer.callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback.load_state_dict = functools.partial(  # type: ignore[method-assign]
+                _load_inside, callback.load_state_dict, folder.resolve()
+            )
+
+
+def _load_inside(load: Callable[[dict[str, Any]], None], folder: Path, state: dict[str, Any]) -> None:
+    def inside(path: Any) -> bool:
+        return isinstance(path, str) and Path(path).resolve().parent == folder
+
+    best = state.get("best_k_models")
+    kept = {key: value for key, value in state.items() if not key.endswith("_path") or inside(value)}
+    kept |= {key: "" for key in state if key.endswith("_path") and key not in kept}
+    kept["best_k_models"] = {p: v for p, v in best.items() if inside(p)} if isinstance(best, dict) else {}
+    load(kept)
 
 
 def _refused(error: BaseException) -> str | None:

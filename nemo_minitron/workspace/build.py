@@ -10,6 +10,8 @@ from nemo_minitron.workspace.manifest import ASIDE, NAME, Input, fingerprint, is
 
 STATE = "state"
 """Sub-folder of an artifact in the making that survives interruption: what a training resumes from."""
+STAMP = "recipe.json"
+"""In it: by which recipe it was begun."""
 
 
 @contextlib.contextmanager
@@ -49,7 +51,10 @@ def refuse_unknown_folder(folder: Path) -> None:
     Raises:
         ValueError: the folder is there, and holds something that no stage made.
     """
-    known = any((folder / name).exists() for name in (NAME, STATE)) or set_aside(folder)
+    state = folder / STATE
+    # without a recipe it is what a run left that was killed as it began
+    begun = (state / STAMP).exists() or (state.is_dir() and not any(state.glob("[!.]*")))
+    known = (folder / NAME).exists() or begun or set_aside(folder)
     if folder.is_dir() and any(folder.iterdir()) and not known:
         raise ValueError(
             f"{folder.resolve()}: exists, and was not made by this package (no {NAME}); it is not "

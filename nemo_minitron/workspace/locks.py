@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from nemo_minitron.security.links import check_tree
 from nemo_minitron.workspace.command_log import COMMANDS
 from nemo_minitron.workspace.manifest import now, write_json
 
@@ -38,6 +39,21 @@ def _busy(workspace: Path) -> ValueError:
     )
 
 
+def _check(workspace: Path) -> None:
+    """Refuses a workspace that reaches out of itself; a variant's shares what its sweep's holds.
+
+    Raises:
+        ValueError: it does.
+    """
+    around, up = workspace, workspace.absolute().parents
+    if len(up) > 2 and up[0].name == "variants":
+        around = up[1]
+    elif len(up) > 3 and up[1].name == "rounds":
+        around = up[2]
+    if workspace.is_dir():
+        check_tree(workspace, around)
+
+
 def _acquired(workspace: Path, wait: float) -> BaseFileLock:
     """The workspace's lock, held.
 
@@ -45,6 +61,7 @@ def _acquired(workspace: Path, wait: float) -> BaseFileLock:
         ValueError: another run holds it, or the folder cannot be made.
     """
     deadline = time.monotonic() + wait
+    _check(workspace)
     while True:
         lock = FileLock(workspace / ".lock", timeout=max(0.0, deadline - time.monotonic()))
         try:

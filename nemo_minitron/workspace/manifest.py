@@ -14,11 +14,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import nemo_minitron
 from nemo_minitron.security.links import leads_out
+from nemo_minitron.security.plain_text import plain
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -108,6 +109,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         raw = json.loads(path.read_text(encoding="utf-8"))
         raw["inputs"] = tuple(Input(**item) for item in raw["inputs"])
         raw["outputs"] = tuple(Output(**item) for item in raw["outputs"])
+        for output in raw["outputs"]:
+            if PurePosixPath(output.file).is_absolute() or ".." in PurePosixPath(output.file).parts:
+                raise ValueError(f"{plain(output.file, 80)!r} lies outside of the folder")
         return Manifest(**raw)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not a manifest of schema {SCHEMA}: {error}") from error

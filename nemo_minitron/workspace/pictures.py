@@ -8,7 +8,8 @@ from nemo_minitron.security.links import leads_out
 
 def pictures_in(folder: Path) -> list[Path]:
     """The PNGs of an artifact, in order; a link out of its folder is none, whatever its name."""
-    return [path for path in sorted((folder / "plots").glob("*.png")) if not leads_out(path, folder)]
+    found = sorted((folder / "plots").glob("*.png"))
+    return [path for path in found if path.is_file() and not leads_out(path, folder)]
 
 
 def inline(picture: bytes) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.security.plain_text import plain
-from nemo_minitron.workspace.build import STATE, building, discard, refuse_unknown_folder, set_aside
+from nemo_minitron.workspace.build import STAMP, STATE, building, discard, refuse_unknown_folder, set_aside
 from nemo_minitron.workspace.manifest import (
     ASIDE,
     NAME,
@@ -26,8 +26,6 @@ from nemo_minitron.workspace.manifest import (
     write_json,
     write_manifest,
 )
-
-_STAMP = "recipe.json"
 
 
 def make_resumable(
@@ -100,7 +98,7 @@ def _make_room(folder: Path, recipe: dict[str, Any], keep: bool) -> Path | None:
         aside.rename(state)
     if not state.is_dir():
         state.mkdir(parents=True)
-        write_json(state / _STAMP, recipe)
+        write_json(state / STAMP, recipe)
     return state
 
 
@@ -124,7 +122,7 @@ def _keep_finished(folder: Path, recipe: Mapping[str, Any]) -> None:
 
 def _keep_state(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Sets aside what another recipe has begun."""
-    state, stamp = folder / STATE, folder / STATE / _STAMP
+    state, stamp = folder / STATE, folder / STATE / STAMP
     found = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
     found = {"recipe": found} if isinstance(found, str) else found  # of version 0.1
     if found.get("recipe") == recipe["recipe"]:

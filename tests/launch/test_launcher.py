@@ -22,6 +22,7 @@ from nemo_minitron.launch.accelerator_lock import ENDING_SECONDS, in_use
 from nemo_minitron.launch.failures import StageError
 from nemo_minitron.launch.launcher import Call, launch
 from nemo_minitron.launch.slurm import Job, adopt, run_job, script
+from nemo_minitron.launch.slurm import _submit as slurm_submit
 from nemo_minitron.workspace.manifest import read_manifest
 from tests.support import slurm
 from tests.support.runs import command_line, minitron, settings
@@ -247,6 +248,19 @@ def test_a_workspaces_papers_end_no_job_but_their_own(queue, tmp_path, job):
         with pytest.raises(ValueError, match=r"papers\.json: expected the number of a job"):
             use()
     assert not list(jobs.iterdir())
+
+
+def test_a_job_of_somebody_elses_is_left_alone(queue, tmp_path):
+    """By its number, which a queue gives again, or by a name that no job of this package has."""
+    jobs, papers, heard = queue / "jobs", tmp_path / "papers.json", []
+    theirs = Job("precious", ["sleep", "300"], 1, [], [], tmp_path / "theirs.log")
+    number = slurm_submit(theirs, "precious")
+    for noted in ({"job": number, "name": "minitron-score-0a0b0c0d"}, {"name": "precious"}):
+        papers.write_text(json.dumps({**noted, "recipe": "another"}))
+        adopt(papers, tmp_path / "outcome", "recipe", heard.append, 0.1)
+        assert slurm.running(jobs, number) and not papers.exists()
+        assert not (jobs / f"{number}.cancelled").exists()
+    slurm.send(jobs, number, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("name", ['a"b', "a\nb", "a\\b"])

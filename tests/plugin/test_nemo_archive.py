@@ -1,10 +1,12 @@
 """A .nemo archive of a stranger's reaches nothing outside of itself."""
 
+import gzip
 import io
 import tarfile
 
 import pytest
 import yaml
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 
 from nemo_minitron.cli.main import main
 from nemo_minitron.plugin.model import MinitronModel
@@ -41,6 +43,7 @@ def a_member(config):
     return next(value for value in config["files"].values())
 
 
+TOKENIZER = "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer"
 ATTACKS = {
     "write anywhere, absolute": (lambda c, o: with_file(f"{o}/written", a_member(c))(c), "is no name of a file"),
     "write anywhere, upwards": (
@@ -61,6 +64,23 @@ ATTACKS = {
         lambda c, o: b"a: &a [1, 1]\nb: [*a, *a]\n" + yaml.safe_dump(c).encode(), "holds YAML aliases",
     ),
     "call something as a dtype": (lambda c, o: {**c, "dtypes": {"load": ["model.lm_head.weight"]}}, "dtypes: expected some of"),
+    "another model inside": (
+        lambda c, o: {**c, "model": {"hf_config": {}, "_target_": TOKENIZER, "name": str(o)}},
+        "model: no entry of an archive",
+    ),
+    "a class with arguments": (
+        lambda c, o: {**c, "cls": TOKENIZER, "params": {"pretrained_model_name": str(o)}}, "cls: no entry of an archive",
+    ),
+    "another class": (lambda c, o: {**c, "target": "torch.nn.Identity"}, "target: expected nemo.core"),
+    "a call when it is trained": (
+        lambda c, o: {**c, "optim": {"name": "adamw", "sched": {"args": {"_target_": TOKENIZER}}}}, "is not called",
+    ),
+    "a call by another name": (
+        lambda c, o: {**c, "optim": {"_target_": "torch.optim.adamw.torch.hub.load"}}, "is not called",
+    ),
+    "read the environment in passing": (
+        lambda c, o: {**c, "train_ds": {"paths": ["${oc.env:HF_TOKEN}"]}}, "refers to something outside",
+    ),
     "no configuration": (lambda c, o: b"[1, 2", "is no configuration"),
 }  # fmt: skip
 
@@ -117,3 +137,22 @@ def test_after_a_refusal_models_are_built_as_before(tmp_path, good, teacher):
     MinitronModel.from_hf(teacher)  # whose files are not an archive's
     restored = MinitronModel.restore_from(str(good), map_location="cpu")
     assert restored.side_files["tokenizer.json"] == (teacher / "tokenizer.json").read_bytes()
+
+
+def test_a_file_that_is_two_archives_is_checked_as_the_one_that_nemo_unpacks(tmp_path, good):
+    """A tar in the header of a gzip file whose contents are another tar (RFC 1952, FEXTRA)."""
+    bad = altered(good, tmp_path / "bad.nemo", with_file("LICENSE", "/etc/hostname")).read_bytes()
+    inner = gzip.compress(good.read_bytes())
+    # the bad tar begins at the first byte; its first member's name holds the gzip header
+    assert inner[:2] == b"\x1f\x8b"
+    for content in (bad, bad + inner, inner + bad):
+        both = tmp_path / "both.nemo"
+        both.write_bytes(content)
+        with SaveRestoreConnector._tar_open(str(both)) as archive:
+            names = [m.name for m in archive.getmembers() if m.name.endswith("model_config.yaml")]
+            text = archive.extractfile(names[-1]).read()
+        if b"/etc/hostname" in text:
+            with pytest.raises(ValueError, match="is no file of the archive"):
+                check_archive(both)
+        else:
+            check_archive(both)

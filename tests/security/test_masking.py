@@ -181,3 +181,30 @@ def test_a_line_of_a_log_takes_microseconds():
     for _ in range(1000):
         masked(line)
     assert time.process_time() - started < 1 + len(os.environ) / 100
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'token="' + "\\" * 200_000,
+        "password=" + "\"'" * 100_000,
+        "password='" * 50_000,
+        "://" + "a:" * 100_000,
+    ],
+    ids=["backslashes", "quotes", "open", "colons"],
+)
+def test_no_text_takes_longer_than_its_length_asks_for(text):
+    """Compared with a text of the same length in which there is nothing: a power of it would be thousands of times."""
+    begun = time.process_time()
+    masked("x y " * (len(text) // 4))
+    plain_text = time.process_time() - begun
+    begun = time.process_time()
+    masked(text)
+    assert time.process_time() - begun < 300 * plain_text + 1
+
+
+@pytest.mark.parametrize(
+    "secret", ["sk-ant-api03-abcdefghijklmnop-qrst", "AIza" + "a1_-" * 8 + "abc", "npm_" + "a1" * 18]
+)
+def test_tokens_of_other_houses_are_known_by_their_shape(secret):
+    assert masked(f"failed with {secret} there") == "failed with *** there"

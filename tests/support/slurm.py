@@ -90,7 +90,7 @@ def main(folder: Path, program: str, words: list[str]) -> int:
             print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
             return 1
         if running(jobs, number):
-            print("RUNNING")
+            print((jobs / f"{number}.name").read_text() if "--format=%j" in words else "RUNNING")
     elif program == "scancel":
         if (folder / "away").exists():
             print("scancel: error: Unable to contact slurm controller", file=sys.stderr)
