@@ -6,6 +6,7 @@ from benchmarks.duel import duel, show
 from nemo_minitron.families import families
 from nemo_minitron.losses.divergences import forward_kl
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, new_model
 
 TEACHER = {
@@ -33,8 +34,8 @@ def step() -> None:
         with frozen(teacher):
             teacher_TG = hidden_states(teacher, family, tokens_BS[:, :-1]).flatten(0, 1)
         student_TH = hidden_states(student, family, tokens_BS[:, :-1]).flatten(0, 1)
-        pair = (teacher_TG, head_of(teacher))
-        loss = fused_linear_loss(student_TH, head_of(student), labels_T, LossWeights(), pair).loss
+        ours, theirs = Projection(student_TH, head_of(student)), Projection(teacher_TG, head_of(teacher))
+        loss = fused_linear_loss(ours, labels_T, LossWeights(), theirs).loss
         student.zero_grad()
         loss.backward()
 
@@ -56,9 +57,8 @@ def loss() -> None:
 
     def fused() -> None:
         student_TH.grad = head_VH.grad = None
-        fused_linear_loss(
-            student_TH, head_VH, labels_T, LossWeights(), (teacher_TH, teacher_VH)
-        ).loss.backward()
+        ours, theirs = Projection(student_TH, head_VH), Projection(teacher_TH, teacher_VH)
+        fused_linear_loss(ours, labels_T, LossWeights(), theirs).loss.backward()
 
     seconds = duel({"naive": naive, "fused": fused}, 4)
     show("distill-loss", "naive", seconds, {"fused": 1.05})

@@ -21,6 +21,7 @@ from benchmarks.duel import RESULTS
 from nemo_minitron.families import families
 from nemo_minitron.losses.divergences import forward_kl
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states
 from nemo_minitron.models.int8 import quantise
 from nemo_minitron.workspace.training_log import read_log
@@ -74,9 +75,9 @@ def gradients(device: str, dtype: torch.dtype, compiled: bool) -> list[torch.Ten
     values = [(torch.randn(*shape, generator=generator) * 0.2).to(device, dtype) for shape in shapes]
     student, head = values[0].requires_grad_(), values[1].requires_grad_()
     labels = torch.arange(512, device=device)
-    pair = (values[2], values[3])
+    teacher = Projection(values[2], values[3])
     fused_linear_loss(
-        student, head, labels, LossWeights(1, 0.5), pair, 128, compiled=compiled
+        Projection(student, head), labels, LossWeights(1, 0.5), teacher, chunk_tokens=128, compiled=compiled
     ).loss.backward()
     assert student.grad is not None and head.grad is not None
     return [student.grad.double().cpu(), head.grad.double().cpu()]
@@ -108,8 +109,8 @@ def loss(device: str, tokens: int, hidden: int, vocabulary: int) -> dict[str, tu
     def fused(compiled: bool) -> Callable[[], None]:
         def run() -> None:
             student.grad = head.grad = None
-            pair = (teacher, teacher_head)
-            fused_linear_loss(student, head, labels, LossWeights(), pair, compiled=compiled).loss.backward()
+            ours, theirs = Projection(student, head), Projection(teacher, teacher_head)
+            fused_linear_loss(ours, labels, LossWeights(), theirs, compiled=compiled).loss.backward()
 
         return run
 
@@ -159,8 +160,9 @@ def step(device: str, shapes: Sequence[dict[str, Any]], length: int, int8: bool)
             with frozen(teacher):
                 teacher_TG = hidden_states(teacher, family, tokens_BS[:, :-1]).flatten(0, 1)
             student_TH = hidden_states(student, family, tokens_BS[:, :-1]).flatten(0, 1)
-            pair, labels_T = (teacher_TG, head_of(teacher)), tokens_BS[:, 1:].flatten()
-            fused_linear_loss(student_TH, head_of(student), labels_T, LossWeights(), pair).loss.backward()
+            ours, theirs = Projection(student_TH, head_of(student)), Projection(teacher_TG, head_of(teacher))
+            labels_T = tokens_BS[:, 1:].flatten()
+            fused_linear_loss(ours, labels_T, LossWeights(), theirs).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 

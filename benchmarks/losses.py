@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.duel import RESULTS
 from nemo_minitron.evaluation.report import markdown
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.losses.projection import Projection
 
 TOKENS, HIDDEN = 1024, 256
 VOCABULARIES = (32_000, 128_256, 262_144)
@@ -39,7 +40,8 @@ def ours(
     student_TH: Tensor, head_VH: Tensor, teacher_TH: Tensor, teacher_VH: Tensor, labels_T: Tensor
 ) -> Tensor:
     """The package's."""
-    return fused_linear_loss(student_TH, head_VH, labels_T, LossWeights(), (teacher_TH, teacher_VH)).loss
+    student, teacher = Projection(student_TH, head_VH), Projection(teacher_TH, teacher_VH)
+    return fused_linear_loss(student, labels_T, LossWeights(), teacher).loss
 
 
 def liger(compiled: bool) -> Loss:

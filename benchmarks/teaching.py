@@ -24,6 +24,7 @@ from nemo_minitron.data.training_samples import training_samples
 from nemo_minitron.evaluation.report import markdown
 from nemo_minitron.families import family_of
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import head_of, hidden_states, load_model, load_tokenizer
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.inputs import teacher_folder
@@ -93,9 +94,8 @@ def held_out(config: Config, student: Any) -> dict[str, float]:
             hidden = [
                 hidden_states(m.eval(), family, batch_BS[:, :-1]).flatten(0, 1) for m in (student, teacher)
             ]
-            pair = (hidden[1], head_of(teacher))
-            labels_T = batch_BS[:, 1:].flatten()
-            terms = fused_linear_loss(hidden[0], head_of(student), labels_T, LossWeights(), pair)
+            ours, theirs = Projection(hidden[0], head_of(student)), Projection(hidden[1], head_of(teacher))
+            terms = fused_linear_loss(ours, batch_BS[:, 1:].flatten(), LossWeights(), theirs)
             sums += torch.stack([terms.ce, terms.divergence]) * len(batch_BS)
     found = (sums / len(samples_NS)).tolist()
     return {"loss": found[0], "divergence": found[1]}

@@ -1,5 +1,6 @@
 """The fused loss as a rank computes it: alone, or with the ranks that share its samples."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,20 +9,20 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_minitron.losses.fused_linear_loss import LossTerms, LossWeights, fused_linear_loss
-from nemo_minitron.losses.vocabulary_parallel import split_linear_loss
+from nemo_minitron.losses.projection import Projection
+from nemo_minitron.losses.vocabulary_parallel import Reduce, VocabularyShard
 
 _HOW = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 def linear_loss(
     mesh: DeviceMesh | None,
-    student_TH: Tensor,
-    head_VH: Tensor,
+    student: Projection,
     labels_T: Tensor,
     weights: LossWeights,
-    teacher: tuple[Tensor, Tensor] | None = None,
+    teacher: Projection,
+    *,
     chunk_tokens: int | None = None,
-    softcaps: tuple[float | None, float | None] = (None, None),
     vocabulary: int | None = None,
     compiled: bool = False,
 ) -> LossTerms:
@@ -29,49 +30,64 @@ def linear_loss(
 
     They read the same tokens; without the split each would compute the same loss. Other divergences than
     forward KL do not split, and are computed by each.
+
+    Args:
+        mesh: with a dimension ``tensor_parallel``; None: one rank.
+        student: its hidden states, the same on all of these ranks, and its whole head.
+        labels_T: see ``fused_linear_loss``, as for all further arguments.
+        weights: see there.
+        teacher: as the student.
+        chunk_tokens: see there.
+        vocabulary: see there.
+        compiled: see there.
+
+    Returns:
+        The terms, the same on all of these ranks; gradients come to the whole head on each of them.
+    """
+    student, teacher, shard = student.counted(vocabulary), teacher.counted(vocabulary), None
+    if weights.divergence.name == "forward_kl":
+        shard, student, teacher = sharded(mesh, student, teacher)
+    return fused_linear_loss(
+        student, labels_T, weights, teacher, chunk_tokens=chunk_tokens, shard=shard, compiled=compiled
+    )
+
+
+def sharded(
+    mesh: DeviceMesh | None, student: Projection, teacher: Projection | None = None
+) -> tuple[VocabularyShard | None, Projection, Projection | None]:
+    """A rank's part of a loss: its rows of the heads; where it is alone, no shard, and all as it came.
+
+    Arguments as in ``linear_loss``.
     """
     group = None if mesh is None else mesh["tensor_parallel"]
-    if group is None or group.size() == 1 or weights.divergence.name != "forward_kl":
-        return fused_linear_loss(
-            student_TH, head_VH, labels_T, weights, teacher, chunk_tokens, softcaps, vocabulary,
-            compiled=compiled,
-        )  # fmt: skip
-    if vocabulary is not None:
-        head_VH = head_VH[:vocabulary]
-        teacher = None if teacher is None else (teacher[0], teacher[1][:vocabulary])
-    entries, parts, rank = head_VH.shape[0], group.size(), group.get_local_rank()
-    first, last = entries * rank // parts, entries * (rank + 1) // parts
+    if group is None or group.size() == 1:
+        return None, student, teacher
+    entries, ranks, rank = student.head_VH.shape[0], group.size(), group.get_local_rank()
+    rows = slice(entries * rank // ranks, entries * (rank + 1) // ranks)
 
     def reduce(tensor: Tensor, how: str) -> Tensor:
         whole = tensor.detach().clone()
         dist.all_reduce(whole, _HOW[how], group=group.get_group())
         return whole
 
-    device = student_TH.device.type
-    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    head_WH = _Rows.apply(head_VH, first, last, reduce)
-    pair = None if teacher is None else (teacher[0], teacher[1][first:last])
-    if low is not None:  # the products run in the low precision, sums do not
-        student_TH, head_WH = student_TH.to(low), head_WH.to(low)
-        pair = None if pair is None else (pair[0].to(low), pair[1].to(low))
-    with torch.autocast(device, enabled=False):
-        return split_linear_loss(
-            student_TH, head_WH, labels_T, first, weights, reduce, pair, softcaps, chunk_tokens
-        )
+    student = replace(student, head_VH=_Rows.apply(student.head_VH, rows, reduce))
+    if teacher is not None:
+        teacher = replace(teacher, head_VH=teacher.head_VH[rows])
+    return VocabularyShard(rows.start, reduce), student, teacher
 
 
 class _Rows(torch.autograd.Function):
     """Some rows of a head that every rank holds whole; their gradients come together on all of them."""
 
     @staticmethod
-    def forward(ctx: Any, head_VH: Tensor, first: int, last: int, reduce: Any) -> Tensor:
-        """Rows ``first`` to ``last``, [rows, hidden]."""
-        ctx.shape, ctx.rows, ctx.reduce = head_VH.shape, slice(first, last), reduce
-        return head_VH[first:last].clone()
+    def forward(ctx: Any, head_VH: Tensor, rows: slice, reduce: Reduce) -> Tensor:
+        """The rows, Tensor of shape [rows, hidden]."""
+        ctx.shape, ctx.rows, ctx.reduce = head_VH.shape, rows, reduce
+        return head_VH[rows].clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_WH: Tensor) -> tuple[Tensor, None, None, None]:
-        """The gradient of the whole head."""
+    def backward(ctx: Any, grad_WH: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of the whole head, Tensor of shape [vocabulary, hidden]."""
         grad_VH = grad_WH.new_zeros(ctx.shape)
         grad_VH[ctx.rows] = grad_WH
-        return ctx.reduce(grad_VH, "sum"), None, None, None
+        return ctx.reduce(grad_VH, "sum"), None, None

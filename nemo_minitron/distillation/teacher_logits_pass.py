@@ -8,8 +8,7 @@ import torch
 from nemo_minitron.families import Family
 from nemo_minitron.losses.fused_linear_loss import chunk_rows
 from nemo_minitron.losses.sparse_targets import SparseTargets, known_entries
-from nemo_minitron.losses.wide_matmul import wide_linear
-from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, softcap_of
+from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, projection_of
 
 
 def teach(
@@ -44,19 +43,18 @@ def teach(
         Targets of rows x positions tokens on the CPU, and the mean share of the teacher's mass that they
         name (of samples: 1).
     """
-    device = next(model.parameters()).device
+    device, dtype = next(model.parameters()).device, head_of(model).dtype
     generator = torch.Generator(device).manual_seed(seed)
-    head_VG, cap = head_of(model)[:vocabulary], softcap_of(model, family)
     found: list[SparseTargets] = []
     for start in range(0, len(rows), batch_size):
         batch_BS = torch.stack([samples[row] for row in rows[start : start + batch_size]])
         tokens_BS = torch.where(batch_BS < 0, ~batch_BS, batch_BS)[:, :-1].to(device)
         with frozen(model):
-            hidden_TG = hidden_states(model, family, tokens_BS).flatten(0, 1)
-            chunk = chunk_rows(len(hidden_TG), head_VG.shape[0], device, 3)
+            hidden_TG = hidden_states(model, family, tokens_BS).flatten(0, 1).to(dtype)
+            teacher = projection_of(model, family, hidden_TG).counted(vocabulary)
+            chunk = chunk_rows(len(hidden_TG), teacher.head_VH.shape[0], device, 3)
             for first in range(0, len(hidden_TG), chunk):
-                logits_CV = wide_linear(hidden_TG[first : first + chunk].to(head_VG.dtype), head_VG)
-                logits_CV = logits_CV if cap is None else cap * torch.tanh(logits_CV / cap)
+                logits_CV = teacher[first : first + chunk].logits()
                 kept = known_entries(logits_CV, method, entries, temperature, generator)
                 found.append(kept.to(torch.device("cpu")))
         advance(tokens_BS.numel())

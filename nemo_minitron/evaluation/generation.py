@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.families import Family
-from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
-from nemo_minitron.models.causal_lm import head_of, hidden_states, softcap_of
+from nemo_minitron.losses.fused_linear_loss import cross_entropy
+from nemo_minitron.models.causal_lm import head_of, hidden_states, projection_of
 
 _GRAM = 4
 
@@ -60,10 +60,7 @@ def loss_of(model: Any, family: Family, prompts_BP: Tensor, ids_BN: Tensor) -> f
     labels_BS = tokens_BS[:, 1:].clone()
     labels_BS[:, : prompts_BP.shape[1] - 1] = -1
     hidden_TH = hidden_states(model, family, tokens_BS[:, :-1]).flatten(0, 1)
-    caps = (softcap_of(model, family), None)
-    terms = fused_linear_loss(
-        hidden_TH, head_of(model), labels_BS.flatten(), LossWeights(kl=0.0, ce=1.0), softcaps=caps
-    )
+    terms = cross_entropy(projection_of(model, family, hidden_TH), labels_BS.flatten())
     return float(terms.ce)
 
 

@@ -7,9 +7,15 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.families import Family
-from nemo_minitron.losses.fused_linear_loss import LossWeights, chunk_rows, fused_linear_loss
+from nemo_minitron.losses.fused_linear_loss import (
+    LossWeights,
+    chunk_rows,
+    cross_entropy,
+    fused_linear_loss,
+)
+from nemo_minitron.losses.projection import Projection
 from nemo_minitron.losses.wide_matmul import wide_linear
-from nemo_minitron.models.causal_lm import head_of, hidden_states, softcap_of
+from nemo_minitron.models.causal_lm import head_of, hidden_states, projection_of
 
 
 @dataclass(frozen=True)
@@ -53,40 +59,32 @@ def held_out(
         vocabulary: entries that count in the comparison, where the models pad theirs differently.
     """
     losses, divergence, same = [], 0.0, 0.0
-    device, caps = head_of(model).device, [softcap_of(model, family), None]
-    if teacher is not None:
-        caps[1] = softcap_of(*teacher)
+    device = head_of(model).device
     for batch_BS in tokens_NS.split(batch_size):
         batch_BS = batch_BS.to(device)
         labels_BS = batch_BS[:, 1:]
         hidden_BSH = hidden_states(model, family, batch_BS[:, :-1])
         for hidden_SH, labels_S in zip(hidden_BSH, labels_BS, strict=True):
-            alone = LossWeights(kl=0.0, ce=1.0)
-            own = fused_linear_loss(hidden_SH, head_of(model), labels_S, alone, softcaps=(caps[0], None))
-            losses.append(float(own.ce))
+            losses.append(float(cross_entropy(projection_of(model, family, hidden_SH), labels_S).ce))
         if teacher is not None:
-            teacher_TG = hidden_states(*teacher, batch_BS[:, :-1]).flatten(0, 1)
-            pair = (teacher_TG, head_of(teacher[0]))
-            hidden_TH = hidden_BSH.flatten(0, 1)
-            terms = fused_linear_loss(
-                hidden_TH, head_of(model), labels_BS.flatten(), LossWeights(), pair, None,
-                (caps[0], caps[1]), vocabulary,
-            )  # fmt: skip
+            ours = projection_of(model, family, hidden_BSH.flatten(0, 1))
+            theirs = projection_of(*teacher, hidden_states(*teacher, batch_BS[:, :-1]).flatten(0, 1))
+            ours, theirs = ours.counted(vocabulary), theirs.counted(vocabulary)
+            terms = fused_linear_loss(ours, labels_BS.flatten(), LossWeights(), theirs)
             divergence += float(terms.divergence) * len(batch_BS)
-            same += _same_choice(hidden_TH, head_of(model)[:vocabulary], *pair, vocabulary) * len(batch_BS)
+            same += _same_choice(ours, theirs) * len(batch_BS)
     loss, samples = sum(losses) / len(losses), len(tokens_NS)
     if teacher is None:
         return HeldOut(loss, tuple(losses))
     return HeldOut(loss, tuple(losses), divergence / samples, same / samples)
 
 
-def _same_choice(
-    hidden_TH: Tensor, head_VH: Tensor, teacher_TG: Tensor, teacher_VG: Tensor, vocabulary: int | None
-) -> float:
+def _same_choice(ours: Projection, theirs: Projection) -> float:
     """Share of the tokens for which both find the same entry most likely (a softcap changes no order)."""
-    rows, same = chunk_rows(len(hidden_TH), head_VH.shape[0], head_VH.device, 2), 0
-    for start in range(0, len(hidden_TH), rows):
-        ours_C = wide_linear(hidden_TH[start : start + rows], head_VH).argmax(-1)
-        theirs_C = wide_linear(teacher_TG[start : start + rows], teacher_VG[:vocabulary]).argmax(-1)
+    tokens, same = len(ours.hidden_TH), 0
+    rows = chunk_rows(tokens, ours.head_VH.shape[0], ours.head_VH.device, 2)
+    for part in (slice(start, start + rows) for start in range(0, tokens, rows)):
+        ours_C = wide_linear(ours.hidden_TH[part], ours.head_VH).argmax(-1)
+        theirs_C = wide_linear(theirs.hidden_TH[part], theirs.head_VH).argmax(-1)
         same += int(torch.eq(ours_C, theirs_C).sum())
-    return same / len(hidden_TH)
+    return same / tokens

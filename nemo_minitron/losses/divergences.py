@@ -3,8 +3,6 @@
 p is the teacher's softmax(x / tau), q the student's ([P1] eq. 5). Those that soften by tau carry the factor
 tau squared, which keeps the scale of their gradient independent of tau. The caller masks tokens and takes
 means.
-
-Shape suffixes: T tokens, V vocabulary, K kept entries.
 """
 
 from collections.abc import Callable
@@ -12,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nemo_minitron.losses.sparse_targets import known_entries, sparse_divergence
+from nemo_minitron.losses.wide_matmul import wide
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Divergence:
         Returns:
             Tensor of shape [tokens], float32 (float64 for float64 logits).
         """
-        return DIVERGENCES[self.name](_wide(teacher_TV), _wide(student_TV), self)
+        return DIVERGENCES[self.name](wide(teacher_TV), wide(student_TV), self)
 
 
 def forward_kl(teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -91,17 +92,7 @@ def topk_kl(teacher_TV: Tensor, student_TV: Tensor, top_k: int, temperature: flo
 
     Without the bucket (renormalised inside the top k) moving mass to the tail would cost the student nothing.
     """
-    log_p_TV, log_q_TV = _logs(teacher_TV, student_TV, temperature)
-    if top_k >= log_p_TV.shape[-1]:
-        return (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1) * temperature**2
-    log_p_TK, index_TK = log_p_TV.topk(top_k, dim=-1)
-    log_q_TK = log_q_TV.gather(-1, index_TK)
-    kept_T = (log_p_TK.exp() * (log_p_TK - log_q_TK)).sum(-1)
-    # the tails as sums of what is left, not as 1 - the rest: near 0 that difference has no digits
-    hidden_TV = torch.zeros_like(log_p_TV).scatter(-1, index_TK, -torch.inf)
-    tail_p_T = torch.logsumexp(log_p_TV + hidden_TV, -1)
-    tail_q_T = torch.logsumexp(log_q_TV + hidden_TV, -1)
-    return (kept_T + tail_p_T.exp() * (tail_p_T - tail_q_T)) * temperature**2
+    return sparse_divergence(known_entries(teacher_TV, "top_k", top_k, temperature), student_TV, temperature)
 
 
 def mse(teacher_TV: Tensor, student_TV: Tensor) -> Tensor:
@@ -114,12 +105,8 @@ def cosine(teacher_TV: Tensor, student_TV: Tensor) -> Tensor:
     return 1 - torch.nn.functional.cosine_similarity(teacher_TV, student_TV, dim=-1)
 
 
-def _wide(logits_TV: Tensor) -> Tensor:
-    return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
-
-
 def _logs(teacher_TV: Tensor, student_TV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    pair = (_wide(logits_TV) / temperature for logits_TV in (teacher_TV, student_TV))
+    pair = (wide(logits_TV) / temperature for logits_TV in (teacher_TV, student_TV))
     log_p_TV, log_q_TV = (torch.log_softmax(logits_TV, -1) for logits_TV in pair)
     return log_p_TV, log_q_TV
 

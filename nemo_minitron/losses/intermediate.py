@@ -3,8 +3,6 @@
 L_is = L_emb + L_o + L_i + L_att: embedding output, output of a layer, input of its MLP, and the relations
 between queries, keys and values. A linear layer that is shared by the first three lifts the student's width
 to the teacher's; relations need none, they have no width.
-
-Shape suffixes: T tokens, G hidden of the teacher, B samples, S positions, U channels, R relation heads.
 """
 
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from nemo_minitron.losses.wide_matmul import wide
 
 TERMS = ("embedding", "hidden", "mlp_input", "attention")
 DISTANCES = ("cosine", "mse")
@@ -66,7 +66,7 @@ def state_distance(teacher_TG: Tensor, student_TG: Tensor, distance: str = "cosi
     Returns:
         Tensor of shape [tokens], float32 (float64 for float64 states).
     """
-    teacher_TG, student_TG = _wide(teacher_TG), _wide(student_TG)
+    teacher_TG, student_TG = wide(teacher_TG), wide(student_TG)
     if distance == "cosine":
         return 1 - torch.cosine_similarity(teacher_TG, student_TG, dim=-1)
     return (teacher_TG - student_TG).square().mean(-1)
@@ -97,7 +97,7 @@ def relation_divergence(teacher_BSU: Tensor, student_BSU: Tensor, relation_heads
                 f"relation_heads: {relation_heads} does not divide the {name}'s {x_BSU.shape[-1]} channels "
                 "of queries, keys or values"
             )
-    pairs = zip(_wide(teacher_BSU), _wide(student_BSU), strict=True)
+    pairs = zip(wide(teacher_BSU), wide(student_BSU), strict=True)
     rows = [checkpoint(_relations, t_SU, s_SU, relation_heads, use_reentrant=False) for t_SU, s_SU in pairs]
     return torch.stack(rows)
 
@@ -129,7 +129,3 @@ def balance(logits_loss: Tensor, intermediate: Tensor) -> Tensor:
     """
     # where the states agree to four digits already, their weight grows no more
     return (logits_loss / intermediate.clamp_min(_LEAST)).detach()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

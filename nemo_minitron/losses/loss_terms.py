@@ -1,11 +1,13 @@
-"""Divergence and cross-entropy of one chunk of logits, and their gradient by the student's.
+"""Divergence and cross-entropy of one chunk of logits, and the gradient of their mix by the student's.
 
-Shape suffixes: C tokens of a chunk, B tokens of a block of it, V vocabulary.
+A term is what the chunk loop of ``fused_linear_loss`` calls: ``ByHand`` for forward KL, ``ByAutograd`` for
+any other divergence, ``vocabulary_parallel.Sharded`` for forward KL where ranks share the vocabulary.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,101 +29,183 @@ class LossWeights:
     divergence: Divergence = Divergence()
 
 
-def chunk_terms(
-    student_CV: Tensor,
-    teacher_CV: Tensor | SparseTargets | None,
-    labels_C: Tensor,
-    weights: LossWeights,
-    wants_gradient: bool,
-    compiled: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums of both terms over one chunk, and the gradient of their mix by the student's logits.
+CROSS_ENTROPY = LossWeights(kl=0.0, ce=1.0)
+"""The mix of a model that nobody teaches."""
 
-    The logits are overwritten. With ``compiled``, torch.compile makes kernels of forward KL and cross-entropy
-    (Triton on a GPU): the same numbers but for rounding.
+
+class ChunkTerms(NamedTuple):
+    """What a term finds in one chunk.
+
+    Attributes:
+        sums: of divergence (nats, where it is one of distributions) and cross-entropy (nats) over the
+            chunk's tokens, Tensor of shape [2].
+        grad_CV: gradient of kl x divergence + ce x cross-entropy, summed over the tokens, by the student's
+            logits; None where it was not wanted.
     """
-    by_hand = isinstance(teacher_CV, Tensor) and weights.divergence.name == "forward_kl"
-    if teacher_CV is not None and weights.kl != 0 and not by_hand:
-        value, grad_CV = _differentiated(student_CV, teacher_CV, weights, wants_gradient)
-        wants_more = wants_gradient and weights.ce != 0
-        _, ce, more_CV = chunk_terms(student_CV, None, labels_C, weights, wants_more, compiled)
-        return value, ce, grad_CV if grad_CV is None or more_CV is None else grad_CV.add_(more_CV)
-    teacher_CV = teacher_CV if isinstance(teacher_CV, Tensor) and weights.kl != 0 else None
-    if compiled:  # passes over the chunk without a temporary: no need of blocks
-        sums = _compiled_terms()(student_CV, teacher_CV, labels_C, weights, wants_gradient)
-        return sums[0], sums[1], student_CV if wants_gradient else None
-    rows, entries = student_CV.shape
-    room = CPU_BLOCK_BYTES if student_CV.device.type == "cpu" else BLOCK_BYTES
-    size = max(1, room // (student_CV.element_size() * entries))
-    sums = torch.zeros(2, dtype=sum_dtype(student_CV.device), device=student_CV.device)
-    for block in (slice(start, start + size) for start in range(0, rows, size)):
-        teacher_BV = None if teacher_CV is None else teacher_CV[block]
-        sums += _block_terms_(student_CV[block], teacher_BV, labels_C[block], weights, wants_gradient)
-    return sums[0], sums[1], student_CV if wants_gradient else None
+
+    sums: Tensor
+    grad_CV: Tensor | None
+
+
+class Term(Protocol):
+    """Divergence and cross-entropy of a chunk."""
+
+    @property
+    def buffers(self) -> int:
+        """Tensors of the logits' size that exist for each model, the logits among them."""
+
+    def __call__(
+        self,
+        student_CV: Tensor,
+        teacher_CV: Tensor | SparseTargets | None,
+        labels_C: Tensor,
+        wants_gradient: bool,
+        /,
+    ) -> ChunkTerms:
+        """Evaluates one chunk; the logits may be overwritten.
+
+        Args:
+            student_CV: logits, Tensor of shape [tokens of the chunk, vocabulary].
+            teacher_CV: the teacher's, same shape, or what is known of them; None: cross-entropy only.
+            labels_C: next-token ids, Tensor of shape [tokens of the chunk].
+            wants_gradient: whether the gradient is made.
+        """
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """Forward KL and cross-entropy, differentiated by hand in the place of the logits.
+
+    Attributes:
+        weights: the mix; its divergence is forward KL, where there is a teacher.
+        compiled: torch.compile makes kernels of it (Triton on a GPU): the same numbers but for rounding.
+    """
+
+    weights: LossWeights
+    compiled: bool = False
+    buffers: int = 1
+
+    def __call__(
+        self,
+        student_CV: Tensor,
+        teacher_CV: Tensor | SparseTargets | None,
+        labels_C: Tensor,
+        wants_gradient: bool,
+    ) -> ChunkTerms:
+        """See ``Term``; the student's logits become the gradient."""
+        assert not isinstance(teacher_CV, SparseTargets)
+        grad_CV = student_CV if wants_gradient else None
+        if self.compiled:  # passes over the chunk without a temporary: no need of blocks
+            sums = _compiled_terms()(student_CV, teacher_CV, labels_C, self.weights, wants_gradient)
+            return ChunkTerms(sums, grad_CV)
+        rows, entries = student_CV.shape
+        room = CPU_BLOCK_BYTES if student_CV.device.type == "cpu" else BLOCK_BYTES
+        size = max(1, room // (student_CV.element_size() * entries))
+        sums = torch.zeros(2, dtype=sum_dtype(student_CV.device), device=student_CV.device)
+        for block in (slice(start, start + size) for start in range(0, rows, size)):
+            teacher_NV = None if teacher_CV is None else teacher_CV[block]
+            sums += _block_terms_(
+                student_CV[block], teacher_NV, labels_C[block], self.weights, wants_gradient
+            )
+        return ChunkTerms(sums, grad_CV)
+
+
+@dataclass(frozen=True)
+class ByAutograd:
+    """Any divergence, and any from sparse targets, differentiated by autograd; cross-entropy by hand.
+
+    Attributes:
+        weights: the mix.
+        compiled: of the cross-entropy, see ``ByHand``.
+        buffers: with what autograd keeps.
+    """
+
+    weights: LossWeights
+    compiled: bool = False
+    buffers: int = 3
+
+    def __call__(
+        self,
+        student_CV: Tensor,
+        teacher_CV: Tensor | SparseTargets | None,
+        labels_C: Tensor,
+        wants_gradient: bool,
+    ) -> ChunkTerms:
+        """See ``Term``."""
+        by_hand = ByHand(self.weights, self.compiled)
+        if teacher_CV is None:
+            return by_hand(student_CV, None, labels_C, wants_gradient)
+        value, grad_CV = self._divergence(student_CV, teacher_CV, wants_gradient)
+        wants_more = wants_gradient and self.weights.ce != 0
+        sums, more_CV = by_hand(student_CV, None, labels_C, wants_more)
+        if grad_CV is not None and more_CV is not None:
+            grad_CV += more_CV
+        return ChunkTerms(torch.stack([value, sums[1]]), grad_CV)
+
+    def _divergence(
+        self, student_CV: Tensor, teacher_CV: Tensor | SparseTargets, wants_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Sum over the chunk, and its weighted gradient by the student's logits."""
+        divergence = self.weights.divergence
+        with torch.enable_grad():
+            leaf_CV = student_CV.detach().requires_grad_(wants_gradient)
+            if isinstance(teacher_CV, SparseTargets):
+                value = sparse_divergence(teacher_CV, leaf_CV, divergence.temperature).sum()
+            else:
+                value = divergence(teacher_CV, leaf_CV).sum()
+            grad_CV = torch.autograd.grad(value, leaf_CV)[0] if wants_gradient else None
+        value = value.detach().to(sum_dtype(student_CV.device))
+        return value, None if grad_CV is None else grad_CV.mul_(self.weights.kl)
 
 
 def _block_terms_(
-    student_BV: Tensor,
-    teacher_BV: Tensor | None,
-    labels_B: Tensor,
+    student_NV: Tensor,
+    teacher_NV: Tensor | None,
+    labels_N: Tensor,
     weights: LossWeights,
     wants_gradient: bool,
 ) -> Tensor:
     """Sums of forward KL and cross-entropy, Tensor of shape [2]; the student's logits become the gradient.
 
     With x and y the logits over the temperature t, less their maxima, p = e^y / P and q = e^x / Q:
-    KL = sum p (y - x) - log P + log Q, and the gradient of t^2 KL by the student's logits is t (q - p).
+    KL = sum p (y - x) - log P + log Q, and the gradient of t^2 KL by the student's logits is t (q - p)
+    (arXiv 1503.02531 eq. 2). Values and gradients are checked against autograd of the textbook formula in
+    float64: tests/losses/test_fused_linear_loss.py, ``test_values_and_gradients``.
     """
-    tau, column, wide = weights.divergence.temperature, labels_B[:, None], sum_dtype(student_BV.device)
-    student_BV -= student_BV.amax(-1, keepdim=True)
-    picked_B1 = student_BV.gather(1, column)
-    if teacher_BV is None:
-        total_B1 = student_BV.exp_().sum(-1, keepdim=True)
-        ce = (total_B1.log() - picked_B1).to(wide).sum()
+    tau, column, wide = weights.divergence.temperature, labels_N[:, None], sum_dtype(student_NV.device)
+    student_NV -= student_NV.amax(-1, keepdim=True)
+    picked_N1 = student_NV.gather(1, column)
+    if teacher_NV is None:
+        total_N1 = student_NV.exp_().sum(-1, keepdim=True)
+        ce = (total_N1.log() - picked_N1).to(wide).sum()
         if wants_gradient:
-            student_BV *= weights.ce / total_B1
-            student_BV.scatter_add_(1, column, picked_B1.new_full(column.shape, -weights.ce))
+            student_NV *= weights.ce / total_N1
+            student_NV.scatter_add_(1, column, picked_N1.new_full(column.shape, -weights.ce))
         return torch.stack([torch.zeros_like(ce), ce])
-    teacher_BV -= teacher_BV.amax(-1, keepdim=True)
-    own_BV, own_B1 = None, None  # the student's at temperature 1, if that is another
+    teacher_NV -= teacher_NV.amax(-1, keepdim=True)
+    own_NV, own_N1 = None, None  # the student's at temperature 1, if that is another
     if tau != 1:
-        own_BV = student_BV.exp()
-        own_B1 = own_BV.sum(-1, keepdim=True)
-        student_BV /= tau
-        teacher_BV /= tau
-    gap_BV = teacher_BV - student_BV
-    total_p_B1 = teacher_BV.exp_().sum(-1, keepdim=True)
-    total_q_B1 = student_BV.exp_().sum(-1, keepdim=True)
-    mean_gap_B1 = gap_BV.mul_(teacher_BV).sum(-1, keepdim=True) / total_p_B1
-    kl = (mean_gap_B1 - total_p_B1.log() + total_q_B1.log()).to(wide).sum() * tau**2
-    ce = ((total_q_B1 if own_B1 is None else own_B1).log() - picked_B1).to(wide).sum()
+        own_NV = student_NV.exp()
+        own_N1 = own_NV.sum(-1, keepdim=True)
+        student_NV /= tau
+        teacher_NV /= tau
+    gap_NV = teacher_NV - student_NV
+    total_p_N1 = teacher_NV.exp_().sum(-1, keepdim=True)
+    total_q_N1 = student_NV.exp_().sum(-1, keepdim=True)
+    mean_gap_N1 = gap_NV.mul_(teacher_NV).sum(-1, keepdim=True) / total_p_N1
+    kl = (mean_gap_N1 - total_p_N1.log() + total_q_N1.log()).to(wide).sum() * tau**2
+    ce = ((total_q_N1 if own_N1 is None else own_N1).log() - picked_N1).to(wide).sum()
     if wants_gradient:
-        by_q = weights.kl * tau + (weights.ce if own_B1 is None else 0.0)
-        student_BV *= by_q / total_q_B1
-        student_BV.addcmul_(teacher_BV, weights.kl * tau / total_p_B1, value=-1)
+        by_q = weights.kl * tau + (weights.ce if own_N1 is None else 0.0)
+        student_NV *= by_q / total_q_N1
+        student_NV.addcmul_(teacher_NV, weights.kl * tau / total_p_N1, value=-1)
         if weights.ce != 0:
-            if own_BV is not None and own_B1 is not None:
-                student_BV.addcmul_(own_BV, weights.ce / own_B1)
-            student_BV.scatter_add_(1, column, picked_B1.new_full(column.shape, -weights.ce))
+            if own_NV is not None and own_N1 is not None:
+                student_NV.addcmul_(own_NV, weights.ce / own_N1)
+            student_NV.scatter_add_(1, column, picked_N1.new_full(column.shape, -weights.ce))
     return torch.stack([kl, ce])
 
 
 @functools.cache
 def _compiled_terms() -> Callable[..., Tensor]:
     return torch.compile(_block_terms_)
-
-
-def _differentiated(
-    student_CV: Tensor, teacher_CV: Tensor | SparseTargets, weights: LossWeights, wants_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Sum of any divergence over one chunk and its gradient by the student's logits, by autograd."""
-    with torch.enable_grad():
-        leaf_CV = student_CV.detach().requires_grad_(wants_gradient)
-        if isinstance(teacher_CV, Tensor):
-            value = weights.divergence(teacher_CV, leaf_CV).sum()
-        else:
-            value = sparse_divergence(teacher_CV, leaf_CV, weights.divergence.temperature).sum()
-        if not wants_gradient:
-            return value.detach().to(sum_dtype(student_CV.device)), None
-        (grad_CV,) = torch.autograd.grad(value, leaf_CV)
-    return value.detach().to(sum_dtype(student_CV.device)), grad_CV.mul_(weights.kl)

@@ -1,12 +1,11 @@
-"""Divergence from a teacher of whom a few entries per token are known: the largest, or samples.
-
-Shape suffixes: T tokens, V vocabulary, K entries per token.
-"""
+"""Divergence from a teacher of whom a few entries per token are known: the largest, or samples."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nemo_minitron.losses.wide_matmul import wide
 
 METHODS = ("top_k", "sampling")
 _NOTHING = -60000.0
@@ -19,9 +18,9 @@ class SparseTargets:
 
     Attributes:
         ids_TK: vocabulary entries, Tensor of shape [tokens, entries], int64.
-        log_p_TK: their log-probabilities at the temperature of the divergence, float32: the teacher's
-            largest entries, each once. None: entries drawn from the teacher's distribution, some of them
-            more than once, each of which stands for 1/K.
+        log_p_TK: their log-probabilities at the temperature of the divergence, float32 (float64 of float64
+            logits): the teacher's largest entries, each once. None: entries drawn from the teacher's
+            distribution, some of them more than once, each of which stands for 1/K.
         log_tail_T: with them, the logarithm of the mass of all others, Tensor of shape [tokens].
     """
 
@@ -55,8 +54,7 @@ def sparse_divergence(targets: SparseTargets, student_TV: Tensor, temperature: f
     Returns:
         Tensor of shape [tokens].
     """
-    wide_TV = student_TV if student_TV.dtype == torch.float64 else student_TV.float()
-    log_q_TV = torch.log_softmax(wide_TV / temperature, -1)
+    log_q_TV = torch.log_softmax(wide(student_TV) / temperature, -1)
     log_q_TK = log_q_TV.gather(-1, targets.ids_TK)
     if targets.log_p_TK is None:
         return -log_q_TK.mean(-1) * temperature**2
@@ -87,7 +85,7 @@ def known_entries(
         temperature: tau.
         generator: of the draw.
     """
-    log_p_TV = torch.log_softmax(teacher_TV.float() / temperature, -1)
+    log_p_TV = torch.log_softmax(wide(teacher_TV) / temperature, -1)
     if method == "top_k":
         log_p_TK, ids_TK = log_p_TV.topk(min(entries, log_p_TV.shape[-1]), dim=-1)
         hidden_TV = torch.zeros_like(log_p_TV).scatter(-1, ids_TK, -torch.inf)

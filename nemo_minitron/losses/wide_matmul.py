@@ -82,6 +82,11 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The same in the dtype that sums are kept in."""
+    return tensor.to(wide_dtype(tensor.dtype))
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """The dtype of scalars that are sums over many tokens: float64 where the device has it."""
     return torch.float32 if device.type in NARROW else torch.float64
@@ -106,10 +111,10 @@ def _is_low(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16)
 
 
-def _tiles(matrix_RH: Tensor) -> Iterator[slice]:
+def _tiles(matrix_VH: Tensor) -> Iterator[slice]:
     """Rows of the matrix that take ``TILE_BYTES`` in float32."""
-    step = max(64, TILE_BYTES // (4 * max(1, matrix_RH.shape[1])))
-    return (slice(start, start + step) for start in range(0, matrix_RH.shape[0], step))
+    step = max(64, TILE_BYTES // (4 * max(1, matrix_VH.shape[1])))
+    return (slice(start, start + step) for start in range(0, matrix_VH.shape[0], step))
 
 
 @contextmanager

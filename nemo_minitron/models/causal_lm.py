@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nemo_minitron.checkpoints.hf_config import both_spellings, read_config
 from nemo_minitron.checkpoints.unsupported_weights import check_config, check_folder, implementations
 from nemo_minitron.families import Family, family_of
+from nemo_minitron.losses.projection import Projection
 from nemo_minitron.security.links import refuse_links
 from nemo_minitron.workspace.manifest import write_json
 
@@ -183,6 +184,11 @@ def softcap_of(model: Any, family: Family) -> float | None:
         getattr(model.config, family.logits["softcap"]) if "softcap" in family.logits else None
     )
     return cap
+
+
+def projection_of(model: Any, family: Family, hidden_TH: Tensor) -> Projection:
+    """What a model's logits are made of; of ``hidden_states``, flattened to [tokens, hidden]."""
+    return Projection(hidden_TH, head_of(model), softcap_of(model, family))
 
 
 def save_model(

@@ -13,8 +13,14 @@ from nemo_minitron.distillation.intermediate_loss import IntermediateLoss
 from nemo_minitron.distillation.parallel_loss import linear_loss
 from nemo_minitron.distillation.teacher_logits import TeacherLogits
 from nemo_minitron.families import Family
-from nemo_minitron.losses.fused_linear_loss import LossTerms, LossWeights, fused_linear_loss
+from nemo_minitron.losses.fused_linear_loss import (
+    LossTerms,
+    LossWeights,
+    cross_entropy,
+    fused_linear_loss,
+)
 from nemo_minitron.losses.intermediate import IntermediateWeights, balance
+from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, softcap_of
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.training.strategies import shard
@@ -149,30 +155,17 @@ class KnowledgeDistillation(Callback):
         self.teacher_loss = state_dict["teacher_loss"]
 
     def objective(
-        self,
-        hidden_TH: Tensor,
-        head_VH: Tensor,
-        labels_T: Tensor,
-        tokens_BS: Tensor,
-        softcap: float | None,
-        rows_B: Tensor | None = None,
+        self, student: Projection, labels_T: Tensor, tokens_BS: Tensor, rows_B: Tensor | None = None
     ) -> LossTerms:
         """Divergence from the teacher on the same tokens; shapes as in ``plugin.model.Objective``."""
-        at = next(self.teacher.parameters()).device
-        with torch.no_grad(), frozen(self.teacher), self._products() if at.type != "cpu" else nullcontext():
-            teacher_TG = hidden_states(self.teacher, self.family, tokens_BS.to(at)).flatten(0, 1)
-        teacher_TG, teacher_VG = teacher_TG.to(hidden_TH.device), self._head(hidden_TH.device)
-        teacher = (teacher_TG, teacher_VG)
-        caps = (softcap, softcap_of(self.teacher, self.family))
+        teacher = self._teacher_on(tokens_BS, student.hidden_TH.device)
         if self._listens:
-            alone = LossWeights(kl=0.0, ce=1.0)
-            own = fused_linear_loss(teacher_TG, teacher[1], labels_T, alone, softcaps=(caps[1], None))
             counted = int((labels_T >= 0).sum())
-            self._sums[0] += float(own.ce) * counted
+            self._sums[0] += float(cross_entropy(teacher, labels_T).ce) * counted
             self._sums[1] += counted
         terms = linear_loss(
-            self._mesh, hidden_TH, head_VH, labels_T, self.weights, teacher, self.chunk_tokens, caps,
-            self.vocabulary, self._compiled,
+            self._mesh, student, labels_T, self.weights, teacher, chunk_tokens=self.chunk_tokens,
+            vocabulary=self.vocabulary, compiled=self._compiled,
         )  # fmt: skip
         if self._inside is None:
             return terms
@@ -181,6 +174,13 @@ class KnowledgeDistillation(Callback):
         alpha = self._alpha(logits_loss.detach(), inside.detach())
         more = {"intermediate": inside.detach(), "alpha": alpha}
         return replace(terms, loss=terms.loss + alpha * inside, more=more)
+
+    def _teacher_on(self, tokens_BS: Tensor, device: torch.device) -> Projection:
+        """The teacher's hidden states [batch x positions, hidden] and head, where the loss is."""
+        at = next(self.teacher.parameters()).device
+        with torch.no_grad(), frozen(self.teacher), self._products() if at.type != "cpu" else nullcontext():
+            hidden_TG = hidden_states(self.teacher, self.family, tokens_BS.to(at)).flatten(0, 1)
+        return Projection(hidden_TG.to(device), self._head(device), softcap_of(self.teacher, self.family))
 
     def _alpha(self, logits_loss: Tensor, inside: Tensor) -> Tensor:
         """The weight of the intermediate losses, the same on all ranks."""
@@ -221,18 +221,16 @@ class CachedDistillation(Callback):
         pl_module.objective = self.objective
 
     def objective(
-        self,
-        hidden_TH: Tensor,
-        head_VH: Tensor,
-        labels_T: Tensor,
-        tokens_BS: Tensor,
-        softcap: float | None,
-        rows_B: Tensor | None = None,
+        self, student: Projection, labels_T: Tensor, tokens_BS: Tensor, rows_B: Tensor | None = None
     ) -> LossTerms:
         """Divergence from the cached logits; shapes as in ``plugin.model.Objective``."""
         assert rows_B is not None
-        targets = self.cache[rows_B.tolist()].to(hidden_TH.device)
+        targets = self.cache[rows_B.tolist()].to(student.hidden_TH.device)
         return fused_linear_loss(
-            hidden_TH, head_VH, labels_T, self.weights, None, self.chunk_tokens, (softcap, None),
-            self.vocabulary, targets,
-        )  # fmt: skip
+            student,
+            labels_T,
+            self.weights,
+            targets,
+            chunk_tokens=self.chunk_tokens,
+            vocabulary=self.vocabulary,
+        )

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from nemo_minitron.checkpoints.hf_config import read_config
-from nemo_minitron.distillation.parallel_loss import linear_loss
+from nemo_minitron.distillation.parallel_loss import sharded
 from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
-from nemo_minitron.losses.fused_linear_loss import LossTerms, LossWeights
+from nemo_minitron.losses.fused_linear_loss import LossTerms, cross_entropy
+from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import (
-    head_of,
     hidden_states,
     load_model,
     new_model,
+    projection_of,
     save_model,
-    softcap_of,
 )
 from nemo_minitron.plugin.nemo_archive import (
     as_stored,
@@ -47,9 +47,9 @@ from nemo_minitron.training.strategies import gathered, shard
 from nemo_minitron.training.token_weighting import LearnedTokens, labels_of
 from nemo_minitron.training.transformer_engine import EXTRA_STATE, Exchange, Kit
 
-Objective = Callable[[Tensor, Tensor, Tensor, Tensor, float | None, Tensor | None], LossTerms]
-"""From hidden states [tokens, hidden], head [vocabulary, hidden], labels [tokens], token ids
-[batch, positions], the logits' softcap and the samples' numbers [batch], if they have some, to the loss."""
+Objective = Callable[[Projection, Tensor, Tensor, Tensor | None], LossTerms]
+"""From hidden states [tokens, hidden] and head [vocabulary, hidden], labels [tokens], token ids
+[batch, positions] and the samples' numbers [batch], if they have some, to the loss."""
 
 
 class MinitronModel(ModelPT):
@@ -244,25 +244,15 @@ class MinitronModel(ModelPT):
         """
         batch_BS, rows_B = (batch, None) if isinstance(batch, Tensor) else batch
         tokens_BS, labels_BS = torch.where(batch_BS < 0, ~batch_BS, batch_BS)[:, :-1], batch_BS[:, 1:]
-        hidden_TH = self(tokens_BS).flatten(0, 1)
-        cap = softcap_of(self.model, self.family)
-        return self.objective(hidden_TH, head_of(self.model), labels_BS.flatten(), tokens_BS, cap, rows_B)
+        student = projection_of(self.model, self.family, self(tokens_BS).flatten(0, 1))
+        return self.objective(student, labels_BS.flatten(), tokens_BS, rows_B)
 
     def cross_entropy(
-        self,
-        hidden_TH: Tensor,
-        head_VH: Tensor,
-        labels_T: Tensor,
-        tokens_BS: Tensor,
-        softcap: float | None,
-        rows_B: Tensor | None = None,
+        self, student: Projection, labels_T: Tensor, tokens_BS: Tensor, rows_B: Tensor | None = None
     ) -> LossTerms:
         """The objective of pretraining and teacher correction: mean cross-entropy with the next token."""
-        weights = LossWeights(kl=0.0, ce=1.0)
-        return linear_loss(
-            self.device_mesh, hidden_TH, head_VH, labels_T, weights, softcaps=(softcap, None),
-            compiled=self.compiled,
-        )  # fmt: skip
+        shard, student, _ = sharded(self.device_mesh, student)
+        return cross_entropy(student, labels_T, shard=shard, compiled=self.compiled)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One micro-batch: the loss to differentiate, weighed by its learned tokens; its terms are logged."""

@@ -13,8 +13,8 @@ from torch import Tensor
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.data.calibration_samples import Batch, Samples
 from nemo_minitron.families import Family, axis_sizes
-from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
-from nemo_minitron.models.causal_lm import decoder_of, frozen, head_of, hidden_states, softcap_of
+from nemo_minitron.losses.fused_linear_loss import cross_entropy
+from nemo_minitron.models.causal_lm import decoder_of, frozen, hidden_states, projection_of
 from nemo_minitron.models.layer_control import LayerControl
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.depth import DepthSums
@@ -41,13 +41,7 @@ def loss_sum(model: Any, family: Family, hidden_BSH: Tensor, labels_BS: Tensor) 
         hidden_BSH: what ``hidden_states`` gives.
         labels_BS: ids of the next tokens, -1 where none counts.
     """
-    terms = fused_linear_loss(
-        hidden_BSH.flatten(0, 1),
-        head_of(model),
-        labels_BS.flatten(),
-        LossWeights(kl=0.0, ce=1.0),
-        softcaps=(softcap_of(model, family), None),
-    )
+    terms = cross_entropy(projection_of(model, family, hidden_BSH.flatten(0, 1)), labels_BS.flatten())
     count = int((labels_BS >= 0).sum())
     return float(terms.ce) * count, count
 

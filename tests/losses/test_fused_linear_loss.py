@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn import functional
 
 from nemo_minitron.losses.divergences import DIVERGENCES, Divergence, forward_kl, topk_kl
-from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.losses.fused_linear_loss import LossWeights, cross_entropy, fused_linear_loss
+from nemo_minitron.losses.projection import Projection
 
 TOKENS, VOCABULARY, HIDDEN, TEACHER = 37, 101, 16, 24
 
@@ -20,6 +21,12 @@ def parts(seed=0, dtype=torch.float32):
     return student, head, teacher, labels
 
 
+def loss_of(student, head, labels, weights, teacher=None, softcaps=(None, None), **more):
+    """The fused loss of plain tensors."""
+    theirs = None if teacher is None else Projection(*teacher, softcaps[1])
+    return fused_linear_loss(Projection(student, head, softcaps[0]), labels, weights, theirs, **more)
+
+
 def reference(student, head, teacher, labels, weights):
     student, head = (x.detach().double().requires_grad_() for x in (student, head))
     s, t = student @ head.T, (teacher[0].double() @ teacher[1].double().T)
@@ -29,7 +36,7 @@ def reference(student, head, teacher, labels, weights):
     )
     kl = (p * (p.log() - q.log())).sum(-1) * weights.divergence.temperature**2
     valid = labels >= 0
-    kl, ce = kl[valid].mean(), cross_entropy(s[valid], labels[valid])
+    kl, ce = kl[valid].mean(), functional.cross_entropy(s[valid], labels[valid])
     loss = weights.kl * kl + weights.ce * ce
     loss.backward()
     return loss, kl, ce, student.grad, head.grad
@@ -48,7 +55,7 @@ def reference(student, head, teacher, labels, weights):
 )
 def test_values_and_gradients(weights, chunk):
     student, head, teacher, labels = parts()
-    terms = fused_linear_loss(student, head, labels, weights, teacher, chunk)
+    terms = loss_of(student, head, labels, weights, teacher, chunk_tokens=chunk)
     (3 * terms.loss).backward()
     loss, kl, ce, grad_student, grad_head = reference(student, head, teacher, labels, weights)
     assert terms.loss.item() == pytest.approx(loss.item(), rel=1e-5)
@@ -64,7 +71,7 @@ def test_values_and_gradients(weights, chunk):
 )
 def test_the_compiled_loss_follows_the_same_formula(weights):
     student, head, teacher, labels = parts()
-    terms = fused_linear_loss(student, head, labels, weights, teacher, 16, compiled=True)
+    terms = loss_of(student, head, labels, weights, teacher, chunk_tokens=16, compiled=True)
     (3 * terms.loss).backward()
     loss, _, ce, grad_student, grad_head = reference(student, head, teacher, labels, weights)
     assert (terms.loss.item(), terms.ce.item()) == pytest.approx((loss.item(), ce.item()), rel=1e-5)
@@ -82,7 +89,7 @@ def test_tau_squared_keeps_the_gradient_scale():
 
 def test_the_divergence_of_equal_models_is_zero_and_so_is_its_gradient():
     student, head, _, labels = parts()
-    terms = fused_linear_loss(student, head, labels, LossWeights(), (student.detach(), head.detach()))
+    terms = loss_of(student, head, labels, LossWeights(), (student.detach(), head.detach()))
     terms.loss.backward()
     assert abs(terms.loss.item()) < 1e-6
     assert student.grad.abs().max() < 1e-6
@@ -97,7 +104,7 @@ def test_the_student_is_taught():
     optimiser = torch.optim.Adam([student, head], 0.05)
     losses = []
     for _ in range(150):
-        terms = fused_linear_loss(student, head, labels, LossWeights(), teacher, 16)
+        terms = loss_of(student, head, labels, LossWeights(), teacher, chunk_tokens=16)
         optimiser.zero_grad()
         terms.loss.backward()
         optimiser.step()
@@ -107,7 +114,7 @@ def test_the_student_is_taught():
 
 def test_masked_tokens_get_no_gradient_and_do_not_count():
     student, head, teacher, labels = parts()
-    fused_linear_loss(student, head, labels, LossWeights(1, 1), teacher, 8).loss.backward()
+    loss_of(student, head, labels, LossWeights(1, 1), teacher, chunk_tokens=8).loss.backward()
     assert student.grad[labels < 0].abs().max() == 0
     assert student.grad[labels >= 0].abs().min(1).values.max() > 0
 
@@ -128,22 +135,22 @@ def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
 
     student, head, teacher, labels = parts()
     with Largest():
-        fused_linear_loss(
-            student, head, labels, LossWeights(1, 1, Divergence(temperature=2.0)), teacher, 5
+        loss_of(
+            student, head, labels, LossWeights(1, 1, Divergence(temperature=2.0)), teacher, chunk_tokens=5
         ).loss.backward()
     # the transposed head is HIDDEN (TEACHER) x VOCABULARY; logits would have a row per token
     assert Largest.rows == TEACHER < TOKENS
     Largest.rows = 0
     with Largest():
-        fused_linear_loss(
-            student, head, labels, LossWeights(1, 1, Divergence(temperature=2.0)), teacher, 30
+        loss_of(
+            student, head, labels, LossWeights(1, 1, Divergence(temperature=2.0)), teacher, chunk_tokens=30
         ).loss.backward()
     assert Largest.rows == 30  # the watch does see chunks
 
 
 def test_bfloat16_gradients_stay_close_to_float64():
     student, head, teacher, labels = parts(dtype=torch.bfloat16)
-    fused_linear_loss(student, head, labels, LossWeights(), teacher, 4).loss.backward()
+    loss_of(student, head, labels, LossWeights(), teacher, chunk_tokens=4).loss.backward()
     _, _, _, grad_student, grad_head = reference(student, head, teacher, labels, LossWeights())
     for found, expected in ((student.grad, grad_student), (head.grad, grad_head)):
         assert (found.double() - expected).norm() / expected.norm() < 0.03
@@ -152,7 +159,7 @@ def test_bfloat16_gradients_stay_close_to_float64():
 def test_mixed_precision_reaches_float32_parameters():
     student, head, teacher, labels = parts()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        terms = fused_linear_loss(student, head, labels, LossWeights(), teacher)
+        terms = loss_of(student, head, labels, LossWeights(), teacher)
     terms.loss.backward()
     assert head.grad.dtype == torch.float32
     _, _, _, _, expected = reference(student, head, teacher, labels, LossWeights())
@@ -162,9 +169,25 @@ def test_mixed_precision_reaches_float32_parameters():
 def test_what_cannot_be_is_refused():
     student, head, teacher, labels = parts()
     with pytest.raises(ValueError, match="needs a teacher"):
-        fused_linear_loss(student, head, labels, LossWeights())
+        loss_of(student, head, labels, LossWeights())
     with pytest.raises(ValueError, match="teacher has 99 entries, student 101"):
-        fused_linear_loss(student, head, labels, LossWeights(), (teacher[0], teacher[1][:99]))
+        loss_of(student, head, labels, LossWeights(), (teacher[0], teacher[1][:99]))
+
+
+def test_the_cross_entropy_of_a_model_alone():
+    student, head, teacher, labels = parts()
+    found = cross_entropy(Projection(student, head, 5.0), labels)
+    found.loss.backward()
+    exact, exact_head = (x.detach().double().requires_grad_() for x in (student, head))
+    logits, valid = 5 * torch.tanh(exact @ exact_head.T / 5), labels >= 0
+    expected = functional.cross_entropy(logits[valid], labels[valid])
+    expected.backward()
+    assert found.loss.item() == found.ce.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found.named().keys() == {"loss", "ce"}
+    assert torch.allclose(student.grad.double(), exact.grad, atol=2e-6)
+    assert torch.allclose(head.grad.double(), exact_head.grad, atol=2e-6)
+    mixed = loss_of(student, head, labels, LossWeights(0.0, 1.0), teacher, (5.0, None))
+    assert torch.equal(mixed.loss, found.loss)  # a teacher without weight changes nothing
 
 
 def test_the_scale_of_float16_training_saves_small_gradients():
@@ -174,7 +197,7 @@ def test_the_scale_of_float16_training_saves_small_gradients():
     head = (torch.randn(8192, 8) * 0.1).half().requires_grad_()
     teacher = (torch.randn(2048, 8).half(), (torch.randn(8192, 8) * 0.1).half())
     labels = torch.zeros(2048, dtype=torch.long)
-    terms = fused_linear_loss(student, head, labels, LossWeights(), teacher, 256)
+    terms = loss_of(student, head, labels, LossWeights(), teacher, chunk_tokens=256)
     (terms.loss * 2.0**14).backward()
     _, _, _, grad_student, grad_head = reference(student, head, teacher, labels, LossWeights())
     for found, expected in ((student.grad, grad_student), (head.grad, grad_head)):
@@ -187,7 +210,7 @@ def test_the_scale_of_float16_training_saves_small_gradients():
 @pytest.mark.parametrize("softcaps", [(5.0, 8.0), (None, 8.0), (5.0, None)])
 def test_softcapped_logits_and_their_gradients(weights, softcaps):
     student, head, teacher, labels = parts()
-    terms = fused_linear_loss(student, head, labels, weights, teacher, 8, softcaps)
+    terms = loss_of(student, head, labels, weights, teacher, softcaps, chunk_tokens=8)
     terms.loss.backward()
 
     def capped(x, cap):
@@ -202,7 +225,7 @@ def test_softcapped_logits_and_their_gradients(weights, softcaps):
     )
     valid = labels >= 0
     kl = (p * (p.log() - q)).sum(-1)[valid].mean() * weights.divergence.temperature**2
-    ce = cross_entropy(s[valid], labels[valid])
+    ce = functional.cross_entropy(s[valid], labels[valid])
     (weights.kl * kl + weights.ce * ce).backward()
     assert terms.loss.item() == pytest.approx((weights.kl * kl + weights.ce * ce).item(), rel=1e-5)
     assert torch.allclose(student.grad.double(), hidden.grad, atol=2e-6)
@@ -265,14 +288,14 @@ def test_every_divergence_and_its_gradient_against_the_formula(name, tau):
 def test_every_divergence_fused_with_the_output_projection(name, ce):
     student, head, teacher, labels = parts()
     weights = LossWeights(0.7, ce, Divergence(name, 2.0, 0.3, 7))
-    terms = fused_linear_loss(student, head, labels, weights, teacher, 8, (5.0, 8.0))
+    terms = loss_of(student, head, labels, weights, teacher, (5.0, 8.0), chunk_tokens=8)
     terms.loss.backward()
     exact, exact_head = (x.detach().double().requires_grad_() for x in (student, head))
     s = 5 * torch.tanh(exact @ exact_head.T / 5)
     t = 8 * torch.tanh(teacher[0].double() @ teacher[1].double().T / 8)
     valid = labels >= 0
     value = naive(name, t[valid], s[valid], 2.0, 0.3).mean()
-    loss = 0.7 * value + ce * cross_entropy(s[valid], labels[valid])
+    loss = 0.7 * value + ce * functional.cross_entropy(s[valid], labels[valid])
     loss.backward()
     assert terms.loss.item() == pytest.approx(loss.item(), rel=1e-4)
     assert terms.divergence.item() == pytest.approx(value.item(), rel=1e-4)
@@ -300,11 +323,16 @@ def test_the_tail_bucket_sees_mass_that_moves_into_the_tail():
 def test_entries_that_pad_a_vocabulary_count_for_nothing():
     student, head, teacher, labels = parts()
     labels = labels.clamp(max=89)
-    expected = fused_linear_loss(
-        student, head[:90].detach(), labels, LossWeights(1, 0.5), (teacher[0], teacher[1][:90]), 8
+    expected = loss_of(
+        student,
+        head[:90].detach(),
+        labels,
+        LossWeights(1, 0.5),
+        (teacher[0], teacher[1][:90]),
+        chunk_tokens=8,
     )
     padded = (teacher[0], torch.cat([teacher[1][:95], torch.full((12, TEACHER), 1e4)])[:99])
-    found = fused_linear_loss(student, head, labels, LossWeights(1, 0.5), padded, 8, vocabulary=90)
+    found = loss_of(student, head, labels, LossWeights(1, 0.5), padded, chunk_tokens=8, vocabulary=90)
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     found.loss.backward()
     assert head.grad[90:].abs().max() == 0 and head.grad[:90].abs().min(1).values.max() > 0

@@ -7,6 +7,7 @@ import torch
 
 from nemo_minitron.losses.divergences import Divergence, forward_kl, topk_kl
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.losses.projection import Projection
 from nemo_minitron.losses.sparse_targets import SparseTargets, known_entries, sparse_divergence
 
 
@@ -14,17 +15,37 @@ def double(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("tau", [1.0, 2.0])
-def test_the_largest_entries_give_what_topk_kl_gives_from_all(tau):
+def with_a_bucket(teacher_TV, student_TV, entries, tau):
+    """KL over the teacher's largest entries and one bucket for the others, x tau^2, by the letter."""
+    values = []
+    for t, s in zip(teacher_TV, student_TV, strict=True):
+        p, q = torch.softmax(t / tau, -1), torch.softmax(s / tau, -1)
+        order = sorted(range(len(p)), key=lambda i: -float(p[i]))
+        groups = [[i] for i in order[:entries]] + ([order[entries:]] if entries < len(p) else [])
+        masses = [(p[group].sum(), q[group].sum()) for group in groups]
+        values.append(sum(a * (a / b).log() for a, b in masses) * tau**2)
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("entries", [1, 4, 10, 11, 99])
+def test_the_largest_entries_and_a_bucket_follow_the_formula(entries, tau):
     teacher_TV, student_TV = 2 * double(6, 11), double(6, 11, seed=1).requires_grad_()
-    log_p_TV = torch.log_softmax(teacher_TV / tau, -1)
-    log_p_TK, ids_TK = log_p_TV.topk(4)
-    targets = SparseTargets(ids_TK, log_p_TK, (1 - log_p_TK.exp().sum(-1)).log())
-    found = sparse_divergence(targets, student_TV, tau)
-    assert torch.allclose(found, topk_kl(teacher_TV, student_TV, 4, tau), atol=1e-12)
+    expected = with_a_bucket(teacher_TV, student_TV, entries, tau)
+    targets = known_entries(teacher_TV, "top_k", entries, tau)
+    assert targets.ids_TK.shape == (6, min(entries, 11)) and targets.log_p_TK.dtype == torch.float64
+    for found in (
+        sparse_divergence(targets, student_TV, tau),
+        topk_kl(teacher_TV, student_TV, entries, tau),
+    ):
+        assert torch.allclose(found, expected, atol=1e-12)
+        (grad_TV,) = torch.autograd.grad(found.sum(), student_TV)
+        (exact_TV,) = torch.autograd.grad(expected.sum(), student_TV, retain_graph=True)
+        assert torch.allclose(grad_TV, exact_TV, atol=1e-12)
     assert torch.autograd.gradcheck(lambda s: sparse_divergence(targets, s, tau), [student_TV])
-    kept = known_entries(teacher_TV, "top_k", 4, tau)
-    assert torch.equal(kept.ids_TK, ids_TK) and torch.allclose(kept.log_p_TK.double(), log_p_TK, atol=1e-6)
+    low = known_entries(teacher_TV.float(), "top_k", entries, tau)
+    assert torch.equal(low.ids_TK, targets.ids_TK)
+    assert torch.allclose(low.log_p_TK.double(), targets.log_p_TK, atol=1e-5)
 
 
 def test_all_entries_give_the_whole_divergence():
@@ -69,7 +90,7 @@ def test_fused_with_the_projection_it_is_the_same(method, chunk):
     targets = known_entries(teacher_TV, method, 3, 2.0, torch.Generator().manual_seed(0))
     leaves = [(hidden_TH.clone().requires_grad_(), head_VH.clone().requires_grad_()) for _ in range(2)]
     weights = LossWeights(0.7, 0.3, Divergence(temperature=2.0))
-    terms = fused_linear_loss(*leaves[0], labels_T, weights, None, chunk, (30.0, None), targets=targets)
+    terms = fused_linear_loss(Projection(*leaves[0], 30.0), labels_T, weights, targets, chunk_tokens=chunk)
     logits_TV = leaves[1][0] @ leaves[1][1].T
     logits_TV = 30 * torch.tanh(logits_TV / 30)
     valid_T = labels_T >= 0

@@ -7,6 +7,7 @@ import torch
 
 from nemo_minitron.losses import wide_matmul
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
+from nemo_minitron.losses.projection import Projection
 from nemo_minitron.losses.wide_matmul import add_products, scaled, wide_linear
 
 
@@ -70,8 +71,9 @@ def test_bfloat16_gradients_err_only_by_their_own_rounding():
 
     def gradients(dtype):
         leaves = [value.to(dtype).clone().requires_grad_() for value in values]
-        teacher = (pair[0].to(dtype), pair[1].to(dtype))
-        fused_linear_loss(*leaves, labels_T, LossWeights(1, 0.3), teacher, 10).loss.backward()
+        teacher = Projection(pair[0].to(dtype), pair[1].to(dtype))
+        weights = LossWeights(1, 0.3)
+        fused_linear_loss(Projection(*leaves), labels_T, weights, teacher, chunk_tokens=10).loss.backward()
         return [leaf.grad for leaf in leaves]
 
     for found, exact in zip(gradients(torch.bfloat16), gradients(torch.float64), strict=True):

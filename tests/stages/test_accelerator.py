@@ -19,6 +19,7 @@ from nemo_minitron.families import families, present_axes
 from nemo_minitron.losses import wide_matmul
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
 from nemo_minitron.losses.intermediate import IntermediateWeights
+from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import head_of, load_model
 from nemo_minitron.proofs.tiny_models import tiny_model
 from nemo_minitron.scoring.hooks import Measures
@@ -206,9 +207,8 @@ def test_a_teacher_s_logits_are_written_down_and_learned_from(tmp_path, method):
             assert targets.ids_TK.device.type == "cpu"
             states_TH = torch.ones(16, head_of(model).shape[1]).to(device)
             labels_T = torch.arange(16).to(device)
-            terms = fused_linear_loss(
-                states_TH, head_of(model), labels_T, LossWeights(), None, 4, targets=targets.to(device)
-            )
+            student = Projection(states_TH, head_of(model))
+            terms = fused_linear_loss(student, labels_T, LossWeights(), targets.to(device), chunk_tokens=4)
         found.append((targets.ids_TK, float(terms.loss)))
     assert torch.equal(found[0][0], found[1][0]) and found[1][1] == pytest.approx(found[0][1], rel=1e-5)
 

@@ -1,0 +1,62 @@
+"""Hidden states and the head that makes logits of them."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nemo_minitron.losses.wide_matmul import wide_linear
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """One model's last hidden states and its output projection.
+
+    Attributes:
+        hidden_TH: what the head gets, Tensor of shape [tokens, hidden].
+        head_VH: its weight, Tensor of shape [vocabulary, hidden].
+        softcap: c of logits x that are c tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2); None: no cap.
+    """
+
+    hidden_TH: Tensor
+    head_VH: Tensor
+    softcap: float | None = None
+
+    def __getitem__(self, index: slice | Tensor) -> "Projection":
+        """That of some tokens."""
+        return replace(self, hidden_TH=self.hidden_TH[index])
+
+    def counted(self, vocabulary: int | None) -> "Projection":
+        """Without the entries that only pad the head; None: all of them count."""
+        return self if vocabulary is None else replace(self, head_VH=self.head_VH[:vocabulary])
+
+    def detached(self) -> "Projection":
+        """The same, without gradients."""
+        return replace(self, hidden_TH=self.hidden_TH.detach(), head_VH=self.head_VH.detach())
+
+    def as_autocast(self) -> "Projection":
+        """In the low precision, where autocast is on: the product runs in it, its sums do not."""
+        device = self.hidden_TH.device.type
+        if not torch.is_autocast_enabled(device):
+            return self
+        low = torch.get_autocast_dtype(device)
+        return replace(self, hidden_TH=self.hidden_TH.to(low), head_VH=self.head_VH.to(low))
+
+    def logits(self, place_CV: Tensor | None = None) -> Tensor:
+        """Logits, Tensor of shape [tokens, vocabulary], float32 (float64 of float64), under the softcap.
+
+        Args:
+            place_CV: its first rows take the result; None: new memory.
+        """
+        logits_TV = wide_linear(self.hidden_TH, self.head_VH, place_CV)
+        return logits_TV if self.softcap is None else softcap_(logits_TV, self.softcap)
+
+
+def softcap_(logits_TV: Tensor, cap: float) -> Tensor:
+    """C tanh(x / c) in the place of the logits x."""
+    return logits_TV.div_(cap).tanh_().mul_(cap)
+
+
+def softcap_slope(capped_TV: Tensor, cap: float) -> Tensor:
+    """Derivative of the softcap by its argument, 1 - tanh(x / c)^2, from its results."""
+    return 1 - (capped_TV / cap).square()
