@@ -55,7 +55,8 @@ def add_parsers(commands: Any) -> None:
 
 def runs(args: argparse.Namespace) -> int:
     """Lists workspaces."""
-    from nemo_minitron.cli.tables import age, amount
+    from humanize import naturalsize, naturaltime
+
     from nemo_minitron.workspace.inventory import workspaces
 
     if not args.folder.is_dir():
@@ -77,8 +78,8 @@ def runs(args: argparse.Namespace) -> int:
         ]
         rows.append((
             str(workspace.path.relative_to(args.folder)), "running" if workspace.held else "",
-            ", ".join(done), ", ".join(other), amount(workspace.bytes),
-            age((now - workspace.changed).total_seconds()),
+            ", ".join(done), ", ".join(other), naturalsize(workspace.bytes),
+            naturaltime(now - workspace.changed),
         ))  # fmt: skip
     columns = ("workspace", "now", "done", "not done", "size", "changed")
     print_table(columns, tuple(rows), str(args.folder), left=4)
@@ -87,7 +88,8 @@ def runs(args: argparse.Namespace) -> int:
 
 def clean(args: argparse.Namespace) -> int:
     """Removes what can be made again."""
-    from nemo_minitron.cli.tables import amount
+    from humanize import naturalsize
+
     from nemo_minitron.workspace.inventory import is_workspace, remove, rubbish
     from nemo_minitron.workspace.locks import locked
 
@@ -101,15 +103,15 @@ def clean(args: argparse.Namespace) -> int:
         told = [{"path": str(item.path), "bytes": item.bytes, "why": item.why} for item in items]
         if not args.json:
             for item in items:
-                print(f"{amount(item.bytes):>10}  {plain(item.path)}  ({item.why})")
-        if items and not args.yes and not _agreed(f"remove these {len(items)}, {amount(size)}? [y/N] "):
+                print(f"{naturalsize(item.bytes):>10}  {plain(item.path)}  ({item.why})")
+        if items and not args.yes and not _agreed(f"remove these {len(items)}, {naturalsize(size)}? [y/N] "):
             print("nothing removed", file=sys.stderr)
             return 1
         freed = remove(items)
     if args.json:
         print(json.dumps({"removed": told, "freed": freed}, indent=2))
     else:
-        print(f"{amount(freed)} freed" if items else "nothing to remove")
+        print(f"{naturalsize(freed)} freed" if items else "nothing to remove")
     return 0
 
 

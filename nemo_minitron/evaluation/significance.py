@@ -58,29 +58,17 @@ def paired(first: Sequence[float], second: Sequence[float], documents: Sequence[
 
 
 def _student(t: float, freedom: int) -> float:
-    """Two-sided probability of a t so large or larger under Student's distribution.
+    """Two-sided probability of a t so large or larger under Student's distribution."""
+    from scipy import stats  # late: its import takes a second
 
-    With t = sqrt(freedom) tan(a) its density is cos(a)^(freedom - 1), which Simpson's rule integrates.
-    """
-    if freedom > 1000:
-        return math.erfc(t / math.sqrt(2))
-
-    def below(limit: float, steps: int = 2000) -> float:
-        width = limit / steps
-        values = [math.cos(i * width) ** (freedom - 1) for i in range(steps + 1)]
-        return width / 3 * (values[0] + values[-1] + 4 * sum(values[1:-1:2]) + 2 * sum(values[2:-1:2]))
-
-    return max(0.0, 1 - below(math.atan(t / math.sqrt(freedom))) / below(math.pi / 2))
+    return float(2 * stats.t.sf(t, freedom))
 
 
 def _binomial(wins: int, losses: int) -> float:
     """Two-sided probability that fair coins part as unevenly as this, or more."""
-    n, few = wins + losses, min(wins, losses)
-    if n == 0:
-        return 1.0
-    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(few + 1)]
-    tail = math.fsum(math.exp(value - n * math.log(2)) for value in logs)
-    return min(1.0, 2 * tail)
+    from scipy import stats
+
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def recovered(teacher: float, pruned: float, student: float, higher_is_better: bool) -> float | None:

@@ -201,7 +201,8 @@ def _warm_up(folder: Path) -> None:
 def _start_counting() -> float | None:
     """Sets the process' peak back to what it holds now (Linux, proc(5), clear_refs); returns that.
 
-    ``getrusage`` cannot serve: its peak survives exec, so that a child starts with its parent's.
+    ``getrusage`` cannot serve: its peak survives exec, so that a child starts with its parent's. Nor can
+    psutil: it does not know the peak, and what is held now is read where the peak is, to be comparable.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -17,7 +17,7 @@ from nemo_minitron.launch import failures
 from nemo_minitron.launch.accelerator_lock import in_use
 from nemo_minitron.launch.failures import StageError, exit_words, failure_from_json
 from nemo_minitron.launch.process_group import Ended, Limits, run_process
-from nemo_minitron.launch.slurm import Job, adopt, run_job
+from nemo_minitron.launch.slurm import HEAD, Job, adopt, run_job
 from nemo_minitron.launch.stage_process import clear, outcomes, result_from
 from nemo_minitron.security.masking import remember
 from nemo_minitron.stages.result import Result
@@ -206,7 +206,7 @@ def _torchrun(settings: LaunchConfig, command: list[str]) -> list[str]:
     if nodes == 1:
         start.append("--standalone")
     else:
-        start += ["--rdzv-backend=c10d", "--rdzv-endpoint", "$MINITRON_HEAD:29500", "--rdzv-id", "minitron"]
+        start += ["--rdzv-backend=c10d", "--rdzv-endpoint", HEAD, "--rdzv-id", "minitron"]
     return [*start, *command[1:]]
 
 

@@ -17,10 +17,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from nemo_minitron.launch.stage_process import clear
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
 
+HEAD = "$MINITRON_HEAD:29500"
+"""Word of a command on several nodes: where its processes meet; the batch script knows the node."""
+_TEMPLATE = Path(__file__).with_name("batch_script.sh.j2")
 _NUMBER = re.compile(r"\d{1,12}", re.ASCII)
 _NAME = re.compile(r"minitron-[a-z_]+-[0-9a-f]{8}")
 _GONE_FOR = 30.0
@@ -51,7 +57,7 @@ class Job:
 
 
 def script(job: Job) -> str:
-    """The batch script.
+    """The batch script (batch_script.sh.j2).
 
     Raises:
         ValueError: the log's path cannot stand in it: a line of its own would be run.
@@ -62,22 +68,14 @@ def script(job: Job) -> str:
             f"workspace {plain(job.log.parent.parent)!r}: a batch script cannot hold its name; choose one "
             "without quotes, backslashes and control characters"
         )
-    options = [
-        f"--job-name={job.name}", f"--nodes={job.nodes}", "--ntasks-per-node=1", f'--output="{output}"',
-        # to the batch shell, which torchrun or srun has become: torchrun passes SIGTERM on, and no SIGUSR1
-        "--open-mode=append", "--requeue", "--signal=B:TERM@120",
-    ]  # fmt: skip
-    if job.seconds is not None:
-        options.append(f"--time={max(1, round(job.seconds / 60))}")
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in [*options, *job.options]), *job.setup]
-    if job.nodes > 1:
-        lines.append('export MINITRON_HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
-        lines.append(
-            f"exec srun {shlex.join(job.command)}".replace("'$MINITRON_HEAD:29500'", '"$MINITRON_HEAD:29500"')
-        )
-    else:
-        lines.append(f"exec {shlex.join(job.command)}")
-    return "\n".join(lines) + "\n"
+    environment = ImmutableSandboxedEnvironment(
+        autoescape=False,  # it is a script: the filter quotes
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined,
+    )  # fmt: skip
+    environment.filters["quote"] = shlex.quote
+    minutes = None if job.seconds is None else max(1, round(job.seconds / 60))
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(job=job, output=output, minutes=minutes, head=HEAD)
 
 
 def run_job(

@@ -3,30 +3,18 @@
 import resource
 from pathlib import Path
 
+import psutil
 import torch
 
 _GROUP = Path("/sys/fs/cgroup")
+"""The container's own; psutil tells the machine's memory only, and what a process has taken."""
 
 
 def available_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(_machine(), _control_group(), _own_limits())
-
-
-def _field(path: Path, name: str) -> int | None:
-    if not path.is_file():
-        return None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _machine() -> int:
-    known = _field(Path("/proc/meminfo"), "MemAvailable:")
-    return 2**62 if known is None else known
+    return min(psutil.virtual_memory().available, _control_group(), _own_limits())
 
 
 def _control_group() -> int:
@@ -52,11 +40,10 @@ def _reclaimable(stat: Path) -> int:
 
 
 def _own_limits() -> int:
-    free = 2**62
-    status = Path("/proc/self/status")
-    for kind, field in ((resource.RLIMIT_AS, "VmSize:"), (resource.RLIMIT_DATA, "VmData:")):
-        limit = resource.getrlimit(kind)[0]
-        used = _field(status, field)
-        if limit != resource.RLIM_INFINITY and used is not None:
-            free = min(free, limit - used)
-    return free
+    taken = psutil.Process().memory_info()
+    # RLIMIT_DATA does not count the stack, which psutil's data (Linux only) holds: some 100 kB too careful
+    used = {resource.RLIMIT_AS: taken.vms, resource.RLIMIT_DATA: getattr(taken, "data", 0)}
+    limits = {kind: resource.getrlimit(kind)[0] for kind in used}
+    return min(
+        (limits[kind] - used[kind] for kind in used if limits[kind] != resource.RLIM_INFINITY), default=2**62
+    )

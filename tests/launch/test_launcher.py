@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from nemo_minitron.launch import failures
 from nemo_minitron.launch.accelerator_lock import ENDING_SECONDS, in_use
 from nemo_minitron.launch.failures import StageError
 from nemo_minitron.launch.launcher import Call, launch
-from nemo_minitron.launch.slurm import Job, adopt, run_job, script
+from nemo_minitron.launch.slurm import HEAD, Job, adopt, run_job, script
 from nemo_minitron.launch.slurm import _submit as slurm_submit
 from nemo_minitron.workspace.manifest import read_manifest
 from tests.support import slurm
@@ -294,7 +295,7 @@ def test_a_job_that_is_refused_or_vanishes(trained, queue, monkeypatch):
 def test_a_job_on_several_nodes_meets_at_its_first():
     job = Job(
         "minitron-distill",
-        ["python", "-m", "x", "--rdzv-endpoint", "$MINITRON_HEAD:29500"],
+        ["python", "it's", "$HOME", "--rdzv-endpoint", HEAD],
         16,
         ["module load cuda"],
         [],
@@ -303,7 +304,11 @@ def test_a_job_on_several_nodes_meets_at_its_first():
     )
     lines = script(job).splitlines()
     assert "#SBATCH --nodes=16" in lines and "#SBATCH --time=120" in lines
-    assert lines[-1] == 'exec srun python -m x --rdzv-endpoint "$MINITRON_HEAD:29500"'
+    # only the meeting point is a variable, every other word is what it is
+    assert (
+        lines[-1]
+        == f"""exec srun python {shlex.quote("it's")} '$HOME' --rdzv-endpoint "$MINITRON_HEAD:29500\""""
+    )
     assert lines.index("module load cuda") < len(lines) - 1
 
 

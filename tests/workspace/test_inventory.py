@@ -11,7 +11,6 @@ import time
 
 import pytest
 
-from nemo_minitron.cli.tables import age, amount
 from nemo_minitron.data import training_samples
 from nemo_minitron.data.token_cache import IDS, cached_tokens
 from nemo_minitron.models.causal_lm import load_tokenizer
@@ -553,25 +552,3 @@ def test_names_agree_with_those_who_write_there():
     assert training_samples.FOLDER in BESIDE and correct.LIVE in BESIDE
     assert BESIDE[training_samples.FOLDER][0] == IDS
     assert set(LOCKS) < set(TRACES)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (-5, "0 s"), (0, "0 s"), (59.9, "59 s"), (60, "1 min"), (200, "3 min"), (3599, "59 min"), (3600, "1 h"),
-        (5.5 * 3600, "5 h"), (86399, "23 h"), (86400, "1 day"), (2.9 * 86400, "2 days"), (400 * 86400, "400 days"),
-    ],
-)  # fmt: skip
-def test_times_in_words(seconds, words):
-    assert age(seconds) == words
-
-
-@pytest.mark.parametrize(
-    ("count", "words"),
-    [
-        (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (12_345_678, "12.3 MB"), (999_949, "999.9 kB"),
-        (999_950, "1.0 MB"), (4 * 10**9, "4.0 GB"), (10**12, "1.0 TB"), (2 * 10**18, "2000.0 PB"),
-    ],
-)  # fmt: skip
-def test_bytes_in_words(count, words):
-    assert amount(count) == words
