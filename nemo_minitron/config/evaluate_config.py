@@ -25,7 +25,7 @@ class EvaluateConfig:
         False, "also train and measure a model of the student's shape from random weights"
     )
     min_retention: float | None = option(
-        None, "least allowed share of the teacher's quality (teacher perplexity / student perplexity), 0 to 1"
+        None, "least allowed perplexity retention (teacher perplexity / student perplexity), 0 to 1"
     )
     floors: list[str] = option(
         [],

@@ -41,7 +41,7 @@ class Gate:
     """What a student must keep.
 
     Attributes:
-        min_retention: least share of the teacher's quality (perplexity ratio), or None.
+        min_retention: least perplexity retention (teacher perplexity / student perplexity), or None.
         floors: task, metric, and the value that it must reach (or stay under, where less is better).
         previous: what was measured of an earlier export, or None.
         max_regression: the largest relative worsening against it.
@@ -70,7 +70,9 @@ class Gate:
             kept = student["retention"]
             # NaN must not pass
             rows.append(
-                _row("quality kept", ">= {:.1%}", self.min_retention, kept, kept >= self.min_retention)
+                _row(
+                    "perplexity retention", ">= {:.1%}", self.min_retention, kept, kept >= self.min_retention
+                )
             )
         for task, metric, least in self.floors:
             value = student.get("tasks", {}).get(task, {}).get(metric)

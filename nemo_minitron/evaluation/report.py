@@ -37,9 +37,9 @@ def table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
         ("parameters", *(f"{row['parameters']:,}" for row in models)),
         ("held-out loss", *(f"{row['loss']:.4f}" for row in models)),
         ("perplexity", *(f"{row['perplexity']:.3f}" for row in models)),
-        ("quality kept", *(f"{row['retention']:.1%}" for row in models)),
+        ("perplexity retention", *(f"{row['retention']:.1%}" for row in models)),
         ("KL to teacher", *(_or_dash(row["divergence"], "{:.4f}") for row in models)),
-        ("same first choice", *(_or_dash(row["top1"], "{:.1%}") for row in models)),
+        ("top-1 agreement", *(_or_dash(row["top1"], "{:.1%}") for row in models)),
     ]
     for task, metric in _measured(report):
         cells = (_with_error(row.get("tasks", {}).get(task, {}), metric) for row in models)
@@ -65,15 +65,15 @@ def _measured(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return list(found)
 
 
-COMPARED = ("measure", "model", "difference to teacher", "p", "won back", "documents")
-WRITTEN = ("model", "as the teacher wrote", "repetition", "teacher's loss on it")
+COMPARED = ("measure", "model", "difference to teacher", "p", "recovered gap", "documents")
+WRITTEN = ("model", "prefix match", "repetition", "teacher's loss on it")
 
 
 def compared(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     """Each model against the teacher on the same documents, as text (``COMPARED``).
 
-    p is how likely such a difference would be between equally good models; "won back" is the share of what
-    the cut lost.
+    p is how likely such a difference would be between equally good models; "recovered gap" is the share of
+    what the cut lost that the model has recovered.
     """
     return tuple(
         (

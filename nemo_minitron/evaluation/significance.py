@@ -84,7 +84,7 @@ def _binomial(wins: int, losses: int) -> float:
 
 
 def recovered(teacher: float, pruned: float, student: float, higher_is_better: bool) -> float | None:
-    """Share of what the cut lost that the student has won back: (student - pruned) / (teacher - pruned).
+    """Share of what the cut lost that the student has recovered: (student - pruned) / (teacher - pruned).
 
     None where the cut lost nothing.
     """

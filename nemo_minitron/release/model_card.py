@@ -81,13 +81,13 @@ def _results(plan: Plan, report: Mapping[str, Any]) -> str:
 
 ## Results
 
-Held-out text of {report["models"]["student"]["tokens"]:,} tokens. "quality kept" is the teacher's perplexity
-over the model's.{_as_it_is(report)}{_limit(report)}
+Held-out text of {report["models"]["student"]["tokens"]:,} tokens. "perplexity retention" is the teacher's
+perplexity over the model's.{_as_it_is(report)}{_limit(report)}
 
 {markdown(columns(report), table(report))}
 
 The same documents, each model against the teacher; p is how likely such a difference would be between models
-that are equally good, "won back" the share of what the cut lost:
+that are equally good, "recovered gap" the share of what the cut lost:
 
 {markdown(COMPARED, compared(report))}
 {_written(report)}"""
