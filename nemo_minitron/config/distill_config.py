@@ -7,7 +7,7 @@ from nemo_minitron.config.option import option
 
 @dataclass
 class IntermediateConfig:
-    """Losses on what lies between embedding and logits ([P1] section 3.2)."""
+    """Losses on hidden states and attention inside the models ([P1] section 3.2)."""
 
     terms: list[str] = option(
         [],
@@ -23,7 +23,7 @@ class IntermediateConfig:
     )
     relation_heads: int = option(8, "heads into which the relations of attention are split", least=1)
     alpha: float | None = option(
-        None, "weight of their sum; null: at every step what makes it as large as the loss on logits"
+        None, "weight alpha of the intermediate losses; null: L_logits / L_is at every step"
     )
 
 
@@ -44,7 +44,7 @@ class CacheConfig:
 
 @dataclass
 class DistillConfig:
-    """From the pruned model to the student ([P1] section 3)."""
+    """Distillation of the pruned model from its teacher ([P1] section 3)."""
 
     teacher: str | None = option(
         None, "model folder to distil from; null: the (corrected) model that was pruned"

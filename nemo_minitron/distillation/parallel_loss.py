@@ -1,4 +1,4 @@
-"""The fused loss as a rank computes it: alone, or with the ranks that share its samples."""
+"""The fused loss on one rank: alone, or together with the ranks that share its samples."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def linear_loss(
 
 
 class _Rows(torch.autograd.Function):
-    """Some rows of a head that every rank holds whole; their gradients come together on all of them."""
+    """Some rows of a head that every rank holds whole; their gradients are gathered on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, head_VH: Tensor, first: int, last: int, reduce: Any) -> Tensor:

@@ -83,7 +83,7 @@ def held_out(
 def _same_choice(
     hidden_TH: Tensor, head_VH: Tensor, teacher_TG: Tensor, teacher_VG: Tensor, vocabulary: int | None
 ) -> float:
-    """Share of the tokens for which both find the same entry most likely (a softcap changes no order)."""
+    """Top-1 agreement: share of tokens with the same most likely entry (a softcap changes no order)."""
     rows, same = chunk_rows(len(hidden_TH), head_VH.shape[0], head_VH.device, 2), 0
     for start in range(0, len(hidden_TH), rows):
         ours_C = wide_linear(hidden_TH[start : start + rows], head_VH).argmax(-1)

@@ -1,4 +1,4 @@
-"""report.json and its table: the one on the screen, in the report, on the card and in Prefect."""
+"""report.json, and the tables made from it for the screen, the report, the card and Prefect."""
 
 import json
 from collections.abc import Mapping
@@ -89,7 +89,7 @@ def compared(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
 
 
 def written(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """How models write when they go on by themselves, as text (``WRITTEN``)."""
+    """How models continue prompts by themselves, as text (``WRITTEN``)."""
     rows = [(name, row["writing"]) for name, row in report["models"].items() if "writing" in row]
     return tuple(
         (
@@ -136,6 +136,6 @@ def _with_error(metrics: Mapping[str, float], metric: str) -> str:
 
 
 def markdown(titles: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
-    """A table in Markdown, numbers to the right; what stands in its cells is text, not markup."""
+    """A table in Markdown, numbers to the right; its cells are escaped, so that they hold no markup."""
     head, *body = ("| " + " | ".join(map(plain_text.markdown, row)) + " |" for row in (titles, *rows))
     return "\n".join([head, "|" + "|".join(["---"] + ["---:"] * (len(titles) - 1)) + "|", *body])

@@ -74,7 +74,7 @@ def _student(t: float, freedom: int) -> float:
 
 
 def _binomial(wins: int, losses: int) -> float:
-    """Two-sided probability that fair coins part as unevenly as this, or more."""
+    """Two-sided probability that fair coins split this unevenly or more."""
     n, few = wins + losses, min(wins, losses)
     if n == 0:
         return 1.0
