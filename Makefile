@@ -34,7 +34,7 @@ demo: setup
 
 # tiny models are faster with one thread each, and several tests at a time
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=25
 
 test: setup
 	$(PYTEST)

@@ -65,7 +65,7 @@ def compress(
 ) -> list[Result]:
     """Compresses a model: from ``source.model`` to a Hugging Face folder, every stage an artifact on disk.
 
-    Run again on the same workspace it goes on where it was, and makes nothing twice.
+    Run again on the same workspace, it resumes, and makes nothing twice.
 
     Args:
         config_name: configuration to start from, as ``minitron run --config-name``.

@@ -70,10 +70,10 @@ def deployment(
 
 
 def _refuse_credentials(given: Mapping[str, Any]) -> None:
-    """Refuses what a server would keep for all its users to read.
+    """Refuses credentials, which a server would store readable for all its users.
 
     Raises:
-        ValueError: a parameter, or an override, holds a credential; its name is told.
+        ValueError: a parameter, or an override, holds a credential; the message names it.
     """
     for name, value in given.items():
         for each in value if isinstance(value, list) else [value]:
@@ -88,7 +88,7 @@ def _refuse_credentials(given: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _named_variables(overrides: Sequence[str]) -> Iterator[None]:
-    """Lets variables that overrides name be set where they are not: the worker has them, not this machine."""
+    """Sets variables that overrides refer to and that only the worker has, during the block."""
     names = set(re.findall(r"\$\{oc\.env:(\w+)", " ".join(overrides))) - set(os.environ)
     os.environ.update(dict.fromkeys(names, "set-on-the-worker"))
     try:
@@ -99,7 +99,7 @@ def _named_variables(overrides: Sequence[str]) -> Iterator[None]:
 
 
 def need_server() -> None:
-    """Asks for a server of one's own.
+    """Checks that a Prefect server is set; the embedded one would not do.
 
     Raises:
         ValueError: none is set; the embedded one fires no schedule.

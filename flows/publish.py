@@ -45,7 +45,7 @@ _SHOW_SECONDS = 5.0
 
 
 def log_line(text: str) -> None:
-    """A line on the screen, which may have gone with the worker that held it: nothing depends on it."""
+    """Prints a line; errors are ignored, because the worker's screen may be gone."""
     with contextlib.suppress(OSError, ValueError):
         print(line(text), file=sys.stderr, flush=True)
 
@@ -131,7 +131,7 @@ def summary(name: str, result: Result, seconds: float) -> str:
 
 
 def gate(workspace: Path, error: GateError) -> None:
-    """Publishes why nothing is exported, and tells automations."""
+    """Publishes why nothing is exported, and emits the event for automations."""
     table = markdown(GATE_COLUMNS, masked_values(error.rows))
     page = f"**the quality gate failed, nothing is exported**\n\n{table}"
     create_markdown_artifact(
@@ -162,12 +162,12 @@ def lineage(export: Path) -> str:
 
 @contextlib.contextmanager
 def progressing(call: Call) -> Iterator[None]:
-    """Shows how far a stage is, as an artifact that moves, from the moment it says so."""
+    """Shows a stage's progress as a progress artifact, from its first report on."""
     ended = threading.Event()
     place = key(Path(call.config.workspace), call.name, "progress")
 
     def show() -> None:
-        """Moves the artifact until the stage has ended."""
+        """Updates the artifact until the stage has ended."""
         shown, last = None, -1.0
         while not ended.wait(_SHOW_SECONDS):
             found = progress.read(call.progress)

@@ -1,7 +1,7 @@
 """The best size for a budget: candidates, short distillations, then the whole way with the winner.
 
 Rankings move much in the first hundred steps and then settle ([P1] section 4.3): a candidate is judged after
-it was distilled for a while, not as it was cut; the better part goes on (successive halving, arXiv
+it was distilled for a while, not as it was cut; the better part is kept (successive halving, arXiv
 1502.07943).
 """
 
@@ -32,7 +32,7 @@ FILE = "search.json"
 
 @dataclass(frozen=True)
 class Round:
-    """One round of the search: how many steps each candidate learned, and what came of it, the best first."""
+    """One round of the search: steps per candidate, and the outcomes, best first."""
 
     steps: int
     outcomes: tuple[Outcome, ...]
@@ -90,7 +90,7 @@ def search(
 
 
 def choose(config: Config) -> dict[str, int]:
-    """The sizes of the candidate that comes out first.
+    """The sizes of the best candidate.
 
     Raises:
         ValueError: no budget, sizes beside it, or no candidate in its window.
@@ -144,7 +144,7 @@ def _candidates(config: Config) -> list[Candidate]:
 
 
 def _name(candidate: Candidate) -> str:
-    """A candidate's name: what it changes."""
+    """A candidate's name, made of the sizes that it changes."""
     return "-".join(f"{axis}{size}" for axis, size in candidate.sizes.items())
 
 

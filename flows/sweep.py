@@ -39,7 +39,7 @@ PICTURE = "pareto.png"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a variant.
+    """Outcome of a variant.
 
     Attributes:
         name: of the variant.
@@ -71,7 +71,7 @@ def sweep(
 ) -> list[Outcome]:
     """Scores a model once, and prunes, distils and measures it in several ways.
 
-    A variant that fails does not stop the others; run again, the flow goes on where it was.
+    A variant that fails does not stop the others; run again, the flow resumes.
 
     Args:
         variants: name to overrides: {"shallow": ["plan.layers=24"], "thin": ["plan.hidden=3072"]}.
@@ -163,7 +163,7 @@ def _failed(name: str, error: Exception) -> Outcome:
 
 
 def _outcome(name: str, config: Config) -> Outcome:
-    """Distils and measures a variant; what it fails by is told, not raised."""
+    """Distils and measures a variant; an error becomes part of the outcome and is not raised."""
     try:
         with at_work(Path(config.workspace)):
             run_variant(as_dict(config))
@@ -206,7 +206,7 @@ def share(place: Path, workspace: Path) -> None:
 
 
 def show(place: Path, kind: str, outcomes: Sequence[Outcome]) -> None:
-    """Publishes what became of variants, and draws their losses against their sizes.
+    """Publishes the variants' outcomes, and draws their losses against their sizes.
 
     Args:
         place: the workspace, which gets the picture too.

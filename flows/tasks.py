@@ -96,7 +96,7 @@ def _stage(name: str, values: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def _shown(relay: "Relay") -> Iterator[None]:
-    """What is for the eyes only: a server that is away costs a line of the log, not a stage that is done."""
+    """Publishes for display only: without a server it logs a line, and the finished stage stays."""
     try:
         yield
     except Exception as error:
@@ -137,7 +137,7 @@ def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
 
 
 def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
-    """What a failed try leads to.
+    """The state after a failed try.
 
     Raises:
         Exception: the failure; Prefect asks ``worth_another_try`` of it.
@@ -173,7 +173,7 @@ def _suspended() -> bool:
 
 
 def _cancelling() -> bool:
-    """Whether the flow run is being cancelled: its process' signal says no more than that it is to end."""
+    """Whether the flow run is being cancelled; the process's signal alone does not say why it ends."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return False
@@ -195,7 +195,7 @@ def _suspend_if_asked() -> None:
 
 
 def _let_go(error: Exception) -> None:
-    """Frees what the failed try still holds: its frames hold the tensors."""
+    """Frees the frames of a failed try, which hold its tensors."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     gc.collect()
     torch = sys.modules.get("torch")
@@ -245,14 +245,14 @@ class Relay:
         self._name, self._last = name, -self._every
 
     def take(self, line: str) -> None:
-        """One line of output."""
+        """Takes one line of output."""
         now = time.monotonic()
         if now - self._last >= self._every:
             self._last = now
             self.say(f"{self._name}| {line}")
 
     def say(self, text: str) -> None:
-        """Something that must be heard."""
+        """Logs a line that must not be lost."""
         if self._kept:
             self._logger.info("%s", publish.line(text))
         else:

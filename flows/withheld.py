@@ -1,4 +1,4 @@
-"""What Prefect gets to see of a flow: its parameters and its failure, credentials masked.
+"""Masks credentials in what Prefect sees of a flow: its parameters and its failure.
 
 Prefect stores the parameters of a run in its database, the words of a failure in states, events and logs, and
 the failure itself, pickled, in a file: also with ``persist_result=False`` (prefect.flow_engine, 3.8.8,

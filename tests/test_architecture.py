@@ -255,3 +255,47 @@ def test_the_configuration_page_is_current():
     from nemo_minitron.config.reference import markdown
 
     assert (ROOT / "docs" / "configuration.md").read_text() == markdown(), "run make docs"
+
+
+PAPERS = (ROOT / "docs" / "papers.md").read_text()
+TAG = re.compile(r"\[P\d+\]")
+
+
+def defined(source):
+    """Names that a module defines: functions, classes, and methods behind their class's name."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            yield from (f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef))
+
+
+def test_every_function_that_the_papers_page_names_exists():
+    rows = re.findall(r"^\|.*`nemo_minitron\..*\|$", PAPERS, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`nemo_minitron\.([\w.]+)`", row)]
+    assert len(rows) >= 25
+    for name in named:
+        package, module, function = name.split(".", 2)
+        folder = ROOT / package if package == "flows" else ROOT / "nemo_minitron" / package
+        assert function in defined((folder / f"{module}.py").read_text()), name
+
+
+def test_every_paper_cited_stands_on_the_papers_page():
+    folders = [ROOT / name for name in ("nemo_minitron", "flows", "configs", "docs", "benchmarks", "tests")]
+    files = [
+        file for folder in folders for file in folder.rglob("*") if file.suffix in (".py", ".md", ".yaml")
+    ]
+    text = {file: file.read_text() for file in files}
+    tags = {tag for found in text.values() for tag in TAG.findall(found)}
+    assert tags == {"[P1]", "[P2]"}
+    titled = re.findall(
+        r"^\| (.+?) \| .+ \| \[arXiv ([\d.]+)\]\(https://arxiv\.org/abs/\2\) \|$", PAPERS, re.M
+    )
+    assert tags <= {tag for tag, _ in titled}
+    cited = {number for found in text.values() for number in re.findall(r"arXiv (\d{4}\.\d{5})", found)}
+    assert cited == {number for _, number in titled}
+
+
+def test_what_users_read_names_papers_by_their_number():
+    shown = [*(ROOT / "configs").rglob("*.yaml"), ROOT / "docs" / "configuration.md"]
+    assert [file for file in shown if TAG.search(file.read_text())] == []

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints on disk: opened without reading weights, checked against the table."""
+"""Opens Hugging Face checkpoints without reading weights, and checks them against the family's table."""
 
 import itertools
 import json
@@ -66,7 +66,7 @@ class Checkpoint:
     fingerprint: str
 
     def units(self, name: str) -> dict[str, int]:
-        """The units that a tensor's name names: placeholder to number."""
+        """Unit numbers in a tensor's name, by placeholder."""
         found = find_row(self.family, name)
         return {} if found is None else found[1]
 
@@ -193,7 +193,7 @@ def _is_surplus(family: Family, name: str) -> bool:
 
 
 def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Reads one tensor into memory of its own; the file is not mapped, so nothing of it stays resident.
+    """Reads one tensor into its own memory. The file is not mapped, so none of its pages stay resident.
 
     Raises:
         ValueError: the file ends early.

@@ -1,4 +1,4 @@
-"""safetensors shards written as a stream of blocks: hashed on the way, nothing held but the block at hand."""
+"""Writes safetensors shards as a stream of blocks, and hashes them; only the current block is in memory."""
 
 import errno
 import hashlib
@@ -97,7 +97,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finishes the last shard and the index; after an error only lets go of the file and the threads."""
+        """Finishes the last shard and the index; after an error only closes the file and ends the threads."""
         try:
             if kind is None:
                 self._finish_shard()
@@ -162,7 +162,7 @@ class ShardWriter:
 
 
 def _put(file: FileIO, data: memoryview) -> None:
-    """Writes all of it; a disk takes less than asked when it runs full, and 2 GiB at most at a time."""
+    """Writes all bytes. One system call writes at most 2 GiB, and less when the disk is nearly full."""
     done = 0
     try:
         while done < len(data):

@@ -36,7 +36,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def side_files(folder: Path) -> list[Path]:
-    """Tokenizer, generation config and licence of a model's folder, as far as they are there.
+    """Tokenizer, generation config and licence files that a model's folder has.
 
     Raises:
         ValueError: one is a link that leads out of the folder.

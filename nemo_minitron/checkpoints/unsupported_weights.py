@@ -1,4 +1,4 @@
-"""Weights that are not a plain causal LM: recognised by name, refused with what to do about it."""
+"""Recognises weights that are not a plain causal LM, and refuses them with a remedy."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -90,7 +90,7 @@ _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
 def check_names(folder: Path, unknown: Iterable[str], layers: int) -> None:
-    """Refuses tensors that the family does not have, where their names tell what they are.
+    """Refuses tensors that the family's table lacks, if their names say what they are.
 
     Args:
         folder: the checkpoint.

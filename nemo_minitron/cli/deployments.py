@@ -16,7 +16,7 @@ def deploy(args: argparse.Namespace) -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Runs a schedule here."""
+    """Runs a flow on a schedule in this process."""
     made = _deployment(args)
     from nemo_minitron.flows.deploy import serve as run
 

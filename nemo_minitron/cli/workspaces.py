@@ -1,4 +1,4 @@
-"""What runs there are, what can be cleaned up, and whether the bytes are whole."""
+"""Commands on workspaces: list runs, remove what can be made again, verify hashes."""
 
 import argparse
 import datetime

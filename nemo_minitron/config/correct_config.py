@@ -8,7 +8,7 @@ from nemo_minitron.config.option import option
 
 @dataclass
 class CorrectConfig:
-    """Teacher correction: the unpruned model goes on training on the distillation data ([P2] section 2)."""
+    """Teacher correction: the unpruned model is trained on the distillation data ([P2] section 2)."""
 
     enabled: bool = option(False, "whether 'minitron run' corrects the teacher before scoring it")
     publish_every: int | None = option(

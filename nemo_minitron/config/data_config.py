@@ -11,7 +11,8 @@ class TextConfig:
 
     paths: list[str] | None = option(
         None,
-        "files, folders, glob patterns, hf://owner/name[/config][:split]; null: see the section's own rule",
+        "files, folders, glob patterns, hf://owner/name[/config][:split]; null: "
+        "calibration reads data.train, validation what is held out of it",
     )
     exclude: list[str] = option([], "glob patterns of files to leave out")
     format: str = option(

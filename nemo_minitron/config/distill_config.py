@@ -7,21 +7,23 @@ from nemo_minitron.config.option import option
 
 @dataclass
 class IntermediateConfig:
-    """Losses on what lies between embedding and logits ([P1] section 3.2)."""
+    """Losses on hidden states and attention inside the models ([P1] section 3.2)."""
 
     terms: list[str] = option(
         [],
         "which: embedding (output of the embedding), hidden (output of a layer), mlp_input, attention "
-        "(relations between queries, keys, values, as in MiniLMv2); empty: none, the papers' choice unless "
-        "much depth was removed",
+        "(relations between queries, keys, values, as in MiniLMv2); empty: none, as in the papers "
+        "(arXiv 2407.14679) unless much depth was removed",
     )
-    distance: str = option("cosine", "between hidden states; the first was best in [P1]", ("cosine", "mse"))
+    distance: str = option(
+        "cosine", "between hidden states; cosine was best in the paper (arXiv 2407.14679)", ("cosine", "mse")
+    )
     layers: list[str] = option(
         ["-3:-3"], "teacher:student layers that are compared, 0-based, negative ones counted from the end"
     )
     relation_heads: int = option(8, "heads into which the relations of attention are split", least=1)
     alpha: float | None = option(
-        None, "weight of their sum; null: at every step what makes it as large as the loss on logits"
+        None, "weight alpha of the intermediate losses; null: L_logits / L_is at every step"
     )
 
 
@@ -42,7 +44,7 @@ class CacheConfig:
 
 @dataclass
 class DistillConfig:
-    """From the pruned model to the student ([P1] section 3)."""
+    """Distillation of the pruned model from its teacher ([P1] section 3)."""
 
     teacher: str | None = option(
         None, "model folder to distil from; null: the (corrected) model that was pruned"
@@ -74,7 +76,7 @@ class DistillConfig:
     kl: float = option(1.0, "weight of the divergence between teacher and student logits")
     divergence: str = option(
         "forward_kl",
-        "which divergence; the first is the papers' choice",
+        "which divergence; forward_kl is the choice of the papers (arXiv 2407.14679)",
         ("forward_kl", "reverse_kl", "jsd", "topk_kl", "mse", "cosine"),
     )
     beta: float = option(0.5, "beta of divergence=jsd, between 0 (exclusive) and 1 (exclusive)")

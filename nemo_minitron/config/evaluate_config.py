@@ -25,19 +25,22 @@ class EvaluateConfig:
         False, "also train and measure a model of the student's shape from random weights"
     )
     min_retention: float | None = option(
-        None, "least allowed share of the teacher's quality (teacher perplexity / student perplexity), 0 to 1"
+        None, "least allowed perplexity retention (teacher perplexity / student perplexity), 0 to 1"
     )
     floors: list[str] = option(
         [],
-        "TASK:METRIC:VALUE each: what the student must reach (or stay under, where less is better) to go out",
+        "TASK:METRIC:VALUE each: what the student must reach (or stay under, where less is better) "
+        "to be exported",
     )
     previous: str | None = option(None, "folder of an earlier export that the student must not fall behind")
     max_regression: float = option(
         0.02, "how far, relatively, the student may fall behind evaluate.previous in any measure", least=0
     )
     batch_size: int = option(8, "samples per forward pass", least=1)
-    prompts: int = option(16, "held-out beginnings that every model goes on writing; 0: none", least=0)
-    written_tokens: int = option(64, "tokens that it writes, behind as many of the text", least=1)
+    prompts: int = option(16, "held-out prompts that every model continues; 0: none", least=0)
+    written_tokens: int = option(
+        64, "tokens that a model writes after each prompt; prompts have as many tokens", least=1
+    )
     speed: bool = option(
         True, "measure tokens per second and peak memory, each model in a process of its own"
     )

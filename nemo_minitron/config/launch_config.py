@@ -17,7 +17,7 @@ class SlurmConfig:
 
 @dataclass
 class LaunchConfig:
-    """How 'minitron run' and the flows start a stage, and what becomes of one that fails."""
+    """How 'minitron run' and the flows start a stage, and how they handle a failed one."""
 
     kind: str = option(
         "inline",
@@ -30,16 +30,16 @@ class LaunchConfig:
     )
     stages: list[str] | None = option(
         None,
-        "stages that torchrun and slurm start so, the others run in a process of their own; null: all "
-        "that can share their work",
+        "stages that launch.kind=torchrun and slurm apply to, the others run in a process of "
+        "their own; null: all stages that several processes can share",
     )
-    time_limit: float | None = option(None, "seconds that a stage may take; null: any", least=0)
+    time_limit: float | None = option(None, "seconds that a stage may take; null: no limit", least=0)
     time_limits: dict[str, float] = option(
         {}, "the same for single stages, as in +launch.time_limits.distill=86400"
     )
     silence: float | None = option(
         3600.0,
-        "seconds without output or progress after which a stage's process counts as hung; null: any",
+        "seconds without output or progress after which a stage's process counts as hung; null: never",
         least=0,
     )
     grace: float = option(60.0, "seconds that a stage's process has to save after SIGTERM", least=0)
@@ -51,8 +51,8 @@ class LaunchConfig:
     )
     accelerator: str | None = option(
         None,
-        "name of what a stage holds while it computes, such as gpu-0: flows on this machine that name the "
-        "same wait for each other",
+        "name of the accelerator that a stage locks while it computes, such as gpu-0; flows on "
+        "this machine with the same name wait for each other",
     )
     wait: float = option(0.0, "seconds to wait for a workspace that another run holds", least=0)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)

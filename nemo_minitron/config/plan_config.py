@@ -9,8 +9,10 @@ from nemo_minitron.config.option import option
 class BudgetConfig:
     """A search instead of target sizes ([P1] section 4.3)."""
 
-    params: float | None = option(None, "how large the model may be; null: no search", least=1)
-    tolerance: float = option(0.05, "how far from that a candidate may be, relatively", least=0)
+    params: float | None = option(
+        None, "target of the search, in the unit of measure; null: no search", least=1
+    )
+    tolerance: float = option(0.05, "largest relative distance of a candidate from params", least=0)
     measure: str = option(
         "parameters",
         "what params counts",
@@ -23,7 +25,7 @@ class BudgetConfig:
     )
     candidates: int = option(8, "candidates to try, those nearest to params", least=1)
     steps: int = option(400, "steps of distillation of the last round", least=1)
-    factor: int = option(2, "share of the candidates that goes on to the next round, 1 in so many", least=2)
+    factor: int = option(2, "a round keeps 1 in this many candidates: 2 keeps the better half", least=2)
 
 
 @dataclass

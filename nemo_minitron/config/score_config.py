@@ -22,7 +22,7 @@ class AggregationConfig:
 class ScoreConfig:
     """Importance of channels, heads, neurons, experts and layers."""
 
-    importance: str = option("activation", "what the ranking rests on", ("activation", "magnitude", "random"))
+    importance: str = option("activation", "how units are ranked", ("activation", "magnitude", "random"))
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     neurons: str = option(
         "post_activation",

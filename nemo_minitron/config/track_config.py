@@ -1,4 +1,4 @@
-"""Keys of ``track``: where else the facts of a run go."""
+"""Keys of ``track``: experiment tracking outside the workspace."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from nemo_minitron.config.option import option
 
 @dataclass
 class TrackConfig:
-    """Where else the facts of a run go."""
+    """Experiment tracking outside the workspace."""
 
     mlflow: str | None = option(
         None, "MLflow tracking URI, as in http://mlflow:5000 (pip install nemo-minitron[mlflow])"

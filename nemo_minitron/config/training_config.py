@@ -7,7 +7,7 @@ from nemo_minitron.config.option import option
 
 @dataclass
 class TrainingConfig:
-    """What every training shares, besides what Lightning and NeMo know."""
+    """Settings of every training that Lightning and NeMo do not have."""
 
     max_tokens: int | None = option(
         None,

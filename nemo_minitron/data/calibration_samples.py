@@ -52,7 +52,7 @@ class Samples:
         return result
 
     def batch(self, indices: Sequence[int]) -> "Batch":
-        """Some of them, as a model reads them."""
+        """A batch of samples, in the form that a model reads."""
         chosen = list(indices)
         tokens_BS = self.tokens_NS[chosen]
         labels_BS = tokens_BS[:, 1:].clone()
@@ -68,7 +68,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass reads.
+    """Input of one forward pass.
 
     Attributes:
         tokens_BS: token ids.
@@ -114,7 +114,7 @@ def calibration_samples(
     packing: str = "plain",
     where: str = "data.calibration",
 ) -> Samples:
-    """Samples for scoring; the first of them are the same however many are asked for.
+    """Samples for scoring. A larger number of samples begins with those of a smaller number.
 
     ``plain``: documents end to end, as the papers pack. ``documents``: so too, but attention and positions
     begin anew with each document. ``off``: one document per sample, cut or padded to the length.

@@ -1,4 +1,4 @@
-"""Chat templates in a process of their own, with a limit of time, of memory and of output.
+"""Runs chat templates in a separate process, with limits of time, memory and output.
 
 A template comes with a stranger's checkpoint. Transformers' sandbox keeps it from doing harm, but not from
 going on for ever or from taking all memory, also inside a single C function (``10**10**8``), where nothing
@@ -33,7 +33,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, where: str) -> None:
-        """Starts nothing yet.
+        """Stores the settings; the process starts with the first text.
 
         Args:
             tokenizer: a Hugging Face tokenizer that has a template.
@@ -47,7 +47,7 @@ class ChatTemplate:
     ) -> Iterator[tuple[str, list[tuple[int, int]]]]:
         """The texts of conversations, as ``tokenizer.apply_chat_template`` makes them.
 
-        The process is given all of them, and goes on while the caller is busy with a text.
+        The process gets all conversations at once and renders while the caller uses a text.
 
         Args:
             conversations: messages.
@@ -102,7 +102,7 @@ class ChatTemplate:
             worker.close()
 
     def _reply(self, waiting: list[bytes]) -> dict[str, Any]:
-        """The reply to the first of those that wait for theirs."""
+        """The reply to the oldest conversation without one."""
         lost = ""
         for _try in range(2):
             try:
@@ -145,7 +145,7 @@ def _source(tokenizer: Any) -> str:
 
 
 def _said(reply: dict[str, Any], line: bytes) -> str:
-    """What the template does wrong, from the reply to a line."""
+    """Says in words what the template did wrong, from its reply."""
     kind, message = reply["failure"], plain(reply.get("message", ""), 300)
     place = f" in line {reply['line']}" if reply.get("line") else ""
     characters = len(line.decode(*_CODING)) - 1

@@ -31,7 +31,7 @@ _ENVIRONMENT = {
 
 
 class Lost(Exception):
-    """The process has ended, and nobody here has ended it."""
+    """The process ended without being asked to."""
 
 
 class Silent(Exception):
@@ -85,7 +85,7 @@ class Worker:
         self._begun: list[bytes] = []
 
     def send(self, lines: Sequence[bytes]) -> None:
-        """Sends what goes into the pipe; the rest goes while answers are waited for."""
+        """Sends as much as the pipe takes; the rest is sent while waiting for answers."""
         self._unsent = memoryview(b"".join([self._unsent, *lines]))
         self._write()
 
@@ -98,7 +98,7 @@ class Worker:
             self._unsent = memoryview(b"")
 
     def line(self, seconds: float, empty: bool = False) -> bytes:
-        """The next line that is not empty, or with ``empty`` the next of all.
+        """The next line that is not empty; with ``empty`` the next line of any kind.
 
         Args:
             seconds: how long the process may be without a sign of life.
@@ -113,7 +113,7 @@ class Worker:
                 line = self._lines.popleft()
                 if line or empty:
                     return line
-            # in slices: a job that was suspended meanwhile has not waited, and goes on where it was
+            # in slices: a job that was suspended meanwhile has not waited, and continues
             pipes = self._either if self._unsent else self._readable
             ready = next(filter(None, (pipes.poll(1000 * seconds / _SLICES) for _ in range(_SLICES))), None)
             if ready is None:
@@ -142,7 +142,7 @@ class Worker:
         return Lost(f"{signal.strsignal(-status)} (signal {-status})")
 
     def close(self) -> None:
-        """Ends the process and leaves nothing of it, neither a zombie nor a pipe."""
+        """Ends the process, reaps it and closes its pipes."""
         process, self.process = self.process, None
         if process is not None:
             process.kill()
@@ -150,7 +150,7 @@ class Worker:
             process.wait()
 
     def forget(self) -> None:
-        """Lets a process be that belongs to the one this one was forked from."""
+        """Leaves a process alone that belongs to the process this one was forked from."""
         process, self.process = self.process, None
         if process is not None:
             _close_pipes(process)  # held open here, they would keep it from seeing that its owner is gone

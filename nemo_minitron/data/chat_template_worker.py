@@ -24,11 +24,11 @@ _LEFT_TO_THE_OWNER = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUS
 
 
 class TooLong(Exception):
-    """The template writes more than it may."""
+    """The template's output exceeds its limit."""
 
 
 def main() -> None:
-    """Answers until its input ends, which it does with its owner."""
+    """Answers until its input ends; the input ends with the owner."""
     _guard()
     replies = os.dup(1)
     os.dup2(2, 1)
@@ -62,7 +62,7 @@ def _guard() -> None:
 
 
 def _renderer(settings: dict[str, Any]) -> Callable[..., str]:
-    """What renders messages as the tokenizer's own ``apply_chat_template`` does, within the limits."""
+    """A function that renders messages like the tokenizer's ``apply_chat_template``, within the limits."""
     sys.path[:] = settings["path"]
     gc.disable()  # a tenth of the start: an import leaves no garbage
     import transformers
@@ -71,7 +71,7 @@ def _renderer(settings: dict[str, Any]) -> Callable[..., str]:
     gc.enable()
 
     class Speaker(transformers.PreTrainedTokenizerBase):
-        """All of a tokenizer that its chat template sees."""
+        """The part of a tokenizer that its chat template sees."""
 
         special_tokens_map = settings["special_tokens"]
 
@@ -167,7 +167,7 @@ def _message(error: Exception) -> str:
 
 
 def _line(error: Exception) -> int | None:
-    """Line of the template in which it ends."""
+    """Line of the template in which an error arose."""
     line = getattr(error, "lineno", None)
     frame = error.__traceback__
     while frame is not None:

@@ -119,7 +119,7 @@ def _is_dataset(path: Path) -> bool:
 
 @functools.cache
 def _revision(name: str) -> str:
-    """The commit of a data set on the hub: what is fingerprinted is what is read."""
+    """The commit of a data set on the hub, so that the fingerprint is of what is read."""
     from nemo_minitron.data.hub_data_set import data_set_commit
 
     match = _ON_HUB.fullmatch(name)
@@ -142,7 +142,7 @@ def _file_fingerprint(path: Path) -> str:
 
 @functools.cache
 def _hashed(path: Path, size: int, changed: int) -> str:
-    """A file's hash, once for each state of it: stages ask several times, of terabytes."""
+    """A file's hash, computed once per state of the file, because stages ask several times for terabytes."""
     with path.open("rb") as file:
         if size <= _WHOLE:
             return hashlib.sha256(file.read()).hexdigest()
@@ -171,7 +171,7 @@ def documents(texts: TextSet, seed: int = 0) -> Iterator[Document]:
 
 
 def plain(found: Iterable[Document]) -> Iterator[str]:
-    """The documents that are text, and conversations as their messages one below the other."""
+    """The documents as text; a conversation becomes its messages, one below the other."""
     for document in found:
         if isinstance(document, str):
             yield document

@@ -1,4 +1,4 @@
-"""Text as the configuration names it: for scoring, training and measuring, and what decides its samples."""
+"""Texts that the configuration names for scoring, training and measuring, and what decides their samples."""
 
 from dataclasses import replace
 from typing import Any

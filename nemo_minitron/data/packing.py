@@ -22,7 +22,7 @@ _SPREAD = 8
 
 @dataclass(frozen=True)
 class Packed:
-    """Samples, and whose they are.
+    """Samples, and the documents that they are of.
 
     Attributes:
         samples: Tensor of shape [samples, length + 1], int64.
@@ -86,7 +86,7 @@ def pack_mixture(
     at_most: bool,
     where: str,
 ) -> Packed:
-    """Packs several texts apart, and takes samples of each by its weight; else as ``pack``.
+    """Packs each text by itself, and takes samples of each by its weight; otherwise like ``pack``.
 
     A text that does not fill one sample is left out.
 
@@ -127,7 +127,7 @@ def pack_mixture(
 
 
 def lagging(taken: Sequence[int], weights: Sequence[float]) -> int:
-    """The text whose share lags furthest behind, from which the next sample comes.
+    """The text whose share lags furthest behind; the next sample comes from it.
 
     So any first n samples are mixed as asked.
 
@@ -141,7 +141,7 @@ def lagging(taken: Sequence[int], weights: Sequence[float]) -> int:
 
 
 class TooLittle(ValueError):
-    """A text does not fill one sample."""
+    """A text is too short for one sample."""
 
 
 def _token_stream(texts: TextSet, tokenizer: Any, seed: int, wanted: int | None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""numpy: a text set as token ids on disk, made once, grown where more is wanted, mapped where it is read.
+"""numpy: token ids of a text set on disk: made once, grown when more are wanted, read through a memory map.
 
 Shape suffixes: T tokens, N samples.
 """
@@ -29,7 +29,7 @@ _SAVE_SECONDS = 10.0
 
 
 def cache_key(texts: TextSet, tokenizer: Any, seed: int, answers_only: bool) -> dict[str, Any]:
-    """What decides the ids, and not how many of them there are."""
+    """What decides the ids; their number is not part of it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     spoken = [rules, tokenizer.chat_template, tokenizer.eos_token_id, type(tokenizer).__name__]
@@ -52,8 +52,8 @@ def cached_tokens(
 ) -> "np.memmap[Any, np.dtype[np.int32]]":
     """Token ids of a text set's documents end to end, at least ``wanted`` of them where there are as many.
 
-    They lie in a folder of their own below ``root``, named by what decides them. What a killed run has
-    written is gone on with; a wish for more grows what is there. Two processes take turns.
+    They lie in a folder of their own below ``root``, named by what decides them. The tokens of a killed run
+    are kept and continued; a request for more tokens extends them. Two processes take turns.
 
     Args:
         root: where such folders lie.
@@ -62,7 +62,7 @@ def cached_tokens(
         seed: order of the files.
         wanted: how many.
         answers_only: whether of a conversation only the assistant's words are learned.
-        advance: told how many tokens have come.
+        advance: called with the number of new tokens.
 
     Returns:
         int32 array of shape [tokens], mapped from disk.
@@ -87,7 +87,7 @@ def cached_tokens(
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """How far the cache has come: tokens on disk, documents they are from, and whether these were all."""
+    """State of the cache: tokens on disk, documents that they are from, and whether these are all."""
     if (folder / PROGRESS).is_file():
         known: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
         if (folder / IDS).is_file() and (folder / IDS).stat().st_size >= known["tokens"] * _ITEM.itemsize:

@@ -52,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int, folder: Path) -> None
 
 
 def _speak_both_versions(folder: Path) -> None:
-    """Names the class that transformers 4 knows, and what else it looks for: special tokens, inputs.
+    """Writes the class name, special tokens and input names that transformers 4 looks for.
 
     Without the inputs it makes ``token_type_ids``, which ``generate`` refuses.
     """

@@ -1,4 +1,4 @@
-"""Samples for training: the workspace's token caches, and which of their windows a training reads."""
+"""Samples for training: windows of the workspace's token caches."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) ->
 
 
 def sample_fingerprint(samples: Any) -> str:
-    """What tells these samples from others: their places, and the first and last of them in full."""
+    """Fingerprint of the samples: their places, and the first and last sample in full."""
     edges = [*range(min(16, len(samples))), *range(max(0, len(samples) - 16), len(samples))]
     return digest([samples.places_N2.tolist(), [samples[i].tolist() for i in edges]])
 

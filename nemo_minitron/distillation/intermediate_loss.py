@@ -1,4 +1,4 @@
-"""Intermediate losses of a distillation: what is captured, and the projection learned with them.
+"""Intermediate losses of a distillation, and the projection that is learned with them.
 
 Shape suffixes: T tokens, G hidden of the teacher, H hidden of the student, B samples, S positions.
 """
@@ -55,12 +55,12 @@ class IntermediateLoss:
 
     @staticmethod
     def release(pl_module: nn.Module) -> None:
-        """Takes the projection away again: no archive of the model holds it."""
+        """Removes the projection, so that no archive of the model holds it."""
         if hasattr(pl_module, "projection"):
             del pl_module.projection
 
     def __call__(self, valid_T: Tensor) -> Tensor:
-        """L_is of the forward passes that both models have just done.
+        """L_is of the last forward passes of both models.
 
         The mean over valid tokens and pairs of layers, summed over the terms: a scalar.
 

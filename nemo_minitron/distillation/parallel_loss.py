@@ -1,4 +1,4 @@
-"""The fused loss as a rank computes it: alone, or with the ranks that share its samples."""
+"""The fused loss on one rank: alone, or together with the ranks that share its samples."""
 
 from dataclasses import replace
 from typing import Any
@@ -77,7 +77,7 @@ def sharded(
 
 
 class _Rows(torch.autograd.Function):
-    """Some rows of a head that every rank holds whole; their gradients come together on all of them."""
+    """Some rows of a head that every rank holds whole; their gradients are gathered on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, head_VH: Tensor, rows: slice, reduce: Reduce) -> Tensor:

@@ -1,4 +1,4 @@
-"""transformers: what is kept of a teacher's logits, a part of the samples at a time."""
+"""transformers: runs the teacher over the samples, part by part, and keeps a few entries of its logits."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +37,7 @@ def teach(
         batch_size: samples per forward pass.
         seed: of the draw.
         vocabulary: entries that count; None: all.
-        advance: told how many tokens are done.
+        advance: called with the number of tokens that are done.
 
     Returns:
         Targets of rows x positions tokens on the CPU, and the mean share of the teacher's mass that they

@@ -1,1 +1,1 @@
-"""Measurements of models and what is made of them: report, quality gate, plots."""
+"""Measurements of models, and the report, quality gate and plots made from them."""

@@ -17,7 +17,7 @@ Row = tuple[str, str, str, str]
 
 
 class GateError(RuntimeError):
-    """The student is too weak to go out.
+    """The student is too weak to be exported.
 
     Attributes:
         rows: the gate's table: measure, asked for, found, whether it held.
@@ -38,10 +38,10 @@ class GateError(RuntimeError):
 
 @dataclass(frozen=True)
 class Gate:
-    """What a student must keep.
+    """Thresholds that a student must meet.
 
     Attributes:
-        min_retention: least share of the teacher's quality (perplexity ratio), or None.
+        min_retention: least perplexity retention (teacher perplexity / student perplexity), or None.
         floors: task, metric, and the value that it must reach (or stay under, where less is better).
         previous: what was measured of an earlier export, or None.
         max_regression: the largest relative worsening against it.
@@ -54,7 +54,7 @@ class Gate:
 
     @property
     def asks(self) -> bool:
-        """Whether it asks for anything."""
+        """Whether any threshold is set."""
         return self.min_retention is not None or bool(self.floors) or self.previous is not None
 
     def rows(self, report: Mapping[str, Any]) -> list[Row]:
@@ -70,7 +70,9 @@ class Gate:
             kept = student["retention"]
             # NaN must not pass
             rows.append(
-                _row("quality kept", ">= {:.1%}", self.min_retention, kept, kept >= self.min_retention)
+                _row(
+                    "perplexity retention", ">= {:.1%}", self.min_retention, kept, kept >= self.min_retention
+                )
             )
         for task, metric, least in self.floors:
             value = student.get("tasks", {}).get(task, {}).get(metric)
@@ -126,7 +128,7 @@ class Gate:
 
 
 def raise_if_failed(rows: Sequence[Row]) -> None:
-    """Lets nothing pass that a gate's table does not.
+    """Raises ``GateError`` if a row of the gate's table failed.
 
     Raises:
         GateError: a row is not held.
@@ -141,7 +143,7 @@ def _row(name: str, asked: str, bound: float, found: float, held: bool) -> Row:
 
 
 def measured_of(export: Path) -> dict[str, Any]:
-    """What was measured of an earlier export.
+    """The results of an earlier export.
 
     Raises:
         ValueError: it is none, or was made by a version that did not write it down.
@@ -161,7 +163,7 @@ VERDICT = "gate.json"
 
 
 def judge(report_folder: Path, gate: Gate, report: Mapping[str, Any]) -> list[Row]:
-    """The gate's table, which is written down; what it said of this report last, where it asks for nothing.
+    """The gate's table, also written to disk; without thresholds, the last table of this report.
 
     So that a student that failed does not go out by a command that names no floors.
 

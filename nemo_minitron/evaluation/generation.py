@@ -1,4 +1,4 @@
-"""transformers: what models write when they are let go on by themselves.
+"""transformers: what models write when they continue a prompt greedily.
 
 Multiple choice recovers long before generation does, so both are looked at.
 Shape suffixes: B samples, P positions of the prompt, N generated positions.
@@ -36,7 +36,7 @@ def continue_greedily(model: Any, prompts_BP: Tensor, new_tokens: int) -> Tensor
 
 
 def repetition(ids_BN: Tensor) -> float:
-    """Share of the runs of four tokens in a continuation that stood in it before; mean over continuations.
+    """Share of a continuation's runs of four tokens that occurred in it before; mean over continuations.
 
     A model that is lost says the same thing again and again.
     """
@@ -48,13 +48,13 @@ def repetition(ids_BN: Tensor) -> float:
 
 
 def agreement(theirs_BN: Tensor, ours_BN: Tensor) -> float:
-    """Share of the teacher's continuation that another model writes alike, up to the first difference."""
+    """Prefix match: share of the teacher's continuation that a model repeats up to the first difference."""
     same_BN = (theirs_BN == ours_BN).long().cumprod(1)
     return float(same_BN.float().mean())
 
 
 def loss_of(model: Any, family: Family, prompts_BP: Tensor, ids_BN: Tensor) -> float:
-    """What a model (the teacher) thinks of continuations: mean cross-entropy in nats per generated token."""
+    """A model's (the teacher's) mean cross-entropy on continuations, in nats per generated token."""
     device = head_of(model).device
     tokens_BS = torch.cat([prompts_BP, ids_BN], 1).to(device)
     labels_BS = tokens_BS[:, 1:].clone()

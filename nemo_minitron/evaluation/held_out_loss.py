@@ -80,7 +80,7 @@ def held_out(
 
 
 def _same_choice(ours: Projection, theirs: Projection) -> float:
-    """Share of the tokens for which both find the same entry most likely (a softcap changes no order)."""
+    """Top-1 agreement: share of tokens with the same most likely entry (a softcap changes no order)."""
     tokens, same = len(ours.hidden_TH), 0
     rows = chunk_rows(tokens, ours.head_VH.shape[0], ours.head_VH.device, 2)
     for part in (slice(start, start + rows) for start in range(0, tokens, rows)):

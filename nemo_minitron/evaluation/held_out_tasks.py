@@ -1,4 +1,4 @@
-"""Two lm-eval tasks made from held-out text, so that there is something to ask without a network."""
+"""Two lm-eval tasks made from held-out text, which need no network."""
 
 import itertools
 import json

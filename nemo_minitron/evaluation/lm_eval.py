@@ -68,7 +68,7 @@ def check_tasks(names: Sequence[str], task_dir: str | None) -> None:
 
 
 def library() -> Any:
-    """lm-eval, or what to install."""
+    """The module lm-eval; where it is missing, an error with what to install."""
     try:
         import lm_eval
     except ImportError as error:
@@ -127,7 +127,7 @@ def run_task(
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     aside = contextlib.redirect_stdout(sys.stderr)
     with _alone(), aside, _unconnected() if made else contextlib.nullcontext():
-        # unless told otherwise it resamples 100000 times
+        # its default is 100000 resamplings
         found = library().simple_evaluate(
             wrapped, tasks=[made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
             task_manager=manager_of(task_dir, not made), bootstrap_iters=100,
@@ -144,7 +144,7 @@ def run_task(
 
 
 def _documents(samples: dict[str, list[dict[str, Any]]], metrics: dict[str, float]) -> dict[str, list[float]]:
-    """What each metric gave each document; those that are no mean over documents are left out."""
+    """Each metric's value per document; metrics that are no mean over documents are left out."""
     found: dict[str, list[float]] = {}
     for task in sorted(samples):  # those of a group one after the other
         for row in sorted(samples[task], key=lambda row: row["doc_id"]):
@@ -180,7 +180,7 @@ def _alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unconnected() -> Iterator[None]:
-    """For tasks made here: the hub is not told that local files were loaded, and nothing shows."""
+    """For tasks made here: keeps ``datasets`` from calling the hub, and hides progress bars."""
     from datasets import config
 
     saved = config.HF_HUB_OFFLINE
@@ -194,7 +194,7 @@ def _unconnected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps progress bars, and git's complaint outside of a repository, off the screen."""
+    """Hides progress bars, and git's complaint outside of a repository."""
     sys.stderr.flush()
     saved = os.dup(2)
     try:

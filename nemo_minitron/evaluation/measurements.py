@@ -1,4 +1,4 @@
-"""What evaluate measures: units of work, each done once per model, by whichever rank is due."""
+"""Units of measurement: each is done once per model, by one rank."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +37,7 @@ class Failed:
     error: Exception | None
 
     def plain(self) -> "Failed":
-        """The same to be sent to another rank, which need not know the error's class."""
+        """A copy for another rank, which may not have the error's class."""
         return replace(self, error=ConnectionError(self.words) if isinstance(self.error, OSError) else None)
 
 
@@ -76,7 +76,7 @@ class Bench:
         return units + [Unit(model, SPEED) for model in self.folders if settings.speed]
 
     def key(self, unit: Unit) -> dict[str, Any]:
-        """All that decides a unit's outcome."""
+        """Everything that decides a unit's outcome."""
         settings = self.config.evaluate
         key: dict[str, Any] = {"what": unit.what, "model": self.checkpoint(unit.model).fingerprint}
         key["dtypes"] = [self.dtypes.get(name, "auto") for name in (unit.model, "teacher")]
@@ -106,7 +106,7 @@ class Bench:
         return found
 
     def measure(self, unit: Unit) -> dict[str, Any]:
-        """Measures a unit, unless that has been done."""
+        """Measures a unit, unless its result is cached."""
         key = self.key(unit)
         value = self._unsure.get(unit) or self.results.get(key)
         if value is None:
@@ -179,7 +179,7 @@ class Bench:
         return [Case(b, context, settings.new_tokens) for context in contexts for b in settings.speed_batches]
 
     def _model(self, name: str) -> Any:
-        """A model, loaded; beside the teacher one at a time stays."""
+        """A loaded model; besides the teacher one model is in memory at a time."""
         if name not in self._loaded:
             from nemo_minitron.models.causal_lm import load_model, pick_device
 
@@ -190,7 +190,7 @@ class Bench:
         return self._loaded[name]
 
     def release(self) -> None:
-        """Lets go of all models: speed is measured in processes that need the memory."""
+        """Frees all models, because speed is measured in processes that need the memory."""
         from nemo_minitron.models.causal_lm import free
 
         for name in self.folders:
@@ -216,7 +216,7 @@ class Bench:
 
 
 def work(bench: Bench, ranks: Any) -> list[Failed]:
-    """Measures this rank's units; a task that fails leaves the others to go on.
+    """Measures this rank's units; a failed task does not stop the others.
 
     Speed is rank 0's, when the others have done.
 

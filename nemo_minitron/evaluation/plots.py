@@ -74,7 +74,7 @@ _METRICS = {
 
 
 def depth_map(importance: Mapping[tuple[str, int], Tensor]) -> bytes:
-    """What it costs to lose each layer, or each block of consecutive layers.
+    """Picture of the importance of each layer, or of each block of consecutive layers.
 
     Args:
         importance: (metric, block length) to the blocks' importance, by their first layer.
@@ -110,7 +110,7 @@ def depth_map(importance: Mapping[tuple[str, int], Tensor]) -> bytes:
 
 
 def pareto(points: Sequence[tuple[str, int, float]]) -> bytes:
-    """Held-out loss against size, a point per model; those that none beats in both are joined.
+    """Held-out loss against size, a point per model; a line joins the models on the Pareto front.
 
     Args:
         points: name, parameters, held-out loss in nats per token.
@@ -142,7 +142,7 @@ def pareto(points: Sequence[tuple[str, int, float]]) -> bytes:
 
 
 def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, float]) -> bytes:
-    """Held-out loss against tokens seen, one curve per training; the others are lines across.
+    """Held-out loss against tokens seen, one curve per training; other models are horizontal lines.
 
     Args:
         logs: model name to lines of its training log; only those with ``val_loss`` are drawn.

@@ -1,4 +1,4 @@
-"""report.json and its table: the one on the screen, in the report, on the card and in Prefect."""
+"""report.json, and the tables made from it for the screen, the report, the card and Prefect."""
 
 import json
 from collections.abc import Mapping
@@ -37,9 +37,9 @@ def table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
         ("parameters", *(f"{row['parameters']:,}" for row in models)),
         ("held-out loss", *(f"{row['loss']:.4f}" for row in models)),
         ("perplexity", *(f"{row['perplexity']:.3f}" for row in models)),
-        ("quality kept", *(f"{row['retention']:.1%}" for row in models)),
+        ("perplexity retention", *(f"{row['retention']:.1%}" for row in models)),
         ("KL to teacher", *(_or_dash(row["divergence"], "{:.4f}") for row in models)),
-        ("same first choice", *(_or_dash(row["top1"], "{:.1%}") for row in models)),
+        ("top-1 agreement", *(_or_dash(row["top1"], "{:.1%}") for row in models)),
     ]
     for task, metric in _measured(report):
         cells = (_with_error(row.get("tasks", {}).get(task, {}), metric) for row in models)
@@ -65,15 +65,15 @@ def _measured(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return list(found)
 
 
-COMPARED = ("measure", "model", "difference to teacher", "p", "won back", "documents")
-WRITTEN = ("model", "as the teacher wrote", "repetition", "teacher's loss on it")
+COMPARED = ("measure", "model", "difference to teacher", "p", "recovered gap", "documents")
+WRITTEN = ("model", "prefix match", "repetition", "teacher's loss on it")
 
 
 def compared(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     """Each model against the teacher on the same documents, as text (``COMPARED``).
 
-    p is how likely such a difference would be between equally good models; "won back" is the share of what
-    the cut lost.
+    p is how likely such a difference would be between equally good models; "recovered gap" is the share of
+    what the cut lost that the model has recovered.
     """
     return tuple(
         (
@@ -89,7 +89,7 @@ def compared(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
 
 
 def written(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """How models write when they go on by themselves, as text (``WRITTEN``)."""
+    """How models continue prompts by themselves, as text (``WRITTEN``)."""
     rows = [(name, row["writing"]) for name, row in report["models"].items() if "writing" in row]
     return tuple(
         (
@@ -136,6 +136,6 @@ def _with_error(metrics: Mapping[str, float], metric: str) -> str:
 
 
 def markdown(titles: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
-    """A table in Markdown, numbers to the right; what stands in its cells is text, not markup."""
+    """A table in Markdown, numbers to the right; its cells are escaped, so that they hold no markup."""
     head, *body = ("| " + " | ".join(map(plain_text.markdown, row)) + " |" for row in (titles, *rows))
     return "\n".join([head, "|" + "|".join(["---"] + ["---:"] * (len(titles) - 1)) + "|", *body])

@@ -66,7 +66,7 @@ def write_page(workspace: Path, folder: Path) -> None:
 
 
 def _plan(workspace: Path) -> Plan | None:
-    """What was cut; None where that is not known, or another plan lies there now."""
+    """What was cut; None if that is not known, or if the workspace now has another plan."""
     plan, pruned = read_manifest(workspace / "plan"), read_manifest(workspace / "pruned")
     if plan is None:
         return None

@@ -65,14 +65,14 @@ def _student(t: float, freedom: int) -> float:
 
 
 def _binomial(wins: int, losses: int) -> float:
-    """Two-sided probability that fair coins part as unevenly as this, or more."""
+    """Two-sided probability that fair coins split this unevenly or more."""
     from scipy import stats
 
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
 def recovered(teacher: float, pruned: float, student: float, higher_is_better: bool) -> float | None:
-    """Share of what the cut lost that the student has won back: (student - pruned) / (teacher - pruned).
+    """Share of what the cut lost that the student has recovered: (student - pruned) / (teacher - pruned).
 
     None where the cut lost nothing.
     """

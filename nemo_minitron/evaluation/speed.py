@@ -24,7 +24,7 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed.
+    """One timed case: batch, prompt length and new tokens.
 
     Attributes:
         batch: samples at a time.
@@ -38,7 +38,7 @@ class Case:
 
 
 def conditions(device_name: str) -> dict[str, str | None]:
-    """What speed depends on beside model and cases: numbers of another machine are not these."""
+    """Conditions of a speed measurement besides model and cases: machine, software."""
     import torch
 
     from nemo_minitron.models.causal_lm import pick_device
@@ -94,7 +94,7 @@ def measure_in_process(
 
 
 def _in_process(engine: str, folder: Path, device: str, cases: Sequence[Case], dtype: str) -> Any:
-    """The numbers that a process prints, or its last words."""
+    """The numbers that a process prints; if it fails, its last line of output."""
     command = [sys.executable, "-m", "nemo_minitron.evaluation.speed", engine, str(folder), device]
     command += [json.dumps([asdict(case) for case in cases]), dtype]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)

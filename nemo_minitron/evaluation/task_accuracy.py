@@ -1,4 +1,4 @@
-"""lm-eval: accuracy of a model without some of its layers, which are left out where they stand."""
+"""lm-eval: accuracy of a model without some of its layers, which are skipped in place."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +23,7 @@ _ACCURACIES = ("acc_norm", "acc", "exact_match")
 
 
 def task_sums(config: Config, checkpoint: Checkpoint) -> Callable[[Any, int, frozenset[int]], DepthSums]:
-    """What measures the tasks of ``score.tasks`` without blocks of layers.
+    """A function that measures the tasks of ``score.tasks`` without blocks of layers.
 
     Returns:
         Called with rank 0's side of a pass, the layers of a block, and layers that are left out all along.

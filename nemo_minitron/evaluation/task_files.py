@@ -1,4 +1,4 @@
-"""Which files an lm-eval task is made of: what was measured holds as long as these are what they were."""
+"""Files that an lm-eval task is made of; a measurement is valid as long as they are unchanged."""
 
 import contextlib
 import glob
@@ -39,7 +39,7 @@ def _files_of(task: str, index: Any) -> set[Path]:
 
 
 class _Unresolved(yaml.SafeLoader):
-    """YAML whose functions stay names."""
+    """A YAML loader that keeps functions as names."""
 
 
 _Unresolved.add_constructor("!function", lambda loader, node: f"!function {node.value}")

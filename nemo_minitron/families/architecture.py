@@ -1,4 +1,4 @@
-"""What a family table says about one model: sizes, tensor names, shapes, layers that have an axis."""
+"""Applies a family table to one model: sizes, tensor names, shapes, layers that have an axis."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
 
 
 def config_values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config keys mean in this family: the config's values, the table's defaults where it has none."""
+    """Values of the config keys that a table uses; the table's defaults for missing keys."""
     return {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
 
 
@@ -140,7 +140,7 @@ def has_tensor(family: Family, row: TensorRow, config: Mapping[str, Any]) -> boo
 
 
 def fill(pattern: str, units: Mapping[str, int]) -> str:
-    """A pattern with numbers in the place of its placeholders."""
+    """A pattern with its placeholders replaced by numbers."""
     for name, unit in units.items():
         pattern = pattern.replace(f"{{{name}}}", str(unit))
     return pattern
@@ -158,7 +158,7 @@ def expected_tensors(
 
 
 def present_axes(family: Family, config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The axes that some tensor of this model has, with the layers in which they appear (in none: [])."""
+    """The axes of this model's tensors, and the layers that each appears in (an empty list: in no layer)."""
     sizes = axis_sizes(family, config)
     placeholder = family.axes["layers"].index or ""
     found: dict[str, set[int]] = {}
@@ -171,7 +171,7 @@ def present_axes(family: Family, config: Mapping[str, Any]) -> dict[str, list[in
 
 
 def _one_of_each(family: Family) -> dict[str, int]:
-    """Sizes that leave one unit of every indexed axis but the layers: conditions ask for no other."""
+    """Sizes with one unit of every indexed axis but the layers, since no condition depends on the others."""
     return {axis.name: 1 for axis in family.indexed.values() if axis.name != "layers"}
 
 

@@ -87,7 +87,7 @@ def _parse_group(tokens: list[str], text: str) -> Dim:
 
 
 def row_axes(row: Row) -> set[str]:
-    """Names of all axes that a row mentions; numbers are none."""
+    """Names of all axes that a row mentions; plain numbers are skipped."""
     return {axis for dim in row for product in dim for axis in product if not axis.isdecimal()}
 
 
@@ -139,7 +139,7 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 
 
 def evaluate(expression: str, values: Mapping[str, Any]) -> Any:
-    """Evaluates an expression over named values: arithmetic, comparison, logic, indexing, ``len``; no more.
+    """Evaluates an expression over named values: only arithmetic, comparison, logic, indexing and ``len``.
 
     Args:
         expression: for instance ``"hidden_size / num_attention_heads"``, ``"not tie_word_embeddings"`` or

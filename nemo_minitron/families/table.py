@@ -204,7 +204,7 @@ def _family(table: Mapping[str, Any]) -> Family:
 
 
 def _spelled(define: Mapping[str, str]) -> Callable[[str], str]:
-    """A function that writes out the names which the table defines for longer expressions."""
+    """A function that replaces the names that the table defines by their expressions."""
     known: dict[str, str] = {}
 
     def spell(expression: str) -> str:
@@ -265,7 +265,7 @@ def _tap(text: str) -> Tap:
 
 
 def use_tables(path: str | Path) -> None:
-    """Adds the user's own table, or a folder of tables; they go before those of the package.
+    """Adds the user's own table, or a folder of tables; they override those of the package.
 
     It also holds for processes that this one starts.
 

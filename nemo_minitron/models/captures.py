@@ -30,7 +30,7 @@ class Captures:
         terms: Iterable[str],
         layers: Iterable[int],
     ) -> None:
-        """Hooks the model for good.
+        """Hooks the model permanently.
 
         Args:
             model: a Hugging Face causal LM.
@@ -65,7 +65,7 @@ class Captures:
         return layer % count
 
     def take(self) -> dict[Place, Tensor]:
-        """Hands over what the last forward pass left."""
+        """Returns the captures of the last forward pass, and clears them."""
         taken, self.states, self._armed = self.states, {}, False
         return taken
 

@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def free() -> None:
-    """Gives back the memory of models that nothing refers to any more."""
+    """Frees the memory of models that are no longer referenced."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -128,7 +128,7 @@ def new_model(config: Mapping[str, Any], seed: int) -> Any:
 
 
 def stored_config(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a model made from scratch: what its class declares, no general defaults.
+    """The config.json of a model made from scratch: keys that its class declares, no general defaults.
 
     Args:
         model: the model.
@@ -166,7 +166,7 @@ def head_of(model: Any) -> Tensor:
 
 
 def hidden_states(model: Any, family: Family, tokens_BS: Tensor, **more: Any) -> Tensor:
-    """What the output projection gets: last hidden states, after the final norm.
+    """Input of the output projection: last hidden states, after the final norm.
 
     Divided where the family divides its logits. [batch, positions] token ids to [batch, positions, hidden];
     ``more`` are further arguments of the decoder.

@@ -31,7 +31,7 @@ def _control_group() -> int:
 
 
 def _reclaimable(stat: Path) -> int:
-    """Pages of files that the control group counts as taken and gives back when asked."""
+    """Bytes of file pages that the control group counts as used but can reclaim."""
     if stat.is_file():
         for line in stat.read_text(encoding="utf-8").splitlines():
             if line.startswith("inactive_file "):

@@ -37,7 +37,7 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as a matrix [outputs, inputs], for who asks for it (fused Mamba kernels do)."""
+        """The weight as a matrix [outputs, inputs], which fused Mamba kernels read."""
         return (self.quantised_OI.float() * self.scale_O[:, None]).to(self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""torch hooks: a decoder whose layers can be left out and fed by hand, whatever its family.
+"""torch hooks: skips layers of a decoder, or feeds them by hand; works for every family.
 
 Nothing of the decoder's own code is repeated: embeddings, masks, position embeddings and the final norm are
 its own, each layer gets the arguments that it would get.
@@ -36,7 +36,7 @@ class LayerControl:
 
     @contextmanager
     def attached(self) -> Iterator["LayerControl"]:
-        """In force for the length of the block; to be attached before hooks that read the layers' inputs."""
+        """Active during the block; attach it before hooks that read the layers' inputs."""
         handles = []
         for layer, module in enumerate(self._modules):
             handles.append(module.register_forward_pre_hook(partial(self._before, layer), with_kwargs=True))

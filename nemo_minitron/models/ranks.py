@@ -29,7 +29,7 @@ class Ranks:
         return self.size > 1
 
     def broadcast(self, value: Any) -> Any:
-        """What rank 0 gives, on every rank."""
+        """Rank 0's value, on every rank."""
         if not self.several:
             return value
         box = [value]
@@ -37,7 +37,7 @@ class Ranks:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank gives, in order, on every rank."""
+        """Every rank's value, in order, on every rank."""
         if not self.several:
             return [value]
         found: list[Any] = [None] * self.size

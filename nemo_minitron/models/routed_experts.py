@@ -1,4 +1,4 @@
-"""transformers: routed experts computed one after the other, with what each did in sight.
+"""transformers: computes routed experts one by one, and shows what each did.
 
 In memory the experts of a layer are one module whose forward pass multiplies all of them at once. While they
 are watched, the module does the same expert by expert, and shows each one's activations.

@@ -4,12 +4,12 @@ import os
 
 
 def is_follower() -> bool:
-    """Whether torchrun started this process beside another, its rank 0, which holds the workspace."""
+    """Whether torchrun started this process and it is not rank 0, which holds the workspace."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
 def join_ranks() -> None:
-    """Under torchrun, holds each rank until rank 0 has come here too: what it makes first is there then."""
+    """Under torchrun, waits until rank 0 is here too, so that its files exist for all ranks."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from nemo_minitron.models.ranks import join
 
@@ -17,7 +17,7 @@ def join_ranks() -> None:
 
 
 def leave_ranks() -> None:
-    """Under torchrun, ends the processes' connection in good order: none goes while another still talks."""
+    """Under torchrun, closes the processes' connection after all of them have finished with it."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from nemo_minitron.models.ranks import leave
 

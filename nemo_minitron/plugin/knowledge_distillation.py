@@ -1,4 +1,4 @@
-"""The callback that distils: a teacher's logits, and hidden states where asked for."""
+"""The callback that distils from a teacher's logits and, where configured, its hidden states."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -109,7 +109,7 @@ class KnowledgeDistillation(Callback):
             self.teacher.to(pl_module.device)
 
     def _head(self, device: torch.device) -> Tensor:
-        """The teacher's head where the loss is; a copy, kept, where the teacher is elsewhere."""
+        """The teacher's head on the loss's device; a kept copy if the teacher is on another device."""
         head_VG = head_of(self.teacher)
         if head_VG.device == device:
             return head_VG
@@ -196,7 +196,7 @@ class KnowledgeDistillation(Callback):
 
 
 class CachedDistillation(Callback):
-    """Trains the model against what is known of a teacher's logits; no teacher is there.
+    """Trains the model against a teacher's cached logits, without the teacher.
 
     Attributes:
         cache: the teacher's logits, by number of the sample.

@@ -32,7 +32,7 @@ class Publishing(Callback):
         self._step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes away what another training has left."""
+        """Removes what another training left."""
         self._step = trainer.global_step
         if trainer.is_global_zero and trainer.global_step == 0:
             discard(self.folder)
@@ -40,7 +40,7 @@ class Publishing(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Publishes behind a step that is due."""
+        """Publishes after a step that is due."""
         step = trainer.global_step
         if step == self._step or (step % self.every and step != trainer.max_steps):
             return
@@ -80,7 +80,7 @@ class LiveTeacher(Callback):
         self._taken: list[dict[str, int]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on with the teacher that the checkpoint was made with."""
+        """Restores the teacher that the checkpoint was made with."""
         path = self.state / training_log.TEACHERS
         self._taken = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         before = [entry for entry in self._taken if entry["step"] < trainer.global_step]
@@ -90,7 +90,7 @@ class LiveTeacher(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Takes over what is new, before a step's first micro-batch."""
+        """Loads a newer teacher, if any, before a step's first micro-batch."""
         if batch_idx % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
@@ -104,7 +104,7 @@ class LiveTeacher(Callback):
                 self._forget()
 
     def _find(self, step: int) -> dict[str, int] | None:
-        """A snapshot newer than the last one, kept and written down; None where there is none."""
+        """A snapshot newer than the last one, linked and recorded; None if there is none."""
         newest, last = max(snapshots(self.folder), default=0), self._taken[-1:]
         if newest <= (last[0]["snapshot"] if last else 0):
             return None
@@ -134,7 +134,7 @@ class LiveTeacher(Callback):
         self.distillation.replace_teacher(self.load(self._own(snapshot)))
 
     def _forget(self) -> None:
-        """Removes teachers that no checkpoint could go back to."""
+        """Removes teachers that no checkpoint can return to."""
         newest = newest_checkpoint(self.state / "nemo" / "checkpoints")
         back = 0 if newest is None else step_of(newest)
         before = [entry["snapshot"] for entry in self._taken if entry["step"] < back]

@@ -124,7 +124,7 @@ class MinitronModel(ModelPT):
 
     @classmethod
     def restore_from(cls, restore_path: str, *more: Any, **options: Any) -> Any:
-        """Restores a ``.nemo`` archive, as NeMo does, which takes nothing from outside of the archive.
+        """Restores a ``.nemo`` archive as NeMo does, and reads nothing outside of it.
 
         Raises:
             ValueError: it is none of this class, or reaches out of itself.
@@ -154,7 +154,7 @@ class MinitronModel(ModelPT):
         )
 
     def setup_multiple_validation_data(self, val_data_config: DictConfig) -> None:
-        """One validation set; NeMo's own would take every entry of ``paths`` for a set of its own."""
+        """Sets up one validation set; NeMo's own method would make one of every entry of ``paths``."""
         self._update_dataset_config(dataset_name="validation", config=val_data_config)
         self.setup_validation_data(val_data_config)
 
@@ -228,11 +228,11 @@ class MinitronModel(ModelPT):
             return hidden_states(self.model, self.family, tokens_BS)
 
     def products(self) -> contextlib.AbstractContextManager[Any]:
-        """What a model's layers run under: FP8, where Transformer Engine is asked for it."""
+        """The context of the layers' matrix products: FP8 if Transformer Engine is set so."""
         return contextlib.nullcontext() if self.kit is None else self.kit.context()
 
     def _own_layers(self) -> contextlib.AbstractContextManager[None]:
-        """The Hugging Face model's own layers in their places again."""
+        """Puts the Hugging Face model's own layers back during the block."""
         return contextlib.nullcontext() if self._exchange is None else self._exchange.undone()
 
     def evaluate_objective(self, batch: Tensor | Sequence[Tensor]) -> LossTerms:
@@ -264,7 +264,7 @@ class MinitronModel(ModelPT):
         return terms.loss * share
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """The mean over the step's learned tokens."""
+        """Turns the step's gradients into those of the mean over its learned tokens."""
         self.learned.weigh(self, self._trainer.strategy)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -276,7 +276,7 @@ class MinitronModel(ModelPT):
             self.log("val_divergence", terms.divergence, **how)
 
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
-        """Nothing to gather: ``validation_step`` logs means."""
+        """Does nothing: ``validation_step`` logs means already."""
 
     def follow_model(self) -> None:
         """Writes the sizes that the model has now into ``cfg.hf_config``: a transform may have pruned it."""

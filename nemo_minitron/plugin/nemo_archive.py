@@ -47,7 +47,7 @@ def _file_key(name: str) -> str:
 
 
 def file_name(key: str) -> str:
-    """The file that an entry of ``cfg.files`` stands for."""
+    """The file name that an entry of ``cfg.files`` means."""
     return key.replace("__dot__", ".")
 
 
@@ -87,7 +87,7 @@ def nemo_archive(model: Any, path: Path) -> Path:
 
 
 def check_archive(path: Path) -> None:
-    """Refuses a ``.nemo`` archive that is none of ``MinitronModel``'s, or reaches out of itself.
+    """Refuses a ``.nemo`` archive that is not of ``MinitronModel``, or that refers to files outside of it.
 
     Nothing is unpacked; NeMo's own extraction refuses members that would land outside, and links.
 
@@ -124,7 +124,7 @@ _LONGEST_CONFIG = 16 * 2**20
 
 
 def check_restored(cfg: DictConfig, where: str, members: Collection[str] | None = None) -> None:
-    """Refuses the configuration of a restored archive that reaches out of the archive.
+    """Refuses the configuration of a restored archive if it refers to files outside of the archive.
 
     Its files have the plain names that a model's files have, and are members of the archive: a key would
     otherwise name a file to write anywhere, a value one to read from anywhere. And what becomes config.json

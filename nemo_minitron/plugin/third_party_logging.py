@@ -1,4 +1,4 @@
-"""What NeMo and Lightning log and warn of."""
+"""Logging and warnings of NeMo and Lightning."""
 
 import logging
 import re
@@ -9,7 +9,7 @@ from nemo.utils import logging as nemo_logging
 
 
 def silence_third_parties() -> None:
-    """Keeps NeMo's and Lightning's chatter out of the way of the progress bar.
+    """Silences NeMo's and Lightning's log lines, which would break the progress bar.
 
     Warnings of substance remain.
     """

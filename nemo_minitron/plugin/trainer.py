@@ -42,7 +42,7 @@ _STEP = re.compile(r"step=(\d+)")
 
 @dataclass(frozen=True)
 class Options:
-    """What neither Lightning nor NeMo has a word for.
+    """Settings that neither Lightning nor NeMo has.
 
     Attributes:
         activation_checkpointing: whether layers keep no activations, and compute them again.
@@ -125,7 +125,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     skipped: frozenset[int] = frozenset(),
 ) -> MinitronModel:
-    """Trains a model, going on from the newest checkpoint in ``state`` if there is one.
+    """Trains a model; resumes from the newest checkpoint in ``state`` if there is one.
 
     Args:
         hf_model: a Hugging Face causal LM in the dtype to train in.
@@ -143,7 +143,7 @@ def train(
 
     Raises:
         ValueError: NeMo, Lightning or a callback refuses a setting, or the checkpoint holds more than data.
-        BadStep: a step that must not be taken; with it in ``skipped``, another call goes on.
+        BadStep: a step that must not be taken; with it in ``skipped``, another call resumes.
     """
     silence_third_parties()
     check_trainer(recipe.trainer)
@@ -191,7 +191,7 @@ def _trainer(recipe: Recipe, callbacks: Sequence[Callback]) -> Trainer:
 
 
 def _watch(trainer: Trainer, model: MinitronModel, recipe: Recipe, positions: int, state: Path) -> None:
-    """Adds the training log, and behind it what may end the training."""
+    """Adds the training log, and after it the callbacks that may end the training."""
     every = recipe.trainer["log_every_n_steps"] if recipe.trainer.get("log_every_n_steps") else 10
     readers = trainer.world_size // recipe.options.tensor_parallel
     tokens = recipe.batch_size * positions * trainer.accumulate_grad_batches * readers
@@ -275,7 +275,7 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
 
 
 def _tidy(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Removes finished checkpoints that the next one would have removed, had the training not been stopped.
+    """Removes finished checkpoints that the next one would have removed if the training had not stopped.
 
     What is saved on a signal no callback keeps count of; and NeMo forgets sharded ones when it resumes.
     """

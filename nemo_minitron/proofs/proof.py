@@ -1,4 +1,4 @@
-"""Proof of a family table on real, tiny models: a table is either proven or refused.
+"""Proves or refuses a family table on real, tiny models.
 
 Every weight of the models, norms, biases and router buffers included, is random at unit scale: at their usual
 constants a wrong row would survive.
@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Finding:
-    """What one proof of one axis found: whether it holds, or why it does not apply."""
+    """Outcome of one proof of one axis: whether it holds, or why it does not apply."""
 
     axis: str
     proof: str
@@ -130,7 +130,7 @@ def _dead_units(checkpoint: Checkpoint, axis: str, work: Path) -> Finding:
 
 
 def halved(family: Family, sizes: Mapping[str, int], axis: str, axes: Sequence[str]) -> dict[str, int]:
-    """Targets with half of one axis, and of as few others as the architecture's rules then ask for."""
+    """Targets with one axis halved, and as few other axes as the architecture's rules require."""
     asked = list(axes) if axis == TOGETHER else [axis]
     others = [name for name in axes if name not in asked and name != "layers"]
     for extra in itertools.chain.from_iterable(itertools.combinations(others, n) for n in range(3)):

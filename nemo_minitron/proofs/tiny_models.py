@@ -1,4 +1,4 @@
-"""Tiny models made from a family table, and what is done to them in its proofs."""
+"""Tiny models made from a family table, and the changes that its proofs make to them."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -104,7 +104,7 @@ def permutation(family: Family, config: Mapping[str, Any], axes: Sequence[str], 
 
 
 def _shuffled(count: int, generator: torch.Generator) -> Tensor:
-    """A random order that is never the one there was: of two units, chance would leave half as they are."""
+    """A random order, never the present one; a plain shuffle would keep two units half of the time."""
     order = torch.randperm(count, generator=generator)
     return order.roll(1) if torch.equal(order, torch.arange(count)) else order
 
@@ -173,7 +173,7 @@ def _positions(dim: Dim, sizes: Mapping[str, int], axis: str, units: Tensor) -> 
 
 
 def _deafen(family: Family, tensors: dict[str, Tensor], experts: Tensor) -> None:
-    """Makes routers never choose some experts.
+    """Changes routers so that they never choose some experts.
 
     Hidden channel 0 is made a large constant that no block writes and every norm lets through; the routers'
     weights for these experts are strongly negative there, and zero elsewhere.

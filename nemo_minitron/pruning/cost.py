@@ -78,7 +78,7 @@ ROUND = {"hidden": 64, "ffn": 64, "expert_ffn": 64, "shared_ffn": 64, "head_dim"
 
 
 def alignment(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
-    """Advice where a cut leaves sizes that kernels do not like: a line per axis, with the nearest good ones.
+    """Advice on sizes that are slow in kernels: a line per axis, with the nearest good sizes.
 
     Sizes that the cut does not touch, or of models too small to matter, are passed over.
     """

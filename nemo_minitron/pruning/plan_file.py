@@ -42,7 +42,7 @@ class Plan:
 
 
 def make_plan(family: Family, config: Mapping[str, Any], keep: Keep, layers_kept: tuple[int, ...]) -> Plan:
-    """Works out what a cut costs and brings."""
+    """Computes the model's cost before and after a cut."""
     before = axis_sizes(family, config)
     pruned = cut_config(Cut(family, config, keep, layers_kept))
     dropped = tuple(layer for layer in range(before["layers"]) if layer not in layers_kept)

@@ -145,7 +145,7 @@ def kept_layers(layers: int, dropped: list[int]) -> list[int]:
 
 
 def contiguous(scores: Tensor, length: int) -> list[int]:
-    """The layers of the least important block of consecutive layers; of equals the later one goes first.
+    """The least important block of consecutive layers; on a tie the later block.
 
     Args:
         scores: importance of every block of this length, by its first layer.
@@ -158,7 +158,7 @@ def contiguous(scores: Tensor, length: int) -> list[int]:
 def scattered(scores_L: Tensor, count: int) -> list[int]:
     """The ``count`` least important layers, wherever they are, ascending.
 
-    Of equals the higher index goes first.
+    On a tie the higher index is removed.
     """
     kept = top(scores_L, scores_L.numel() - count).tolist()
     return [layer for layer in range(scores_L.numel()) if layer not in kept]
@@ -169,6 +169,6 @@ def group_scores(heads_LN: Tensor, groups: int) -> Tensor:
 
     The L2 norm over its query heads' scores. [layers, heads] to [layers, groups].
     """
-    heads_LN = heads_LN.clamp(min=0)  # less than nothing: gone in an earlier round
+    heads_LN = heads_LN.clamp(min=0)  # negative: removed in an earlier round
     norms: Tensor = torch.linalg.vector_norm(heads_LN.unflatten(-1, (groups, -1)), dim=-1)
     return norms

@@ -65,7 +65,7 @@ def candidates(
         where: what error messages put before the axis' name.
 
     Returns:
-        At least one; those nearest to the middle of the window first, of equals the smaller sizes.
+        At least one; those nearest to the middle of the window first, on a tie the smaller sizes.
 
     Raises:
         ValueError: what is asked for cannot be; no combination in the window, with the nearest on both sides.
@@ -126,7 +126,7 @@ def _combinations(
     keep_layers: Callable[[int], Sequence[int]],
     where: str,
 ) -> Iterator[tuple[dict[str, int], Size] | ValueError]:
-    """The sizes of all axes and the cost of every combination, or why it cannot be.
+    """The sizes of all axes and the cost of every combination, or why it is not valid.
 
     Which tensors a model has takes long to find out; widths matter only where a row's condition names one.
     """
@@ -177,7 +177,7 @@ def _tensors(
 
 
 def _cost(tensors: _Tensors, sizes: Mapping[str, int], like: Size) -> Size:
-    """What ``model_size`` finds, from counted tensors; context and cache as ``like`` has them."""
+    """The same cost as ``model_size``, from counted tensors; context and cache as in ``like``."""
     parameters = non_embedding = active = matrix = 0
     for (dims, units), count in tensors[0].items():
         shape, axes = row_shape(dims, sizes), row_axes(dims)
@@ -266,7 +266,7 @@ def rungs(candidates: int, steps: int, factor: int = 2) -> list[tuple[int, int]]
     Args:
         candidates: how many there are to begin with.
         steps: training steps of the last rung.
-        factor: how many times fewer go on, rounded up.
+        factor: each rung keeps 1 / factor of the candidates, rounded up.
 
     Returns:
         (candidates, steps of each, from their beginning) per rung; steps rise from rung to rung, and the last
@@ -286,7 +286,7 @@ def rungs(candidates: int, steps: int, factor: int = 2) -> list[tuple[int, int]]
 
 
 def halving(scores: Sequence[float], keep: int) -> list[int]:
-    """Indices of the ``keep`` least scores, best first; of equals the earlier one, NaN the worst of all.
+    """Indices of the ``keep`` least scores, best first; on a tie the earlier one, NaN last.
 
     Raises:
         ValueError: ``keep`` is not between 1 and the number of scores.

@@ -24,7 +24,7 @@ from nemo_minitron.pruning.select import Keep
 
 @dataclass(frozen=True)
 class Cut:
-    """What is cut from one model: the kept units of every shrinking axis, and the kept layers."""
+    """A cut of one model: the kept units of every shrinking axis, and the kept layers."""
 
     family: Family
     config: Mapping[str, Any]
@@ -95,7 +95,7 @@ def pieces(cut: Cut, names: Sequence[str]) -> Iterator[Piece]:
 
 
 def _renumbered(cut: Cut, units: Mapping[str, int]) -> dict[str, int] | None:
-    """The numbers that a tensor's units have in the result, or None where one of them goes."""
+    """The numbers of a tensor's units in the result, or None if one of them is removed."""
     result = {}
     for placeholder, unit in units.items():
         axis = cut.family.indexed[placeholder].name
@@ -112,7 +112,7 @@ def _renumbered(cut: Cut, units: Mapping[str, int]) -> dict[str, int] | None:
 
 
 def _at(cut: Cut, axis: str, units: Mapping[str, int]) -> Tensor:
-    """The kept units of an axis for the units that a tensor's name names, as far as it names them."""
+    """The kept units of an axis, for the layer and expert in a tensor's name, if it has them."""
     index = cut.keep[axis]
     for owner in cut.family.ranked_per(axis):
         placeholder = cut.family.axes[owner].index or ""

@@ -1,4 +1,4 @@
-"""Cuts as a stream: blocks of rows from the source's shards, straight into the shards of the results.
+"""Prunes as a stream: blocks of rows go from the source's shards into the results' shards.
 
 One pass over the source serves any number of cuts. Memory holds a few blocks of about eight megabytes (of one
 unit of dimension 0 where that is longer), whatever the size of model and tensors.
@@ -39,7 +39,7 @@ class _Target:
 
 
 class _Buffers:
-    """Memory used in turn; a piece of it comes up again when everyone who was lent it is done."""
+    """Buffers used in turn; a buffer is reused once all its readers are done."""
 
     def __init__(self, count: int) -> None:
         self._memory = [np.empty(0, np.uint8) for _ in range(count)]
@@ -168,7 +168,7 @@ def _schedule(wanted: list[Piece], rows: int, step: int) -> Iterator[list[tuple[
 
 
 def _columns(values: Block, piece: Piece, unit: int, results: _Buffers) -> Block:
-    """Takes what survives along the dimensions after the first; ``unit`` is the first row's number."""
+    """Selects what survives along the dimensions after the first; ``unit`` is the first row's number."""
     for position, index in enumerate(piece.indices):
         if position == 0 or index is None:
             continue
@@ -189,7 +189,7 @@ def _rescaled(values: Block, piece: Piece, dtype: str) -> Block:
 
 
 def _read_rows(file: int, start: int, row_bytes: int, rows: Rows, buffers: _Buffers) -> Block:
-    """Reads ascending rows of a matrix, and little else: gaps are read along only where they are short.
+    """Reads ascending rows of a matrix; short gaps between them are read too, long ones are not.
 
     Shape [rows, row_bytes], uint8; where nothing was read along, the buffer itself.
     """

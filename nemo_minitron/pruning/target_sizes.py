@@ -1,4 +1,4 @@
-"""What a plan asks for: target sizes, checked against the model before anything is scored or cut."""
+"""Target sizes of a plan, checked against the model before anything is scored or cut."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,7 +18,7 @@ def explicit_targets(plan: PlanConfig) -> dict[str, Any]:
 
 
 def needs_scores(plan: PlanConfig) -> bool:
-    """Whether a ranking decides anything: a list of layers to drop alone needs none."""
+    """Whether the plan needs scores; a list of layers to drop alone does not."""
     return bool(set(explicit_targets(plan)) - set(_CHOICES))
 
 

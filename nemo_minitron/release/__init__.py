@@ -1,1 +1,1 @@
-"""What goes in and out: the hub, the model card, MLflow."""
+"""Downloads and uploads of the hub, the model card, MLflow."""

@@ -1,4 +1,4 @@
-"""huggingface_hub: models in."""
+"""huggingface_hub: downloads of models."""
 
 import contextlib
 import hashlib
@@ -99,7 +99,7 @@ def check_hashes(snapshot: Path) -> None:
 
 
 def _git_hash(path: Path) -> str:
-    """What git calls a file's contents, by which the hub names what is no large file."""
+    """The git hash of a file, which the hub uses for small files."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 

@@ -1,4 +1,4 @@
-"""huggingface_hub: exports out."""
+"""huggingface_hub: uploads of exports."""
 
 import re
 from pathlib import Path

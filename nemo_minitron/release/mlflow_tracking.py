@@ -38,10 +38,10 @@ _LIMITS = {
 }
 """MLflow's own: seven retries of 120 s each, and whatever wait a server asks for. What the user set stays."""
 _QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
-"""MLflow phones home where it is not told otherwise, and its DO_NOT_TRACK knows the word true only."""
+"""MLflow sends telemetry by default; its DO_NOT_TRACK accepts only the word true."""
 _CHATTER = ("mlflow", "alembic", "urllib3.connectionpool")
 _NAME, _VALUE, _TAG, _REASON = 250, 6000, 5000, 240
-"""Longest name, param and tag, as MLflow takes them; and how much of an error is told."""
+"""Longest name, param and tag, as MLflow takes them; and of an error's text."""
 _POINTS, _PARAMS = 1000, 25
 """Entries of a request; it may hold 100 params and a million bytes, which so many long ones stay below."""
 _FILES = (report.PAGE, report.FILE, training_log.TABLE)
@@ -49,7 +49,7 @@ _LOCK = threading.Lock()
 
 
 def check() -> None:
-    """Looks whether MLflow is there, without the two seconds that its import takes.
+    """Checks whether MLflow is installed, without the two seconds that its import takes.
 
     Raises:
         ValueError: it is not.
@@ -84,7 +84,7 @@ def track(
         identity: the workspace's own, by which later calls find the run again.
 
     Returns:
-        None; or one line that says why the stage is not in the run, or not all of it. Another call goes on.
+        None; or one line that says why the stage is not in the run, or not all of it. Another call resumes.
 
     Raises:
         ValueError: MLflow is not installed.
@@ -110,7 +110,7 @@ def track(
 
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
-    """MLflow with few retries, no telemetry and no chatter; behind it all is as it was before."""
+    """Sets MLflow to few retries, no telemetry and no log lines during the block."""
     wanted = {**_LIMITS, **{name: os.environ[name] for name in _LIMITS if name in os.environ}, **_QUIET}
     before = {name: os.environ.get(name) for name in wanted}
     loggers = {logger: logger.level for logger in map(logging.getLogger, _CHATTER)}
@@ -209,7 +209,7 @@ def _curves(prefix: str, folder: Path) -> dict[tuple[str, int], Any]:
 
 
 def _finite(found: Mapping[tuple[str, int], Any]) -> tuple[dict[tuple[str, int], float], list[str]]:
-    """What can be drawn, and a word for each number that is none: MLflow would store inf as 1.8e308."""
+    """Finite numbers, and a note for each other one: MLflow would store inf as 1.8e308."""
     kept, odd = {}, []
     for (name, step), value in found.items():
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
@@ -260,7 +260,7 @@ def _send_files(client: Any, run_id: str, folder: Path, stage: str) -> None:
 
 
 def _leaves(value: Any, lists: bool, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Everything below a value that has nothing below it, with the way there; through lists if wanted."""
+    """The leaves of nested containers, each with its path; lists are entered if wanted."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _leaves(item, lists, (*path, str(name)))
@@ -272,7 +272,7 @@ def _leaves(value: Any, lists: bool, path: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def _named(prefix: str, separator: str, leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
-    """Values by names that MLflow takes; names that become the same are told apart by a number."""
+    """Values by names that MLflow takes; equal names get a number."""
     named: dict[str, Any] = {}
     for path, value in leaves:
         parts = [re.sub(r"[^\w.\- ]", "_", masked(part)) for part in path]

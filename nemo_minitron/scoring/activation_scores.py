@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outcome:
-    """What came of scoring, and how fast it went.
+    """Result of scoring, and its speed.
 
     Attributes:
         scores: the result.
@@ -43,7 +43,7 @@ class Outcome:
 
 
 def measures_of(config: Config, layers: int) -> "Measures":
-    """What a pass sums."""
+    """What the passes of a configuration sum."""
     from nemo_minitron.scoring.hooks import Measures
 
     lengths = block_lengths(config, layers)
@@ -59,7 +59,7 @@ def measures_of(config: Config, layers: int) -> "Measures":
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before anything is run.
+    """Everything that is read before the first pass.
 
     Attributes:
         samples: the calibration samples.
@@ -166,7 +166,7 @@ def part_of(shard: str | None, count: int) -> list[int]:
 
 
 def usable(tally: CalibrationSums, measures: "Measures", wanted: dict[int, str]) -> CalibrationSums:
-    """The sums that a pass need not make again; empty where they lack something, or hold too much."""
+    """Saved sums that can be reused; empty if they lack something or hold too much."""
     if any(wanted.get(index) != name for index, name in tally.samples.items()):
         return CalibrationSums()
     depth = [("block_influence", n) for n in measures.influence] + [("lm_loss", n) for n in measures.losses]

@@ -1,4 +1,4 @@
-"""All sums of a scoring pass together: what batches, ranks, machines and resumed runs add up.
+"""All sums of a scoring pass. Batches, ranks, machines and resumed runs add them up.
 
 Dimension 0 of every sum is the layer, whichever layers a pass saw.
 """
@@ -85,7 +85,7 @@ def rankings(
 
 
 def place(sums: Moments, layer: int, layers: int) -> Moments:
-    """Moments of one layer alone, of shape [1, ...], at their place among all layers."""
+    """Puts one layer's moments, of shape [1, ...], at their place among all layers."""
     total = torch.zeros(layers, *sums.total.shape[1:], dtype=sums.total.dtype)
     squares = torch.zeros_like(total)
     total[layer], squares[layer] = sums.total[0], sums.squares[0]

@@ -1,4 +1,4 @@
-"""Importance of layers, and of blocks of consecutive layers, by what it costs to lose them.
+"""Importance of layers, and of blocks of consecutive layers, by the cost of removing them.
 
 ``block_influence`` of the block i .. i+n-1 is 1 - E[cos(x_i, x_{i+n})], x_i the input of layer i ([P1] eq. 4,
 which has n = 1). ``lm_loss`` is the rise of the language-model loss without the block, ``task`` the fall of a
@@ -37,7 +37,7 @@ def merge_depth(left: DepthSums, right: DepthSums) -> DepthSums:
 
 
 def block_importance(metric: str, sums: DepthSums) -> Tensor:
-    """What is lost with each block.
+    """Importance of each block.
 
     Returns:
         Tensor of shape [layers - length + 1], float64; 0 for a block that changes nothing, less than 0 for

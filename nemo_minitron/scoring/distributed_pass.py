@@ -1,4 +1,4 @@
-"""Scoring passes, alone or spread over the ranks of torchrun: rank 0 says what to do, the others follow."""
+"""Scoring passes on one process or on torchrun's ranks: rank 0 sends requests, the others perform them."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,7 @@ from nemo_minitron.workspace.manifest import digest
 
 @dataclass(frozen=True)
 class PassRequest:
-    """One pass, as rank 0 hands it out.
+    """Request for one pass, sent by rank 0.
 
     Attributes:
         folder: the model.
@@ -58,7 +58,7 @@ class PassRequest:
 
 @contextmanager
 def leading(ranks: Ranks) -> Iterator["Leader"]:
-    """Rank 0's part; the others are let go at the end of the block, however it ends."""
+    """Rank 0's part; the end of the block, also by an error, ends the other ranks' part."""
     try:
         yield Leader(ranks)
     finally:
@@ -66,7 +66,7 @@ def leading(ranks: Ranks) -> Iterator["Leader"]:
 
 
 def follow(ranks: Ranks) -> None:
-    """The other ranks' part: does what rank 0 says until it says no more."""
+    """The other ranks' part: performs rank 0's requests until there are no more."""
     models = _Models(ranks)
     while (job := ranks.broadcast(None)) is not None:
         ranks.gather(_perform(job, ranks, models, lambda _: None))
@@ -91,7 +91,7 @@ class Leader:
         return reduce(merge_sums, found)
 
     def model(self, folder: Path, device: str) -> Any:
-        """A model in memory, for what is no pass."""
+        """A model in memory, for other uses than a pass."""
         return self._models.get(folder, device, False)
 
 
@@ -173,7 +173,7 @@ def _perform(
 
 
 def _save(target: Path, tally: CalibrationSums) -> None:
-    """Writes sums so that a reader finds the old ones or the new ones, whole."""
+    """Writes sums atomically."""
     fresh = target.with_name(f"{target.name}.new")
     discard(fresh)
     fresh.mkdir(parents=True)
@@ -200,7 +200,7 @@ def load_partial(state: Path) -> CalibrationSums:
 
 
 def save_partial(state: Path, tally: CalibrationSums) -> None:
-    """Leaves sums where ``saved`` finds them, whatever ranks then save beside them."""
+    """Saves the sums of an earlier run in one file, in the place of its parts."""
     _save(state / "part-all", tally)
     for path in state.glob("part-*"):
         if path.name != "part-all":

@@ -15,7 +15,7 @@ class HiddenStateStore:
     """Tensors kept in memory up to a budget, and beyond it on disk."""
 
     def __init__(self, budget: int, folder: Path) -> None:
-        """An empty shelf.
+        """An empty store.
 
         Args:
             budget: bytes to keep in memory.
@@ -26,7 +26,7 @@ class HiddenStateStore:
         self._disk: dict[Stream, Path] = {}
 
     def put(self, key: Stream, tensor: Tensor) -> None:
-        """Keeps a tensor; one with the same key gives way."""
+        """Stores a tensor; it replaces one with the same key."""
         self.drop(key)
         if tensor.nbytes <= self._left:
             self._left -= tensor.nbytes
@@ -41,18 +41,18 @@ class HiddenStateStore:
         return self._memory[key] if key in self._memory else load_file(self._disk[key])["hidden"]
 
     def drop(self, key: Stream) -> None:
-        """Forgets a tensor, where there is one."""
+        """Removes a tensor, if there is one."""
         if key in self._memory:
             self._left += self._memory.pop(key).nbytes
         elif key in self._disk:
             self._disk.pop(key).unlink()
 
     def keys(self) -> list[Stream]:
-        """What is there."""
+        """Keys of the stored tensors."""
         return [*self._memory, *self._disk]
 
 
 def file_name(key: Stream) -> str:
-    """The name of the file that holds what waits under a key, without its ending."""
+    """Name of the file of a key, without its suffix."""
     block, batch = key
     return f"{batch}-{'-'.join(map(str, block or ()))}"

@@ -1,4 +1,4 @@
-"""torch hooks: the activations that a family's taps name, gathered while a model runs forward.
+"""torch hooks: sums the activations at a family's taps while a model runs forward.
 
 Shape suffixes: B samples, S positions, U units, H hidden channels, T tokens, E experts.
 """
@@ -222,7 +222,7 @@ class Recorder:
             del self._inputs[old]
 
     def tally(self) -> CalibrationSums:
-        """The sums of all layers, on the CPU; the samples are the caller's to name."""
+        """The sums of all layers, on the CPU; the caller adds the samples' fingerprints."""
         sums: dict[tuple[str, str], Moments] = {}
         for axis, layers in self.places.items():
             for how in self.measures.sequence:

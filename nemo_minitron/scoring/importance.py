@@ -60,7 +60,7 @@ def over_sequence(x_BSU: Tensor, mask_BS: Tensor | None, hows: Sequence[str]) ->
 
 
 def over_routed(x_TU: Tensor, sample_T: Tensor, count_B: Tensor, hows: Sequence[str]) -> dict[str, Tensor]:
-    """``over_sequence`` for an expert, which sees a part of the positions: the others count as zeros.
+    """``over_sequence`` for an expert, which sees a part of the positions; the others count as zeros.
 
     Args:
         x_TU: activations of the tokens that came to the expert, Tensor of shape [tokens, units].
@@ -138,7 +138,7 @@ def random_scores(shape: tuple[int, ...], seed: int) -> Tensor:
 def concentration(scores: Tensor) -> float:
     """How unequal the units of an axis are: the Gini coefficient of their scores, 0 (all alike) to 1.
 
-    Less than nothing (a layer that does harm) counts as nothing.
+    Negative scores (of layers that do harm) count as 0.
     """
     ordered = scores.flatten().double().clamp(min=0).sort().values
     total = float(ordered.sum())

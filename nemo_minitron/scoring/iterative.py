@@ -17,7 +17,7 @@ from nemo_minitron.pruning.select import Keep, complete_targets, score_shape
 def sizes_after(
     family: Family, source: Mapping[str, int], target: Mapping[str, int], round_: int, rounds: int
 ) -> dict[str, int]:
-    """Sizes of all axes after a round: on the straight line, or a little above it where the family demands.
+    """Sizes of all axes after a round: on the straight line, or the nearest valid sizes above it.
 
     Args:
         family: the model's table.
@@ -93,7 +93,7 @@ def spread(
 
 
 def outranked(before: Tensor, now: Tensor, alive: Tensor) -> Tensor:
-    """Joins the scores of a round with those of the rounds before: whoever is gone ranks below who is left.
+    """Joins the scores of a round with earlier ones: removed units rank below remaining ones.
 
     Args:
         before: scores of the round before, of the whole model.

@@ -1,4 +1,4 @@
-"""Which blocks of layers are measured, by task accuracy too, and greedy removal ([P2] section 3)."""
+"""Blocks of layers to measure, their importance by task accuracy, and greedy removal ([P2] section 3)."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +36,7 @@ def block_lengths(config: Config, layers: int) -> tuple[int, ...]:
 
 
 def greedy_steps(config: Config, layers: int) -> int:
-    """How many layers greedy removal takes."""
+    """How many layers greedy removal removes."""
     asked = config.plan.layer_choice == "greedy" and config.plan.layers is not None
     return layers - (config.plan.layers or 0) if asked else 0
 
@@ -50,7 +50,7 @@ def greedy(
     steps: int,
     tasks: TaskSums,
 ) -> tuple[int, ...]:
-    """Removes the least important layer and measures all others anew, again and again ([P1] A.5)."""
+    """Removes the least important layer, measures the others again, and repeats ([P1] A.5)."""
     from nemo_minitron.scoring.hooks import Measures
 
     metric = config.score.depth
@@ -62,7 +62,7 @@ def greedy(
     while True:
         left = importance.clone()
         left[order] = torch.inf
-        order.append(len(left) - 1 - int(left.flip(0).argmin()))  # of equals the later one
+        order.append(len(left) - 1 - int(left.flip(0).argmin()))  # on a tie the later one
         if len(order) == steps:
             return tuple(order)
         if metric == "task":

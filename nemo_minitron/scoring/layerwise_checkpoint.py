@@ -1,4 +1,4 @@
-"""What a pass layer by layer goes on from after it was killed."""
+"""Checkpoints of a pass layer by layer."""
 
 import json
 import time
@@ -20,10 +20,10 @@ def key_of(name: str) -> Stream:
 
 
 class LayerwiseCheckpoint:
-    """What a pass layer by layer goes on from after it was killed: hidden states, sums, the next layer."""
+    """Checkpoint of a pass layer by layer: hidden states, sums, the next layer."""
 
     def __init__(self, folder: Path, recipe: str, seconds: float | None) -> None:
-        """What is saved of one pass.
+        """Names the pass and the folder of its checkpoint.
 
         Args:
             folder: where they lie, or will.
@@ -46,7 +46,7 @@ class LayerwiseCheckpoint:
         return 0, CalibrationSums()
 
     def save(self, shelf: HiddenStateStore, following: int, tally: CalibrationSums) -> None:
-        """Saves, where it is time; at most a tenth of the time goes into saving."""
+        """Saves if it is time; saving takes at most a tenth of the time."""
         waited = time.monotonic() - self._last
         if self._seconds is None or waited < max(self._seconds, 9 * self._cost):
             return
@@ -66,6 +66,6 @@ class LayerwiseCheckpoint:
         self._last, self._cost = time.monotonic(), time.monotonic() - started
 
     def clear(self) -> None:
-        """Removes them."""
+        """Removes the checkpoint."""
         for end in ("", ".old", ".new"):
             discard(self._folder.with_name(f"{self._folder.name}{end}"))

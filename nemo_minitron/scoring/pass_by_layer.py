@@ -105,7 +105,7 @@ def streamed(
     progress: Callable[[int], None] = lambda _: None,
     savings: LayerwiseCheckpoint | None = None,
 ) -> CalibrationSums:
-    """The sums of ``scoring.in_memory``, with one layer in memory at a time.
+    """The same sums as ``in_memory``, with one layer in memory at a time.
 
     Args:
         checkpoint: the model.
@@ -117,7 +117,7 @@ def streamed(
         spill: an existing folder, for the hidden states beyond.
         removed: layers that are left out all along.
         progress: called with the tokens that each layer read.
-        savings: where a killed pass goes on from.
+        savings: the checkpoint that a killed pass resumes from.
 
     Raises:
         ValueError: influence of longer blocks was asked for: that needs all layers' hidden states at once.
@@ -138,7 +138,7 @@ def streamed(
 
 
 class _Pass:
-    """One pass over all layers; what its steps have in common."""
+    """State of one pass over all layers."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class _Pass:
         return found
 
     def _layer(self, layer: int, found: CalibrationSums, check: bool) -> CalibrationSums:
-        """Takes all batches through one layer; nothing of it is left when it returns."""
+        """Takes all batches through one layer, and frees it."""
         with self.loader.loaded(layer) as (model, detour, here, config):
             if check:
                 check_isolation(model, self.family)
@@ -192,7 +192,7 @@ class _Pass:
         number: int,
         layer: int,
     ) -> None:
-        """Takes a batch through a layer, as the whole model has it and as models without a block have it."""
+        """Takes a batch through a layer: for the whole model, and for each model without a block."""
         decoder, shelf = decoder_of(model, self.family), self.shelf
         recorder.mask, recorder.paused, detour.catch = batch.mask_BS, False, True
         if layer != self.kept[0]:

@@ -27,7 +27,7 @@ Report = Callable[[Callable[[], CalibrationSums], int], None]
 
 
 def blocks_of(layers: int, length: int, removed: frozenset[int]) -> list[Block]:
-    """All blocks of consecutive layers of one length; none that holds a layer which is gone already."""
+    """All blocks of consecutive layers of one length, without those that hold a removed layer."""
     every = [tuple(range(first, first + length)) for first in range(layers - length + 1)]
     return [block for block in every if not removed & set(block)]
 
@@ -47,7 +47,7 @@ def loss_sum(model: Any, family: Family, hidden_BSH: Tensor, labels_BS: Tensor) 
 
 
 def check_isolation(model: Any, family: Family) -> None:
-    """Refuses packed documents where one would see another, found out by trying.
+    """Tries whether packed documents see each other, and refuses the model if they do.
 
     Attention is kept inside documents by transformers where a family hands on its position ids; one that does
     not, and recurrent layers, would leak without a word.
@@ -86,7 +86,7 @@ class Losses:
             self.without[block] += loss[0]
 
     def depth(self) -> dict[tuple[str, int], DepthSums]:
-        """The sums by block length; infinite for blocks that cannot be left out any more."""
+        """The sums by block length; infinite for blocks that were not measured."""
         result = {}
         for length in self.lengths:
             total = torch.full((self.layers - length + 1,), torch.inf, dtype=torch.float64)

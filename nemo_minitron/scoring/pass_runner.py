@@ -1,4 +1,4 @@
-"""Runs scoring passes as a configuration asks for them: in memory or layer by layer, with a bar, counted."""
+"""Runs scoring passes as configured: in memory or layer by layer, with a progress bar."""
 
 import time
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""Text, files and credentials of strangers and users: nothing read is run, shown as markup or told on."""
+"""Text, files and credentials: nothing read is run or shown as markup, and no credential leaves."""

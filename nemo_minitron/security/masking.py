@@ -1,8 +1,8 @@
-"""Credentials on their way to a screen, a file or a database: that there is one is shown, and not which.
+"""Masks credentials in text for a screen, a file or a database.
 
 What counts as one: tokens of a known shape, names and passwords in addresses, secret parts of queries, what
 is assigned to a name that says so, ``Authorization`` headers; and, wherever they stand, the values of this
-process' environment variables with such names and what ``remember`` was told. A reference such as
+process' environment variables with such names and what ``remember`` noted. A reference such as
 ``$HF_TOKEN`` or ``${oc.env:HF_TOKEN}`` is none.
 """
 
@@ -158,7 +158,7 @@ class Masking:
 
 
 def _ignore(secret: str) -> None:
-    """Where nothing is to be remembered."""
+    """Does nothing with a credential."""
 
 
 def _note(secret: str) -> None:
@@ -168,7 +168,7 @@ def _note(secret: str) -> None:
 
 
 def _without(text: str, note: Callable[[str], None]) -> str:
-    """A text without credentials; ``note`` is told each."""
+    """A text without credentials; ``note`` is called with each."""
 
     def address(found: re.Match[str]) -> str:
         start = found["scheme"] or found["path"]
@@ -235,7 +235,7 @@ def _is_secret_variable(name: str) -> bool:
 
 
 def _known() -> re.Pattern[str] | None:
-    """What is looked for wherever it stands; read anew each time, for an environment changes."""
+    """Known credentials, masked anywhere in a text; read each time, as the environment may change."""
     values = {
         value for name in os.environ if _is_secret_variable(name) and (value := os.environ.get(name, ""))
     }

@@ -14,7 +14,7 @@ _MARKUP = re.compile(r"([\\`*\[\]|])")
 
 
 def plain(text: object, longest: int = LONGEST) -> str:
-    r"""A text as one line that a terminal shows and does not obey.
+    r"""A text as one line without terminal control codes.
 
     White space becomes single spaces, other control characters their escapes (``\x1b``); the middle of a very
     long text is left out.

@@ -95,7 +95,7 @@ def _judged(config: Config, gate: Gate, folder: Path, made: bool) -> Result:
     report = read_report(folder)
     rows = judge(folder, gate, report)
     student = report["models"]["student"]
-    headline = f"the student keeps {student['retention']:.1%} of the teacher's quality (perplexity ratio)"
+    headline = f"the student's perplexity retention is {student['retention']:.1%}"
     failed = [row for row in rows if not row[3]]
     if gate.asks and not config.export.force:
         raise_if_failed(rows)

@@ -34,7 +34,7 @@ class Averaging(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Follows the weights, once a step."""
+        """Updates the average once a step."""
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step

@@ -43,7 +43,7 @@ class ExactResume(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ends the restart with the first batch, not behind it.
+        """Ends Lightning's restart mode with the first batch, not after it.
 
         NeMo validates nothing while the loop restarts, so the batch would go without the validation that is
         due behind it. And a validation that the restart made up for has counted as a step.

@@ -37,7 +37,7 @@ _DATA: list[Any] = [
 
 @contextlib.contextmanager
 def checkpoints_as_data(checkpoint: Path | None) -> Iterator[None]:
-    """Lets torch load nothing but tensors, plain containers and OmegaConf's configurations meanwhile.
+    """During the block torch loads only tensors, plain containers and OmegaConf's configurations.
 
     Source: torch's notes on serialization semantics (``weights_only``, its environment variables).
 
@@ -91,7 +91,7 @@ def _load_inside(load: Callable[[dict[str, Any]], None], folder: Path, state: di
 
 
 def _refused(error: BaseException) -> str | None:
-    """What a checkpoint holds that is no data; None: it failed by something else."""
+    """What a checkpoint holds that is not data; None if loading failed for another reason."""
     if isinstance(error, CheckpointException):  # of every rank its failure
         found = [_refused(failure[0]) for failure in error.failures.values()]
         return next((each for each in found if each is not None), None)
@@ -105,7 +105,7 @@ class DataReader(FileSystemReader):
     """Reads a checkpoint in parts whose pickled ``.metadata`` only describes tensors."""
 
     def __init__(self, path: Path) -> None:
-        """Looks through the metadata before anything is read: torch goes on where reading it fails.
+        """Checks the metadata before anything is read, because torch continues when reading it fails.
 
         Raises:
             pickle.UnpicklingError: a file holds something else.
@@ -118,7 +118,7 @@ class DataReader(FileSystemReader):
 
 class _DataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Descriptions of tensors, and nothing that could be called with an effect."""
+        """Admits descriptions of tensors, and nothing that has an effect when called."""
         if (module, name) in _DESCRIPTIONS:
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout):

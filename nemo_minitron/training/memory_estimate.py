@@ -39,7 +39,7 @@ class Launch:
     teacher_bytes: int = 2
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be.
+        """Checks the layout.
 
         Raises:
             ValueError: an unknown precision, or ranks that cannot be laid out so.

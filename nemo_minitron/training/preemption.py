@@ -18,11 +18,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(RuntimeError):
-    """A training was told to end, and has saved what it did."""
+    """A training was stopped by a signal, and has saved its state."""
 
 
 class Preemption(Callback):
-    """Saves and stops at the end of the step during which a signal came; no validation is waited for.
+    """Saves and stops at the end of the step during which a signal came, without a validation.
 
     Attributes:
         folder: where checkpoints lie.
@@ -57,7 +57,7 @@ class Preemption(Callback):
         """Saves and stops, on all ranks together, where one of them got a signal; between steps only.
 
         Raises:
-            Preempted: what was saved, and that it goes on from there.
+            Preempted: the step that was saved, and how to resume.
             KeyboardInterrupt: Ctrl-C was pressed, and came to nothing.
         """
         if self.interrupted:

@@ -1,4 +1,4 @@
-"""Arguments of Lightning's trainer: sections merged, and those that decide the weights."""
+"""Arguments of Lightning's trainer: merges sections, and selects those that decide the weights."""
 
 from collections.abc import Mapping
 from typing import Any

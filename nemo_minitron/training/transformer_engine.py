@@ -28,7 +28,7 @@ _MULTIPLE = 16  # what FP8 products ask of both dimensions
 
 @dataclass(frozen=True)
 class Norm:
-    """What a norm computes, found out by trying.
+    """The formula of a norm, found by trying.
 
     Attributes:
         layer: whether it takes the mean off (LayerNorm) or not (RMSNorm).
@@ -50,7 +50,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Kit:
-    """Makers of the layers that take over.
+    """Functions that make the replacing layers.
 
     Attributes:
         linear: of a linear layer.
@@ -64,7 +64,7 @@ class Kit:
 
 
 def norm_formula(module: nn.Module) -> Norm | None:
-    """What norm a module is, or None where it is none of those known.
+    """Which norm a module is, or None if it is not a known norm.
 
     Transformers has a class of its own per family; a copy of it is tried on random numbers instead.
     """
@@ -96,14 +96,14 @@ def norm_formula(module: nn.Module) -> Norm | None:
 
 
 class Exchange:
-    """The layers of a model, and what takes their place.
+    """Replaces layers of a model, and restores them.
 
     Attributes:
         linears, norms: how many were exchanged.
     """
 
     def __init__(self, model: Any, family: Family, kit: Kit) -> None:
-        """Exchanges what can be exchanged inside the model's layers; embedding and head stay."""
+        """Replaces what can be replaced inside the model's layers; embedding and head stay."""
         self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         self.linears = self.norms = 0
         for layer in layers_of(model, family):

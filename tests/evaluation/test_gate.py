@@ -28,8 +28,8 @@ def test_retention_and_floors_in_both_directions():
     gate = Gate(0.8, (("choice", "acc", 0.4), ("bytes", "bits_per_byte", 1.3)))
     raise_if_failed(gate.rows(report()))
     for weak, name in (
-        (report(retention=0.7), "quality kept: 70.0%, asked for >= 80.0%"),
-        (report(retention=math.nan), "quality kept: nan%"),
+        (report(retention=0.7), "perplexity retention: 70.0%, asked for >= 80.0%"),
+        (report(retention=math.nan), "perplexity retention: nan%"),
         (report(accuracy=0.39), "choice acc: 0.39, asked for >= 0.4"),
         (report(bits=1.31), "bytes bits_per_byte: 1.31, asked for <= 1.3"),
     ):

@@ -183,7 +183,7 @@ def test_a_failed_gate_stops_before_the_export(finished, tmp_path, teacher, corp
     shutil.rmtree(workspace / "export")
     done = minitron("evaluate", *settings(workspace, teacher, corpus), "evaluate.min_retention=50")
     assert done.returncode == 1
-    assert "the quality gate failed, nothing is exported: quality kept: " in done.stderr
+    assert "the quality gate failed, nothing is exported: perplexity retention: " in done.stderr
     assert ", asked for >= 5000.0% (report.html has the numbers)" in done.stderr
     assert not (workspace / "export").exists()
     around = minitron("export", *settings(workspace, teacher, corpus), "evaluate.min_retention=50")

@@ -320,4 +320,4 @@ def test_automations_of_the_documentation_are_taken_and_a_failed_gate_is_an_even
 
     (event,) = until(lambda: ask(real_server, events), 30)
     assert event["resource"]["prefect.resource.name"] == "gated"
-    assert "quality kept" in event["payload"]["reason"]
+    assert "perplexity retention" in event["payload"]["reason"]

@@ -43,7 +43,7 @@ def from_(error: Exception, cause: Exception) -> Exception:
     ("error", "kind"),
     [
         (ValueError("plan.hidden: expected 1 to 24"), failures.MISTAKE),
-        (GateError([("quality kept", ">= 90%", "12%", "")]), failures.GATE),
+        (GateError([("perplexity retention", ">= 90%", "12%", "")]), failures.GATE),
         (ConnectionResetError("reset"), failures.TRANSIENT),
         (OSError(errno.EHOSTUNREACH, "no route"), failures.TRANSIENT),
         (answered(503), failures.TRANSIENT),
@@ -81,7 +81,7 @@ def test_only_what_may_pass_is_worth_another_try():
 
 
 def test_the_gate_keeps_its_table_between_processes():
-    rows = [("quality kept", ">= 90.0%", "12.0%", ""), ("own_choice acc", ">= 0.1", "0.2", "held")]
+    rows = [("perplexity retention", ">= 90.0%", "12.0%", ""), ("own_choice acc", ">= 0.1", "0.2", "held")]
     again = failure_from_json("evaluate", failure_to_json(GateError(rows)))
     assert isinstance(again, GateError) and again.rows == tuple(rows)
 

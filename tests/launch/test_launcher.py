@@ -26,6 +26,7 @@ from nemo_minitron.launch.slurm import HEAD, Job, adopt, run_job, script
 from nemo_minitron.launch.slurm import _submit as slurm_submit
 from nemo_minitron.workspace.manifest import read_manifest
 from tests.support import slurm
+from tests.support.processes import until
 from tests.support.runs import command_line, minitron, settings
 
 QUIET = {"CUDA_VISIBLE_DEVICES": ""}
@@ -143,16 +144,20 @@ SLURM = (
 )
 
 
-def test_a_slurm_job_that_is_requeued_goes_on_and_its_flow_waits(trained, finished, queue):
+def test_a_slurm_job_that_is_requeued_goes_on_and_its_flow_waits(trained, queue):
     workspace, call = trained
+    long = ("trainer.max_steps=150", "trainer.val_check_interval=150")
+    assert launch(call(*long), print).made
+    straight = hashes(workspace / "student")
+    shutil.rmtree(workspace / "student")
     heard: list[str] = []
-    requeuer = when(
-        lambda: steps(workspace) >= 6, lambda: subprocess.run(["scontrol", "requeue", "1"], check=True)
-    )
-    result = launch(call(*SLURM), heard.append)
+    requeuer = when(lambda: steps(workspace) >= 6, lambda: slurm.main(queue, "scontrol", ["requeue", "1"]))
+    result = launch(call(*SLURM, *long), heard.append)
     requeuer.join()
-    # a job that was quicker than whoever requeues it has found all done
-    assert result.headline and hashes(workspace / "student") == hashes(finished[0] / "student")
+    assert (queue / "jobs" / "1.requeued").exists()  # while it was at work
+    log = (workspace / "logs" / "distill.log").read_text()
+    assert log.count("distill: process ") == 2 and log.count("distill: 150 steps") == 1
+    assert result.headline.startswith("150 steps") and hashes(workspace / "student") == straight
     assert heard[0] == "Slurm job 1 submitted" and "Slurm job 1: RUNNING" in heard
     assert len(list((queue / "jobs").glob("*.sh"))) == 1
     text = (queue / "jobs" / "1.sh").read_text()
@@ -166,7 +171,7 @@ def test_a_slurm_job_that_is_requeued_goes_on_and_its_flow_waits(trained, finish
 
 
 def test_a_flow_that_was_killed_finds_its_job_again(trained, queue, tmp_path):
-    _workspace, call = trained
+    workspace, call = trained
     values = tmp_path / "values.json"
     values.write_text(json.dumps(call(*SLURM).values))
     code = """
@@ -177,11 +182,9 @@ values = json.load(open(sys.argv[1]))
 launch(Call("distill", from_dict(values), values), print)
 """
     flow = subprocess.Popen([sys.executable, "-c", code, str(values)], stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while not (queue / "jobs" / "1.pid").is_file():
-        assert time.monotonic() < end and flow.poll() is None
-        time.sleep(0.05)
-    time.sleep(0.5)  # its number has been written down
+    papers = workspace / ".launch" / "distill.slurm.json"
+    until(lambda: flow.poll() is not None or (papers.is_file() and "job" in json.loads(papers.read_text())))
+    assert flow.poll() is None  # the job's number has been written down, and it waits
     flow.kill()
     flow.wait()
     heard: list[str] = []
@@ -195,17 +198,20 @@ class Told(Exception):
 
 
 @contextlib.contextmanager
-def told_to_end(seconds):
+def told_to_end(path):
+    """Ends what runs in the block as soon as a file is there."""
+
     def tell(*_):
         raise Told
 
+    flow = threading.get_ident()
     before = signal.signal(signal.SIGALRM, tell)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    teller = when(path.exists, lambda: signal.pthread_kill(flow, signal.SIGALRM))
     try:
         with pytest.raises(Told):
             yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        teller.join()
         signal.signal(signal.SIGALRM, before)
 
 
@@ -217,21 +223,23 @@ def test_cancelling_ends_the_job_whatever_the_flow_was_about(queue, tmp_path):
         run_job(job, papers, outcome, "recipe", heard.append, 0.1)
 
     (queue / "slow").touch()  # sbatch has taken the job, and does not answer
-    with told_to_end(2):
+    with told_to_end(jobs / "1.pid"):
         run()
     assert (jobs / "1.cancelled").exists() and not papers.exists()
     (queue / "slow").unlink()
     (queue / "away").touch()  # Slurm does not hear of it
-    with told_to_end(2):
+    with told_to_end(jobs / "2.asked"):
         run()
     assert slurm.running(jobs, "2") and papers.exists() and "could not be cancelled" in heard[-1]
     (queue / "away").unlink()
-    with told_to_end(1):  # the next run waits for it, as for one that a killed flow left; and is cancelled
+    (jobs / "2.asked").unlink()
+    # the next run waits for it, as for one that a killed flow left; and is cancelled
+    with told_to_end(jobs / "2.asked"):
         adopt(papers, outcome, "recipe", heard.append, 0.1)
     assert "waiting for Slurm job 2 of an earlier run" in heard
     assert (jobs / "2.cancelled").exists() and not papers.exists()
     papers.write_text(json.dumps({"name": "minitron-nobody", "recipe": "recipe"}))  # never came to be
-    with told_to_end(2):
+    with told_to_end(jobs / "3.asked"):
         run()
     assert (jobs / "3.cancelled").exists()
 

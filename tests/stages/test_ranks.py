@@ -35,16 +35,24 @@ INSIDE = ["distill.intermediate.terms=[hidden,attention]", "distill.intermediate
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "more"),
+    ("batch_size", "more", "tied"),
     [
-        (2, []),
-        (2, [SHARD]),
-        (2, [SHARD, *INSIDE]),
-        (4, [SHARD, "training.tensor_parallel=2", "plan.kv_heads=2"]),
+        (2, [], False),
+        (2, [SHARD], False),
+        (2, [SHARD], True),
+        (2, [SHARD, *INSIDE], False),
+        (4, [SHARD, "training.tensor_parallel=2", "plan.kv_heads=2"], False),
     ],
 )
-def test_two_ranks_have_the_loss_curve_of_one(capsys, tmp_path, words, batch_size, more):
+def test_two_ranks_have_the_loss_curve_of_one(
+    capsys, tmp_path, words, tokenizer_folder, batch_size, more, tied
+):
     one, two = tmp_path / "one", tmp_path / "two"
+    if tied:
+        source = make_model(tmp_path / "tied", "llama", vocab_size=300, tie_word_embeddings=True)
+        for path in tokenizer_folder.iterdir():
+            (source / path.name).write_bytes(path.read_bytes())
+        words = [f"source.model={source}", *words[1:]]
     words = [*words, *[word for word in more if word.startswith(("plan", "distill.intermediate"))]]
     more = [*more, f"distill.batch_size={batch_size}"]
     for place in (one, two):
@@ -57,8 +65,12 @@ def test_two_ranks_have_the_loss_curve_of_one(capsys, tmp_path, words, batch_siz
     assert len(lines) == len(expected) == 8
     for found, wanted in zip(lines, expected, strict=True):
         assert found == pytest.approx(wanted, rel=2e-5)
+    written, surplus = weights(two), weights(two).keys() - weights(one).keys()
     for name, tensor in weights(one).items():
-        assert torch.allclose(weights(two)[name], tensor, atol=1e-6), name
+        assert torch.allclose(written[name], tensor, atol=1e-6), name
+    assert surplus <= ({"lm_head.weight"} if tied else set())  # sharded, a tied head may be written too
+    for name in surplus:
+        assert torch.equal(written[name], written["model.embed_tokens.weight"])
     assert main(["verify", str(two)]) == 0
     if SHARD in more:
         return

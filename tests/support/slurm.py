@@ -91,6 +91,7 @@ def main(folder: Path, program: str, words: list[str]) -> int:
             return 1
         if running(jobs, number):
             print((jobs / f"{number}.name").read_text() if "--format=%j" in words else "RUNNING")
+        (jobs / f"{number}.asked").touch()
     elif program == "scancel":
         if (folder / "away").exists():
             print("scancel: error: Unable to contact slurm controller", file=sys.stderr)
@@ -98,6 +99,8 @@ def main(folder: Path, program: str, words: list[str]) -> int:
         (jobs / f"{words[-1]}.cancelled").touch()
         send(jobs, words[-1], signal.SIGTERM)
     elif program == "scontrol" and words[0] == "requeue":
+        if running(jobs, words[1]):
+            (jobs / f"{words[1]}.requeued").touch()
         send(jobs, words[1], signal.SIGKILL)
         start(jobs, words[1])
     elif program == "scontrol":

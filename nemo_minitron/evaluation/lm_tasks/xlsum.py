@@ -1,4 +1,4 @@
-"""What ``xlsum_en.yaml`` calls: its documents and its measure."""
+"""Functions that ``xlsum_en.yaml`` calls: its documents and its metric."""
 
 import functools
 from typing import Any
