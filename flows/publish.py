@@ -33,6 +33,7 @@ from nemo_minitron.security import plain_text
 from nemo_minitron.security.masking import masked, masked_values
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace import progress
+from nemo_minitron.workspace.layout import plots_in
 from nemo_minitron.workspace.manifest import read_manifest
 
 GATE_EVENT = "nemo_minitron.gate.failed"
@@ -94,7 +95,7 @@ def stage(workspace: Path, name: str, result: Result, seconds: float) -> None:
             table=[cells(dict(zip(titles, row, strict=True))) for row in result.rows],
             key=key(workspace, name, "table"), description=headline,
         )  # fmt: skip
-    for picture in sorted((result.folder / "plots").glob("*.png")):
+    for picture in sorted(plots_in(result.folder).glob("*.png")):
         if picture.stat().st_size <= _LARGEST_PICTURE:
             create_image_artifact(
                 image_url=inline(picture.read_bytes()), key=key(workspace, name, picture.stem),

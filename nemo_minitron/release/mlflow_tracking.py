@@ -23,6 +23,7 @@ from typing import Any
 from nemo_minitron.evaluation import report
 from nemo_minitron.security.masking import masked
 from nemo_minitron.workspace import training_log
+from nemo_minitron.workspace.layout import Workspace, metrics_in, plots_in
 from nemo_minitron.workspace.manifest import Manifest, digest, read_manifest
 
 IDENTITY = "minitron.identity"
@@ -182,7 +183,7 @@ def _log(
     tags |= {"build": f"{build} {stamp}", "inputs": json.dumps(inputs), "headline": headline}
     if odd or f"{own}.not_finite" in there:
         tags["not_finite"] = ", ".join(odd) or "none"
-    tags = {f"{own}.{name}": text for name, text in tags.items()} | _source(folder.parent / "teacher")
+    tags = {f"{own}.{name}": text for name, text in tags.items()} | _source(Workspace(folder.parent).teacher)
     told = [RunTag(name, _cut(masked(text), _TAG)) for name, text in tags.items()]
     client.log_batch(run_id, tags=told, synchronous=True)
     params = [Param(*pair) for pair in _params(run.data.params, stage, prefix, manifest.config).items()]
@@ -199,7 +200,7 @@ def _log(
 def _curves(prefix: str, folder: Path) -> dict[tuple[str, int], Any]:
     """A training's log by name and step; a step that has several lines counts once."""
     found = {}
-    for line in training_log.read_log(folder / training_log.FILE):
+    for line in training_log.read_log(metrics_in(folder)):
         values = ((("curve", name), value) for name, value in line.items() if name != "step")
         for name, value in _named(prefix, "/", values).items():
             found[name, int(line["step"])] = value
@@ -253,7 +254,7 @@ def _send_files(client: Any, run_id: str, folder: Path, stage: str) -> None:
             client.log_artifact(run_id, str(folder / name), stage)
         else:
             client.log_text(run_id, masked(text), f"{stage}/{name}")
-    for picture in sorted((folder / "plots").glob("*.png")):
+    for picture in sorted(plots_in(folder).glob("*.png")):
         client.log_artifact(run_id, str(picture), f"{stage}/plots")
 
 

@@ -4,11 +4,12 @@ import base64
 from pathlib import Path
 
 from nemo_minitron.security.links import leads_out
+from nemo_minitron.workspace.layout import plots_in
 
 
 def pictures_in(folder: Path) -> list[Path]:
     """The PNGs of an artifact, in order; a link out of its folder is none, whatever its name."""
-    return [path for path in sorted((folder / "plots").glob("*.png")) if not leads_out(path, folder)]
+    return [path for path in sorted(plots_in(folder).glob("*.png")) if not leads_out(path, folder)]
 
 
 def inline(picture: bytes) -> str:
