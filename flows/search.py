@@ -25,9 +25,8 @@ from nemo_minitron.pruning.target_sizes import explicit_targets
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.command_log import note_command
+from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json
-
-FILE = "search.json"
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def choose(config: Config) -> dict[str, int]:
         left = [outcomes[i].name for i in halving(losses, len(outcomes))]
         rounds.append(Round(length, tuple(outcomes)))
         latest |= {outcome.name: outcome for outcome in outcomes}
-        write_json(place / FILE, {
+        write_json(Workspace(place).search, {
             "budget": asdict(budget), "winner": left[0], "sizes": dict(named[left[0]].sizes),
             "candidates": {
                 name: {**candidate.sizes, "parameters": candidate.size.parameters}
@@ -151,7 +150,7 @@ def _name(candidate: Candidate) -> str:
 def _short(config: Config, name: str, candidate: Candidate, length: int) -> Config:
     """The configuration of a candidate's short distillation: only its held-out loss is measured."""
     short = from_dict(as_dict(config))
-    short.workspace = str(Path(config.workspace) / "rounds" / str(length) / name)
+    short.workspace = str(Workspace(Path(config.workspace)).round(length, name))
     short.plan.budget.params = None
     for axis, size in candidate.sizes.items():
         setattr(short.plan, axis, size)

@@ -26,15 +26,12 @@ from nemo_minitron.launch.launcher import at_work
 from nemo_minitron.security.masking import masked
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.command_log import note_command
+from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.pictures import inline
 
-SHARED = ("pretrain", "teacher", "correct", "scores", "tokens", "unpacked")
-"""Folders of the sweep's workspace that its variants see as their own."""
 _DECIDES_SHARED = ("source", "families", "correct", "score", "data", "pretrain")
-"""Sections of the configuration that decide them."""
-FILE = "sweep.json"
-PICTURE = "pareto.png"
+"""Sections of the configuration that decide what all variants share."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def sweep(
         note_command(place, ["prefect", "deployment", "run", "sweep/sweep"])
         score_once(base)
         outcomes = run_variants(base, configs)
-        write_json(place / FILE, [asdict(outcome) for outcome in outcomes])
+        write_json(Workspace(place).sweep, [asdict(outcome) for outcome in outcomes])
         show(place, "sweep", outcomes)
         if export_best and outcomes[0].failure is None:
             run_stages(["export"], configs[outcomes[0].name])
@@ -126,7 +123,7 @@ def _configs(base: Config, variants: Mapping[str, list[str]], *form: Any) -> dic
                 raise ValueError(
                     f"variants: {name!r} changes {section}, which all variants share; give it to all"
                 )
-        config.workspace = str(Path(base.workspace) / "variants" / name)
+        config.workspace = str(Workspace(Path(base.workspace)).variant(name))
         configs[name] = config
     return configs
 
@@ -169,7 +166,7 @@ def _outcome(name: str, config: Config) -> Outcome:
             run_variant(as_dict(config))
     except Exception as error:
         return _failed(name, error)
-    models = read_report(Path(config.workspace) / "report")["models"]
+    models = read_report(Workspace(Path(config.workspace)).report)["models"]
     student = models["student"]
     return Outcome(
         name, student["parameters"], models["pruned"]["loss"], student["loss"], student["retention"], None
@@ -197,9 +194,8 @@ def run_variant(values: dict[str, Any]) -> None:
 def share(place: Path, workspace: Path) -> None:
     """Links what all variants share into the workspace of one, relatively, so that the whole can be moved."""
     workspace.mkdir(parents=True, exist_ok=True)
-    for name in SHARED:
-        link, target = workspace / name, place / name
-        target_exists = target.exists() or name == "tokens"
+    for link, target in zip(Workspace(workspace).shared, Workspace(place).shared, strict=True):
+        target_exists = target.exists() or target == Workspace(place).tokens
         if target_exists and not link.is_symlink():
             target.mkdir(exist_ok=True)
             link.symlink_to(os.path.relpath(target, workspace), target_is_directory=True)
@@ -224,7 +220,7 @@ def show(place: Path, kind: str, outcomes: Sequence[Outcome]) -> None:
     ]
     if points:
         picture = pareto(points)
-        (place / PICTURE).write_bytes(picture)
+        Workspace(place).pareto.write_bytes(picture)
         create_image_artifact(
             image_url=inline(picture), key=publish.key(place, kind, "pareto"),
             description="held-out loss against size",

@@ -111,6 +111,100 @@ def test_no_family_is_special():
                 assert "model_type ==" not in ast.unparse(node), path
 
 
+LAYOUT = "nemo_minitron/workspace/layout.py"
+STILL_SPELLED = {
+    "nemo_minitron/cli/main.py",
+    "nemo_minitron/launch/launcher.py",
+    "nemo_minitron/scoring/activation_scores.py",
+    "nemo_minitron/stages/correct.py",
+    "nemo_minitron/stages/distill.py",
+    "nemo_minitron/stages/download.py",
+    "nemo_minitron/stages/evaluate.py",
+    "nemo_minitron/stages/export.py",
+    "nemo_minitron/stages/inputs.py",
+    "nemo_minitron/stages/plan.py",
+    "nemo_minitron/stages/pretrain.py",
+    "nemo_minitron/stages/prune.py",
+    "nemo_minitron/stages/rewrite_report.py",
+    "nemo_minitron/stages/score.py",
+    "nemo_minitron/stages/training_stage.py",
+}
+"""Modules that still spell paths of a workspace themselves. Only ever gets shorter."""
+
+
+ENDINGS = {".lock", ".json", ".log", ".nemo", "step="}
+"""Pieces of names that other files have, too."""
+
+
+def texts(node):
+    """The constant texts in an expression, of an f-string each piece; docstrings are none."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            yield part.value
+
+
+def layout_names():
+    """The names of a workspace's folders and files, and the endings of those that stages have, by the layout."""
+    tree = ast.parse((ROOT / LAYOUT).read_text())
+    values = [node.value for node in tree.body if isinstance(node, ast.Assign)]
+    joined = [node.right for node in ast.walk(tree) if isinstance(node, ast.BinOp)]
+    return {text for node in [*values, *joined] for text in texts(node) if len(text) > 1}
+
+
+def spelled(text, names):
+    """Names of the layout that a module spells: any behind a slash, those of files and hidden ones anywhere."""
+    tree = ast.parse(text)
+    pieces = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            yield from (part for part in texts(node.right) if part in names - ENDINGS)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value:
+            others = ENDINGS if id(node) in pieces else ENDINGS - {".lock"}
+            yield from (part for part in [node.value] if part in names - others)
+
+
+def test_only_the_layout_spells_a_path_of_a_workspace():
+    names = layout_names()
+    assert {
+        "teacher",
+        "student",
+        "source.json",
+        ".lock",
+        "variants",
+        ".outcome.json",
+        "plots",
+        ".nemo",
+    } <= names
+    found = {}
+    for path in SOURCES:
+        file = path.relative_to(ROOT).as_posix()
+        if file != LAYOUT and (own := sorted(set(spelled(path.read_text(), names)))):
+            found[file] = own
+    new = {file: own for file, own in found.items() if file not in STILL_SPELLED}
+    assert new == {}, "take the path from Workspace, or name it there"
+    assert STILL_SPELLED - set(found) == set(), "it is gone: remove it here"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['workspace / "teacher"', 'Path(place) / "plan" / name', 'FILE = ".lock"', 'papers / f"{name}.outcome.json"',
+     'open(f"{workspace}/" + "pareto.png")', 'root / f"state-{recipe}"'],
+)  # fmt: skip
+def test_a_path_that_is_spelled_is_seen(line):
+    assert list(spelled(line, layout_names()))
+
+
+def test_what_only_sounds_like_a_path_is_not():
+    for line in (
+        'kind = "teacher"',
+        "total / 2",
+        '"""Lies in manifest.json."""',
+        'name == "plan"',
+        'folder / "config.json"',
+    ):
+        assert list(spelled(line, layout_names())) == []
+
+
 SINKS = re.compile(
     r"exec|eval|compile|__import__|(importlib\.)?import_module|importlib\.util\.(module_from|spec_from)\w+|"
     r"runpy\.\w+|.*\.(exec_module|load_module)|os\.(system|popen|exec\w*|spawn\w*|posix_spawn\w*)|"

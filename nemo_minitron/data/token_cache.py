@@ -19,9 +19,9 @@ from torch import Tensor
 
 from nemo_minitron.data.documents import TextSet, documents
 from nemo_minitron.data.tokenizer import tokenised
-from nemo_minitron.workspace.manifest import NAME, Input, digest, now, write_json, write_manifest
+from nemo_minitron.workspace.layout import IDS, build_lock_of, manifest_in
+from nemo_minitron.workspace.manifest import Input, digest, now, write_json, write_manifest
 
-IDS = "tokens.bin"
 """Token ids end to end, little-endian int32; ~id where a token is read, but not learned."""
 PROGRESS = "progress.json"
 _ITEM = np.dtype("<i4")
@@ -73,12 +73,12 @@ def cached_tokens(
     key = cache_key(texts, tokenizer, seed, answers_only)
     folder = root / digest(key)[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+    with filelock.FileLock(build_lock_of(folder)):
         state = _state(folder)
         if not state["ended"] and state["tokens"] < wanted:
-            (folder / NAME).unlink(missing_ok=True)
+            manifest_in(folder).unlink(missing_ok=True)
             state = _grow(folder, state, texts, tokenizer, seed, wanted, answers_only, advance)
-        if not (folder / NAME).is_file():
+        if not manifest_in(folder).is_file():
             inputs = [Input(f"{texts.where} ({len(texts.files)} files, {texts.side})", texts.fingerprint)]
             write_manifest(folder, "tokens", key, inputs, now())
     if state["tokens"] == 0:

@@ -5,10 +5,11 @@ from typing import Any
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import training_mixture
 from nemo_minitron.models.torchrun import is_follower
+from nemo_minitron.workspace.layout import TOKENS, Workspace
 from nemo_minitron.workspace.manifest import digest
 from nemo_minitron.workspace.progress_bar import bar
 
-FOLDER = "tokens"
+FOLDER = TOKENS
 LOGITS = "logits"
 """Folders of the workspace: token ids, and what is kept of a teacher's logits."""
 _SPREAD, _CHEAP = 8, 200_000_000
@@ -66,7 +67,7 @@ def _streams(config: Config, tokenizer: Any, needed: int) -> list[Any]:
         wanted = int(share * max(1, min(_SPREAD, _CHEAP / share))) + 1
         with bar("tokenising", wanted) as advance:
             ids = cached_tokens(
-                workspace_of(config) / FOLDER, texts, tokenizer, text.seed, wanted,
+                Workspace(workspace_of(config)).tokens, texts, tokenizer, text.seed, wanted,
                 text.learn_from == "answers", advance,
             )  # fmt: skip
         streams.append(ids[:wanted])

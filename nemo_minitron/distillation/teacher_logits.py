@@ -5,7 +5,6 @@ Shape suffixes: N samples (rows), S positions, K entries.
 
 import functools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nemo_minitron.losses.sparse_targets import SparseTargets
+from nemo_minitron.workspace.atomic import replacing
 
 FILE = "logits.json"
 PART_BYTES = 256 * 2**20
@@ -47,11 +47,8 @@ def write_part(folder: Path, number: int, targets: SparseTargets, rows: int, voc
         assert targets.log_tail_T is not None
         masses = torch.cat([targets.log_p_TK, targets.log_tail_T[:, None]], -1)
         tensors["log_p"] = masses.half().unflatten(0, (rows, -1)).contiguous()
-    temporary = folder / f".{part_name(number)}.partial"
-    save_file(tensors, temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(folder / part_name(number))
+    with replacing(folder / part_name(number)) as temporary:
+        save_file(tensors, temporary)
 
 
 class TeacherLogits:

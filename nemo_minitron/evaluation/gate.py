@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.config import Config
+from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import read_manifest, write_json
 
 LINEAGE = "minitron.json"
@@ -158,9 +159,6 @@ def measured_of(export: Path) -> dict[str, Any]:
 JUDGES = ("min_retention", "floors", "previous", "max_regression")
 """Keys of ``evaluate`` that judge what was measured, and do not change it."""
 
-VERDICT = "gate.json"
-"""Beside the report, what the gate said of it last."""
-
 
 def judge(report_folder: Path, gate: Gate, report: Mapping[str, Any]) -> list[Row]:
     """The gate's table, also written to disk; without thresholds, the last table of this report.
@@ -170,7 +168,7 @@ def judge(report_folder: Path, gate: Gate, report: Mapping[str, Any]) -> list[Ro
     Raises:
         ValueError: see ``Gate.rows``.
     """
-    manifest, path = read_manifest(report_folder), report_folder.with_name(VERDICT)
+    manifest, path = read_manifest(report_folder), Workspace(report_folder.parent).verdict
     assert manifest is not None
     this = [manifest.fingerprint, manifest.finished]
     if gate.asks:

@@ -27,7 +27,9 @@ from nemo_minitron.pruning.plan_file import Plan, read_plan
 from nemo_minitron.security.links import leads_out
 from nemo_minitron.workspace import training_log
 from nemo_minitron.workspace.artifacts import artifacts_in
+from nemo_minitron.workspace.atomic import replacing
 from nemo_minitron.workspace.command_log import commands_in
+from nemo_minitron.workspace.layout import Workspace, metrics_in
 from nemo_minitron.workspace.manifest import read_manifest
 from nemo_minitron.workspace.pictures import inline, pictures_in
 
@@ -60,18 +62,17 @@ def write_page(workspace: Path, folder: Path) -> None:
         maps=_maps(workspace),
         lineage=_lineage(workspace),
     )
-    temporary = folder / f".{PAGE}.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(folder / PAGE)
+    with replacing(folder / PAGE) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _plan(workspace: Path) -> Plan | None:
     """What was cut; None if that is not known, or if the workspace now has another plan."""
-    plan, pruned = read_manifest(workspace / "plan"), read_manifest(workspace / "pruned")
+    plan, pruned = read_manifest(Workspace(workspace).plan), read_manifest(Workspace(workspace).pruned)
     if plan is None:
         return None
     used = [] if pruned is None else [item.fingerprint for item in pruned.inputs if item.path == "plan"]
-    return None if used and plan.fingerprint not in used else read_plan(workspace / "plan")
+    return None if used and plan.fingerprint not in used else read_plan(Workspace(workspace).plan)
 
 
 def _curves(workspace: Path, report: dict[str, Any]) -> str | None:
@@ -80,7 +81,7 @@ def _curves(workspace: Path, report: dict[str, Any]) -> str | None:
 
     logs = {}
     for name in report["models"]:
-        lines = training_log.read_log(workspace / name / training_log.FILE)
+        lines = training_log.read_log(metrics_in(Workspace(workspace).artifact(name)))
         if lines:
             logs[name] = lines
     if not logs:
@@ -90,12 +91,12 @@ def _curves(workspace: Path, report: dict[str, Any]) -> str | None:
 
 def _pareto(workspace: Path) -> str | None:
     """The picture of the sizes that a search or a sweep has tried; None where there was none."""
-    path = workspace / "pareto.png"
+    path = Workspace(workspace).pareto
     return inline(path.read_bytes()) if path.is_file() and not leads_out(path, workspace) else None
 
 
 def _maps(workspace: Path) -> list[tuple[str, str]]:
-    pictures = pictures_in(workspace / "scores")
+    pictures = pictures_in(Workspace(workspace).scores)
     return [(picture.stem, inline(picture.read_bytes())) for picture in pictures]
 
 

@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.workspace.layout import MEMORY, Workspace
 from nemo_minitron.workspace.manifest import write_json
 
-FILE = ".memory.json"
+FILE = MEMORY
 """In the workspace: stage to how often its micro-batch was halved."""
 
 _BATCHES = {
@@ -74,12 +75,12 @@ def note_memory(workspace: Path, stage: str, values: dict[str, Any]) -> bool:
     times = noted.get(stage, 0) + 1
     if with_halved_micro_batch(stage, values, times) is None:
         return False
-    write_json(workspace / FILE, {**noted, stage: times})
+    write_json(Workspace(workspace).memory, {**noted, stage: times})
     return True
 
 
 def _noted(workspace: Path) -> dict[str, int]:
-    path = workspace / FILE
+    path = Workspace(workspace).memory
     try:
         found: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -14,6 +14,7 @@ from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.trainer import newest_checkpoint, step_of
 from nemo_minitron.workspace import training_log
 from nemo_minitron.workspace.build import building, discard
+from nemo_minitron.workspace.layout import checkpoints_in, snapshot_in, teachers_in
 from nemo_minitron.workspace.manifest import write_json
 
 _KEPT = 2  # snapshots: one that may just be read, and the newest
@@ -48,10 +49,10 @@ class Publishing(Callback):
         assert isinstance(pl_module, MinitronModel)
         pl_module.gather()
         if trainer.is_global_zero:
-            with building(self.folder / f"step={step}") as temporary:
+            with building(snapshot_in(self.folder, step)) as temporary:
                 pl_module.save_hf(temporary)
             for old in snapshots(self.folder)[:-_KEPT]:
-                discard(self.folder / f"step={old}")
+                discard(snapshot_in(self.folder, old))
         trainer.strategy.barrier()
 
 
@@ -119,7 +120,7 @@ class LiveTeacher(Callback):
     def _keep(self, snapshot: int) -> None:
         """Links a snapshot's files into the training's own folder; copies them where that cannot be."""
         with building(self._own(snapshot)) as temporary:
-            for path in (self.folder / f"step={snapshot}").iterdir():
+            for path in snapshot_in(self.folder, snapshot).iterdir():
                 try:
                     os.link(path, temporary / path.name)
                 except FileNotFoundError:
@@ -128,14 +129,14 @@ class LiveTeacher(Callback):
                     shutil.copyfile(path, temporary / path.name)
 
     def _own(self, snapshot: int) -> Path:
-        return self.state / "teachers" / f"step={snapshot}"
+        return snapshot_in(teachers_in(self.state), snapshot)
 
     def _put(self, snapshot: int) -> None:
         self.distillation.replace_teacher(self.load(self._own(snapshot)))
 
     def _forget(self) -> None:
         """Removes teachers that no checkpoint can return to."""
-        newest = newest_checkpoint(self.state / "nemo" / "checkpoints")
+        newest = newest_checkpoint(checkpoints_in(self.state))
         back = 0 if newest is None else step_of(newest)
         before = [entry["snapshot"] for entry in self._taken if entry["step"] < back]
         for snapshot in before[:-1]:

@@ -2,7 +2,6 @@
 
 import re
 import tarfile
-import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +15,7 @@ from nemo_minitron.checkpoints.dtypes import TORCH
 from nemo_minitron.checkpoints.side_files import is_side_file, side_files
 from nemo_minitron.security.links import refuse_link
 from nemo_minitron.security.plain_text import plain
+from nemo_minitron.workspace.atomic import replacing
 
 CARD = "README.md"
 TARGET = "nemo.core.classes.modelPT.ModelPT"
@@ -79,10 +79,8 @@ def as_stored(model: Any, cfg: DictConfig) -> Any:
 
 def nemo_archive(model: Any, path: Path) -> Path:
     """Writes a ``.nemo`` archive atomically and returns its path."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
+    with replacing(path) as temporary:
         model.save_to(str(temporary))
-        temporary.replace(path)
     return path
 
 

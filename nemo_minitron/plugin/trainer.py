@@ -36,6 +36,7 @@ from nemo_minitron.training.sampler import as_samples
 from nemo_minitron.training.strategies import sharding_strategy
 from nemo_minitron.training.transformer_engine import transformer_engine
 from nemo_minitron.workspace import training_log
+from nemo_minitron.workspace.layout import checkpoints_in, metrics_in, nemo_in
 
 _STEP = re.compile(r"step=(\d+)")
 
@@ -160,7 +161,7 @@ def train(
         model.setup_optimization()  # once now, so that wrong arguments show before anything runs
     except (MisconfigurationException, TypeError) as error:
         raise ValueError(f"trainer, optim, exp_manager: {str(error).splitlines()[0]}") from error
-    with checkpoints_as_data(newest_checkpoint(state / "nemo" / "checkpoints")):
+    with checkpoints_as_data(newest_checkpoint(checkpoints_in(state))):
         _fit(trainer, model)
     model.gather()
     return model
@@ -199,10 +200,8 @@ def _watch(trainer: Trainer, model: MinitronModel, recipe: Recipe, positions: in
     for callback in trainer.callbacks:
         if isinstance(callback, KnowledgeDistillation):
             flops += forward_flops(callback.teacher, callback.family, positions)
-    trainer.callbacks.append(
-        TrainingLog(state / training_log.FILE, every, tokens, flops, recipe.options.peak_tflops)
-    )
-    trainer.callbacks.append(Preemption(state / "nemo" / "checkpoints"))
+    trainer.callbacks.append(TrainingLog(metrics_in(state), every, tokens, flops, recipe.options.peak_tflops))
+    trainer.callbacks.append(Preemption(checkpoints_in(state)))
 
 
 def forward_flops(model: Any, family: Family, positions: int) -> int:
@@ -245,14 +244,12 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
     """
     if recipe.exp_manager.get("ema", {}).get("enable"):
         raise ValueError("exp_manager.ema: its average never becomes the result; use training.ema_decay")
-    folder = state / "nemo"
-    newest = newest_checkpoint(folder / "checkpoints")
+    folder = nemo_in(state)
+    newest = newest_checkpoint(checkpoints_in(state))
     if trainer.is_global_zero and newest is not None:
-        _tidy(folder / "checkpoints", recipe.exp_manager.get("checkpoint_callback_params") or {})
+        _tidy(checkpoints_in(state), recipe.exp_manager.get("checkpoint_callback_params") or {})
     # a validation that was due behind the checkpoint, and did not come to its end, is made up for
-    validated = [
-        line["step"] for line in training_log.read_log(state / training_log.FILE) if "val_loss" in line
-    ]
+    validated = [line["step"] for line in training_log.read_log(metrics_in(state)) if "val_loss" in line]
     settings = {
         "disable_validation_on_resume": newest is None or step_of(newest) in validated,
         **recipe.exp_manager,
@@ -267,7 +264,7 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
         exp_manager(trainer, OmegaConf.create(settings))
     except ConfigKeyError as error:
         raise ValueError(f"exp_manager: {str(error).splitlines()[0]}") from error
-    keep_checkpoints_inside(trainer, folder / "checkpoints")
+    keep_checkpoints_inside(trainer, checkpoints_in(state))
     words = folder / "cmd-args.log"  # NeMo notes the command line as it is
     if trainer.is_global_zero and words.is_file():
         replaced = masked(words.read_text(encoding="utf-8", errors="replace"))

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from nemo_minitron.security.links import refuse_link
+from nemo_minitron.workspace.layout import MANIFEST
 
 _OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|\.eval_results/minitron\.yaml")
 """Of an earlier export; beside new shards an old ``model.safetensors`` would be what loads."""
@@ -84,7 +85,7 @@ def _send(
         raise ValueError(f"export.push_to_hub: export.tag={tag} is there and means {tagged}; choose another")
     old = [name for name in api.list_repo_files(repository, revision=revision) if _OURS.fullmatch(name)]
     info: Any = api.upload_folder(
-        repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=["manifest.json"],
+        repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=[MANIFEST],
         delete_patterns=old or None, commit_message="Export by nemo_minitron",
     )  # fmt: skip
     if tagged not in (None, info.oid):

@@ -24,6 +24,7 @@ from nemo_minitron.evaluation import report
 from nemo_minitron.security.links import leads_out
 from nemo_minitron.security.masking import masked
 from nemo_minitron.workspace import training_log
+from nemo_minitron.workspace.layout import Workspace, metrics_in
 from nemo_minitron.workspace.manifest import Manifest, digest, read_manifest
 from nemo_minitron.workspace.pictures import pictures_in
 
@@ -184,7 +185,7 @@ def _log(
     tags |= {"build": f"{build} {stamp}", "inputs": json.dumps(inputs), "headline": headline}
     if odd or f"{own}.not_finite" in there:
         tags["not_finite"] = ", ".join(odd) or "none"
-    tags = {f"{own}.{name}": text for name, text in tags.items()} | _source(folder.parent / "teacher")
+    tags = {f"{own}.{name}": text for name, text in tags.items()} | _source(Workspace(folder.parent).teacher)
     told = [RunTag(name, _cut(masked(text), _TAG)) for name, text in tags.items()]
     client.log_batch(run_id, tags=told, synchronous=True)
     params = [Param(*pair) for pair in _params(run.data.params, stage, prefix, manifest.config).items()]
@@ -201,7 +202,7 @@ def _log(
 def _curves(prefix: str, folder: Path) -> dict[tuple[str, int], Any]:
     """A training's log by name and step; a step that has several lines counts once."""
     found = {}
-    for line in training_log.read_log(folder / training_log.FILE):
+    for line in training_log.read_log(metrics_in(folder)):
         values = ((("curve", name), value) for name, value in line.items() if name != "step")
         for name, value in _named(prefix, "/", values).items():
             found[name, int(line["step"])] = value

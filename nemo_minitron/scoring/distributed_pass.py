@@ -21,7 +21,7 @@ from nemo_minitron.scoring.layerwise_checkpoint import LayerwiseCheckpoint
 from nemo_minitron.scoring.pass_by_layer import streamed
 from nemo_minitron.scoring.pass_in_memory import in_memory
 from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
-from nemo_minitron.workspace.build import discard
+from nemo_minitron.workspace.atomic import clear, replaced_in, replacing_folder, standing
 from nemo_minitron.workspace.manifest import digest
 
 
@@ -173,17 +173,9 @@ def _perform(
 
 
 def _save(target: Path, tally: CalibrationSums) -> None:
-    """Writes sums atomically."""
-    fresh = target.with_name(f"{target.name}.new")
-    discard(fresh)
-    fresh.mkdir(parents=True)
-    write_scores(fresh, Scores({}, tally))
-    old = target.with_name(f"{target.name}.old")
-    discard(old)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    discard(old)
+    """Writes sums so that a reader finds the old ones or the new ones, whole."""
+    with replacing_folder(target) as fresh:
+        write_scores(fresh, Scores({}, tally))
 
 
 def load_partial(state: Path) -> CalibrationSums:
@@ -191,7 +183,8 @@ def load_partial(state: Path) -> CalibrationSums:
 
     A sample that lies in several files (an older one that was not cleared away in time) counts once.
     """
-    parts = [read_scores(path).tally for path in state.glob("part-*") if path.suffix != ".new"]
+    places = [standing(path) for path in replaced_in(state, "part-*") if path.suffix != ".new"]
+    parts = [read_scores(path).tally for path in places if path is not None]
     found = CalibrationSums()
     for part in sorted(parts, key=lambda part: -len(part.samples)):
         if not set(part.samples) & set(found.samples):
@@ -202,6 +195,6 @@ def load_partial(state: Path) -> CalibrationSums:
 def save_partial(state: Path, tally: CalibrationSums) -> None:
     """Saves the sums of an earlier run in one file, in the place of its parts."""
     _save(state / "part-all", tally)
-    for path in state.glob("part-*"):
+    for path in replaced_in(state, "part-*"):
         if path.name != "part-all":
-            discard(path)
+            clear(path)

@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.hidden_state_store import HiddenStateStore, Stream, file_name
 from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
-from nemo_minitron.workspace.build import discard
+from nemo_minitron.workspace.atomic import clear, replacing_folder, standing
 from nemo_minitron.workspace.manifest import write_json
+
+_STAMP = "next.json"
 
 
 def key_of(name: str) -> Stream:
@@ -35,14 +37,13 @@ class LayerwiseCheckpoint:
 
     def load(self, shelf: HiddenStateStore) -> tuple[int, CalibrationSums]:
         """Fills the shelf; gives the position of the next layer, 0 where there is nothing, and the sums."""
-        for folder in (self._folder, self._folder.with_name(f"{self._folder.name}.old")):
-            stamp = folder / "next.json"
-            if stamp.is_file():
-                found = json.loads(stamp.read_text(encoding="utf-8"))
-                if found["recipe"] == self._recipe:
-                    for path in folder.glob("*.hidden"):
-                        shelf.put(key_of(path.stem), load_file(path)["hidden"])
-                    return int(found["next"]), read_scores(folder).tally
+        folder = standing(self._folder)
+        if folder is not None and (stamp := folder / _STAMP).is_file():
+            found = json.loads(stamp.read_text(encoding="utf-8"))
+            if found["recipe"] == self._recipe:
+                for path in folder.glob("*.hidden"):
+                    shelf.put(key_of(path.stem), load_file(path)["hidden"])
+                return int(found["next"]), read_scores(folder).tally
         return 0, CalibrationSums()
 
     def save(self, shelf: HiddenStateStore, following: int, tally: CalibrationSums) -> None:
@@ -51,21 +52,13 @@ class LayerwiseCheckpoint:
         if self._seconds is None or waited < max(self._seconds, 9 * self._cost):
             return
         started = time.monotonic()
-        fresh, old = (self._folder.with_name(f"{self._folder.name}.{end}") for end in ("new", "old"))
-        discard(fresh)
-        fresh.mkdir(parents=True)
-        for key in shelf.keys():  # noqa: SIM118 (a HiddenStateStore is no mapping)
-            save_file({"hidden": shelf.get(key).contiguous()}, fresh / f"{file_name(key)}.hidden")
-        write_scores(fresh, Scores({}, tally))
-        write_json(fresh / "next.json", {"recipe": self._recipe, "next": following})  # last
-        discard(old)
-        if self._folder.exists():
-            self._folder.rename(old)
-        fresh.rename(self._folder)
-        discard(old)
+        with replacing_folder(self._folder) as fresh:
+            for key in shelf.keys():  # noqa: SIM118 (a HiddenStateStore is no mapping)
+                save_file({"hidden": shelf.get(key).contiguous()}, fresh / f"{file_name(key)}.hidden")
+            write_scores(fresh, Scores({}, tally))
+            write_json(fresh / _STAMP, {"recipe": self._recipe, "next": following})
         self._last, self._cost = time.monotonic(), time.monotonic() - started
 
     def clear(self) -> None:
         """Removes the checkpoint."""
-        for end in ("", ".old", ".new"):
-            discard(self._folder.with_name(f"{self._folder.name}{end}"))
+        clear(self._folder)

@@ -2,22 +2,11 @@
 
 from pathlib import Path
 
-from nemo_minitron.workspace.manifest import Input, damage, read_manifest, verify
+from nemo_minitron.workspace.condition import condition, in_words
+from nemo_minitron.workspace.layout import ARTIFACTS, MANIFEST, Workspace, manifest_in
+from nemo_minitron.workspace.manifest import Input, damage, verify
 
-ARTIFACTS = (
-    "pretrain",
-    "teacher",
-    "correct",
-    "scores",
-    "plan",
-    "pruned",
-    "logits",
-    "student",
-    "scratch",
-    "report",
-    "export",
-)
-"""Sub-folders of a workspace that can hold an artifact, in the order in which they are made."""
+__all__ = ["ARTIFACTS", "artifacts_in", "input_artifact", "verify_tree"]
 
 
 def input_artifact(workspace: Path, name: str, made_by: str) -> Input:
@@ -26,30 +15,26 @@ def input_artifact(workspace: Path, name: str, made_by: str) -> Input:
     Raises:
         ValueError: it does not exist yet, or what it was made from has changed since.
     """
-    manifest = read_manifest(workspace / name)
+    folder = Workspace(workspace).artifact(name)
+    found = condition(folder)
+    manifest, why = found.manifest, found.why
+    if found.state == "absent":
+        raise ValueError(f"{folder}: not made yet (or not complete); run 'minitron {made_by}' first")
     if manifest is None:
-        raise ValueError(
-            f"{workspace / name}: not made yet (or not complete); run 'minitron {made_by}' first"
-        )
-    damaged = damage(workspace / name, manifest)
-    if damaged is not None:
-        raise ValueError(f"{workspace / name}: damaged: {damaged}; run 'minitron {made_by}' again")
-    for item in manifest.inputs:
-        inside = (
-            item.path in ARTIFACTS and item.finished is not None
-        )  # else a folder outside, of the same name
-        upstream = read_manifest(workspace / item.path) if inside else None
-        if upstream is not None and upstream.fingerprint != item.fingerprint:
-            raise ValueError(
-                f"{workspace / name}: made from another {item.path} than the one there now; "
-                f"run 'minitron {made_by}' again"
-            )
+        raise ValueError(in_words(why) if why is not None else f"{folder}: no manifest")
+    if found.state == "damaged":
+        raise ValueError(f"{folder}: damaged: {damage(folder, manifest)}; run 'minitron {made_by}' again")
+    if why is not None and why.fault == "unknown":
+        raise ValueError(in_words(why))
+    if why is not None and why.fault != "anew":  # a command of one stage takes what its inputs' recipes name
+        told = f"{in_words(why)} than the one there now" if why.fault == "another" else in_words(why)
+        raise ValueError(f"{folder}: {told}; run 'minitron {made_by}' again")
     return Input(name, manifest.fingerprint, manifest.finished)
 
 
 def artifacts_in(workspace: Path) -> list[Path]:
     """Folders of a workspace that hold a complete artifact, in pipeline order."""
-    return [workspace / name for name in ARTIFACTS if (workspace / name / "manifest.json").is_file()]
+    return [folder for folder in Workspace(workspace).artifacts if manifest_in(folder).is_file()]
 
 
 def verify_tree(path: Path) -> tuple[int, list[str]]:
@@ -61,10 +46,10 @@ def verify_tree(path: Path) -> tuple[int, list[str]]:
     Raises:
         ValueError: nothing there carries a manifest.
     """
-    caches = sorted(found.parent for found in path.glob("tokens/*/manifest.json"))
-    folders = [path] if (path / "manifest.json").is_file() else [*artifacts_in(path), *caches]
+    caches = sorted(found.parent for found in Workspace(path).tokens.glob(f"*/{MANIFEST}"))
+    folders = [path] if manifest_in(path).is_file() else [*artifacts_in(path), *caches]
     if not folders:
         raise ValueError(
-            f"{path}: no manifest.json here or in its sub-folders; this is neither artifact nor workspace"
+            f"{path}: no {MANIFEST} here or in its sub-folders; this is neither artifact nor workspace"
         )
     return len(folders), [problem for folder in folders for problem in verify(folder)]

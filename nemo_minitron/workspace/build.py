@@ -1,48 +1,27 @@
 """Making an artifact in a temporary neighbour that takes its place."""
 
-import contextlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.workspace.manifest import ASIDE, NAME, Input, fingerprint, is_done, now, write_manifest
+from nemo_minitron.workspace.atomic import discard, replacing_folder
+from nemo_minitron.workspace.layout import ASIDE, STATE, manifest_in, state_in
+from nemo_minitron.workspace.manifest import NAME, Input, fingerprint, is_done, now, write_manifest
 
-STATE = "state"
-"""Sub-folder of an artifact in the making that survives interruption: what a training resumes from."""
+__all__ = ["STATE", "building", "discard", "make", "refuse_unknown_folder", "set_aside"]
+
 STAMP = "recipe.json"
-"""In it: by which recipe it was begun."""
+"""In the state of an artifact in the making: by which recipe it was begun."""
 
 
-@contextlib.contextmanager
-def building(target: Path) -> Iterator[Path]:
+def building(target: Path) -> AbstractContextManager[Path]:
     """A temporary folder that takes ``target``'s place when the block ends well, and vanishes when not.
 
-    Leftovers of a killed run are cleared first. The caller writes the manifest inside the block.
+    Leftovers of a killed run are cleared first. The caller writes the manifest inside the block; it tells a
+    file that a machine which stopped has cut short, so that weights are not forced to the disk here.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.partial")
-    discard(temporary)
-    temporary.mkdir()
-    try:
-        yield temporary
-    except BaseException:
-        discard(temporary)
-        raise
-    discard(target)
-    temporary.rename(target)
-
-
-def discard(folder: Path) -> None:
-    """Removes a folder; it goes out of the way first, so that a part of it is never taken for the whole."""
-    aside = folder.with_name(f".{folder.name}.old.partial")
-    if aside.exists():  # of a removal that was killed
-        shutil.rmtree(aside)
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.exists():
-        folder.rename(aside)
-        shutil.rmtree(aside)
+    return replacing_folder(target, sync=False)
 
 
 def refuse_unknown_folder(folder: Path) -> None:
@@ -51,10 +30,10 @@ def refuse_unknown_folder(folder: Path) -> None:
     Raises:
         ValueError: the folder is there, and holds something that no stage made.
     """
-    state = folder / STATE
+    state = state_in(folder)
     # without a recipe it is what a run left that was killed as it began
     begun = (state / STAMP).exists() or (state.is_dir() and not any(state.glob("[!.]*")))
-    known = (folder / NAME).exists() or begun or set_aside(folder)
+    known = manifest_in(folder).exists() or begun or set_aside(folder)
     if folder.is_dir() and any(folder.iterdir()) and not known:
         raise ValueError(
             f"{folder.resolve()}: exists, and was not made by this package (no {NAME}); it is not "

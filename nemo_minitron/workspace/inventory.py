@@ -5,7 +5,6 @@ work in any of the folders: what vanishes between two looks was not there.
 """
 
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,26 +14,41 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nemo_minitron.workspace import results, training_log
-from nemo_minitron.workspace.artifacts import ARTIFACTS
-from nemo_minitron.workspace.build import STATE, discard, set_aside
-from nemo_minitron.workspace.command_log import COMMANDS
-from nemo_minitron.workspace.manifest import NAME, SCHEMA, Manifest, read_manifest
+from nemo_minitron.workspace import training_log
+from nemo_minitron.workspace.atomic import discard, is_leftover, leftovers_of, temporary_of
+from nemo_minitron.workspace.build import set_aside
+from nemo_minitron.workspace.condition import Condition, condition, in_words
+from nemo_minitron.workspace.layout import (
+    ARTIFACTS,
+    COMMANDS,
+    IDS,
+    LIVE,
+    LOCK,
+    MODEL,
+    RESULTS,
+    STAGE_LOCK,
+    TOKENS,
+    UNPACKED,
+    Workspace,
+    build_lock_of,
+    manifest_in,
+    metrics_in,
+    state_in,
+)
 
 LEVELS = ("caches", "intermediate")
 """How much ``rubbish`` takes."""
 KEPT = ("plan", "report", "export")
 """Artifacts that stay at every level."""
 BESIDE = {
-    "tokens": ("tokens.bin", "text as token ids; the next training reads the text anew"),
-    "live": ("config.json", "a model that teacher correction published"),
-    "unpacked": ("hf", "a model unpacked from its .nemo archive"),
+    TOKENS: (IDS, "text as token ids; the next training reads the text anew"),
+    LIVE: ("config.json", "a model that teacher correction published"),
+    UNPACKED: (MODEL, "a model unpacked from its .nemo archive"),
 }
 """Folders of a workspace beside its artifacts: by what a folder in them is known as a run's, what it is."""
-LOCKS = (".lock", ".stage.lock")
+LOCKS = (LOCK, STAGE_LOCK)
 """Held by a run, and by the process of a stage, which may live a little longer."""
-_OWN = (*ARTIFACTS, *BESIDE, results.FOLDER)
-_TEMPORARY = re.compile(r"\..+\.(partial|tmp)")
+_OWN = (*ARTIFACTS, *BESIDE, RESULTS)
 _STRANGE = (OSError, ValueError, TypeError, AttributeError)  # what a file leads to that is no manifest or log
 
 
@@ -57,8 +71,8 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Workspace:
-    """A workspace: its folder, the bytes of all its files, and what is there in pipeline order.
+class Found:
+    """A workspace that was found: its folder, the bytes of all its files, what is there in pipeline order.
 
     Attributes:
         changed: when the last of its files was written (UTC); locks do not count.
@@ -83,10 +97,10 @@ class Item:
 
 def is_workspace(folder: Path) -> bool:
     """Whether a folder holds an artifact, one in the making, or the commands that worked there."""
-    return os.path.isfile(folder / COMMANDS) or any(_begun(folder, name) for name in ARTIFACTS)
+    return os.path.isfile(Workspace(folder).commands) or any(_begun(folder, name) for name in ARTIFACTS)
 
 
-def workspaces(root: Path) -> list[Workspace]:
+def workspaces(root: Path) -> list[Found]:
     """The workspaces at a folder and up to three levels below it, by path.
 
     Hidden folders are not searched, nor those that a run makes inside its workspace.
@@ -100,57 +114,41 @@ def workspaces(root: Path) -> list[Workspace]:
     return [_look(folder) for folder in sorted(found)]
 
 
-def _look(folder: Path) -> Workspace:
+def _look(folder: Path) -> Found:
     size, _, newest = _measure(folder)
     there = tuple(found for name in ARTIFACTS if (found := _artifact(folder, name)))
     held, changed = any(_held(folder / lock) for lock in LOCKS), datetime.fromtimestamp(newest, timezone.utc)
-    return Workspace(folder, size, changed, held, there)
+    return Found(folder, size, changed, held, there)
 
 
 def _artifact(workspace: Path, name: str) -> Artifact | None:
     if not _begun(workspace, name):
         return None
-    folder, finished = workspace / name, None
-    size, _, _ = _measure(folder, workspace / f".{name}.partial")
+    folder = Workspace(workspace).artifact(name)
+    size, _, _ = _measure(folder, temporary_of(folder))
     try:
-        manifest = read_manifest(folder)
-        if manifest is None:
-            return Artifact(name, "unfinished", size, None, _last_step(folder / STATE / training_log.FILE))
-        finished = datetime.fromisoformat(manifest.finished)
-        state, detail = _condition(workspace, folder, manifest)
-        return Artifact(name, state, size, finished, detail)
+        found = condition(folder)
+        if found.state == "absent":
+            return Artifact(name, "unfinished", size, None, _last_step(metrics_in(state_in(folder))))
+        finished = None if found.manifest is None else datetime.fromisoformat(found.manifest.finished)
+        return Artifact(name, found.state, size, finished, _detail(found))
     except _STRANGE as error:
-        return Artifact(name, "damaged", size, finished, " ".join(str(error).split()))
+        return Artifact(name, "damaged", size, None, " ".join(str(error).split()))
 
 
 def _begun(workspace: Path, name: str) -> bool:
     """Whether an artifact is there or in the making; otherwise a folder of its name is not a run's."""
-    places = (workspace / name / NAME, workspace / name / STATE, workspace / f".{name}.partial")
-    return any(os.path.exists(place) for place in places) or bool(set_aside(workspace / name))
+    folder = Workspace(workspace).artifact(name)
+    places = (manifest_in(folder), state_in(folder), temporary_of(folder))
+    return any(os.path.exists(place) for place in places) or bool(set_aside(folder))
 
 
-def _condition(workspace: Path, folder: Path, manifest: Manifest) -> tuple[str, str]:
-    """State of an artifact with a manifest, by the rule of ``is_done``, and what is wrong with it."""
-    for output in manifest.outputs:
-        found = _stat(folder / output.file, follow=True)
-        if found is None or not stat.S_ISREG(found.st_mode):
-            return "damaged", f"{output.file}: missing"
-        if found.st_size != output.size:
-            return "damaged", f"{output.file}: expected {output.size} bytes, found {found.st_size}"
-    if manifest.schema != SCHEMA:
-        return "stale", f"made by schema {manifest.schema}, now {SCHEMA}"
-    for item in manifest.inputs:
-        name, _, part = item.path.partition("/")  # pretrain/hf: the model in an artifact, with its own print
-        try:
-            # without a time it is nothing of the workspace, whatever the user calls it
-            upstream = read_manifest(workspace / name) if item.finished and name in ARTIFACTS else None
-        except _STRANGE:
-            continue
-        if upstream is not None and not part and upstream.fingerprint != item.fingerprint:
-            return "stale", f"made from another {name}"
-        if upstream is not None and upstream.finished > manifest.started:
-            return "stale", f"{name} was made anew"
-    return "done", ""
+def _detail(found: Condition) -> str:
+    """What is wrong with an artifact, in words."""
+    if found.why is None or found.state == "done":
+        return ""
+    words = in_words(found.why)
+    return f"{found.why.name}: {words}" if found.why.fault in ("missing", "outside", "size") else words
 
 
 def _last_step(path: Path) -> str:
@@ -187,7 +185,7 @@ def _measure(*paths: Path) -> tuple[int, int, float]:
     names = Counter((stats.st_dev, stats.st_ino) for _, stats in files)
     sizes = {(stats.st_dev, stats.st_ino): (stats.st_size, stats.st_nlink) for _, stats in files}
     freed = sum(size for key, (size, links) in sizes.items() if names[key] >= links)
-    written = [file for file in files if not file[0].name.endswith(".lock")] or found
+    written = [file for file in files if not file[0].name.endswith(LOCK)] or found
     newest = max((stats.st_mtime for _, stats in written), default=0.0)
     return sum(size for size, _ in sizes.values()), freed, newest
 
@@ -210,11 +208,11 @@ def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
         raise ValueError(f"{workspace}: expected a workspace, found neither an artifact nor {COMMANDS} there")
     if level not in LEVELS:
         raise ValueError(f"{workspace}: expected a level of {', '.join(LEVELS)}, found {level!r}")
-    if _held(workspace / LOCKS[1]):
+    if _held(Workspace(workspace).stage_lock):
         raise ValueError(f"{workspace}: expected nobody at work, found a stage that has yet to end")
-    due = [*_leftovers(workspace), *_beside(workspace, "tokens")]
+    due = [*_leftovers(workspace), *_beside(workspace, TOKENS)]
     own = [workspace / name for name in _OWN if not (workspace / name).is_symlink()]
-    begun = [path for folder in own for path in set_aside(folder) if not (path / NAME).exists()]
+    begun = [path for folder in own for path in set_aside(folder) if not manifest_in(path).exists()]
     due += [(path, "begun with other settings") for path in begun]
     due += _intermediate(workspace) if level == "intermediate" else []
     paths = {path for path, _ in due}
@@ -223,19 +221,19 @@ def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
 
 def _intermediate(workspace: Path) -> Iterator[tuple[Path, str]]:
     """Artifacts, the last one first: a removal cut short leaves a beginning that a run goes on from."""
-    folder, export = workspace / "export", _artifact(workspace, "export")
+    folder, export = Workspace(workspace).export, _artifact(workspace, "export")
     told = f"{folder}: expected a whole export of the newest work before more than caches goes, found"
+    if export and (links := [path for path in (folder, *folder.rglob("*")) if path.is_symlink()]):
+        raise ValueError(f"{told} a link in its place: {links[0]}")
     if export is None or export.state != "done" or export.finished is None:
         raise ValueError(f"{told} " + (f"it {export.state}: {export.detail}" if export else "none"))
-    if links := [path for path in (folder, *folder.rglob("*")) if path.is_symlink()]:
-        raise ValueError(f"{told} a link in its place: {links[0]}")
     for name in [name for name in reversed(ARTIFACTS) if name not in KEPT]:
         if (artifact := _artifact(workspace, name)) and os.path.lexists(workspace / name):
             made = artifact.finished.timestamp() if artifact.finished else _measure(workspace / name)[2]
             if made > export.finished.timestamp():
                 raise ValueError(f"{told} {workspace / name} to be younger; end that run, or remove this")
             yield workspace / name, "an artifact"
-    yield from (*_beside(workspace, "live"), *_beside(workspace, "unpacked"))
+    yield from (*_beside(workspace, LIVE), *_beside(workspace, UNPACKED))
 
 
 def _beside(workspace: Path, name: str) -> Iterator[tuple[Path, str]]:
@@ -243,26 +241,28 @@ def _beside(workspace: Path, name: str) -> Iterator[tuple[Path, str]]:
     for path in [root] if root.is_symlink() else sorted(root.glob("*")):
         if path.is_symlink():
             yield path, "a link; what it points at stays"
-        elif os.path.exists(path / mark) and not _held(root / f".{path.name}.lock"):  # shared, being written
+        elif os.path.exists(path / mark) and not _held(build_lock_of(path)):  # shared, being written
             yield path, why
 
 
 def _leftovers(workspace: Path) -> Iterator[tuple[Path, str]]:
     """What killed builds left: none is at work now, for the caller holds the workspace."""
-    places = [workspace / f".{name}{end}" for name in ARTIFACTS for end in (".partial", ".old.partial")]
-    places += [path for path in sorted(workspace.glob(".*.tmp")) if path.is_file()]
-    for folder in [workspace / name for name in _OWN if name != "tokens"]:
+    places = [path for folder in Workspace(workspace).artifacts for path in leftovers_of(folder)]
+    places += [path for path in sorted(workspace.glob(".*")) if is_leftover(path.name) and path.is_file()]
+    for folder in [workspace / name for name in _OWN if name != TOKENS]:
         try:
-            manifest = read_manifest(folder)
-            listed = [folder / output.file for output in manifest.outputs] if manifest else []
-            if manifest and _condition(workspace, folder, manifest)[0] == "done":
-                places.append(folder / STATE)  # killed before it was tidied away
+            found = condition(folder)
         except _STRANGE:  # nothing says what belongs to it
             continue
+        if found.manifest is None and found.state != "absent":
+            continue
+        if found.state == "done":
+            places.append(state_in(folder))  # killed before it was tidied away
+        listed = [folder / output.file for output in found.manifest.outputs] if found.manifest else []
         belongs = {part for path in listed for part in (path, *path.parents)}
         for at, folders, files in () if folder.is_symlink() else os.walk(folder):
-            found = [Path(at, name) for name in (*folders, *files) if _TEMPORARY.fullmatch(name)]
-            places += [path for path in sorted(found) if path not in belongs]
+            inside = [Path(at, name) for name in (*folders, *files) if is_leftover(name)]
+            places += [path for path in sorted(inside) if path not in belongs]
     yield from ((path, "left by a killed build") for path in places if os.path.lexists(path))
 
 

@@ -12,20 +12,17 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from nemo_minitron.security.links import check_tree
-from nemo_minitron.workspace.command_log import COMMANDS
+from nemo_minitron.workspace.layout import COMMANDS, HOLDER, LOCK, STAGE_LOCK, Workspace
 from nemo_minitron.workspace.manifest import now, write_json
 
-HOLDER = ".holder.json"
-"""Which process holds the workspace, for the eyes of others; the lock itself is the operating system's."""
-STAGE_LOCK = ".stage.lock"
-TRACES = (".lock", STAGE_LOCK, HOLDER, COMMANDS)
+TRACES = (LOCK, STAGE_LOCK, HOLDER, COMMANDS)
 """Files that a run leaves although nothing came of it."""
 
 
 def holder(workspace: Path) -> str:
     """Who holds the workspace, or held it last, in words; empty where nobody wrote it down."""
     try:
-        found = json.loads((workspace / HOLDER).read_text(encoding="utf-8"))
+        found = json.loads(Workspace(workspace).holder.read_text(encoding="utf-8"))
         return f"process {found['pid']} on {found['host']}, since {found['since'][:19].replace('T', ' ')} UTC"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
@@ -63,7 +60,7 @@ def _acquired(workspace: Path, wait: float) -> BaseFileLock:
     deadline = time.monotonic() + wait
     _check(workspace)
     while True:
-        lock = FileLock(workspace / ".lock", timeout=max(0.0, deadline - time.monotonic()))
+        lock = FileLock(Workspace(workspace).lock, timeout=max(0.0, deadline - time.monotonic()))
         try:
             workspace.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -94,10 +91,10 @@ def locked(workspace: Path, wait: float = 0.0) -> Iterator[None]:
     me = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
     try:
         with contextlib.suppress(OSError):  # a full disk is for the stages to find
-            write_json(workspace / HOLDER, me)
+            write_json(Workspace(workspace).holder, me)
         yield
     finally:
-        (workspace / HOLDER).unlink(missing_ok=True)
+        Workspace(workspace).holder.unlink(missing_ok=True)
         if {path.name for path in workspace.iterdir()} <= set(TRACES):  # nothing came of it: no trace
             for name in TRACES:
                 (workspace / name).unlink(missing_ok=True)
@@ -120,7 +117,7 @@ def alone(workspace: Path, patience: float = _PATIENCE) -> Iterator[None]:
     Raises:
         ValueError: another process still works there after ``patience`` seconds.
     """
-    lock = FileLock(workspace / STAGE_LOCK, timeout=0)
+    lock = FileLock(Workspace(workspace).stage_lock, timeout=0)
     try:
         try:
             lock.acquire()

@@ -9,7 +9,6 @@ nothing to do: this is the only cache.
 import datetime
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +17,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import nemo_minitron
-from nemo_minitron.security.links import leads_out
 from nemo_minitron.security.plain_text import plain
+from nemo_minitron.workspace.atomic import replacing
+from nemo_minitron.workspace.layout import ASIDE, MANIFEST, manifest_in
 
 SCHEMA = 1
-NAME = "manifest.json"
-ASIDE = "state-"
-"""How sub-folders begin that hold what other settings made or began; they are no part of the artifact."""
+NAME = MANIFEST
 _BLOCK = 4 * 2**20
 
 
@@ -102,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     Raises:
         ValueError: the file is there but is no manifest of this schema.
     """
-    path = folder / NAME
+    path = manifest_in(folder)
     if not path.is_file():
         return None
     try:
@@ -118,33 +116,24 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def is_done(folder: Path, expected: str, inputs: Sequence[Input]) -> bool:
-    """Whether the artifact in ``folder`` is what a stage would make now.
+    """Whether the artifact in ``folder`` is what a stage would make now; see ``condition``."""
+    from nemo_minitron.workspace.condition import condition
 
-    Its fingerprint must match, its files must be there in the right sizes, and no input may have been made
-    anew since: a fingerprint names the recipe, not the bytes, and a rebuilt input may differ in bytes.
-    """
-    try:
-        manifest = read_manifest(folder)
-    except ValueError:
-        return False
-    if manifest is None or manifest.schema != SCHEMA or manifest.fingerprint != expected:
-        return False
-    if any(item.finished is not None and item.finished > manifest.started for item in inputs):
-        return False
-    return damage(folder, manifest) is None
+    return condition(folder, expected, inputs).state == "done"
 
 
 def damage(folder: Path, manifest: Manifest) -> str | None:
     """What is wrong with an artifact's files at a glance, by their places and sizes; None: nothing."""
-    for output in manifest.outputs:
-        path = folder / output.file
-        if not path.is_file():
-            return f"{output.file} is missing"
-        if leads_out(path, folder):
-            return f"{output.file} lies outside of the folder, at {path.resolve()}"
-        if path.stat().st_size != output.size:
-            return f"{output.file} has {path.stat().st_size} bytes, expected {output.size}"
-    return None
+    from nemo_minitron.workspace.condition import flaws
+
+    return next((f"{flaw.name} {_IS[flaw.fault].format(flaw)}" for flaw in flaws(folder, manifest)), None)
+
+
+_IS = {
+    "missing": "is missing",
+    "outside": "lies outside of the folder, at {0.found}",
+    "size": "has {0.found} bytes, expected {0.expected}",
+}
 
 
 def list_outputs(folder: Path, known: Mapping[str, str], without: Sequence[str] = ()) -> tuple[Output, ...]:
@@ -196,19 +185,15 @@ def write_manifest(
             "torch": torch.__version__,
         },
     )
-    write_json(folder / NAME, asdict(manifest))
+    write_json(manifest_in(folder), asdict(manifest))
     return manifest
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def verify(folder: Path) -> list[str]:
@@ -217,16 +202,17 @@ def verify(folder: Path) -> list[str]:
     Returns:
         One line per defect: a missing, changed or unlisted file; empty where all bytes are what was written.
     """
+    from nemo_minitron.workspace.condition import flaws, in_words
+
     manifest = read_manifest(folder)
     if manifest is None:
         return [f"{folder}: no {NAME}"]
+    found = {flaw.name: flaw for flaw in flaws(folder, manifest)}
     problems = []
     for output in manifest.outputs:
         path = folder / output.file
-        if not path.is_file():
-            problems.append(f"{path}: missing")
-        elif path.stat().st_size != output.size:
-            problems.append(f"{path}: expected {output.size} bytes, found {path.stat().st_size}")
+        if output.file in found:
+            problems.append(f"{path}: {in_words(found[output.file])}")
         elif hash_file(path) != output.sha256:
             problems.append(f"{path}: SHA-256 differs from the manifest's")
     listed = {output.file for output in manifest.outputs} | {NAME}
@@ -235,5 +221,5 @@ def verify(folder: Path) -> list[str]:
         if path.is_file() and name not in listed and not name.startswith(ASIDE):
             problems.append(f"{path}: not in the manifest")
     if manifest.fingerprint != fingerprint(manifest.kind, manifest.config, manifest.inputs):
-        problems.append(f"{folder / NAME}: fingerprint does not match its own config and inputs")
+        problems.append(f"{manifest_in(folder)}: fingerprint does not match its own config and inputs")
     return problems

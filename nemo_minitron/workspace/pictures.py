@@ -4,11 +4,12 @@ import base64
 from pathlib import Path
 
 from nemo_minitron.security.links import leads_out
+from nemo_minitron.workspace.layout import plots_in
 
 
 def pictures_in(folder: Path) -> list[Path]:
     """The PNGs of an artifact, in order; a link out of its folder is none, whatever its name."""
-    found = sorted((folder / "plots").glob("*.png"))
+    found = sorted(plots_in(folder).glob("*.png"))
     return [path for path in found if path.is_file() and not leads_out(path, folder)]
 
 

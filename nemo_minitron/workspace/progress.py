@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_minitron.workspace.atomic import replacing
+
 VARIABLE = "MINITRON_PROGRESS"
 """Environment variable with the file's path."""
 _SECONDS = 1.0
@@ -43,10 +45,10 @@ def note(what: str, done: int, total: int) -> None:
     _last = time.monotonic()
     if int(os.environ.get("RANK", "0")):
         return
-    temporary = f"{path}.{os.getpid()}"
-    with contextlib.suppress(OSError):  # a full disk is for the stage itself to find
-        Path(temporary).write_text(json.dumps({"what": what, "done": done, "total": total}), encoding="utf-8")
-        os.replace(temporary, path)
+    told = json.dumps({"what": what, "done": done, "total": total})
+    # a full disk is for the stage itself to find, and a machine that stops needs no bar
+    with contextlib.suppress(OSError), replacing(Path(path), sync=False) as temporary:
+        temporary.write_text(told, encoding="utf-8")
 
 
 def read(path: Path) -> Progress | None:

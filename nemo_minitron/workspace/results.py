@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.workspace.layout import RESULTS
 from nemo_minitron.workspace.manifest import digest, write_json
 
-FOLDER = "results"
+FOLDER = RESULTS
 
 
 @dataclass(frozen=True)

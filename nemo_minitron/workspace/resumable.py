@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.security.plain_text import plain
-from nemo_minitron.workspace.build import STAMP, STATE, building, discard, refuse_unknown_folder, set_aside
+from nemo_minitron.workspace.atomic import discard
+from nemo_minitron.workspace.build import STAMP, building, refuse_unknown_folder, set_aside
+from nemo_minitron.workspace.condition import flaws
+from nemo_minitron.workspace.layout import STATE, aside_in, manifest_in, result_in, state_in
 from nemo_minitron.workspace.manifest import (
-    ASIDE,
-    NAME,
     Input,
     Manifest,
-    damage,
     digest,
     fingerprint,
     is_done,
@@ -58,12 +58,12 @@ def make_resumable(
     state = _make_room(folder, {"recipe": _recipe(expected, inputs), **config}, keep)
     if state is None:
         return False
-    with building(folder / "result") as temporary:
+    with building(result_in(folder)) as temporary:
         build(state, temporary)
-    for child in (folder / "result").iterdir():
+    for child in result_in(folder).iterdir():
         discard(folder / child.name) if child.is_dir() else None
         child.replace(folder / child.name)
-    discard(folder / "result")
+    discard(result_in(folder))
     without = (STATE, *(path.name for path in set_aside(folder)))
     write_manifest(folder, kind, config, inputs, started, without=without)
     discard(state)
@@ -75,21 +75,21 @@ def _make_room(folder: Path, recipe: dict[str, Any], keep: bool) -> Path | None:
 
     None: the recipe's finished artifact was set aside, and is back in its place.
     """
-    for aside in () if (folder / NAME).exists() else set_aside(folder):  # of a killed run
+    for aside in () if manifest_in(folder).exists() else set_aside(folder):  # of a killed run
         if (manifest := read_manifest(aside)) is not None:
             _move(manifest, folder, aside)
     if keep:
         _keep_finished(folder, recipe)
     _keep_state(folder, recipe)
-    state, aside = folder / STATE, _aside(folder, recipe["recipe"])
-    (folder / NAME).unlink(missing_ok=True)
+    state, aside = state_in(folder), aside_in(folder, recipe["recipe"])
+    manifest_in(folder).unlink(missing_ok=True)
     for child in folder.iterdir() if folder.is_dir() else ():
         if child != state and child not in set_aside(folder):
             discard(child) if child.is_dir() else child.unlink()
     manifest = read_manifest(aside)
-    if manifest is not None and damage(aside, manifest) is None:
+    if manifest is not None and _whole(aside, manifest):
         _move(manifest, aside, folder)
-        (aside / NAME).replace(folder / NAME)
+        manifest_in(aside).replace(manifest_in(folder))
         discard(aside)
         return None
     if manifest is not None:
@@ -108,21 +108,21 @@ def _keep_finished(folder: Path, recipe: Mapping[str, Any]) -> None:
         manifest = read_manifest(folder)
     except ValueError:
         return
-    if manifest is None or damage(folder, manifest) is not None:
+    if manifest is None or not _whole(folder, manifest):
         return
-    aside = _aside(folder, _recipe(manifest.fingerprint, manifest.inputs))
-    if aside == _aside(folder, recipe["recipe"]):
+    aside = aside_in(folder, _recipe(manifest.fingerprint, manifest.inputs))
+    if aside == aside_in(folder, recipe["recipe"]):
         return
     _say(folder, "made", manifest.config, recipe, f"{aside} and comes back with those", " --intermediate")
     discard(aside)
     aside.mkdir()
-    (folder / NAME).replace(aside / NAME)  # first: what is killed behind it, the next run completes
+    manifest_in(folder).replace(manifest_in(aside))  # first: what is killed behind it, the next run completes
     _move(manifest, folder, aside)
 
 
 def _keep_state(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Sets aside what another recipe has begun."""
-    state, stamp = folder / STATE, folder / STATE / STAMP
+    state, stamp = state_in(folder), state_in(folder) / STAMP
     found = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
     found = {"recipe": found} if isinstance(found, str) else found  # of version 0.1
     if found.get("recipe") == recipe["recipe"]:
@@ -130,7 +130,7 @@ def _keep_state(folder: Path, recipe: Mapping[str, Any]) -> None:
     if not found or not any(child != stamp for child in state.iterdir()):
         discard(state)
         return
-    aside = _aside(folder, found["recipe"])
+    aside = aside_in(folder, found["recipe"])
     if aside.exists():  # finished, and killed before it was tidied away
         discard(state)
         return
@@ -160,8 +160,8 @@ def _recipe(expected: str, inputs: Sequence[Input]) -> str:
     return digest([expected, [item.finished for item in inputs]])
 
 
-def _aside(folder: Path, recipe: str) -> Path:
-    return folder / f"{ASIDE}{recipe[:12]}"
+def _whole(folder: Path, manifest: Manifest) -> bool:
+    return next(flaws(folder, manifest), None) is None
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-FILE = "metrics.jsonl"
+from nemo_minitron.workspace.layout import METRICS
+
+FILE = METRICS
 TABLE = "metrics.csv"
 TEACHERS = "teachers.json"
 """Beside the log of a distillation with a live teacher: [{"step": .., "snapshot": ..}, ...], which snapshot
