@@ -19,11 +19,11 @@ from nemo_minitron.flows.forms import Launch, Sizes, cli_words, composed
 from nemo_minitron.flows.publish import log_line
 from nemo_minitron.flows.tasks import run_stage_task
 from nemo_minitron.flows.withheld import flow
-from nemo_minitron.launch.accelerator_lock import ENDING_SECONDS
 from nemo_minitron.launch.launcher import at_work
 from nemo_minitron.security.masking import masked
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.accelerator_lock import ENDING_SECONDS
 from nemo_minitron.workspace.command_log import note_command
 
 

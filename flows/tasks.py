@@ -27,13 +27,13 @@ from nemo_minitron.evaluation.gate import GateError
 from nemo_minitron.flows import publish
 from nemo_minitron.flows.withheld import words_withheld
 from nemo_minitron.launch import failures
-from nemo_minitron.launch.accelerator_lock import lock_on
 from nemo_minitron.launch.failures import StageError, kind_of
 from nemo_minitron.launch.launcher import Call, launch, limit_of
 from nemo_minitron.launch.out_of_memory import note_memory, with_smaller_micro_batch
 from nemo_minitron.security.masking import masked
 from nemo_minitron.stages.result import Result
 from nemo_minitron.stages.run import SEVERAL
+from nemo_minitron.workspace.accelerator_lock import lock_on
 
 
 def worth_another_try(_: Any, run: TaskRun, state: State) -> bool:

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import nemo_minitron
 from nemo_minitron.cli import family_tables, model_size, workspaces
 from nemo_minitron.cli.tables import print_table
-from nemo_minitron.models.torchrun import is_follower, join_ranks, leave_ranks
 from nemo_minitron.security.plain_text import plain
-from nemo_minitron.stages.run import SEVERAL, STAGES, run_stage
+from nemo_minitron.stages.run import SEVERAL, STAGES, run_by_hand
 
 if TYPE_CHECKING:
     from nemo_minitron.config.config import Config
@@ -181,28 +180,12 @@ def _shows_only(args: argparse.Namespace) -> bool:
 def _stage(args: argparse.Namespace) -> int:
     if _shows_only(args):
         return 0
-    from nemo_minitron.workspace.command_log import note_command
-    from nemo_minitron.workspace.locks import alone, locked
-
     config = _config(args)
-    several = args.command in SEVERAL
-    if is_follower():
-        if several:
-            join_ranks()
-            run_stage(args.command, config)
-            leave_ranks()
-        return 0
     # progress bars go to the error output: standard output is for the result
-    place = Path(config.workspace)
-    with locked(place), alone(place), contextlib.redirect_stdout(sys.stderr):
-        note_command(Path(config.workspace), args.words)
-        for name in _before(args.command, config):
-            _notes(run_stage(name, config))
-        if several:
-            join_ranks()
-        result = run_stage(args.command, config)
-        if several:
-            leave_ranks()
+    with contextlib.redirect_stdout(sys.stderr):
+        result = run_by_hand(args.command, config, args.words, _before(args.command, config), _notes)
+    if result is None:
+        return 0
     _show(result, args.json)
     _notes(result)
     return 0

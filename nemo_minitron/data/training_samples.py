@@ -4,7 +4,6 @@ from typing import Any
 
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import training_mixture
-from nemo_minitron.models.torchrun import is_follower
 from nemo_minitron.workspace.layout import TOKENS, Workspace
 from nemo_minitron.workspace.manifest import digest
 from nemo_minitron.workspace.progress_bar import bar
@@ -33,9 +32,7 @@ def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) ->
     """
     from nemo_minitron.data.token_cache import PackedTokens, places
 
-    if not is_follower():
-        _streams(config, tokenizer, needed)
-    ranks.broadcast(None)
+    ranks.first(lambda: _streams(config, tokenizer, needed))
     streams = _streams(config, tokenizer, needed)
     text = config.data.train
     weights = [weight for _, weight in training_mixture(config)]

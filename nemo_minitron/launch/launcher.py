@@ -14,16 +14,15 @@ from typing import Any
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.launch_config import LaunchConfig
 from nemo_minitron.launch import failures
-from nemo_minitron.launch.accelerator_lock import in_use
 from nemo_minitron.launch.failures import StageError, exit_words, failure_from_json
 from nemo_minitron.launch.process_group import Ended, Limits, run_process
 from nemo_minitron.launch.slurm import HEAD, Job, adopt, run_job
 from nemo_minitron.launch.stage_process import clear, outcomes, result_from
 from nemo_minitron.security.masking import remember
 from nemo_minitron.stages.result import Result
-from nemo_minitron.stages.run import SEVERAL, run_stage
+from nemo_minitron.stages.run import SEVERAL, run_alone
 from nemo_minitron.workspace import progress
-from nemo_minitron.workspace.locks import alone, locked
+from nemo_minitron.workspace.locks import locked
 from nemo_minitron.workspace.manifest import digest
 
 PAPERS = ".launch"
@@ -102,8 +101,9 @@ def launch(call: Call, on_line: Callable[[str], None], unwanted: Callable[[], bo
         before = os.environ.get(progress.VARIABLE)
         os.environ[progress.VARIABLE] = str(call.progress.resolve())
         try:
-            with alone(Path(call.config.workspace)), in_use(call.config.launch, call.stage):
-                return run_stage(call.stage, call.config)
+            result = run_alone(call.stage, call.config)
+            assert result is not None  # a flow does not run under torchrun
+            return result
         finally:
             os.environ.pop(progress.VARIABLE, None)
             if before is not None:

@@ -16,36 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.compose import from_dict
-from nemo_minitron.config.config import Config
-from nemo_minitron.launch.accelerator_lock import ENDING_SECONDS, in_use
 from nemo_minitron.launch.failures import failure_to_json
-from nemo_minitron.models.torchrun import is_follower, join_ranks, leave_ranks
 from nemo_minitron.security.masking import Masking, masked, masked_values, remember
 from nemo_minitron.stages.result import Result
-from nemo_minitron.stages.run import SEVERAL, run_stage
-from nemo_minitron.workspace.locks import alone
+from nemo_minitron.stages.run import run_alone
 from nemo_minitron.workspace.manifest import now, write_json
 
 _PR_SET_PDEATHSIG = 1
-
-
-def run_alone(name: str, config: Config) -> Result:
-    """Runs a stage as the only one in its workspace; under torchrun with the other ranks."""
-    if is_follower():
-        if name in SEVERAL:
-            join_ranks()
-            result = run_stage(name, config)
-            leave_ranks()
-            return result
-        return Result(name, Path(config.workspace), False, "see rank 0")
-    patience = config.launch.grace + ENDING_SECONDS
-    with alone(Path(config.workspace), patience), in_use(config.launch, name):
-        if name in SEVERAL:
-            join_ranks()
-        result = run_stage(name, config)
-        if name in SEVERAL:
-            leave_ranks()
-    return result
 
 
 def result_from(value: dict[str, Any]) -> Result:
@@ -96,7 +73,7 @@ def main(arguments: list[str]) -> int:
             print(masked(traceback.format_exc()), file=sys.stderr)
         _say(f"{name}: {failure['failure']['message']}")
         return 2 if failure["failure"]["kind"] == "mistake" else 1
-    if not is_follower():
+    if result is not None:
         _say(f"{name}: {result.headline}")
         write_json(path, {"result": {**masked_values(asdict(result)), "folder": str(result.folder)}})
     return 0

@@ -1,6 +1,7 @@
 """torch.distributed: the processes that torchrun starts, as far as scoring needs them."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -35,6 +36,12 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def first(self, act: Callable[[], Any]) -> None:
+        """Does something on rank 0; the others wait until it is done."""
+        if self.rank == 0:
+            act()
+        self.broadcast(None)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in order, on every rank."""

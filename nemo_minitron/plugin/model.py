@@ -219,8 +219,17 @@ class MinitronModel(ModelPT):
     def gather(self) -> None:
         """Brings a sharded model's weights together on rank 0, for ``save_hf``; all ranks call it."""
         if self._sharded:
-            whole = gathered(self.model)
-            self._gathered = {key: value for key, value in whole.items() if not key.endswith(EXTRA_STATE)}
+            whole, first = gathered(self.model), dict[int, str]()
+            tied = [
+                name
+                for name, parameter in self.model.named_parameters(remove_duplicate=False)
+                if first.setdefault(id(parameter), name) != name
+            ]  # gathered twice, they would be stored twice
+            self._gathered = {
+                key: value
+                for key, value in whole.items()
+                if not key.endswith(EXTRA_STATE) and key not in tied
+            }
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Last hidden states: [batch, positions] token ids to [batch, positions, hidden]."""

@@ -7,14 +7,14 @@ from typing import Any
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.stages.inputs import source_folder
-from nemo_minitron.stages.result import Result
-from nemo_minitron.stages.training_stage import Role, last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.stages.recipe import Recipe
+from nemo_minitron.stages.training_stage import Role, tokenizer_of, training_inputs, training_recipe
 
 LIVE = "live"
 """Folder of the workspace with snapshots of a correction that is under way."""
 
 
-def run(config: Config) -> Result:
+def recipe(config: Config) -> Recipe:
     """Trains the source model on with cross-entropy.
 
     The result takes its place as teacher and as what is pruned.
@@ -38,5 +38,4 @@ def run(config: Config) -> Result:
     inputs = [item, *training_inputs(config)]
     role = Role(lambda: tokenizer_of(source), start, callbacks)
     section = {**asdict(config.correct), "publish_every": None}  # decides nothing
-    made = train_into(folder, "correct", config, section, inputs, role)
-    return Result("correct", folder, made, last_losses(folder))
+    return training_recipe(folder, "correct", config, section, inputs, role)

@@ -17,14 +17,14 @@ from nemo_minitron.losses.intermediate import IntermediateWeights
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.stages.inputs import distillation_teacher, shared_vocabulary
 from nemo_minitron.stages.logit_cache import asked_for
-from nemo_minitron.stages.result import Result
-from nemo_minitron.stages.training_stage import Role, last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.stages.recipe import Recipe
+from nemo_minitron.stages.training_stage import Role, tokenizer_of, training_inputs, training_recipe
 from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.build import STATE
 from nemo_minitron.workspace.manifest import read_manifest
 
 
-def run(config: Config) -> Result:
+def recipe(config: Config) -> Recipe:
     """Trains the pruned model against the teacher, or against what is kept of its logits.
 
     Raises:
@@ -60,8 +60,7 @@ def run(config: Config) -> Result:
     section["live_teacher"] = settings.live_teacher is not None  # wherever it lies
     folder = workspace / "student"
     role = Role(lambda: tokenizer_of(pruned), start, callbacks, dress=dress)
-    made = train_into(folder, "student", config, section, inputs, role)
-    return Result("distill", folder, made, last_losses(folder))
+    return training_recipe(folder, "student", config, section, inputs, role)
 
 
 Teaching = tuple[Callable[[], list[Any]], Callable[[Any, Any], tuple[Any, Any]]]

@@ -7,13 +7,14 @@ from pathlib import Path
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES
 from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
-from nemo_minitron.stages.result import Result
-from nemo_minitron.workspace.build import building, make
+from nemo_minitron.stages.recipe import Recipe, Summary
+from nemo_minitron.workspace.build import building
 from nemo_minitron.workspace.manifest import Input, digest, read_manifest, write_json
 
 
-def run(config: Config) -> Result:
+def recipe(config: Config) -> Recipe:
     """Finds the source model, fetches it where it is on the hub, and checks it against its family's table.
 
     Raises:
@@ -28,7 +29,7 @@ def run(config: Config) -> Result:
     pointer = os.path.relpath(folder, workspace) if inside else str(folder.resolve())
     settings = {"revision": revision}
 
-    def build(target: Path) -> None:
+    def build(_state: Path, target: Path, _ranks: Ranks) -> None:
         """Checks what was fetched, and writes the pointer."""
         if revision is not None:
             from nemo_minitron.release.hub_download import check_hashes
@@ -41,8 +42,10 @@ def run(config: Config) -> Result:
         source = {"path": pointer, "given": given, "revision": revision, "asked": config.source.revision}
         write_json(target / "source.json", source)
 
-    made = make(workspace / "teacher", "teacher", settings, inputs, build)
-    return Result("download", workspace / "teacher", made, _headline(checkpoint))
+    def summary() -> Summary:
+        return Summary(_headline(checkpoint))
+
+    return Recipe(workspace / "teacher", "teacher", settings, inputs, build, summary)
 
 
 def _locate(config: Config, workspace: Path) -> tuple[Path, str | None, str]:

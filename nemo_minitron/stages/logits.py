@@ -10,17 +10,16 @@ from nemo_minitron.data.mixtures import validation_samples
 from nemo_minitron.data.training_samples import LOGITS, sample_fingerprint, training_samples
 from nemo_minitron.distillation import teacher_logits
 from nemo_minitron.distillation.teacher_logits import TeacherLogits, part_name, token_bytes, write_part
-from nemo_minitron.models.torchrun import is_follower
+from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.inputs import distillation_teacher, shared_vocabulary, teacher_folder
 from nemo_minitron.stages.logit_cache import asked_for
-from nemo_minitron.stages.result import Result
+from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.stages.training_stage import resolved_trainer, samples_for, tokenizer_of, training_inputs
 from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.progress_bar import bar
-from nemo_minitron.workspace.resumable import make_resumable
 
 
-def run(config: Config) -> Result:
+def recipe(config: Config) -> Recipe:
     """Writes the cache, a part at a time; a killed run goes on at its part, ranks take parts in turn.
 
     Raises:
@@ -38,32 +37,21 @@ def run(config: Config) -> Result:
     trainer = resolved_trainer(config, {}, config.distill.batch_size)
     needed = samples_for(config, trainer, config.distill.batch_size)
     decides = asked_for(config) | {"samples": needed}
-    from nemo_minitron.models.ranks import join
 
-    ranks = join("cpu" if trainer["accelerator"] == "cpu" else "auto")
-    if is_follower():
-        state = ranks.broadcast(None)
-        if state is not None:
-            _teach(config, teacher, source, needed, vocabulary, state, ranks)
-        ranks.broadcast(None)
-        return Result("logits", folder, False, "")
-    begun = False
-
-    def build(state: Path, target: Path) -> None:
-        nonlocal begun
-        begun = True
-        ranks.broadcast(state)
+    def build(state: Path, target: Path, ranks: Ranks) -> None:
         facts = _teach(config, teacher, source, needed, vocabulary, state, ranks)
+        if ranks.rank > 0:
+            return
         for path in sorted(state.glob("part-*.safetensors")):
             _also(path, target / path.name)
         write_json(target / teacher_logits.FILE, facts)
 
-    made = make_resumable(folder, "logits", decides, [teacher_input, *training_inputs(config)], build)
-    if not begun:
-        ranks.broadcast(None)
-    ranks.broadcast(made)
-    facts = TeacherLogits(folder).facts
-    return Result("logits", folder, made, _headline(facts), facts=dict(facts))
+    def summary() -> Summary:
+        facts = TeacherLogits(folder).facts
+        return Summary(_headline(facts), facts=dict(facts))
+
+    inputs = [teacher_input, *training_inputs(config)]
+    return Recipe(folder, "logits", decides, inputs, build, summary, resumable=True)
 
 
 def _also(path: Path, target: Path) -> None:
@@ -88,7 +76,7 @@ def _teach(
     needed: int,
     vocabulary: int | None,
     state: Path,
-    ranks: Any,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Writes this rank's parts, and says what all of them are."""
     import torch

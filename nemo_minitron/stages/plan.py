@@ -6,6 +6,7 @@ from pathlib import Path
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.families import axis_sizes, check_layers
+from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import alignment
 from nemo_minitron.pruning.plan_file import Plan, make_plan, read_plan, write_plan
 from nemo_minitron.pruning.select import contiguous, kept_layers, scattered, select_units
@@ -13,12 +14,11 @@ from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores, t
 from nemo_minitron.scoring.depth import block_importance
 from nemo_minitron.scoring.scores_file import Scores, read_scores
 from nemo_minitron.stages.inputs import teacher_folder
-from nemo_minitron.stages.result import Result
+from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.artifacts import input_artifact
-from nemo_minitron.workspace.build import make
 
 
-def run(config: Config) -> Result:
+def recipe(config: Config) -> Recipe:
     """Decides which units stay.
 
     Raises:
@@ -33,7 +33,7 @@ def run(config: Config) -> Result:
     if needs_scores(config.plan):
         inputs.append(input_artifact(workspace, "scores", "score"))
 
-    def build(temporary: Path) -> None:
+    def build(_state: Path, temporary: Path, _ranks: Ranks) -> None:
         scores = read_scores(workspace / "scores") if needs_scores(config.plan) else Scores({})
         layers = _layers(config, sizes, scores)
         check_layers(checkpoint.family, checkpoint.config, layers, "plan")
@@ -44,8 +44,8 @@ def run(config: Config) -> Result:
     settings = explicit_targets(config.plan)
     if settings.get("layer_choice") == "contiguous":
         settings["depth"] = config.score.depth
-    made = make(workspace / "plan", "plan", settings, inputs, build)
-    return _result(workspace / "plan", made, read_plan(workspace / "plan"))
+    folder = workspace / "plan"
+    return Recipe(folder, "plan", settings, inputs, build, lambda: _summary(read_plan(folder)))
 
 
 def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:
@@ -75,7 +75,7 @@ def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:
     return kept_layers(layers, scattered(scores.ranking["layers"], going))
 
 
-def _result(folder: Path, made: bool, plan: Plan) -> Result:
+def _summary(plan: Plan) -> Summary:
     rows = [(axis, f"{plan.before[axis]:,}", f"{plan.after[axis]:,}") for axis in plan.before]
     before, after = plan.cost_before, plan.cost_after
     for title, attribute in (
@@ -92,4 +92,4 @@ def _result(folder: Path, made: bool, plan: Plan) -> Result:
         headline += f", layers {', '.join(map(str, plan.layers_dropped))} dropped"
     facts = {"before": asdict(before), "after": asdict(after), "layers_dropped": list(plan.layers_dropped)}
     notes = tuple(alignment(plan.before, plan.after))
-    return Result("plan", folder, made, headline, ("", "before", "after"), tuple(rows), facts, notes)
+    return Summary(headline, ("", "before", "after"), tuple(rows), facts, notes)

@@ -11,15 +11,15 @@ from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import training_text
-from nemo_minitron.stages.result import Result
-from nemo_minitron.stages.training_stage import Role, last_losses, tokenizer_of, train_into, training_inputs
+from nemo_minitron.stages.recipe import Recipe
+from nemo_minitron.stages.training_stage import Role, tokenizer_of, training_inputs, training_recipe
 from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.manifest import Input
 
 TOKENIZER = "tokenizer"
 
 
-def run(config: Config) -> Result:
+def recipe(config: Config) -> Recipe:
     """Trains from random weights.
 
     With ``pretrain.baseline`` the model has the pruned model's config.json, and sees as many tokens as the
@@ -32,7 +32,7 @@ def run(config: Config) -> Result:
     return _baseline(config) if config.pretrain.baseline else _teacher(config)
 
 
-def _teacher(config: Config) -> Result:
+def _teacher(config: Config) -> Recipe:
     folder = workspace_of(config) / "pretrain"
     shape = dict(config.pretrain.model)
     if "model_type" not in shape or "vocab_size" not in shape:
@@ -64,11 +64,10 @@ def _teacher(config: Config) -> Result:
     inputs = training_inputs(config)
     if given is not None:
         inputs.append(Input(given, tokenizer_fingerprint(files)))
-    made = train_into(folder, "pretrain", config, section, inputs, role)
-    return Result("pretrain", folder, made, last_losses(folder))
+    return training_recipe(folder, "pretrain", config, section, inputs, role)
 
 
-def _baseline(config: Config) -> Result:
+def _baseline(config: Config) -> Recipe:
     workspace = workspace_of(config)
     pruned = workspace / "pruned"
     section = {
@@ -86,5 +85,6 @@ def _baseline(config: Config) -> Result:
         return new_model(hf_config, config.pretrain.seed), hf_config, pruned
 
     folder = workspace / "scratch"
-    made = train_into(folder, "scratch", config, section, inputs, Role(lambda: tokenizer_of(pruned), start))
-    return Result("pretrain", folder, made, last_losses(folder))
+    return training_recipe(
+        folder, "scratch", config, section, inputs, Role(lambda: tokenizer_of(pruned), start)
+    )

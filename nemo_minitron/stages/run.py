@@ -1,11 +1,24 @@
-"""The stages by name."""
+"""The stages by name, and how one is run: as the only one in its workspace, with the ranks of torchrun."""
 
 import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from nemo_minitron.stages.recipe import Recipe
+from nemo_minitron.stages.result import Result
+from nemo_minitron.workspace.accelerator_lock import ENDING_SECONDS, in_use, turn
+from nemo_minitron.workspace.build import make
+from nemo_minitron.workspace.command_log import note_command
+from nemo_minitron.workspace.locks import alone, locked
+from nemo_minitron.workspace.manifest import fingerprint, is_done
+from nemo_minitron.workspace.resumable import make_resumable
 
 if TYPE_CHECKING:
     from nemo_minitron.config.config import Config
-    from nemo_minitron.stages.result import Result
+    from nemo_minitron.config.launch_config import LaunchConfig
+    from nemo_minitron.models.ranks import Ranks
 
 
 STAGES = {
@@ -27,7 +40,129 @@ SEVERAL = ("pretrain", "correct", "score", "logits", "distill", "evaluate")
 """Stages that share their work where torchrun starts several processes."""
 
 
-def run_stage(name: str, config: "Config") -> "Result":
-    """Runs one stage by its name."""
-    result: Result = importlib.import_module(STAGES[name]).run(config)
-    return result
+def run_stage(name: str, config: "Config") -> Result:
+    """Runs one stage by its name, by this process alone."""
+    from nemo_minitron.models.ranks import Ranks
+
+    return _lead(name, config, Ranks())
+
+
+def run_alone(
+    name: str,
+    config: "Config",
+    before: Sequence[str] = (),
+    told: Callable[[Result], None] = lambda result: None,
+) -> Result | None:
+    """Runs a stage as the only one in its workspace and on its accelerator, with the ranks of torchrun.
+
+    Args:
+        name: the stage.
+        config: the whole configuration.
+        before: stages that rank 0 brings up to date first.
+        told: called with their results.
+
+    Returns:
+        What came of it; None on the ranks beside rank 0, which share the work and report nothing.
+    """
+    if _is_follower():
+        if name in SEVERAL:
+            _follow(name, config)
+        return None
+    patience = config.launch.grace + ENDING_SECONDS
+    with alone(Path(config.workspace), patience), in_use(accelerator_of(config.launch, name), patience):
+        for each in before:
+            told(run_stage(each, config))
+        if name not in SEVERAL:
+            return run_stage(name, config)
+        from nemo_minitron.models.ranks import join
+
+        return _lead(name, config, join("auto"))
+
+
+def run_by_hand(
+    name: str, config: "Config", words: list[str], before: Sequence[str], told: Callable[[Result], None]
+) -> Result | None:
+    """The same for a stage that no flow has started: what a flow would hold is held here, too.
+
+    Args:
+        name: the stage.
+        config: the whole configuration.
+        words: the command line, to be noted.
+        before: as for ``run_alone``.
+        told: as for ``run_alone``.
+    """
+    if _is_follower():
+        return run_alone(name, config)
+    workspace = Path(config.workspace)
+    with locked(workspace), turn(accelerator_of(config.launch, name), name):
+        note_command(workspace, words)
+        return run_alone(name, config, before, told)
+
+
+def accelerator_of(launch: "LaunchConfig", stage: str) -> str | None:
+    """The accelerator of this machine that a stage holds while it computes; None: none."""
+    return launch.accelerator if stage in SEVERAL and launch.kind != "slurm" else None
+
+
+def _is_follower() -> bool:
+    """Whether torchrun started this process beside another, its rank 0, which holds the workspace."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
+
+
+def _lead(name: str, config: "Config", ranks: "Ranks") -> Result:
+    """Runs a stage on rank 0: it looks, and tells the others once whether something is due, and where."""
+    stage = importlib.import_module(STAGES[name])
+    if not hasattr(stage, "recipe"):
+        ranks.broadcast(None)
+        own: Result = stage.run(config)
+        _leave(ranks)
+        return own
+    recipe: Recipe = stage.recipe(config)
+    begun = False
+
+    def build(state: Path, target: Path) -> Mapping[str, str] | None:
+        nonlocal begun
+        begun = True
+        ranks.broadcast((state, target))
+        return recipe.build(state, target, ranks)
+
+    made = _make(recipe, build)
+    if not begun:
+        ranks.broadcast(None)
+    _leave(ranks)
+    return Result(name, recipe.folder, made, **vars(recipe.summary()))
+
+
+def _follow(name: str, config: "Config") -> None:
+    """Runs a stage on another rank: it hears from rank 0 what is due, and does its share."""
+    from nemo_minitron.models.ranks import join
+
+    stage, ranks = importlib.import_module(STAGES[name]), join("auto")
+    due = ranks.broadcast(None)  # what rank 0 makes first is there then
+    if not hasattr(stage, "recipe"):
+        stage.run(config)
+    elif due is not None:
+        stage.recipe(config).build(*due, ranks)
+    _leave(ranks)
+
+
+def _make(recipe: Recipe, build: Callable[[Path, Path], Mapping[str, str] | None]) -> bool:
+    """Makes a recipe's artifact unless it is there; says whether it had to be made."""
+    folder, kind, settings, inputs = recipe.folder, recipe.kind, recipe.settings, recipe.inputs
+    if not is_done(folder, fingerprint(kind, settings, inputs), inputs):
+        recipe.check()
+    if not recipe.resumable:
+        return make(folder, kind, settings, inputs, lambda target: build(target, target))
+
+    def resumed(state: Path, target: Path) -> None:
+        build(state, target)
+
+    return make_resumable(folder, kind, settings, inputs, resumed, recipe.keep)
+
+
+def _leave(ranks: "Ranks") -> None:
+    """Ends the connection of the ranks in good order: none goes while another still talks."""
+    if ranks.several:
+        from nemo_minitron.models.ranks import leave
+
+        leave()

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from nemo_minitron.data.mixtures import (
     validation_text,
 )
 from nemo_minitron.data.training_samples import training_samples
-from nemo_minitron.models.torchrun import is_follower
+from nemo_minitron.models.ranks import Ranks
+from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.training.trainer_arguments import deciding, merged
 from nemo_minitron.workspace import training_log
 from nemo_minitron.workspace.manifest import Input, write_json
-from nemo_minitron.workspace.resumable import make_resumable
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ def tokenizer_of(folder: Path) -> Any:
     return load_tokenizer(folder)
 
 
-def train_into(
+def training_recipe(
     folder: Path, kind: str, config: Config, section: Mapping[str, Any], inputs: Sequence[Input], role: Role
-) -> bool:
-    """Trains a model and writes it as an artifact: ``hf/`` and ``metrics.jsonl``.
+) -> Recipe:
+    """The recipe of a trained model as an artifact: ``hf/`` and ``metrics.jsonl``.
 
     Args:
         folder: the artifact's folder.
@@ -73,40 +74,36 @@ def train_into(
         section: the stage's own keys: ``batch_size``, ``seed``, ``trainer``, ``optim`` and what else decides.
         inputs: what it is made from.
         role: the rest.
-
-    Returns:
-        Whether it had to be trained.
     """
     resolved, decides = _resolved(config, section)
-    trainer = resolved["trainer"]
-    accelerator = str(trainer["accelerator"]) if "accelerator" in trainer else "auto"
-    if is_follower():
-        return _follow(config, resolved, role, accelerator)
-    ranks = _ranks(accelerator)
-    begun = False
 
-    def build(state: Path, target: Path) -> None:
-        """Trains, the other ranks along with it, and writes what came of it."""
-        nonlocal begun
+    def prepare() -> None:
         from nemo_minitron.plugin.trainer import check_trainer  # NeMo's import takes seconds: only where due
 
-        check_trainer(trainer)
+        check_trainer(resolved["trainer"])
         role.prepare()
-        begun = True
-        ranks.broadcast(state)
-        trained = _train(config, resolved, role, state)
-        (target / "hf").mkdir()
-        trained.save_hf(target / "hf")
-        training_log.write_csv(training_log.read_log(state / training_log.FILE), target / training_log.TABLE)
-        for name in (training_log.FILE, SKIPPED, training_log.TEACHERS):
-            if (state / name).is_file():
-                (target / name).write_bytes((state / name).read_bytes())
 
-    made = make_resumable(folder, kind, decides, inputs, build, keep=True)
-    if not begun:
-        ranks.broadcast(None)
-    ranks.broadcast(made)  # the others wait until the artifact is whole
-    return made
+    def build(state: Path, target: Path, ranks: Ranks) -> None:
+        """Trains, all ranks together, and writes what came of it."""
+        ranks.first(prepare)
+        trained = _train(config, resolved, role, state, ranks)
+        if ranks.rank == 0:
+            _write(trained, state, target)
+
+    def summary() -> Summary:
+        return Summary(last_losses(folder))
+
+    return Recipe(folder, kind, decides, inputs, build, summary, resumable=True, keep=True)
+
+
+def _write(trained: Any, state: Path, target: Path) -> None:
+    """Writes what came of a training."""
+    (target / "hf").mkdir()
+    trained.save_hf(target / "hf")
+    training_log.write_csv(training_log.read_log(state / training_log.FILE), target / training_log.TABLE)
+    for name in (training_log.FILE, SKIPPED, training_log.TEACHERS):
+        if (state / name).is_file():
+            (target / name).write_bytes((state / name).read_bytes())
 
 
 def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -180,31 +177,14 @@ def _launched() -> dict[str, Any]:
     return {"devices": local, "num_nodes": size // local}
 
 
-def _ranks(accelerator: str) -> Any:
-    """This process among those of torchrun, joined before Lightning would."""
-    from nemo_minitron.models.ranks import join
-
-    return join("cpu" if accelerator == "cpu" else "auto")
-
-
-def _follow(config: Config, section: Mapping[str, Any], role: Role, accelerator: str) -> bool:
-    """What the ranks beside rank 0 do: train with it, write nothing."""
-    ranks = _ranks(accelerator)
-    state = ranks.broadcast(None)
-    if state is not None:
-        _train(config, section, role, state)
-    ranks.broadcast(None)
-    return False
-
-
-def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) -> Any:
+def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path, ranks: Ranks) -> Any:
     from nemo_minitron.plugin.trainer import Recipe, train
     from nemo_minitron.training.loss_guard import BadStep
 
     trainer = section["trainer"]
     tokenizer = role.tokenizer()
     needed = samples_for(config, trainer, section["batch_size"])
-    samples = training_samples(config, tokenizer, needed, _ranks(str(trainer["accelerator"])))
+    samples = training_samples(config, tokenizer, needed, ranks)
     samples, validation = role.dress(samples, validation_samples(config, tokenizer))
     recipe = Recipe(
         trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"],
@@ -219,10 +199,10 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path) 
                 model, hf_config, files, recipe, samples, validation, state, role.callbacks(), skipped
             )
         except BadStep as bad:
-            if config.training.on_bad_loss == "stop":
+            most = config.training.max_skips
+            if config.training.on_bad_loss == "stop" or len(skips) >= most:
                 raise
-            _leave_out(bad, skips, config.training.max_skips, state)
-        _ranks(str(trainer["accelerator"])).broadcast(None)  # the others read what rank 0 noted
+            ranks.first(partial(_leave_out, bad, skips, most, state))
 
 
 def _options(training: TrainingConfig) -> Any:
@@ -243,19 +223,11 @@ def _skips(state: Path) -> list[dict[str, Any]]:
 
 
 def _leave_out(bad: Any, skips: list[dict[str, Any]], most: int, state: Path) -> None:
-    """Notes a bad step, whose samples the training then does without.
-
-    Raises:
-        BadStep: enough is enough.
-    """
+    """Notes a bad step, whose samples the training then does without."""
     from nemo_minitron.training.sampler import kept_batches
 
-    if len(skips) >= most:
-        raise bad
     known = frozenset(skip["samples_of_step"] - 1 for skip in skips)
     (source,) = kept_batches(bad.step, bad.step + 1, known)
-    if is_follower():
-        return
     skips.append({"step": bad.step + 1, "samples_of_step": source + 1, "reason": bad.reason})
     write_json(state / SKIPPED, skips)
     print(

@@ -4,10 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 
 import pytest
+from filelock import Timeout
 
 from nemo_minitron.cli.main import main
+from nemo_minitron.workspace.accelerator_lock import lock_on
 from tests.support.models import make_model
 from tests.support.runs import minitron, refused
 
@@ -139,6 +144,38 @@ def test_a_busy_workspace(capsys, workspace, teacher):
         for command in ("score", "run"):
             line = refused(capsys, command, f"workspace={workspace}", f"source.model={teacher}")
             assert "another run is using it" in line
+
+
+def test_a_stage_by_hand_waits_for_its_accelerator_and_holds_it(
+    capsys, monkeypatch, tmp_path, workspace, teacher
+):
+    from nemo_minitron.stages import score
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    held, ended, scores, refusals = threading.Event(), threading.Event(), score.random_scores, []
+
+    def hold():
+        with lock_on("gpu-0", "flow"):
+            held.set()
+            time.sleep(2)
+            ended.set()
+
+    def watching(*given):
+        for whose in ("flow", "stage"):
+            with pytest.raises(Timeout), lock_on("gpu-0", whose):
+                pass
+            refusals.append(whose)
+        return scores(*given)
+
+    monkeypatch.setattr(score, "random_scores", watching)
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(10)
+    words = [f"workspace={workspace}", f"source.model={teacher}", "score.importance=random"]
+    assert main(["score", *words, "launch.accelerator=gpu-0"]) == 0
+    assert ended.is_set() and refusals[:2] == ["flow", "stage"]
+    assert "score: waiting for gpu-0, which another flow holds" in capsys.readouterr().err
+    holder.join()
 
 
 def test_score_plan_prune_by_hand_and_again(capsys, scored, workspace):

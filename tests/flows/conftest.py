@@ -78,7 +78,7 @@ def played(monkeypatch, tmp_path):
                 outcome()
             return Result(name, tmp_path, True, "done")
 
-        monkeypatch.setattr(launching, "run_stage", run_stage)
+        monkeypatch.setattr(launching, "run_alone", run_stage)
         return seen
 
     return play

@@ -223,7 +223,7 @@ def test_what_is_published_is_text_and_masked(server, played, tmp_path, monkeypa
         ]}))  # fmt: skip
         return Result(name, folder, True, HOSTILE, ("task", HOSTILE), ((HOSTILE, "1"),), {}, (HOSTILE,))
 
-    monkeypatch.setattr("nemo_minitron.launch.launcher.run_stage", hostile)
+    monkeypatch.setattr("nemo_minitron.launch.launcher.run_alone", hostile)
     _, failure, _, _ = in_a_flow("score", workspace=tmp_path / "hostile")
     assert failure is None
     played(GateError([(HOSTILE, ">= 1", "0", "")]))

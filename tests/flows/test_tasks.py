@@ -97,7 +97,7 @@ def test_a_server_that_is_away_costs_no_stage_that_is_done(server, played, tmp_p
 def test_locks_on_accelerators_are_for_all_users_of_a_machine(monkeypatch, tmp_path):
     import tempfile
 
-    from nemo_minitron.launch.accelerator_lock import locks
+    from nemo_minitron.workspace.accelerator_lock import locks
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = os.umask(0o077)

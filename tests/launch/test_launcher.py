@@ -19,11 +19,12 @@ import pytest
 from nemo_minitron.config.compose import as_dict, load_config
 from nemo_minitron.config.launch_config import LaunchConfig
 from nemo_minitron.launch import failures
-from nemo_minitron.launch.accelerator_lock import ENDING_SECONDS, in_use
 from nemo_minitron.launch.failures import StageError
 from nemo_minitron.launch.launcher import Call, launch
 from nemo_minitron.launch.slurm import HEAD, Job, adopt, run_job, script
 from nemo_minitron.launch.slurm import _submit as slurm_submit
+from nemo_minitron.stages.run import accelerator_of
+from nemo_minitron.workspace.accelerator_lock import in_use
 from nemo_minitron.workspace.manifest import read_manifest
 from tests.support import slurm
 from tests.support.processes import until
@@ -393,24 +394,19 @@ def test_a_stage_whose_flow_is_gone_keeps_its_accelerator(trained, tmp_path, mon
     _, call = trained
     words = ("launch.kind=subprocess", "launch.accelerator=gpu-0")
     code = (
-        "import sys, time; from nemo_minitron.launch.accelerator_lock import in_use; "
-        "from nemo_minitron.config.launch_config import LaunchConfig\n"
-        "with in_use(LaunchConfig(accelerator='gpu-0'), 'score'): print('held', flush=True); time.sleep(6)"
+        "import sys, time; from nemo_minitron.workspace.accelerator_lock import in_use\n"
+        "with in_use('gpu-0', 0): print('held', flush=True); time.sleep(6)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
     assert launch(call(*words, name="distill"), print).made  # it waited
     assert holder.poll() == 0
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    quick = LaunchConfig(accelerator="gpu-0", grace=-ENDING_SECONDS)
     other = pytest.raises(ConnectionError, match="gpu-0: a stage of another flow")
-    with (
-        in_use(quick, "score"),
-        in_use(quick, "plan"),
-        other,
-        in_use(quick, "distill"),
-    ):  # plan computes nothing
+    with in_use("gpu-0", 0), in_use(None, 0), other, in_use("gpu-0", 0):
         pass
+    names = [accelerator_of(LaunchConfig(accelerator="gpu-0"), name) for name in ("distill", "plan")]
+    assert names == ["gpu-0", None]  # plan computes nothing
 
 
 def test_two_stages_never_work_in_one_workspace(trained):

@@ -1,20 +1,19 @@
 """Locks on accelerators, of which a machine has few and its flows many.
 
 Two for each, as for a workspace: a flow holds one while its stage computes. The stage's process holds the
-other, for it may outlive a flow that was killed while it saves what it did.
+other, for it may outlive a flow that was killed while it saves what it did. A stage that is run by hand holds
+both.
 """
 
 import contextlib
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-
-from nemo_minitron.config.launch_config import LaunchConfig
-from nemo_minitron.stages.run import SEVERAL
 
 ENDING_SECONDS = 120.0
 """What a stage that was told to end may take beyond its ``launch.grace``."""
@@ -42,22 +41,41 @@ def lock_on(accelerator: str, whose: str) -> FileLock:
 
 
 @contextlib.contextmanager
-def in_use(launch: LaunchConfig, stage: str) -> Iterator[None]:
-    """Holds the accelerator for a stage's process, where the stage computes on one of this machine.
+def in_use(accelerator: str | None, patience: float) -> Iterator[None]:
+    """Holds the accelerator, where there is one, for a stage's process.
 
     Raises:
-        ConnectionError: the stage of a flow that is gone does not end; another try may find it gone too.
+        ConnectionError: the stage of a flow that is gone does not end in ``patience`` seconds; another try
+            may find it gone too.
     """
-    if launch.accelerator is None or stage not in SEVERAL or launch.kind == "slurm":
+    if accelerator is None:
         yield
         return
-    lock = lock_on(launch.accelerator, "stage")
+    lock = lock_on(accelerator, "stage")
     try:
-        lock.acquire(timeout=launch.grace + ENDING_SECONDS)
+        lock.acquire(timeout=patience)
     except Timeout:
         raise ConnectionError(
-            f"launch.accelerator: {launch.accelerator}: a stage of another flow, now gone, still holds it"
+            f"launch.accelerator: {accelerator}: a stage of another flow, now gone, still holds it"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def turn(accelerator: str | None, name: str) -> Iterator[None]:
+    """Holds the accelerator, where there is one, as a flow does: waits for others, however long they take."""
+    if accelerator is None:
+        yield
+        return
+    lock = lock_on(accelerator, "flow")
+    try:
+        lock.acquire()
+    except Timeout:
+        print(f"{name}: waiting for {accelerator}, which another flow holds", file=sys.stderr)
+        lock.acquire(timeout=-1)
     try:
         yield
     finally:
