@@ -65,12 +65,10 @@ def test_two_ranks_have_the_loss_curve_of_one(
     assert len(lines) == len(expected) == 8
     for found, wanted in zip(lines, expected, strict=True):
         assert found == pytest.approx(wanted, rel=2e-5)
-    written, surplus = weights(two), weights(two).keys() - weights(one).keys()
+    written = weights(two)
+    assert written.keys() == weights(one).keys()  # sharded, too, a tied head is stored once
     for name, tensor in weights(one).items():
         assert torch.allclose(written[name], tensor, atol=1e-6), name
-    assert surplus == set()
-    for name in surplus:
-        assert torch.equal(written[name], written["model.embed_tokens.weight"])
     assert main(["verify", str(two)]) == 0
     if SHARD in more:
         return
