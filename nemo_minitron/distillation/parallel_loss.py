@@ -73,7 +73,7 @@ def sharded(
     student = replace(student, head_VH=_Rows.apply(student.head_VH, rows, reduce))
     if teacher is not None:
         teacher = replace(teacher, head_VH=teacher.head_VH[rows])
-    return VocabularyShard(rows.start, reduce), student, teacher
+    return VocabularyShard(rows.start, reduce, -(-entries // ranks)), student, teacher
 
 
 class _Rows(torch.autograd.Function):

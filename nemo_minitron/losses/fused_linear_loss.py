@@ -114,7 +114,8 @@ def fused_linear_loss(
     valid_T = labels_T >= 0
     labels_T, student = labels_T[valid_T], student[valid_T]
     teacher = None if teacher is None or weights.kl == 0 else teacher[valid_T]
-    chunk = chunk_tokens or chunk_rows(len(labels_T), entries, device, term.buffers)
+    most = entries if shard is None else shard.largest or entries
+    chunk = chunk_tokens or chunk_rows(len(labels_T), most, device, term.buffers)
     wants = torch.is_grad_enabled() and (student.hidden_TH.requires_grad or student.head_VH.requires_grad)
     sweep = _Sweep(labels_T, weights, teacher, student.softcap, term, chunk, wants, shard)
     with torch.autocast(device.type, enabled=False):

@@ -25,10 +25,13 @@ class VocabularyShard:
     Attributes:
         first: the entry that the rank's first row stands for.
         reduce: sums and maxima over the ranks.
+        largest: rows of the rank that holds most of them; None: all hold as many. All ranks must take the same
+            chunks of tokens, or their reductions do not meet.
     """
 
     first: int
     reduce: Reduce
+    largest: int | None = None
 
     def log_softmax(self, logits_CW: Tensor) -> Tensor:
         """Logarithms of the softmax over all ranks' entries; [tokens, entries of this rank] to the same."""

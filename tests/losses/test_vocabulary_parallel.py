@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import nemo_minitron.losses.fused_linear_loss as fused
 from nemo_minitron.losses.divergences import Divergence
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
 from nemo_minitron.losses.projection import Projection
@@ -16,7 +17,7 @@ class Exchange:
     """All-reduce between threads."""
 
     def __init__(self, ranks):
-        self.ranks, self.barrier, self.given = ranks, threading.Barrier(ranks), [None] * ranks
+        self.ranks, self.barrier, self.given = ranks, threading.Barrier(ranks, timeout=20), [None] * ranks
 
     def reduce(self, rank):
         def run(tensor, how):
@@ -65,6 +66,27 @@ def test_ranks_together_have_the_loss_and_gradients_of_one(weights, caps, dtype)
         assert taught is bool(torch.isfinite(terms.divergence))
         assert torch.allclose(grad_TH, whole[0].grad, atol=1e-5)
     assert torch.allclose(torch.cat([grad for *_, grad in found]), whole[1].grad, atol=1e-5)
+
+
+def test_ranks_with_unlike_parts_take_the_same_chunks(monkeypatch):
+    """Where the budget of memory decides, a rank with fewer rows would take more tokens at a time, and wait for ever."""
+    monkeypatch.setattr(fused, "CPU_CHUNK_BYTES", 4 * 5 * 3 * 2)
+    monkeypatch.setattr(fused, "LEAST_ROWS", 1)
+    monkeypatch.setattr(fused, "CHUNKS", 1)
+    generator = torch.Generator().manual_seed(0)
+    hidden_TH, head_VH = torch.randn(12, 6, generator=generator), torch.randn(11, 6, generator=generator)
+    labels_T, weights = torch.arange(12) % 11, LossWeights(0.0, 1.0)
+    expected = fused_linear_loss(Projection(hidden_TH, head_VH), labels_T, weights)
+    cuts, exchange = [0, 4, 9, 11], Exchange(3)
+
+    def rank(number):
+        student = Projection(hidden_TH, head_VH[cuts[number] : cuts[number + 1]])
+        shard = VocabularyShard(cuts[number], exchange.reduce(number), 5)
+        return fused_linear_loss(student, labels_T, weights, shard=shard)
+
+    with ThreadPoolExecutor(3) as pool:
+        for terms in pool.map(rank, range(3)):
+            assert torch.allclose(terms.loss, expected.loss, atol=1e-5)
 
 
 @pytest.mark.parametrize("ce", [0.0, 0.4])
