@@ -25,8 +25,8 @@ class VocabularyShard:
     Attributes:
         first: the entry that the rank's first row stands for.
         reduce: sums and maxima over the ranks.
-        largest: rows of the rank that holds most of them; None: all hold as many. All ranks must take the same
-            chunks of tokens, or their reductions do not meet.
+        largest: rows of the rank that holds most of them; None: all hold as many. All ranks must take
+            the same chunks of tokens, or their reductions do not meet.
     """
 
     first: int
