@@ -21,7 +21,7 @@ from nemo_minitron.workspace.manifest import Input, read_manifest
 
 if TYPE_CHECKING:
     from nemo_minitron.data.calibration_samples import Samples
-    from nemo_minitron.models.ranks import Ranks
+    from nemo_minitron.scoring.distributed_pass import Leader
     from nemo_minitron.scoring.hooks import Measures
 
 
@@ -106,7 +106,7 @@ def by_activation(
     prepared: Prepared,
     state: Path,
     before: CalibrationSums,
-    ranks: "Ranks",
+    lead: "Leader",
     tasks: TaskSums,
 ) -> Outcome:
     """Scores a model on the calibration samples.
@@ -117,35 +117,33 @@ def by_activation(
         prepared: what ``prepare`` gave.
         state: folder that survives interruption.
         before: sums of an earlier scoring of this model, which count as far as they fit.
-        ranks: this process among others.
+        lead: runs passes on all ranks.
         tasks: measures tasks without blocks of layers.
     """
-    from nemo_minitron.scoring.distributed_pass import leading, load_partial, save_partial
+    from nemo_minitron.scoring.distributed_pass import load_partial, save_partial
 
     checkpoint, wanted, measures = open_checkpoint(folder), prepared.wanted, prepared.measures
     if prepared.merged.samples:
-        ranks.broadcast(None)
         return Outcome(_scores(config, checkpoint, prepared.merged), 0, 0.0, [])
     known = usable(load_partial(state), measures, wanted)
     known = known if known.samples else usable(before, measures, wanted)
     missing = [index for index in wanted if index not in known.samples]
     notes = [f"{len(known.samples)} of {len(wanted)} samples were scored before"] if known.samples else []
-    with leading(ranks) as lead:
-        run = Runner(config, lead, prepared.samples, state, notes)
-        tally = known
-        if missing:
-            save_partial(state, known)
-            tally = merge_sums(known, run(folder, measures, missing))
-            save_partial(state, tally)
-        scores = _scores(config, checkpoint, tally)
-        if config.score.depth == "task":
-            scores = with_tasks(config, lead, checkpoint, scores, tasks)
-        steps = greedy_steps(config, axis_sizes(checkpoint.family, checkpoint.config)["layers"])
-        if steps:
-            order = greedy(config, run, checkpoint, scores, list(wanted), steps, tasks)
-            scores = replace(scores, greedy=order)
-        if config.score.iterations > 1:
-            scores = _iterated(config, run, checkpoint, scores, measures, list(wanted))
+    run = Runner(config, lead, prepared.samples, state, notes)
+    tally = known
+    if missing:
+        save_partial(state, known)
+        tally = merge_sums(known, run(folder, measures, missing))
+        save_partial(state, tally)
+    scores = _scores(config, checkpoint, tally)
+    if config.score.depth == "task":
+        scores = with_tasks(config, lead, checkpoint, scores, tasks)
+    steps = greedy_steps(config, axis_sizes(checkpoint.family, checkpoint.config)["layers"])
+    if steps:
+        order = greedy(config, run, checkpoint, scores, list(wanted), steps, tasks)
+        scores = replace(scores, greedy=order)
+    if config.score.iterations > 1:
+        scores = _iterated(config, run, checkpoint, scores, measures, list(wanted))
     return Outcome(scores, run.tokens, run.seconds, notes)
 
 

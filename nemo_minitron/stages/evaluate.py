@@ -15,52 +15,42 @@ from nemo_minitron.evaluation.measurements import SPEED, TEXT, WRITING, Bench, U
 from nemo_minitron.evaluation.report import FILE, columns, read_report, table
 from nemo_minitron.evaluation.report_page import write_page
 from nemo_minitron.evaluation.significance import paired, recovered
-from nemo_minitron.models.torchrun import is_follower
+from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.stages.inputs import shared_vocabulary, source_folder, teacher_folder
-from nemo_minitron.stages.result import Result
+from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.artifacts import input_artifact
-from nemo_minitron.workspace.build import make
 from nemo_minitron.workspace.manifest import Input, digest, read_manifest, write_json
 from nemo_minitron.workspace.results import FOLDER, Results
 
 _SHOWN = 6
 
 
-def run(config: Config) -> Result:
+def recipe(config: Config) -> Recipe:
     """Measures every model of the workspace on the held-out text and on lm-eval tasks, and writes the report.
 
     Under torchrun the ranks share the measurements.
 
     Raises:
         ValueError: an unknown task, no held-out text, or a gate for what is not measured.
-        RuntimeError: a task failed; what else was measured is kept.
-        GateError: the student is too weak to go out; the report is there.
+        RuntimeError: when built: a task failed; what else was measured is kept.
+        GateError: when told: the student is too weak to go out; the report is there.
     """
     workspace, gate = workspace_of(config), gate_of(config)
     _check(config)
     bench, inputs = _bench(config)
-    from nemo_minitron.models.ranks import join
-
-    ranks, begun = join("cpu" if config.evaluate.device == "cpu" else "auto"), False
     folder = workspace / "report"
-    if is_follower():
-        if ranks.broadcast(None):
-            work(bench, ranks)
-        ranks.broadcast(None)
-        return Result("evaluate", folder, False, "")
     held_out = held_out_sampling(config, VALIDATION_SAMPLES)
     settings = {**asdict(config.evaluate), "validation": held_out, "dtypes": dict(bench.dtypes)}
     for name in (*JUDGES, "from_scratch", "batch_size", "model"):
         del settings[name]
 
-    def build(temporary: Path) -> None:
+    def build(_state: Path, temporary: Path, ranks: Ranks) -> None:
         """Measures all models and writes the report."""
-        nonlocal begun
-        _write_tasks(config, bench)
-        begun = True
-        ranks.broadcast(True)
+        ranks.first(lambda: _write_tasks(config, bench))
         failed = work(bench, ranks)
+        if ranks.rank > 0:
+            return
         if failed:
             told = "; ".join(f"{each.unit.what} of {each.unit.model}: {each.words}" for each in failed[:3])
             text = f"evaluate.tasks: {told}; what else was measured is kept for the next try"
@@ -69,11 +59,7 @@ def run(config: Config) -> Result:
         write_json(temporary / FILE, report)
         write_page(workspace, temporary)
 
-    made = make(folder, "report", settings, inputs, build)
-    if not begun:
-        ranks.broadcast(False)
-    ranks.broadcast(made)
-    return _judged(config, gate, folder, made)
+    return Recipe(folder, "report", settings, inputs, build, lambda: _judged(config, gate, folder))
 
 
 def _check(config: Config) -> None:
@@ -90,7 +76,7 @@ def _check(config: Config) -> None:
         raise ValueError("evaluate.speed_batches: expected at least one size, found []")
 
 
-def _judged(config: Config, gate: Gate, folder: Path, made: bool) -> Result:
+def _judged(config: Config, gate: Gate, folder: Path) -> Summary:
     """Holds the report against the gate."""
     report = read_report(folder)
     rows = judge(folder, gate, report)
@@ -100,7 +86,7 @@ def _judged(config: Config, gate: Gate, folder: Path, made: bool) -> Result:
     if gate.asks and not config.export.force:
         raise_if_failed(rows)
     notes = tuple(f"the quality gate failed: {row[0]}: {row[2]}, asked for {row[1]}" for row in failed)
-    return Result("evaluate", folder, made, headline, columns(report), table(report), report["models"], notes)
+    return Summary(headline, columns(report), table(report), report["models"], notes)
 
 
 def _bench(config: Config) -> tuple[Bench, list[Input]]:

@@ -112,10 +112,8 @@ def _is_follower() -> bool:
 def _lead(name: str, config: "Config", ranks: "Ranks") -> Result:
     """Runs a stage on rank 0: it looks, and tells the others once whether something is due, and where."""
     stage = importlib.import_module(STAGES[name])
-    if not hasattr(stage, "recipe"):
-        ranks.broadcast(None)
+    if not hasattr(stage, "recipe"):  # never one of SEVERAL
         own: Result = stage.run(config)
-        _leave(ranks)
         return own
     recipe: Recipe = stage.recipe(config)
     begun = False
@@ -139,9 +137,7 @@ def _follow(name: str, config: "Config") -> None:
 
     stage, ranks = importlib.import_module(STAGES[name]), join("auto")
     due = ranks.broadcast(None)  # what rank 0 makes first is there then
-    if not hasattr(stage, "recipe"):
-        stage.run(config)
-    elif due is not None:
+    if due is not None:
         stage.recipe(config).build(*due, ranks)
     _leave(ranks)
 

@@ -12,10 +12,10 @@ from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor, open_c
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_input
 from nemo_minitron.families import Family, axis_sizes, find_row, present_axes
-from nemo_minitron.models.torchrun import is_follower
+from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.select import score_shape
 from nemo_minitron.pruning.target_sizes import explicit_targets, target_sizes
-from nemo_minitron.scoring.activation_scores import Outcome, by_activation, prepare
+from nemo_minitron.scoring.activation_scores import Outcome, Prepared, by_activation, prepare
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.depth import block_importance
 from nemo_minitron.scoring.importance import AGGREGATIONS, concentration, random_scores
@@ -23,62 +23,69 @@ from nemo_minitron.scoring.layer_removal import TaskSums, block_lengths, greedy_
 from nemo_minitron.scoring.magnitude import unit_squares
 from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
 from nemo_minitron.stages.inputs import teacher_folder
-from nemo_minitron.stages.result import Result
-from nemo_minitron.workspace.manifest import SCHEMA, Input, fingerprint, is_done, read_manifest
-from nemo_minitron.workspace.resumable import make_resumable
+from nemo_minitron.stages.recipe import Recipe, Summary
+from nemo_minitron.workspace.manifest import SCHEMA, Input, read_manifest
 
 
-def run(config: Config) -> Result:
+def recipe(config: Config) -> Recipe:
     """Ranks the units of every axis of the teacher.
 
     Raises:
         ValueError: an unknown choice, or no (or too little) calibration text.
     """
-    from nemo_minitron.models.ranks import join
-
-    if is_follower():
-        from nemo_minitron.scoring.distributed_pass import follow
-
-        follow(join(config.score.device))
-        return Result("score", workspace_of(config) / "scores", False, "see rank 0")
     folder, item = teacher_folder(config)
     inputs, settings = [item], _settings(config, open_checkpoint(folder))
-    if config.score.importance == "activation":
+    activations = config.score.importance == "activation"
+    if activations:
         inputs += [text_input(text) for text, _ in calibration_mixture(config)]
     target = workspace_of(config) / "scores"
-    before = _earlier(target, config, item)
+    found: list[tuple[Prepared, CalibrationSums]] = []
     outcome: list[Outcome] = []
-    due = not is_done(target, fingerprint("scores", settings, inputs), inputs)
-    # what may be wrong with the text is found out before the scores that are there give way
-    prepared = prepare(config, folder, item) if due and config.score.importance == "activation" else None
 
-    def build(state: Path, temporary: Path) -> None:
+    def check() -> None:
+        """Finds out what may be wrong with the text, and what is there already."""
+        if activations:
+            before = _earlier(target, config, item)
+            found.append((prepare(config, folder, item), before))
+
+    def build(state: Path, temporary: Path, ranks: Ranks) -> None:
         """Scores, and writes scores and pictures."""
-        if prepared is not None:
-            ranks, tasks = join(config.score.device), _tasks(config, folder)
-            outcome.append(by_activation(config, folder, prepared, state, before, ranks, tasks))
+        from nemo_minitron.scoring.distributed_pass import follow, leading
+
+        if ranks.rank > 0:
+            if activations:
+                follow(ranks)
+            return
+        if activations:
+            (prepared, before), tasks = found[0], _tasks(config, folder)
+            with leading(ranks) as lead:
+                outcome.append(by_activation(config, folder, prepared, state, before, lead, tasks))
             scores = outcome[0].scores
         else:
             scores = _BASELINES[config.score.importance](config, open_checkpoint(folder))
         write_scores(temporary, scores)
-        from nemo_minitron.evaluation.plots import depth_map, importance_maps
+        _write_plots(temporary / "plots", scores)
 
-        (temporary / "plots").mkdir()
-        pictures = importance_maps(scores.ranking)
-        measured = {
-            name: block_importance(name[0], sums)
-            for name, sums in scores.tally.depth.items()
-            if len(sums.total) > 1
-        }
-        if len(measured) > 1:  # of single layers alone the axis' own picture shows it
-            pictures["depth"] = depth_map(measured)
-        for name, picture in pictures.items():
-            (temporary / "plots" / f"{name}.png").write_bytes(picture)
+    def summary() -> Summary:
+        return _summary(config, read_scores(target), outcome)
 
-    made = make_resumable(target, "scores", settings, inputs, build)
-    if not outcome:  # no pass was run: the other ranks still wait to hear of one
-        join(config.score.device).broadcast(None)
-    return _result(target, made, config, read_scores(target), outcome)
+    return Recipe(target, "scores", settings, inputs, build, summary, check, resumable=True)
+
+
+def _write_plots(folder: Path, scores: Scores) -> None:
+    from nemo_minitron.evaluation.plots import depth_map, importance_maps
+
+    folder.mkdir()
+    pictures = importance_maps(scores.ranking)
+    measured = {
+        name: block_importance(name[0], sums)
+        for name, sums in scores.tally.depth.items()
+        if len(sums.total) > 1
+    }
+    if len(measured) > 1:  # of single layers alone the axis' own picture shows it
+        pictures["depth"] = depth_map(measured)
+    for name, picture in pictures.items():
+        (folder / f"{name}.png").write_bytes(picture)
 
 
 def _tasks(config: Config, folder: Path) -> TaskSums:
@@ -215,7 +222,7 @@ def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 _BASELINES = {"magnitude": _by_magnitude, "random": _by_chance}
 
 
-def _result(folder: Path, made: bool, config: Config, scores: Scores, outcome: list[Outcome]) -> Result:
+def _summary(config: Config, scores: Scores, outcome: list[Outcome]) -> Summary:
     rows: list[tuple[str, ...]] = []
     facts: dict[str, Any] = {}
     for axis, ranking in scores.ranking.items():
@@ -238,8 +245,8 @@ def _result(folder: Path, made: bool, config: Config, scores: Scores, outcome: l
         facts["tokens_per_second"] = speed
     if outcome:
         notes = outcome[0].notes
-    return Result(
-        "score", folder, made, headline,
+    return Summary(
+        headline,
         ("axis", "scores", "concentration (Gini)", "least important", "most important"), tuple(rows), facts,
         tuple(notes),
     )  # fmt: skip
