@@ -239,6 +239,7 @@ def _read(path: Path, texts: TextSet) -> Iterator[Document]:
     if kind == "hf":
         if not _is_dataset(path):
             raise ValueError(f"{texts.where}: {path} is no saved dataset (no dataset_info.json)")
+        _check_saved(path, texts.where)
         rows = datasets.load_from_disk(str(path))
         rows = datasets.concatenate_datasets(list(rows.values())) if isinstance(rows, dict) else rows
     else:
@@ -250,6 +251,24 @@ def _read(path: Path, texts: TextSet) -> Iterator[Document]:
         raise ValueError(
             f"{texts.where}: {path} cannot be read as {kind}: {error.__cause__ or error}"
         ) from error
+
+
+def _check_saved(path: Path, where: str) -> None:
+    """Refuses a saved data set whose parts lie elsewhere.
+
+    Raises:
+        ValueError: they do, or what lists them cannot be read.
+    """
+    for listed in sorted(path.rglob("state.json")):
+        try:
+            names = [str(part["filename"]) for part in json.loads(listed.read_bytes())["_data_files"]]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{where}: {listed}: not the state of a saved data set: {error!r:.80}"
+            ) from error
+        outside = next((name for name in names if Path(name).name != name), None)
+        if outside is not None:
+            raise ValueError(f"{where}: {listed} names {outside!r}, which is no file beside it")
 
 
 def _column(rows: Iterable[dict[str, Any]], path: Path | str, texts: TextSet) -> Iterator[Document]:

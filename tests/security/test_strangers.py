@@ -118,6 +118,18 @@ def test_a_data_files_name_is_no_address(tmp_path, monkeypatch):
     assert not mark.exists()
 
 
+def test_a_saved_data_set_consists_of_its_own_files(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "data")
+    texts = find_text([str(tmp_path / "data")], [], "auto", "text", "data.train")
+    assert sorted(documents(texts)) == ["one", "two"]
+    state = json.loads((tmp_path / "data" / "state.json").read_text())
+    (tmp_path / "data" / state["_data_files"][0]["filename"]).rename(tmp_path / "secret.arrow")
+    write_json(tmp_path / "data" / "state.json", {**state, "_data_files": [{"filename": "../secret.arrow"}]})
+    with pytest.raises(ValueError, match=r"names '\.\./secret\.arrow', which is no file beside it"):
+        list(documents(find_text([str(tmp_path / "data")], [], "auto", "text", "data.train")))
+
+
 @pytest.mark.parametrize("name", ["vocab.txt", "additional_chat_templates/a.jinja", "spiece.model"])
 def test_no_file_beside_a_model_is_a_link_out_of_its_folder(teacher, tmp_path, home, name):
     folder = shutil.copytree(teacher, tmp_path / "model")
