@@ -372,8 +372,13 @@ def test_a_whole_flow_that_was_killed_waits_for_its_job_and_other_settings_end_i
     assert not slurm.running(jobs, "1") and (jobs / "1.cancelled").exists()
     papers = workspace / ".launch" / "distill.slurm.json"  # as of one killed while sbatch answers
     noted = json.loads(papers.read_text())
+    slurm.send(jobs, "2", signal.SIGSTOP)  # it must not end before it is looked for
     papers.write_text(json.dumps({name: value for name, value in noted.items() if name != "job"}))
+    waker = when(
+        lambda: "job" in json.loads(papers.read_text()), lambda: slurm.send(jobs, "2", signal.SIGCONT)
+    )
     done = minitron("run", *words, "launch.grace=30", timeout=300)  # how it is started is no other setting
+    waker.join()
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Slurm job 2" in done.stderr and len(list(jobs.glob("*.sh"))) == 2
     assert hashes(workspace / "student") == hashes(finished[0] / "student")

@@ -64,9 +64,14 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_an_honest_one_resumes(
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
 
+def saved(state, folder):
+    # one after the other: else torch asks whatever accelerator there is for a stream, also a test's own
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, per_thread_copy_ahead=0), no_dist=True)
+
+
 def test_a_checkpoint_in_parts_with_code_in_it_is_refused(tmp_path):
     state = {"weight": torch.arange(4.0), "step": 3, "betas": (0.9, 0.95)}
-    dcp.save(dict(state), checkpoint_id=tmp_path / "c", no_dist=True)
+    saved(dict(state), tmp_path / "c")
     found = {"weight": torch.zeros(4), "step": 0, "betas": (0.0, 0.0)}
     with checkpoints_as_data(tmp_path / "c"):
         dcp.load(found, storage_reader=DataReader(tmp_path / "c"), no_dist=True)
@@ -85,7 +90,7 @@ def test_a_checkpoint_in_parts_with_code_in_it_is_refused(tmp_path):
 
 
 def test_code_in_what_is_no_tensor_is_refused(tmp_path):
-    dcp.save({"step": Bomb(tmp_path / "PWNED")}, checkpoint_id=tmp_path / "c", no_dist=True)
+    saved({"step": Bomb(tmp_path / "PWNED")}, tmp_path / "c")
     with pytest.raises(ValueError, match="holds more than"), checkpoints_as_data(tmp_path / "c"):
         dcp.load({"step": 0}, storage_reader=DataReader(tmp_path / "c"), no_dist=True)
     buffer = io.BytesIO()
