@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import transformers
 from filelock import FileLock
@@ -12,6 +13,11 @@ from tests.support.models import WORDS, make_model
 from tests.support.runs import minitron, settings
 
 transformers.logging.disable_progress_bar()
+# what hypothesis takes for slow, and for too slow, is how busy the machine is
+hypothesis.settings.register_profile(
+    "any_machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any_machine")
 
 
 @pytest.fixture
