@@ -49,29 +49,36 @@ def refuse_links(model: Path) -> None:
         ValueError: there is one.
     """
     for path in sorted([*model.glob("*"), *model.glob("additional_chat_templates/*")]):
-        if path.name != "config.json" and path.suffix != ".safetensors":
+        if path.is_file() and path.name != "config.json" and path.suffix != ".safetensors":
             refuse_link(path, model)
 
 
 def check_tree(root: Path, enclosing: Path) -> None:
-    """Refuses a folder with links out of it, or with what is neither file nor folder (nobody ends a pipe).
+    """Refuses links out of a folder, and what is neither file nor folder (nobody ends a pipe).
 
     Args:
         root: is looked through; links are not followed.
-        enclosing: where links may lead: the folder itself, or one around it.
+        enclosing: where links may lead: the folder around it.
 
     Raises:
         ValueError: there is one; the message names it.
     """
     around = enclosing.resolve()
-    for at, folders, files in os.walk(root):
+    _check_entry(root, around)
+    for at, folders, files in os.walk(root) if not root.is_symlink() else ():
         for name in (*folders, *files):
-            path = Path(at) / name
-            mode = path.lstat().st_mode
-            if stat.S_ISLNK(mode) and not path.resolve().is_relative_to(around):
-                raise ValueError(
-                    f"{plain(path)}: a link to {plain(path.resolve())}, outside of {plain(root)}; nothing is "
-                    "read or written through it: remove it, or move the whole folder to where there is room"
-                )
-            if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise ValueError(f"{plain(path)}: neither a file nor a folder; remove it")
+            _check_entry(Path(at) / name, around)
+
+
+def _check_entry(path: Path, around: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:  # of another run, which is at work there
+        return
+    if stat.S_ISLNK(mode) and not path.resolve().is_relative_to(around):
+        raise ValueError(
+            f"{plain(path)}: a link to {plain(path.resolve())}, outside of {plain(around)}; nothing is read "
+            "or written through it: remove it, or move the whole folder to where there is room"
+        )
+    if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(f"{plain(path)}: neither a file nor a folder; remove it")

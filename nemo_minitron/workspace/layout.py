@@ -57,6 +57,18 @@ MEMORY = ".memory.json"
 _OUTCOME, _PROGRESS, _SLURM = ".outcome.json", ".progress.json", ".slurm.json"
 
 
+_OWN = {
+    *ARTIFACTS, TOKENS, LIVE, UNPACKED, RESULTS, LOCK, STAGE_LOCK, HOLDER, COMMANDS, VERDICT, MEMORY,
+    ".launch", "logs", "rounds", "variants", "search.json", "sweep.json", "pareto.png",
+}  # fmt: skip
+
+
+def is_own(name: str) -> bool:
+    """Whether an entry of a workspace is read or written by this package; others are the user's."""
+    beside = name.startswith(".") and name.endswith((".partial", ".tmp"))
+    return beside or name in _OWN
+
+
 @dataclass(frozen=True)
 class Workspace:
     """The paths of a run; none of them needs to be there.

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from nemo_minitron.security.links import check_tree
-from nemo_minitron.workspace.layout import COMMANDS, HOLDER, LOCK, STAGE_LOCK, Workspace
+from nemo_minitron.workspace.layout import COMMANDS, HOLDER, LOCK, STAGE_LOCK, Workspace, is_own
 from nemo_minitron.workspace.manifest import now, write_json
 
 TRACES = (LOCK, STAGE_LOCK, HOLDER, COMMANDS)
@@ -39,6 +39,8 @@ def _busy(workspace: Path) -> ValueError:
 def _check(workspace: Path) -> None:
     """Refuses a workspace that reaches out of itself; a variant's shares what its sweep's holds.
 
+    What else lies in the folder is the user's (a virtual environment, links to data), and is not touched.
+
     Raises:
         ValueError: it does.
     """
@@ -47,8 +49,9 @@ def _check(workspace: Path) -> None:
         around = up[1]
     elif len(up) > 3 and up[1].name == "rounds":
         around = up[2]
-    if workspace.is_dir():
-        check_tree(workspace, around)
+    for path in sorted(workspace.iterdir()) if workspace.is_dir() else ():
+        if is_own(path.name) or path == Workspace(workspace).archive:
+            check_tree(path, around)
 
 
 def _acquired(workspace: Path, wait: float) -> BaseFileLock:

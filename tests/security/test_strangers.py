@@ -55,12 +55,17 @@ def test_a_workspace_with_links_to_folders_and_with_pipes_is_refused(tmp_path, h
     with pytest.raises(ValueError, match="student: a link to"), locked(workspace):
         pass
     (workspace / "student").unlink()
-    os.mkfifo(workspace / "metrics.jsonl")
+    os.mkfifo(workspace / "commands.jsonl")
     with pytest.raises(ValueError, match="neither a file nor a folder"), locked(workspace):
         pass
-    (workspace / "metrics.jsonl").unlink()
-    (workspace / "a").mkdir()
-    (workspace / "b").symlink_to("a")
+    (workspace / "commands.jsonl").unlink()
+    (workspace / "plan").mkdir()
+    (workspace / "logs").symlink_to("plan")
+    # what is the user's stays the user's: workspace=. in a project has a virtual environment and links to data
+    (workspace / ".venv" / "bin").mkdir(parents=True)
+    (workspace / ".venv" / "bin" / "python").symlink_to(home / "notes.txt")
+    (workspace / "data").symlink_to(home)
+    os.mkfifo(workspace / "pipe")
     with locked(workspace):
         pass
 
