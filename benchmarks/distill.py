@@ -19,7 +19,10 @@ STUDENT = {**TEACHER, "hidden_size": 384, "intermediate_size": 1024}
 def step() -> None:
     """The step: teacher forward, student forward and backward, with the logits of both in either case."""
     family = families()["llama"]
-    teacher, student = new_model(TEACHER, 0).eval().requires_grad_(False), new_model(STUDENT, 1).train()
+    teacher, student = (
+        new_model(TEACHER, 0).eval().requires_grad_(False),
+        new_model(STUDENT, 1).train(),
+    )
     tokens_BS = torch.randint(0, TEACHER["vocab_size"], (4, 257))
     labels_T = tokens_BS[:, 1:].flatten()
 
@@ -34,13 +37,23 @@ def step() -> None:
         with frozen(teacher):
             teacher_TG = hidden_states(teacher, family, tokens_BS[:, :-1]).flatten(0, 1)
         student_TH = hidden_states(student, family, tokens_BS[:, :-1]).flatten(0, 1)
-        ours, theirs = Projection(student_TH, head_of(student)), Projection(teacher_TG, head_of(teacher))
+        ours, theirs = (
+            Projection(student_TH, head_of(student)),
+            Projection(teacher_TG, head_of(teacher)),
+        )
         loss = fused_linear_loss(ours, labels_T, LossWeights(), theirs).loss
         student.zero_grad()
         loss.backward()
 
-    seconds = duel({"teacher forward + student forward/backward": passes, "distillation step": distil}, 10)
-    show("distill-step", "teacher forward + student forward/backward", seconds, {"distillation step": 1.10})
+    seconds = duel(
+        {"teacher forward + student forward/backward": passes, "distillation step": distil}, 10
+    )
+    show(
+        "distill-step",
+        "teacher forward + student forward/backward",
+        seconds,
+        {"distillation step": 1.10},
+    )
 
 
 def loss() -> None:

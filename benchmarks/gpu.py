@@ -72,12 +72,19 @@ def gradients(device: str, dtype: torch.dtype, compiled: bool) -> list[torch.Ten
     """Gradients of the fused loss on one fixed small problem."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((512, 256), (4096, 256), (512, 256), (4096, 256))
-    values = [(torch.randn(*shape, generator=generator) * 0.2).to(device, dtype) for shape in shapes]
+    values = [
+        (torch.randn(*shape, generator=generator) * 0.2).to(device, dtype) for shape in shapes
+    ]
     student, head = values[0].requires_grad_(), values[1].requires_grad_()
     labels = torch.arange(512, device=device)
     teacher = Projection(values[2], values[3])
     fused_linear_loss(
-        Projection(student, head), labels, LossWeights(1, 0.5), teacher, chunk_tokens=128, compiled=compiled
+        Projection(student, head),
+        labels,
+        LossWeights(1, 0.5),
+        teacher,
+        chunk_tokens=128,
+        compiled=compiled,
     ).loss.backward()
     assert student.grad is not None and head.grad is not None
     return [student.grad.double().cpu(), head.grad.double().cpu()]
@@ -91,7 +98,9 @@ def parity(device: str) -> dict[str, list[float]]:
         for compiled in (False, True):
             found = gradients(device, dtype, compiled)
             name = f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}"
-            errors[name] = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+            errors[name] = [
+                float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)
+            ]
     return errors
 
 
@@ -110,7 +119,9 @@ def loss(device: str, tokens: int, hidden: int, vocabulary: int) -> dict[str, tu
         def run() -> None:
             student.grad = head.grad = None
             ours, theirs = Projection(student, head), Projection(teacher, teacher_head)
-            fused_linear_loss(ours, labels, LossWeights(), theirs, compiled=compiled).loss.backward()
+            fused_linear_loss(
+                ours, labels, LossWeights(), theirs, compiled=compiled
+            ).loss.backward()
 
         return run
 
@@ -122,7 +133,11 @@ def loss(device: str, tokens: int, hidden: int, vocabulary: int) -> dict[str, tu
         for start in range(0, tokens, 1024):
             part = student.detach()[start : start + 1024]
             logits = part @ head.detach().T
-            _ = teacher[start : start + 1024] @ teacher_head.T, logits @ head.detach(), logits.T @ part
+            _ = (
+                teacher[start : start + 1024] @ teacher_head.T,
+                logits @ head.detach(),
+                logits.T @ part,
+            )
 
     contestants = {
         "products": products,
@@ -160,7 +175,10 @@ def step(device: str, shapes: Sequence[dict[str, Any]], length: int, int8: bool)
             with frozen(teacher):
                 teacher_TG = hidden_states(teacher, family, tokens_BS[:, :-1]).flatten(0, 1)
             student_TH = hidden_states(student, family, tokens_BS[:, :-1]).flatten(0, 1)
-            ours, theirs = Projection(student_TH, head_of(student)), Projection(teacher_TG, head_of(teacher))
+            ours, theirs = (
+                Projection(student_TH, head_of(student)),
+                Projection(teacher_TG, head_of(teacher)),
+            )
             labels_T = tokens_BS[:, 1:].flatten()
             fused_linear_loss(ours, labels_T, LossWeights(), theirs).loss.backward()
             optimizer.step()
@@ -194,7 +212,9 @@ def trainings(device: str, tiny: bool) -> dict[str, list[float]]:
         ways["Transformer Engine, FP8"] = [*mixed, "training.transformer_engine=fp8"]
     found = {}
     with tempfile.TemporaryDirectory() as place:
-        config = load_config("demo", [f"workspace={place}/teacher", "pretrain.trainer.max_steps=20"])
+        config = load_config(
+            "demo", [f"workspace={place}/teacher", "pretrain.trainer.max_steps=20"]
+        )
         run_stage("pretrain", config)
         for number, (name, words) in enumerate(ways.items()):
             workspace = f"{place}/{number}"
@@ -212,8 +232,12 @@ def trainings(device: str, tiny: bool) -> dict[str, list[float]]:
             lines = read_log(Path(workspace) / "student" / "metrics.jsonl")
             found[name] = [line["loss"] for line in lines if "loss" in line]
             print(f"  {name:<24} last loss {found[name][-1]:.5f}", flush=True)
-    apart = [abs(a - b) / a for a, b in zip(found["plain"], found["FSDP2 on one rank"], strict=True)]
-    assert max(apart) < 1e-3, f"FSDP2 on one rank departs from the plain training by {max(apart):.1e}"
+    apart = [
+        abs(a - b) / a for a, b in zip(found["plain"], found["FSDP2 on one rank"], strict=True)
+    ]
+    assert max(apart) < 1e-3, (
+        f"FSDP2 on one rank departs from the plain training by {max(apart):.1e}"
+    )
     return found
 
 
@@ -233,10 +257,14 @@ def main() -> int:
     print(f"{card}: gradient errors against float64 {results['errors']}")
     size = (64, 32, 1000) if tiny else (8192, 4096, 151_936)
     results["loss"] = loss(device, *size)
-    print(f"loss, {size[0]} tokens, hidden {size[1]}, vocabulary {size[2]}, bf16 (aim 1.4 x, 2 GiB)")
+    print(
+        f"loss, {size[0]} tokens, hidden {size[1]}, vocabulary {size[2]}, bf16 (aim 1.4 x, 2 GiB)"
+    )
     for name, (milliseconds, memory) in results["loss"].items():
         ratio = milliseconds / results["loss"]["products"][0]
-        print(f"  {name:<16} {milliseconds:9.1f} ms  {ratio:5.2f} x the four products  {memory:6.2f} GiB")
+        print(
+            f"  {name:<16} {milliseconds:9.1f} ms  {ratio:5.2f} x the four products  {memory:6.2f} GiB"
+        )
     shapes = [{**config, **(TINY if tiny else {})} for config in (LLAMA_8B, LLAMA_4B)]
     for name, int8 in (("bf16", False), ("int8", True)):
         results[f"step, {name} teacher"] = found = step(device, shapes, 32 if tiny else 2048, int8)

@@ -39,7 +39,9 @@ ROOT = Path("runs/paper")
 
 def teacher(seed: int, extra: list[str]) -> Config:
     """Trains the teacher of a seed, unless it is there."""
-    config = load_config("demo", [f"workspace={ROOT}/teacher-{seed}", f"pretrain.seed={seed}", *extra])
+    config = load_config(
+        "demo", [f"workspace={ROOT}/teacher-{seed}", f"pretrain.seed={seed}", *extra]
+    )
     run_stage("pretrain", config)
     return config
 
@@ -48,7 +50,9 @@ def loss(config: Config, folder: Path) -> float:
     """Held-out loss in nats per token."""
     checkpoint = open_checkpoint(folder)
     with frozen(load_model(folder)) as model:
-        return held_out_loss(model, checkpoint.family, validation_samples(config, load_tokenizer(folder)), 8)
+        return held_out_loss(
+            model, checkpoint.family, validation_samples(config, load_tokenizer(folder)), 8
+        )
 
 
 def after(seed: int, words: list[str], extra: list[str]) -> float:
@@ -87,11 +91,14 @@ def main() -> None:
     for axis, target in cuts.items():
         for name, words in (DEPTHS if axis == "layers" else WIDTHS).items():
             losses = [
-                after(seed, [f"plan.{axis}={target}", *words], args.overrides) for seed in range(args.seeds)
+                after(seed, [f"plan.{axis}={target}", *words], args.overrides)
+                for seed in range(args.seeds)
             ]
             found.setdefault(f"{axis} {sizes[axis]} to {target}", {})[name] = losses
     for cut, rankings in found.items():
-        rows += [(cut, name, *(f"{value:.3f}" for value in losses)) for name, losses in rankings.items()]
+        rows += [
+            (cut, name, *(f"{value:.3f}" for value in losses)) for name, losses in rankings.items()
+        ]
     titles = ("cut", "ranking", *(f"seed {seed}" for seed in range(args.seeds)))
     print(f"held-out loss right after the cut\n\n{markdown(titles, tuple(rows))}")
     RESULTS.mkdir(exist_ok=True)

@@ -29,7 +29,9 @@ VOCABULARIES = (32_000, 128_256, 262_144)
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def naive(student_TH: Tensor, head_VH: Tensor, teacher_TH: Tensor, teacher_VH: Tensor, _: Tensor) -> Tensor:
+def naive(
+    student_TH: Tensor, head_VH: Tensor, teacher_TH: Tensor, teacher_VH: Tensor, _: Tensor
+) -> Tensor:
     """Forward KL from whole logits."""
     log_q_TV = F.log_softmax(student_TH @ head_VH.T, -1)
     log_p_TV = F.log_softmax(teacher_TH @ teacher_VH.T, -1)
@@ -97,7 +99,9 @@ def measure(name: str, vocabulary: int, dtype_name: str, rounds: int) -> dict[st
     errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
     values = problem(vocabulary, TOKENS, dtype)
     gradients(loss, values)
-    ctypes.CDLL(None).malloc_trim(0)  # what the heap kept of the first call would hide a part of the others
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # what the heap kept of the first call would hide a part of the others
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")
     before = _kib("VmRSS")
@@ -123,7 +127,9 @@ def apart(name: str, vocabulary: int, dtype: str) -> dict[str, float]:
     one process to the next; with a fixed one freed memory is given back, which takes time.
     """
     timed = _apart([name, str(vocabulary), dtype, "2"], os.environ)
-    sized = _apart([name, str(vocabulary), dtype, "0"], os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)})
+    sized = _apart(
+        [name, str(vocabulary), dtype, "0"], os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    )
     return timed | {"mib": sized["mib"]}
 
 
@@ -148,7 +154,9 @@ def main() -> None:
         print(json.dumps(measure(args.one[0], int(args.one[1]), args.one[2], int(args.one[3]))))
         return
     here = [
-        name for name, (package, _) in CONTESTANTS.items() if not package or importlib.util.find_spec(package)
+        name
+        for name, (package, _) in CONTESTANTS.items()
+        if not package or importlib.util.find_spec(package)
     ]
     rows, written = [], []
     for dtype in args.dtypes:
@@ -169,15 +177,27 @@ def main() -> None:
                 ))  # fmt: skip
                 ratios = {"time": round(time_ratio, 3), "memory": round(memory_ratio, 3)}
                 sizes = {"mib": round(result["mib"], 1), "error": result["error"]}
-                written.append({"vocabulary": vocabulary, "dtype": dtype, "name": name, **ratios, **sizes})
+                written.append(
+                    {"vocabulary": vocabulary, "dtype": dtype, "name": name, **ratios, **sizes}
+                )
                 print(*rows[-1], flush=True)
-    columns = ("vocabulary", "dtype", "loss", "time / naive", "memory / naive", "MiB", "gradient error")
+    columns = (
+        "vocabulary",
+        "dtype",
+        "loss",
+        "time / naive",
+        "memory / naive",
+        "MiB",
+        "gradient error",
+    )
     print(markdown(columns, tuple(rows)))
     path = RESULTS / "losses.json"
     RESULTS.mkdir(exist_ok=True)
     kept = json.loads(path.read_text())["results"] if path.is_file() else []
     kept = [row for row in kept if row["dtype"] not in args.dtypes]
-    path.write_text(json.dumps({"tokens": TOKENS, "hidden": HIDDEN, "results": kept + written}) + "\n")
+    path.write_text(
+        json.dumps({"tokens": TOKENS, "hidden": HIDDEN, "results": kept + written}) + "\n"
+    )
 
 
 if __name__ == "__main__":

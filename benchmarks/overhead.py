@@ -132,7 +132,10 @@ def cases(root: Path) -> tuple[dict[str, Any], list[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    served = {"PREFECT_HOME": str(root / "served"), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    served = {
+        "PREFECT_HOME": str(root / "served"),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+    }
     words = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
     server = subprocess.Popen(
         [sys.executable, "-m", *words],
@@ -144,7 +147,10 @@ def cases(root: Path) -> tuple[dict[str, Any], list[str]]:
         wait_for(f"http://127.0.0.1:{port}/api/health")
         run("running server", served)
         run("running server, processes", served, "launch.kind=subprocess")
-        processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        processes = [
+            psutil.Process(server.pid),
+            *psutil.Process(server.pid).children(recursive=True),
+        ]
         for name in ("running server", "running server, processes"):
             found[name]["server_mb"] = sum(process.memory_info().rss for process in processes) / 1e6
     finally:

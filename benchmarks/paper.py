@@ -20,7 +20,9 @@ RANKINGS = ("activation", "magnitude", "random")
 def losses(seed: int, ranking: str, extra: list[str]) -> dict[str, float]:
     """Held-out losses of one seed and ranking: teacher, pruned, distilled, from scratch."""
     root = Path("runs/paper")
-    teacher = load_config("demo", [f"workspace={root}/teacher-{seed}", f"pretrain.seed={seed}", *extra])
+    teacher = load_config(
+        "demo", [f"workspace={root}/teacher-{seed}", f"pretrain.seed={seed}", *extra]
+    )
     run_stage("pretrain", teacher)
     overrides = [
         f"workspace={root}/{ranking}-{seed}", f"source.model={root}/teacher-{seed}/pretrain/hf",
@@ -34,7 +36,8 @@ def losses(seed: int, ranking: str, extra: list[str]) -> dict[str, float]:
     run_stage("pretrain", config)
     run_stage("evaluate", config)
     return {
-        name: row["loss"] for name, row in read_report(Path(config.workspace) / "report")["models"].items()
+        name: row["loss"]
+        for name, row in read_report(Path(config.workspace) / "report")["models"].items()
     }
 
 
@@ -45,7 +48,8 @@ def main() -> None:
     arguments.add_argument("overrides", nargs="*", help="as on minitron's command line")
     args = arguments.parse_args()
     found = {
-        ranking: [losses(seed, ranking, args.overrides) for seed in range(args.seeds)] for ranking in RANKINGS
+        ranking: [losses(seed, ranking, args.overrides) for seed in range(args.seeds)]
+        for ranking in RANKINGS
     }
     rows = []
     for ranking, runs in found.items():

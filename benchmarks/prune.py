@@ -38,7 +38,9 @@ def make_checkpoint(folder: Path, shape: dict[str, Any], name: str, dtype: torch
     folder.mkdir()
     shapes = {tensor: size for tensor, _, size in expected_tensors(families()["llama"], shape)}
     planned = [Planned(tensor, name, size) for tensor, size in shapes.items()]
-    write_weights(folder, planned, lambda tensor: (torch.randn(shapes[tensor]) * 0.02).to(dtype), SHARD)
+    write_weights(
+        folder, planned, lambda tensor: (torch.randn(shapes[tensor]) * 0.02).to(dtype), SHARD
+    )
     write_json(folder / "config.json", shape)
     return folder
 
@@ -116,7 +118,9 @@ def slice_with(command: str, source: Path, target: Path) -> None:
     recipe = target.with_suffix(".yaml")
     recipe.write_text(f"slices:\n{slices}merge_method: passthrough\ndtype: bfloat16\n")
     options = ["--lazy-unpickle", "--out-shard-size", "500M", "--quiet"]
-    done = subprocess.run([command, recipe, target, *options], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [command, recipe, target, *options], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"mergekit failed:\n{done.stderr[-2000:]}")
 
@@ -138,13 +142,17 @@ def main() -> None:
             contestants = {
                 "cp of the result": lambda result=result: copy(result, work / "copy"),
                 "cp and sha256sum": lambda result=result: copy(result, work / "copy", True),
-                "prune": lambda width=width, depth=depth: prune(source, work / "again", width, depth),
+                "prune": lambda width=width, depth=depth: prune(
+                    source, work / "again", width, depth
+                ),
                 "prune, a process of its own": lambda width=width, depth=depth: in_a_process(
                     source, work / "again", width, depth
                 ),
             }
             if kind == "depth" and rival is not None:
-                contestants["mergekit's layer slice"] = lambda: slice_with(rival, source, work / "sliced")
+                contestants["mergekit's layer slice"] = lambda: slice_with(
+                    rival, source, work / "sliced"
+                )
             seconds = duel(contestants, 3)
             more = {"result_bytes": sum(path.stat().st_size for path in result.iterdir())}
             if width and depth:

@@ -18,7 +18,10 @@ def main() -> None:
     readme = ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
     new, found = re.subn(
-        r"(<!-- demo -->\n).*?(<!-- /demo -->)", lambda m: f"{m[1]}{text}\n{m[2]}", old, flags=re.DOTALL
+        r"(<!-- demo -->\n).*?(<!-- /demo -->)",
+        lambda m: f"{m[1]}{text}\n{m[2]}",
+        old,
+        flags=re.DOTALL,
     )
     if not found:
         raise SystemExit(f"{readme}: the marks <!-- demo --> and <!-- /demo --> are gone")

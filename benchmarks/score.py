@@ -71,7 +71,9 @@ def one_pass(checkpoint: Checkpoint, model: Any) -> None:
     seconds = duel(
         {
             "forward": lambda: forward(model),
-            "forward without the output projection": lambda: forward(decoder_of(model, checkpoint.family)),
+            "forward without the output projection": lambda: forward(
+                decoder_of(model, checkpoint.family)
+            ),
             "score": lambda: score(Measures()),
             "score, l2, mean and var side by side": lambda: score(Measures(("mean", "l2", "var"))),
         },
@@ -90,7 +92,17 @@ def one_pass(checkpoint: Checkpoint, model: Any) -> None:
 def against_peer(checkpoint: Checkpoint, model: Any, home: Path) -> None:
     """Block influence of layers as optipfair has it; ours with all width axes, and alone."""
     if not (home / "optipfair").is_dir():
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(home), PEER]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--target",
+            str(home),
+            PEER,
+        ]
         if subprocess.run(command, check=False).returncode:
             print(f"{PEER} cannot be installed: left out")
             return
@@ -109,14 +121,18 @@ def against_peer(checkpoint: Checkpoint, model: Any, home: Path) -> None:
             "optipfair's layer importance": lambda: analyze_layer_importance(
                 model, batches, show_progress=False
             ),
-            "score, depth alone": lambda: in_memory(model, checkpoint, samples, groups, Measures(())),
+            "score, depth alone": lambda: in_memory(
+                model, checkpoint, samples, groups, Measures(())
+            ),
             "score, depth and all width axes": lambda: in_memory(
                 model, checkpoint, samples, groups, Measures()
             ),
         },
         5,
     )
-    show("score-peer", "optipfair's layer importance", seconds, {}, largest_difference=f"{apart:.1e}")
+    show(
+        "score-peer", "optipfair's layer importance", seconds, {}, largest_difference=f"{apart:.1e}"
+    )
 
 
 def leave_one_out(checkpoint: Checkpoint, model: Any) -> None:
@@ -132,7 +148,10 @@ def leave_one_out(checkpoint: Checkpoint, model: Any) -> None:
                 detour.skip = frozenset({layer})
                 losses.append(
                     loss_sum(
-                        model, family, hidden_states(model, family, **batch.arguments()), batch.labels_BS
+                        model,
+                        family,
+                        hidden_states(model, family, **batch.arguments()),
+                        batch.labels_BS,
                     )[0]
                 )
         found["naive"] = losses
@@ -140,16 +159,28 @@ def leave_one_out(checkpoint: Checkpoint, model: Any) -> None:
     def whole() -> None:
         with frozen(model):
             for _ in range(24):
-                loss_sum(model, family, hidden_states(model, family, **batch.arguments()), batch.labels_BS)
+                loss_sum(
+                    model,
+                    family,
+                    hidden_states(model, family, **batch.arguments()),
+                    batch.labels_BS,
+                )
 
     def shared() -> None:
         measures = Measures((), influence=(), losses=(1,))
         found["shared"] = (
-            in_memory(model, checkpoint, samples, [[0, 1, 2, 3]], measures).depth["lm_loss", 1].total.tolist()
+            in_memory(model, checkpoint, samples, [[0, 1, 2, 3]], measures)
+            .depth["lm_loss", 1]
+            .total.tolist()
         )
 
     seconds = duel(
-        {"24 full forward passes": whole, "24 passes, a layer left out": naive, "shared prefixes": shared}, 4
+        {
+            "24 full forward passes": whole,
+            "24 passes, a layer left out": naive,
+            "shared prefixes": shared,
+        },
+        4,
     )
     apart = max(abs(a - b) for a, b in zip(found["naive"], found["shared"], strict=True)) / max(
         found["naive"]

@@ -68,7 +68,8 @@ class Place:
     def start_server(self):
         """Starts the server, and waits until it answers."""
         self.server = self._start(
-            ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)], "server"
+            ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)],
+            "server",
         )
         end = time.monotonic() + 120
         while time.monotonic() < end:
@@ -91,7 +92,9 @@ class Place:
         from prefect.client.orchestration import PrefectClient
 
         async def go():
-            async with PrefectClient(self.api, httpx_settings={"timeout": httpx.Timeout(30)}) as client:
+            async with PrefectClient(
+                self.api, httpx_settings={"timeout": httpx.Timeout(30)}
+            ) as client:
                 return await what(client)
 
         return asyncio.run(go())
@@ -130,7 +133,9 @@ def kill(process):
 def stage_process(workspace):
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "nemo_minitron.launch.stage_process" in words and any(str(workspace) in word for word in words):
+        if "nemo_minitron.launch.stage_process" in words and any(
+            str(workspace) in word for word in words
+        ):
             return process
     return None
 
@@ -176,7 +181,9 @@ def fill(workspace):
 def small_disk(folder: Path) -> bool:
     folder.mkdir(parents=True)
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
     )
     return done.returncode == 0
 
@@ -273,7 +280,9 @@ def judged(workspace, fault, state, before, damaged, reference) -> dict:
     """Whether a run ended as it should."""
     if fault == "wrong input":
         good = state.name == "Failed" and "plan.hidden" in (state.message or "")
-        return {"end": "failed for the right reason" if good else f"WRONG: {state.name} {state.message}"}
+        return {
+            "end": "failed for the right reason" if good else f"WRONG: {state.name} {state.message}"
+        }
     if not state.is_completed():
         return {"end": f"WRONG: {state.name} {state.message}"}
     problems = verify_tree(workspace)[1]
@@ -367,7 +376,9 @@ def report(rows: list[dict], seed: int) -> None:
             str(round(sum(row.get("seconds", 0) for row in some) / len(some))),
         ))  # fmt: skip
     print_table(
-        ("what happened", "ended", "starts", "made again needlessly", "seconds"), tuple(table), left=2
+        ("what happened", "ended", "starts", "made again needlessly", "seconds"),
+        tuple(table),
+        left=2,
     )
     wrong = [row for row in rows if row["end"].startswith("WRONG")]
     print(f"{len(rows)} runs, {len(wrong)} wrong")

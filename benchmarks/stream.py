@@ -78,7 +78,12 @@ end([])
 def run(code: str, *arguments: object) -> dict[str, float] | str:
     """What a process of its own measured, or the last line of its complaint."""
     done = subprocess.run(
-        [sys.executable, "-c", _COMMON + code, *map(str, (*arguments, SAMPLES, LENGTH, BATCH, BUDGET))],
+        [
+            sys.executable,
+            "-c",
+            _COMMON + code,
+            *map(str, (*arguments, SAMPLES, LENGTH, BATCH, BUDGET)),
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -92,9 +92,13 @@ def held_out(config: Config, student: Any) -> dict[str, float]:
     with torch.no_grad():
         for batch_BS in samples_NS.split(16):
             hidden = [
-                hidden_states(m.eval(), family, batch_BS[:, :-1]).flatten(0, 1) for m in (student, teacher)
+                hidden_states(m.eval(), family, batch_BS[:, :-1]).flatten(0, 1)
+                for m in (student, teacher)
             ]
-            ours, theirs = Projection(hidden[0], head_of(student)), Projection(hidden[1], head_of(teacher))
+            ours, theirs = (
+                Projection(hidden[0], head_of(student)),
+                Projection(hidden[1], head_of(teacher)),
+            )
             terms = fused_linear_loss(ours, batch_BS[:, 1:].flatten(), LossWeights(), theirs)
             sums += torch.stack([terms.ce, terms.divergence]) * len(batch_BS)
     found = (sums / len(samples_NS)).tolist()
@@ -106,7 +110,10 @@ def taught_by_peer(seed: int, steps: int, arguments: dict[str, float]) -> dict[s
     from optipfair.distillation import distill_model
 
     config = pruned(seed, steps, [])
-    teacher, student = load_model(teacher_folder(config)[0]), load_model(Path(config.workspace) / "pruned")
+    teacher, student = (
+        load_model(teacher_folder(config)[0]),
+        load_model(Path(config.workspace) / "pruned"),
+    )
     size = config.distill.batch_size
     tokenizer = load_tokenizer(Path(config.workspace) / "pruned")
     samples = training_samples(config, tokenizer, steps * size, Ranks())
@@ -127,7 +134,10 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=150)
     args = arguments.parse_args()
     peers = PEERS if importlib.util.find_spec("optipfair") else {}
-    found: dict[str, list[dict[str, float]]] = {"not taught": [], **{way: [] for way in (*WAYS, *peers)}}
+    found: dict[str, list[dict[str, float]]] = {
+        "not taught": [],
+        **{way: [] for way in (*WAYS, *peers)},
+    }
     for seed in range(args.seeds):
         teacher(seed, [])
         config = pruned(seed, args.steps, [])
@@ -142,7 +152,9 @@ def main() -> None:
     rows = []
     for way, results in found.items():
         losses = " / ".join(f"{result['loss']:.4f}" for result in results)
-        apart = " / ".join(f"{r['loss'] - f['loss']:+.4f}" for r, f in zip(results, first, strict=True))
+        apart = " / ".join(
+            f"{r['loss'] - f['loss']:+.4f}" for r, f in zip(results, first, strict=True)
+        )
         perplexity = " / ".join(f"{math.exp(result['loss']):.2f}" for result in results)
         divergence = " / ".join(f"{result['divergence']:.4f}" for result in results)
         kept = f"{results[0]['bytes_per_token']:.0f}" if results[0]["bytes_per_token"] else "-"
@@ -153,7 +165,9 @@ def main() -> None:
     )  # fmt: skip
     print(markdown(columns, tuple(rows)))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "teaching.json").write_text(json.dumps({"steps": args.steps, "ways": found}, indent=2) + "\n")
+    (RESULTS / "teaching.json").write_text(
+        json.dumps({"steps": args.steps, "ways": found}, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

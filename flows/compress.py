@@ -1,7 +1,7 @@
 """The whole pipeline as a Prefect flow: one task per stage.
 
-Only small dictionaries and paths cross tasks. Prefect's own result cache is off: the manifest of each
-artifact says whether there is anything to do.
+Only small dictionaries and paths cross tasks. Prefect's own result cache is off: the manifest of
+each artifact says whether there is anything to do.
 """
 
 import shlex
@@ -47,7 +47,9 @@ def run_name() -> str:
     """What Prefect calls a run: the flow, and the workspace's name."""
     given = flow_run.parameters
     config = given.get("config") or {}
-    workspace = given.get("workspace") or config.get("workspace") or given.get("config_name") or "run"
+    workspace = (
+        given.get("workspace") or config.get("workspace") or given.get("config_name") or "run"
+    )
     return plain(masked(f"{flow_run.flow_name}-{Path(str(workspace)).name}"))
 
 
@@ -69,7 +71,8 @@ def compress(
 
     Args:
         config_name: configuration to start from, as ``minitron run --config-name``.
-        overrides: in Hydra's grammar, as on the command line: plan.hidden=3072, trainer.max_steps=500.
+        overrides: in Hydra's grammar, as on the command line: plan.hidden=3072,
+            trainer.max_steps=500.
         workspace: folder of the run (``workspace``).
         model: hub id or folder of the model to compress (``source.model``).
         data: text to train on: files, folders, patterns, hf://owner/name (``data.train.paths``).
@@ -91,7 +94,11 @@ def compress(
 
         found: list[Result] = search(config=as_dict(checked), command=command)
         return found
-    line = ["minitron", "run", *cli_words(config_name, overrides, workspace, model, data, plan, launch)]
+    line = [
+        "minitron",
+        "run",
+        *cli_words(config_name, overrides, workspace, model, data, plan, launch),
+    ]
     folder = Path(checked.workspace)
     with at_work(folder, checked.launch.wait):
         note_command(folder, shlex.split(command) if command else line)
@@ -122,13 +129,14 @@ _A_YEAR = 365 * 86400.0
 def workspace_wait_seconds(launch: LaunchConfig) -> float:
     """Seconds to wait for a workspace that another run holds.
 
-    A run that is resumed may be under way before the process that it was suspended in has ended, and must not
-    be refused by itself: it waits for as long as that may take. A stage inside the flow's process, or in a
-    batch job, comes to its end first, whenever that is.
+    A run that is resumed may be under way before the process that it was suspended in has ended,
+    and must not be refused by itself: it waits for as long as that may take. A stage inside the
+    flow's process, or in a batch job, comes to its end first, whenever that is.
     """
     context = FlowRunContext.get()
     run = context.flow_run if context is not None else None
-    # Prefect counts a resumed run as one and the same, but it has spent time in the state Running before
+    # Prefect counts a resumed run as one and the same, but it has spent time in the state Running
+    # before
     resumed = run is not None and run.total_run_time.total_seconds() > 0
     if not resumed:
         return launch.wait

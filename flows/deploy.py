@@ -41,8 +41,8 @@ def deployment(
     """A deployment of a flow with its parameters and its schedule, not registered yet.
 
     Raises:
-        ValueError: an unknown flow, a configuration that cannot be composed, a schedule that is none, a
-            credential.
+        ValueError: an unknown flow, a configuration that cannot be composed, a schedule that is
+            none, a credential.
     """
     from prefect.client.schemas.schedules import CronSchedule
 
@@ -57,7 +57,9 @@ def deployment(
             schedules = [CronSchedule(cron=cron, timezone=timezone)]
         except ValidationError as error:
             text = error.errors()[0]["msg"]
-            raise ValueError(f"--cron: no schedule {cron!r} in {timezone or 'UTC'}: {text}") from error
+            raise ValueError(
+                f"--cron: no schedule {cron!r} in {timezone or 'UTC'}: {text}"
+            ) from error
     given = {"config_name": config_name, "overrides": list(overrides), **parameters}
     unknown = sorted(set(given) - set(FLOWS[flow].parameters.properties))
     if unknown:

@@ -26,8 +26,8 @@ def evaluate_checkpoint(
 ) -> list[Result]:
     """Measures a checkpoint against its teacher on held-out text, tasks, free writing, speed, and judges it.
 
-    What was measured of the same weights on the same data is not measured again: a night in which nothing
-    changed costs seconds. The quality gate is the configuration's.
+    What was measured of the same weights on the same data is not measured again: a night in which
+    nothing changed costs seconds. The quality gate is the configuration's.
 
     Args:
         checkpoint: folder of a Hugging Face model, such as an export.

@@ -82,12 +82,17 @@ def cli_words(
         launch: where stages run, as a form.
         **more: further keys with their values, ``__`` in place of dots; None: not set.
     """
-    values: dict[str, Any] = {"workspace": workspace, "source.model": model, "data.train.paths": data}
+    values: dict[str, Any] = {
+        "workspace": workspace,
+        "source.model": model,
+        "data.train.paths": data,
+    }
     values |= {name.replace("__", "."): value for name, value in more.items()}
     for section, form in (("plan", plan), ("launch", launch)):
         if form is not None:
             values |= {
-                f"{section}.{name}": value for name, value in form.model_dump(exclude_none=True).items()
+                f"{section}.{name}": value
+                for name, value in form.model_dump(exclude_none=True).items()
             }
     given = [f"{name}={_in_grammar(value)}" for name, value in values.items() if value is not None]
     named = [] if config_name == "config" else ["--config-name", config_name]

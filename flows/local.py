@@ -18,13 +18,17 @@ from nemo_minitron.stages.result import Result
 def prepare_environment() -> None:
     """Settings that must stand before prefect is imported; what the user has set stays.
 
-    A user without a Prefect of their own gets a home with Prefect's version in its name: its database cannot
-    be downgraded, and a mismatch shows as nothing but a start-up time-out.
+    A user without a Prefect of their own gets a home with Prefect's version in its name: its
+    database cannot be downgraded, and a mismatch shows as nothing but a start-up time-out.
     """
-    has_own = any(name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE"))
+    has_own = any(
+        name in os.environ for name in ("PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILE")
+    )
     if not has_own and not (Path.home() / ".prefect" / "profiles.toml").is_file():
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ["PREFECT_HOME"] = str(_existing(cache / "nemo_minitron" / f"prefect-{version('prefect')}"))
+        os.environ["PREFECT_HOME"] = str(
+            _existing(cache / "nemo_minitron" / f"prefect-{version('prefect')}")
+        )
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -43,7 +47,8 @@ def _existing(folder: Path) -> Path:
 def run_here(config: Config, words: Sequence[str]) -> list[Result]:
     """Runs the whole pipeline, as the command line's ``words`` ask; returns what each stage reports."""
     prepare_environment()
-    # a failure reaches the caller as an exception; Prefect's own log would print its traceback as well
+    # a failure reaches the caller as an exception; Prefect's own log would print its traceback as
+    # well
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     from prefect import tags
     from prefect.settings import PREFECT_API_URL
@@ -60,9 +65,9 @@ def run_here(config: Config, words: Sequence[str]) -> list[Result]:
 def _start_server() -> None:
     """Starts the embedded server so that it ends with this process, and not before it.
 
-    Ctrl-C reaches every process of the terminal; the server, which must still hear that the run ended, does
-    not hear it: a signal that is blocked when a process is started stays blocked. And if this process is
-    killed, something else must end the server.
+    Ctrl-C reaches every process of the terminal; the server, which must still hear that the run
+    ended, does not hear it: a signal that is blocked when a process is started stays blocked. And
+    if this process is killed, something else must end the server.
     """
     from prefect.server.api.server import SubprocessASGIServer
 

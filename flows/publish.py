@@ -1,8 +1,8 @@
 """What a stage made, as Prefect artifacts: summary, table, pictures, links, lineage.
 
-Keys are made of the workspace's name and the stage, so that Prefect shows the history of the same thing over
-runs. Credentials are masked in all of it; and what comes from outside (names of models, tasks and files,
-messages) is text in it, not markup.
+Keys are made of the workspace's name and the stage, so that Prefect shows the history of the same
+thing over runs. Credentials are masked in all of it; and what comes from outside (names of models,
+tasks and files, messages) is text in it, not markup.
 """
 
 import contextlib
@@ -103,7 +103,9 @@ def stage(workspace: Path, name: str, result: Result, seconds: float) -> None:
     page = result.folder / PAGE
     if page.is_file():
         create_link_artifact(
-            link=masked(page.resolve().as_uri()), key=key(workspace, name, "page"), description="report"
+            link=masked(page.resolve().as_uri()),
+            key=key(workspace, name, "page"),
+            description="report",
         )
     if (result.folder / LINEAGE).is_file():
         create_markdown_artifact(
@@ -123,7 +125,9 @@ def summary(name: str, result: Result, seconds: float) -> str:
         lines.append(
             f"- fingerprint `{manifest.fingerprint[:12]}`, {len(manifest.outputs)} files, {size:,} bytes"
         )
-        lines += [f"- from {text(item.path)}: {code(item.fingerprint[:12])}" for item in manifest.inputs]
+        lines += [
+            f"- from {text(item.path)}: {code(item.fingerprint[:12])}" for item in manifest.inputs
+        ]
     lines += [f"- note: {text(note)}" for note in result.notes]
     if result.columns:
         lines += ["", markdown(masked_values(result.columns), masked_values(result.rows))]
@@ -176,7 +180,10 @@ def progressing(call: Call) -> Iterator[None]:
             percent = min(100.0, 100.0 * found.done / found.total)
             if percent == last:
                 continue
-            last, told = percent, text(f"{call.name}: {found.what}, {found.done:,} of {found.total:,}")
+            last, told = (
+                percent,
+                text(f"{call.name}: {found.what}, {found.done:,} of {found.total:,}"),
+            )
             try:
                 if shown is None:
                     shown = create_progress_artifact(percent, key=place, description=told)

@@ -1,8 +1,8 @@
 """The best size for a budget: candidates, short distillations, then the whole way with the winner.
 
-Rankings move much in the first hundred steps and then settle ([P1] section 4.3): a candidate is judged after
-it was distilled for a while, not as it was cut; the better part is kept (successive halving, arXiv
-1502.07943).
+Rankings move much in the first hundred steps and then settle ([P1] section 4.3): a candidate is
+judged after it was distilled for a while, not as it was cut; the better part is kept (successive
+halving, arXiv 1502.07943).
 """
 
 import shlex
@@ -51,17 +51,20 @@ def search(
 ) -> list[Result]:
     """Finds sizes within ``plan.budget``, and compresses the model to the best of them.
 
-    Candidates are cut from one scoring and distilled for a few steps; the better half goes on with twice as
-    many, until one is left. What is measured lies in ``rounds/``, the choice in ``search.json``.
+    Candidates are cut from one scoring and distilled for a few steps; the better half goes on with
+    twice as many, until one is left. What is measured lies in ``rounds/``, the choice in
+    ``search.json``.
 
     Args:
         config_name: configuration to start from.
-        overrides: in Hydra's grammar: plan.budget.params=4e9, +plan.budget.choices.hidden=[2560,3072].
+        overrides: in Hydra's grammar: plan.budget.params=4e9,
+            +plan.budget.choices.hidden=[2560,3072].
         workspace: folder of the run.
         model: hub id or folder of the model to compress.
         data: text to train on.
         launch: where stages run, and what they are allowed.
-        compress_best: whether the winner goes the whole way to an export; else all ends with the choice.
+        compress_best: whether the winner goes the whole way to an export; else all ends with the
+            choice.
         config: a whole configuration instead of all of these.
         command: the command line behind it, for the report.
 
@@ -72,7 +75,11 @@ def search(
         checked = composed(config_name, overrides, workspace, model, data, None, launch)
     else:
         checked = from_dict(config)
-    line = ["minitron", "run", *cli_words(config_name, overrides, workspace, model, data, None, launch)]
+    line = [
+        "minitron",
+        "run",
+        *cli_words(config_name, overrides, workspace, model, data, None, launch),
+    ]
     place = Path(checked.workspace)
     with at_work(place, workspace_wait_seconds(checked.launch)):
         note_command(place, shlex.split(command) if command else line)
@@ -127,7 +134,9 @@ def _candidates(config: Config) -> list[Candidate]:
     budget = config.plan.budget
     asked = [name for name in explicit_targets(config.plan) if name != "layer_choice"]
     if budget.params is None:
-        raise ValueError("plan.budget.params: expected how large the model may be, as in 4e9, found null")
+        raise ValueError(
+            "plan.budget.params: expected how large the model may be, as in 4e9, found null"
+        )
     if asked:
         raise ValueError(f"plan.{asked[0]}: either sizes or plan.budget.params, found both")
     folder, _ = teacher_folder(config)
@@ -138,7 +147,13 @@ def _candidates(config: Config) -> list[Candidate]:
         checkpoint.family, checkpoint.config, budget.params / whole
     )
     return candidates(
-        checkpoint.family, checkpoint.config, choices, least, most, budget.measure, where="plan.budget"
+        checkpoint.family,
+        checkpoint.config,
+        choices,
+        least,
+        most,
+        budget.measure,
+        where="plan.budget",
     )
 
 

@@ -1,7 +1,7 @@
 """Several plans from one scoring, each distilled and measured, side by side.
 
-What the variants share (the source, its correction, the scores, the tokenised text) lies in the sweep's
-workspace and is linked into theirs; all are pruned in one pass over the teacher's weights.
+What the variants share (the source, its correction, the scores, the tokenised text) lies in the
+sweep's workspace and is linked into theirs; all are pruned in one pass over the teacher's weights.
 """
 
 import json
@@ -89,7 +89,9 @@ def sweep(
     with at_work(place, workspace_wait_seconds(base.launch)):
         line = cli_words(config_name, overrides, workspace, model, data, None, launch)
         given = f"variants={json.dumps(variants)}"
-        note_command(place, ["minitron", "deploy", "sweep", "--flow", "sweep", "--parameter", given, *line])
+        note_command(
+            place, ["minitron", "deploy", "sweep", "--flow", "sweep", "--parameter", given, *line]
+        )
         note_command(place, ["prefect", "deployment", "run", "sweep/sweep"])
         score_once(base)
         outcomes = run_variants(base, configs)
@@ -97,7 +99,9 @@ def sweep(
         show(place, "sweep", outcomes)
         if export_best and outcomes[0].failure is None:
             run_stages(["export"], configs[outcomes[0].name])
-    failed = [f"{outcome.name}: {outcome.failure}" for outcome in outcomes if outcome.failure is not None]
+    failed = [
+        f"{outcome.name}: {outcome.failure}" for outcome in outcomes if outcome.failure is not None
+    ]
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(outcomes)} variants failed: {'; '.join(failed)}")
     return outcomes
@@ -117,7 +121,9 @@ def _configs(base: Config, variants: Mapping[str, list[str]], *form: Any) -> dic
         if not name or name != Path(name).name or name.startswith("."):
             raise ValueError(f"variants: expected a name that can be a folder's, found {name!r}")
         workspace, model, data, launch = rest
-        config = composed(config_name, [*(overrides or []), *own], workspace, model, data, None, launch)
+        config = composed(
+            config_name, [*(overrides or []), *own], workspace, model, data, None, launch
+        )
         for section in _DECIDES_SHARED:
             if getattr(config, section) != getattr(base, section):
                 raise ValueError(
@@ -151,7 +157,8 @@ def run_variants(base: Config, configs: Mapping[str, Config]) -> list[Outcome]:
         run_stages(["prune"], first)
     outcomes = [*(_outcome(name, configs[name]) for name in names), *broken]
     return sorted(
-        outcomes, key=lambda each: math.inf if each.loss is None or math.isnan(each.loss) else each.loss
+        outcomes,
+        key=lambda each: math.inf if each.loss is None or math.isnan(each.loss) else each.loss,
     )
 
 
@@ -169,7 +176,12 @@ def _outcome(name: str, config: Config) -> Outcome:
     models = read_report(Workspace(Path(config.workspace)).report)["models"]
     student = models["student"]
     return Outcome(
-        name, student["parameters"], models["pruned"]["loss"], student["loss"], student["retention"], None
+        name,
+        student["parameters"],
+        models["pruned"]["loss"],
+        student["loss"],
+        student["retention"],
+        None,
     )
 
 
@@ -216,7 +228,9 @@ def show(place: Path, kind: str, outcomes: Sequence[Outcome]) -> None:
         description=f"{len(outcomes)} variants, the best first",
     )  # fmt: skip
     points = [
-        (o.name, o.parameters, o.loss) for o in outcomes if o.parameters is not None and o.loss is not None
+        (o.name, o.parameters, o.loss)
+        for o in outcomes
+        if o.parameters is not None and o.loss is not None
     ]
     if points:
         picture = pareto(points)

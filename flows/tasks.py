@@ -61,8 +61,8 @@ def stage(name: str, values: dict[str, Any]) -> Any:
         values: the whole configuration as plain dictionaries.
 
     Returns:
-        A ``Result``; or, where the stage's process was lost and no try is left, the state Crashed; or
-        Cancelled, where the run is suspended.
+        A ``Result``; or, where the stage's process was lost and no try is left, the state Crashed;
+        or Cancelled, where the run is suspended.
     """
     with words_withheld(stored=False):
         return _stage(name, values)
@@ -119,12 +119,15 @@ def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
         timeout_seconds=limit,
     )
     try:
-        # flows have tags, their tasks have none: for each tag Prefect 3.8 asks the server for a slot, over a
-        # connection that the server has closed during a long stage, and tries again after two seconds
+        # flows have tags, their tasks have none: for each tag Prefect 3.8 asks the server for a
+        # slot, over a connection that the server has closed during a long stage, and tries again
+        # after two seconds
         with _slot(name, config), TagsContext(current_tags=set()):
             result = own(name, values)
     except TaskRunTimeoutError as error:
-        text = f"{name}: over its time limit of {limit:g} s (launch.time_limit); run it again to go on"
+        text = (
+            f"{name}: over its time limit of {limit:g} s (launch.time_limit); run it again to go on"
+        )
         raise StageError(name, failures.SLOW, text) from error
     if isinstance(result, State):
         if result.is_cancelled():
@@ -145,16 +148,22 @@ def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
     kind, workspace = kind_of(error), Path(call.config.workspace)
     # a training has saved what it did, as it was asked; now the flow ends by it
     if kind == failures.STOPPED and _suspended():
-        return Cancelled(message=f"{call.name}: the run is suspended; resumed, it goes on from here")
+        return Cancelled(
+            message=f"{call.name}: the run is suspended; resumed, it goes on from here"
+        )
     if kind == failures.STOPPED and _cancelling():
-        return Cancelled(message=f"{call.name}: the run is cancelled; started again, it goes on from here")
+        return Cancelled(
+            message=f"{call.name}: the run is cancelled; started again, it goes on from here"
+        )
     if kind == failures.STOPPED:
         raise TerminationSignal(15) from error
     if kind == failures.SLOW:
         return Failed(name="TimedOut", message=masked(str(error)))
     if kind == failures.MEMORY:
         if not note_memory(workspace, call.name, values):
-            text = f"{call.name}: out of memory, and its micro-batch cannot be made smaller: {error}"
+            text = (
+                f"{call.name}: out of memory, and its micro-batch cannot be made smaller: {error}"
+            )
             raise StageError(call.name, failures.FAILED, text) from error
         text = f"{call.name}: out of memory; the next try takes half of the micro-batch"
         _let_go(error)
@@ -207,9 +216,9 @@ def _let_go(error: Exception) -> None:
 def _slot(name: str, config: Config) -> Iterator[None]:
     """Holds the accelerator while a stage computes; flows on this machine that share it wait for each other.
 
-    A lock of the operating system, not a concurrency limit of Prefect: an accelerator belongs to one
-    machine, and a limit's slot is lost for good when the server starts anew while it is held (Prefect 3.8:
-    leases in memory, slots in the database).
+    A lock of the operating system, not a concurrency limit of Prefect: an accelerator belongs to
+    one machine, and a limit's slot is lost for good when the server starts anew while it is held
+    (Prefect 3.8: leases in memory, slots in the database).
     """
     accelerator, computes = config.launch.accelerator, "pretrain" if name == "baseline" else name
     if accelerator is None or computes not in SEVERAL or config.launch.kind == "slurm":
@@ -234,8 +243,9 @@ def _slot(name: str, config: Config) -> Iterator[None]:
 class Relay:
     """Passes a process' output on: to the run's log where one is kept, else to the screen.
 
-    Each line of the log is a row in Prefect's database, and a progress bar prints thousands: between lines
-    that come fast only the last one is passed on. The stage's own log file has them all.
+    Each line of the log is a row in Prefect's database, and a progress bar prints thousands:
+    between lines that come fast only the last one is passed on. The stage's own log file has them
+    all.
     """
 
     def __init__(self, name: str) -> None:

@@ -1,8 +1,9 @@
 """Masks credentials in what Prefect sees of a flow: its parameters and its failure.
 
-Prefect stores the parameters of a run in its database, the words of a failure in states, events and logs, and
-the failure itself, pickled, in a file: also with ``persist_result=False`` (prefect.flow_engine, 3.8.8,
-``handle_exception``). The function that is the flow gets the true values: they stay in its process.
+Prefect stores the parameters of a run in its database, the words of a failure in states, events and
+logs, and the failure itself, pickled, in a file: also with ``persist_result=False``
+(prefect.flow_engine, 3.8.8, ``handle_exception``). The function that is the flow gets the true
+values: they stay in its process.
 """
 
 import functools
@@ -25,7 +26,9 @@ class WithheldFlow(Flow[..., Any]):
     """A flow whose credentials stay in its process."""
 
     def __init__(self, fn: Callable[..., Any], **options: Any) -> None:
-        super().__init__(fn, **options)  # with the function itself, for its file and its name are noted
+        super().__init__(
+            fn, **options
+        )  # with the function itself, for its file and its name are noted
         self.fn = _guarded(fn)
 
     def serialize_parameters(self, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +42,9 @@ class WithheldFlow(Flow[..., Any]):
         return made  # type: ignore[return-value]
 
 
-def flow(name: str, flow_run_name: Callable[[], str]) -> Callable[[Callable[..., Any]], WithheldFlow]:
+def flow(
+    name: str, flow_run_name: Callable[[], str]
+) -> Callable[[Callable[..., Any]], WithheldFlow]:
     """Makes a function a flow of this package."""
     return functools.partial(
         WithheldFlow, name=name, flow_run_name=flow_run_name, log_prints=False, persist_result=False

@@ -17,7 +17,14 @@ from nemo_minitron.checkpoints.headers import read_header, sample
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.checkpoints.side_files import side_files
 from nemo_minitron.checkpoints.unsupported_weights import check_config, check_folder, check_names
-from nemo_minitron.families import Family, axis_sizes, expected_tensors, family_of, find_row, own_tables
+from nemo_minitron.families import (
+    Family,
+    axis_sizes,
+    expected_tensors,
+    family_of,
+    find_row,
+    own_tables,
+)
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.security.links import refuse_links
 from nemo_minitron.workspace.manifest import digest, hash_file
@@ -55,8 +62,9 @@ class Checkpoint:
         config: its config.json.
         family: its family table.
         entries: tensor name to entry.
-        fingerprint: SHA-256 of weight files' names, sizes and headers, of a sample of every tensor's bytes
-            (two fine-tunes of one model differ in nothing else), config.json and side files.
+        fingerprint: SHA-256 of weight files' names, sizes and headers, of a sample of every
+            tensor's bytes (two fine-tunes of one model differ in nothing else), config.json and
+            side files.
     """
 
     folder: Path
@@ -77,9 +85,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Reads config.json and the safetensors headers only.
 
     Raises:
-        ValueError: no config.json, no safetensors weights, a missing or truncated shard, an unknown family,
-            tensors that the table does not know or that have another shape, quantised weights; each with
-            file and names.
+        ValueError: no config.json, no safetensors weights, a missing or truncated shard, an unknown
+            family, tensors that the table does not know or that have another shape, quantised
+            weights; each with file and names.
     """
     check_folder(folder)
     refuse_links(folder)
@@ -95,11 +103,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             if name == "__metadata__":
                 continue
             if name in entries:
-                raise ValueError(f"{folder}: {name} is in two shards, {entries[name].file} and {file}")
-            entries[name] = Entry(file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0])
+                raise ValueError(
+                    f"{folder}: {name} is in two shards, {entries[name].file} and {file}"
+                )
+            entries[name] = Entry(
+                file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0]
+            )
     _check_entries(folder, family, config, entries)
     stamp = [
-        [file, (folder / file).stat().st_size, digest(headers[file]), sample(folder / file, headers[file])]
+        [
+            file,
+            (folder / file).stat().st_size,
+            digest(headers[file]),
+            sample(folder / file, headers[file]),
+        ]
         for file in files
     ]
     sides = [[path.name, hash_file(path)] for path in side_files(folder)]
@@ -111,12 +128,15 @@ def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files that make up a checkpoint, in order.
 
     Raises:
-        ValueError: there are none (pickles are refused by name), or one that the index lists is missing.
+        ValueError: there are none (pickles are refused by name), or one that the index lists is
+            missing.
     """
     index = folder / INDEX
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
             outside = [file for file in files if Path(file).name != file]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index}: not a safetensors index: {error!r:.200}") from error
@@ -135,7 +155,9 @@ def weight_files(folder: Path) -> list[str]:
         return files
     if (folder / SINGLE).is_file():
         return [SINGLE]
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    pickles = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
+    )
     if pickles:
         raise ValueError(
             f"{folder}: only pickled weights ({pickles[0]}), which can run code when loaded; "
@@ -167,7 +189,9 @@ def _check_entries(
         )
     if unknown:
         reason = (
-            "that config.json does not ask for" if find_row(family, unknown[0]) else "in no row of the table"
+            "that config.json does not ask for"
+            if find_row(family, unknown[0])
+            else "in no row of the table"
         )
         raise ValueError(
             f"{folder}: {len(unknown)} tensors {reason} of family {family.model_type!r}: {unknown[0]}"

@@ -18,8 +18,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Header of a safetensors file, and where its tensors begin.
 
     Raises:
-        ValueError: the file is truncated, has trailing bytes, or its header is not one of safetensors; each
-            tensor's span must be as long as its dtype and shape say, and no two may overlap.
+        ValueError: the file is truncated, has trailing bytes, or its header is not one of
+            safetensors; each tensor's span must be as long as its dtype and shape say, and no two
+            may overlap.
     """
     size = path.stat().st_size
     try:
@@ -76,5 +77,7 @@ def _span(name: str, item: Mapping[str, Any]) -> tuple[int, int]:
         raise ValueError(f"{name}: dtype must be a name")
     width = FLOATS.get(item["dtype"])
     if end < begin or (width is not None and end - begin != width * math.prod(shape)):
-        raise ValueError(f"{name}: {end - begin} bytes do not hold {item['dtype']} of shape {shape}")
+        raise ValueError(
+            f"{name}: {end - begin} bytes do not hold {item['dtype']} of shape {shape}"
+        )
     return begin, end

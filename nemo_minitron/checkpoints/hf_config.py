@@ -31,11 +31,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Spells out dtype, rope settings and renamed sizes for transformers 4 and 5 alike.
 
-    transformers 5 writes ``rope_parameters`` and ``dtype``; 4.57 reads ``rope_theta``, ``rope_scaling``,
-    ``partial_rotary_factor``, ``rope_local_base_freq`` (where layer types differ) and ``torch_dtype``, and
-    silently falls back to defaults without them. A size with several names in the family's table (Qwen's
-    ``num_experts``, which transformers 5 calls ``num_local_experts``) gets all of them. ``auto_map`` names
-    code that does not come along; transformers' own classes are the ones that count here.
+    transformers 5 writes ``rope_parameters`` and ``dtype``; 4.57 reads ``rope_theta``,
+    ``rope_scaling``, ``partial_rotary_factor``, ``rope_local_base_freq`` (where layer types differ)
+    and ``torch_dtype``, and silently falls back to defaults without them. A size with several names
+    in the family's table (Qwen's ``num_experts``, which transformers 5 calls ``num_local_experts``)
+    gets all of them. ``auto_map`` names code that does not come along; transformers' own classes
+    are the ones that count here.
     """
     written = {name: value for name, value in config.items() if name != "auto_map"}
     family = families().get(written.get("model_type", ""))
@@ -53,7 +54,9 @@ def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
         written.setdefault("rope_theta", rope["rope_theta"])
         if "partial_rotary_factor" in rope:
             written.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
-        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        scaling = {
+            k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")
+        }
         if scaling.get("rope_type", "default") != "default":
             written.setdefault("rope_scaling", scaling)
     return written

@@ -55,8 +55,8 @@ def stored_order(tensors: Sequence[Planned]) -> list[Planned]:
 class ShardWriter:
     """Writes tensors, block by block, into shards and, where there are several, their index.
 
-    Blocks are written and hashed, each in a thread of its own, while the caller makes the next. A block must
-    not be changed before ``wait`` has returned for its ticket.
+    Blocks are written and hashed, each in a thread of its own, while the caller makes the next. A
+    block must not be changed before ``wait`` has returned for its ticket.
     """
 
     MOST = 4
@@ -68,7 +68,8 @@ class ShardWriter:
         Args:
             folder: an existing folder.
             tensors: what will be written, in ``stored_order``.
-            shard_bytes: largest shard, in bytes of tensors; a larger tensor gets a shard of its own.
+            shard_bytes: largest shard, in bytes of tensors; a larger tensor gets a shard of its
+                own.
 
         Raises:
             OSError: the disk has no room for them.
@@ -95,7 +96,10 @@ class ShardWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """Finishes the last shard and the index; after an error only closes the file and ends the threads."""
         try:
@@ -122,7 +126,10 @@ class ShardWriter:
         assert len(data) <= self._left and self._file is not None, "more bytes than planned"
         self._left -= len(data)
         self._pending.append(
-            (self._writer.submit(_put, self._file, data), self._hasher.submit(self._digester.update, data))
+            (
+                self._writer.submit(_put, self._file, data),
+                self._hasher.submit(self._digester.update, data),
+            )
         )
         self._ticket += 1
         self.wait(self._ticket - self.MOST)
@@ -158,7 +165,9 @@ class ShardWriter:
             for tensor in shard
         }
         meta = {"total_size": self._total}
-        write_json(self._folder / INDEX, {"metadata": meta, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(
+            self._folder / INDEX, {"metadata": meta, "weight_map": dict(sorted(weight_map.items()))}
+        )
 
 
 def _put(file: FileIO, data: memoryview) -> None:
@@ -194,7 +203,11 @@ def _header(tensors: Sequence[Planned]) -> bytes:
     start = 0
     for tensor in tensors:
         span = [start, start + tensor.size]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": span}
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": span,
+        }
         start = span[1]
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -219,7 +232,9 @@ def write_weights(
     with ShardWriter(folder, ordered, shard_bytes) as writer:
         for tensor in ordered:
             values = read(tensor.name).detach().contiguous()
-            assert tuple(values.shape) == tensor.shape and DTYPES[values.dtype] == tensor.dtype, tensor
+            assert tuple(values.shape) == tensor.shape and DTYPES[values.dtype] == tensor.dtype, (
+                tensor
+            )
             if tensor.size:
                 writer.write(values.reshape(-1).view(torch.uint8).numpy())
     return writer.hashes

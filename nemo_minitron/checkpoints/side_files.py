@@ -43,7 +43,9 @@ def side_files(folder: Path) -> list[Path]:
     """
     named = [folder / name for name in (*TOKENIZER_FILES, GENERATION_CONFIG)]
     terms = sorted({path for pattern in LICENCES for path in folder.glob(pattern)})
-    found = [path for path in (*named, *terms) if path.is_file() and path.suffix.lower() not in _CODE]
+    found = [
+        path for path in (*named, *terms) if path.is_file() and path.suffix.lower() not in _CODE
+    ]
     for path in found:
         refuse_link(path, folder)
     return found
@@ -53,10 +55,14 @@ def is_side_file(name: str) -> bool:
     """Whether a plain file name is that of a tokenizer's file, a generation config or a licence."""
     if not name or Path(name).name != name:
         return False
-    terms = Path(name).suffix.lower() not in _CODE and any(fnmatchcase(name, form) for form in LICENCES)
+    terms = Path(name).suffix.lower() not in _CODE and any(
+        fnmatchcase(name, form) for form in LICENCES
+    )
     return terms or name in (*TOKENIZER_FILES, GENERATION_CONFIG)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
     """SHA-256 over the tokenizer's files."""
-    return digest([[name, hash_file(folder / name)] for name in TOKENIZER_FILES if (folder / name).is_file()])
+    return digest(
+        [[name, hash_file(folder / name)] for name in TOKENIZER_FILES if (folder / name).is_file()]
+    )

@@ -7,9 +7,7 @@ from typing import Any
 
 from nemo_minitron.security.plain_text import plain
 
-_DEQUANTISE = (
-    "dequantise it first: load it with transformers, model.dequantize(), save_pretrained in bfloat16"
-)
+_DEQUANTISE = "dequantise it first: load it with transformers, model.dequantize(), save_pretrained in bfloat16"
 _KINDS = (
     (r"\.lora_[AB]\b|\.lora_(embedding|magnitude)|\.base_layer\.", "LoRA adapter weights",
      "merge the adapter first (peft: merge_and_unload) and save the merged model"),
@@ -31,8 +29,8 @@ def check_folder(folder: Path) -> None:
     """Refuses a folder that holds an adapter, or a distributed checkpoint of NeMo 2.
 
     Raises:
-        ValueError: it does; also where a model lies beside the adapter: transformers would load the base
-            model that the adapter names, from wherever that is, and the two together.
+        ValueError: it does; also where a model lies beside the adapter: transformers would load the
+            base model that the adapter names, from wherever that is, and the two together.
     """
     if (folder / "adapter_config.json").is_file():
         kind = "beside a model" if (folder / "config.json").is_file() else "not a model"
@@ -51,7 +49,8 @@ def check_folder(folder: Path) -> None:
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Refuses a config.json that declares quantised weights, or code to be fetched from the hub.
 
-    transformers takes ``attn_implementation: owner/kernel`` for a kernel, which it fetches and runs.
+    transformers takes ``attn_implementation: owner/kernel`` for a kernel, which it fetches and
+    runs.
 
     Raises:
         ValueError: it does; the message names the method, or the key.
@@ -69,8 +68,12 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
             )
     settings = config.get("quantization_config")
     if settings:
-        method = settings.get("quant_method", "quantised") if isinstance(settings, Mapping) else settings
-        raise ValueError(f"{folder / 'config.json'}: weights are quantised ({method!s:.40}); {_DEQUANTISE}")
+        method = (
+            settings.get("quant_method", "quantised") if isinstance(settings, Mapping) else settings
+        )
+        raise ValueError(
+            f"{folder / 'config.json'}: weights are quantised ({method!s:.40}); {_DEQUANTISE}"
+        )
 
 
 def implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -104,8 +107,12 @@ def check_names(folder: Path, unknown: Iterable[str], layers: int) -> None:
     for pattern, kind, advice in _KINDS:
         found = [name for name in names if re.search(pattern, name)]
         if found:
-            raise ValueError(f"{folder}: holds {kind} ({len(found)} tensors, as {found[0]}); {advice}")
-    beyond = [n for n in names if (m := re.search(r"\blayers\.(\d{1,9})\.", n)) and int(m[1]) >= layers]
+            raise ValueError(
+                f"{folder}: holds {kind} ({len(found)} tensors, as {found[0]}); {advice}"
+            )
+    beyond = [
+        n for n in names if (m := re.search(r"\blayers\.(\d{1,9})\.", n)) and int(m[1]) >= layers
+    ]
     if beyond:
         kind, advice = _KINDS[-1][1:]
         raise ValueError(

@@ -24,7 +24,9 @@ def families(args: argparse.Namespace) -> int:
         use_tables(own)
     unknown = sorted(set(names) - set(families()))
     if unknown:
-        raise ValueError(f"families: no family {unknown[0]!r}; there are: {', '.join(sorted(families()))}")
+        raise ValueError(
+            f"families: no family {unknown[0]!r}; there are: {', '.join(sorted(families()))}"
+        )
     chosen = {name: family for name, family in families().items() if not names or name in names}
     if args.prove:
         from nemo_minitron.proofs.proof import proof_table
@@ -47,6 +49,8 @@ def families(args: argparse.Namespace) -> int:
         }
         print(json.dumps(listed, indent=2))
         return 0
-    rows = [(name, family.architecture, ", ".join(family.prunable)) for name, family in chosen.items()]
+    rows = [
+        (name, family.architecture, ", ".join(family.prunable)) for name, family in chosen.items()
+    ]
     print_table(("model_type", "architecture", "axes that can be pruned"), tuple(rows))
     return 0

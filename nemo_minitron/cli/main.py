@@ -44,24 +44,36 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         prog="minitron",
         description="Smaller language models out of bigger ones: score, prune, distil, evaluate, export.",
     )
-    top.add_argument("--version", action="version", version=f"nemo_minitron {nemo_minitron.__version__}")
+    top.add_argument(
+        "--version", action="version", version=f"nemo_minitron {nemo_minitron.__version__}"
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in ("run", *STAGES):
         command = commands.add_parser(name, help=_HELP[name], description=_HELP[name])
         command.add_argument(
             "--config-name", default="config", metavar="NAME", help="configuration to start from"
         )
-        command.add_argument("--config-dir", metavar="DIR", help="folder with configurations of your own")
-        command.add_argument("--keys", action="store_true", help="print every configuration key and stop")
-        command.add_argument("--cfg", action="store_true", help="print the composed configuration and stop")
+        command.add_argument(
+            "--config-dir", metavar="DIR", help="folder with configurations of your own"
+        )
+        command.add_argument(
+            "--keys", action="store_true", help="print every configuration key and stop"
+        )
+        command.add_argument(
+            "--cfg", action="store_true", help="print the composed configuration and stop"
+        )
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides in Hydra's grammar")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="overrides in Hydra's grammar"
+        )
     size = commands.add_parser("size", help=_HELP["size"], description=_HELP["size"])
     size.add_argument("model", metavar="MODEL", help="model folder, config.json, or hub id")
     size.add_argument(
         "sizes", nargs="*", metavar="axis=size", help="hidden= ffn= heads= kv_heads= layers= ..."
     )
-    size.add_argument("--context", type=int, default=4096, help="tokens of context that FLOPs assume")
+    size.add_argument(
+        "--context", type=int, default=4096, help="tokens of context that FLOPs assume"
+    )
     size.add_argument("--json", action="store_true")
     plan = size.add_argument_group("memory of a training")
     plan.add_argument("--training", action="store_true", help="estimate what each rank needs")
@@ -69,13 +81,22 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     plan.add_argument("--shard", action="store_true", help="training.parallel=shard (FSDP2)")
     plan.add_argument("--tensor-parallel", type=int, default=1, help="training.tensor_parallel")
     plan.add_argument("--precision", default="bf16-mixed", help="trainer.precision")
-    plan.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch on each rank")
+    plan.add_argument(
+        "--tokens", type=int, default=4096, help="tokens of a micro-batch on each rank"
+    )
     plan.add_argument("--activation-checkpointing", action="store_true")
-    plan.add_argument("--teacher", metavar="MODEL", help="a teacher besides: folder, config.json, or hub id")
+    plan.add_argument(
+        "--teacher", metavar="MODEL", help="a teacher besides: folder, config.json, or hub id"
+    )
     plan.add_argument("--teacher-shard", action="store_true", help="distill.teacher_place=shard")
-    families = commands.add_parser("families", help=_HELP["families"], description=_HELP["families"])
+    families = commands.add_parser(
+        "families", help=_HELP["families"], description=_HELP["families"]
+    )
     families.add_argument(
-        "names", nargs="*", metavar="MODEL_TYPE", help="these only; families.path=TABLE adds your own"
+        "names",
+        nargs="*",
+        metavar="MODEL_TYPE",
+        help="these only; families.path=TABLE adds your own",
     )
     families.add_argument(
         "--prove", action="store_true", help="prove the tables on tiny models (seconds each)"
@@ -97,7 +118,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     raw = sys.argv[1:] if arguments is None else arguments
     top, commands = parser()
-    if raw and raw[0] in commands:  # a command on its own lets options and overrides stand in any order
+    if (
+        raw and raw[0] in commands
+    ):  # a command on its own lets options and overrides stand in any order
         args = commands[raw[0]].parse_intermixed_args(raw[1:], argparse.Namespace(command=raw[0]))
     else:
         args = top.parse_args(raw)
@@ -123,7 +146,8 @@ def _failed(command: str, error: BaseException) -> int:
     """The last resort: one line too, its traceback on request.
 
     Raises:
-        BaseException: an exit that nobody pressed Ctrl-C for; or all, where tracebacks are asked for.
+        BaseException: an exit that nobody pressed Ctrl-C for; or all, where tracebacks are asked
+            for.
     """
     if _interrupted(error):  # Lightning makes an exit of it, a lost server another failure
         print(f"minitron {command}: interrupted; run it again to go on", file=sys.stderr)
@@ -183,7 +207,9 @@ def _stage(args: argparse.Namespace) -> int:
     config = _config(args)
     # progress bars go to the error output: standard output is for the result
     with contextlib.redirect_stdout(sys.stderr):
-        result = run_by_hand(args.command, config, args.words, _before(args.command, config), _notes)
+        result = run_by_hand(
+            args.command, config, args.words, _before(args.command, config), _notes
+        )
     if result is None:
         return 0
     _show(result, args.json)
@@ -194,10 +220,13 @@ def _stage(args: argparse.Namespace) -> int:
 def _before(command: str, config: "Config") -> list[str]:
     """Stages that cost next to nothing, brought up to date before one that is run on its own.
 
-    The pointer to the source model; the plan, where its sizes are given; a ranking that needs no data.
+    The pointer to the source model; the plan, where its sizes are given; a ranking that needs no
+    data.
     """
     names = (
-        ["download"] if config.source.model is not None and command not in ("download", "pretrain") else []
+        ["download"]
+        if config.source.model is not None and command not in ("download", "pretrain")
+        else []
     )
     from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores
 
@@ -219,7 +248,9 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     config = _config(args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"not under torchrun; run the stages that compute with it: {', '.join(SEVERAL)}")
+        raise ValueError(
+            f"not under torchrun; run the stages that compute with it: {', '.join(SEVERAL)}"
+        )
     from nemo_minitron.workspace.locks import locked
 
     with locked(

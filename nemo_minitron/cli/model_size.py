@@ -14,7 +14,13 @@ from nemo_minitron.cli.tables import print_table
 def size(args: argparse.Namespace) -> int:
     """``minitron size``: what a model costs, from its config.json alone."""
     from nemo_minitron.checkpoints.hf_config import read_config
-    from nemo_minitron.families import axis_sizes, check_sizes, config_with_sizes, family_of, use_tables
+    from nemo_minitron.families import (
+        axis_sizes,
+        check_sizes,
+        config_with_sizes,
+        family_of,
+        use_tables,
+    )
     from nemo_minitron.pruning.cost import model_size
     from nemo_minitron.pruning.slice import Cut, cut_config
 
@@ -28,7 +34,9 @@ def size(args: argparse.Namespace) -> int:
     for text in wanted:
         axis, _, value = text.partition("=")
         if axis not in sizes or not value.isdecimal() or int(value) < 1:
-            raise ValueError(f"size: expected AXIS=SIZE with an axis of {', '.join(sizes)}, found {text!r}")
+            raise ValueError(
+                f"size: expected AXIS=SIZE with an axis of {', '.join(sizes)}, found {text!r}"
+            )
         sizes[axis] = int(value)
     check_sizes(family, sizes, "size")
     if args.context < 1:
@@ -48,9 +56,15 @@ def size(args: argparse.Namespace) -> int:
         ("without embeddings", f"{cost.non_embedding:,} ({cost.non_embedding / 1e9:.3f} B)"),
         ("active per token", f"{cost.active:,} ({cost.active / 1e9:.3f} B)"),
         (f"FLOPs per token at {cost.context} tokens", f"{cost.flops_per_token:,}"),
-        (f"KV-cache bytes per token ({cost.cache_bytes} bytes each)", f"{cost.kv_bytes_per_token:,}"),
+        (
+            f"KV-cache bytes per token ({cost.cache_bytes} bytes each)",
+            f"{cost.kv_bytes_per_token:,}",
+        ),
     ]
-    rows += [(f"training, each rank: {part}", f"{value / 2**30:,.1f} GiB") for part, value in memory.items()]
+    rows += [
+        (f"training, each rank: {part}", f"{value / 2**30:,.1f} GiB")
+        for part, value in memory.items()
+    ]
     print_table(("", str(args.model)), tuple(rows))
     return 0
 

@@ -4,7 +4,10 @@ from nemo_minitron.security.plain_text import plain
 
 
 def print_table(
-    columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...], title: str | None = None, left: int = 1
+    columns: tuple[str, ...],
+    rows: tuple[tuple[str, ...], ...],
+    title: str | None = None,
+    left: int = 1,
 ) -> None:
     """Prints a table, as wide as it needs to be where the output is no terminal.
 

@@ -22,8 +22,12 @@ HELP = {
 
 def add_parsers(commands: Any) -> None:
     """Adds these commands to the command line's grammar."""
-    made = {name: commands.add_parser(name, help=text, description=text) for name, text in HELP.items()}
-    made["runs"].add_argument("folder", metavar="FOLDER", type=Path, nargs="?", default=Path("runs"))
+    made = {
+        name: commands.add_parser(name, help=text, description=text) for name, text in HELP.items()
+    }
+    made["runs"].add_argument(
+        "folder", metavar="FOLDER", type=Path, nargs="?", default=Path("runs")
+    )
     made["runs"].add_argument("--json", action="store_true")
     clean = made["clean"]
     clean.add_argument("workspace", metavar="WORKSPACE", type=Path)
@@ -43,13 +47,19 @@ def add_parsers(commands: Any) -> None:
             "--config-name", default="config", metavar="NAME", help="configuration to start from"
         )
         command.add_argument("--cron", metavar="SCHEDULE", help="when, as in '0 2 * * *'")
-        command.add_argument("--timezone", metavar="ZONE", help="of the schedule; UTC where none is given")
+        command.add_argument(
+            "--timezone", metavar="ZONE", help="of the schedule; UTC where none is given"
+        )
         command.add_argument(
             "--parameter", action="append", default=[], metavar="NAME=VALUE",
             help="a parameter of the flow; the value is JSON, or a plain word",
         )  # fmt: skip
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides in Hydra's grammar")
-    made["deploy"].add_argument("--pool", default="minitron", help="work pool, made where there is none")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="overrides in Hydra's grammar"
+        )
+    made["deploy"].add_argument(
+        "--pool", default="minitron", help="work pool, made where there is none"
+    )
     made["deploy"].add_argument("--kind", default="process", help="kind of a pool that is made")
 
 
@@ -72,7 +82,8 @@ def runs(args: argparse.Namespace) -> int:
     for workspace in found:
         done = [artifact.name for artifact in workspace.artifacts if artifact.state == "done"]
         other = [
-            f"{artifact.name} {artifact.state}" + (f" ({artifact.detail})" if artifact.detail else "")
+            f"{artifact.name} {artifact.state}"
+            + (f" ({artifact.detail})" if artifact.detail else "")
             for artifact in workspace.artifacts
             if artifact.state != "done"
         ]
@@ -104,7 +115,11 @@ def clean(args: argparse.Namespace) -> int:
         if not args.json:
             for item in items:
                 print(f"{naturalsize(item.bytes):>10}  {plain(item.path)}  ({item.why})")
-        if items and not args.yes and not _agreed(f"remove these {len(items)}, {naturalsize(size)}? [y/N] "):
+        if (
+            items
+            and not args.yes
+            and not _agreed(f"remove these {len(items)}, {naturalsize(size)}? [y/N] ")
+        ):
             print("nothing removed", file=sys.stderr)
             return 1
         freed = remove(items)
@@ -135,5 +150,9 @@ def verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"artifacts": count, "problems": problems}, indent=2))
     else:
-        print("\n".join([*map(plain, problems), f"{count} artifacts checked, {len(problems)} problems"]))
+        print(
+            "\n".join(
+                [*map(plain, problems), f"{count} artifacts checked, {len(problems)} problems"]
+            )
+        )
     return 1 if problems else 0

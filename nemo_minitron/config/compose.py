@@ -46,8 +46,8 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         The configuration, every value checked against the schema.
 
     Raises:
-        ValueError: an unknown or mistyped key (the nearest known ones are named), a value of the wrong type
-            or out of range, an unknown configuration.
+        ValueError: an unknown or mistyped key (the nearest known ones are named), a value of the
+            wrong type or out of range, an unknown configuration.
     """
     OmegaConf.register_new_resolver("stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
     ConfigStore.instance().store(name="schema", node=Config)
@@ -60,7 +60,9 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         with initialize_config_dir(str(own), version_base="1.3"):
             search = [] if folder is None else [f"hydra.searchpath=[file://{CONFIGS}]"]
             composed = compose(name, [*overrides, *search])
-        values = OmegaConf.to_container(composed)  # without its schema, or keys added with + would pass
+        values = OmegaConf.to_container(
+            composed
+        )  # without its schema, or keys added with + would pass
         merged = OmegaConf.merge(OmegaConf.structured(Config), values)
         config = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
@@ -86,11 +88,15 @@ def _explain(error: Exception, name: str, folder: Path) -> str:
         return _unknown_key(str(full_key))
     if "Cannot find primary config" in text:
         known = sorted(path.stem for path in folder.glob("*.yaml"))
-        return f"--config-name: no configuration {name!r} in {folder}; there are: {', '.join(known)}"
+        return (
+            f"--config-name: no configuration {name!r} in {folder}; there are: {', '.join(known)}"
+        )
     choice = re.search(r"Could not find '(\w+)/([^']+)'", text)
     if choice:
         group, value = choice.groups()
-        known = sorted(path.stem for root in {folder, CONFIGS} for path in (root / group).glob("*.yaml"))
+        known = sorted(
+            path.stem for root in {folder, CONFIGS} for path in (root / group).glob("*.yaml")
+        )
         return f"{group}: no choice {value!r}; there are: {', '.join(known)}"
     if "is not a ListConfig" in text and full_key:
         return f"{full_key}: expected a list, as in {full_key}=[first,second]"

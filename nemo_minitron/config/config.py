@@ -1,8 +1,9 @@
 """Every key of the configuration: its type, its default and what it means.
 
-The classes are the schema that Hydra composes against: a key that is not declared here is refused. Sections
-that are handed on to Lightning and NeMo as they are (``trainer``, ``optim``, ``exp_manager``) are open
-dictionaries whose defaults lie in configs/config.yaml; add keys to them with ``+``.
+The classes are the schema that Hydra composes against: a key that is not declared here is refused.
+Sections that are handed on to Lightning and NeMo as they are (``trainer``, ``optim``,
+``exp_manager``) are open dictionaries whose defaults lie in configs/config.yaml; add keys to them
+with ``+``.
 """
 
 from dataclasses import dataclass, field

@@ -23,7 +23,9 @@ class TextConfig:
         "column that holds the text, or a conversation (messages with role and content), in jsonl, parquet "
         "and hf",
     )
-    sequence_length: int = option(1024, "tokens per sample; documents are packed end to end", least=1)
+    sequence_length: int = option(
+        1024, "tokens per sample; documents are packed end to end", least=1
+    )
     samples: int | None = option(None, "samples to take; null: as many as are needed", least=1)
     seed: int = option(0, "seed of the order in which files and samples are taken")
 

@@ -16,12 +16,17 @@ class IntermediateConfig:
         "(arXiv 2407.14679) unless much depth was removed",
     )
     distance: str = option(
-        "cosine", "between hidden states; cosine was best in the paper (arXiv 2407.14679)", ("cosine", "mse")
+        "cosine",
+        "between hidden states; cosine was best in the paper (arXiv 2407.14679)",
+        ("cosine", "mse"),
     )
     layers: list[str] = option(
-        ["-3:-3"], "teacher:student layers that are compared, 0-based, negative ones counted from the end"
+        ["-3:-3"],
+        "teacher:student layers that are compared, 0-based, negative ones counted from the end",
     )
-    relation_heads: int = option(8, "heads into which the relations of attention are split", least=1)
+    relation_heads: int = option(
+        8, "heads into which the relations of attention are split", least=1
+    )
     alpha: float | None = option(
         None, "weight alpha of the intermediate losses; null: L_logits / L_is at every step"
     )
@@ -85,7 +90,9 @@ class DistillConfig:
     )
     ce: float = option(0.0, "weight of the cross-entropy with the data")
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
-    temperature: float = option(1.0, "softmax temperature tau; the divergence carries the factor tau squared")
+    temperature: float = option(
+        1.0, "softmax temperature tau; the divergence carries the factor tau squared"
+    )
     chunk_tokens: int | None = option(
         None, "tokens whose logits exist at a time; null: chosen from the vocabulary"
     )

@@ -32,9 +32,13 @@ class EvaluateConfig:
         "TASK:METRIC:VALUE each: what the student must reach (or stay under, where less is better) "
         "to be exported",
     )
-    previous: str | None = option(None, "folder of an earlier export that the student must not fall behind")
+    previous: str | None = option(
+        None, "folder of an earlier export that the student must not fall behind"
+    )
     max_regression: float = option(
-        0.02, "how far, relatively, the student may fall behind evaluate.previous in any measure", least=0
+        0.02,
+        "how far, relatively, the student may fall behind evaluate.previous in any measure",
+        least=0,
     )
     batch_size: int = option(8, "samples per forward pass", least=1)
     prompts: int = option(16, "held-out prompts that every model continues; 0: none", least=0)

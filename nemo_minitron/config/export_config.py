@@ -12,12 +12,22 @@ class ExportConfig:
     dtype: str | None = option(
         None, "dtype of the weights; null: the source's", ("float32", "bfloat16", "float16")
     )
-    license: str | None = option(None, "licence id on the model card; null: the source's, where it names one")
-    name: str | None = option(None, "title of the model card; null: made from the source and its new size")
+    license: str | None = option(
+        None, "licence id on the model card; null: the source's, where it names one"
+    )
+    name: str | None = option(
+        None, "title of the model card; null: made from the source and its new size"
+    )
     shard_size: int = option(5_000_000_000, "largest shard in bytes", least=1)
-    push_to_hub: str | None = option(None, "hub repository to upload to (private unless export.public)")
+    push_to_hub: str | None = option(
+        None, "hub repository to upload to (private unless export.public)"
+    )
     public: bool = option(False, "make the hub repository public")
-    revision: str | None = option(None, "branch of the hub repository to upload to; made where there is none")
+    revision: str | None = option(
+        None, "branch of the hub repository to upload to; made where there is none"
+    )
     tag: str | None = option(None, "tag that the upload gets")
     force: bool = option(False, "export although the quality gate failed; the model card says so")
-    nemo: bool = option(False, "also write the model as a .nemo archive, beside the export's folder")
+    nemo: bool = option(
+        False, "also write the model as a .nemo archive, beside the export's folder"
+    )

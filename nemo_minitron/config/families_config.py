@@ -9,4 +9,6 @@ from nemo_minitron.config.option import option
 class FamiliesConfig:
     """Family tables."""
 
-    path: str | None = option(None, "table of your own (.yaml, docs/families.md), or a folder of them")
+    path: str | None = option(
+        None, "table of your own (.yaml, docs/families.md), or a folder of them"
+    )

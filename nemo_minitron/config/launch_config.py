@@ -10,7 +10,9 @@ class SlurmConfig:
     """Jobs of a batch system."""
 
     nodes: int = option(1, "nodes of a job", least=1)
-    options: list[str] = option([], "further #SBATCH options, as in ['--partition=batch', '--gres=gpu:8']")
+    options: list[str] = option(
+        [], "further #SBATCH options, as in ['--partition=batch', '--gres=gpu:8']"
+    )
     setup: list[str] = option([], "shell lines before the stage, as in ['module load cuda']")
     poll_seconds: float = option(15.0, "seconds between looks at the queue", least=0)
 
@@ -33,7 +35,9 @@ class LaunchConfig:
         "stages that launch.kind=torchrun and slurm apply to, the others run in a process of "
         "their own; null: all stages that several processes can share",
     )
-    time_limit: float | None = option(None, "seconds that a stage may take; null: no limit", least=0)
+    time_limit: float | None = option(
+        None, "seconds that a stage may take; null: no limit", least=0
+    )
     time_limits: dict[str, float] = option(
         {}, "the same for single stages, as in +launch.time_limits.distill=86400"
     )
@@ -44,7 +48,9 @@ class LaunchConfig:
     )
     grace: float = option(60.0, "seconds that a stage's process has to save after SIGTERM", least=0)
     retries: int = option(
-        4, "further tries after a failure that may pass: network, lost process, too little memory", least=0
+        4,
+        "further tries after a failure that may pass: network, lost process, too little memory",
+        least=0,
     )
     retry_seconds: float = option(
         2.0, "wait before the second try; doubles with each, and is jittered", least=0

@@ -25,7 +25,9 @@ class BudgetConfig:
     )
     candidates: int = option(8, "candidates to try, those nearest to params", least=1)
     steps: int = option(400, "steps of distillation of the last round", least=1)
-    factor: int = option(2, "a round keeps 1 in this many candidates: 2 keeps the better half", least=2)
+    factor: int = option(
+        2, "a round keeps 1 in this many candidates: 2 keeps the better half", least=2
+    )
 
 
 @dataclass

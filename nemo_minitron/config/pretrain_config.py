@@ -15,7 +15,9 @@ class PretrainConfig:
         False, "train the from-scratch baseline: the pruned model's shape on the student's tokens"
     )
     model: dict[str, Any] = option({}, "config.json of the model to train, as its family writes it")
-    tokenizer: str | None = option(None, "folder of a tokenizer; null: train a byte-level BPE on data.train")
+    tokenizer: str | None = option(
+        None, "folder of a tokenizer; null: train a byte-level BPE on data.train"
+    )
     batch_size: int = option(8, "samples per step and device", least=1)
     seed: int = option(0, "seed of the weights and the sample order")
     trainer: dict[str, Any] = option({}, "keys that replace those of trainer")

@@ -11,5 +11,6 @@ class PruneConfig:
 
     shard_size: int = option(5_000_000_000, "largest shard in bytes", least=1)
     also: list[str] = option(
-        [], "further workspaces with a plan for the same model: pruned in the same pass over its weights"
+        [],
+        "further workspaces with a plan for the same model: pruned in the same pass over its weights",
     )

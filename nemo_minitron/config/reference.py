@@ -15,7 +15,13 @@ def markdown() -> str:
         default: Any = defaults
         for part in name.split("."):
             default = getattr(default, part)
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        shown = (
+            "null"
+            if default is None
+            else str(default).lower()
+            if isinstance(default, bool)
+            else default
+        )
         choices = item.metadata["choices"]
         text = item.metadata["help"] + (f" (one of: {', '.join(choices)})" if choices else "")
         lines.append(f"| `{name}` | `{shown}` | {text} |")

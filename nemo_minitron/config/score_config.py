@@ -14,7 +14,8 @@ class AggregationConfig:
         "mean", "aggregation over the positions of a sample, done first", ("l2", "mean", "var")
     )
     also: list[str] = option(
-        [], "further aggregations over positions, summed in the same pass and stored beside the first"
+        [],
+        "further aggregations over positions, summed in the same pass and stored beside the first",
     )
 
 
@@ -22,7 +23,9 @@ class AggregationConfig:
 class ScoreConfig:
     """Importance of channels, heads, neurons, experts and layers."""
 
-    importance: str = option("activation", "how units are ranked", ("activation", "magnitude", "random"))
+    importance: str = option(
+        "activation", "how units are ranked", ("activation", "magnitude", "random")
+    )
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     neurons: str = option(
         "post_activation",
@@ -41,7 +44,9 @@ class ScoreConfig:
     tasks: list[str] = option([], "lm-eval tasks of score.depth=task, as in evaluate.tasks")
     task_limit: int | None = option(None, "documents per task; null: all", least=1)
     iterations: int = option(
-        1, "rounds of score and cut on the way to the plan's widths; 1: score the whole model once", least=1
+        1,
+        "rounds of score and cut on the way to the plan's widths; 1: score the whole model once",
+        least=1,
     )
     batch_size: int = option(8, "samples per forward pass", least=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
@@ -52,13 +57,19 @@ class ScoreConfig:
         ("auto", "on", "off"),
     )
     activation_budget: int = option(
-        2_000_000_000, "bytes of hidden states that streaming keeps in memory; the rest goes to disk", least=0
+        2_000_000_000,
+        "bytes of hidden states that streaming keeps in memory; the rest goes to disk",
+        least=0,
     )
     parallel: str = option(
         "replicate",
         "under torchrun: a copy of the model on every rank, or its layers sharded over them (FSDP2)",
         ("replicate", "shard"),
     )
-    shard: str | None = option(None, "score only part i of n of the samples, as in 2/4; to be merged")
-    merge: list[str] = option([], "workspaces with the parts: their scores are added up, nothing is run")
+    shard: str | None = option(
+        None, "score only part i of n of the samples, as in 2/4; to be merged"
+    )
+    merge: list[str] = option(
+        [], "workspaces with the parts: their scores are added up, nothing is run"
+    )
     save_seconds: float = option(60.0, "how often the sums so far are saved", least=0)

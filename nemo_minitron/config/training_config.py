@@ -28,7 +28,9 @@ class TrainingConfig:
         ("replicate", "shard"),
     )
     tensor_parallel: int = option(
-        1, "ranks that share the matrix products of each layer, with training.parallel=shard", least=1
+        1,
+        "ranks that share the matrix products of each layer, with training.parallel=shard",
+        least=1,
     )
     activation_checkpointing: bool = option(
         False, "keep no activations inside layers, compute them again in the backward pass"
@@ -57,7 +59,9 @@ class TrainingConfig:
         "a loss this many times the median of the last spike_window steps is a spike; null: off",
     )
     spike_window: int = option(32, "steps whose losses make the median", least=2)
-    max_skips: int = option(10, "steps that on_bad_loss=skip leaves out before it gives up", least=1)
+    max_skips: int = option(
+        10, "steps that on_bad_loss=skip leaves out before it gives up", least=1
+    )
     peak_tflops: float | None = option(
         None,
         "a device's peak in 1e12 FLOP/s, for the log's mfu; null: only of known cards",

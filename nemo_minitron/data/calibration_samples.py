@@ -61,7 +61,9 @@ class Samples:
             labels_BS[~self.valid_NS[chosen][:, 1:]] = -1
             mask_BS = self.valid_NS[chosen][:, :-1]
         if self.positions_NS is not None:
-            labels_BS[self.positions_NS[chosen][:, 1:] == 0] = -1  # a document does not predict the next
+            labels_BS[
+                self.positions_NS[chosen][:, 1:] == 0
+            ] = -1  # a document does not predict the next
             positions_BS = self.positions_NS[chosen][:, :-1]
         return Batch(tokens_BS[:, :-1], labels_BS, mask_BS, positions_BS)
 
@@ -74,8 +76,8 @@ class Batch:
         tokens_BS: token ids.
         labels_BS: ids of the tokens that follow, -1 where none counts.
         mask_BS: where a token is no padding; None: everywhere.
-        positions_BS: position ids where documents share a sample: where they start over, transformers keeps
-            attention inside the document; None: one after the other.
+        positions_BS: position ids where documents share a sample: where they start over,
+            transformers keeps attention inside the document; None: one after the other.
     """
 
     tokens_BS: Tensor
@@ -116,8 +118,9 @@ def calibration_samples(
 ) -> Samples:
     """Samples for scoring. A larger number of samples begins with those of a smaller number.
 
-    ``plain``: documents end to end, as the papers pack. ``documents``: so too, but attention and positions
-    begin anew with each document. ``off``: one document per sample, cut or padded to the length.
+    ``plain``: documents end to end, as the papers pack. ``documents``: so too, but attention and
+    positions begin anew with each document. ``off``: one document per sample, cut or padded to the
+    length.
 
     Args:
         mixture: text sets and their weights, shares of the samples.
@@ -131,7 +134,9 @@ def calibration_samples(
     Raises:
         ValueError: too little text.
     """
-    streams = [_spread(_windows(texts, tokenizer, length, seed, packing), seed) for texts, _ in mixture]
+    streams = [
+        _spread(_windows(texts, tokenizer, length, seed, packing), seed) for texts, _ in mixture
+    ]
     weights = [weight for _, weight in mixture]
     taken = [0] * len(streams)
     rows: list[tuple[Tensor, Tensor]] = []
@@ -156,13 +161,18 @@ def calibration_samples(
 
 def _padded(rows: Sequence[tuple[Tensor, Tensor]], width: int, packing: str) -> Samples:
     shape = (len(rows), width)
-    tokens_NS, positions_NS = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+    tokens_NS, positions_NS = (
+        torch.zeros(shape, dtype=torch.int64),
+        torch.zeros(shape, dtype=torch.int64),
+    )
     valid_NS = torch.zeros(shape, dtype=torch.bool)
     for i, (ids_S, positions_S) in enumerate(rows):
         tokens_NS[i, : len(ids_S)], positions_NS[i, : len(ids_S)] = ids_S, positions_S
         valid_NS[i, : len(ids_S)] = True
     return Samples(
-        tokens_NS, valid_NS if packing == "off" else None, positions_NS if packing == "documents" else None
+        tokens_NS,
+        valid_NS if packing == "off" else None,
+        positions_NS if packing == "documents" else None,
     )
 
 

@@ -1,8 +1,8 @@
 """Runs chat templates in a separate process, with limits of time, memory and output.
 
-A template comes with a stranger's checkpoint. Transformers' sandbox keeps it from doing harm, but not from
-going on for ever or from taking all memory, also inside a single C function (``10**10**8``), where nothing
-in the same process can stop it.
+A template comes with a stranger's checkpoint. Transformers' sandbox keeps it from doing harm, but
+not from going on for ever or from taking all memory, also inside a single C function
+(``10**10**8``), where nothing in the same process can stop it.
 """
 
 import json
@@ -28,8 +28,8 @@ _CODING = ("utf-8", "surrogatepass")
 class ChatTemplate:
     """A tokenizer's chat template.
 
-    Its process starts with the first conversation; ``close`` ends it. Where somebody else ends it, another
-    one gets the same conversation once more.
+    Its process starts with the first conversation; ``close`` ends it. Where somebody else ends it,
+    another one gets the same conversation once more.
     """
 
     def __init__(self, tokenizer: Any, where: str) -> None:
@@ -73,7 +73,9 @@ class ChatTemplate:
                 yield reply["text"], [(begin, end) for begin, end in reply["answers"]]
             done = True
         finally:
-            if not done:  # answers that are still to come would be taken for those to the next conversations
+            if (
+                not done
+            ):  # answers that are still to come would be taken for those to the next conversations
                 self.close()
 
     def _settings(self) -> dict[str, Any]:
@@ -121,15 +123,20 @@ class ChatTemplate:
 
 def _request(messages: list[dict[str, Any]], answers: bool) -> bytes:
     request = {"messages": messages, "answers": answers}
-    # what is no JSON (a time, an image) a template sees as transformers shows it: by the name of its type
-    text = json.dumps(request, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>")
+    # what is no JSON (a time, an image) a template sees as transformers shows it: by the name of
+    # its type
+    text = json.dumps(
+        request, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>"
+    )
     return text.encode(*_CODING) + b"\n"
 
 
 def _import_path(tokenizer: Any) -> list[str]:
     """Where this process imports from, without the working folder and the tokenizer's."""
     folder = Path(tokenizer.name_or_path).resolve()
-    return [path for path in sys.path if Path(path).is_absolute() and Path(path).resolve() != folder]
+    return [
+        path for path in sys.path if Path(path).is_absolute() and Path(path).resolve() != folder
+    ]
 
 
 def _source(tokenizer: Any) -> str:

@@ -115,7 +115,9 @@ class Worker:
                     return line
             # in slices: a job that was suspended meanwhile has not waited, and continues
             pipes = self._either if self._unsent else self._readable
-            ready = next(filter(None, (pipes.poll(1000 * seconds / _SLICES) for _ in range(_SLICES))), None)
+            ready = next(
+                filter(None, (pipes.poll(1000 * seconds / _SLICES) for _ in range(_SLICES))), None
+            )
             if ready is None:
                 raise Silent(f"no answer within {seconds:g} s")
             if any(pipe == self._to for pipe, _event in ready):
@@ -153,7 +155,9 @@ class Worker:
         """Leaves a process alone that belongs to the process this one was forked from."""
         process, self.process = self.process, None
         if process is not None:
-            _close_pipes(process)  # held open here, they would keep it from seeing that its owner is gone
+            _close_pipes(
+                process
+            )  # held open here, they would keep it from seeing that its owner is gone
             process.returncode = 0  # not this process' child: nothing to wait for
 
 
@@ -170,7 +174,8 @@ os.register_at_fork(after_in_child=_forget_all)
 
 def _started(complaints: IO[bytes]) -> "subprocess.Popen[bytes]":
     environment = {**_ENVIRONMENT, **{key: os.environ[key] for key in _KEPT if key in os.environ}}
-    # -I: no PYTHON* variable, nothing importable beside the file or in the working folder; -B: no bytecode
+    # -I: no PYTHON* variable, nothing importable beside the file or in the working folder; -B: no
+    # bytecode
     return subprocess.Popen(
         [sys.executable, "-I", "-B", str(_WORKER)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, bufsize=0, cwd="/", env=environment,

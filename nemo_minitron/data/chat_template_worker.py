@@ -1,8 +1,8 @@
 """A process that runs a tokenizer's chat template: conversations in, texts out, a line of JSON each.
 
-``nemo_minitron.data.chat_template`` starts this file by its path. It imports nothing of this package and
-no torch, so that it starts within a second. The first line it reads holds its settings; it answers with an
-empty line once it is ready. An empty line later on says that it is alive.
+``nemo_minitron.data.chat_template`` starts this file by its path. It imports nothing of this
+package and no torch, so that it starts within a second. The first line it reads holds its settings;
+it answers with an empty line once it is ready. An empty line later on says that it is alive.
 """
 
 import contextlib
@@ -37,7 +37,10 @@ def main() -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    for forbidden in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC):  # it writes no file, starts no process
+    for forbidden in (
+        resource.RLIMIT_FSIZE,
+        resource.RLIMIT_NPROC,
+    ):  # it writes no file, starts no process
         resource.setrlimit(forbidden, (0, 0))
     before = _address_space()
     os.write(replies, b"\n")
@@ -120,13 +123,18 @@ def _reply(line: bytes, render: Callable[..., str], alive: Callable[[], object])
         return _NO_MEMORY
     except Exception as error:
         try:  # its text may be of any length
-            return _bytes({"failure": _kind(error), "message": _message(error), "line": _line(error)})
+            return _bytes(
+                {"failure": _kind(error), "message": _message(error), "line": _line(error)}
+            )
         except MemoryError:
             return _NO_MEMORY
 
 
 def _rendered(
-    request: dict[str, Any], characters: int, render: Callable[..., str], alive: Callable[[], object]
+    request: dict[str, Any],
+    characters: int,
+    render: Callable[..., str],
+    alive: Callable[[], object],
 ) -> dict[str, Any]:
     """The text of a conversation, and where in it the assistant speaks, the end-of-turn mark included.
 

@@ -1,7 +1,7 @@
 """datasets and plain files: from paths to documents, the same on every machine for a given seed.
 
-A document is text, a conversation (a list of messages with ``role`` and ``content``), or the token ids of a
-Megatron data set.
+A document is text, a conversation (a list of messages with ``role`` and ``content``), or the token
+ids of a Megatron data set.
 """
 
 import fnmatch
@@ -28,7 +28,9 @@ _WHOLE = 64 * 2**20
 _SUFFIXES = {"jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 HUB = "hf://"
-_ON_HUB = re.compile(r"hf://(?P<repository>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?")
+_ON_HUB = re.compile(
+    r"hf://(?P<repository>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?"
+)
 Document = str | list[dict[str, Any]] | np.ndarray[Any, Any]
 
 
@@ -60,7 +62,13 @@ class TextSet:
         contents = [[_format_of(path), _fingerprint(path)] for path in self.files]
         contents += [[name, _revision(name)] for name in self.remote]
         return digest(
-            [contents, self.format, self.text_key, self.side, self.holdout if self.side != "all" else None]
+            [
+                contents,
+                self.format,
+                self.text_key,
+                self.side,
+                self.holdout if self.side != "all" else None,
+            ]
         )
 
 
@@ -82,16 +90,26 @@ def find_text(
     remote = tuple(sorted(path for path in paths if path.startswith(HUB)))
     wrong = [name for name in remote if not _ON_HUB.fullmatch(name)]
     if wrong:
-        raise ValueError(f"{where}.paths: expected hf://owner/name[/config][:split], found {wrong[0]!r}")
+        raise ValueError(
+            f"{where}.paths: expected hf://owner/name[/config][:split], found {wrong[0]!r}"
+        )
     for pattern in [path for path in paths if not path.startswith(HUB)]:
         matches = _expand(pattern)
         if not matches:
             raise ValueError(f"{where}.paths: {pattern!r} matches no file")
         found |= matches
-    chained = next((path for path in sorted(found) if "::" in str(path) or "://" in str(path)), None)
-    if chained is not None:  # readers of data sets take such a name for a chain of protocols, and follow it
-        raise ValueError(f"{where}.paths: {str(chained)!r}: a name with '::' or '://' in it is not read")
-    kept = sorted(path for path in found if not any(fnmatch.fnmatch(str(path), rule) for rule in exclude))
+    chained = next(
+        (path for path in sorted(found) if "::" in str(path) or "://" in str(path)), None
+    )
+    if (
+        chained is not None
+    ):  # readers of data sets take such a name for a chain of protocols, and follow it
+        raise ValueError(
+            f"{where}.paths: {str(chained)!r}: a name with '::' or '://' in it is not read"
+        )
+    kept = sorted(
+        path for path in found if not any(fnmatch.fnmatch(str(path), rule) for rule in exclude)
+    )
     if not kept and not remote:
         raise ValueError(f"{where}.paths: all {len(found)} files are excluded by {where}.exclude")
     return TextSet(tuple(kept), format, text_key, side, holdout, where, remote)
@@ -103,11 +121,15 @@ def _expand(pattern: str) -> set[Path]:
         if _is_dataset(path):
             return {path}
         found = {file for file in path.rglob("*") if file.is_file()}
-        found = {f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)}
+        found = {
+            f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)
+        }
     elif path.is_file():
         found = {path}
     else:
-        found = {Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()}
+        found = {
+            Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()
+        }
         found |= {file for file in (Path(f"{path}.bin"),) if megatron.is_megatron(file)}
     found = {path.with_suffix(".bin") if megatron.is_megatron(path) else path for path in found}
     return found
@@ -154,9 +176,9 @@ def _hashed(path: Path, size: int, changed: int) -> str:
 def documents(texts: TextSet, seed: int = 0) -> Iterator[Document]:
     """The documents of a text set, files in an order drawn by ``seed``, empty ones left out.
 
-    A document's side of the split is drawn from its content, so that copies of one text fall on the same
-    side. Where the split by document would hold out nothing (few documents), the end of each document is
-    held out instead.
+    A document's side of the split is drawn from its content, so that copies of one text fall on the
+    same side. Where the split by document would hold out nothing (few documents), the end of each
+    document is held out instead.
     """
     whole = texts.side == "all"
     by_document = whole or any(_held_out(text, texts.holdout) for text in _documents(texts, seed))
@@ -195,7 +217,9 @@ def _documents(texts: TextSet, seed: int) -> Iterator[Document]:
     sources: list[Path | str] = [*texts.files, *texts.remote]
     random.Random(seed).shuffle(sources)
     for source in sources:
-        for document in _read(source, texts) if isinstance(source, Path) else _from_hub(source, texts):
+        for document in (
+            _read(source, texts) if isinstance(source, Path) else _from_hub(source, texts)
+        ):
             if not _blank(document):
                 yield document
 
@@ -241,7 +265,9 @@ def _read(path: Path, texts: TextSet) -> Iterator[Document]:
             raise ValueError(f"{texts.where}: {path} is no saved dataset (no dataset_info.json)")
         _check_saved(path, texts.where)
         rows = datasets.load_from_disk(str(path))
-        rows = datasets.concatenate_datasets(list(rows.values())) if isinstance(rows, dict) else rows
+        rows = (
+            datasets.concatenate_datasets(list(rows.values())) if isinstance(rows, dict) else rows
+        )
     else:
         loader = {"jsonl": "json", "parquet": "parquet"}[kind]
         rows = datasets.load_dataset(loader, data_files=[str(path)], split="train", streaming=True)
@@ -261,7 +287,9 @@ def _check_saved(path: Path, where: str) -> None:
     """
     for listed in sorted(path.rglob("state.json")):
         try:
-            names = [str(part["filename"]) for part in json.loads(listed.read_bytes())["_data_files"]]
+            names = [
+                str(part["filename"]) for part in json.loads(listed.read_bytes())["_data_files"]
+            ]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{where}: {listed}: not the state of a saved data set: {error!r:.80}"

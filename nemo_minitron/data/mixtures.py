@@ -21,7 +21,9 @@ def calibration_mixture(config: Config) -> list[tuple[Any, float]]:
         text = _find(config.data.train, "data.train", _split(config, "train"), config.data.holdout)
         return [(text, 1.0)]
     if own.samples is None:
-        raise ValueError("data.calibration.weights: shares of how many samples? set data.calibration.samples")
+        raise ValueError(
+            "data.calibration.weights: shares of how many samples? set data.calibration.samples"
+        )
     return _mixture(own, own.weights, "data.calibration")
 
 
@@ -88,7 +90,9 @@ def _find(text: TextConfig, where: str, side: str = "all", holdout: float = 0.0)
         raise ValueError(f"{where}.paths: no text given; name files, folders or patterns")
     if side != "all" and not 0 < holdout < 1:
         raise ValueError(f"data.holdout: expected a share between 0 and 1, found {holdout}")
-    return find_text(list(text.paths), list(text.exclude), text.format, text.text_key, where, side, holdout)
+    return find_text(
+        list(text.paths), list(text.exclude), text.format, text.text_key, where, side, holdout
+    )
 
 
 def text_input(texts: Any) -> Input:
@@ -123,6 +127,10 @@ def validation_packed(config: Config, tokenizer: Any) -> Any:
 
 def sampling(text: TextConfig, default: int | None = None) -> dict[str, Any]:
     """What decides a text's samples, for fingerprints; ``default`` stands for null samples."""
-    values = {"sequence_length": text.sequence_length, "samples": text.samples or default, "seed": text.seed}
+    values = {
+        "sequence_length": text.sequence_length,
+        "samples": text.samples or default,
+        "seed": text.seed,
+    }
     more = {name: getattr(text, name) for name in ("weights", "learn_from") if hasattr(text, name)}
     return values | {name: value for name, value in more.items() if value not in (None, "all")}

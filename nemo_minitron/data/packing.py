@@ -26,8 +26,8 @@ class Packed:
 
     Attributes:
         samples: Tensor of shape [samples, length + 1], int64.
-        documents: number of the document that stands in the middle of each sample; those of one document are
-            alike, and statistics must not take them for independent.
+        documents: number of the document that stands in the middle of each sample; those of one
+            document are alike, and statistics must not take them for independent.
     """
 
     samples: Tensor
@@ -45,8 +45,8 @@ def pack(
 ) -> Packed:
     """Packs documents end to end, separated by the tokenizer's own begin and end tokens, into samples.
 
-    A sample is ``length`` tokens and the one that follows, which is the label of the last: consecutive
-    samples overlap by one token, so that every token but the first is predicted once.
+    A sample is ``length`` tokens and the one that follows, which is the label of the last:
+    consecutive samples overlap by one token, so that every token but the first is predicted once.
 
     Args:
         texts: what to read.
@@ -70,7 +70,9 @@ def pack(
             f"the text yields {max(count, 0)}"
         )
     if count < 1:
-        raise TooLittle(f"{texts.where}: the text has {total} tokens, one sample needs {length + 1}")
+        raise TooLittle(
+            f"{texts.where}: the text has {total} tokens, one sample needs {length + 1}"
+        )
     packed = stream[: count * length + 1].unfold(0, length + 1, length)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
     middle = order * length + length // 2
@@ -144,7 +146,9 @@ class TooLittle(ValueError):
     """A text is too short for one sample."""
 
 
-def _token_stream(texts: TextSet, tokenizer: Any, seed: int, wanted: int | None) -> tuple[Tensor, Tensor]:
+def _token_stream(
+    texts: TextSet, tokenizer: Any, seed: int, wanted: int | None
+) -> tuple[Tensor, Tensor]:
     """Token ids of the documents end to end, int32, until there are as many as wanted; where each ends."""
     chunks: list[Tensor] = []
     total = 0

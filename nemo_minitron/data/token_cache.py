@@ -52,8 +52,9 @@ def cached_tokens(
 ) -> "np.memmap[Any, np.dtype[np.int32]]":
     """Token ids of a text set's documents end to end, at least ``wanted`` of them where there are as many.
 
-    They lie in a folder of their own below ``root``, named by what decides them. The tokens of a killed run
-    are kept and continued; a request for more tokens extends them. Two processes take turns.
+    They lie in a folder of their own below ``root``, named by what decides them. The tokens of a
+    killed run are kept and continued; a request for more tokens extends them. Two processes take
+    turns.
 
     Args:
         root: where such folders lie.
@@ -79,7 +80,9 @@ def cached_tokens(
             manifest_in(folder).unlink(missing_ok=True)
             state = _grow(folder, state, texts, tokenizer, seed, wanted, answers_only, advance)
         if not manifest_in(folder).is_file():
-            inputs = [Input(f"{texts.where} ({len(texts.files)} files, {texts.side})", texts.fingerprint)]
+            inputs = [
+                Input(f"{texts.where} ({len(texts.files)} files, {texts.side})", texts.fingerprint)
+            ]
             write_manifest(folder, "tokens", key, inputs, now())
     if state["tokens"] == 0:
         raise ValueError(f"{texts.where}.paths: {len(texts.files)} files hold no text")
@@ -90,7 +93,9 @@ def _state(folder: Path) -> dict[str, Any]:
     """State of the cache: tokens on disk, documents that they are from, and whether these are all."""
     if (folder / PROGRESS).is_file():
         known: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        if (folder / IDS).is_file() and (folder / IDS).stat().st_size >= known["tokens"] * _ITEM.itemsize:
+        if (folder / IDS).is_file() and (folder / IDS).stat().st_size >= known[
+            "tokens"
+        ] * _ITEM.itemsize:
             return known  # else somebody has shortened the file: it is made anew
     return {"tokens": 0, "documents": 0, "ended": False}
 
@@ -154,11 +159,13 @@ class PackedTokens(torch.utils.data.Dataset[Tensor]):
         return torch.from_numpy(ids.astype(np.int64))
 
 
-def places(sizes: Sequence[int], weights: Sequence[float], positions: int, samples: int, seed: int) -> Tensor:
+def places(
+    sizes: Sequence[int], weights: Sequence[float], positions: int, samples: int, seed: int
+) -> Tensor:
     """Which samples to take: stream and first token, Tensor of shape [samples, 2].
 
-    Of one stream each sample at most once, so that there may be fewer than asked for. Of several, as many as
-    their weights say, and those of a short one again and again.
+    Of one stream each sample at most once, so that there may be fewer than asked for. Of several,
+    as many as their weights say, and those of a short one again and again.
 
     Args:
         sizes: tokens of every stream.
@@ -178,12 +185,16 @@ def places(sizes: Sequence[int], weights: Sequence[float], positions: int, sampl
         return torch.stack([torch.zeros_like(first_N), first_N], 1)
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights) * samples
     allotted = shares.floor().long()
-    for stream in (shares - allotted).argsort(descending=True, stable=True)[: samples - int(allotted.sum())]:
+    for stream in (shares - allotted).argsort(descending=True, stable=True)[
+        : samples - int(allotted.sum())
+    ]:
         allotted[stream] += 1
     rows = []
     for stream, (count, due) in enumerate(zip(counts, allotted.tolist(), strict=True)):
         turns = range(-(-due // count))
-        first_N = torch.cat([_order(count, seed + 1_000_003 * turn) for turn in turns] or [torch.empty(0)])
+        first_N = torch.cat(
+            [_order(count, seed + 1_000_003 * turn) for turn in turns] or [torch.empty(0)]
+        )
         first_N = first_N[:due].long() * positions
         rows.append(torch.stack([torch.full_like(first_N, stream), first_N], 1))
     return torch.cat(rows)[_order(samples, seed)]

@@ -64,7 +64,9 @@ def _speak_both_versions(folder: Path) -> None:
     config["model_input_names"] = ["input_ids", "attention_mask"]
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     special = {"bos_token": BOS, "eos_token": EOS}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps(special, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def tokenised(
@@ -72,12 +74,12 @@ def tokenised(
 ) -> Iterator[list[int]]:
     """Token ids of documents, each ended by the tokenizer's end token; conversations by its chat template.
 
-    With ``answers_only`` the tokens of a conversation that no assistant said come as ~id, which is negative:
-    they are read, and not learned.
+    With ``answers_only`` the tokens of a conversation that no assistant said come as ~id, which is
+    negative: they are read, and not learned.
 
     Raises:
-        ValueError: a conversation without a template, or one that its template cannot render within its
-            limits; ids beyond the vocabulary.
+        ValueError: a conversation without a template, or one that its template cannot render within
+            its limits; ids beyond the vocabulary.
         RuntimeError: the process for the template does not start.
     """
     with contextlib.closing(ChatTemplate(tokenizer, where)) as template:
@@ -124,12 +126,16 @@ def _checked(ids: Any, largest: int, where: str) -> list[int]:
     return list(ids.tolist())
 
 
-def _conversation(text: str, answers: list[tuple[int, int]], tokenizer: Any, answers_only: bool) -> list[int]:
+def _conversation(
+    text: str, answers: list[tuple[int, int]], tokenizer: Any, answers_only: bool
+) -> list[int]:
     options = {"add_special_tokens": False, "verbose": False}
     if not answers_only:
         return list(tokenizer(text, **options)["input_ids"])
     encoded = tokenizer(text, return_offsets_mapping=True, **options)
-    learned = [any(a <= start and end <= b for a, b in answers) for start, end in encoded["offset_mapping"]]
+    learned = [
+        any(a <= start and end <= b for a, b in answers) for start, end in encoded["offset_mapping"]
+    ]
     return [i if yes else ~i for i, yes in zip(encoded["input_ids"], learned, strict=True)]
 
 

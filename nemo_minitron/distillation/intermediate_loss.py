@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from nemo_minitron.families import Family, axis_sizes
-from nemo_minitron.losses.intermediate import IntermediateWeights, relation_divergence, state_distance
+from nemo_minitron.losses.intermediate import (
+    IntermediateWeights,
+    relation_divergence,
+    state_distance,
+)
 from nemo_minitron.models.captures import Captures
 
 
@@ -35,11 +39,12 @@ class IntermediateLoss:
             teacher: the teacher.
             teacher_family: its table.
             pl_module: the student's ``MinitronModel``.
-            kept_H: the teacher's channel that each channel of the student was, where it was pruned from it:
-                with them the projection begins; None: with random weights.
+            kept_H: the teacher's channel that each channel of the student was, where it was pruned
+                from it: with them the projection begins; None: with random weights.
 
         Raises:
-            ValueError: a layer that is not there or has no attention, or widths that cannot be compared.
+            ValueError: a layer that is not there or has no attention, or widths that cannot be
+                compared.
         """
         self.weights, self._pl_module = weights, pl_module
         theirs, ours = zip(*weights.layers, strict=True)
@@ -67,9 +72,12 @@ class IntermediateLoss:
         Args:
             valid_T: tokens that count, Tensor of shape [tokens].
         """
-        # what a teacher under inference mode leaves cannot be saved for a backward pass, its copy can; and
-        # the teacher may be elsewhere
-        theirs = {place: state.to(valid_T.device, copy=True) for place, state in self._teacher.take().items()}
+        # what a teacher under inference mode leaves cannot be saved for a backward pass, its copy
+        # can; and the teacher may be elsewhere
+        theirs = {
+            place: state.to(valid_T.device, copy=True)
+            for place, state in self._teacher.take().items()
+        }
         ours = self._student.take()
         total = torch.zeros((), device=valid_T.device)
         for term in self.weights.terms:
@@ -84,10 +92,14 @@ class IntermediateLoss:
             student_TH = ours[term, our, 0].flatten(0, -2)
             lifted = getattr(self._pl_module, "projection", None)
             student_TG = student_TH if lifted is None else lifted(student_TH)
-            return state_distance(theirs[term, their, 0].flatten(0, -2), student_TG, self.weights.distance)
+            return state_distance(
+                theirs[term, their, 0].flatten(0, -2), student_TG, self.weights.distance
+            )
         numbers = [place[2] for place in theirs if place[:2] == (term, their)]
         found = [
-            relation_divergence(theirs[term, their, n], ours[term, our, n], self.weights.relation_heads)
+            relation_divergence(
+                theirs[term, their, n], ours[term, our, n], self.weights.relation_heads
+            )
             for n in numbers
         ]
         return torch.stack(found).mean(0).flatten()

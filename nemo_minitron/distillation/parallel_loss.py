@@ -28,8 +28,8 @@ def linear_loss(
 ) -> LossTerms:
     """``fused_linear_loss``, the vocabulary split over tensor-parallel ranks where there are several.
 
-    They read the same tokens; without the split each would compute the same loss. Other divergences than
-    forward KL do not split, and are computed by each.
+    They read the same tokens; without the split each would compute the same loss. Other divergences
+    than forward KL do not split, and are computed by each.
 
     Args:
         mesh: with a dimension ``tensor_parallel``; None: one rank.
@@ -48,7 +48,13 @@ def linear_loss(
     if weights.divergence.name == "forward_kl":
         shard, student, teacher = sharded(mesh, student, teacher)
     return fused_linear_loss(
-        student, labels_T, weights, teacher, chunk_tokens=chunk_tokens, shard=shard, compiled=compiled
+        student,
+        labels_T,
+        weights,
+        teacher,
+        chunk_tokens=chunk_tokens,
+        shard=shard,
+        compiled=compiled,
     )
 
 

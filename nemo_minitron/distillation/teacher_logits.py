@@ -31,7 +31,9 @@ def token_bytes(method: str, entries: int, vocabulary: int) -> int:
     return ids + 2 * (entries + 1) if method == "top_k" else ids
 
 
-def write_part(folder: Path, number: int, targets: SparseTargets, rows: int, vocabulary: int) -> None:
+def write_part(
+    folder: Path, number: int, targets: SparseTargets, rows: int, vocabulary: int
+) -> None:
     """Writes the rows of one part, whole or not at all.
 
     Args:
@@ -55,9 +57,9 @@ class TeacherLogits:
     """Reads an artifact of cached logits.
 
     Attributes:
-        facts: ``method``, ``entries``, ``temperature``, ``rows`` (of training samples), ``rows_per_part``,
-            ``validation`` (the row of the first validation sample), ``samples`` (fingerprint of the training
-            samples), ``vocabulary`` (entries that count).
+        facts: ``method``, ``entries``, ``temperature``, ``rows`` (of training samples),
+            ``rows_per_part``, ``validation`` (the row of the first validation sample), ``samples``
+            (fingerprint of the training samples), ``vocabulary`` (entries that count).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,7 +78,9 @@ class TeacherLogits:
                 log_p.append(part.get_slice("log_p")[place].float())
         if not log_p:
             return SparseTargets(torch.cat(ids))
-        masses = torch.log_softmax(torch.cat(log_p), -1)  # what float16 has rounded sums to one again
+        masses = torch.log_softmax(
+            torch.cat(log_p), -1
+        )  # what float16 has rounded sums to one again
         return SparseTargets(torch.cat(ids), masses[:, :-1], masses[:, -1])
 
     def _open(self, number: int) -> Any:

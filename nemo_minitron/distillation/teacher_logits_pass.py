@@ -40,8 +40,8 @@ def teach(
         advance: called with the number of tokens that are done.
 
     Returns:
-        Targets of rows x positions tokens on the CPU, and the mean share of the teacher's mass that they
-        name (of samples: 1).
+        Targets of rows x positions tokens on the CPU, and the mean share of the teacher's mass that
+        they name (of samples: 1).
     """
     device, dtype = next(model.parameters()).device, head_of(model).dtype
     generator = torch.Generator(device).manual_seed(seed)
@@ -66,6 +66,7 @@ def _joined(found: Sequence[SparseTargets]) -> tuple[SparseTargets, float]:
     if found[0].log_p_TK is None:
         return SparseTargets(ids_TK), 1.0
     log_p_TK, log_tail_T = (
-        torch.cat([getattr(targets, name) for targets in found]) for name in ("log_p_TK", "log_tail_T")
+        torch.cat([getattr(targets, name) for targets in found])
+        for name in ("log_p_TK", "log_tail_T")
     )
     return SparseTargets(ids_TK, log_p_TK, log_tail_T), float(log_p_TK.exp().sum(-1).mean())

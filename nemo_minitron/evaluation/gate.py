@@ -42,8 +42,10 @@ class Gate:
     """Thresholds that a student must meet.
 
     Attributes:
-        min_retention: least perplexity retention (teacher perplexity / student perplexity), or None.
-        floors: task, metric, and the value that it must reach (or stay under, where less is better).
+        min_retention: least perplexity retention (teacher perplexity / student perplexity), or
+            None.
+        floors: task, metric, and the value that it must reach (or stay under, where less is
+            better).
         previous: what was measured of an earlier export, or None.
         max_regression: the largest relative worsening against it.
     """
@@ -62,8 +64,8 @@ class Gate:
         """The gate's table.
 
         Raises:
-            ValueError: a floor for what was not measured, or a previous export that was measured otherwise
-                or in more tasks.
+            ValueError: a floor for what was not measured, or a previous export that was measured
+                otherwise or in more tasks.
         """
         student = report["models"]["student"]
         rows = []
@@ -72,13 +74,19 @@ class Gate:
             # NaN must not pass
             rows.append(
                 _row(
-                    "perplexity retention", ">= {:.1%}", self.min_retention, kept, kept >= self.min_retention
+                    "perplexity retention",
+                    ">= {:.1%}",
+                    self.min_retention,
+                    kept,
+                    kept >= self.min_retention,
                 )
             )
         for task, metric, least in self.floors:
             value = student.get("tasks", {}).get(task, {}).get(metric)
             if value is None:
-                raise ValueError(f"evaluate.floors: {task}:{metric} was not measured (evaluate.tasks)")
+                raise ValueError(
+                    f"evaluate.floors: {task}:{metric} was not measured (evaluate.tasks)"
+                )
             higher = report["better"][task][metric]
             sign = ">= {:.4g}" if higher else "<= {:.4g}"
             held = value >= least if higher else value <= least
@@ -104,7 +112,9 @@ class Gate:
             )
         most = previous["student"]["perplexity"] * (1 + self.max_regression)
         value = student["perplexity"]
-        rows = [_row("perplexity against the previous export", "<= {:.4g}", most, value, value <= most)]
+        rows = [
+            _row("perplexity against the previous export", "<= {:.4g}", most, value, value <= most)
+        ]
         for task, metrics in previous["student"].get("tasks", {}).items():
             if task not in student.get("tasks", {}):
                 raise ValueError(
@@ -124,7 +134,9 @@ class Gate:
                 bound = old - slack if higher else old + slack
                 held = new >= bound if higher else new <= bound
                 sign = ">= {:.4g}" if higher else "<= {:.4g}"
-                rows.append(_row(f"{task} {metric} against the previous export", sign, bound, new, held))
+                rows.append(
+                    _row(f"{task} {metric} against the previous export", sign, bound, new, held)
+                )
         return rows
 
 
@@ -152,7 +164,9 @@ def measured_of(export: Path) -> dict[str, Any]:
     path = export / LINEAGE
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "results" not in found:
-        raise ValueError(f"evaluate.previous: {path} holds no results; name the folder of an export")
+        raise ValueError(
+            f"evaluate.previous: {path} holds no results; name the folder of an export"
+        )
     return dict(found["results"])
 
 

@@ -26,7 +26,8 @@ class HeldOut:
         loss: cross-entropy in nats.
         losses: the same for every sample.
         divergence: KL(teacher, model) in nats; None without a teacher.
-        top1: share of the tokens where teacher and model find the same token most likely; None likewise.
+        top1: share of the tokens where teacher and model find the same token most likely; None
+            likewise.
     """
 
     loss: float
@@ -65,10 +66,14 @@ def held_out(
         labels_BS = batch_BS[:, 1:]
         hidden_BSH = hidden_states(model, family, batch_BS[:, :-1])
         for hidden_SH, labels_S in zip(hidden_BSH, labels_BS, strict=True):
-            losses.append(float(cross_entropy(projection_of(model, family, hidden_SH), labels_S).ce))
+            losses.append(
+                float(cross_entropy(projection_of(model, family, hidden_SH), labels_S).ce)
+            )
         if teacher is not None:
             ours = projection_of(model, family, hidden_BSH.flatten(0, 1))
-            theirs = projection_of(*teacher, hidden_states(*teacher, batch_BS[:, :-1]).flatten(0, 1))
+            theirs = projection_of(
+                *teacher, hidden_states(*teacher, batch_BS[:, :-1]).flatten(0, 1)
+            )
             ours, theirs = ours.counted(vocabulary), theirs.counted(vocabulary)
             terms = fused_linear_loss(ours, labels_BS.flatten(), LossWeights(), theirs)
             divergence += float(terms.divergence) * len(batch_BS)

@@ -16,8 +16,9 @@ _QUESTIONS = 200
 def write_held_out_tasks(documents: Iterable[str], folder: Path, seed: int = 0) -> None:
     """Writes the data of the tasks made from held-out text, as JSONL.
 
-    ``held_out_choice``: the start of a document, and which of four passages of equal length goes on; the
-    other three come from other documents. ``held_out_bytes``: documents, to be scored in bits per byte.
+    ``held_out_choice``: the start of a document, and which of four passages of equal length goes
+    on; the other three come from other documents. ``held_out_bytes``: documents, to be scored in
+    bits per byte.
 
     Args:
         documents: held-out documents.
@@ -40,7 +41,10 @@ def write_held_out_tasks(documents: Iterable[str], folder: Path, seed: int = 0) 
         i = question % len(usable)
         text = usable[i]
         start = draw.randrange(0, len(text) - _CONTEXT - _CONTINUATION)
-        context, right = _passage(text, start, _CONTEXT), _passage(text, start + _CONTEXT, _CONTINUATION)
+        context, right = (
+            _passage(text, start, _CONTEXT),
+            _passage(text, start + _CONTEXT, _CONTINUATION),
+        )
         others = draw.sample([j for j in range(len(usable)) if j != i], _CHOICES - 1)
         wrong = [_somewhere(usable[j], draw) for j in others]
         answer = draw.randrange(_CHOICES)
@@ -91,7 +95,9 @@ def split_shots(name: str) -> tuple[str, int | None]:
     """
     task, at, shots = name.partition("@")
     if at and not shots.isdecimal():
-        raise ValueError(f"evaluate.tasks: expected TASK@SHOTS, as in arc_challenge@25, found {name!r}")
+        raise ValueError(
+            f"evaluate.tasks: expected TASK@SHOTS, as in arc_challenge@25, found {name!r}"
+        )
     return task, int(shots) if at else None
 
 

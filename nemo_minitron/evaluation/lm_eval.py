@@ -25,10 +25,10 @@ class TaskResult:
     """One task on one model.
 
     Attributes:
-        metrics: name to value; standard errors as ``METRIC_stderr``; a filter's name stands in brackets
-            behind that of the metric, as in ``exact_match (strict-match)``.
-        documents: the metrics that have a number for each document (the mean of which they are), in the
-            documents' order.
+        metrics: name to value; standard errors as ``METRIC_stderr``; a filter's name stands in
+            brackets behind that of the metric, as in ``exact_match (strict-match)``.
+        documents: the metrics that have a number for each document (the mean of which they are), in
+            the documents' order.
         better: whether a higher value of a metric is better.
         data_set: hub id of its data, where it comes from there.
     """
@@ -55,7 +55,9 @@ def check_tasks(names: Sequence[str], task_dir: str | None) -> None:
     known = [task for task in manager.all_tasks if task not in tags]
     for task in unknown:
         if task in tags:
-            members = sorted(name for name, entry in manager.task_index.items() if task in entry.tags)
+            members = sorted(
+                name for name, entry in manager.task_index.items() if task in entry.tags
+            )
             raise ValueError(
                 f"evaluate.tasks: {task!r} is a tag of several tasks; name them: {', '.join(members)}"
             )
@@ -72,7 +74,9 @@ def library() -> Any:
     try:
         import lm_eval
     except ImportError as error:
-        raise ValueError("evaluate.tasks needs lm-eval: pip install 'nemo-minitron[eval]'") from error
+        raise ValueError(
+            "evaluate.tasks needs lm-eval: pip install 'nemo-minitron[eval]'"
+        ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval import evaluator
 
@@ -122,8 +126,8 @@ def run_task(
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    # for the standard error of some metrics lm-eval resamples in processes that it forks, which hang where
-    # this one has threads (Prefect's); and says so on standard output
+    # for the standard error of some metrics lm-eval resamples in processes that it forks, which
+    # hang where this one has threads (Prefect's); and says so on standard output
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     aside = contextlib.redirect_stdout(sys.stderr)
     with _alone(), aside, _unconnected() if made else contextlib.nullcontext():
@@ -143,7 +147,9 @@ def run_task(
     return TaskResult(metrics, documents, better, data if on_hub else None)
 
 
-def _documents(samples: dict[str, list[dict[str, Any]]], metrics: dict[str, float]) -> dict[str, list[float]]:
+def _documents(
+    samples: dict[str, list[dict[str, Any]]], metrics: dict[str, float]
+) -> dict[str, list[float]]:
     """Each metric's value per document; metrics that are no mean over documents are left out."""
     found: dict[str, list[float]] = {}
     for task in sorted(samples):  # those of a group one after the other
@@ -156,7 +162,8 @@ def _documents(samples: dict[str, list[dict[str, Any]]], metrics: dict[str, floa
         metric: values
         for metric, values in found.items()
         # a perplexity's are log-likelihoods, of which more is better
-        if metric in metrics and math.isclose(sum(values) / len(values), metrics[metric], rel_tol=1e-6)
+        if metric in metrics
+        and math.isclose(sum(values) / len(values), metrics[metric], rel_tol=1e-6)
     }
 
 

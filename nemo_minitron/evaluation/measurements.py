@@ -38,7 +38,9 @@ class Failed:
 
     def plain(self) -> "Failed":
         """A copy for another rank, which may not have the error's class."""
-        return replace(self, error=ConnectionError(self.words) if isinstance(self.error, OSError) else None)
+        return replace(
+            self, error=ConnectionError(self.words) if isinstance(self.error, OSError) else None
+        )
 
 
 @dataclass
@@ -53,8 +55,8 @@ class Bench:
         prints: task to what decides its questions (``task_print``).
         results: what was measured before.
         vocabulary: entries that count where teacher and student pad theirs differently; None: all.
-        dtypes: model to the dtype that it is measured in, where that is not the one it is stored in: what was
-            trained here in float32 goes out in another.
+        dtypes: model to the dtype that it is measured in, where that is not the one it is stored
+            in: what was trained here in float32 goes out in another.
     """
 
     config: Config
@@ -89,12 +91,20 @@ class Bench:
             from nemo_minitron.evaluation.speed import conditions
 
             cases = [asdict(case) for case in self._cases()]
-            key |= {"cases": cases, "device": settings.device, "conditions": conditions(settings.device)}
+            key |= {
+                "cases": cases,
+                "device": settings.device,
+                "conditions": conditions(settings.device),
+            }
         elif unit.what != TEXT:
             from nemo_minitron.evaluation.held_out_tasks import is_made_here
 
             text = self.text if is_made_here(unit.what) else None
-            key |= {"limit": settings.task_limit, "task": dict(self.prints[unit.what]), "text": text}
+            key |= {
+                "limit": settings.task_limit,
+                "task": dict(self.prints[unit.what]),
+                "text": text,
+            }
         return key
 
     def checkpoint(self, model: str) -> Checkpoint:
@@ -114,7 +124,9 @@ class Bench:
                 TEXT: self._text, WRITING: self._writing, SPEED: self._speed,
             }  # fmt: skip
             value = ways[unit.what](unit.model) if unit.what in ways else self._task(unit)
-            if "failed" in value.get("vllm", {}):  # in part: for this report, and the next tries again
+            if "failed" in value.get(
+                "vllm", {}
+            ):  # in part: for this report, and the next tries again
                 self._unsure[unit] = value
             else:
                 self.results.put(key, value)
@@ -137,7 +149,12 @@ class Bench:
 
     def _writing(self, name: str) -> dict[str, Any]:
         """What a model writes, and what the teacher thinks of it."""
-        from nemo_minitron.evaluation.generation import as_text, continue_greedily, loss_of, repetition
+        from nemo_minitron.evaluation.generation import (
+            as_text,
+            continue_greedily,
+            loss_of,
+            repetition,
+        )
         from nemo_minitron.models.causal_lm import frozen
 
         settings = self.config.evaluate
@@ -169,14 +186,20 @@ class Bench:
         from nemo_minitron.evaluation.speed import measure_in_process
 
         dtype = self.dtypes.get(name, "auto")
-        return measure_in_process(self.folders[name], self.config.evaluate.device, self._cases(), dtype)
+        return measure_in_process(
+            self.folders[name], self.config.evaluate.device, self._cases(), dtype
+        )
 
     def _cases(self) -> list[Any]:
         from nemo_minitron.evaluation.speed import Case
 
         settings = self.config.evaluate
         contexts = [settings.prompt_tokens, *settings.contexts]
-        return [Case(b, context, settings.new_tokens) for context in contexts for b in settings.speed_batches]
+        return [
+            Case(b, context, settings.new_tokens)
+            for context in contexts
+            for b in settings.speed_batches
+        ]
 
     def _model(self, name: str) -> Any:
         """A loaded model; besides the teacher one model is in memory at a time."""
@@ -186,7 +209,9 @@ class Bench:
             for other in [other for other in self.folders if other != "teacher"]:
                 self._loaded.pop(other, None)
             device = pick_device(self.config.evaluate.device)
-            self._loaded[name] = load_model(self.folders[name], self.dtypes.get(name, "auto"), device)
+            self._loaded[name] = load_model(
+                self.folders[name], self.dtypes.get(name, "auto"), device
+            )
         return self._loaded[name]
 
     def release(self) -> None:
@@ -227,7 +252,9 @@ def work(bench: Bench, ranks: Any) -> list[Failed]:
     mine = [unit for unit in units if unit.what != SPEED][ranks.rank :: ranks.size]
     failed = list(_each(bench, mine))
     bench.release()
-    found = [failure for each in ranks.gather([each.plain() for each in failed]) for failure in each]
+    found = [
+        failure for each in ranks.gather([each.plain() for each in failed]) for failure in each
+    ]
     if ranks.rank == 0:
         found[: len(failed)] = failed
         found += _each(bench, [unit for unit in units if unit.what == SPEED])

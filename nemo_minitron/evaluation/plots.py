@@ -29,8 +29,8 @@ def importance_maps(ranking: Mapping[str, Tensor]) -> dict[str, bytes]:
     """One picture per axis: a heat map over layers, or a curve where there is one ranking for the model.
 
     Args:
-        ranking: axis name to scores, [layers, units] or [units]; of [layers, experts, units] the heat map
-            has a line per layer and expert.
+        ranking: axis name to scores, [layers, units] or [units]; of [layers, experts, units] the
+            heat map has a line per layer and expert.
 
     Returns:
         Axis name to PNG.
@@ -42,15 +42,25 @@ def importance_maps(ranking: Mapping[str, Tensor]) -> dict[str, bytes]:
         if scores.dim() > 1:
             per_layer = math.prod(scores.shape[1:-1])
             scores = scores.flatten(0, -2)
-            # sorted, relative to the layer's own best unit: what shows is how fast importance falls off
+            # sorted, relative to the layer's own best unit: what shows is how fast importance falls
+            # off
             ordered = scores.sort(-1, descending=True).values
             relative = ordered / ordered[:, :1].clamp(min=1e-30)
             image = panel.imshow(
-                relative.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest"
+                relative.numpy(),
+                aspect="auto",
+                cmap="viridis",
+                vmin=0,
+                vmax=1,
+                interpolation="nearest",
             )
             figure.colorbar(image, label="share of the line's best")
             owner = "layer" if per_layer == 1 else f"layer x {per_layer} + expert"
-            panel.set(xlabel=f"{title}, most important first", ylabel=owner, title=f"Importance of {title}")
+            panel.set(
+                xlabel=f"{title}, most important first",
+                ylabel=owner,
+                title=f"Importance of {title}",
+            )
             panel.set_yticks(range(0, scores.shape[0], max(1, scores.shape[0] // 8)))
         elif axis == "layers":
             panel.bar(range(len(scores)), scores.numpy(), color=COLOURS["student"])
@@ -80,18 +90,25 @@ def depth_map(importance: Mapping[tuple[str, int], Tensor]) -> bytes:
         importance: (metric, block length) to the blocks' importance, by their first layer.
 
     Returns:
-        PNG: a panel per metric; a curve where there are single layers only, else a heat map of first layer
+        PNG: a panel per metric; a curve where there are single layers only, else a heat map of
+            first layer
         and length.
     """
     metrics = list(dict.fromkeys(metric for metric, _ in importance))
     height = max(2.8, 1.2 + 0.22 * len(importance) / len(metrics))
     figure, panels = plt.subplots(
-        1, len(metrics), figsize=(6.4 * len(metrics), height), constrained_layout=True, squeeze=False
+        1,
+        len(metrics),
+        figsize=(6.4 * len(metrics), height),
+        constrained_layout=True,
+        squeeze=False,
     )
     for panel, metric in zip(panels[0], metrics, strict=True):
         lengths = sorted(length for name, length in importance if name == metric)
         if len(lengths) == 1:
-            panel.plot(importance[metric, lengths[0]].numpy(), marker="o", ms=4, color=COLOURS["student"])
+            panel.plot(
+                importance[metric, lengths[0]].numpy(), marker="o", ms=4, color=COLOURS["student"]
+            )
             panel.axhline(0, color="#999999", lw=0.8)
             panel.set(xlabel="layer", ylabel=_METRICS[metric], title="One layer less")
             panel.grid(alpha=0.25)
@@ -104,7 +121,11 @@ def depth_map(importance: Mapping[tuple[str, int], Tensor]) -> bytes:
             image = panel.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest")
             figure.colorbar(image, label=_METRICS[metric])
             panel.set_yticks(range(len(lengths)), [str(length) for length in lengths])
-            panel.set(xlabel="first layer of the block", ylabel="layers in the block", title="A block less")
+            panel.set(
+                xlabel="first layer of the block",
+                ylabel="layers in the block",
+                title="A block less",
+            )
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _png(figure)
 
@@ -125,7 +146,10 @@ def pareto(points: Sequence[tuple[str, int, float]]) -> bytes:
             best.append((size, loss))
     panel.plot(*zip(*best, strict=True), lw=1, color=COLOURS["student"], zorder=1)
     panel.scatter(
-        [size for _, size, _ in points], [loss for *_, loss in points], color=COLOURS["student"], zorder=2
+        [size for _, size, _ in points],
+        [loss for *_, loss in points],
+        color=COLOURS["student"],
+        zorder=2,
     )
     panel.ticklabel_format(useOffset=False, style="plain")
     middle = sum(panel.get_xlim()) / 2
@@ -141,7 +165,9 @@ def pareto(points: Sequence[tuple[str, int, float]]) -> bytes:
     return _png(figure)
 
 
-def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, float]) -> bytes:
+def loss_curves(
+    logs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, float]
+) -> bytes:
     """Held-out loss against tokens seen, one curve per training; other models are horizontal lines.
 
     Args:
@@ -157,7 +183,9 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping
         if name in levels and name == "student" and "pruned" in levels:
             points = [(0.0, levels["pruned"]), *points]
         if points:
-            panel.plot(*zip(*points, strict=True), marker="o", ms=3, color=COLOURS[name], label=NAMES[name])
+            panel.plot(
+                *zip(*points, strict=True), marker="o", ms=3, color=COLOURS[name], label=NAMES[name]
+            )
     for name in ("teacher", "pruned"):
         if name in levels:
             panel.axhline(levels[name], ls="--", lw=1, color=COLOURS[name], label=NAMES[name])

@@ -9,7 +9,12 @@ from nemo_minitron.security import plain_text
 
 FILE = "report.json"
 PAGE = "report.html"
-NAMES = {"teacher": "teacher", "pruned": "pruned", "student": "distilled", "scratch": "from scratch"}
+NAMES = {
+    "teacher": "teacher",
+    "pruned": "pruned",
+    "student": "distilled",
+    "scratch": "from scratch",
+}
 """Model of a workspace to what people call it."""
 
 
@@ -72,8 +77,8 @@ WRITTEN = ("model", "prefix match", "repetition", "teacher's loss on it")
 def compared(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     """Each model against the teacher on the same documents, as text (``COMPARED``).
 
-    p is how likely such a difference would be between equally good models; "recovered gap" is the share of
-    what the cut lost that the model has recovered.
+    p is how likely such a difference would be between equally good models; "recovered gap" is the
+    share of what the cut lost that the model has recovered.
     """
     return tuple(
         (
@@ -99,7 +104,15 @@ def written(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     )  # fmt: skip
 
 
-SPEEDS = ("model", "batch", "prompt", "first token ms", "prefill tok/s", "decode tok/s", "vLLM tok/s")
+SPEEDS = (
+    "model",
+    "batch",
+    "prompt",
+    "first token ms",
+    "prefill tok/s",
+    "decode tok/s",
+    "vLLM tok/s",
+)
 
 
 def speeds(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
@@ -121,7 +134,9 @@ def speeds(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
 def unserved(report: Mapping[str, Any]) -> tuple[str, ...]:
     """Why vLLM could not be timed, a line for each model that it failed on."""
     served = {name: row.get("speed", {}).get("vllm", {}) for name, row in report["models"].items()}
-    return tuple(f"vLLM, {NAMES[name]}: {row['failed']}" for name, row in served.items() if "failed" in row)
+    return tuple(
+        f"vLLM, {NAMES[name]}: {row['failed']}" for name, row in served.items() if "failed" in row
+    )
 
 
 def _or_dash(value: float | None, form: str) -> str:
@@ -137,5 +152,7 @@ def _with_error(metrics: Mapping[str, float], metric: str) -> str:
 
 def markdown(titles: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
     """A table in Markdown, numbers to the right; its cells are escaped, so that they hold no markup."""
-    head, *body = ("| " + " | ".join(map(plain_text.markdown, row)) + " |" for row in (titles, *rows))
+    head, *body = (
+        "| " + " | ".join(map(plain_text.markdown, row)) + " |" for row in (titles, *rows)
+    )
     return "\n".join([head, "|" + "|".join(["---"] + ["---:"] * (len(titles) - 1)) + "|", *body])

@@ -39,7 +39,9 @@ _TEMPLATE = Path(__file__).with_name("report.html.j2")
 def write_page(workspace: Path, folder: Path) -> None:
     """Writes report.html into ``folder``, from the report.json there and the artifacts of the workspace."""
     report = read_report(folder)
-    environment = ImmutableSandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         name=report["workspace"],
         columns=columns(report),
@@ -68,10 +70,17 @@ def write_page(workspace: Path, folder: Path) -> None:
 
 def _plan(workspace: Path) -> Plan | None:
     """What was cut; None if that is not known, or if the workspace now has another plan."""
-    plan, pruned = read_manifest(Workspace(workspace).plan), read_manifest(Workspace(workspace).pruned)
+    plan, pruned = (
+        read_manifest(Workspace(workspace).plan),
+        read_manifest(Workspace(workspace).pruned),
+    )
     if plan is None:
         return None
-    used = [] if pruned is None else [item.fingerprint for item in pruned.inputs if item.path == "plan"]
+    used = (
+        []
+        if pruned is None
+        else [item.fingerprint for item in pruned.inputs if item.path == "plan"]
+    )
     return None if used and plan.fingerprint not in used else read_plan(Workspace(workspace).plan)
 
 

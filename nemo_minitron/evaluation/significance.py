@@ -12,7 +12,8 @@ class Paired:
     Attributes:
         difference: mean of (second - first).
         error: its standard error; 0 where all differences are equal.
-        p: how likely a difference of this size or more would be if both were equally good, two-sided.
+        p: how likely a difference of this size or more would be if both were equally good,
+            two-sided.
         documents: how many.
     """
 
@@ -22,14 +23,16 @@ class Paired:
     documents: int
 
 
-def paired(first: Sequence[float], second: Sequence[float], documents: Sequence[int] | None = None) -> Paired:
+def paired(
+    first: Sequence[float], second: Sequence[float], documents: Sequence[int] | None = None
+) -> Paired:
     """Compares two models document by document.
 
-    Where every result is right or wrong the exact test of McNemar counts the documents that only one of them
-    got right (Psychometrika 1947, a binomial test); otherwise the t test of pairs. Where several numbers are
-    of one document they are alike, and its standard error is the cluster-robust one (Liang and Zeger,
-    Biometrika 1986): that of the documents' sums of deviations, with as many degrees of freedom as there are
-    documents, less one.
+    Where every result is right or wrong the exact test of McNemar counts the documents that only
+    one of them got right (Psychometrika 1947, a binomial test); otherwise the t test of pairs.
+    Where several numbers are of one document they are alike, and its standard error is the
+    cluster-robust one (Liang and Zeger, Biometrika 1986): that of the documents' sums of
+    deviations, with as many degrees of freedom as there are documents, less one.
 
     Args:
         first: numbers of one model.
@@ -40,14 +43,18 @@ def paired(first: Sequence[float], second: Sequence[float], documents: Sequence[
         ValueError: not as many of one as of the other, or none.
     """
     if len(first) != len(second) or not first:
-        raise ValueError(f"paired: expected as many results of both, found {len(first)} and {len(second)}")
+        raise ValueError(
+            f"paired: expected as many results of both, found {len(first)} and {len(second)}"
+        )
     gaps = [b - a for a, b in zip(first, second, strict=True)]
     n, mean = len(gaps), math.fsum(gaps) / len(gaps)
     sums: dict[int, float] = {}
     for gap, document in zip(gaps, range(n) if documents is None else documents, strict=True):
         sums[document] = sums.get(document, 0.0) + gap - mean
     groups = len(sums)
-    error = math.sqrt(math.fsum(total**2 for total in sums.values()) * groups / max(1, groups - 1)) / n
+    error = (
+        math.sqrt(math.fsum(total**2 for total in sums.values()) * groups / max(1, groups - 1)) / n
+    )
     if documents is None and set(first) | set(second) <= {0.0, 1.0}:
         p = _binomial(sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps))
     elif mean == 0 or groups == 1:  # one document says nothing
@@ -71,7 +78,9 @@ def _binomial(wins: int, losses: int) -> float:
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def recovered(teacher: float, pruned: float, student: float, higher_is_better: bool) -> float | None:
+def recovered(
+    teacher: float, pruned: float, student: float, higher_is_better: bool
+) -> float | None:
     """Share of what the cut lost that the student has recovered: (student - pruned) / (teacher - pruned).
 
     None where the cut lost nothing.

@@ -2,8 +2,8 @@
 
 The process runs ``python -m nemo_minitron.evaluation.speed``.
 
-Prints one JSON object. Peak memory is the most that the process held beyond what the libraries take: weights,
-activations, KV cache; on a GPU, the most that torch allocated there.
+Prints one JSON object. Peak memory is the most that the process held beyond what the libraries
+take: weights, activations, KV cache; on a GPU, the most that torch allocated there.
 """
 
 import contextlib
@@ -76,10 +76,10 @@ def measure_in_process(
         dtype: what the weights are loaded as; ``auto``: as they are stored.
 
     Returns:
-        ``cases``: for each ``batch``, ``prompt``, ``new``, ``first_token_ms`` (the prompts' pass, best of
-        three), ``prefill_tokens_per_second``, ``decode_tokens_per_second`` (over the batch, best of three);
-        ``peak_megabytes``; with vLLM ``vllm``: cases with ``tokens_per_second``, or ``failed``: its last
-        words.
+        ``cases``: for each ``batch``, ``prompt``, ``new``, ``first_token_ms`` (the prompts' pass,
+        best of three), ``prefill_tokens_per_second``, ``decode_tokens_per_second`` (over the batch,
+        best of three); ``peak_megabytes``; with vLLM ``vllm``: cases with ``tokens_per_second``, or
+        ``failed``: its last words.
 
     Raises:
         RuntimeError: the process failed; its last words are the message.
@@ -97,13 +97,17 @@ def _in_process(engine: str, folder: Path, device: str, cases: Sequence[Case], d
     """The numbers that a process prints; if it fails, its last line of output."""
     command = [sys.executable, "-m", "nemo_minitron.evaluation.speed", engine, str(folder), device]
     command += [json.dumps([asdict(case) for case in cases]), dtype]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _measure(folder: Path, device_name: str, cases: Sequence[Case], dtype: str = "auto") -> dict[str, Any]:
+def _measure(
+    folder: Path, device_name: str, cases: Sequence[Case], dtype: str = "auto"
+) -> dict[str, Any]:
     import torch
 
     from nemo_minitron.models.causal_lm import frozen, load_model, pick_device
@@ -144,7 +148,9 @@ def _measure_vllm(folder: Path, cases: Sequence[Case], dtype: str) -> dict[str, 
     import vllm
 
     longest = max(case.prompt + case.new for case in cases)
-    engine = vllm.LLM(model=str(folder), dtype=dtype, skip_tokenizer_init=True, max_model_len=longest)
+    engine = vllm.LLM(
+        model=str(folder), dtype=dtype, skip_tokenizer_init=True, max_model_len=longest
+    )
     vocabulary, draw = engine.llm_engine.model_config.get_vocab_size(), random.Random(0)
     found = []
     for case in cases:
@@ -153,7 +159,11 @@ def _measure_vllm(folder: Path, cases: Sequence[Case], dtype: str) -> dict[str, 
             for _ in range(case.batch)
         ]
         params = vllm.SamplingParams(
-            temperature=0, max_tokens=case.new, min_tokens=case.new, ignore_eos=True, detokenize=False
+            temperature=0,
+            max_tokens=case.new,
+            min_tokens=case.new,
+            ignore_eos=True,
+            detokenize=False,
         )
         best = float("inf")
         for _ in range(REPEATS):
@@ -201,8 +211,10 @@ def _warm_up(folder: Path) -> None:
 def _start_counting() -> float | None:
     """Sets the process' peak back to what it holds now (Linux, proc(5), clear_refs); returns that.
 
-    ``getrusage`` cannot serve: its peak survives exec, so that a child starts with its parent's. Nor can
-    psutil: it does not know the peak, and what is held now is read where the peak is, to be comparable.
+    ``getrusage`` cannot serve: its peak survives exec, so that a child starts with its parent's.
+    Nor can
+    psutil: it does not know the peak, and what is held now is read where the peak is, to be
+    comparable.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -222,7 +234,9 @@ def main(engine: str, folder: str, device: str, cases: str, dtype: str) -> None:
     """Measures and prints."""
     asked, place = [Case(**case) for case in json.loads(cases)], Path(folder)
     served = engine == "vllm"
-    numbers = _measure_vllm(place, asked, dtype) if served else _measure(place, device, asked, dtype)
+    numbers = (
+        _measure_vllm(place, asked, dtype) if served else _measure(place, device, asked, dtype)
+    )
     print(json.dumps(numbers))
 
 

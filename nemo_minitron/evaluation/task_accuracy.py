@@ -22,11 +22,14 @@ from nemo_minitron.scoring.pass_in_memory import blocks_of
 _ACCURACIES = ("acc_norm", "acc", "exact_match")
 
 
-def task_sums(config: Config, checkpoint: Checkpoint) -> Callable[[Any, int, frozenset[int]], DepthSums]:
+def task_sums(
+    config: Config, checkpoint: Checkpoint
+) -> Callable[[Any, int, frozenset[int]], DepthSums]:
     """A function that measures the tasks of ``score.tasks`` without blocks of layers.
 
     Returns:
-        Called with rank 0's side of a pass, the layers of a block, and layers that are left out all along.
+        Called with rank 0's side of a pass, the layers of a block, and layers that are left out all
+        along.
     """
 
     def measure(lead: Any, length: int, removed: frozenset[int]) -> DepthSums:
@@ -70,7 +73,9 @@ def accuracy_without(
     detour = LayerControl(model, checkpoint.family, layers)
     tokenizer = load_tokenizer(checkpoint.folder)
     cached = model.config.use_cache
-    model.config.use_cache = False  # a cache counts what its first layer has seen, which may be left out
+    model.config.use_cache = (
+        False  # a cache counts what its first layer has seen, which may be left out
+    )
     with tempfile.TemporaryDirectory() as name, frozen(model), detour.attached():
         if any(task in MADE_HERE for task in tasks):
             write_held_out_tasks(held_out(), Path(name))
@@ -78,7 +83,8 @@ def accuracy_without(
         def accuracy(block: Iterable[int]) -> float:
             detour.skip = removed | set(block)
             rows = [
-                run_task(model, tokenizer, task, task_dir, Path(name), limit, batch_size) for task in tasks
+                run_task(model, tokenizer, task, task_dir, Path(name), limit, batch_size)
+                for task in tasks
             ]
             return sum(map(_accuracy, tasks, (row.metrics for row in rows))) / len(tasks)
 

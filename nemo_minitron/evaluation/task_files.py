@@ -21,7 +21,9 @@ def task_print(name: str, task_dir: str | None) -> dict[str, str | None]:
     data that it names where they lie here, and for a group the same of its tasks.
     """
     task, _ = split_shots(name)
-    own: set[Path] = set() if task in MADE_HERE else _files_of(task, manager_of(task_dir, True).task_index)
+    own: set[Path] = (
+        set() if task in MADE_HERE else _files_of(task, manager_of(task_dir, True).task_index)
+    )
     prints = [[path.name, hash_file(path)] for path in sorted(own)]
     return {"lm_eval": version("lm_eval"), "own": digest(prints) if prints else None}
 
@@ -29,7 +31,11 @@ def task_print(name: str, task_dir: str | None) -> dict[str, str | None]:
 def _files_of(task: str, index: Any) -> set[Path]:
     entry = index.get(task)
     theirs = Path(library().__file__).parent
-    if entry is None or entry.yaml_path is None or Path(entry.yaml_path).resolve().is_relative_to(theirs):
+    if (
+        entry is None
+        or entry.yaml_path is None
+        or Path(entry.yaml_path).resolve().is_relative_to(theirs)
+    ):
         return set()
     found, config = _named_in(Path(entry.yaml_path).resolve())
     if "group" in config:
@@ -59,7 +65,10 @@ def _named_in(path: Path) -> tuple[set[Path], dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError):  # no name of a file
             there = [Path(name)] if Path(name).exists() else map(Path, glob.glob(name))
             found |= {
-                file for at in there for file in ([at] if at.is_file() else at.rglob("*")) if file.is_file()
+                file
+                for at in there
+                for file in ([at] if at.is_file() else at.rglob("*"))
+                if file.is_file()
             }
     return found, config
 

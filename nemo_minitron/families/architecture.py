@@ -35,7 +35,9 @@ def config_values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     return {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
 
 
-def axis_sizes(family: Family, config: Mapping[str, Any], where: str = "config.json") -> dict[str, int]:
+def axis_sizes(
+    family: Family, config: Mapping[str, Any], where: str = "config.json"
+) -> dict[str, int]:
     """Size of every axis of a model.
 
     Args:
@@ -63,7 +65,9 @@ def axis_sizes(family: Family, config: Mapping[str, Any], where: str = "config.j
         else:
             raise ValueError(f"{where}: key {axis.config[0]!r} is missing (size of axis {name})")
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**40:
-            raise ValueError(f"{where}: axis {name}: expected a positive whole number, found {size!r:.40}")
+            raise ValueError(
+                f"{where}: axis {name}: expected a positive whole number, found {size!r:.40}"
+            )
         sizes[name] = size
     return sizes
 
@@ -72,7 +76,8 @@ def check_sizes(family: Family, sizes: Mapping[str, int], where: str) -> None:
     """Refuses sizes that the architecture cannot have.
 
     Raises:
-        ValueError: a constraint of the family does not hold; the message states it with its numbers.
+        ValueError: a constraint of the family does not hold; the message states it with its
+            numbers.
     """
     for constraint in family.constraints:
         if not evaluate(constraint, sizes):
@@ -80,7 +85,9 @@ def check_sizes(family: Family, sizes: Mapping[str, int], where: str) -> None:
             raise ValueError(f"{where}: {family.model_type} needs {constraint}, found {found}")
 
 
-def check_layers(family: Family, config: Mapping[str, Any], layers: Sequence[int], where: str) -> None:
+def check_layers(
+    family: Family, config: Mapping[str, Any], layers: Sequence[int], where: str
+) -> None:
     """Refuses to drop every layer of a kind without which the architecture does not run.
 
     Raises:
@@ -94,7 +101,9 @@ def check_layers(family: Family, config: Mapping[str, Any], layers: Sequence[int
             )
 
 
-def config_with_sizes(family: Family, config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+def config_with_sizes(
+    family: Family, config: Mapping[str, Any], sizes: Mapping[str, int]
+) -> dict[str, Any]:
     """A copy of a config.json with the given axis sizes written out.
 
     Also those it left implicit (``head_dim``), of the axes that the model has.
@@ -166,7 +175,9 @@ def present_axes(family: Family, config: Mapping[str, Any]) -> dict[str, list[in
         axes = row_axes(row.dims) | {family.indexed[name].name for name in row.placeholders}
         for _, units in tensor_names(family, row, config, {**sizes, **_one_of_each(family)}):
             for axis in axes:
-                found.setdefault(axis, set()).update({units[placeholder]} if placeholder in units else ())
+                found.setdefault(axis, set()).update(
+                    {units[placeholder]} if placeholder in units else ()
+                )
     return {name: sorted(found[name]) for name in family.axes if name in found}
 
 

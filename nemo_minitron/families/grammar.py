@@ -7,8 +7,8 @@ A row is a list of dimensions. Three operators only::
     product = axis+                             parentheses: a product of axes, slowest first
     axis    = a declared name, or a number for a dimension that is always as long
 
-``(heads head_dim | kv_heads head_dim) hidden`` is a matrix whose rows are all query heads followed by all
-key heads, each head ``head_dim`` long, and whose columns are the hidden channels.
+``(heads head_dim | kv_heads head_dim) hidden`` is a matrix whose rows are all query heads followed
+by all key heads, each head ``head_dim`` long, and whose columns are the hidden channels.
 """
 
 import ast
@@ -61,7 +61,9 @@ def _tokens(text: str) -> list[str]:
     while position < len(stripped):
         match = _TOKEN.match(stripped, position)
         if match is None:
-            raise ValueError(f"row {text!r}: unexpected character {stripped[position:].lstrip()[0]!r}")
+            raise ValueError(
+                f"row {text!r}: unexpected character {stripped[position:].lstrip()[0]!r}"
+            )
         tokens.append(match.group(1))
         position = match.end()
     return tokens
@@ -142,15 +144,16 @@ def evaluate(expression: str, values: Mapping[str, Any]) -> Any:
     """Evaluates an expression over named values: only arithmetic, comparison, logic, indexing and ``len``.
 
     Args:
-        expression: for instance ``"hidden_size / num_attention_heads"``, ``"not tie_word_embeddings"`` or
-            ``"layer in mlp_only_layers"``.
+        expression: for instance ``"hidden_size / num_attention_heads"``, ``"not
+            tie_word_embeddings"`` or ``"layer in mlp_only_layers"``.
         values: what the names stand for.
 
     Returns:
         Its value; a whole quotient is an ``int``.
 
     Raises:
-        ValueError: a construct that is not allowed, a name without a value, or values that do not fit.
+        ValueError: a construct that is not allowed, a name without a value, or values that do not
+            fit.
     """
     try:
         return _evaluate(_parse(expression).body, values, expression)
@@ -182,7 +185,9 @@ def _evaluate(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:
             return not _evaluate(operand, values, text)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_evaluate(operand, values, text)
-        case ast.BoolOp(op=op, values=operands):  # as in Python, the last operand looked at is the value
+        case ast.BoolOp(
+            op=op, values=operands
+        ):  # as in Python, the last operand looked at is the value
             for operand in operands:
                 value = _evaluate(operand, values, text)
                 if bool(value) != isinstance(op, ast.And):
@@ -207,4 +212,6 @@ def names_in(expression: str) -> set[str]:
     Raises:
         ValueError: it does not parse.
     """
-    return {node.id for node in ast.walk(_parse(expression)) if isinstance(node, ast.Name)} - {"len"}
+    return {node.id for node in ast.walk(_parse(expression)) if isinstance(node, ast.Name)} - {
+        "len"
+    }

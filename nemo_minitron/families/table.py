@@ -26,18 +26,21 @@ class Axis:
     """One named axis of a family.
 
     Attributes:
-        name: the axis' name; the same in every family, also the key under ``plan`` and of ``minitron size``.
-        config: keys of config.json that hold the size, first present wins; the first is written where none
-            was.
-        scope: ``model`` where one ranking serves the whole model, else the placeholder whose every unit has
-            a ranking of its own (``layer``, ``expert``).
+        name: the axis' name; the same in every family, also the key under ``plan`` and of
+            ``minitron size``.
+        config: keys of config.json that hold the size, first present wins; the first is written
+            where none was.
+        scope: ``model`` where one ranking serves the whole model, else the placeholder whose every
+            unit has a ranking of its own (``layer``, ``expert``).
         within: axis inside whose units this one is ranked (query heads inside their KV group).
         fallback: expression over config keys for the size where no key is present.
         fixed: never pruned.
         index: placeholder in tensor names that runs over this axis (``layer``), or None.
-        lists: config keys with one entry per unit, cut with the axis; the value is an expression of the
-            placeholder that says what a config without the key means, or None where it means nothing.
-        indices: config keys that list unit numbers; the value is an expression that says which belong.
+        lists: config keys with one entry per unit, cut with the axis; the value is an expression of
+            the placeholder that says what a config without the key means, or None where it means
+            nothing.
+        indices: config keys that list unit numbers; the value is an expression that says which
+            belong.
         after: config values that hold once the axis was cut and its lists are spelled out.
         inexact: why removing a unit of zeros changes the output, or None where it does not.
     """
@@ -59,7 +62,8 @@ class Axis:
 class TensorRow:
     """One row of the table: the tensors whose name matches ``pattern`` have the shape ``dims``.
 
-    ``when`` is the condition under which a model has them, over config keys and the name's placeholders.
+    ``when`` is the condition under which a model has them, over config keys and the name's
+    placeholders.
     """
 
     pattern: str
@@ -77,8 +81,8 @@ class TensorRow:
 class Tap:
     """Where an activation is read: the ``side`` of the module at path ``module``.
 
-    Its input, its output, or from inside the routed ``experts`` that it holds. ``dim`` are the axes along
-    the activation's last dimension; None: those of the row of the module's weight.
+    Its input, its output, or from inside the routed ``experts`` that it holds. ``dim`` are the axes
+    along the activation's last dimension; None: those of the row of the module's weight.
     """
 
     side: str
@@ -180,7 +184,9 @@ def _family(table: Mapping[str, Any]) -> Family:
             raise ValueError(f"axis {axis.name}: scope {axis.scope!r} is no placeholder")
         if axis.within is not None and axis.within not in axes:
             raise ValueError(f"axis {axis.name}: within {axis.within!r} is no axis")
-    rows = tuple(_row(key, text, axes, placeholders, spelled) for key, text in table["tensors"].items())
+    rows = tuple(
+        _row(key, text, axes, placeholders, spelled) for key, text in table["tensors"].items()
+    )
     for constraint in table.get("constraints", []):
         if names_in(constraint) - set(axes):
             raise ValueError(f"constraint {constraint!r} names axes that are not declared")
@@ -222,7 +228,9 @@ def _spelled(define: Mapping[str, str]) -> Callable[[str], str]:
 def _axis(name: str, entry: Mapping[str, Any], spelled: Callable[[str], str]) -> Axis:
     unknown = set(entry) - _AXIS_KEYS
     if unknown:
-        raise ValueError(f"axis {name}: unknown keys {sorted(unknown)}; known are {sorted(_AXIS_KEYS)}")
+        raise ValueError(
+            f"axis {name}: unknown keys {sorted(unknown)}; known are {sorted(_AXIS_KEYS)}"
+        )
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
     }
@@ -235,17 +243,25 @@ def _axis(name: str, entry: Mapping[str, Any], spelled: Callable[[str], str]) ->
 
 
 def _row(
-    key: str, text: str, axes: Mapping[str, Axis], placeholders: set[str], spelled: Callable[[str], str]
+    key: str,
+    text: str,
+    axes: Mapping[str, Axis],
+    placeholders: set[str],
+    spelled: Callable[[str], str],
 ) -> TensorRow:
     shape, _, when = text.partition(" if ")
     if key.endswith("?") != bool(when):
-        raise ValueError(f"{key}: a row with '?' needs 'if CONDITION' after its shape, and only such a row")
+        raise ValueError(
+            f"{key}: a row with '?' needs 'if CONDITION' after its shape, and only such a row"
+        )
     dims = parse_row(shape)
     undeclared = row_axes(dims) - set(axes)
     if undeclared:
         raise ValueError(f"{key}: axes {sorted(undeclared)} are not declared")
     pattern = key.removesuffix("?")
-    return TensorRow(pattern, dims, spelled(when.strip()) if when else None, _regex(pattern, placeholders))
+    return TensorRow(
+        pattern, dims, spelled(when.strip()) if when else None, _regex(pattern, placeholders)
+    )
 
 
 def _regex(pattern: str, placeholders: set[str]) -> re.Pattern[str]:
@@ -253,7 +269,9 @@ def _regex(pattern: str, placeholders: set[str]) -> re.Pattern[str]:
     if used - placeholders:
         raise ValueError(f"{pattern}: placeholders {sorted(used - placeholders)} belong to no axis")
     parts = _INDEX.split(pattern)
-    text = "".join(re.escape(part) if i % 2 == 0 else rf"(?P<{part}>\d+)" for i, part in enumerate(parts))
+    text = "".join(
+        re.escape(part) if i % 2 == 0 else rf"(?P<{part}>\d+)" for i, part in enumerate(parts)
+    )
     return re.compile(text)
 
 
@@ -282,7 +300,9 @@ def use_tables(path: str | Path) -> None:
 def _own(path: Path) -> list[Path]:
     tables = sorted(path.glob("*.yaml")) if path.is_dir() else [path]
     if not tables or not tables[0].is_file():
-        raise ValueError(f"families.path: {path}: no such table (expected a .yaml file or a folder of them)")
+        raise ValueError(
+            f"families.path: {path}: no such table (expected a .yaml file or a folder of them)"
+        )
     return tables
 
 

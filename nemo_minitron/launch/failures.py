@@ -15,10 +15,10 @@ MISTAKE, GATE, MEMORY, TRANSIENT, LOST, STOPPED, SLOW, FAILED = (
 )  # fmt: skip
 """Kinds of failure.
 
-mistake: the user's, nothing will change it; gate: the student is too weak; memory: there was too little, a
-smaller micro-batch may do; transient: the network's and the machine's passing moods; lost: a process died
-or fell silent; stopped: somebody asked it to stop; time limit: it took longer than allowed; failed: all
-else.
+mistake: the user's, nothing will change it; gate: the student is too weak; memory: there was too
+little, a smaller micro-batch may do; transient: the network's and the machine's passing moods;
+lost: a process died or fell silent; stopped: somebody asked it to stop; time limit: it took longer
+than allowed; failed: all else.
 """
 
 AGAIN = (MEMORY, TRANSIENT, LOST)
@@ -29,7 +29,12 @@ _PASSING = frozenset({
     errno.EHOSTUNREACH, errno.EPIPE, errno.EAGAIN, errno.EINTR, errno.ESTALE,
 })  # fmt: skip
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc")
-_BROKEN_LINE = ("connection closed by peer", "connection reset by peer", "socket timeout", "broken pipe")
+_BROKEN_LINE = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "socket timeout",
+    "broken pipe",
+)
 """What gloo and NCCL say, in a plain RuntimeError, when another rank has died."""
 
 
@@ -57,7 +62,9 @@ def kind_of(error: BaseException) -> str:
         return GATE
     if isinstance(error, ValueError):  # what the stages raise for what the user can put right
         return MISTAKE
-    if type(error).__name__ == "Preempted":  # training.preemption: not imported, for it would import NeMo
+    if (
+        type(error).__name__ == "Preempted"
+    ):  # training.preemption: not imported, for it would import NeMo
         return STOPPED
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
@@ -93,7 +100,9 @@ _LINES = ("TransportError", "ChunkedEncodingError", "gaierror")
 def _is_passing(error: BaseException) -> bool:
     if any(base.__name__ in _LINES for base in type(error).__mro__):
         return True
-    status = getattr(getattr(error, "response", None), "status_code", None)  # httpx, requests, the hub
+    status = getattr(
+        getattr(error, "response", None), "status_code", None
+    )  # httpx, requests, the hub
     if isinstance(status, int):
         return status == 429 or status >= 500
     if isinstance(error, OSError):
@@ -125,9 +134,10 @@ def without_secrets(error: Exception, stored: bool = False) -> Exception:
     """A failure of the same kind in whose words, and in those of what caused it, credentials are masked.
 
     Args:
-        error: changed in place where it can be, so that it keeps its type, its traceback and its causes.
-        stored: it will be pickled: then it may hold nothing but words, no answer of a server that knows its
-            request.
+        error: changed in place where it can be, so that it keeps its type, its traceback and its
+            causes.
+        stored: it will be pickled: then it may hold nothing but words, no answer of a server that
+            knows its request.
 
     Returns:
         The same exception; or, where it cannot be changed, another one with the same words.
@@ -177,4 +187,6 @@ def exit_words(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    return f"was killed by {name}" + (" (by the system, if memory ran out)" if name == "SIGKILL" else "")
+    return f"was killed by {name}" + (
+        " (by the system, if memory ran out)" if name == "SIGKILL" else ""
+    )

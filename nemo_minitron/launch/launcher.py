@@ -77,7 +77,9 @@ class Call:
         return self.papers / f"{self.name}.progress.json"
 
 
-def launch(call: Call, on_line: Callable[[str], None], unwanted: Callable[[], bool] = bool) -> Result:
+def launch(
+    call: Call, on_line: Callable[[str], None], unwanted: Callable[[], bool] = bool
+) -> Result:
     """Runs a stage to its end.
 
     Args:
@@ -96,7 +98,13 @@ def launch(call: Call, on_line: Callable[[str], None], unwanted: Callable[[], bo
     for noted in call.papers.glob(f"*{_SLURM}"):
         if noted != call.slurm:
             outcome = noted.with_name(f"{noted.name.removesuffix(_SLURM)}.outcome.json")
-            adopt(noted, outcome, recipe_of(call.values), on_line, call.config.launch.slurm.poll_seconds)
+            adopt(
+                noted,
+                outcome,
+                recipe_of(call.values),
+                on_line,
+                call.config.launch.slurm.poll_seconds,
+            )
     if call.config.launch.kind == "inline":
         before = os.environ.get(progress.VARIABLE)
         os.environ[progress.VARIABLE] = str(call.progress.resolve())
@@ -131,7 +139,11 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
         return _queued(call, command, on_line)
     clear(call.outcome)
     limits = Limits(limit_of(settings, call.name), settings.silence, settings.grace)
-    environment = {**os.environ, progress.VARIABLE: str(call.progress.resolve()), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        progress.VARIABLE: str(call.progress.resolve()),
+        "PYTHONUNBUFFERED": "1",
+    }
     ended = run_process(command, environment, call.log, limits, on_line, call.progress, unwanted)
     return _ended(call, ended, limits)
 
@@ -229,12 +241,16 @@ def _ended(call: Call, ended: Ended, limits: Limits) -> Result:
         raise StageError(call.name, failures.STOPPED, text)
     last = f"; its last line: {ended.last[-1]}" if ended.last else ""
     if ended.stopped == "silence":
-        text = f"{call.name}: silent for {limits.silence:g} s (launch.silence), taken for hung{last}"
+        text = (
+            f"{call.name}: silent for {limits.silence:g} s (launch.silence), taken for hung{last}"
+        )
         raise StageError(call.name, failures.LOST, text)
     # one that ends by itself, and cannot say why (a full disk, a broken installation), was not lost
     single = "torch.distributed.run" not in ended.command
     kind = failures.FAILED if ended.code > 0 and single else failures.LOST
-    return _verdict(call, f"{call.name}: its process {exit_words(ended.code)}{last} ({call.log})", kind)
+    return _verdict(
+        call, f"{call.name}: its process {exit_words(ended.code)}{last} ({call.log})", kind
+    )
 
 
 def _verdict(call: Call, silent: str, kind: str = failures.LOST) -> Result:

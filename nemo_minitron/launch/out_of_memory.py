@@ -1,7 +1,7 @@
 """The same stage with less memory: smaller micro-batches, more of them.
 
-What an artifact is made from does not change with it: a training's recipe names the samples of a step, not
-how many are read at once, and what is scored or measured adds up over any batches.
+What an artifact is made from does not change with it: a training's recipe names the samples of a
+step, not how many are read at once, and what is scored or measured adds up over any batches.
 """
 
 import json
@@ -24,7 +24,9 @@ _OWN_TRAINER = ("pretrain", "correct")
 """Trainings with a section ``trainer`` of their own, which replaces keys of the common one."""
 
 
-def with_halved_micro_batch(stage: str, values: dict[str, Any], times: int = 1) -> dict[str, Any] | None:
+def with_halved_micro_batch(
+    stage: str, values: dict[str, Any], times: int = 1
+) -> dict[str, Any] | None:
     """A configuration whose micro-batch is halved so many times, with as many samples a step as before.
 
     Args:
@@ -33,7 +35,8 @@ def with_halved_micro_batch(stage: str, values: dict[str, Any], times: int = 1) 
         times: how often.
 
     Returns:
-        The configuration, or None where the micro-batch cannot be made smaller without another result.
+        The configuration, or None where the micro-batch cannot be made smaller without another
+        result.
     """
     if stage not in _BATCHES:
         return None
@@ -47,7 +50,9 @@ def with_halved_micro_batch(stage: str, values: dict[str, Any], times: int = 1) 
             return None
         section["batch_size"] = size // 2
         if stage in _TRAININGS:
-            _twice_as_many(lighter["trainer"], lighter[stage]["trainer"] if stage in _OWN_TRAINER else {})
+            _twice_as_many(
+                lighter["trainer"], lighter[stage]["trainer"] if stage in _OWN_TRAINER else {}
+            )
     return lighter
 
 

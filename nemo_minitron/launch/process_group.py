@@ -1,7 +1,7 @@
 """One command in a process group of its own: watched, heard, stopped whole.
 
-Its memory is really freed when it ends, a crash of it is its own, and no process of the group outlives the
-one that started it, whatever that one dies of.
+Its memory is really freed when it ends, a crash of it is its own, and no process of the group
+outlives the one that started it, whatever that one dies of.
 """
 
 import contextlib
@@ -74,9 +74,9 @@ def run_process(
 ) -> Ended:
     """Runs a command to its end.
 
-    Its output, credentials masked, goes to ``log``, which is appended to, and line by line to ``on_line``.
-    If this process is told to end (any exception here: a cancelled flow, Ctrl-C), the group is told so too,
-    gets its grace, and then is killed.
+    Its output, credentials masked, goes to ``log``, which is appended to, and line by line to
+    ``on_line``. If this process is told to end (any exception here: a cancelled flow, Ctrl-C), the
+    group is told so too, gets its grace, and then is killed.
 
     Args:
         command: program and arguments.
@@ -88,7 +88,9 @@ def run_process(
         unwanted: asked every now and then; True: it is stopped, with its grace.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with _signals_later() as let_through:  # one that came now would leave behind what nobody watches
+    with (
+        _signals_later() as let_through
+    ):  # one that came now would leave behind what nobody watches
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=environment, start_new_session=True,
@@ -99,7 +101,11 @@ def run_process(
         try:
             let_through()
             while process.poll() is None:
-                stopped = "unwanted" if unwanted() else _overdue(limits, started, pump.heard, sign_of_life)
+                stopped = (
+                    "unwanted"
+                    if unwanted()
+                    else _overdue(limits, started, pump.heard, sign_of_life)
+                )
                 if stopped is not None:
                     end_group(process, limits.grace)
                     break
@@ -120,14 +126,16 @@ def run_process(
 def _signals_later() -> Iterator[Callable[[], None]]:
     """Keeps SIGTERM and SIGINT back until the function that is yielded is called.
 
-    Only a process' main thread hears them. Not by a mask, which a process that is started meanwhile would
-    inherit.
+    Only a process' main thread hears them. Not by a mask, which a process that is started meanwhile
+    would inherit.
     """
     before: dict[signal.Signals, Any] = {}
     came: list[int] = []
 
     def let_through() -> None:
-        for number in list(before):  # one that comes in between may raise: the rest is for the second call
+        for number in list(
+            before
+        ):  # one that comes in between may raise: the rest is for the second call
             signal.signal(number, signal.SIG_DFL if before[number] is None else before[number])
             del before[number]
         while came:
@@ -204,7 +212,9 @@ class _Pump(threading.Thread):
         last: the last lines.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", log: Path, on_line: Callable[[str], None]) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", log: Path, on_line: Callable[[str], None]
+    ) -> None:
         super().__init__(daemon=True)
         assert process.stdout is not None
         self._source, self._log, self._on_line = process.stdout, log, on_line
@@ -226,6 +236,7 @@ class _Pump(threading.Thread):
         with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
             file.writelines(f"{text}\n" for text in texts)  # a full disk is for the stage to find
         for text in texts:
-            # nor may a listener stop it: rich ends the process where its terminal, a worker, has gone
+            # nor may a listener stop it: rich ends the process where its terminal, a worker, has
+            # gone
             with contextlib.suppress(Exception, SystemExit):
                 self._on_line(text)

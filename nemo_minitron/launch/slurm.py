@@ -1,9 +1,9 @@
 """A stage as a Slurm job: submitted, waited for, and found again by a flow that was started anew.
 
-The job does not die with the flow: it is the batch system's. Its number lies beside the stage's other
-papers, so the next flow on the workspace waits for that job instead of starting a second one. The job is
-requeue-safe: every stage goes on from what lies on disk, and SIGTERM two minutes before the time limit lets
-a training save.
+The job does not die with the flow: it is the batch system's. Its number lies beside the stage's
+other papers, so the next flow on the workspace waits for that job instead of starting a second one.
+The job is requeue-safe: every stage goes on from what lies on disk, and SIGTERM two minutes before
+the time limit lets a training save.
 """
 
 import contextlib
@@ -88,8 +88,8 @@ def run_job(
 ) -> str:
     """Submits a job, or finds the one that was submitted for the same, and waits for its end.
 
-    If this process is told to end in an orderly way (a cancelled flow, Ctrl-C), the job is cancelled; if it
-    is killed, the job goes on.
+    If this process is told to end in an orderly way (a cancelled flow, Ctrl-C), the job is
+    cancelled; if it is killed, the job goes on.
 
     Args:
         job: what to submit.
@@ -120,7 +120,8 @@ def run_job(
 def _noted(job: Job, papers: Path, recipe: str, on_line: Callable[[str], None]) -> str:
     """Submits a job under a name that is written down before, and its number after; returns the number."""
     name = f"{job.name}-{secrets.token_hex(4)}"
-    # before it is submitted: whoever is ended while sbatch works, or hears no answer, finds it by name
+    # before it is submitted: whoever is ended while sbatch works, or hears no answer, finds it by
+    # name
     write_json(papers, {"name": name, "recipe": recipe})
     try:
         number = _submit(job, name)
@@ -138,7 +139,9 @@ def _noted(job: Job, papers: Path, recipe: str, on_line: Callable[[str], None]) 
     return number
 
 
-def _watch(number: str, papers: Path, outcome: Path, on_line: Callable[[str], None], poll: float) -> None:
+def _watch(
+    number: str, papers: Path, outcome: Path, on_line: Callable[[str], None], poll: float
+) -> None:
     """Waits for a job's end; whoever ends this process in an orderly way ends the job."""
     try:
         _wait(number, outcome, on_line, poll)
@@ -161,7 +164,9 @@ def _cancel(number: str | None, papers: Path, on_line: Callable[[str], None]) ->
         papers.unlink(missing_ok=True)
 
 
-def adopt(papers: Path, outcome: Path, recipe: str, on_line: Callable[[str], None], poll: float) -> None:
+def adopt(
+    papers: Path, outcome: Path, recipe: str, on_line: Callable[[str], None], poll: float
+) -> None:
     """Waits for another stage's job that a killed flow has left; ends it where it was for something else.
 
     Raises:
@@ -201,14 +206,18 @@ def _number(papers: Path, recipe: str | None) -> str | None:
     if recipe not in (None, noted["recipe"]):
         return None
     if "job" in noted:
-        if not _NUMBER.fullmatch(str(noted["job"])):  # scancel would take it for an option, or for all jobs
+        if not _NUMBER.fullmatch(
+            str(noted["job"])
+        ):  # scancel would take it for an option, or for all jobs
             raise ValueError(
                 f"{papers}: expected the number of a job, found {plain(noted['job'], 80)!r}; remove it"
             )
         number = str(noted["job"])
         code, out, _ = _call("squeue", "--noheader", "--format=%j", "--jobs", number)
         known = out.strip() if code == 0 else ""
-        return number if known in ("", noted["name"]) else None  # somebody else's, or of another cluster
+        return (
+            number if known in ("", noted["name"]) else None
+        )  # somebody else's, or of another cluster
     if not _NAME.fullmatch(noted["name"]):  # none that was given here
         return None
     code, out, error = _call("squeue", "--noheader", "--format=%i", "--name", noted["name"])
@@ -238,10 +247,14 @@ def _submit(job: Job, name: str) -> str:
         ) from error
     except subprocess.TimeoutExpired as error:
         raise ConnectionError("sbatch: no answer within two minutes") from error
-    if done.returncode and re.search("timed out|unable to contact|temporarily", done.stderr, re.IGNORECASE):
+    if done.returncode and re.search(
+        "timed out|unable to contact|temporarily", done.stderr, re.IGNORECASE
+    ):
         raise ConnectionError(f"sbatch: {' '.join(done.stderr.split())}")
     if done.returncode:
-        raise ValueError(f"launch.slurm.options: sbatch refused the job: {' '.join(done.stderr.split())}")
+        raise ValueError(
+            f"launch.slurm.options: sbatch refused the job: {' '.join(done.stderr.split())}"
+        )
     return done.stdout.strip().split(";")[0]
 
 
@@ -262,7 +275,9 @@ def _wait(number: str, outcome: Path, on_line: Callable[[str], None], poll: floa
     while True:
         try:
             state = _state(number)
-        except ConnectionError as error:  # a controller that restarts is no reason to give the job up
+        except (
+            ConnectionError
+        ) as error:  # a controller that restarts is no reason to give the job up
             on_line(str(error))
             state = before or "UNKNOWN"
         if state != before and state:
@@ -280,7 +295,12 @@ def _wait(number: str, outcome: Path, on_line: Callable[[str], None], poll: floa
 def _call(*command: str) -> tuple[int, str, str]:
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
         )
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
         return 1, "", str(error)

@@ -39,7 +39,9 @@ def _of_rank(outcome: Path, rank: str) -> Path:
 
 def outcomes(outcome: Path) -> list[Path]:
     """The outcome's file, and those of other ranks, as far as they are there."""
-    return [path for path in (outcome, *outcome.parent.glob(f"{outcome.stem}.*.json")) if path.is_file()]
+    return [
+        path for path in (outcome, *outcome.parent.glob(f"{outcome.stem}.*.json")) if path.is_file()
+    ]
 
 
 def clear(outcome: Path) -> None:
@@ -75,7 +77,9 @@ def main(arguments: list[str]) -> int:
         return 2 if failure["failure"]["kind"] == "mistake" else 1
     if result is not None:
         _say(f"{name}: {result.headline}")
-        write_json(path, {"result": {**masked_values(asdict(result)), "folder": str(result.folder)}})
+        write_json(
+            path, {"result": {**masked_values(asdict(result)), "folder": str(result.folder)}}
+        )
     return 0
 
 

@@ -1,8 +1,8 @@
 """Divergences between a teacher's and a student's distribution over the vocabulary, one number per token.
 
-p is the teacher's softmax(x / tau), q the student's ([P1] eq. 5). Those that soften by tau carry the factor
-tau squared, which keeps the scale of their gradient independent of tau. The caller masks tokens and takes
-means.
+p is the teacher's softmax(x / tau), q the student's ([P1] eq. 5). Those that soften by tau carry
+the factor tau squared, which keeps the scale of their gradient independent of tau. The caller masks
+tokens and takes means.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,9 @@ class Divergence:
             ValueError: an unknown name or a parameter out of range.
         """
         if self.name not in DIVERGENCES:
-            raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, found {self.name!r}")
+            raise ValueError(
+                f"divergence: expected one of {', '.join(DIVERGENCES)}, found {self.name!r}"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected a number above 0, found {self.temperature}")
         if not 0 < self.beta < 1:
@@ -74,7 +76,9 @@ def reverse_kl(teacher_TV: Tensor, student_TV: Tensor, temperature: float = 1.0)
     return (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(-1) * temperature**2
 
 
-def jsd(teacher_TV: Tensor, student_TV: Tensor, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+def jsd(
+    teacher_TV: Tensor, student_TV: Tensor, beta: float = 0.5, temperature: float = 1.0
+) -> Tensor:
     """Generalised Jensen-Shannon divergence x tau^2 (arXiv 2306.13649 eq. 1).
 
     beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
@@ -90,9 +94,12 @@ def jsd(teacher_TV: Tensor, student_TV: Tensor, beta: float = 0.5, temperature: 
 def topk_kl(teacher_TV: Tensor, student_TV: Tensor, top_k: int, temperature: float = 1.0) -> Tensor:
     """KL over the teacher's top k entries and one bucket with the mass of all others, x tau^2.
 
-    Without the bucket (renormalised inside the top k) moving mass to the tail would cost the student nothing.
+    Without the bucket (renormalised inside the top k) moving mass to the tail would cost the
+    student nothing.
     """
-    return sparse_divergence(known_entries(teacher_TV, "top_k", top_k, temperature), student_TV, temperature)
+    return sparse_divergence(
+        known_entries(teacher_TV, "top_k", top_k, temperature), student_TV, temperature
+    )
 
 
 def mse(teacher_TV: Tensor, student_TV: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Distillation losses ([P1] section 3), with the output projection fused in.
 
-The logits of 4096 tokens at a vocabulary of 256000 take 4.2 GB in float32, for each model, and as much again
-for their gradient. Because the loss is a scalar, its gradient with respect to the logits is known as soon as
-the logits are: it is turned into the gradients of hidden states and head chunk by chunk **in the forward
-pass**, so that one chunk of logits exists at a time and nothing is recomputed. Four matrix products a chunk,
-as many as the naive way.
+The logits of 4096 tokens at a vocabulary of 256000 take 4.2 GB in float32, for each model, and as
+much again for their gradient. Because the loss is a scalar, its gradient with respect to the logits
+is known as soon as the logits are: it is turned into the gradients of hidden states and head chunk
+by chunk **in the forward pass**, so that one chunk of logits exists at a time and nothing is
+recomputed. Four matrix products a chunk, as many as the naive way.
 """
 
 from collections.abc import Mapping
@@ -47,8 +47,8 @@ class LossTerms:
 
     Attributes:
         loss: scalar to differentiate.
-        divergence: mean divergence over valid tokens (nats, where it is one of distributions), detached; NaN
-            without a teacher, or where it has no weight.
+        divergence: mean divergence over valid tokens (nats, where it is one of distributions),
+            detached; NaN without a teacher, or where it has no weight.
         ce: mean cross-entropy over valid tokens (nats), detached.
         more: further terms by name, detached.
     """
@@ -65,7 +65,11 @@ class LossTerms:
 
 
 def cross_entropy(
-    model: Projection, labels_T: Tensor, *, shard: VocabularyShard | None = None, compiled: bool = False
+    model: Projection,
+    labels_T: Tensor,
+    *,
+    shard: VocabularyShard | None = None,
+    compiled: bool = False,
 ) -> LossTerms:
     """A model's cross-entropy with the labels, in nats; arguments as in ``fused_linear_loss``."""
     return fused_linear_loss(model, labels_T, CROSS_ENTROPY, shard=shard, compiled=compiled)
@@ -88,19 +92,22 @@ def fused_linear_loss(
         student: the student's last hidden states, [tokens, student hidden], and its head.
         labels_T: next-token ids, Tensor of shape [tokens]; negative where a token does not count.
         weights: the mix.
-        teacher: the teacher's, [tokens, teacher hidden]; or of each token what is known of it; or None.
+        teacher: the teacher's, [tokens, teacher hidden]; or of each token what is known of it; or
+            None.
         chunk_tokens: tokens per chunk; None: as ``chunk_rows`` says.
-        vocabulary: entries of both heads that count, where they are padded to different sizes; None: all.
-        shard: where ranks share the vocabulary, what this rank's rows of both heads stand for: the hidden
-            states, the labels and the terms are the same on all ranks. None: the heads are whole.
+        vocabulary: entries of both heads that count, where they are padded to different sizes;
+            None: all.
+        shard: where ranks share the vocabulary, what this rank's rows of both heads stand for: the
+            hidden states, the labels and the terms are the same on all ranks. None: the heads are
+            whole.
         compiled: see ``loss_terms.ByHand``; a shard's term is never compiled.
 
     Returns:
         The terms; ``loss`` carries gradients for the student's hidden states and head.
 
     Raises:
-        ValueError: the vocabularies differ, a divergence is asked for without a teacher, or one that a split
-            vocabulary does not have.
+        ValueError: the vocabularies differ, a divergence is asked for without a teacher, or one
+            that a split vocabulary does not have.
     """
     if teacher is None and weights.kl != 0:
         raise ValueError("a divergence needs a teacher")
@@ -110,13 +117,17 @@ def fused_linear_loss(
     if isinstance(teacher, Projection):
         teacher = teacher.counted(vocabulary).detached().as_autocast()
         if teacher.head_VH.shape[0] != entries:
-            raise ValueError(f"vocabulary: teacher has {teacher.head_VH.shape[0]} entries, student {entries}")
+            raise ValueError(
+                f"vocabulary: teacher has {teacher.head_VH.shape[0]} entries, student {entries}"
+            )
     valid_T = labels_T >= 0
     labels_T, student = labels_T[valid_T], student[valid_T]
     teacher = None if teacher is None or weights.kl == 0 else teacher[valid_T]
     most = entries if shard is None else shard.largest or entries
     chunk = chunk_tokens or chunk_rows(len(labels_T), most, device, term.buffers)
-    wants = torch.is_grad_enabled() and (student.hidden_TH.requires_grad or student.head_VH.requires_grad)
+    wants = torch.is_grad_enabled() and (
+        student.hidden_TH.requires_grad or student.head_VH.requires_grad
+    )
     sweep = _Sweep(labels_T, weights, teacher, student.softcap, term, chunk, wants, shard)
     with torch.autocast(device.type, enabled=False):
         loss, divergence, ce = _FusedLinearLoss.apply(student.hidden_TH, student.head_VH, sweep)
@@ -174,18 +185,27 @@ class _FusedLinearLoss(torch.autograd.Function):
         tokens, total = len(student_TH), student_TH.new_zeros(2, dtype=sum_dtype(student_TH.device))
         grad_TH = torch.zeros_like(student_TH, dtype=wide) if sweep.wants_gradient else None
         grad_VH = torch.zeros_like(head_VH, dtype=wide) if sweep.wants_gradient else None
-        # both models' logits have their place for all chunks: new memory would cost more than the arithmetic
+        # both models' logits have their place for all chunks: new memory would cost more than the
+        # arithmetic
         shape = (min(sweep.chunk, tokens), head_VH.shape[0])
         student_place = student_TH.new_empty(shape, dtype=wide)
-        teacher_place = torch.empty_like(student_place) if isinstance(sweep.teacher, Projection) else None
+        teacher_place = (
+            torch.empty_like(student_place) if isinstance(sweep.teacher, Projection) else None
+        )
         for start in range(0, tokens, sweep.chunk):
             part = slice(start, start + sweep.chunk)
             student_CV = student[part].logits(student_place)
             taught_C = None if sweep.teacher is None else sweep.teacher[part]
-            teacher_CV = taught_C.logits(teacher_place) if isinstance(taught_C, Projection) else taught_C
+            teacher_CV = (
+                taught_C.logits(teacher_place) if isinstance(taught_C, Projection) else taught_C
+            )
             # before the term overwrites the logits
-            slope_CV = None if student.softcap is None else softcap_slope(student_CV, student.softcap)
-            sums, grad_CV = sweep.term(student_CV, teacher_CV, sweep.labels_T[part], sweep.wants_gradient)
+            slope_CV = (
+                None if student.softcap is None else softcap_slope(student_CV, student.softcap)
+            )
+            sums, grad_CV = sweep.term(
+                student_CV, teacher_CV, sweep.labels_T[part], sweep.wants_gradient
+            )
             total += sums
             if grad_CV is not None and grad_TH is not None:
                 grad_CV = grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
@@ -206,7 +226,8 @@ class _FusedLinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients [tokens, hidden] and [vocabulary, hidden], scaled by that of the loss."""
         grad_TH, grad_VH = ctx.saved_tensors
-        # the mean is taken here, in float32 and together with the scale that float16 training puts on the
-        # loss: divided by the number of tokens before, most of its gradients would round to zero
+        # the mean is taken here, in float32 and together with the scale that float16 training puts
+        # on the loss: divided by the number of tokens before, most of its gradients would round to
+        # zero
         scale = grad_loss.to(grad_TH.dtype) / ctx.tokens
         return scaled(grad_TH, scale, ctx.dtypes[0]), scaled(grad_VH, scale, ctx.dtypes[1]), None

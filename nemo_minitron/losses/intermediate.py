@@ -1,8 +1,8 @@
 """Losses between what lies inside teacher and student ([P1] section 3.2), one number per token.
 
-L_is = L_emb + L_o + L_i + L_att: embedding output, output of a layer, input of its MLP, and the relations
-between queries, keys and values. A linear layer that is shared by the first three lifts the student's width
-to the teacher's; relations need none, they have no width.
+L_is = L_emb + L_o + L_i + L_att: embedding output, output of a layer, input of its MLP, and the
+relations between queries, keys and values. A linear layer that is shared by the first three lifts
+the student's width to the teacher's; relations need none, they have no width.
 """
 
 from dataclasses import dataclass
@@ -44,9 +44,13 @@ class IntermediateWeights:
         """
         unknown = [term for term in self.terms if term not in TERMS]
         if unknown or not self.terms:
-            raise ValueError(f"terms: expected some of {', '.join(TERMS)}, found {unknown or self.terms}")
+            raise ValueError(
+                f"terms: expected some of {', '.join(TERMS)}, found {unknown or self.terms}"
+            )
         if self.distance not in DISTANCES:
-            raise ValueError(f"distance: expected one of {', '.join(DISTANCES)}, found {self.distance!r}")
+            raise ValueError(
+                f"distance: expected one of {', '.join(DISTANCES)}, found {self.distance!r}"
+            )
         if not self.layers:
             raise ValueError("layers: expected teacher:student pairs, found none")
         if self.alpha is not None and self.alpha < 0:
@@ -57,11 +61,11 @@ def state_distance(teacher_TG: Tensor, student_TG: Tensor, distance: str = "cosi
     """Distance between hidden states.
 
     Args:
-        teacher_TG: the teacher's, Tensor of shape [tokens, hidden]; ``student_TG``: the student's, lifted to
-            the same width.
+        teacher_TG: the teacher's, Tensor of shape [tokens, hidden]; ``student_TG``: the student's,
+            lifted to the same width.
         student_TG: see there; gradients flow to it.
-        distance: ``cosine``, 1 - cos(teacher, student); ``mse``, the mean over channels of the squared
-            difference.
+        distance: ``cosine``, 1 - cos(teacher, student); ``mse``, the mean over channels of the
+            squared difference.
 
     Returns:
         Tensor of shape [tokens], float32 (float64 for float64 states).
@@ -75,10 +79,11 @@ def state_distance(teacher_TG: Tensor, student_TG: Tensor, distance: str = "cosi
 def relation_divergence(teacher_BSU: Tensor, student_BSU: Tensor, relation_heads: int) -> Tensor:
     """Divergence between the relations of queries with queries (or keys, or values) (MiniLMv2, eq. 4 to 6).
 
-    The channels of all heads are split anew into R relation heads of d channels; the relation of a position
-    is softmax(x x^T / sqrt(d)) over the positions up to it, for a decoder's token sees no later one. The
-    result is KL(teacher, student), the mean over relation heads. Teacher and student may have other widths
-    and other numbers of heads. One sample's relations exist at a time, in the backward pass too.
+    The channels of all heads are split anew into R relation heads of d channels; the relation of a
+    position is softmax(x x^T / sqrt(d)) over the positions up to it, for a decoder's token sees no
+    later one. The result is KL(teacher, student), the mean over relation heads. Teacher and student
+    may have other widths and other numbers of heads. One sample's relations exist at a time, in the
+    backward pass too.
 
     Args:
         teacher_BSU: Tensor of shape [samples, positions, teacher channels].
@@ -98,7 +103,10 @@ def relation_divergence(teacher_BSU: Tensor, student_BSU: Tensor, relation_heads
                 "of queries, keys or values"
             )
     pairs = zip(wide(teacher_BSU), wide(student_BSU), strict=True)
-    rows = [checkpoint(_relations, t_SU, s_SU, relation_heads, use_reentrant=False) for t_SU, s_SU in pairs]
+    rows = [
+        checkpoint(_relations, t_SU, s_SU, relation_heads, use_reentrant=False)
+        for t_SU, s_SU in pairs
+    ]
     return torch.stack(rows)
 
 
@@ -124,7 +132,8 @@ def balance(logits_loss: Tensor, intermediate: Tensor) -> Tensor:
     It depends on the step alone: a resumed training needs no memory of it.
 
     Args:
-        logits_loss: the loss on logits (and labels), scalar; where there are several ranks, their mean.
+        logits_loss: the loss on logits (and labels), scalar; where there are several ranks, their
+            mean.
         intermediate: L_is, scalar; likewise.
     """
     # where the states agree to four digits already, their weight grows no more

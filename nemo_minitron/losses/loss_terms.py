@@ -1,7 +1,8 @@
 """Divergence and cross-entropy of one chunk of logits, and the gradient of their mix by the student's.
 
-A term is what the chunk loop of ``fused_linear_loss`` calls: ``ByHand`` for forward KL, ``ByAutograd`` for
-any other divergence, ``vocabulary_parallel.Sharded`` for forward KL where ranks share the vocabulary.
+A term is what the chunk loop of ``fused_linear_loss`` calls: ``ByHand`` for forward KL,
+``ByAutograd`` for any other divergence, ``vocabulary_parallel.Sharded`` for forward KL where ranks
+share the vocabulary.
 """
 
 import functools
@@ -37,10 +38,10 @@ class ChunkTerms(NamedTuple):
     """What a term finds in one chunk.
 
     Attributes:
-        sums: of divergence (nats, where it is one of distributions) and cross-entropy (nats) over the
-            chunk's tokens, Tensor of shape [2].
-        grad_CV: gradient of kl x divergence + ce x cross-entropy, summed over the tokens, by the student's
-            logits; None where it was not wanted.
+        sums: of divergence (nats, where it is one of distributions) and cross-entropy (nats) over
+            the chunk's tokens, Tensor of shape [2].
+        grad_CV: gradient of kl x divergence + ce x cross-entropy, summed over the tokens, by the
+            student's logits; None where it was not wanted.
     """
 
     sums: Tensor
@@ -66,7 +67,8 @@ class Term(Protocol):
 
         Args:
             student_CV: logits, Tensor of shape [tokens of the chunk, vocabulary].
-            teacher_CV: the teacher's, same shape, or what is known of them; None: cross-entropy only.
+            teacher_CV: the teacher's, same shape, or what is known of them; None: cross-entropy
+                only.
             labels_C: next-token ids, Tensor of shape [tokens of the chunk].
             wants_gradient: whether the gradient is made.
         """
@@ -78,7 +80,8 @@ class ByHand:
 
     Attributes:
         weights: the mix; its divergence is forward KL, where there is a teacher.
-        compiled: torch.compile makes kernels of it (Triton on a GPU): the same numbers but for rounding.
+        compiled: torch.compile makes kernels of it (Triton on a GPU): the same numbers but for
+            rounding.
     """
 
     weights: LossWeights
@@ -168,11 +171,16 @@ def _block_terms_(
     """Sums of forward KL and cross-entropy, Tensor of shape [2]; the student's logits become the gradient.
 
     With x and y the logits over the temperature t, less their maxima, p = e^y / P and q = e^x / Q:
-    KL = sum p (y - x) - log P + log Q, and the gradient of t^2 KL by the student's logits is t (q - p)
-    (arXiv 1503.02531 eq. 2). Values and gradients are checked against autograd of the textbook formula in
+    KL = sum p (y - x) - log P + log Q, and the gradient of t^2 KL by the student's logits is t (q -
+    p) (arXiv 1503.02531 eq. 2). Values and gradients are checked against autograd of the textbook
+    formula in
     float64: tests/losses/test_fused_linear_loss.py, ``test_values_and_gradients``.
     """
-    tau, column, wide = weights.divergence.temperature, labels_N[:, None], sum_dtype(student_NV.device)
+    tau, column, wide = (
+        weights.divergence.temperature,
+        labels_N[:, None],
+        sum_dtype(student_NV.device),
+    )
     student_NV -= student_NV.amax(-1, keepdim=True)
     picked_N1 = student_NV.gather(1, column)
     if teacher_NV is None:

@@ -15,7 +15,8 @@ class Projection:
     Attributes:
         hidden_TH: what the head gets, Tensor of shape [tokens, hidden].
         head_VH: its weight, Tensor of shape [vocabulary, hidden].
-        softcap: c of logits x that are c tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2); None: no cap.
+        softcap: c of logits x that are c tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2); None:
+            no cap.
     """
 
     hidden_TH: Tensor

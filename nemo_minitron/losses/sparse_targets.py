@@ -18,9 +18,9 @@ class SparseTargets:
 
     Attributes:
         ids_TK: vocabulary entries, Tensor of shape [tokens, entries], int64.
-        log_p_TK: their log-probabilities at the temperature of the divergence, float32 (float64 of float64
-            logits): the teacher's largest entries, each once. None: entries drawn from the teacher's
-            distribution, some of them more than once, each of which stands for 1/K.
+        log_p_TK: their log-probabilities at the temperature of the divergence, float32 (float64 of
+            float64 logits): the teacher's largest entries, each once. None: entries drawn from the
+            teacher's distribution, some of them more than once, each of which stands for 1/K.
         log_tail_T: with them, the logarithm of the mass of all others, Tensor of shape [tokens].
     """
 
@@ -31,20 +31,27 @@ class SparseTargets:
     def __getitem__(self, index: slice | Tensor) -> "SparseTargets":
         """Those of some tokens."""
         parts = (self.log_p_TK, self.log_tail_T)
-        return SparseTargets(self.ids_TK[index], *(None if part is None else part[index] for part in parts))
+        return SparseTargets(
+            self.ids_TK[index], *(None if part is None else part[index] for part in parts)
+        )
 
     def to(self, device: torch.device) -> "SparseTargets":
         """The same on a device."""
         parts = (self.log_p_TK, self.log_tail_T)
-        return SparseTargets(self.ids_TK.to(device), *(None if p is None else p.to(device) for p in parts))
+        return SparseTargets(
+            self.ids_TK.to(device), *(None if p is None else p.to(device) for p in parts)
+        )
 
 
-def sparse_divergence(targets: SparseTargets, student_TV: Tensor, temperature: float = 1.0) -> Tensor:
+def sparse_divergence(
+    targets: SparseTargets, student_TV: Tensor, temperature: float = 1.0
+) -> Tensor:
     """Divergence of the student from what is known of the teacher, x tau^2.
 
-    Of the largest entries: KL over them and one bucket with the mass of all others, as in ``topk_kl``. Of
-    samples (arXiv 2503.16870): their mean negative log-likelihood, whose expectation is the cross-entropy of
-    teacher and student, that is KL(p || q) + H(p): the gradient is an unbiased estimate of KL's.
+    Of the largest entries: KL over them and one bucket with the mass of all others, as in
+    ``topk_kl``. Of samples (arXiv 2503.16870): their mean negative log-likelihood, whose
+    expectation is the cross-entropy of teacher and student, that is KL(p || q) + H(p): the gradient
+    is an unbiased estimate of KL's.
 
     Args:
         targets: what is known.
@@ -92,4 +99,6 @@ def known_entries(
         tail_T = torch.logsumexp(log_p_TV + hidden_TV, -1)
         # finite where nothing is left: the product of mass and logarithm is then 0
         return SparseTargets(ids_TK, log_p_TK, tail_T.clamp_min(_NOTHING))
-    return SparseTargets(torch.multinomial(log_p_TV.exp(), entries, replacement=True, generator=generator))
+    return SparseTargets(
+        torch.multinomial(log_p_TV.exp(), entries, replacement=True, generator=generator)
+    )

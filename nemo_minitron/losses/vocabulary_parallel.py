@@ -1,7 +1,7 @@
 """Forward KL and cross-entropy where ranks share the vocabulary: each has some rows of both heads.
 
-A rank makes the logits of its rows only. What is exchanged: per chunk of tokens the normalisers and the
-terms, and at the end the gradient of the hidden states.
+A rank makes the logits of its rows only. What is exchanged: per chunk of tokens the normalisers and
+the terms, and at the end the gradient of the hidden states.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ class VocabularyShard:
     Attributes:
         first: the entry that the rank's first row stands for.
         reduce: sums and maxima over the ranks.
-        largest: rows of the rank that holds most of them; None: all hold as many. All ranks must take
-            the same chunks of tokens, or their reductions do not meet.
+        largest: rows of the rank that holds most of them; None: all hold as many. All ranks must
+            take the same chunks of tokens, or their reductions do not meet.
     """
 
     first: int
@@ -60,7 +60,9 @@ class Sharded:
             ValueError: another divergence than forward KL.
         """
         if self.weights.divergence.name != "forward_kl":
-            raise ValueError(f"a split vocabulary: expected forward_kl, found {self.weights.divergence.name}")
+            raise ValueError(
+                f"a split vocabulary: expected forward_kl, found {self.weights.divergence.name}"
+            )
 
     def __call__(
         self,
@@ -71,9 +73,10 @@ class Sharded:
     ) -> ChunkTerms:
         """Sums over all ranks' entries, and the gradient by this rank's logits.
 
-        The gradient of ce x cross-entropy is ce (q - label), that of kl x t^2 KL is kl t (q - p), both by
-        logits, at their temperatures 1 and t. Values and gradients are checked against the whole vocabulary:
-        tests/losses/test_vocabulary_parallel.py, ``test_ranks_together_have_the_loss_and_gradients_of_one``.
+        The gradient of ce x cross-entropy is ce (q - label), that of kl x t^2 KL is kl t (q - p),
+        both by logits, at their temperatures 1 and t. Values and gradients are checked against the
+        whole vocabulary: tests/losses/test_vocabulary_parallel.py,
+        ``test_ranks_together_have_the_loss_and_gradients_of_one``.
         """
         assert not isinstance(teacher_CW, SparseTargets)
         tau, rows = self.weights.divergence.temperature, student_CW.shape[1]

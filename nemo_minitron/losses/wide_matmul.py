@@ -1,9 +1,10 @@
 """Matrix products of low-precision operands whose result and sums stay in float32.
 
-A product of bfloat16 matrices comes out rounded to 8 bits, and a loss made of such logits has gradients that
-are wrong by a hundredth. The hardware could do better: it adds up in float32 and rounds at the end. CUDA
-leaves the rounding out where ``out_dtype`` asks for it. The CPU's float32 product may take its operands as
-bfloat16 (``torch.backends.mkldnn.matmul.fp32_precision``), which changes nothing in operands that were
+A product of bfloat16 matrices comes out rounded to 8 bits, and a loss made of such logits has
+gradients that are wrong by a hundredth. The hardware could do better: it adds up in float32 and
+rounds at the end. CUDA leaves the rounding out where ``out_dtype`` asks for it. The CPU's float32
+product may take its operands as bfloat16 (``torch.backends.mkldnn.matmul.fp32_precision``), which
+changes nothing in operands that were
 bfloat16: it runs at bfloat16's speed and yields float32.
 """
 

@@ -15,8 +15,8 @@ Place = tuple[str, int, int]
 class Captures:
     """What the last forward pass of a model left at some places, with its autograd graph.
 
-    Hidden states are those behind a norm, as in [P1] section 3.2: a layer's output is what the next layer's
-    first norm makes of it. The embedding's output is taken as it is.
+    Hidden states are those behind a norm, as in [P1] section 3.2: a layer's output is what the next
+    layer's first norm makes of it. The embedding's output is taken as it is.
 
     Attributes:
         states: what was captured: Tensor of shape [samples, positions, channels] per place.
@@ -47,7 +47,8 @@ class Captures:
         self._family = family
         self._sizes = axis_sizes(family, config)
         self._attention = present_axes(family, config).get("heads", [])
-        # activation checkpointing runs layers a second time, in the backward pass: not to be captured
+        # activation checkpointing runs layers a second time, in the backward pass: not to be
+        # captured
         model.get_submodule(family.modules["decoder"]).register_forward_pre_hook(self._arm)
         for term in terms:
             for layer in [0] if term == "embedding" else layers:
@@ -76,35 +77,48 @@ class Captures:
         taps, index = self._family.taps, self._family.axes["layers"].index or ""
         if term == "attention":
             self._hook_attention(model, layer)
-        elif term == "hidden" and layer == self._sizes["layers"] - 1:  # the final norm ends the decoder
+        elif (
+            term == "hidden" and layer == self._sizes["layers"] - 1
+        ):  # the final norm ends the decoder
             self._keep(model, Tap("output", self._family.modules["decoder"]), (term, layer, 0))
         else:
             first, last = taps["hidden"][0], taps["hidden"][-1]
             entry = next(tap for tap in taps["layers"] if tap.side == "input")
-            tap, at = {"embedding": (entry, 0), "hidden": (first, layer + 1), "mlp_input": (last, layer)}[
-                term
-            ]
+            tap, at = {
+                "embedding": (entry, 0),
+                "hidden": (first, layer + 1),
+                "mlp_input": (last, layer),
+            }[term]
             self._keep(model, Tap(tap.side, fill(tap.module, {index: at})), (term, layer, 0))
 
     def _hook_attention(self, model: nn.Module, layer: int) -> None:
         """Outputs of the projections to queries, keys and values, in the table's order."""
         if layer not in self._attention:
-            raise ValueError(f"layers: layer {layer} has no attention, whose relations could be compared")
+            raise ValueError(
+                f"layers: layer {layer} has no attention, whose relations could be compared"
+            )
         index = self._family.axes["layers"].index or ""
         entry = next(tap.module for tap in self._family.taps["layers"] if tap.side == "input")
         number = 0
         for row in self._family.rows:
             _, inside, name = row.pattern.partition(f".{{{index}}}.")
             products = row.dims[0] if len(row.dims) == 2 and row.dims[1] == (("hidden",),) else ()
-            if not inside or not products or not all({"heads", "kv_heads"} & set(p) for p in products):
+            if (
+                not inside
+                or not products
+                or not all({"heads", "kv_heads"} & set(p) for p in products)
+            ):
                 continue
-            # names in memory, which are other ones than on disk for some: the tap knows where a layer lies
+            # names in memory, which are other ones than on disk for some: the tap knows where a
+            # layer lies
             module = f"{fill(entry, {index: layer})}.{name.removesuffix('.weight')}"
             widths = [dim_size((product,), self._sizes) for product in products]
             self._keep(model, Tap("output", module), ("attention", layer, number), widths)
             number += len(widths)
 
-    def _keep(self, model: nn.Module, tap: Tap, place: Place, widths: list[int] | None = None) -> None:
+    def _keep(
+        self, model: nn.Module, tap: Tap, place: Place, widths: list[int] | None = None
+    ) -> None:
         term, layer, number = place
 
         def note(x_BSU: Tensor) -> None:
@@ -116,7 +130,8 @@ class Captures:
         module = model.get_submodule(tap.module)
         if tap.side == "input":
             module.register_forward_pre_hook(
-                lambda _, args, kwargs: note(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+                lambda _, args, kwargs: note(args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
             )
         else:  # a tuple, or a decoder's ModelOutput, begins with the hidden states
             module.register_forward_hook(

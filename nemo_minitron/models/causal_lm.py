@@ -15,7 +15,11 @@ import transformers
 from torch import Tensor, nn
 
 from nemo_minitron.checkpoints.hf_config import both_spellings, read_config
-from nemo_minitron.checkpoints.unsupported_weights import check_config, check_folder, implementations
+from nemo_minitron.checkpoints.unsupported_weights import (
+    check_config,
+    check_folder,
+    implementations,
+)
 from nemo_minitron.families import Family, family_of
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.security.links import refuse_links
@@ -47,16 +51,20 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r}: not available here ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"device {name!r}: not available here ({str(error).splitlines()[0]})"
+        ) from error
     return device
 
 
-def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: torch.device | None = None) -> Any:
+def load_model(
+    folder: Path, dtype: torch.dtype | str = "auto", device: torch.device | None = None
+) -> Any:
     """Loads a causal LM for reading: evaluation mode, no gradients wanted, every weight accounted for.
 
     Raises:
-        ValueError: weights are missing, unexpected or of another shape; or the folder asks for what is not
-            loaded from a model (``checkpoints/unsupported_weights.py``).
+        ValueError: weights are missing, unexpected or of another shape; or the folder asks for what
+            is not loaded from a model (``checkpoints/unsupported_weights.py``).
     """
     check_folder(folder)
     refuse_links(folder)
@@ -64,7 +72,8 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: torch.de
     check_config(folder, config)
     for key, choice in implementations(config):
         if choice.startswith("flash_attention") and not any(map(find_spec, _FLASH)):
-            # transformers would fetch a kernel from the hub in its place, where the package kernels is
+            # transformers would fetch a kernel from the hub in its place, where the package kernels
+            # is
             raise ValueError(
                 f"{folder / 'config.json'}: {key}={choice!r}, and flash-attn is not installed here; install "
                 "it, or remove the key"
@@ -73,11 +82,13 @@ def load_model(folder: Path, dtype: torch.dtype | str = "auto", device: torch.de
         folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
     )
     wrong = {
-        kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        kind: sorted(map(str, info[kind]))
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
     if any(wrong.values()):
         raise ValueError(
-            f"{folder}: does not load strictly: " + "; ".join(f"{k}: {v[:3]}" for k, v in wrong.items() if v)
+            f"{folder}: does not load strictly: "
+            + "; ".join(f"{k}: {v[:3]}" for k, v in wrong.items() if v)
         )
     return model.to(device or torch.device("cpu")).eval()
 
@@ -86,7 +97,8 @@ def load_layers(folder: Path, family: Family, tensors: Mapping[str, Tensor]) -> 
     """A causal LM made of tensors in memory, which it takes over without a copy.
 
     Args:
-        folder: holds the model's config.json; a cut model's, where tensors of some layers only are given.
+        folder: holds the model's config.json; a cut model's, where tensors of some layers only are
+            given.
         family: its table.
         tensors: names on disk to weights.
     """
@@ -101,7 +113,8 @@ def load_layers(folder: Path, family: Family, tensors: Mapping[str, Tensor]) -> 
 def new_model(config: Mapping[str, Any], seed: int) -> Any:
     """A causal LM with random weights.
 
-    Norms whose stored weight is an offset from one (LayerNorm1P) start at zero, so that their gain is one.
+    Norms whose stored weight is an offset from one (LayerNorm1P) start at zero, so that their gain
+    is one.
 
     Args:
         config: a config.json, ``model_type`` included.
@@ -115,7 +128,8 @@ def new_model(config: Mapping[str, Any], seed: int) -> Any:
     try:
         entries = {key: value for key, value in config.items() if key != "model_type"}
         model = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(config["model_type"], **entries), trust_remote_code=False
+            transformers.AutoConfig.for_model(config["model_type"], **entries),
+            trust_remote_code=False,
         ).float()
     except Exception as error:  # transformers raises whatever its validators raise
         raise ValueError(f"pretrain.model: transformers refuses this config: {error}") from error
@@ -168,8 +182,8 @@ def head_of(model: Any) -> Tensor:
 def hidden_states(model: Any, family: Family, tokens_BS: Tensor, **more: Any) -> Tensor:
     """Input of the output projection: last hidden states, after the final norm.
 
-    Divided where the family divides its logits. [batch, positions] token ids to [batch, positions, hidden];
-    ``more`` are further arguments of the decoder.
+    Divided where the family divides its logits. [batch, positions] token ids to [batch, positions,
+    hidden]; ``more`` are further arguments of the decoder.
     """
     arguments = {"input_ids": tokens_BS, "use_cache": False, **more}
     decode = getattr(model, ENTRY, None) or decoder_of(model, family)
@@ -209,7 +223,9 @@ def save_model(
     """
     model.save_pretrained(folder, max_shard_size=shard_size, state_dict=weights)
     dtype = read_config(folder)["dtype"]
-    write_json(folder / "config.json", both_spellings({**config, "dtype": dtype, "torch_dtype": dtype}))
+    write_json(
+        folder / "config.json", both_spellings({**config, "dtype": dtype, "torch_dtype": dtype})
+    )
 
 
 def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
@@ -220,8 +236,8 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
         vocabulary: size of the model's vocabulary; None: from the config.json in the same folder.
 
     Raises:
-        ValueError: there is none, it does not load, or it has ids beyond the model's vocabulary; or a file
-            is a link that leads out of the folder.
+        ValueError: there is none, it does not load, or it has ids beyond the model's vocabulary; or
+            a file is a link that leads out of the folder.
     """
     vocabulary = vocabulary or read_config(folder)["vocab_size"]
     refuse_links(folder)
@@ -248,7 +264,8 @@ def frozen(model: Any) -> Iterator[Any]:
     was_training = model.training
     model.eval()
     try:
-        # FSDP2 keeps what it gathers, and a tensor made under inference mode could not be used again
+        # FSDP2 keeps what it gathers, and a tensor made under inference mode could not be used
+        # again
         with torch.no_grad() if hasattr(model, ENTRY) else torch.inference_mode():
             yield model
     finally:

@@ -41,9 +41,11 @@ def _reclaimable(stat: Path) -> int:
 
 def _own_limits() -> int:
     taken = psutil.Process().memory_info()
-    # RLIMIT_DATA does not count the stack, which psutil's data (Linux only) holds: some 100 kB too careful
+    # RLIMIT_DATA does not count the stack, which psutil's data (Linux only) holds: some 100 kB too
+    # careful
     used = {resource.RLIMIT_AS: taken.vms, resource.RLIMIT_DATA: getattr(taken, "data", 0)}
     limits = {kind: resource.getrlimit(kind)[0] for kind in used}
     return min(
-        (limits[kind] - used[kind] for kind in used if limits[kind] != resource.RLIM_INFINITY), default=2**62
+        (limits[kind] - used[kind] for kind in used if limits[kind] != resource.RLIM_INFINITY),
+        default=2**62,
     )

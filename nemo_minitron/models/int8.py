@@ -17,8 +17,9 @@ from nemo_minitron.models.causal_lm import layers_of, load_model
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 with one scale per output channel.
 
-    w = s q with s = max |w| / 127 over a row. The product runs on q in the input's dtype (bfloat16 holds
-    every whole number up to 256) and is scaled afterwards, so that only the int8 weight lies in memory.
+    w = s q with s = max |w| / 127 over a row. The product runs on q in the input's dtype (bfloat16
+    holds every whole number up to 256) and is scaled afterwards, so that only the int8 weight lies
+    in memory.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -32,7 +33,9 @@ class Int8Linear(nn.Module):
         scale_O = weight_OI.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         self.register_buffer("quantised_OI", (weight_OI / scale_O[:, None]).round().to(torch.int8))
         self.register_buffer("scale_O", scale_O)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        self.bias = (
+            None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+        )
         self._dtype = linear.weight.dtype
 
     @property
@@ -45,7 +48,9 @@ class Int8Linear(nn.Module):
         if x.dtype == torch.float16:  # whose range sums of whole numbers leave
             product = nn.functional.linear(x, self.weight.to(x.dtype))
         else:
-            product = nn.functional.linear(x, self.quantised_OI.to(x.dtype)) * self.scale_O.to(x.dtype)
+            product = nn.functional.linear(x, self.quantised_OI.to(x.dtype)) * self.scale_O.to(
+                x.dtype
+            )
         return product if self.bias is None else product + self.bias.to(x.dtype)
 
 
@@ -54,7 +59,8 @@ def load_teacher(folder: Path, dtype: str | None, device: torch.device | None = 
 
     Args:
         folder: model folder.
-        dtype: of its weights: a name of torch's, or ``int8`` (see ``Int8Linear``); None: as they are stored.
+        dtype: of its weights: a name of torch's, or ``int8`` (see ``Int8Linear``); None: as they
+            are stored.
         device: where it goes; None: the CPU.
 
     Raises:

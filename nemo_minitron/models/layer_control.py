@@ -1,7 +1,7 @@
 """torch hooks: skips layers of a decoder, or feeds them by hand; works for every family.
 
-Nothing of the decoder's own code is repeated: embeddings, masks, position embeddings and the final norm are
-its own, each layer gets the arguments that it would get.
+Nothing of the decoder's own code is repeated: embeddings, masks, position embeddings and the final
+norm are its own, each layer gets the arguments that it would get.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,7 +39,9 @@ class LayerControl:
         """Active during the block; attach it before hooks that read the layers' inputs."""
         handles = []
         for layer, module in enumerate(self._modules):
-            handles.append(module.register_forward_pre_hook(partial(self._before, layer), with_kwargs=True))
+            handles.append(
+                module.register_forward_pre_hook(partial(self._before, layer), with_kwargs=True)
+            )
             module.forward = partial(self._forward, layer, module.forward)
         try:
             yield self
@@ -50,10 +52,14 @@ class LayerControl:
             self.inputs = [None] * len(self._modules)
             self.output = None
 
-    def _before(self, layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(
+        self, layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if layer in self.inject:
             fed = self.inject[layer]
-            args, kwargs = ((fed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": fed})
+            args, kwargs = (
+                ((fed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": fed})
+            )
         if self.catch:
             self.inputs[layer] = args[0] if args else kwargs["hidden_states"]
         return args, kwargs

@@ -1,7 +1,7 @@
 """transformers: computes routed experts one by one, and shows what each did.
 
-In memory the experts of a layer are one module whose forward pass multiplies all of them at once. While they
-are watched, the module does the same expert by expert, and shows each one's activations.
+In memory the experts of a layer are one module whose forward pass multiplies all of them at once.
+While they are watched, the module does the same expert by expert, and shows each one's activations.
 
 Shape suffixes: T tokens, K experts per token, H hidden channels, U neurons of an expert.
 """
@@ -66,7 +66,9 @@ def _forward(
     gated = hasattr(module, "gate_up_proj")
     first, second = "gate_up_proj" if gated else "up_proj", "down_proj"
     experts = getattr(module, second).shape[0]
-    out_TH = torch.zeros_like(hidden_TH, dtype=torch.promote_types(hidden_TH.dtype, weight_TK.dtype))
+    out_TH = torch.zeros_like(
+        hidden_TH, dtype=torch.promote_types(hidden_TH.dtype, weight_TK.dtype)
+    )
     for expert in range(experts):
         token_T, place_T = torch.where(index_TK == expert)
         inner_TU = _linear(module, first, expert, hidden_TH[token_T])

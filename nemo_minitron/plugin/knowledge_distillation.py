@@ -37,11 +37,12 @@ class KnowledgeDistillation(Callback):
         family: the teacher's family.
         weights: the mix of the losses.
         chunk_tokens: tokens whose logits exist at a time, or None.
-        vocabulary: entries that count, where the models' vocabularies are padded to different sizes; None:
-            all.
+        vocabulary: entries that count, where the models' vocabularies are padded to different
+            sizes; None: all.
         intermediate: losses on hidden states besides; None: none.
         kept_H: see ``IntermediateLoss``.
-        place: where the teacher runs: the student's ``device``, ``shard`` (split over ranks), or ``cpu``.
+        place: where the teacher runs: the student's ``device``, ``shard`` (split over ranks), or
+            ``cpu``.
         teacher_loss: its cross-entropy on the validation samples, once it has been measured.
     """
 
@@ -178,16 +179,24 @@ class KnowledgeDistillation(Callback):
     def _teacher_on(self, tokens_BS: Tensor, device: torch.device) -> Projection:
         """The teacher's hidden states [batch x positions, hidden] and head, where the loss is."""
         at = next(self.teacher.parameters()).device
-        with torch.no_grad(), frozen(self.teacher), self._products() if at.type != "cpu" else nullcontext():
+        with (
+            torch.no_grad(),
+            frozen(self.teacher),
+            self._products() if at.type != "cpu" else nullcontext(),
+        ):
             hidden_TG = hidden_states(self.teacher, self.family, tokens_BS.to(at)).flatten(0, 1)
-        return Projection(hidden_TG.to(device), self._head(device), softcap_of(self.teacher, self.family))
+        return Projection(
+            hidden_TG.to(device), self._head(device), softcap_of(self.teacher, self.family)
+        )
 
     def _alpha(self, logits_loss: Tensor, inside: Tensor) -> Tensor:
         """The weight of the intermediate losses, the same on all ranks."""
         assert self.intermediate is not None and self._strategy is not None
         if self.intermediate.alpha is not None:
             return torch.full_like(inside, self.intermediate.alpha)
-        means = self._strategy.reduce(torch.stack([logits_loss.float(), inside.float()]), reduce_op="mean")
+        means = self._strategy.reduce(
+            torch.stack([logits_loss.float(), inside.float()]), reduce_op="mean"
+        )
         return balance(means[0], means[1])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -64,8 +64,8 @@ def snapshots(folder: Path) -> list[int]:
 class LiveTeacher(Callback):
     """Puts the newest published weights into the teacher, between two steps.
 
-    What was taken over at which step is written down before it is done, and the files are kept, so that a
-    training that was killed learns from the same teachers again.
+    What was taken over at which step is written down before it is done, and the files are kept, so
+    that a training that was killed learns from the same teachers again.
 
     Attributes:
         folder: what ``Publishing`` writes.
@@ -75,7 +75,11 @@ class LiveTeacher(Callback):
     """
 
     def __init__(
-        self, folder: Path, state: Path, distillation: KnowledgeDistillation, load: Callable[[Path], Any]
+        self,
+        folder: Path,
+        state: Path,
+        distillation: KnowledgeDistillation,
+        load: Callable[[Path], Any],
     ) -> None:
         self.folder, self.state, self.distillation, self.load = folder, state, distillation, load
         self._taken: list[dict[str, int]] = []

@@ -58,11 +58,13 @@ class MinitronModel(ModelPT):
     The model's ``cfg`` holds:
 
     * ``hf_config``: the model's config.json;
-    * ``files``: tokenizer, generation config, card and licence files, carried inside ``.nemo`` archives;
+    * ``files``: tokenizer, generation config, card and licence files, carried inside ``.nemo``
+    archives;
     * ``dtypes``: optional, dtypes to the names of parameters that are stored in them;
     * ``optim``: a NeMo optimiser and scheduler;
     * ``train_ds``, ``validation_ds``: optional, ``paths``, ``exclude``, ``format``, ``text_key``,
-      ``sequence_length``, ``samples``, ``seed``, ``batch_size`` and ``tokenizer`` (a model's folder).
+      ``sequence_length``, ``samples``, ``seed``, ``batch_size`` and ``tokenizer`` (a model's
+      folder).
 
     It minimises cross-entropy; the ``KnowledgeDistillation`` callback replaces ``objective``.
 
@@ -114,7 +116,8 @@ class MinitronModel(ModelPT):
         Args:
             folder: model folder, tokenizer beside it.
             optim: NeMo optimiser and scheduler.
-            dtype: dtype of the trained weights; ``auto``: as they are stored, which an archive keeps.
+            dtype: dtype of the trained weights; ``auto``: as they are stored, which an archive
+                keeps.
             **rest: ``trainer``, and further entries of ``cfg``.
         """
         folder, trainer = Path(folder), rest.pop("trainer", None)
@@ -168,8 +171,8 @@ class MinitronModel(ModelPT):
     ) -> None:
         """Trains on packed samples: a data set of them, or a Tensor of shape [samples, positions + 1].
 
-        ``skipped`` are steps of the order that ``seed`` draws which are left out. Ranks that share the work
-        of one model by tensor parallelism read the same samples.
+        ``skipped`` are steps of the order that ``seed`` draws which are left out. Ranks that share
+        the work of one model by tensor parallelism read the same samples.
         """
         trainer, samples = self._trainer, as_samples(given)
         world = max(1, trainer.world_size // tensor_parallel)
@@ -185,7 +188,9 @@ class MinitronModel(ModelPT):
             rank=trainer.global_rank // tensor_parallel,
             world=world,
             seed=seed,
-            skipped=frozenset(step * per_step + part for step in skipped for part in range(per_step)),
+            skipped=frozenset(
+                step * per_step + part for step in skipped for part in range(per_step)
+            ),
         )
         self._train_dl = train_loader(samples, sampler)
 
@@ -211,7 +216,9 @@ class MinitronModel(ModelPT):
         if not self._sharded or str(gradient_clip_algorithm or "norm") == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+            parameters = [
+                parameter for parameter in self.parameters() if parameter.grad is not None
+            ]
             torch.nn.utils.clip_grads_with_norm_(
                 parameters, gradient_clip_val, gradient_norm(self), foreach=False
             )
@@ -252,7 +259,10 @@ class MinitronModel(ModelPT):
         Negative entries ~id are read, and not learned: as labels they do not count.
         """
         batch_BS, rows_B = (batch, None) if isinstance(batch, Tensor) else batch
-        tokens_BS, labels_BS = torch.where(batch_BS < 0, ~batch_BS, batch_BS)[:, :-1], batch_BS[:, 1:]
+        tokens_BS, labels_BS = (
+            torch.where(batch_BS < 0, ~batch_BS, batch_BS)[:, :-1],
+            batch_BS[:, 1:],
+        )
         student = projection_of(self.model, self.family, self(tokens_BS).flatten(0, 1))
         return self.objective(student, labels_BS.flatten(), tokens_BS, rows_B)
 
@@ -279,7 +289,11 @@ class MinitronModel(ModelPT):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Logs means over the validation set: cross-entropy and divergence from the teacher."""
         terms = self.evaluate_objective(batch)
-        how = {"on_epoch": True, "sync_dist": True, "batch_size": int((labels_of(batch) >= 0).sum())}
+        how = {
+            "on_epoch": True,
+            "sync_dist": True,
+            "batch_size": int((labels_of(batch) >= 0).sum()),
+        }
         self.log("val_loss", terms.ce, prog_bar=True, **how)
         if "divergence" in terms.named():
             self.log("val_divergence", terms.divergence, **how)
@@ -293,7 +307,9 @@ class MinitronModel(ModelPT):
         sizes = axis_sizes(self.family, config)
         stored = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(stored, dict)
-        changed = config_with_sizes(self.family, {str(key): value for key, value in stored.items()}, sizes)
+        changed = config_with_sizes(
+            self.family, {str(key): value for key, value in stored.items()}, sizes
+        )
         for axis in self.family.axes.values():
             changed |= {key: config[key] for key in (*axis.lists, *axis.indices) if key in changed}
         if changed != stored:
@@ -316,6 +332,11 @@ class MinitronModel(ModelPT):
         config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(config, dict)
         with self._own_layers():
-            save_model(self.model, folder, {str(key): value for key, value in config.items()}, self._gathered)
+            save_model(
+                self.model,
+                folder,
+                {str(key): value for key, value in config.items()},
+                self._gathered,
+            )
         for name, content in self.side_files.items():
             (folder / name).write_bytes(content)

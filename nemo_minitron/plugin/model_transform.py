@@ -20,7 +20,9 @@ except ImportError:
 
         def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
             """Applies the transform to the module's ``model``."""
-            transform: Callable[[nn.Module], nn.Module] | None = getattr(pl_module, "model_transform", None)
+            transform: Callable[[nn.Module], nn.Module] | None = getattr(
+                pl_module, "model_transform", None
+            )
             if transform is None or self.applied:
                 return
             self.applied = True

@@ -94,22 +94,31 @@ def check_archive(path: Path) -> None:
             ``check_restored``.
     """
     try:
-        # opened as NeMo opens it: a file can be an archive in one way, and another archive in another
+        # opened as NeMo opens it: a file can be an archive in one way, and another archive in
+        # another
         with SaveRestoreConnector._tar_open(str(path)) as archive:
             # by the names under which they are unpacked; of two with one name the later one stays
-            members = {str(PurePosixPath(member.name)): member for member in archive if member.isfile()}
+            members = {
+                str(PurePosixPath(member.name)): member for member in archive if member.isfile()
+            }
             config = members.get("model_config.yaml")
             file = None if config is None else archive.extractfile(config)
             text = "" if file is None else file.read(_LONGEST_CONFIG + 1).decode("utf-8")
         if len(text) > _LONGEST_CONFIG:
-            raise ValueError(f"{path}: its model_config.yaml is longer than {_LONGEST_CONFIG:,} characters")
+            raise ValueError(
+                f"{path}: its model_config.yaml is longer than {_LONGEST_CONFIG:,} characters"
+            )
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError(f"{path}: its model_config.yaml holds YAML aliases, which NeMo never writes")
+            raise ValueError(
+                f"{path}: its model_config.yaml holds YAML aliases, which NeMo never writes"
+            )
         cfg = OmegaConf.create(text)
     except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a .nemo archive ({error})") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: its model_config.yaml is no configuration: {plain(error, 200)}") from error
+        raise ValueError(
+            f"{path}: its model_config.yaml is no configuration: {plain(error, 200)}"
+        ) from error
     if not isinstance(cfg, DictConfig) or "hf_config" not in cfg:
         raise ValueError(
             f"{path}: a .nemo archive of another model class, not one that this package wrote; convert it to "
@@ -124,9 +133,9 @@ _LONGEST_CONFIG = 16 * 2**20
 def check_restored(cfg: DictConfig, where: str, members: Collection[str] | None = None) -> None:
     """Refuses the configuration of a restored archive if it refers to files outside of the archive.
 
-    Its files have the plain names that a model's files have, and are members of the archive: a key would
-    otherwise name a file to write anywhere, a value one to read from anywhere. And what becomes config.json
-    refers to nothing: a resolver would read, for instance, the environment.
+    Its files have the plain names that a model's files have, and are members of the archive: a key
+    would otherwise name a file to write anywhere, a value one to read from anywhere. And what
+    becomes config.json refers to nothing: a resolver would read, for instance, the environment.
 
     Args:
         cfg: what model_config.yaml holds; not resolved.
@@ -145,22 +154,29 @@ def check_restored(cfg: DictConfig, where: str, members: Collection[str] | None 
     for key, value in files.items():
         name = file_name(str(key))
         if not is_side_file(name) and name != CARD:
-            raise ValueError(f"{where}: files: {plain(name, 80)!r} is no name of a file that a model has")
+            raise ValueError(
+                f"{where}: files: {plain(name, 80)!r} is no name of a file that a model has"
+            )
         member = str(value).removeprefix("nemo:")
         inside = str(value).startswith("nemo:") and PurePosixPath(member).name == member
         if not inside or (members is not None and member not in members):
-            raise ValueError(f"{where}: files.{name}: {plain(value, 80)!r} is no file of the archive")
+            raise ValueError(
+                f"{where}: files.{name}: {plain(value, 80)!r} is no file of the archive"
+            )
     for key in ("hf_config", "dtypes"):
         reference = next((text for text in _texts(raw.get(key)) if "${" in text), None)
         if reference is not None:
-            raise ValueError(f"{where}: {key}: {plain(reference, 80)!r} refers to something outside of it")
+            raise ValueError(
+                f"{where}: {key}: {plain(reference, 80)!r} refers to something outside of it"
+            )
 
 
 def _check_targets(raw: dict[Any, Any], where: str) -> None:
     """Refuses what makes NeMo build something else than this model, or call something by its name.
 
-    NeMo 3 takes ``model`` in place of the whole, ``cls`` and ``params`` for a class and its arguments, and
-    calls any ``_target_`` of its own packages, among them tokenizers that load code from the hub.
+    NeMo 3 takes ``model`` in place of the whole, ``cls`` and ``params`` for a class and its
+    arguments, and calls any ``_target_`` of its own packages, among them tokenizers that load code
+    from the hub.
 
     Raises:
         ValueError: it does.
@@ -176,7 +192,9 @@ def _check_targets(raw: dict[Any, Any], where: str) -> None:
         if isinstance(part, dict):
             target = part.get("_target_")
             if target is not None and not _OPTIMISERS.fullmatch(str(target)):
-                raise ValueError(f"{where}: _target_: {plain(target, 80)!r} is not called out of an archive")
+                raise ValueError(
+                    f"{where}: _target_: {plain(target, 80)!r} is not called out of an archive"
+                )
             waiting += part.values()
         elif isinstance(part, list):
             waiting += part

@@ -14,8 +14,8 @@ def silence_third_parties() -> None:
     Warnings of substance remain.
     """
     nemo_logging.setLevel(logging.ERROR)
-    # exp_manager asks git about the working folder, and git runs what the configuration of a repository there
-    # says (core.fsmonitor); nor does the user's diff belong into a run's folder
+    # exp_manager asks git about the working folder, and git runs what the configuration of a
+    # repository there says (core.fsmonitor); nor does the user's diff belong into a run's folder
     nemo.utils.exp_manager.get_git_hash = lambda: (False, "")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)

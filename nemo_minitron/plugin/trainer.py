@@ -52,7 +52,8 @@ class Options:
         spikes: losses that are as bad as those that are not finite.
         peak_tflops: see ``TrainingLog``.
         shard: whether weights, gradients and optimiser state are split over the ranks (FSDP2).
-        tensor_parallel: ranks that share the work on each sample; divides their number, and wants ``shard``.
+        tensor_parallel: ranks that share the work on each sample; divides their number, and wants
+            ``shard``.
         transformer_engine: ``off``; ``on``, its layers; ``fp8``, and their products in FP8.
     """
 
@@ -91,7 +92,8 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Refuses what Lightning's Trainer would not take.
 
     Raises:
-        ValueError: an unknown key, no positive ``max_steps``, or devices for which nobody started processes.
+        ValueError: an unknown key, no positive ``max_steps``, or devices for which nobody started
+            processes.
     """
     known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
     unknown = sorted(set(trainer) - known)
@@ -143,14 +145,17 @@ def train(
         The trained model.
 
     Raises:
-        ValueError: NeMo, Lightning or a callback refuses a setting, or the checkpoint holds more than data.
+        ValueError: NeMo, Lightning or a callback refuses a setting, or the checkpoint holds more
+            than data.
         BadStep: a step that must not be taken; with it in ``skipped``, another call resumes.
     """
     silence_third_parties()
     check_trainer(recipe.trainer)
     try:
         trainer = _trainer(recipe, callbacks)
-        model = MinitronModel(make_cfg(hf_config, files, dict(recipe.optim)), trainer, hf_model.train())
+        model = MinitronModel(
+            make_cfg(hf_config, files, dict(recipe.optim)), trainer, hf_model.train()
+        )
         samples = as_samples(samples)
         _watch(trainer, model, recipe, samples.positions, state)
         _apply(recipe.options, model)
@@ -191,7 +196,9 @@ def _trainer(recipe: Recipe, callbacks: Sequence[Callback]) -> Trainer:
     return Trainer(**{**arguments, **fixed}, callbacks=[*callbacks, *guards, *average, *bar])
 
 
-def _watch(trainer: Trainer, model: MinitronModel, recipe: Recipe, positions: int, state: Path) -> None:
+def _watch(
+    trainer: Trainer, model: MinitronModel, recipe: Recipe, positions: int, state: Path
+) -> None:
     """Adds the training log, and after it the callbacks that may end the training."""
     every = recipe.trainer["log_every_n_steps"] if recipe.trainer.get("log_every_n_steps") else 10
     readers = trainer.world_size // recipe.options.tensor_parallel
@@ -200,7 +207,9 @@ def _watch(trainer: Trainer, model: MinitronModel, recipe: Recipe, positions: in
     for callback in trainer.callbacks:
         if isinstance(callback, KnowledgeDistillation):
             flops += forward_flops(callback.teacher, callback.family, positions)
-    trainer.callbacks.append(TrainingLog(metrics_in(state), every, tokens, flops, recipe.options.peak_tflops))
+    trainer.callbacks.append(
+        TrainingLog(metrics_in(state), every, tokens, flops, recipe.options.peak_tflops)
+    )
     trainer.callbacks.append(Preemption(checkpoints_in(state)))
 
 
@@ -213,15 +222,19 @@ def _apply(options: Options, model: MinitronModel) -> None:
     """Prepares the layers of the model that is trained, and its loss.
 
     Raises:
-        ValueError: Transformer Engine is not there, or cannot be had together with something else; an
-            average of weights that are split.
+        ValueError: Transformer Engine is not there, or cannot be had together with something else;
+            an average of weights that are split.
     """
     if options.ema_decay is not None and options.shard:
-        raise ValueError("training.ema_decay: not with training.parallel=shard, whose weights are in parts")
+        raise ValueError(
+            "training.ema_decay: not with training.parallel=shard, whose weights are in parts"
+        )
     if options.transformer_engine != "off":
         where = "training.transformer_engine"
         if options.tensor_parallel > 1:
-            raise ValueError(f"{where}: its layers are not split by training.tensor_parallel; use 1")
+            raise ValueError(
+                f"{where}: its layers are not split by training.tensor_parallel; use 1"
+            )
         if options.transformer_engine == "fp8" and options.activation_checkpointing:
             raise ValueError(
                 f"{where}=fp8: training.activation_checkpointing would compute again with other scales; use "
@@ -243,17 +256,22 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
         ValueError: exp_manager does not know a key.
     """
     if recipe.exp_manager.get("ema", {}).get("enable"):
-        raise ValueError("exp_manager.ema: its average never becomes the result; use training.ema_decay")
+        raise ValueError(
+            "exp_manager.ema: its average never becomes the result; use training.ema_decay"
+        )
     folder = nemo_in(state)
     newest = newest_checkpoint(checkpoints_in(state))
     if trainer.is_global_zero and newest is not None:
         _tidy(checkpoints_in(state), recipe.exp_manager.get("checkpoint_callback_params") or {})
     # a validation that was due behind the checkpoint, and did not come to its end, is made up for
-    validated = [line["step"] for line in training_log.read_log(metrics_in(state)) if "val_loss" in line]
+    validated = [
+        line["step"] for line in training_log.read_log(metrics_in(state)) if "val_loss" in line
+    ]
     settings = {
         "disable_validation_on_resume": newest is None or step_of(newest) in validated,
         **recipe.exp_manager,
-        # NeMo's, which it adds on GPUs, would take our signals, save nothing and end with exit status 0
+        # NeMo's, which it adds on GPUs, would take our signals, save nothing and end with exit
+        # status 0
         "create_preemption_callback": False,
         "explicit_log_dir": str(folder),
         "resume_from_checkpoint": None if newest is None else str(newest),
@@ -274,7 +292,8 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
 def _tidy(folder: Path, settings: Mapping[str, Any]) -> None:
     """Removes finished checkpoints that the next one would have removed if the training had not stopped.
 
-    What is saved on a signal no callback keeps count of; and NeMo forgets sharded ones when it resumes.
+    What is saved on a signal no callback keeps count of; and NeMo forgets sharded ones when it
+    resumes.
     """
     most = settings.get("save_top_k")
     if settings.get("monitor") != "step" or not isinstance(most, int) or most < 1:
@@ -284,7 +303,11 @@ def _tidy(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _finished(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*.ckpt") if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
+    return [
+        path
+        for path in folder.glob("*.ckpt")
+        if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)
+    ]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

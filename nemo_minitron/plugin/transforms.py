@@ -1,7 +1,8 @@
 """NeMo model transforms: callables ``nn.Module -> nn.Module`` that prune a model in memory by a plan.
 
-They read the same family table and call the same ``pruning.slice`` as the streaming stage, so that both give
-the same weights. The module is changed **in place** (NeMo 2.x ignores what a transform returns) and returned.
+They read the same family table and call the same ``pruning.slice`` as the streaming stage, so that
+both give the same weights. The module is changed **in place** (NeMo 2.x ignores what a transform
+returns) and returned.
 """
 
 from pathlib import Path
@@ -41,7 +42,8 @@ class Pruning:
         cut = Cut(family, config, self.keep, self.layers)
         state = _stored_state(model)
         pruned_state = {
-            piece.name: cut_tensor(state[piece.source], piece, sizes) for piece in pieces(cut, list(state))
+            piece.name: cut_tensor(state[piece.source], piece, sizes)
+            for piece in pieces(cut, list(state))
         }
         pruned = _build(model, cut_config(cut), pruned_state)
         pruned.train(model.training)
@@ -104,7 +106,11 @@ def _stored_state(model: Any) -> dict[str, Tensor]:
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
-        tied = [name for name, tensor in state.items() if tensor is not None and name.startswith("lm_head.")]
+        tied = [
+            name
+            for name, tensor in state.items()
+            if tensor is not None and name.startswith("lm_head.")
+        ]
         for name in tied:
             del state[name]
     return dict(revert_weight_conversion(model, state))

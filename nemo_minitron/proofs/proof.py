@@ -1,7 +1,7 @@
 """Proves or refuses a family table on real, tiny models.
 
-Every weight of the models, norms, biases and router buffers included, is random at unit scale: at their usual
-constants a wrong row would survive.
+Every weight of the models, norms, biases and router buffers included, is random at unit scale: at
+their usual constants a wrong row would survive.
 """
 
 import itertools
@@ -17,7 +17,14 @@ import transformers
 from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
-from nemo_minitron.families import Family, axis_sizes, check_sizes, config_with_sizes, families, present_axes
+from nemo_minitron.families import (
+    Family,
+    axis_sizes,
+    check_sizes,
+    config_with_sizes,
+    families,
+    present_axes,
+)
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.proofs.tiny_models import dead_copy, permutation, tiny_model
 from nemo_minitron.pruning.cost import model_size
@@ -99,14 +106,19 @@ def permutations(
 
 def _cut(checkpoint: Checkpoint, keep: Keep, layers: Sequence[int] | None, target: Path) -> Path:
     every = range(axis_sizes(checkpoint.family, checkpoint.config)["layers"])
-    cut = Cut(checkpoint.family, checkpoint.config, keep, tuple(every if layers is None else layers))
+    cut = Cut(
+        checkpoint.family, checkpoint.config, keep, tuple(every if layers is None else layers)
+    )
     write_pruned(checkpoint, [(target, cut)], 10**9)
     return target
 
 
 def _dead_units(checkpoint: Checkpoint, axis: str, work: Path) -> Finding:
     """Removes units that were dead: the logits must stay as they were."""
-    sizes, group = axis_sizes(checkpoint.family, checkpoint.config), checkpoint.family.axes[axis].within
+    sizes, group = (
+        axis_sizes(checkpoint.family, checkpoint.config),
+        checkpoint.family.axes[axis].within,
+    )
     reason = "norm statistics change" if axis == "hidden" else checkpoint.family.axes[axis].inexact
     if group is not None and sizes[group] == sizes[axis]:
         reason = f"one in each of {group}: cut together"
@@ -129,7 +141,9 @@ def _dead_units(checkpoint: Checkpoint, axis: str, work: Path) -> Finding:
         return Finding(axis, "dead units", equal(logits_of(dead), after))
 
 
-def halved(family: Family, sizes: Mapping[str, int], axis: str, axes: Sequence[str]) -> dict[str, int]:
+def halved(
+    family: Family, sizes: Mapping[str, int], axis: str, axes: Sequence[str]
+) -> dict[str, int]:
     """Targets with one axis halved, and as few other axes as the architecture's rules require."""
     asked = list(axes) if axis == TOGETHER else [axis]
     others = [name for name in axes if name not in asked and name != "layers"]
@@ -148,7 +162,10 @@ def _half(checkpoint: Checkpoint, axis: str, axes: Sequence[str], work: Path) ->
     """Cuts an axis to half: loads strictly, has the predicted size, round-trips, generates with a cache."""
     family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
     targets = halved(family, sizes, axis, axes)
-    scores = {name: random_scores(score_shape(family, sizes, name), seed) for seed, name in enumerate(axes)}
+    scores = {
+        name: random_scores(score_shape(family, sizes, name), seed)
+        for seed, name in enumerate(axes)
+    }
     keep = select_units(family, scores, sizes, {n: t for n, t in targets.items() if n != "layers"})
     layers = list(range(sizes["layers"]))
     if targets["layers"] < sizes["layers"]:
@@ -156,7 +173,8 @@ def _half(checkpoint: Checkpoint, axis: str, axes: Sequence[str], work: Path) ->
     others = [
         n
         for n in axes
-        if targets[n] < sizes[n] and n not in (axis, family.axes[axis].within if axis in axes else "")
+        if targets[n] < sizes[n]
+        and n not in (axis, family.axes[axis].within if axis in axes else "")
     ]
     note = "with " + ", ".join(others) if others and axis != TOGETHER else ""
     with tempfile.TemporaryDirectory(dir=work) as name:
@@ -168,7 +186,9 @@ def _half(checkpoint: Checkpoint, axis: str, axes: Sequence[str], work: Path) ->
         if axis != "layers" and axis != TOGETHER:
             fine &= (
                 _stored(target)
-                == model_size(family, config_with_sizes(family, checkpoint.config, targets)).parameters
+                == model_size(
+                    family, config_with_sizes(family, checkpoint.config, targets)
+                ).parameters
             )
         fine &= _ties_kept(checkpoint, model) and _round_trips(model, Path(name))
         yield Finding(axis, "strict load", fine, note)
@@ -176,7 +196,9 @@ def _half(checkpoint: Checkpoint, axis: str, axes: Sequence[str], work: Path) ->
 
 
 def _stored(folder: Path) -> int:
-    return sum(torch.Size(entry.shape).numel() for entry in open_checkpoint(folder).entries.values())
+    return sum(
+        torch.Size(entry.shape).numel() for entry in open_checkpoint(folder).entries.values()
+    )
 
 
 def _ties_kept(checkpoint: Checkpoint, model: Any) -> bool:
@@ -192,7 +214,9 @@ def _round_trips(model: Any, work: Path) -> bool:
     load_model(work / "first").save_pretrained(work / "second")
     files = sorted(path.name for path in (work / "first").iterdir())
     assert SINGLE in files, files
-    return all((work / "first" / n).read_bytes() == (work / "second" / n).read_bytes() for n in files)
+    return all(
+        (work / "first" / n).read_bytes() == (work / "second" / n).read_bytes() for n in files
+    )
 
 
 def generates(model: Any, length: int = 6) -> bool:
@@ -226,8 +250,9 @@ def proof_table(chosen: Mapping[str, Family]) -> tuple[Row, tuple[Row, ...], int
         chosen: families by ``model_type``.
 
     Returns:
-        Column titles, a row per family and axis, and how many cells failed. A cell says ``yes``, ``FAILS``,
-        why the proof does not apply, or that the installed transformers does not have the architecture.
+        Column titles, a row per family and axis, and how many cells failed. A cell says ``yes``,
+        ``FAILS``, why the proof does not apply, or that the installed transformers does not have
+        the architecture.
     """
     rows: list[Row] = []
     for model_type, family in chosen.items():
@@ -250,7 +275,10 @@ def tabulate(model_type: str, family: Family, findings: Sequence[Finding]) -> li
     rows = []
     for axis in [*family.prunable, TOGETHER]:
         found = [cells.get((axis, proof), {"–"}) for proof in PROOFS]
-        texts = ("FAILS" if "FAILS" in c else "yes" if "yes" in c else "; ".join(sorted(c)) for c in found)
+        texts = (
+            "FAILS" if "FAILS" in c else "yes" if "yes" in c else "; ".join(sorted(c))
+            for c in found
+        )
         rows.append((model_type, axis, *texts))
     return rows
 

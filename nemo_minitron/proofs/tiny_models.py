@@ -22,7 +22,12 @@ SIZES = {
     "mamba_groups": 2, "mamba_head_dim": 6, "mamba_state": 10, "conv_kernel": 4,
 }  # fmt: skip
 """Sizes of the tiny models. Grouped axes have several units per group, no two axes can be confused."""
-_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "max_position_embeddings": 64}
+_TOKENS = {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "max_position_embeddings": 64,
+}
 
 
 def tiny_config(family: Family, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +77,9 @@ def random_model(config: Mapping[str, Any], folder: Path, seed: int = 0) -> Path
     return folder
 
 
-def permutation(family: Family, config: Mapping[str, Any], axes: Sequence[str], seed: int = 1) -> Keep:
+def permutation(
+    family: Family, config: Mapping[str, Any], axes: Sequence[str], seed: int = 1
+) -> Keep:
     """Kept units that keep all of them, in another order.
 
     Units move inside their group, groups move whole.
@@ -92,7 +99,9 @@ def permutation(family: Family, config: Mapping[str, Any], axes: Sequence[str], 
                 continue
             inside = sizes[name] // sizes[group]
             moved = (
-                keep[group].reshape(-1, sizes[group])[owner] if group in keep else torch.arange(sizes[group])
+                keep[group].reshape(-1, sizes[group])[owner]
+                if group in keep
+                else torch.arange(sizes[group])
             )
             still = torch.arange(inside)
             orders.append(torch.cat([
@@ -123,7 +132,9 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
     family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
     tensors = load_file(checkpoint.folder / SINGLE)
     living = sizes[axis] // 2
-    per_group = {a.name: sizes[a.name] // sizes[axis] for a in family.axes.values() if a.within == axis}
+    per_group = {
+        a.name: sizes[a.name] // sizes[axis] for a in family.axes.values() if a.within == axis
+    }
     dead = {axis: torch.arange(living, sizes[axis])}
     group = family.axes[axis].within
     if group is not None:  # the same number in every group
@@ -175,8 +186,8 @@ def _positions(dim: Dim, sizes: Mapping[str, int], axis: str, units: Tensor) -> 
 def _deafen(family: Family, tensors: dict[str, Tensor], experts: Tensor) -> None:
     """Changes routers so that they never choose some experts.
 
-    Hidden channel 0 is made a large constant that no block writes and every norm lets through; the routers'
-    weights for these experts are strongly negative there, and zero elsewhere.
+    Hidden channel 0 is made a large constant that no block writes and every norm lets through; the
+    routers' weights for these experts are strongly negative there, and zero elsewhere.
     """
     for name, tensor in tensors.items():
         row, _ = find_row(family, name) or (None, {})
@@ -189,5 +200,7 @@ def _deafen(family: Family, tensors: dict[str, Tensor], experts: Tensor) -> None
         if router:
             tensor[experts] = 0.0
             tensor[experts] = (
-                tensor[experts].index_fill_(-1, torch.tensor([0]), -1000.0) if tensor.dim() > 1 else -100.0
+                tensor[experts].index_fill_(-1, torch.tensor([0]), -1000.0)
+                if tensor.dim() > 1
+                else -100.0
             )

@@ -17,10 +17,12 @@ class Size:
         parameters: every stored weight; embeddings and head count separately unless tied.
         non_embedding: without the tensors that have a vocabulary axis ([P1] Table 2).
         active: parameters that one token meets: of the routed experts only those it is sent to.
-        flops_per_token: forward FLOPs of one token at the mean position of a context of ``context`` tokens:
-            two per active weight of every matrix product, and 4 x heads x head_dim per attended position and
-            attention layer. Convolutions and recurrences of Mamba layers (about 3 % of theirs) are left out.
-        kv_bytes_per_token: bytes that one token adds to the KV cache, keys and values, all attention layers.
+        flops_per_token: forward FLOPs of one token at the mean position of a context of ``context``
+            tokens: two per active weight of every matrix product, and 4 x heads x head_dim per
+            attended position and attention layer. Convolutions and recurrences of Mamba layers
+            (about 3 % of theirs) are left out.
+        kv_bytes_per_token: bytes that one token adds to the KV cache, keys and values, all
+            attention layers.
         context: tokens assumed by ``flops_per_token``.
         cache_bytes: bytes per cached number assumed by ``kv_bytes_per_token``.
     """
@@ -34,14 +36,16 @@ class Size:
     cache_bytes: int
 
 
-def model_size(family: Family, config: Mapping[str, Any], context: int = 4096, cache_bytes: int = 2) -> Size:
+def model_size(
+    family: Family, config: Mapping[str, Any], context: int = 4096, cache_bytes: int = 2
+) -> Size:
     """Counts parameters, FLOPs and KV-cache bytes of a model.
 
     Args:
         family: the model's table.
         config: its config.json.
-        context: tokens in the context that attention FLOPs assume; a causal token sees half of them on
-            average.
+        context: tokens in the context that attention FLOPs assume; a causal token sees half of them
+            on average.
         cache_bytes: bytes per number in the KV cache (2 for bfloat16).
     """
     sizes = axis_sizes(family, config)
@@ -85,9 +89,17 @@ def alignment(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
     lines = []
     for axis, multiple in ROUND.items():
         size = after.get(axis, 0)
-        if size % multiple and before[axis] >= 4 * multiple and (size != before[axis] or axis == "head_dim"):
+        if (
+            size % multiple
+            and before[axis] >= 4 * multiple
+            and (size != before[axis] or axis == "head_dim")
+        ):
             down = size // multiple * multiple
             good = [str(n) for n in (down, down + multiple) if 0 < n <= before[axis]]
-            what = f"nearest: {', '.join(good)}" if axis != "head_dim" else "expect slower attention"
-            lines.append(f"{axis}={size} is no multiple of {multiple}, which fast kernels want; {what}")
+            what = (
+                f"nearest: {', '.join(good)}" if axis != "head_dim" else "expect slower attention"
+            )
+            lines.append(
+                f"{axis}={size} is no multiple of {multiple}, which fast kernels want; {what}"
+            )
     return lines

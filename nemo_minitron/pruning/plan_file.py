@@ -41,7 +41,9 @@ class Plan:
     keep: Keep
 
 
-def make_plan(family: Family, config: Mapping[str, Any], keep: Keep, layers_kept: tuple[int, ...]) -> Plan:
+def make_plan(
+    family: Family, config: Mapping[str, Any], keep: Keep, layers_kept: tuple[int, ...]
+) -> Plan:
     """Computes the model's cost before and after a cut."""
     before = axis_sizes(family, config)
     pruned = cut_config(Cut(family, config, keep, layers_kept))

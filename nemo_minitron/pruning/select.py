@@ -19,7 +19,9 @@ def top(scores: Tensor, count: int) -> Tensor:
     Of equals the lower index wins.
     """
     if not torch.isfinite(scores).all():
-        raise ValueError("importance scores contain NaN or infinity: the calibration pass overflowed")
+        raise ValueError(
+            "importance scores contain NaN or infinity: the calibration pass overflowed"
+        )
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :count].sort(dim=-1).values
 
@@ -90,7 +92,10 @@ def complete_targets(
 
 
 def select_units(
-    family: Family, scores: Mapping[str, Tensor], sizes: Mapping[str, int], targets: Mapping[str, int]
+    family: Family,
+    scores: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    targets: Mapping[str, int],
 ) -> Keep:
     """Chooses the units of every axis that a plan shrinks.
 
@@ -113,7 +118,9 @@ def select_units(
         inner = [a.name for a in family.axes.values() if a.within == name]
         shrinks = targets[name] < sizes[name]
         if axis.within and (shrinks or axis.within in keep):
-            keep[name] = _select_within(axis.within, _scores(scores, name), keep, sizes, targets, name)
+            keep[name] = _select_within(
+                axis.within, _scores(scores, name), keep, sizes, targets, name
+            )
         elif shrinks and inner:
             grouped = group_scores(_scores(scores, inner[0]), sizes[name])
             keep[name] = top(grouped, targets[name])
@@ -123,7 +130,12 @@ def select_units(
 
 
 def _select_within(
-    group: str, scores_LN: Tensor, keep: Keep, sizes: Mapping[str, int], targets: Mapping[str, int], name: str
+    group: str,
+    scores_LN: Tensor,
+    keep: Keep,
+    sizes: Mapping[str, int],
+    targets: Mapping[str, int],
+    name: str,
 ) -> Tensor:
     every = torch.arange(sizes[group]).expand(scores_LN.shape[0], -1)
     kept = keep[group] if group in keep else every

@@ -56,8 +56,8 @@ def candidates(
     Args:
         family: the model's table.
         config: its config.json.
-        choices: axis name to the sizes to try, ``expansion`` to ratios ffn / hidden; other axes keep their
-            size, heads their number in each of the kv_heads.
+        choices: axis name to the sizes to try, ``expansion`` to ratios ffn / hidden; other axes
+            keep their size, heads their number in each of the kv_heads.
         least: smallest cost allowed, in the unit of the measure.
         most: largest cost allowed.
         measure: the attribute of ``Size`` that is the cost, one of ``MEASURES``.
@@ -68,10 +68,13 @@ def candidates(
         At least one; those nearest to the middle of the window first, on a tie the smaller sizes.
 
     Raises:
-        ValueError: what is asked for cannot be; no combination in the window, with the nearest on both sides.
+        ValueError: what is asked for cannot be; no combination in the window, with the nearest on
+            both sides.
     """
     if measure not in MEASURES or least > most:
-        raise ValueError(f"{where}: expected least <= most of {MEASURES}, found {least} to {most} {measure}")
+        raise ValueError(
+            f"{where}: expected least <= most of {MEASURES}, found {least} to {most} {measure}"
+        )
     before, grid = axis_sizes(family, config), _checked(family, config, choices, where)
     shown = {"ffn" if name == "expansion" else name for name in choices}
     found, refusal = [], None
@@ -83,14 +86,20 @@ def candidates(
         changed = {n: value for n, value in sizes.items() if n in shown or value != before[n]}
         found.append((getattr(size, measure), tuple(sizes.values()), Candidate(changed, size)))
     if not found:
-        raise ValueError(f"{where}: expected sizes that fit each other, found none; the last: {refusal}")
+        raise ValueError(
+            f"{where}: expected sizes that fit each other, found none; the last: {refusal}"
+        )
     found.sort(key=lambda entry: (abs(2 * entry[0] - least - most), entry[1]))
     inside = [candidate for cost, _, candidate in found if least <= cost <= most]
     if inside:
         return inside
     sides = [*[e for e in found if e[0] < least][:1], *[e for e in found if e[0] > most][:1]]
-    near = "; ".join(f"{c:,} ({', '.join(f'{n}={s}' for n, s in one.sizes.items())})" for c, _, one in sides)
-    raise ValueError(f"{where}: expected {measure} of {least:,} to {most:,}, found none; nearest: {near}")
+    near = "; ".join(
+        f"{c:,} ({', '.join(f'{n}={s}' for n, s in one.sizes.items())})" for c, _, one in sides
+    )
+    raise ValueError(
+        f"{where}: expected {measure} of {least:,} to {most:,}, found none; nearest: {near}"
+    )
 
 
 def _checked(
@@ -104,14 +113,18 @@ def _checked(
     for name, values in choices.items():
         axis = "ffn" if name == "expansion" else name
         if axis not in axes:
-            raise ValueError(f"{where}.{name}: expected a prunable axis of this model: {', '.join(axes)}")
+            raise ValueError(
+                f"{where}.{name}: expected a prunable axis of this model: {', '.join(axes)}"
+            )
         if name == "expansion":
             wrong, kind = [v for v in values if not 0 < v < math.inf], "ratios ffn / hidden above 0"
         else:
             wrong = [v for v in values if type(v) is not int or not 1 <= v <= sizes[axis]]
             kind = f"whole numbers of 1 to {sizes[axis]} (the model's size)"
         if wrong or not values:
-            raise ValueError(f"{where}.{name}: expected {kind}, found {wrong[0] if wrong else 'none'}")
+            raise ValueError(
+                f"{where}.{name}: expected {kind}, found {wrong[0] if wrong else 'none'}"
+            )
     grid = {name: sorted(set(values)) for name, values in choices.items()}
     count = math.prod(map(len, grid.values())) if grid else 0
     if not 1 <= count <= _MOST:
@@ -128,20 +141,25 @@ def _combinations(
 ) -> Iterator[tuple[dict[str, int], Size] | ValueError]:
     """The sizes of all axes and the cost of every combination, or why it is not valid.
 
-    Which tensors a model has takes long to find out; widths matter only where a row's condition names one.
+    Which tensors a model has takes long to find out; widths matter only where a row's condition
+    names one.
     """
     before, whole = axis_sizes(family, config), model_size(family, config)
     conditions = set().union(*(names_in(row.when) for row in family.rows if row.when))
     decisive = [n for n, axis in family.axes.items() if conditions & set(axis.config)]
     for layers in grid["layers"]:
         kept, known = keep_layers(int(layers)), dict[tuple[int, ...], _Tensors]()
-        assert len(kept) == layers, "keep_layers keeps another number of layers than it was asked for"
+        assert len(kept) == layers, (
+            "keep_layers keeps another number of layers than it was asked for"
+        )
         try:
             check_layers(family, config, kept, where)
         except ValueError as error:
             yield error
             continue
-        for values in itertools.product(*(grid[name] if name != "layers" else [layers] for name in grid)):
+        for values in itertools.product(
+            *(grid[name] if name != "layers" else [layers] for name in grid)
+        ):
             try:
                 asked = _whole(dict(zip(grid, values, strict=True)), before["hidden"], where)
                 sizes = complete_targets(family, before, asked, where)
@@ -160,7 +178,9 @@ def _whole(asked: dict[str, float], hidden: int, where: str) -> dict[str, int]:
     ffn = asked.pop("expansion", 0) * asked.get("hidden", hidden)
     if not math.isclose(ffn, round(ffn), rel_tol=1e-6):
         raise ValueError(f"{where}.expansion: expected a whole ffn, found {ffn:g}")
-    return {name: int(value) for name, value in asked.items()} | ({"ffn": round(ffn)} if ffn else {})
+    return {name: int(value) for name, value in asked.items()} | (
+        {"ffn": round(ffn)} if ffn else {}
+    )
 
 
 def _tensors(
@@ -190,21 +210,26 @@ def _cost(tensors: _Tensors, sizes: Mapping[str, int], like: Size) -> Size:
             non_embedding += number * each
             matrix += number * met if len(shape) > 1 else 0
     heads = tensors[1] * sizes["head_dim"]
-    flops = 2 * (matrix + sizes["vocab"] * sizes["hidden"]) + 4 * sizes["heads"] * heads * (like.context // 2)
+    flops = 2 * (matrix + sizes["vocab"] * sizes["hidden"]) + 4 * sizes["heads"] * heads * (
+        like.context // 2
+    )
     cache = 2 * heads * sizes["kv_heads"] * like.cache_bytes
     return Size(parameters, non_embedding, active, flops, cache, like.context, like.cache_bytes)
 
 
-def default_choices(family: Family, config: Mapping[str, Any], share: float) -> dict[str, list[int]]:
+def default_choices(
+    family: Family, config: Mapping[str, Any], share: float
+) -> dict[str, list[int]]:
     """A grid of sizes for a budget.
 
-    Let r be the ratio to which all widths together had to shrink. hidden and heads begin at r, neurons and
-    experts at 0.7 r, for one may be thinner where another is not; all go up to the model's own size, in steps
-    of a power of two of which there are eight or more. Depths stay within a tenth of the model's; below a
-    quarter of its parameters half and three quarters of its layers are tried too. That holds the space of
-    [P1] Table 12: for 8 B hidden 4096 to 6144 by 512, ffn from 10240, heads from 32, 29 to 32 layers; its
-    models lose width rather than depth. Query heads shrink inside their groups; groups go only where each has
-    one head. Where no smaller hidden fits the model's heads, hidden is in proportion to them.
+    Let r be the ratio to which all widths together had to shrink. hidden and heads begin at r,
+    neurons and experts at 0.7 r, for one may be thinner where another is not; all go up to the
+    model's own size, in steps of a power of two of which there are eight or more. Depths stay
+    within a tenth of the model's; below a quarter of its parameters half and three quarters of its
+    layers are tried too. That holds the space of [P1] Table 12: for 8 B hidden 4096 to 6144 by 512,
+    ffn from 10240, heads from 32, 29 to 32 layers; its models lose width rather than depth. Query
+    heads shrink inside their groups; groups go only where each has one head. Where no smaller
+    hidden fits the model's heads, hidden is in proportion to them.
 
     Args:
         family: the model's table.
@@ -212,20 +237,31 @@ def default_choices(family: Family, config: Mapping[str, Any], share: float) -> 
         share: parameters of the target / parameters of the model.
 
     Returns:
-        Axis name to ascending sizes, the model's own the last; at most 6, fewer where many axes would make
-        more than 10,000 combinations. Axes without a choice are absent.
+        Axis name to ascending sizes, the model's own the last; at most 6, fewer where many axes
+        would make more than 10,000 combinations. Axes without a choice are absent.
 
     Raises:
         ValueError: the share does not lie between 0 and 1.
     """
     if not 0 < share < 1:
-        raise ValueError(f"share: expected a part of the model's parameters, 0 < share < 1, found {share}")
+        raise ValueError(
+            f"share: expected a part of the model's parameters, 0 < share < 1, found {share}"
+        )
     sizes, cost = axis_sizes(family, config), model_size(family, config)
-    flat = 1 - cost.non_embedding / cost.parameters  # embeddings shrink with r, matrices with its square
+    flat = (
+        1 - cost.non_embedding / cost.parameters
+    )  # embeddings shrink with r, matrices with its square
     ratio = 2 * share / (flat + math.sqrt(flat**2 + 4 * (1 - flat) * share))
-    axes = [name for name in present_axes(family, config) if name in family.prunable and name not in _STAY]
+    axes = [
+        name
+        for name in present_axes(family, config)
+        if name in family.prunable and name not in _STAY
+    ]
     grid = {name: _steps(family, sizes, name, ratio * _FLOOR.get(name, 1)) for name in axes}
-    hidden, heads = grid.get("hidden", []), max(grid.get("heads", []), grid.get("kv_heads", []), key=len)
+    hidden, heads = (
+        grid.get("hidden", []),
+        max(grid.get("heads", []), grid.get("kv_heads", []), key=len),
+    )
     rules = [rule for rule in family.constraints if "hidden" in names_in(rule)]
     free = [n for n in hidden[:-1] if all(evaluate(rule, {**sizes, "hidden": n}) for rule in rules)]
     if hidden and heads and not free:
@@ -251,17 +287,21 @@ def _steps(family: Family, sizes: Mapping[str, int], name: str, floor: float) ->
         step *= 2
     step = max(step, ROUND.get(name, 1)) if size >= 4 * ROUND.get(name, 1) else step
     options = {*range(max(1, int(floor * size / step)) * step, size, step), size}
-    rules = [r for r in family.constraints if all(n == name or family.axes[n].fixed for n in names_in(r))]
-    return sorted(n * unit for n in options if all(evaluate(r, {**sizes, name: n * unit}) for r in rules))
+    rules = [
+        r for r in family.constraints if all(n == name or family.axes[n].fixed for n in names_in(r))
+    ]
+    return sorted(
+        n * unit for n in options if all(evaluate(r, {**sizes, name: n * unit}) for r in rules)
+    )
 
 
 def rungs(candidates: int, steps: int, factor: int = 2) -> list[tuple[int, int]]:
     """Schedule of successive halving (Jamieson and Talwalkar, arXiv 1502.07943).
 
-    Each rung keeps 1 / factor of the candidates and trains them factor times as long, so that all cost about
-    the same. In total that is the sum of number x steps, at most rungs x factor x ``steps``; less still where
-    candidates carry on from the rung before. Rankings move in the first 300 steps or so ([P1]): let the first
-    rung be no shorter.
+    Each rung keeps 1 / factor of the candidates and trains them factor times as long, so that all
+    cost about the same. In total that is the sum of number x steps, at most rungs x factor x
+    ``steps``; less still where candidates carry on from the rung before. Rankings move in the first
+    300 steps or so ([P1]): let the first rung be no shorter.
 
     Args:
         candidates: how many there are to begin with.
@@ -269,8 +309,8 @@ def rungs(candidates: int, steps: int, factor: int = 2) -> list[tuple[int, int]]
         factor: each rung keeps 1 / factor of the candidates, rounded up.
 
     Returns:
-        (candidates, steps of each, from their beginning) per rung; steps rise from rung to rung, and the last
-        has at most ``factor`` candidates.
+        (candidates, steps of each, from their beginning) per rung; steps rise from rung to rung,
+        and the last has at most ``factor`` candidates.
 
     Raises:
         ValueError: no candidate, a factor below 2, or too few steps to give the first rung one.

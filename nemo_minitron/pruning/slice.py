@@ -52,9 +52,11 @@ class Piece:
         source: its name in the source checkpoint.
         row: its row in the table.
         shape: its shape in the result.
-        indices: per dimension the positions that survive, or None where all do; a tensor of shape [extent of
-            dimension 0, surviving] where each unit of dimension 0 keeps positions of its own.
-        scale, offset: ``offset`` + weights are multiplied by ``scale`` (a folded constant); 1 and 0 else.
+        indices: per dimension the positions that survive, or None where all do; a tensor of shape
+            [extent of dimension 0, surviving] where each unit of dimension 0 keeps positions of its
+            own.
+        scale, offset: ``offset`` + weights are multiplied by ``scale`` (a folded constant); 1 and 0
+            else.
     """
 
     name: str
@@ -81,7 +83,9 @@ def pieces(cut: Cut, names: Sequence[str]) -> Iterator[Piece]:
             continue
         found = find_row(cut.family, name)
         if found is None:
-            raise ValueError(f"tensor {name!r} belongs to no row of family {cut.family.model_type!r}")
+            raise ValueError(
+                f"tensor {name!r} belongs to no row of family {cut.family.model_type!r}"
+            )
         row, units = found
         renumbered = _renumbered(cut, units)
         if renumbered is None:
@@ -90,7 +94,13 @@ def pieces(cut: Cut, names: Sequence[str]) -> Iterator[Piece]:
         indices = surviving(row, cut.before, keep)
         scale, offset = _fold(cut, name)
         yield Piece(
-            fill(row.pattern, renumbered), name, row, row_shape(row.dims, cut.after), indices, scale, offset
+            fill(row.pattern, renumbered),
+            name,
+            row,
+            row_shape(row.dims, cut.after),
+            indices,
+            scale,
+            offset,
         )
 
 
@@ -125,7 +135,8 @@ def _at(cut: Cut, axis: str, units: Mapping[str, int]) -> Tensor:
 def unit_keep(cut: Cut, row: TensorRow, units: Mapping[str, int]) -> dict[str, Tensor]:
     """The kept units of each axis of a row for one tensor.
 
-    Shape [kept]; [extent of dimension 0, kept] where dimension 0 is the axis whose units rank it each.
+    Shape [kept]; [extent of dimension 0, kept] where dimension 0 is the axis whose units rank it
+    each.
 
     Raises:
         ValueError: the row mixes such an axis with a dimension 0 of another kind.
@@ -133,7 +144,9 @@ def unit_keep(cut: Cut, row: TensorRow, units: Mapping[str, int]) -> dict[str, T
     keep = {}
     for axis in row_axes(row.dims) & set(cut.keep):
         index = _at(cut, axis, units)
-        if index.dim() > 1 and (index.dim() > 2 or row.dims[0] != ((cut.family.ranked_per(axis)[-1],),)):
+        if index.dim() > 1 and (
+            index.dim() > 2 or row.dims[0] != ((cut.family.ranked_per(axis)[-1],),)
+        ):
             raise ValueError(
                 f"{row.pattern}: nothing in the name or in dimension 0 says whose {axis} these are"
             )
@@ -201,7 +214,9 @@ def cut_tensor(tensor: Tensor, piece: Piece, sizes: Mapping[str, int]) -> Tensor
     """
     expected = row_shape(piece.row.dims, sizes)
     if tuple(tensor.shape) != expected:
-        raise ValueError(f"{piece.source}: expected shape {list(expected)}, found {list(tensor.shape)}")
+        raise ValueError(
+            f"{piece.source}: expected shape {list(expected)}, found {list(tensor.shape)}"
+        )
     for position, index in enumerate(piece.indices):
         if index is not None and index.dim() == 1:
             tensor = tensor.index_select(position, index.to(tensor.device))
@@ -251,7 +266,9 @@ def cut_config(cut: Cut) -> dict[str, Any]:
         if entries is None and meaning is not None:
             entries = [evaluate(meaning, one) for one in every]
         if not isinstance(entries, list | str) or len(entries) != len(every):
-            raise ValueError(f"config.json: {key} should list {len(every)} layers, found {entries!r:.80}")
+            raise ValueError(
+                f"config.json: {key} should list {len(every)} layers, found {entries!r:.80}"
+            )
         chosen = [entries[layer] for layer in cut.layers]
         written[key] = "".join(chosen) if isinstance(entries, str) else chosen
     for key, meaning in axis.indices.items():

@@ -1,7 +1,7 @@
 """Prunes as a stream: blocks of rows go from the source's shards into the results' shards.
 
-One pass over the source serves any number of cuts. Memory holds a few blocks of about eight megabytes (of one
-unit of dimension 0 where that is longer), whatever the size of model and tensors.
+One pass over the source serves any number of cuts. Memory holds a few blocks of about eight
+megabytes (of one unit of dimension 0 where that is longer), whatever the size of model and tensors.
 """
 
 import errno
@@ -82,7 +82,9 @@ def write_pruned(
         ValueError: a result would not be what its config.json says.
         OSError: the disk is full, or a source file ends early.
     """
-    stored = stored_order([Planned(name, e.dtype, e.shape) for name, e in checkpoint.entries.items()])
+    stored = stored_order(
+        [Planned(name, e.dtype, e.shape) for name, e in checkpoint.entries.items()]
+    )
     order = [item.name for item in stored]
     with ExitStack() as stack:
         targets = []
@@ -116,11 +118,18 @@ def planned_bytes(checkpoint: Checkpoint, cut: Cut) -> int:
 
 
 def _planned(checkpoint: Checkpoint, survivors: Any) -> list[Planned]:
-    return [Planned(piece.name, checkpoint.entries[piece.source].dtype, piece.shape) for piece in survivors]
+    return [
+        Planned(piece.name, checkpoint.entries[piece.source].dtype, piece.shape)
+        for piece in survivors
+    ]
 
 
 def _stream(
-    file: int, entry: Entry, wanted: list[tuple[_Target, Piece]], sources: _Buffers, results: _Buffers
+    file: int,
+    entry: Entry,
+    wanted: list[tuple[_Target, Piece]],
+    sources: _Buffers,
+    results: _Buffers,
 ) -> Iterator[int]:
     """Cuts one tensor for every target that wants it; yields the bytes of each block written."""
     rows, *rest = entry.shape or (1,)
@@ -151,7 +160,9 @@ def _schedule(wanted: list[Piece], rows: int, step: int) -> Iterator[list[tuple[
     for piece in wanted:
         first = piece.indices[0] if piece.indices else None
         kept.append(np.arange(rows) if first is None else first.numpy())
-    apart = any(index is not None and index.dim() == 2 for piece in wanted for index in piece.indices)
+    apart = any(
+        index is not None and index.dim() == 2 for piece in wanted for index in piece.indices
+    )
     if all((np.diff(order) > 0).all() for order in kept):
         step = 1 if apart else step
         for begin in range(0, rows, step):
@@ -174,7 +185,9 @@ def _columns(values: Block, piece: Piece, unit: int, results: _Buffers) -> Block
             continue
         chosen = (index if index.dim() == 1 else index[unit]).numpy()
         shape = (*values.shape[:position], len(chosen), *values.shape[position + 1 :])
-        memory = results.next(int(np.prod(shape)) * values.itemsize).view(values.dtype).reshape(shape)
+        memory = (
+            results.next(int(np.prod(shape)) * values.itemsize).view(values.dtype).reshape(shape)
+        )
         # mode="clip" writes straight into the buffer; the positions are known to be inside
         values = np.take(values, chosen, axis=position, out=memory, mode="clip")
     return values

@@ -14,7 +14,11 @@ _CHOICES = ("drop_layers", "layer_choice")
 
 def explicit_targets(plan: PlanConfig) -> dict[str, Any]:
     """The keys of the plan that were set."""
-    return {name: value for name, value in asdict(plan).items() if value is not None and name != "budget"}
+    return {
+        name: value
+        for name, value in asdict(plan).items()
+        if value is not None and name != "budget"
+    }
 
 
 def needs_scores(plan: PlanConfig) -> bool:
@@ -37,7 +41,9 @@ def target_sizes(family: Family, config: Mapping[str, Any], plan: PlanConfig) ->
         )
     if not asked and not plan.drop_layers:
         options = ", ".join(f"plan.{name}" for name in axes)
-        raise ValueError(f"plan: no target size given; set at least one of {options}, plan.drop_layers")
+        raise ValueError(
+            f"plan: no target size given; set at least one of {options}, plan.drop_layers"
+        )
     for name in asked:
         if name not in axes:
             which = f"family {family.model_type!r}" if name not in family.prunable else "this model"

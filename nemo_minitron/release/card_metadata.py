@@ -28,12 +28,12 @@ _FORMS = {
 def licence_of(folder: Path) -> tuple[dict[str, str | list[str]], dict[str, str]]:
     """The licence that a model folder's own card names; empty where there is none.
 
-    ``license``, and ``license_name`` and ``license_link`` of one that the hub does not know. A card that
-    cannot be read names none.
+    ``license``, and ``license_name`` and ``license_link`` of one that the hub does not know. A card
+    that cannot be read names none.
 
     Returns:
-        What another card's front matter can take over: ids on one line, and links. And the rest as text, to
-        be quoted: it comes from a stranger.
+        What another card's front matter can take over: ids on one line, and links. And the rest as
+        text, to be quoted: it comes from a stranger.
     """
     card = folder / "README.md"
     if not card.is_file() or leads_out(card, folder):
@@ -53,7 +53,9 @@ def licence_of(folder: Path) -> tuple[dict[str, str | list[str]], dict[str, str]
     for name, forms in _FORMS.items():
         value = data.get(name)
         each = value if isinstance(value, list) and name == "license" else [value]
-        if each and all(isinstance(one, str) and any(form.fullmatch(one) for form in forms) for one in each):
+        if each and all(
+            isinstance(one, str) and any(form.fullmatch(one) for form in forms) for one in each
+        ):
             taken[name] = value
         elif value:
             rest[name] = plain(value, 500)
@@ -107,8 +109,8 @@ def model_card(
 def write_eval_results(folder: Path, report: Mapping[str, Any]) -> None:
     """Writes ``.eval_results/minitron.yaml``: results on data sets of the hub, for its leaderboards.
 
-    Of each task the one number that leaderboards compare: the first of ``_HEADLINES`` that it has, or of
-    those of which more is better. Nothing where only a part of the questions was asked.
+    Of each task the one number that leaderboards compare: the first of ``_HEADLINES`` that it has,
+    or of those of which more is better. Nothing where only a part of the questions was asked.
 
     Args:
         folder: the export.
@@ -124,7 +126,9 @@ def write_eval_results(folder: Path, report: Mapping[str, Any]) -> None:
         metric = next((m for m in (*_HEADLINES, *found) if m in found and better.get(m)), None)
         if metric is not None:
             notes = f"{metric}, lm-eval task {task}"
-            entries.append(EvalResultEntry(data_set, task.partition("@")[0], found[metric], notes=notes))
+            entries.append(
+                EvalResultEntry(data_set, task.partition("@")[0], found[metric], notes=notes)
+            )
     if not entries:
         return
     (folder / ".eval_results").mkdir()

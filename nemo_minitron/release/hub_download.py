@@ -37,8 +37,8 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
         The snapshot's folder and the commit that ``revision`` stands for.
 
     Raises:
-        ValueError: there is no such repository or revision, it is gated, the disk is too small, or it is not
-            in the cache and HF_HUB_OFFLINE is set.
+        ValueError: there is no such repository or revision, it is gated, the disk is too small, or
+            it is not in the cache and HF_HUB_OFFLINE is set.
         ConnectionError: the hub could not be reached; worth another try.
     """
     where, offline = f"source.model: {repository!r}", constants.HF_HUB_OFFLINE
@@ -63,8 +63,12 @@ def download(repository: str, revision: str | None) -> tuple[Path, str]:
         raise kind(f"{where}: {str(error).splitlines()[0]}") from error
     except (LocalEntryNotFoundError, httpx.TransportError) as error:
         if offline:
-            raise ValueError(f"{where} is not in the hub's cache, and HF_HUB_OFFLINE is set") from error
-        raise ConnectionError(f"{where} is no folder here, and the hub cannot be reached") from error
+            raise ValueError(
+                f"{where} is not in the hub's cache, and HF_HUB_OFFLINE is set"
+            ) from error
+        raise ConnectionError(
+            f"{where} is no folder here, and the hub cannot be reached"
+        ) from error
     return Path(folder), Path(folder).name
 
 
@@ -88,14 +92,16 @@ def check_hashes(snapshot: Path) -> None:
         ConnectionError: one differs.
     """
     for path in sorted(snapshot.iterdir()):
-        # the name behind the first link: that one may be a link itself, into a store that all repositories
-        # share, where files have names of another kind (huggingface_hub 2.4, Xet)
+        # the name behind the first link: that one may be a link itself, into a store that all
+        # repositories share, where files have names of another kind (huggingface_hub 2.4, Xet)
         blob = path.parent / os.readlink(path) if path.is_symlink() else path
         large, small = (re.fullmatch(f"[0-9a-f]{{{digits}}}", blob.name) for digits in (64, 40))
         if (large and hash_file(blob) != blob.name) or (small and _git_hash(blob) != blob.name):
             for each in (blob.resolve(), blob, path):
                 each.unlink(missing_ok=True)
-            raise ConnectionError(f"{path}: arrived damaged; deleted, the next try fetches it again")
+            raise ConnectionError(
+                f"{path}: arrived damaged; deleted, the next try fetches it again"
+            )
 
 
 def _git_hash(path: Path) -> str:
@@ -114,6 +120,10 @@ def download_config(repository: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repository, "config.json")).parent
     except LocalEntryNotFoundError as error:  # first: it is a kind of EntryNotFoundError
-        raise ConnectionError(f"{repository!r} is no folder here, and the hub cannot be reached") from error
+        raise ConnectionError(
+            f"{repository!r} is no folder here, and the hub cannot be reached"
+        ) from error
     except (EntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
-        raise ValueError(f"{repository!r} is neither a folder here nor a repository on the hub") from error
+        raise ValueError(
+            f"{repository!r} is neither a folder here nor a repository on the hub"
+        ) from error

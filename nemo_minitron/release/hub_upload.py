@@ -16,17 +16,23 @@ from huggingface_hub.errors import (
 from nemo_minitron.security.links import refuse_link
 from nemo_minitron.workspace.layout import MANIFEST
 
-_OURS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|\.eval_results/minitron\.yaml")
+_OURS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|\.eval_results/minitron\.yaml"
+)
 """Of an earlier export; beside new shards an old ``model.safetensors`` would be what loads."""
 
 
 def upload(
-    folder: Path, repository: str, private: bool, revision: str | None = None, tag: str | None = None
+    folder: Path,
+    repository: str,
+    private: bool,
+    revision: str | None = None,
+    tag: str | None = None,
 ) -> str:
     """Uploads an export folder in one commit, in the place of an earlier one.
 
-    Weights that an interrupted upload has brought there already are not sent again: the hub knows them by
-    their hash.
+    Weights that an interrupted upload has brought there already are not sent again: the hub knows
+    them by their hash.
 
     Args:
         folder: the export.
@@ -39,8 +45,8 @@ def upload(
         The commit's address.
 
     Raises:
-        ValueError: the hub refuses (no such name, no right to write), the repository is public, or the tag
-            is another commit's; or a file of the folder is a link that leads out of it.
+        ValueError: the hub refuses (no such name, no right to write), the repository is public, or
+            the tag is another commit's; or a file of the folder is a link that leads out of it.
         ConnectionError: it could not be reached; worth another try.
     """
     api, where = huggingface_hub.HfApi(), f"export.push_to_hub: {repository!r}"
@@ -57,7 +63,9 @@ def upload(
         text = f"{where}: {str(error).splitlines()[0]}"
         if status in (401, 403):
             text += "; set HF_TOKEN to a token that may write there"
-        raise (ConnectionError(text) if status >= 500 or status == 429 else ValueError(text)) from error
+        raise (
+            ConnectionError(text) if status >= 500 or status == 429 else ValueError(text)
+        ) from error
     except RuntimeError as error:  # huggingface_hub's own for a file that did not come through
         raise ConnectionError(f"{where}: {error}; the next try sends what is missing") from error
     except httpx.TransportError as error:
@@ -82,8 +90,12 @@ def _send(
         api.create_branch(repository, branch=revision, exist_ok=True)
     tagged = _tagged(api, repository, tag)
     if tagged is not None and tagged != api.model_info(repository, revision=revision).sha:
-        raise ValueError(f"export.push_to_hub: export.tag={tag} is there and means {tagged}; choose another")
-    old = [name for name in api.list_repo_files(repository, revision=revision) if _OURS.fullmatch(name)]
+        raise ValueError(
+            f"export.push_to_hub: export.tag={tag} is there and means {tagged}; choose another"
+        )
+    old = [
+        name for name in api.list_repo_files(repository, revision=revision) if _OURS.fullmatch(name)
+    ]
     info: Any = api.upload_folder(
         repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=[MANIFEST],
         delete_patterns=old or None, commit_message="Export by nemo_minitron",

@@ -1,9 +1,10 @@
 """mlflow: finished stages as metrics, params, tags and files of one run per workspace.
 
-Names in that run: facts are metrics ``stage/path/to/number``, whose step counts how often the stage was made
-anew; training curves are metrics ``stage/curve/loss`` with the training's steps; the deciding configuration
-is params ``stage.key``; tags begin with ``minitron.``. MLflow's params and points cannot be taken back: where
-a stage is made anew, its curves, and those of its params that changed, get the prefix ``stage.v2`` (v3, ...).
+Names in that run: facts are metrics ``stage/path/to/number``, whose step counts how often the stage
+was made anew; training curves are metrics ``stage/curve/loss`` with the training's steps; the
+deciding configuration is params ``stage.key``; tags begin with ``minitron.``. MLflow's params and
+points cannot be taken back: where a stage is made anew, its curves, and those of its params that
+changed, get the prefix ``stage.v2`` (v3, ...).
 """
 
 import contextlib
@@ -56,7 +57,9 @@ def check() -> None:
         ValueError: it is not.
     """
     if importlib.util.find_spec("mlflow") is None:
-        raise ValueError("track.mlflow: needs the package mlflow: pip install 'nemo-minitron[mlflow]'")
+        raise ValueError(
+            "track.mlflow: needs the package mlflow: pip install 'nemo-minitron[mlflow]'"
+        )
 
 
 def track(
@@ -71,8 +74,8 @@ def track(
 ) -> str | None:
     """Logs a finished stage into the workspace's run; nothing, where that artifact is in it already.
 
-    MLflow's global state (tracking URI, active run) is neither read nor changed. Weights are never sent, and
-    tokens of the hub are masked.
+    MLflow's global state (tracking URI, active run) is neither read nor changed. Weights are never
+    sent, and tokens of the hub are masked.
 
     Args:
         uri: a tracking server or database, as MLflow spells them.
@@ -85,7 +88,8 @@ def track(
         identity: the workspace's own, by which later calls find the run again.
 
     Returns:
-        None; or one line that says why the stage is not in the run, or not all of it. Another call resumes.
+        None; or one line that says why the stage is not in the run, or not all of it. Another call
+        resumes.
 
     Raises:
         ValueError: MLflow is not installed.
@@ -102,7 +106,9 @@ def track(
             place = _experiment(client, uri, experiment)
             run = _run(client, place, run_name, identity, _millis(manifest.started))
             _log(client, run, manifest, folder, stage, facts, headline)
-    except Exception as error:  # a server's bad day, in whatever words of whichever library, is no stage's
+    except (
+        Exception
+    ) as error:  # a server's bad day, in whatever words of whichever library, is no stage's
         reason = " ".join(masked(str(error).strip() or type(error).__name__).split())
         reason = re.sub(r".*\(Caused by (.*)\)$", r"\1", reason)
         return f"track.mlflow: {stage} is not logged at {masked(uri)}: {_cut(reason, _REASON)}"
@@ -112,7 +118,11 @@ def track(
 @contextlib.contextmanager
 def _bounded() -> Iterator[None]:
     """Sets MLflow to few retries, no telemetry and no log lines during the block."""
-    wanted = {**_LIMITS, **{name: os.environ[name] for name in _LIMITS if name in os.environ}, **_QUIET}
+    wanted = {
+        **_LIMITS,
+        **{name: os.environ[name] for name in _LIMITS if name in os.environ},
+        **_QUIET,
+    }
     before = {name: os.environ.get(name) for name in wanted}
     loggers = {logger: logger.level for logger in map(logging.getLogger, _CHATTER)}
     os.environ.update(wanted)
@@ -137,7 +147,9 @@ def _experiment(client: Any, uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         location = None
-        if uri.startswith("sqlite:///"):  # files lie beside it, not wherever the command was started
+        if uri.startswith(
+            "sqlite:///"
+        ):  # files lie beside it, not wherever the command was started
             database = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
             location = (database.parent / "mlartifacts").as_uri()
         try:
@@ -165,9 +177,9 @@ def _log(
 ) -> None:
     """Sends what the run does not have of an artifact yet.
 
-    Two tags keep the books: ``build``, written first, which making of the stage this is; and ``logged``,
-    written last. What comes between has the same names, steps and times in every try, so that a database
-    takes nothing of it twice.
+    Two tags keep the books: ``build``, written first, which making of the stage this is; and
+    ``logged``, written last. What comes between has the same names, steps and times in every try,
+    so that a database takes nothing of it twice.
     """
     from mlflow.entities import Metric, Param, RunTag
 
@@ -178,17 +190,25 @@ def _log(
     number, _, last = there.get(f"{own}.build", "0").partition(" ")
     build = int(number) + (last != stamp)
     prefix = stage if build == 1 else f"{stage}.v{build}"
-    found = {(name, build - 1): value for name, value in _named(stage, "/", _leaves(facts, True)).items()}
+    found = {
+        (name, build - 1): value for name, value in _named(stage, "/", _leaves(facts, True)).items()
+    }
     points, odd = _finite(found | _curves(prefix, folder))
     inputs = [{"path": item.path, "fingerprint": item.fingerprint} for item in manifest.inputs]
-    tags = {name: getattr(manifest, name) for name in ("kind", "fingerprint", "package", "finished")}
+    tags = {
+        name: getattr(manifest, name) for name in ("kind", "fingerprint", "package", "finished")
+    }
     tags |= {"build": f"{build} {stamp}", "inputs": json.dumps(inputs), "headline": headline}
     if odd or f"{own}.not_finite" in there:
         tags["not_finite"] = ", ".join(odd) or "none"
-    tags = {f"{own}.{name}": text for name, text in tags.items()} | _source(Workspace(folder.parent).teacher)
+    tags = {f"{own}.{name}": text for name, text in tags.items()} | _source(
+        Workspace(folder.parent).teacher
+    )
     told = [RunTag(name, _cut(masked(text), _TAG)) for name, text in tags.items()]
     client.log_batch(run_id, tags=told, synchronous=True)
-    params = [Param(*pair) for pair in _params(run.data.params, stage, prefix, manifest.config).items()]
+    params = [
+        Param(*pair) for pair in _params(run.data.params, stage, prefix, manifest.config).items()
+    ]
     for start in range(0, len(params), _PARAMS):
         client.log_batch(run_id, params=params[start : start + _PARAMS], synchronous=True)
     metrics = [Metric(name, value, when, step) for (name, step), value in points.items()]
@@ -221,7 +241,9 @@ def _finite(found: Mapping[tuple[str, int], Any]) -> tuple[dict[tuple[str, int],
     return kept, odd
 
 
-def _params(there: Mapping[str, str], stage: str, prefix: str, config: Mapping[str, Any]) -> dict[str, str]:
+def _params(
+    there: Mapping[str, str], stage: str, prefix: str, config: Mapping[str, Any]
+) -> dict[str, str]:
     """Params that the run lacks; what it has under the stage's name with another value gets the prefix."""
     leaves = list(_leaves(config, False))
     lacking = {}
@@ -241,9 +263,14 @@ def _source(teacher: Path) -> dict[str, str]:
     manifest = read_manifest(teacher)
     if manifest is None:
         return {}
-    tags = {f"minitron.source.{name}": str(value) for name, value in manifest.config.items() if value}
+    tags = {
+        f"minitron.source.{name}": str(value) for name, value in manifest.config.items() if value
+    }
     for item in manifest.inputs:
-        tags |= {"minitron.source.model": item.path, "minitron.source.fingerprint": item.fingerprint}
+        tags |= {
+            "minitron.source.model": item.path,
+            "minitron.source.fingerprint": item.fingerprint,
+        }
     return tags
 
 
@@ -260,7 +287,9 @@ def _send_files(client: Any, run_id: str, folder: Path, stage: str) -> None:
         client.log_artifact(run_id, str(picture), f"{stage}/plots")
 
 
-def _leaves(value: Any, lists: bool, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(
+    value: Any, lists: bool, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The leaves of nested containers, each with its path; lists are entered if wanted."""
     if isinstance(value, Mapping):
         for name, item in value.items():
@@ -272,12 +301,16 @@ def _leaves(value: Any, lists: bool, path: tuple[str, ...] = ()) -> Iterator[tup
         yield path, value
 
 
-def _named(prefix: str, separator: str, leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict[str, Any]:
+def _named(
+    prefix: str, separator: str, leaves: Iterable[tuple[tuple[str, ...], Any]]
+) -> dict[str, Any]:
     """Values by names that MLflow takes; equal names get a number."""
     named: dict[str, Any] = {}
     for path, value in leaves:
         parts = [re.sub(r"[^\w.\- ]", "_", masked(part)) for part in path]
-        whole = separator.join([prefix, *("_" if part.strip(".") == "" else part for part in parts)])
+        whole = separator.join(
+            [prefix, *("_" if part.strip(".") == "" else part for part in parts)]
+        )
         if len(whole) > _NAME - 5:
             whole = f"{whole[: _NAME - 22]}-{digest(whole)[:16]}"
         name, number = whole, 2

@@ -1,7 +1,8 @@
 """The text of the model card; what comes from files stands in it as text, never as markup.
 
-The prose is in model_card.md.j2. Its filters ``markdown`` and ``code``, and its function ``table``, make text
-of what comes from files; huggingface_hub's ``ModelCard.from_template`` has no place for filters of one's own.
+The prose is in model_card.md.j2. Its filters ``markdown`` and ``code``, and its function ``table``,
+make text of what comes from files; huggingface_hub's ``ModelCard.from_template`` has no place for
+filters of one's own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,15 @@ from typing import Any
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nemo_minitron.evaluation.report import COMPARED, WRITTEN, columns, compared, markdown, table, written
+from nemo_minitron.evaluation.report import (
+    COMPARED,
+    WRITTEN,
+    columns,
+    compared,
+    markdown,
+    table,
+    written,
+)
 from nemo_minitron.pruning.plan_file import Plan
 from nemo_minitron.release.quickstart import QUICKSTART
 from nemo_minitron.security import plain_text
@@ -35,7 +44,8 @@ def card_text(
         plan: what was cut.
         report: what was measured.
         failed: rows of the quality gate that did not hold.
-        licence: what the source's card says of its licence that does not fit into this card's front matter.
+        licence: what the source's card says of its licence that does not fit into this card's front
+            matter.
     """
     given, models = Path(source["given"]).expanduser(), report["models"]
     asked = any(row.get("tasks") for row in models.values())
@@ -46,7 +56,9 @@ def card_text(
     environment.filters |= {"markdown": plain_text.markdown, "code": plain_text.code}
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         name=name,
-        source={**source, "given": given.name} if given.is_absolute() else source,  # no path of this machine
+        source={**source, "given": given.name}
+        if given.is_absolute()
+        else source,  # no path of this machine
         plan=plan,
         report=report,
         student=models["student"],
@@ -68,5 +80,8 @@ def card_text(
 
 def _sizes(plan: Plan) -> tuple[tuple[str, str, str], ...]:
     axes = {axis: (plan.before[axis], plan.after[axis]) for axis in plan.before}
-    rows = [*axes.items(), ("parameters", (plan.cost_before.parameters, plan.cost_after.parameters))]
+    rows = [
+        *axes.items(),
+        ("parameters", (plan.cost_before.parameters, plan.cost_after.parameters)),
+    ]
     return tuple((name, f"{before:,}", f"{after:,}") for name, (before, after) in rows)

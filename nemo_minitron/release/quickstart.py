@@ -56,7 +56,10 @@ def check_in_clean_process(folder: Path, student: Path, dtype: str) -> None:
         dtype,
     ]
     # not isolated (-I): torch may have come by PYTHONPATH, or lie in the user's own site-packages
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # but nothing from the export itself is imported
+    environment = {
+        **os.environ,
+        "PYTHONSAFEPATH": "1",
+    }  # but nothing from the export itself is imported
     done = subprocess.run(
         command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
         check=False,

@@ -14,7 +14,13 @@ from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.pruning.stream import write_pruned
 from nemo_minitron.scoring.calibration_sums import CalibrationSums, merge_sums, rankings
 from nemo_minitron.scoring.iterative import outranked, sizes_after, spread
-from nemo_minitron.scoring.layer_removal import TaskSums, block_lengths, greedy, greedy_steps, with_tasks
+from nemo_minitron.scoring.layer_removal import (
+    TaskSums,
+    block_lengths,
+    greedy,
+    greedy_steps,
+    with_tasks,
+)
 from nemo_minitron.scoring.pass_runner import Runner
 from nemo_minitron.scoring.scores_file import Scores, read_scores
 from nemo_minitron.workspace.manifest import Input, read_manifest
@@ -31,7 +37,8 @@ class Outcome:
 
     Attributes:
         scores: the result.
-        tokens: tokens that were read, of all ranks and rounds; 0 where everything was there already.
+        tokens: tokens that were read, of all ranks and rounds; 0 where everything was there
+            already.
         seconds: how long that took.
         notes: what was chosen on the way, one line each.
     """
@@ -128,7 +135,11 @@ def by_activation(
     known = usable(load_partial(state), measures, wanted)
     known = known if known.samples else usable(before, measures, wanted)
     missing = [index for index in wanted if index not in known.samples]
-    notes = [f"{len(known.samples)} of {len(wanted)} samples were scored before"] if known.samples else []
+    notes = (
+        [f"{len(known.samples)} of {len(wanted)} samples were scored before"]
+        if known.samples
+        else []
+    )
     run = Runner(config, lead, prepared.samples, state, notes)
     tally = known
     if missing:
@@ -167,7 +178,9 @@ def usable(tally: CalibrationSums, measures: "Measures", wanted: dict[int, str])
     """Saved sums that can be reused; empty if they lack something or hold too much."""
     if any(wanted.get(index) != name for index, name in tally.samples.items()):
         return CalibrationSums()
-    depth = [("block_influence", n) for n in measures.influence] + [("lm_loss", n) for n in measures.losses]
+    depth = [("block_influence", n) for n in measures.influence] + [
+        ("lm_loss", n) for n in measures.losses
+    ]
     held = {how for _, how in tally.sums}
     if not set(measures.sequence) <= held or not set(depth) <= set(tally.depth):
         return CalibrationSums()
@@ -175,7 +188,9 @@ def usable(tally: CalibrationSums, measures: "Measures", wanted: dict[int, str])
     return replace(tally, sums=sums, depth={key: tally.depth[key] for key in depth})
 
 
-def _merged(config: Config, teacher: Input, measures: "Measures", wanted: dict[int, str]) -> CalibrationSums:
+def _merged(
+    config: Config, teacher: Input, measures: "Measures", wanted: dict[int, str]
+) -> CalibrationSums:
     """Adds up the parts that other runs scored."""
     found = CalibrationSums()
     for name in config.score.merge:
@@ -210,7 +225,9 @@ def _merged(config: Config, teacher: Input, measures: "Measures", wanted: dict[i
 
 def _scores(config: Config, checkpoint: Checkpoint, tally: CalibrationSums) -> Scores:
     aggregation = config.score.aggregation
-    ranking = rankings(tally, checkpoint.family, aggregation.batch, aggregation.sequence, config.score.depth)
+    ranking = rankings(
+        tally, checkpoint.family, aggregation.batch, aggregation.sequence, config.score.depth
+    )
     return Scores(ranking, tally)
 
 
@@ -238,7 +255,9 @@ def _iterated(
         folder = run.state / f"narrowed-{round_}"
         with building(folder) as temporary:
             write_pruned(
-                checkpoint, [(temporary, Cut(family, checkpoint.config, keep, every))], 5_000_000_000
+                checkpoint,
+                [(temporary, Cut(family, checkpoint.config, keep, every))],
+                5_000_000_000,
             )
         tally = run(folder, replace(measures, influence=(), losses=()), indices, save=False)
         found = rankings(

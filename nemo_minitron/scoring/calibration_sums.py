@@ -19,9 +19,11 @@ class CalibrationSums:
     """Sums over a set of calibration samples.
 
     Attributes:
-        sums: (axis, sequence aggregation) to moments: [layers, taps, units] for the axes ranked once for the
-            model, [layers, units] or [layers, experts, units] for the others; zero in layers without it.
-        routed: axis name to tokens that came to each of its units, int64, [layers, units] (experts).
+        sums: (axis, sequence aggregation) to moments: [layers, taps, units] for the axes ranked
+            once for the model, [layers, units] or [layers, experts, units] for the others; zero in
+            layers without it.
+        routed: axis name to tokens that came to each of its units, int64, [layers, units]
+            (experts).
         depth: (metric, block length) to its sums.
         samples: number of each calibration sample to the fingerprint of its tokens.
     """
@@ -47,7 +49,9 @@ def merge_sums(left: CalibrationSums, right: CalibrationSums) -> CalibrationSums
         return right if left.empty else left
     both = set(left.samples) & set(right.samples)
     if both:
-        raise ValueError(f"scores to be merged share calibration sample {min(both)}: it would count twice")
+        raise ValueError(
+            f"scores to be merged share calibration sample {min(both)}: it would count twice"
+        )
     if set(left.sums) != set(right.sums) or set(left.depth) != set(right.depth):
         raise ValueError("scores to be merged hold different axes, aggregations or depth metrics")
     return CalibrationSums(
@@ -71,8 +75,8 @@ def rankings(
         depth: metric that ranks the layers, or ``none``.
 
     Returns:
-        Axis name to scores, float64; axes of scope ``model`` have one ranking, the sum over all places where
-        the axis is read ([P1] section 2.2), the others one per layer (and expert).
+        Axis name to scores, float64; axes of scope ``model`` have one ranking, the sum over all
+        places where the axis is read ([P1] section 2.2), the others one per layer (and expert).
     """
     ranking = {}
     for (axis, how), sums in tally.sums.items():

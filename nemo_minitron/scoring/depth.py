@@ -1,8 +1,9 @@
 """Importance of layers, and of blocks of consecutive layers, by the cost of removing them.
 
-``block_influence`` of the block i .. i+n-1 is 1 - E[cos(x_i, x_{i+n})], x_i the input of layer i ([P1] eq. 4,
-which has n = 1). ``lm_loss`` is the rise of the language-model loss without the block, ``task`` the fall of a
-task's accuracy ([P2] section 3). Each is a sum over tokens (or questions), and sums merge.
+``block_influence`` of the block i .. i+n-1 is 1 - E[cos(x_i, x_{i+n})], x_i the input of layer i
+([P1] eq. 4, which has n = 1). ``lm_loss`` is the rise of the language-model loss without the block,
+``task`` the fall of a task's accuracy ([P2] section 3). Each is a sum over tokens (or questions),
+and sums merge.
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ class DepthSums:
     """Sums of one metric for all blocks of one length.
 
     Attributes:
-        total: float64, shape [layers - length + 1]: cosines, losses without the block, or right answers
-            without it.
+        total: float64, shape [layers - length + 1]: cosines, losses without the block, or right
+            answers without it.
         base: the same sum for the whole model; 0 for cosines.
         count: tokens (questions of a task) that were summed over.
     """
@@ -40,8 +41,8 @@ def block_importance(metric: str, sums: DepthSums) -> Tensor:
     """Importance of each block.
 
     Returns:
-        Tensor of shape [layers - length + 1], float64; 0 for a block that changes nothing, less than 0 for
-        one that does harm.
+        Tensor of shape [layers - length + 1], float64; 0 for a block that changes nothing, less
+        than 0 for one that does harm.
     """
     if metric == "block_influence":
         return 1 - sums.total / sums.count
@@ -52,7 +53,9 @@ def block_importance(metric: str, sums: DepthSums) -> Tensor:
 def cosine_sum(before_BSH: Tensor, after_BSH: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, int]:
     """Sum over valid tokens of cos(x_i, x_{i+n}), a scalar (``sum_dtype``), and their number."""
     before_BSH, after_BSH = before_BSH.float(), after_BSH.float()
-    norms_BS = torch.linalg.vector_norm(before_BSH, dim=-1) * torch.linalg.vector_norm(after_BSH, dim=-1)
+    norms_BS = torch.linalg.vector_norm(before_BSH, dim=-1) * torch.linalg.vector_norm(
+        after_BSH, dim=-1
+    )
     cosine_BS = (before_BSH * after_BSH).sum(-1) / norms_BS.clamp(min=1e-12)
     if mask_BS is not None:
         cosine_BS = cosine_BS[mask_BS]

@@ -79,7 +79,9 @@ class Leader:
         self.ranks = ranks
         self._models = _Models(ranks)
 
-    def run(self, job: PassRequest, progress: Callable[[int], None] = lambda _: None) -> CalibrationSums:
+    def run(
+        self, job: PassRequest, progress: Callable[[int], None] = lambda _: None
+    ) -> CalibrationSums:
         """Sums over all ranks.
 
         Args:
@@ -87,7 +89,9 @@ class Leader:
             progress: called with tokens that this rank has read.
         """
         self.ranks.broadcast(job)
-        found: list[CalibrationSums] = self.ranks.gather(_perform(job, self.ranks, self._models, progress))
+        found: list[CalibrationSums] = self.ranks.gather(
+            _perform(job, self.ranks, self._models, progress)
+        )
         return reduce(merge_sums, found)
 
     def model(self, folder: Path, device: str) -> Any:
@@ -169,7 +173,9 @@ def _perform(
             saved = time.monotonic()
 
     model = models.get(job.folder, job.device, job.sharded)
-    return in_memory(model, checkpoint, job.samples, groups, job.measures, job.removed, idle, report)
+    return in_memory(
+        model, checkpoint, job.samples, groups, job.measures, job.removed, idle, report
+    )
 
 
 def _save(target: Path, tally: CalibrationSums) -> None:
@@ -181,7 +187,8 @@ def _save(target: Path, tally: CalibrationSums) -> None:
 def load_partial(state: Path) -> CalibrationSums:
     """The sums that a killed run left, those of all its ranks together.
 
-    A sample that lies in several files (an older one that was not cleared away in time) counts once.
+    A sample that lies in several files (an older one that was not cleared away in time) counts
+    once.
     """
     places = [standing(path) for path in replaced_in(state, "part-*") if path.suffix != ".new"]
     parts = [read_scores(path).tally for path in places if path is not None]

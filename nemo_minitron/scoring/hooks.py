@@ -26,7 +26,8 @@ class Measures:
 
     Attributes:
         sequence: aggregations over positions.
-        pre_activation: whether neurons are read before their activation function, where the family says how.
+        pre_activation: whether neurons are read before their activation function, where the family
+            says how.
         influence: lengths of the blocks of layers whose influence is measured.
         losses: lengths of the blocks without which the loss is measured.
     """
@@ -41,8 +42,8 @@ class Recorder:
     """Sums of a forward pass over calibration samples, for every tapped axis.
 
     Attributes:
-        mask: positions that count in the coming forward pass, Tensor of shape [samples, positions], or None
-            for all.
+        mask: positions that count in the coming forward pass, Tensor of shape [samples, positions],
+            or None for all.
         paused: whether the coming forward pass goes unrecorded.
         idle: whether all do from now on.
     """
@@ -84,7 +85,11 @@ class Recorder:
         self._now: dict[str, dict[str, list[Tensor]]] = {}
 
     def _where(self, axis: str, present: Mapping[str, list[int]]) -> Sequence[int]:
-        return range(self.sizes["layers"]) if self.family.axes[axis].scope == "model" else present[axis]
+        return (
+            range(self.sizes["layers"])
+            if self.family.axes[axis].scope == "model"
+            else present[axis]
+        )
 
     def _taps(self, axis: str) -> tuple[Tap, ...]:
         early = f"{axis}.pre_activation"
@@ -157,7 +162,9 @@ class Recorder:
                 )
                 others = [2 + i for i, name in enumerate(product) if name != axis]
                 parts.append(
-                    torch.linalg.vector_norm(opened, dim=others, dtype=torch.float32) if others else opened
+                    torch.linalg.vector_norm(opened, dim=others, dtype=torch.float32)
+                    if others
+                    else opened
                 )
             start += width
         if len(parts) == 1:
@@ -178,13 +185,19 @@ class Recorder:
         samples, positions = self._samples_positions
         if visit.expert == 0:
             self._now = {axis: {how: [] for how in self.measures.sequence} for axis in axes}
-            self._routed.setdefault(("experts", layer), torch.zeros(visit.experts, dtype=torch.int64))
+            self._routed.setdefault(
+                ("experts", layer), torch.zeros(visit.experts, dtype=torch.int64)
+            )
         token_T = visit.token_T
         count_B = torch.full((samples,), positions, device=token_T.device)
         neurons_TU, given_TH = visit.neurons_TU, visit.weighted_TH
         if self.mask is not None:
             counts_T = self.mask.flatten()[token_T]
-            token_T, neurons_TU, given_TH = token_T[counts_T], neurons_TU[counts_T], given_TH[counts_T]
+            token_T, neurons_TU, given_TH = (
+                token_T[counts_T],
+                neurons_TU[counts_T],
+                given_TH[counts_T],
+            )
             count_B = self.mask.sum(1)
         self._routed["experts", layer][visit.expert] += len(token_T)
         sample_T = token_T // positions
@@ -193,7 +206,9 @@ class Recorder:
                 x_TU = torch.linalg.vector_norm(given_TH, dim=-1, keepdim=True, dtype=torch.float32)
             else:
                 x_TU = neurons_TU
-            for how, value_BU in over_routed(x_TU, sample_T, count_B, self.measures.sequence).items():
+            for how, value_BU in over_routed(
+                x_TU, sample_T, count_B, self.measures.sequence
+            ).items():
                 self._now[axis][how].append(value_BU)
         if visit.expert == visit.experts - 1:
             for axis, hows in self._now.items():
@@ -217,7 +232,9 @@ class Recorder:
                 known = self._depth.setdefault((first, length), [0.0, 0])
                 known[0], known[1] = known[0] + total, known[1] + tokens
         for old in [
-            old for old in self._inputs if old <= layer + 1 - max(self.measures.influence, default=1)
+            old
+            for old in self._inputs
+            if old <= layer + 1 - max(self.measures.influence, default=1)
         ]:
             del self._inputs[old]
 
@@ -229,12 +246,16 @@ class Recorder:
                 sums[axis, how] = self._stacked(axis, how, layers)
         routed: dict[str, Tensor] = {}
         for (axis, layer), counts in self._routed.items():
-            routed.setdefault(axis, torch.zeros(self.sizes["layers"], len(counts), dtype=torch.int64))
+            routed.setdefault(
+                axis, torch.zeros(self.sizes["layers"], len(counts), dtype=torch.int64)
+            )
             routed[axis][layer] = counts
         depth: dict[tuple[str, int], DepthSums] = {}
         for length in self.measures.influence:
             blocks = self.sizes["layers"] - length + 1
-            found = [(i, *self._depth[i, length]) for i in range(blocks) if (i, length) in self._depth]
+            found = [
+                (i, *self._depth[i, length]) for i in range(blocks) if (i, length) in self._depth
+            ]
             total = torch.zeros(blocks, dtype=torch.float64)
             for first, cosines, _ in found:
                 total[first] = float(cosines)
@@ -247,14 +268,19 @@ class Recorder:
         samples = 0
         for layer in layers:
             places = [self._sums[axis, how, layer, tap] for tap in taps]
-            one = [torch.stack([getattr(p, part) for p in places]).cpu() for part in ("total", "squares")]
+            one = [
+                torch.stack([getattr(p, part) for p in places]).cpu()
+                for part in ("total", "squares")
+            ]
             one = one if self.family.axes[axis].scope == "model" else [part[0] for part in one]
             if total is None or squares is None:
                 shape = (self.sizes["layers"], *one[0].shape)
                 total, squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
                 samples = places[0].samples
             total[layer], squares[layer] = one
-        assert total is not None and squares is not None, f"no activation reached the taps of {axis}"
+        assert total is not None and squares is not None, (
+            f"no activation reached the taps of {axis}"
+        )
         return Moments(samples, total, squares)
 
 

@@ -1,12 +1,12 @@
 """Importance of a model's units from activations ([P1] section 2.2).
 
-Shape suffixes: B samples, S positions, U units, T tokens, E experts, L layers; ``x_BSU`` has the shape
-[samples, positions, units].
+Shape suffixes: B samples, S positions, U units, T tokens, E experts, L layers; ``x_BSU`` has the
+shape [samples, positions, units].
 
-An activation score is two aggregations, first over the positions of each sample, then over samples. What is
-kept between batches are the sums over samples of the first aggregation and of its square: they merge
-associatively, so that any split of the samples over batches, ranks, machines or resumed runs gives the score
-of the whole.
+An activation score is two aggregations, first over the positions of each sample, then over samples.
+What is kept between batches are the sums over samples of the first aggregation and of its square:
+they merge associatively, so that any split of the samples over batches, ranks, machines or resumed
+runs gives the score of the whole.
 """
 
 import math
@@ -24,12 +24,13 @@ AGGREGATIONS = ("l2", "mean", "var")
 def over_sequence(x_BSU: Tensor, mask_BS: Tensor | None, hows: Sequence[str]) -> dict[str, Tensor]:
     """Aggregates each sample's activations over its valid positions, in float32.
 
-    ``mean`` is the mean of |x|, ``l2`` is sqrt(sum x^2), ``var`` is the mean of (x - mean)^2 ([P1] section
-    2.2).
+    ``mean`` is the mean of |x|, ``l2`` is sqrt(sum x^2), ``var`` is the mean of (x - mean)^2 ([P1]
+    section 2.2).
 
     Args:
         x_BSU: Tensor of shape [samples, positions, units].
-        mask_BS: Tensor of shape [samples, positions], True where a position counts; None where all do.
+        mask_BS: Tensor of shape [samples, positions], True where a position counts; None where all
+            do.
         hows: any of ``AGGREGATIONS``.
 
     Returns:
@@ -59,7 +60,9 @@ def over_sequence(x_BSU: Tensor, mask_BS: Tensor | None, hows: Sequence[str]) ->
     return result
 
 
-def over_routed(x_TU: Tensor, sample_T: Tensor, count_B: Tensor, hows: Sequence[str]) -> dict[str, Tensor]:
+def over_routed(
+    x_TU: Tensor, sample_T: Tensor, count_B: Tensor, hows: Sequence[str]
+) -> dict[str, Tensor]:
     """``over_sequence`` for an expert, which sees a part of the positions; the others count as zeros.
 
     Args:
@@ -108,7 +111,9 @@ def moments(value_BU: Tensor) -> Moments:
 
 def merge(left: Moments, right: Moments) -> Moments:
     """Moments of two disjoint sets of samples together."""
-    return Moments(left.samples + right.samples, left.total + right.total, left.squares + right.squares)
+    return Moments(
+        left.samples + right.samples, left.total + right.total, left.squares + right.squares
+    )
 
 
 def over_batch(sums: Moments, how: str) -> Tensor:

@@ -33,7 +33,9 @@ def sizes_after(
     options = []
     for axis in shrinking:
         line = source[axis] - (round_ + 1) * (source[axis] - target[axis]) / rounds
-        step = math.gcd(source[axis], target[axis])  # what divides both ends divides what lies between
+        step = math.gcd(
+            source[axis], target[axis]
+        )  # what divides both ends divides what lies between
         least = max(target[axis], math.ceil(line / step) * step)
         options.append([*range(least, source[axis] + 1, step)])
     for chosen in itertools.islice(_nearest_first(options), 100_000):
@@ -44,7 +46,9 @@ def sizes_after(
         except ValueError:
             continue
         return complete
-    raise ValueError(f"score.iterations: no sizes of {family.model_type} between source and target are valid")
+    raise ValueError(
+        f"score.iterations: no sizes of {family.model_type} between source and target are valid"
+    )
 
 
 def _nearest_first(options: list[list[int]]) -> "itertools.chain[tuple[int, ...]]":
@@ -83,7 +87,9 @@ def spread(
     owners = family.ranked_per(axis)
     for place in itertools.product(*(range(size) for size in scores.shape[:-1])):
         source: tuple[int, ...] = ()
-        for owner, number in zip(owners, place, strict=True):  # an expert's number before experts were cut
+        for owner, number in zip(
+            owners, place, strict=True
+        ):  # an expert's number before experts were cut
             gone = keep.get(owner) if owner != "layers" else None
             source = (*source, number if gone is None else int(gone[source][number]))
         units = keep[axis][source] if axis in keep else torch.arange(sizes[axis])

@@ -54,7 +54,9 @@ class LayerwiseCheckpoint:
         started = time.monotonic()
         with replacing_folder(self._folder) as fresh:
             for key in shelf.keys():  # noqa: SIM118 (a HiddenStateStore is no mapping)
-                save_file({"hidden": shelf.get(key).contiguous()}, fresh / f"{file_name(key)}.hidden")
+                save_file(
+                    {"hidden": shelf.get(key).contiguous()}, fresh / f"{file_name(key)}.hidden"
+                )
             write_scores(fresh, Scores({}, tally))
             write_json(fresh / _STAMP, {"recipe": self._recipe, "next": following})
         self._last, self._cost = time.monotonic(), time.monotonic() - started

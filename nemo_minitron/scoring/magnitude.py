@@ -10,7 +10,11 @@ from nemo_minitron.families.grammar import Dim, dim_size, extent
 
 
 def unit_squares(
-    tensor: Tensor, row: TensorRow, sizes: Mapping[str, int], family: Family, units: Mapping[str, int]
+    tensor: Tensor,
+    row: TensorRow,
+    sizes: Mapping[str, int],
+    family: Family,
+    units: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """Sum of squared weights of every unit that a tensor has weights of: the magnitude baseline.
 
@@ -22,9 +26,10 @@ def unit_squares(
         units: the units that the tensor's name names (its layer, its expert).
 
     Returns:
-        Axis name to sums, float64, for the prunable axes of the row and of the name: of shape [units],
-        [extent of dimension 0, units] where dimension 0 is the axis whose units rank it each, or a scalar
-        for the unit that the name names.
+        Axis name to sums, float64, for the prunable axes of the row and of the name: of shape
+            [units],
+        [extent of dimension 0, units] where dimension 0 is the axis whose units rank it each, or a
+        scalar for the unit that the name names.
     """
     sums: dict[str, Tensor] = {}
     first = row.dims[0]
@@ -72,7 +77,9 @@ def _by_axis(marginal: Tensor, dim: Dim, sizes: Mapping[str, int]) -> dict[str, 
     start = 0
     for product in dim:
         width = dim_size((product,), sizes)
-        opened = marginal.narrow(-1, start, width).unflatten(-1, [extent(axis, sizes) for axis in product])
+        opened = marginal.narrow(-1, start, width).unflatten(
+            -1, [extent(axis, sizes) for axis in product]
+        )
         for place, axis in enumerate(product):
             if not axis.isdecimal():
                 others = [i - len(product) for i in range(len(product)) if i != place]

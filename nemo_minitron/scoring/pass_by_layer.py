@@ -1,9 +1,11 @@
 """A scoring pass over a model that does not fit into memory: one decoder layer at a time, over all batches.
 
-A layer is loaded as a causal LM of its own, cut out of the checkpoint by the family's table as a depth cut
-would: transformers does what it does for any model (renamed and fused tensors, masks, rope), and no family
-needs code here. Embedding, final norm and head stay in memory, every byte of the checkpoint is read once. The
-hidden states of all batches wait between two layers in memory, and beyond a budget on disk.
+A layer is loaded as a causal LM of its own, cut out of the checkpoint by the family's table as a
+depth cut
+would: transformers does what it does for any model (renamed and fused tensors, masks, rope), and no
+family needs code here. Embedding, final norm and head stay in memory, every byte of the checkpoint
+is read once. The hidden states of all batches wait between two layers in memory, and beyond a
+budget on disk.
 
 Shape suffixes: B samples, S positions, H hidden channels.
 """
@@ -120,7 +122,8 @@ def streamed(
         savings: the checkpoint that a killed pass resumes from.
 
     Raises:
-        ValueError: influence of longer blocks was asked for: that needs all layers' hidden states at once.
+        ValueError: influence of longer blocks was asked for: that needs all layers' hidden states
+            at once.
     """
     if any(length > 1 for length in measures.influence):
         raise ValueError(
@@ -130,7 +133,9 @@ def streamed(
         (Path(name) / "model").mkdir()
         loader = _OneLayer(checkpoint, device, Path(name) / "model")
         batches = [samples.batch(group) for group in groups]
-        one = _Pass(loader, HiddenStateStore(budget, Path(name)), batches, measures, removed, progress)
+        one = _Pass(
+            loader, HiddenStateStore(budget, Path(name)), batches, measures, removed, progress
+        )
         found = one.run(savings, check=samples.positions_NS is not None)
     fingerprints = samples.fingerprints()
     done = {index: fingerprints[index] for group in groups for index in group}
@@ -176,7 +181,9 @@ class _Pass:
             recorder = Recorder(self.family, config, self.measures, only=[here])
             with recorder.attached(model):
                 for number, batch in enumerate(self.batches):
-                    self._advance(model, detour, here, recorder, batch.to(self.loader.device), number, layer)
+                    self._advance(
+                        model, detour, here, recorder, batch.to(self.loader.device), number, layer
+                    )
                     self.progress(batch.tokens_BS.numel())
             if layer == self.kept[-1]:
                 self._finish(model, detour)
@@ -234,11 +241,15 @@ def _joined(
         placed = place(Moments(value.samples, value.total[here : here + 1], value.squares[here : here + 1]),
                        layer, layers)  # fmt: skip
         known = sums.get(key)
-        sums[key] = placed if known is None else replace(merge(known, placed), samples=placed.samples)
+        sums[key] = (
+            placed if known is None else replace(merge(known, placed), samples=placed.samples)
+        )
     routed = dict(found.routed)
     for axis, counts in one.routed.items():
         known_counts = (
-            routed[axis] if axis in routed else torch.zeros(layers, counts.shape[1], dtype=counts.dtype)
+            routed[axis]
+            if axis in routed
+            else torch.zeros(layers, counts.shape[1], dtype=counts.dtype)
         )
         known_counts[layer] = counts[here]
         routed[axis] = known_counts

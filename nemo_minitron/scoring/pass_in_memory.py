@@ -32,7 +32,9 @@ def blocks_of(layers: int, length: int, removed: frozenset[int]) -> list[Block]:
     return [block for block in every if not removed & set(block)]
 
 
-def loss_sum(model: Any, family: Family, hidden_BSH: Tensor, labels_BS: Tensor) -> tuple[float, int]:
+def loss_sum(
+    model: Any, family: Family, hidden_BSH: Tensor, labels_BS: Tensor
+) -> tuple[float, int]:
     """Cross-entropy in nats summed over the labels that count, and their number.
 
     Args:
@@ -41,7 +43,9 @@ def loss_sum(model: Any, family: Family, hidden_BSH: Tensor, labels_BS: Tensor) 
         hidden_BSH: what ``hidden_states`` gives.
         labels_BS: ids of the next tokens, -1 where none counts.
     """
-    terms = cross_entropy(projection_of(model, family, hidden_BSH.flatten(0, 1)), labels_BS.flatten())
+    terms = cross_entropy(
+        projection_of(model, family, hidden_BSH.flatten(0, 1)), labels_BS.flatten()
+    )
     count = int((labels_BS >= 0).sum())
     return float(terms.ce) * count, count
 
@@ -49,8 +53,8 @@ def loss_sum(model: Any, family: Family, hidden_BSH: Tensor, labels_BS: Tensor) 
 def check_isolation(model: Any, family: Family) -> None:
     """Tries whether packed documents see each other, and refuses the model if they do.
 
-    Attention is kept inside documents by transformers where a family hands on its position ids; one that does
-    not, and recurrent layers, would leak without a word.
+    Attention is kept inside documents by transformers where a family hands on its position ids; one
+    that does not, and recurrent layers, would leak without a word.
 
     Raises:
         ValueError: two short documents in one sample come out otherwise than apart.
@@ -59,10 +63,14 @@ def check_isolation(model: Any, family: Family) -> None:
     ids_BS = torch.arange(2, 18, device=device)[None] % model.config.vocab_size
     positions_BS = torch.arange(8, device=device).repeat(2)[None]
     with frozen(model):
-        packed_BSH = decoder(input_ids=ids_BS, position_ids=positions_BS, use_cache=False).last_hidden_state
+        packed_BSH = decoder(
+            input_ids=ids_BS, position_ids=positions_BS, use_cache=False
+        ).last_hidden_state
         alone_BSH = decoder(input_ids=ids_BS[:, 8:], use_cache=False).last_hidden_state
     tolerance = 1e-3 if packed_BSH.dtype == torch.float32 else 3e-2
-    if not torch.allclose(packed_BSH[:, 8:], alone_BSH, atol=tolerance * float(alone_BSH.abs().max())):
+    if not torch.allclose(
+        packed_BSH[:, 8:], alone_BSH, atol=tolerance * float(alone_BSH.abs().max())
+    ):
         raise ValueError(
             f"data.calibration.packing=documents: in {family.model_type}, as the installed transformers "
             "computes it, one document sees another; use off (one document per sample) or plain"
@@ -98,7 +106,12 @@ class Losses:
 
 
 def losses_without(
-    model: Any, family: Family, detour: LayerControl, batch: Batch, losses: Losses, removed: frozenset[int]
+    model: Any,
+    family: Family,
+    detour: LayerControl,
+    batch: Batch,
+    losses: Losses,
+    removed: frozenset[int],
 ) -> None:
     """Loss of one batch without each block: only the layers behind the block run again ([P2] section 3).
 
@@ -135,8 +148,8 @@ def in_memory(
         groups: numbers of the samples of each batch.
         measures: what to sum.
         removed: layers that are left out all along.
-        idle: forward passes at the end that count for nothing: every rank of a sharded model must make as
-            many as the others.
+        idle: forward passes at the end that count for nothing: every rank of a sharded model must
+            make as many as the others.
         report: called after each batch.
     """
     family, layers = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)["layers"]

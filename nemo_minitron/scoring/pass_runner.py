@@ -23,7 +23,13 @@ class Runner:
     def __init__(
         self, config: Config, lead: "Leader", samples: "Samples", state: Path, notes: list[str]
     ) -> None:
-        self.config, self.lead, self.samples, self.state, self.notes = config, lead, samples, state, notes
+        self.config, self.lead, self.samples, self.state, self.notes = (
+            config,
+            lead,
+            samples,
+            state,
+            notes,
+        )
         self.tokens, self.seconds = 0, 0.0
 
     def __call__(
@@ -81,7 +87,9 @@ class Runner:
         needed = weights + tokens * width * ((8 + kept) * sizes["hidden"] + 4 * widest)
         device = pick_device(score.device)
         # ranks share the memory of a machine, but not that of a GPU
-        free = available_bytes(device) // (1 if device.type == "cuda" else self.lead.ranks.neighbours)
+        free = available_bytes(device) // (
+            1 if device.type == "cuda" else self.lead.ranks.neighbours
+        )
         if needed <= 0.8 * free or len(measures.influence) > 1 or self.config.score.depth == "task":
             return False, ""
         outside, layer = layer_bytes(checkpoint)

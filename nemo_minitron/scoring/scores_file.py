@@ -23,10 +23,11 @@ class Scores:
     """Importance scores of one model.
 
     Attributes:
-        ranking: axis name to scores, float64: [units] for scope ``model`` and for ``layers``, [layers,
-            units] or [layers, experts, units] else.
+        ranking: axis name to scores, float64: [units] for scope ``model`` and for ``layers``,
+            [layers, units] or [layers, experts, units] else.
         tally: the sums behind them, and the samples they are over; empty for the baselines.
-        greedy: layers in the order in which greedy removal took them; empty where it was not asked for.
+        greedy: layers in the order in which greedy removal took them; empty where it was not asked
+            for.
     """
 
     ranking: dict[str, Tensor]
@@ -41,19 +42,27 @@ def write_scores(folder: Path, scores: Scores) -> None:
     ``routed.AXIS``; ``depth.METRIC.LENGTH.`` and ``total``, ``base``, ``count``; ``greedy``.
     ``samples.json``: number of each sample to the fingerprint of its tokens.
     """
-    tensors = {f"ranking.{axis}": value.double().contiguous() for axis, value in scores.ranking.items()}
+    tensors = {
+        f"ranking.{axis}": value.double().contiguous() for axis, value in scores.ranking.items()
+    }
     tensors |= _tensors(scores.tally)
     if scores.greedy:
         tensors["greedy"] = torch.tensor(scores.greedy)
     save_file(tensors, folder / FILE)
     if scores.tally.samples:
-        write_json(folder / SAMPLES, {str(index): name for index, name in scores.tally.samples.items()})
+        write_json(
+            folder / SAMPLES, {str(index): name for index, name in scores.tally.samples.items()}
+        )
 
 
 def read_scores(folder: Path) -> Scores:
     """Reads what ``write_scores`` wrote."""
     tensors = load_file(folder / FILE)
-    ranking = {name.split(".", 1)[1]: value for name, value in tensors.items() if name.startswith("ranking.")}
+    ranking = {
+        name.split(".", 1)[1]: value
+        for name, value in tensors.items()
+        if name.startswith("ranking.")
+    }
     greedy = tuple(tensors["greedy"].tolist()) if "greedy" in tensors else ()
     samples = {}
     if (folder / SAMPLES).is_file():

@@ -1,7 +1,7 @@
 """Files that are links: what is copied or shown out of a folder must lie in it.
 
-A stranger's folder may hold a link named LICENSE that leads to a file of the user's, whose contents would
-then go out with the result.
+A stranger's folder may hold a link named LICENSE that leads to a file of the user's, whose contents
+would then go out with the result.
 """
 
 import os
@@ -14,9 +14,9 @@ from nemo_minitron.security.plain_text import plain
 def leads_out(path: Path, folder: Path) -> bool:
     """Whether a file of a folder lies, by links, outside of it.
 
-    A snapshot in the hub's cache consists of links into the blobs of its repository, and these may be links
-    into the blobs of the whole cache: those are its own files. Source: huggingface_hub's guide "Understand
-    caching".
+    A snapshot in the hub's cache consists of links into the blobs of its repository, and these may
+    be links into the blobs of the whole cache: those are its own files. Source: huggingface_hub's
+    guide "Understand caching".
     """
     real, root = path.resolve(), folder.resolve()
     if real.is_relative_to(root):

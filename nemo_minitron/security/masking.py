@@ -1,9 +1,9 @@
 """Masks credentials in text for a screen, a file or a database.
 
-What counts as one: tokens of a known shape, names and passwords in addresses, secret parts of queries, what
-is assigned to a name that says so, ``Authorization`` headers; and, wherever they stand, the values of this
-process' environment variables with such names and what ``remember`` noted. A reference such as
-``$HF_TOKEN`` or ``${oc.env:HF_TOKEN}`` is none.
+What counts as one: tokens of a known shape, names and passwords in addresses, secret parts of
+queries, what is assigned to a name that says so, ``Authorization`` headers; and, wherever they
+stand, the values of this process' environment variables with such names and what ``remember``
+noted. A reference such as ``$HF_TOKEN`` or ``${oc.env:HF_TOKEN}`` is none.
 """
 
 import functools
@@ -104,8 +104,8 @@ def masked_values(value: Any, name: str = "") -> Any:
 def remember(value: Any) -> None:
     """Takes note of the credentials in a configuration, to mask them wherever they turn up in this process.
 
-    A library that took an address apart tells its parts, without what showed that they are a name and a
-    password.
+    A library that took an address apart tells its parts, without what showed that they are a name
+    and a password.
     """
     if isinstance(value, str):
         _without(value, _note)
@@ -237,7 +237,9 @@ def _is_secret_variable(name: str) -> bool:
 def _known() -> re.Pattern[str] | None:
     """Known credentials, masked anywhere in a text; read each time, as the environment may change."""
     values = {
-        value for name in os.environ if _is_secret_variable(name) and (value := os.environ.get(name, ""))
+        value
+        for name in os.environ
+        if _is_secret_variable(name) and (value := os.environ.get(name, ""))
     }
     return _pattern(frozenset(values | _remembered))
 
@@ -248,4 +250,6 @@ def _pattern(values: frozenset[str]) -> re.Pattern[str] | None:
     spelled = long | {quote(value, safe="") for value in long}
     if not spelled:
         return None
-    return re.compile("|".join(re.escape(value) for value in sorted(spelled, key=len, reverse=True)))
+    return re.compile(
+        "|".join(re.escape(value) for value in sorted(spelled, key=len, reverse=True))
+    )

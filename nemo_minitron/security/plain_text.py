@@ -7,7 +7,9 @@ import re
 
 LONGEST = 4000
 """Characters of a text that is shown on one line."""
-_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_OBEYED = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 """Control characters, those that change the direction of writing, line separators, and bytes of a file name
 that are no UTF-8 (which cannot be printed at all)."""
 _MARKUP = re.compile(r"([\\`*\[\]|])")
@@ -16,8 +18,8 @@ _MARKUP = re.compile(r"([\\`*\[\]|])")
 def plain(text: object, longest: int = LONGEST) -> str:
     r"""A text as one line without terminal control codes.
 
-    White space becomes single spaces, other control characters their escapes (``\x1b``); the middle of a very
-    long text is left out.
+    White space becomes single spaces, other control characters their escapes (``\x1b``); the middle
+    of a very long text is left out.
     """
     line = _OBEYED.sub(_escaped, " ".join(str(text).split()))
     if len(line) <= longest:
@@ -34,7 +36,8 @@ def _escaped(found: re.Match[str]) -> str:
 def markdown(text: object) -> str:
     """A text as one line of Markdown, also in a table's cell, in which nothing is markup or HTML.
 
-    Source: CommonMark 0.31, sections 2.4 and 2.5 (backslash escapes, entities), and GitHub's tables.
+    Source: CommonMark 0.31, sections 2.4 and 2.5 (backslash escapes, entities), and GitHub's
+    tables.
     """
     line = plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKUP.sub(r"\\\1", line)

@@ -68,14 +68,22 @@ Teaching = tuple[Callable[[], list[Any]], Callable[[Any, Any], tuple[Any, Any]]]
 
 
 def _online(
-    config: Config, teacher: Path, pruned: Path, divergence: Divergence, inside: IntermediateWeights | None
+    config: Config,
+    teacher: Path,
+    pruned: Path,
+    divergence: Divergence,
+    inside: IntermediateWeights | None,
 ) -> Teaching:
     """The teacher runs beside the student."""
     settings = config.distill
     vocabulary = shared_vocabulary(teacher, pruned)
     if settings.teacher_place == "shard" and config.training.parallel != "shard":
-        raise ValueError("distill.teacher_place=shard: needs training.parallel=shard, found replicate")
-    if settings.teacher_place == "shard" and (settings.live_teacher or settings.teacher_dtype == "int8"):
+        raise ValueError(
+            "distill.teacher_place=shard: needs training.parallel=shard, found replicate"
+        )
+    if settings.teacher_place == "shard" and (
+        settings.live_teacher or settings.teacher_dtype == "int8"
+    ):
         raise ValueError(
             "distill.teacher_place=shard: neither with distill.live_teacher nor with teacher_dtype=int8; use "
             "device or cpu"
@@ -167,7 +175,9 @@ def _check_cache(config: Config, where: str) -> None:
     for name, value in asked_for(config).items():
         made = manifest.config.get(name)
         if name == "train":  # how many samples: seen of the samples themselves
-            made, value = [{key: each[key] for key in each if key != "samples"} for each in (made, value)]
+            made, value = [
+                {key: each[key] for key in each if key != "samples"} for each in (made, value)
+            ]
         if made != value:
             raise ValueError(f"{where}: made with {name} {made}, found {value}; {again}")
     inputs = training_inputs(config)
@@ -195,11 +205,17 @@ def _intermediate(settings: IntermediateConfig) -> IntermediateWeights | None:
     for text in settings.layers:
         pair = re.fullmatch(r"\s*(-?\d+)\s*:\s*(-?\d+)\s*", text)
         if pair is None:
-            raise ValueError(f"{where}.layers: expected TEACHER:STUDENT, as in -3:-3, found {text!r}")
+            raise ValueError(
+                f"{where}.layers: expected TEACHER:STUDENT, as in -3:-3, found {text!r}"
+            )
         pairs.append((int(pair[1]), int(pair[2])))
     try:
         return IntermediateWeights(
-            tuple(settings.terms), settings.distance, tuple(pairs), settings.relation_heads, settings.alpha
+            tuple(settings.terms),
+            settings.distance,
+            tuple(pairs),
+            settings.relation_heads,
+            settings.alpha,
         )
     except ValueError as error:
         raise ValueError(f"{where}.{error}") from error

@@ -39,7 +39,12 @@ def recipe(config: Config) -> Recipe:
             from nemo_minitron.models.causal_lm import load_tokenizer
 
             load_tokenizer(folder)
-        source = {"path": pointer, "given": given, "revision": revision, "asked": config.source.revision}
+        source = {
+            "path": pointer,
+            "given": given,
+            "revision": revision,
+            "asked": config.source.revision,
+        }
         write_json(target / "source.json", source)
 
     def summary() -> Summary:
@@ -119,4 +124,6 @@ def _finished(folder: Path) -> str | None:
 
 def _headline(checkpoint: Checkpoint) -> str:
     size = model_size(checkpoint.family, checkpoint.config)
-    return f"{checkpoint.family.model_type}, {size.parameters:,} parameters, from {checkpoint.folder}"
+    return (
+        f"{checkpoint.family.model_type}, {size.parameters:,} parameters, from {checkpoint.folder}"
+    )

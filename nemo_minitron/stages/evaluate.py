@@ -9,7 +9,12 @@ from typing import Any
 from nemo_minitron.checkpoints.checkpoint import main_dtype, open_checkpoint
 from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
 from nemo_minitron.config.config import Config, workspace_of
-from nemo_minitron.data.mixtures import VALIDATION_SAMPLES, held_out_sampling, text_input, validation_text
+from nemo_minitron.data.mixtures import (
+    VALIDATION_SAMPLES,
+    held_out_sampling,
+    text_input,
+    validation_text,
+)
 from nemo_minitron.evaluation.gate import JUDGES, Gate, gate_of, judge, raise_if_failed
 from nemo_minitron.evaluation.measurements import SPEED, TEXT, WRITING, Bench, Unit, work
 from nemo_minitron.evaluation.report import FILE, columns, read_report, table
@@ -52,7 +57,9 @@ def recipe(config: Config) -> Recipe:
         if ranks.rank > 0:
             return
         if failed:
-            told = "; ".join(f"{each.unit.what} of {each.unit.model}: {each.words}" for each in failed[:3])
+            told = "; ".join(
+                f"{each.unit.what} of {each.unit.model}: {each.words}" for each in failed[:3]
+            )
             text = f"evaluate.tasks: {told}; what else was measured is kept for the next try"
             raise RuntimeError(text) from failed[0].error  # a broken line is worth another try
         report = _assembled(config, bench)
@@ -85,7 +92,9 @@ def _judged(config: Config, gate: Gate, folder: Path) -> Summary:
     failed = [row for row in rows if not row[3]]
     if gate.asks and not config.export.force:
         raise_if_failed(rows)
-    notes = tuple(f"the quality gate failed: {row[0]}: {row[2]}, asked for {row[1]}" for row in failed)
+    notes = tuple(
+        f"the quality gate failed: {row[0]}: {row[2]}, asked for {row[1]}" for row in failed
+    )
     return Summary(headline, columns(report), table(report), report["models"], notes)
 
 
@@ -136,7 +145,9 @@ def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
         ("student", "student", "distill", "hf"),
         ("scratch", "scratch", "pretrain", "hf"),
     ):
-        if name == "scratch" and not (config.evaluate.from_scratch and read_manifest(workspace / artifact)):
+        if name == "scratch" and not (
+            config.evaluate.from_scratch and read_manifest(workspace / artifact)
+        ):
             continue
         models[name] = workspace / artifact / part
         inputs.append(input_artifact(workspace, artifact, stage))
@@ -162,7 +173,10 @@ def _assembled(config: Config, bench: Bench) -> dict[str, Any]:
     found = {unit: bench.measure(unit) for unit in bench.units()}
     models = {name: _row(bench, name, found) for name in bench.folders}
     tasks = {name: found[Unit("teacher", name)] for name in config.evaluate.tasks}
-    better = {name: found[Unit("student", name)]["better"] | task["better"] for name, task in tasks.items()}
+    better = {
+        name: found[Unit("student", name)]["better"] | task["better"]
+        for name, task in tasks.items()
+    }
     report: dict[str, Any] = {
         "workspace": workspace_of(config).resolve().name,
         "dtype": bench.dtypes.get("student"),

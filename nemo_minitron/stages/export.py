@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor, main_dtype, open_checkpoint
+from nemo_minitron.checkpoints.checkpoint import (
+    Checkpoint,
+    load_tensor,
+    main_dtype,
+    open_checkpoint,
+)
 from nemo_minitron.checkpoints.dtypes import DTYPES, STORED
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.shard_writer import Planned, write_weights
@@ -47,7 +52,9 @@ def _check_told(workspace: Path, student: Input) -> None:
             f"{workspace / 'report'}: measures another model than this workspace's student (evaluate.model); "
             "run 'minitron evaluate' without it"
         )
-    if student.finished not in [item.finished for item in measured]:  # the same recipe, made once more
+    if student.finished not in [
+        item.finished for item in measured
+    ]:  # the same recipe, made once more
         raise ValueError(
             f"{workspace / 'report'}: measures an earlier student of this workspace; "
             "run 'minitron evaluate' again"
@@ -66,7 +73,9 @@ def run(config: Config) -> Result:
     """
     workspace = workspace_of(config)
     if config.export.dtype is not None and config.export.dtype not in _DTYPES:
-        raise ValueError(f"export.dtype: expected one of {', '.join(_DTYPES)}, found {config.export.dtype!r}")
+        raise ValueError(
+            f"export.dtype: expected one of {', '.join(_DTYPES)}, found {config.export.dtype!r}"
+        )
     inputs = [
         input_artifact(workspace, "student", "distill"),
         input_artifact(workspace, "report", "evaluate"),
@@ -124,7 +133,9 @@ def _upload(config: Config, folder: Path) -> str:
 
     settings = config.export
     assert settings.push_to_hub is not None
-    return upload(folder, settings.push_to_hub, not settings.public, settings.revision, settings.tag)
+    return upload(
+        folder, settings.push_to_hub, not settings.public, settings.revision, settings.tag
+    )
 
 
 def _row_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
@@ -148,14 +159,17 @@ def _write_model(
         match = find_row(checkpoint.family, name)
         return _DTYPES[dtype if match is None else dtypes.get(match[0].pattern, dtype)]
 
-    planned = [Planned(name, DTYPES[of(name)], entry.shape) for name, entry in checkpoint.entries.items()]
+    planned = [
+        Planned(name, DTYPES[of(name)], entry.shape) for name, entry in checkpoint.entries.items()
+    ]
 
     def cast(name: str) -> Tensor:
         return read(name).to(of(name))
 
     hashes = write_weights(folder, planned, cast, shard_bytes)
     write_json(
-        folder / "config.json", both_spellings({**checkpoint.config, "dtype": dtype, "torch_dtype": dtype})
+        folder / "config.json",
+        both_spellings({**checkpoint.config, "dtype": dtype, "torch_dtype": dtype}),
     )
     copy_side_files(student, folder)
     return hashes
@@ -175,14 +189,22 @@ def _lineage(workspace: Path, report: Mapping[str, Any]) -> dict[str, Any]:
                 }
             )
     student = {
-        key: report["models"]["student"].get(key) for key in ("loss", "perplexity", "retention", "tasks")
+        key: report["models"]["student"].get(key)
+        for key in ("loss", "perplexity", "retention", "tasks")
     }
-    results = {"student": {**student, "tasks": student["tasks"] or {}}, "measured_on": report["measured_on"]}
+    results = {
+        "student": {**student, "tasks": student["tasks"] or {}},
+        "measured_on": report["measured_on"],
+    }
     return {"made_by": "nemo_minitron", "results": results, "stages": stages}
 
 
 def _card(
-    config: Config, workspace: Path, folder: Path, source: Path, failed: Sequence[tuple[str, str, str, str]]
+    config: Config,
+    workspace: Path,
+    folder: Path,
+    source: Path,
+    failed: Sequence[tuple[str, str, str, str]],
 ) -> str:
     from nemo_minitron.release.card_metadata import licence_of, model_card
 
@@ -191,10 +213,17 @@ def _card(
     pointer = json.loads((workspace / "teacher" / "source.json").read_text(encoding="utf-8"))
     from_hub = pointer["revision"] is not None
     size = model_size(*_family_and_config(folder))
-    origin = workspace.resolve().name if config.source.model is None else Path(pointer["given"]).name
+    origin = (
+        workspace.resolve().name if config.source.model is None else Path(pointer["given"]).name
+    )
     name = config.export.name or f"{origin}-minitron-{_short(size.parameters)}"
     results = [
-        ("held-out perplexity", "held-out text", "perplexity", report["models"]["student"]["perplexity"])
+        (
+            "held-out perplexity",
+            "held-out text",
+            "perplexity",
+            report["models"]["student"]["perplexity"],
+        )
     ]
     limit = report["measured_on"]["task_limit"]
     told = "" if limit is None else f", first {limit} questions"

@@ -9,12 +9,22 @@ from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import validation_samples
 from nemo_minitron.data.training_samples import LOGITS, sample_fingerprint, training_samples
 from nemo_minitron.distillation import teacher_logits
-from nemo_minitron.distillation.teacher_logits import TeacherLogits, part_name, token_bytes, write_part
+from nemo_minitron.distillation.teacher_logits import (
+    TeacherLogits,
+    part_name,
+    token_bytes,
+    write_part,
+)
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.inputs import distillation_teacher, shared_vocabulary, teacher_folder
 from nemo_minitron.stages.logit_cache import asked_for
 from nemo_minitron.stages.recipe import Recipe, Summary
-from nemo_minitron.stages.training_stage import resolved_trainer, samples_for, tokenizer_of, training_inputs
+from nemo_minitron.stages.training_stage import (
+    resolved_trainer,
+    samples_for,
+    tokenizer_of,
+    training_inputs,
+)
 from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.progress_bar import bar
 
@@ -97,7 +107,9 @@ def _teach(
     parts = [(samples, list(rows)) for rows in _cut(len(samples), rows_per_part)]
     first = len(parts) * rows_per_part
     parts += [(validation_NS, list(rows)) for rows in _cut(len(validation_NS), rows_per_part)]
-    due = [n for n in range(ranks.rank, len(parts), ranks.size) if not (state / part_name(n)).is_file()]
+    due = [
+        n for n in range(ranks.rank, len(parts), ranks.size) if not (state / part_name(n)).is_file()
+    ]
     device = pick_device("cpu" if config.trainer["accelerator"] == "cpu" else "auto")
     device = torch.device("cuda", ranks.local) if device.type == "cuda" else device
     model = load_teacher(teacher, config.distill.teacher_dtype, device) if due else None
@@ -128,5 +140,7 @@ def _cut(rows: int, size: int) -> list[range]:
 def _mean_mass(state: Path, parts: int) -> float:
     import json
 
-    found = [json.loads((state / f"mass-{n:05}.json").read_text(encoding="utf-8")) for n in range(parts)]
+    found = [
+        json.loads((state / f"mass-{n:05}.json").read_text(encoding="utf-8")) for n in range(parts)
+    ]
     return float(sum(found) / len(found))

@@ -22,7 +22,8 @@ def recipe(config: Config) -> Recipe:
     """Decides which units stay.
 
     Raises:
-        ValueError: a target is larger than the source, breaks a rule of the family, or nothing is asked for.
+        ValueError: a target is larger than the source, breaks a rule of the family, or nothing is
+            asked for.
     """
     workspace = workspace_of(config)
     source, teacher = teacher_folder(config)
@@ -55,7 +56,9 @@ def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:
     if plan.layers is None or plan.layers == layers:
         return list(range(layers))
     if "layers" not in scores.ranking:
-        raise ValueError("plan.layers: the scores rank no layers; run score with score.depth=block_influence")
+        raise ValueError(
+            "plan.layers: the scores rank no layers; run score with score.depth=block_influence"
+        )
     going = layers - plan.layers
     if plan.layer_choice == "contiguous" and going > 1:
         blocks = (config.score.depth, going)
@@ -64,7 +67,9 @@ def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:
                 f"plan.layer_choice=contiguous: the scores measured no blocks of {going} layers by "
                 f"{config.score.depth}; run score with score.blocks=[{going}]"
             )
-        return kept_layers(layers, contiguous(block_importance(blocks[0], scores.tally.depth[blocks]), going))
+        return kept_layers(
+            layers, contiguous(block_importance(blocks[0], scores.tally.depth[blocks]), going)
+        )
     if plan.layer_choice == "greedy":
         if len(scores.greedy) < going:
             raise ValueError(
@@ -90,6 +95,10 @@ def _summary(plan: Plan) -> Summary:
     headline = f"{before.parameters:,} -> {after.parameters:,} parameters ({share:.1%})"
     if plan.layers_dropped:
         headline += f", layers {', '.join(map(str, plan.layers_dropped))} dropped"
-    facts = {"before": asdict(before), "after": asdict(after), "layers_dropped": list(plan.layers_dropped)}
+    facts = {
+        "before": asdict(before),
+        "after": asdict(after),
+        "layers_dropped": list(plan.layers_dropped),
+    }
     notes = tuple(alignment(plan.before, plan.after))
     return Summary(headline, ("", "before", "after"), tuple(rows), facts, notes)

@@ -22,9 +22,9 @@ TOKENIZER = "tokenizer"
 def recipe(config: Config) -> Recipe:
     """Trains from random weights.
 
-    With ``pretrain.baseline`` the model has the pruned model's config.json, and sees as many tokens as the
-    student; otherwise it has ``pretrain.model``, and a byte-level BPE is trained first unless
-    ``pretrain.tokenizer`` names one.
+    With ``pretrain.baseline`` the model has the pruned model's config.json, and sees as many tokens
+    as the student; otherwise it has ``pretrain.model``, and a byte-level BPE is trained first
+    unless ``pretrain.tokenizer`` names one.
 
     Raises:
         ValueError: no model is described, or its family or config is refused.
@@ -36,7 +36,9 @@ def _teacher(config: Config) -> Recipe:
     folder = workspace_of(config) / "pretrain"
     shape = dict(config.pretrain.model)
     if "model_type" not in shape or "vocab_size" not in shape:
-        raise ValueError("pretrain.model: model_type and vocab_size are needed, as in a config.json")
+        raise ValueError(
+            "pretrain.model: model_type and vocab_size are needed, as in a config.json"
+        )
     section = asdict(config.pretrain)
     given = config.pretrain.tokenizer
     files = folder / "state" / TOKENIZER if given is None else Path(given)

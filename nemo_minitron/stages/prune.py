@@ -60,7 +60,9 @@ def _seen_from(place: Path, workspace: Path, teacher: Input) -> Input:
         return teacher
     own = input_artifact(place, teacher.path, "download")
     if own.fingerprint != teacher.fingerprint:
-        raise ValueError(f"prune.also: {place}: its source is another model than that of {workspace}")
+        raise ValueError(
+            f"prune.also: {place}: its source is another model than that of {workspace}"
+        )
     return own
 
 

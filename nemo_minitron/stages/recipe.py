@@ -35,13 +35,15 @@ class Recipe:
         kind: what it is.
         settings: the part of the configuration that decides its contents.
         inputs: what it is made from.
-        build: makes it; called on every rank, with the state folder (as an earlier run with this recipe left
-            it, where the artifact is resumable), an empty folder whose contents become the artifact, and the
-            ranks. Only rank 0 fills that folder; it may return hashes that it knows, by file name.
+        build: makes it; called on every rank, with the state folder (as an earlier run with this
+            recipe left it, where the artifact is resumable), an empty folder whose contents become
+            the artifact, and the ranks. Only rank 0 fills that folder; it may return hashes that it
+            knows, by file name.
         summary: what is told of it; called on rank 0, once it is there.
         check: called on rank 0 where the artifact is due, before what lies in its place gives way.
         resumable: whether it is built in place, so that a killed run goes on where it was.
-        keep: whether a finished one of another recipe is set aside, too, and comes back with that recipe.
+        keep: whether a finished one of another recipe is set aside, too, and comes back with that
+            recipe.
     """
 
     folder: Path

@@ -69,7 +69,10 @@ def run_alone(
             _follow(name, config)
         return None
     patience = config.launch.grace + ENDING_SECONDS
-    with alone(Path(config.workspace), patience), in_use(accelerator_of(config.launch, name), patience):
+    with (
+        alone(Path(config.workspace), patience),
+        in_use(accelerator_of(config.launch, name), patience),
+    ):
         for each in before:
             told(run_stage(each, config))
         if name not in SEVERAL:
@@ -80,7 +83,11 @@ def run_alone(
 
 
 def run_by_hand(
-    name: str, config: "Config", words: list[str], before: Sequence[str], told: Callable[[Result], None]
+    name: str,
+    config: "Config",
+    words: list[str],
+    before: Sequence[str],
+    told: Callable[[Result], None],
 ) -> Result | None:
     """The same for a stage that no flow has started: what a flow would hold is held here, too.
 

@@ -145,7 +145,9 @@ def _check(config: Config, checkpoint: Checkpoint) -> None:
         raise ValueError(
             f"score.aggregation.also: expected some of {', '.join(AGGREGATIONS)}, found {unknown[0]!r}"
         )
-    if score.shard and (score.merge or score.iterations > 1 or config.plan.layer_choice == "greedy"):
+    if score.shard and (
+        score.merge or score.iterations > 1 or config.plan.layer_choice == "greedy"
+    ):
         raise ValueError(
             "score.shard: a part can neither be merged, nor be iterated, nor remove layers greedily: "
             "merge the parts first"
@@ -157,7 +159,9 @@ def _check(config: Config, checkpoint: Checkpoint) -> None:
             "score.merge: adds up what was scored, and runs no model: not with iterations, tasks, greedy"
         )
     if score.depth == "task" and not score.tasks:
-        raise ValueError("score.depth=task: no task given; set score.tasks, as in score.tasks=[winogrande]")
+        raise ValueError(
+            "score.depth=task: no task given; set score.tasks, as in score.tasks=[winogrande]"
+        )
     if score.iterations > 1:
         target_sizes(checkpoint.family, checkpoint.config, config.plan)
 
@@ -168,7 +172,11 @@ def _earlier(target: Path, config: Config, teacher: Input) -> CalibrationSums:
         manifest = read_manifest(target)
     except ValueError:
         return CalibrationSums()
-    if manifest is None or manifest.schema != SCHEMA or manifest.config.get("importance") != "activation":
+    if (
+        manifest is None
+        or manifest.schema != SCHEMA
+        or manifest.config.get("importance") != "activation"
+    ):
         return CalibrationSums()
     first = manifest.inputs[0]
     rebuilt = teacher.finished is not None and teacher.finished > manifest.started
@@ -185,7 +193,9 @@ def _by_magnitude(config: Config, checkpoint: Checkpoint) -> Scores:
     A layer's score is the norm of all its weights.
     """
     family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
-    squares = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in _shapes(checkpoint).items()}
+    squares = {
+        axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in _shapes(checkpoint).items()
+    }
     for name in checkpoint.entries:
         found = find_row(family, name)
         if found is None:
@@ -199,7 +209,9 @@ def _by_magnitude(config: Config, checkpoint: Checkpoint) -> Scores:
 
 def _place(family: Family, axis: str, units: Mapping[str, int]) -> tuple[int, ...]:
     """Where a tensor's share of an axis' scores belongs: in its layer, in its expert, at its unit."""
-    numbers = [units.get(family.axes[name].index or "") for name in (*family.ranked_per(axis), axis)]
+    numbers = [
+        units.get(family.axes[name].index or "") for name in (*family.ranked_per(axis), axis)
+    ]
     return tuple(number for number in numbers if number is not None)
 
 
@@ -208,7 +220,10 @@ def _by_chance(config: Config, checkpoint: Checkpoint) -> Scores:
     shapes = _shapes(checkpoint)
     seed = config.score.seed
     return Scores(
-        {axis: random_scores(shape, seed * 1000 + i) for i, (axis, shape) in enumerate(shapes.items())}
+        {
+            axis: random_scores(shape, seed * 1000 + i)
+            for i, (axis, shape) in enumerate(shapes.items())
+        }
     )
 
 
@@ -241,7 +256,9 @@ def _summary(config: Config, scores: Scores, outcome: list[Outcome]) -> Summary:
     notes: list[str] = []
     if outcome and outcome[0].tokens:
         speed = outcome[0].tokens / max(outcome[0].seconds, 1e-9)
-        headline += f", {outcome[0].tokens:,} tokens in {outcome[0].seconds:.1f} s ({speed:,.0f} tokens/s)"
+        headline += (
+            f", {outcome[0].tokens:,} tokens in {outcome[0].seconds:.1f} s ({speed:,.0f} tokens/s)"
+        )
         facts["tokens_per_second"] = speed
     if outcome:
         notes = outcome[0].notes

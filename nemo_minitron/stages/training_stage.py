@@ -32,7 +32,8 @@ class Role:
 
     Attributes:
         tokenizer: gives the tokenizer that packs the text; called after ``prepare``.
-        start: gives the model to train, its config.json, and the folder whose side files it carries on.
+        start: gives the model to train, its config.json, and the folder whose side files it carries
+            on.
         callbacks: gives the Lightning callbacks.
         prepare: called first.
         dress: what becomes of the training and the validation samples before they are read.
@@ -63,7 +64,12 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def training_recipe(
-    folder: Path, kind: str, config: Config, section: Mapping[str, Any], inputs: Sequence[Input], role: Role
+    folder: Path,
+    kind: str,
+    config: Config,
+    section: Mapping[str, Any],
+    inputs: Sequence[Input],
+    role: Role,
 ) -> Recipe:
     """The recipe of a trained model as an artifact: ``hf/`` and ``metrics.jsonl``.
 
@@ -71,14 +77,17 @@ def training_recipe(
         folder: the artifact's folder.
         kind: its kind.
         config: the whole configuration.
-        section: the stage's own keys: ``batch_size``, ``seed``, ``trainer``, ``optim`` and what else decides.
+        section: the stage's own keys: ``batch_size``, ``seed``, ``trainer``, ``optim`` and what
+            else decides.
         inputs: what it is made from.
         role: the rest.
     """
     resolved, decides = _resolved(config, section)
 
     def prepare() -> None:
-        from nemo_minitron.plugin.trainer import check_trainer  # NeMo's import takes seconds: only where due
+        from nemo_minitron.plugin.trainer import (
+            check_trainer,
+        )  # NeMo's import takes seconds: only where due
 
         check_trainer(resolved["trainer"])
         role.prepare()
@@ -100,7 +109,9 @@ def _write(trained: Any, state: Path, target: Path) -> None:
     """Writes what came of a training."""
     (target / "hf").mkdir()
     trained.save_hf(target / "hf")
-    training_log.write_csv(training_log.read_log(state / training_log.FILE), target / training_log.TABLE)
+    training_log.write_csv(
+        training_log.read_log(state / training_log.FILE), target / training_log.TABLE
+    )
     for name in (training_log.FILE, SKIPPED, training_log.TEACHERS):
         if (state / name).is_file():
             (target / name).write_bytes((state / name).read_bytes())
@@ -129,8 +140,8 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
 def _deciding(training: TrainingConfig) -> dict[str, Any]:
     """What of ``training`` decides the weights; where the default was always the rule, nothing.
 
-    Not what a bad loss does: whoever is stopped by one must be able to go on, and what was left out lies
-    beside the weights.
+    Not what a bad loss does: whoever is stopped by one must be able to go on, and what was left out
+    lies beside the weights.
     """
     named = ("ema_decay", "transformer_engine")
     default = TrainingConfig()
@@ -151,7 +162,9 @@ def resolved_trainer(config: Config, changes: Mapping[str, Any], batch_size: int
 
 def samples_for(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
     """Samples that a training reads: ``data.train.samples``, or as many as its steps take."""
-    return config.data.train.samples or trainer["max_steps"] * _samples_a_step(config, trainer, batch_size)
+    return config.data.train.samples or trainer["max_steps"] * _samples_a_step(
+        config, trainer, batch_size
+    )
 
 
 def _samples_a_step(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
@@ -177,7 +190,9 @@ def _launched() -> dict[str, Any]:
     return {"devices": local, "num_nodes": size // local}
 
 
-def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path, ranks: Ranks) -> Any:
+def _train(
+    config: Config, section: Mapping[str, Any], role: Role, state: Path, ranks: Ranks
+) -> Any:
     from nemo_minitron.plugin.trainer import Recipe, train
     from nemo_minitron.training.loss_guard import BadStep
 
@@ -196,7 +211,15 @@ def _train(config: Config, section: Mapping[str, Any], role: Role, state: Path, 
         skipped = frozenset(skip["samples_of_step"] - 1 for skip in skips)
         try:
             return train(
-                model, hf_config, files, recipe, samples, validation, state, role.callbacks(), skipped
+                model,
+                hf_config,
+                files,
+                recipe,
+                samples,
+                validation,
+                state,
+                role.callbacks(),
+                skipped,
             )
         except BadStep as bad:
             most = config.training.max_skips
@@ -218,7 +241,9 @@ def _options(training: TrainingConfig) -> Any:
 
 def _skips(state: Path) -> list[dict[str, Any]]:
     path = state / SKIPPED
-    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    found: list[dict[str, Any]] = (
+        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    )
     return found
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 class Averaging(Callback):
     """average <- decay x average + (1 - decay) x weights, after every step.
 
-    NeMo's own (``exp_manager.ema``) keeps the average beside a training whose result is the last weights;
-    here the average is what is validated and what comes out. It is kept in float32: in bfloat16 a thousandth
-    of the way to the weights would round to nothing.
+    NeMo's own (``exp_manager.ema``) keeps the average beside a training whose result is the last
+    weights; here the average is what is validated and what comes out. It is kept in float32: in
+    bfloat16 a thousandth of the way to the weights would round to nothing.
 
     Attributes:
         decay: between 0 and 1.
@@ -58,7 +58,10 @@ class Averaging(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The average, for the checkpoint."""
-        return {"average": {name: value.cpu() for name, value in self._average.items()}, "step": self._step}
+        return {
+            "average": {name: value.cpu() for name, value in self._average.items()},
+            "step": self._step,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes it over."""

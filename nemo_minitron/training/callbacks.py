@@ -15,11 +15,11 @@ from nemo_minitron.workspace.training_log import read_log
 class ExactResume(Callback):
     """Makes a checkpoint that was written after a batch's step resume behind that batch.
 
-    Lightning 2.4 writes such checkpoints before it counts the batch as completed, and counts from the
-    completed ones on resuming: one batch is lost from the accumulation of gradients and from the rhythm of
-    validation. And it counts in micro-batches, of which a step may have another number than before. What a
-    model draws by chance (dropout) neither of them carries over: here each micro-batch of a step and each
-    reader of samples has a seed of its own.
+    Lightning 2.4 writes such checkpoints before it counts the batch as completed, and counts from
+    the completed ones on resuming: one batch is lost from the accumulation of gradients and from
+    the rhythm of validation. And it counts in micro-batches, of which a step may have another
+    number than before. What a model draws by chance (dropout) neither of them carries over: here
+    each micro-batch of a step and each reader of samples has a seed of its own.
 
     Attributes:
         seed: of the draws.
@@ -45,8 +45,8 @@ class ExactResume(Callback):
     ) -> None:
         """Ends Lightning's restart mode with the first batch, not after it.
 
-        NeMo validates nothing while the loop restarts, so the batch would go without the validation that is
-        due behind it. And a validation that the restart made up for has counted as a step.
+        NeMo validates nothing while the loop restarts, so the batch would go without the validation
+        that is due behind it. And a validation that the restart made up for has counted as a step.
 
         Then seeds what the batch will draw.
         """
@@ -58,7 +58,9 @@ class ExactResume(Callback):
             batch_idx % trainer.accumulate_grad_batches,
             trainer.global_rank // self.tensor_parallel,
         )
-        draw = ((self.seed * 1_000_003 + trainer.global_step) * 1_000_003 + micro) * 1_000_003 + reader
+        draw = (
+            (self.seed * 1_000_003 + trainer.global_step) * 1_000_003 + micro
+        ) * 1_000_003 + reader
         torch.manual_seed(draw % 2**63)
 
 
@@ -69,10 +71,10 @@ class TrainingLog(Callback):
         path: the file.
         every: steps between lines; step 1 and validations are always logged.
         tokens_per_step: tokens of one optimiser step over all ranks.
-        flops_per_token: of the model's forward and backward pass, and of the teacher's forward pass; what is
-            computed a second time (activation checkpointing) does not count.
-        peak_tflops: what a device can do at best, in 1e12 FLOP/s, for ``mfu``; None: as ``PEAK_TFLOPS`` has
-            it.
+        flops_per_token: of the model's forward and backward pass, and of the teacher's forward
+            pass; what is computed a second time (activation checkpointing) does not count.
+        peak_tflops: what a device can do at best, in 1e12 FLOP/s, for ``mfu``; None: as
+            ``PEAK_TFLOPS`` has it.
     """
 
     def __init__(
@@ -111,7 +113,10 @@ class TrainingLog(Callback):
         if not trainer.is_global_zero:
             return
         tokens = step * self.tokens_per_step
-        rate = {"lr": trainer.optimizers[0].param_groups[0]["lr"], **self._throughput(trainer, speed)}
+        rate = {
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            **self._throughput(trainer, speed),
+        }
         self._append({"step": step, "tokens": tokens, **terms, **rate})
         for logger in trainer.loggers:  # the terms are there already: the model logs them
             logger.log_metrics({"tokens": tokens, **rate}, step)
@@ -127,10 +132,16 @@ class TrainingLog(Callback):
         """Logs the validation loss."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        names = [name for name in ("val_loss", "val_divergence") if name in trainer.callback_metrics]
+        names = [
+            name for name in ("val_loss", "val_divergence") if name in trainer.callback_metrics
+        ]
         values = {name: float(trainer.callback_metrics[name]) for name in names} | pl_module.facts
         self._append(
-            {"step": trainer.global_step, "tokens": trainer.global_step * self.tokens_per_step, **values}
+            {
+                "step": trainer.global_step,
+                "tokens": trainer.global_step * self.tokens_per_step,
+                **values,
+            }
         )
 
     def _append(self, line: dict[str, Any]) -> None:

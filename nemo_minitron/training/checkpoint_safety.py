@@ -1,8 +1,8 @@
 """Checkpoints of a training are read as data: a pickle that would run code is refused.
 
-A workspace may come from somebody else, and with it what its training is resumed from. Lightning 2.4 reads
-checkpoints with ``weights_only=False``; so does torch.distributed.checkpoint what is no tensor, and its
-``.metadata`` is a plain pickle.
+A workspace may come from somebody else, and with it what its training is resumed from. Lightning
+2.4 reads checkpoints with ``weights_only=False``; so does torch.distributed.checkpoint what is no
+tensor, and its ``.metadata`` is a plain pickle.
 """
 
 import contextlib
@@ -79,14 +79,20 @@ def keep_checkpoints_inside(trainer: Trainer, folder: Path) -> None:
             )
 
 
-def _load_inside(load: Callable[[dict[str, Any]], None], folder: Path, state: dict[str, Any]) -> None:
+def _load_inside(
+    load: Callable[[dict[str, Any]], None], folder: Path, state: dict[str, Any]
+) -> None:
     def inside(path: Any) -> bool:
         return isinstance(path, str) and Path(path).resolve().parent == folder
 
     best = state.get("best_k_models")
-    kept = {key: value for key, value in state.items() if not key.endswith("_path") or inside(value)}
+    kept = {
+        key: value for key, value in state.items() if not key.endswith("_path") or inside(value)
+    }
     kept |= {key: "" for key in state if key.endswith("_path") and key not in kept}
-    kept["best_k_models"] = {p: v for p, v in best.items() if inside(p)} if isinstance(best, dict) else {}
+    kept["best_k_models"] = (
+        {p: v for p, v in best.items() if inside(p)} if isinstance(best, dict) else {}
+    )
     load(kept)
 
 

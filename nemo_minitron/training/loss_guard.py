@@ -39,8 +39,8 @@ class Spikes:
 class LossGuard(Callback):
     """Looks at the loss and the gradient of every step before the weights do.
 
-    Under several ranks all of them come to the same verdict: it rests on means over them, and on gradients,
-    which they share.
+    Under several ranks all of them come to the same verdict: it rests on means over them, and on
+    gradients, which they share.
     """
 
     def __init__(self, spikes: Spikes | None = None) -> None:
@@ -51,9 +51,13 @@ class LossGuard(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes the loss of a micro-batch."""
         learned = pl_module.learned.last
-        self._micro.append(torch.stack([pl_module.last_terms.loss.detach().float() * learned, learned]))
+        self._micro.append(
+            torch.stack([pl_module.last_terms.loss.detach().float() * learned, learned])
+        )
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
         """Judges a step (gradients not under float16, which may see infinity and copes by itself).
 
         Raises:
@@ -92,8 +96,11 @@ def gradient_norm(module: torch.nn.Module) -> torch.Tensor:
     groups: dict[Any, list[torch.Tensor]] = {}
     for parameter in module.parameters():
         if parameter.grad is not None:
-            # those of different meshes (split by tensor parallelism, or not) do not mix in one operation
-            groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter.grad)
+            # those of different meshes (split by tensor parallelism, or not) do not mix in one
+            # operation
+            groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(
+                parameter.grad
+            )
     norms = [torch.nn.utils.get_total_norm(group) for group in groups.values()]
     whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))

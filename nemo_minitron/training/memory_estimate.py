@@ -20,7 +20,8 @@ class Launch:
 
     Attributes:
         ranks: processes.
-        shard: whether FSDP2 splits weights, gradients and optimiser state (``training.parallel=shard``).
+        shard: whether FSDP2 splits weights, gradients and optimiser state
+            (``training.parallel=shard``).
         tensor_parallel: ranks that share the matrix products of each layer.
         precision: a key of ``PRECISIONS``.
         tokens: tokens of a micro-batch (``batch_size`` x ``sequence_length``).
@@ -45,9 +46,16 @@ class Launch:
             ValueError: an unknown precision, or ranks that cannot be laid out so.
         """
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, found {self.precision!r}")
-        if min(self.ranks, self.tensor_parallel, self.tokens) < 1 or self.ranks % self.tensor_parallel:
-            raise ValueError(f"ranks: {self.ranks} ranks cannot be laid out by {self.tensor_parallel}")
+            raise ValueError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, found {self.precision!r}"
+            )
+        if (
+            min(self.ranks, self.tensor_parallel, self.tokens) < 1
+            or self.ranks % self.tensor_parallel
+        ):
+            raise ValueError(
+                f"ranks: {self.ranks} ranks cannot be laid out by {self.tensor_parallel}"
+            )
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,9 @@ class Footprint:
 
     Attributes:
         weights, gradients, optimizer: of the model that is trained.
-        gathered: weights that FSDP2 holds whole for the layer at hand and the next, embedding and head; and
-            the copies in low precision that autocast makes of all of them and keeps until the loss is there.
+        gathered: weights that FSDP2 holds whole for the layer at hand and the next, embedding and
+            head; and the copies in low precision that autocast makes of all of them and keeps until
+            the loss is there.
         teacher: its weights, and its largest layer where they are split.
         activations: what the backward pass needs of a micro-batch.
         loss: gradients of hidden states and head, and the chunk of logits.
@@ -85,10 +94,10 @@ def training_footprint(
 ) -> Footprint:
     """Estimates a training with AdamW.
 
-    Weights, gradients, optimiser state and loss follow from the sizes; activations are what layers of this
-    kind keep under fused attention: twice the outputs of their projections and four hidden states, per
-    token, which is within a third of what was measured. Attention that keeps its scores (eager) and the scans
-    of Mamba layers come on top.
+    Weights, gradients, optimiser state and loss follow from the sizes; activations are what layers
+    of this kind keep under fused attention: twice the outputs of their projections and four hidden
+    states, per token, which is within a third of what was measured. Attention that keeps its scores
+    (eager) and the scans of Mamba layers come on top.
 
     Args:
         family: the table of the model that is trained.
@@ -114,7 +123,9 @@ def training_footprint(
     )
 
 
-def activations_per_token(family: Family, config: Mapping[str, Any], tensor_parallel: int = 1) -> list[int]:
+def activations_per_token(
+    family: Family, config: Mapping[str, Any], tensor_parallel: int = 1
+) -> list[int]:
     """Numbers that each layer keeps of a token for its backward pass."""
     sizes = axis_sizes(family, config)
     kept = [4 * sizes["hidden"]] * sizes["layers"]
@@ -126,7 +137,11 @@ def activations_per_token(family: Family, config: Mapping[str, Any], tensor_para
         if len(shape) == 3:  # all experts in one tensor, outputs last
             kept[int(match[placeholder])] += 2 * shape[-1] * sizes.get("experts_per_token", 1)
             continue
-        share = sizes["experts_per_token"] / sizes["experts"] if "expert_ffn" in row_axes(row.dims) else 1
+        share = (
+            sizes["experts_per_token"] / sizes["experts"]
+            if "expert_ffn" in row_axes(row.dims)
+            else 1
+        )
         split = tensor_parallel if _axes(row.dims[0]) & _SPLIT else 1
         kept[int(match[placeholder])] += int(2 * shape[0] * share / split)
     return kept
@@ -140,7 +155,9 @@ def _activations(family: Family, config: Mapping[str, Any], launch: Launch) -> i
     return launch.tokens * sum(kept)
 
 
-def _parameters(family: Family, config: Mapping[str, Any], tensor_parallel: int) -> tuple[list[int], int]:
+def _parameters(
+    family: Family, config: Mapping[str, Any], tensor_parallel: int
+) -> tuple[list[int], int]:
     """Parameters of every layer, and of what lies outside of them, on one of the tensor-parallel ranks."""
     layers, outside = [0] * axis_sizes(family, config)["layers"], 0
     placeholder = family.axes["layers"].index or ""

@@ -1,7 +1,8 @@
 """Signals during a training.
 
-SIGTERM and SIGUSR1: it saves behind the step at hand and ends, to be run again. Ctrl-C ends it at once, and
-where Python drops the exception (raised while an object is being destroyed), behind the step.
+SIGTERM and SIGUSR1: it saves behind the step at hand and ends, to be run again. Ctrl-C ends it at
+once, and where Python drops the exception (raised while an object is being destroyed), behind the
+step.
 """
 
 import signal

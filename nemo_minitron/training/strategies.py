@@ -1,7 +1,7 @@
 """FSDP2, with tensor parallelism where asked for, through Lightning's ModelParallelStrategy.
 
-Every layer's weights, gradients and optimiser state are split over the data-parallel ranks, and gathered for
-the layer's own forward and backward pass only. Checkpoints are written in parts
+Every layer's weights, gradients and optimiser state are split over the data-parallel ranks, and
+gathered for the layer's own forward and backward pass only. Checkpoints are written in parts
 (torch.distributed.checkpoint), which any number of ranks reads.
 """
 
@@ -72,7 +72,8 @@ def shard(model: Any, family: Family, mesh: DeviceMesh) -> None:
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         return decoder(*args, **kwargs)
 
-    # embedding, final norm and head stay gathered from the decoder's pass until the loss has used the head
+    # embedding, final norm and head stay gathered from the decoder's pass until the loss has used
+    # the head
     fully_shard(model, mesh=data, reshard_after_forward=False)
     setattr(model, ENTRY, types.MethodType(run, model))
     register_fsdp_forward_method(model, ENTRY)
@@ -101,8 +102,14 @@ def tensor_plan(family: Family, config: dict[str, Any], parts: int) -> dict[str,
                 )
             continue
         module, _, kind = name.rpartition(".")
-        if not any(split) or any(len(dim) > 1 for dim in row.dims) or (len(row.dims) == 1 and kind != "bias"):
-            raise ValueError(f"{where}: {row.pattern} of {family.model_type} cannot be split; use 1")
+        if (
+            not any(split)
+            or any(len(dim) > 1 for dim in row.dims)
+            or (len(row.dims) == 1 and kind != "bias")
+        ):
+            raise ValueError(
+                f"{where}: {row.pattern} of {family.model_type} cannot be split; use 1"
+            )
         for axis in sorted(set().union(*axes) & _SPLIT):
             if sizes[axis] % parts:
                 raise ValueError(f"{where}: does not divide {axis}={sizes[axis]}")
@@ -125,5 +132,9 @@ def sharding_strategy(tensor_parallel: int) -> Sharded:
     """
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks % tensor_parallel:
-        raise ValueError(f"training.tensor_parallel: {tensor_parallel} does not divide the {ranks} ranks")
-    return Sharded(data_parallel_size=ranks // tensor_parallel, tensor_parallel_size=tensor_parallel)
+        raise ValueError(
+            f"training.tensor_parallel: {tensor_parallel} does not divide the {ranks} ranks"
+        )
+    return Sharded(
+        data_parallel_size=ranks // tensor_parallel, tensor_parallel_size=tensor_parallel
+    )

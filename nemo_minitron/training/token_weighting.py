@@ -1,8 +1,9 @@
 """The tokens of a step that are learned: each weighs the same, in whatever micro-batch or rank it is.
 
-An objective is a mean over the learned tokens of a micro-batch; Lightning takes the mean over micro-batches
-and ranks. Where they have different numbers of them (``data.train.learn_from=answers``) a mean of means would
-give a token of a short answer the weight of a hundred of a long one.
+An objective is a mean over the learned tokens of a micro-batch; Lightning takes the mean over
+micro-batches and ranks. Where they have different numbers of them
+(``data.train.learn_from=answers``) a mean of means would give a token of a short answer the weight
+of a hundred of a long one.
 """
 
 from typing import Any
@@ -56,7 +57,9 @@ class LearnedTokens:
         wide = sum_dtype(counts.device)
         tokens = [count[0].to(wide) for count in self._counts]
         sums = {
-            name: torch.stack([t[name].to(wide) * n for t, n in zip(self._terms, tokens, strict=True)]).sum()
+            name: torch.stack(
+                [t[name].to(wide) * n for t, n in zip(self._terms, tokens, strict=True)]
+            ).sum()
             for name in self._terms[0]
         }
         self._step, self._counts, self._terms = (counts[0].to(wide), sums), [], []

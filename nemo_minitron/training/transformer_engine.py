@@ -1,7 +1,8 @@
 """Transformer Engine: its linear layers and norms in the place of a model's, and products in FP8.
 
-The layers that take over hold the very parameters of those they replace, under the same names. So optimiser
-and checkpoints see the same model, and ``Exchange.undone`` is the Hugging Face model again.
+The layers that take over hold the very parameters of those they replace, under the same names. So
+optimiser and checkpoints see the same model, and ``Exchange.undone`` is the Hugging Face model
+again.
 """
 
 import contextlib
@@ -72,11 +73,16 @@ def norm_formula(module: nn.Module) -> Norm | None:
     known = {id(weight), id(bias)}
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
         return None
-    if any(id(parameter) not in known for parameter in module.parameters()) or list(module.children()):
+    if any(id(parameter) not in known for parameter in module.parameters()) or list(
+        module.children()
+    ):
         return None
     if len(inspect.signature(module.forward).parameters) != 1:  # a gated norm
         return None
-    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
+    eps = next(
+        (getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)),
+        None,
+    )
     if not isinstance(eps, float):
         return None
     tried = copy.deepcopy(module).float().cpu()
@@ -145,7 +151,8 @@ def transformer_engine(fp8: bool) -> Kit:
     """Transformer Engine's layers.
 
     Args:
-        fp8: whether products run in FP8 (its default recipe for the card), or in the dtype that they get.
+        fp8: whether products run in FP8 (its default recipe for the card), or in the dtype that
+            they get.
 
     Raises:
         ValueError: it is not installed, or there is no GPU that could run it.

@@ -1,8 +1,8 @@
 """Locks on accelerators, of which a machine has few and its flows many.
 
-Two for each, as for a workspace: a flow holds one while its stage computes. The stage's process holds the
-other, for it may outlive a flow that was killed while it saves what it did. A stage that is run by hand holds
-both.
+Two for each, as for a workspace: a flow holds one while its stage computes. The stage's process
+holds the other, for it may outlive a flow that was killed while it saves what it did. A stage that
+is run by hand holds both.
 """
 
 import contextlib
@@ -28,9 +28,13 @@ def locks() -> Path:
     folder = Path(tempfile.gettempdir()) / "nemo_minitron-locks"
     with contextlib.suppress(FileExistsError):
         folder.mkdir()
-        folder.chmod(0o777)  # whatever the umask; not sticky, else Linux keeps one user from another's file
+        folder.chmod(
+            0o777
+        )  # whatever the umask; not sticky, else Linux keeps one user from another's file
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"launch.accelerator: {folder}: expected a folder that all users may write to")
+        raise ValueError(
+            f"launch.accelerator: {folder}: expected a folder that all users may write to"
+        )
     return folder
 
 
@@ -45,8 +49,8 @@ def in_use(accelerator: str | None, patience: float) -> Iterator[None]:
     """Holds the accelerator, where there is one, for a stage's process.
 
     Raises:
-        ConnectionError: the stage of a flow that is gone does not end in ``patience`` seconds; another try
-            may find it gone too.
+        ConnectionError: the stage of a flow that is gone does not end in ``patience`` seconds;
+            another try may find it gone too.
     """
     if accelerator is None:
         yield

@@ -19,15 +19,23 @@ def input_artifact(workspace: Path, name: str, made_by: str) -> Input:
     found = condition(folder)
     manifest, why = found.manifest, found.why
     if found.state == "absent":
-        raise ValueError(f"{folder}: not made yet (or not complete); run 'minitron {made_by}' first")
+        raise ValueError(
+            f"{folder}: not made yet (or not complete); run 'minitron {made_by}' first"
+        )
     if manifest is None:
         raise ValueError(in_words(why) if why is not None else f"{folder}: no manifest")
     if found.state == "damaged":
-        raise ValueError(f"{folder}: damaged: {damage(folder, manifest)}; run 'minitron {made_by}' again")
+        raise ValueError(
+            f"{folder}: damaged: {damage(folder, manifest)}; run 'minitron {made_by}' again"
+        )
     if why is not None and why.fault == "unknown":
         raise ValueError(in_words(why))
-    if why is not None and why.fault != "anew":  # a command of one stage takes what its inputs' recipes name
-        told = f"{in_words(why)} than the one there now" if why.fault == "another" else in_words(why)
+    if (
+        why is not None and why.fault != "anew"
+    ):  # a command of one stage takes what its inputs' recipes name
+        told = (
+            f"{in_words(why)} than the one there now" if why.fault == "another" else in_words(why)
+        )
         raise ValueError(f"{folder}: {told}; run 'minitron {made_by}' again")
     return Input(name, manifest.fingerprint, manifest.finished)
 

@@ -1,8 +1,8 @@
 """A file or folder is there as a whole or not at all: it is made beside its place, and renamed into it.
 
-What lies beside is called ``.NAME.partial``: the new one in the making; ``.NAME.before.partial`` is the
-folder that it takes the place of, for a moment, and ``.NAME.old.partial`` a folder on its way out. A kill
-leaves these names, and no others.
+What lies beside is called ``.NAME.partial``: the new one in the making; ``.NAME.before.partial`` is
+the folder that it takes the place of, for a moment, and ``.NAME.old.partial`` a folder on its way
+out. A kill leaves these names, and no others.
 """
 
 import contextlib
@@ -43,12 +43,13 @@ def is_leftover(name: str) -> bool:
 def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     """The path of a file to write: it takes ``path``'s place when the block ends well, and vanishes when not.
 
-    A reader sees the old file or the new one, never a part. Two processes must not write one file at once.
+    A reader sees the old file or the new one, never a part. Two processes must not write one file
+    at once.
 
     Args:
         path: the file; its folder is there.
-        sync: whether the bytes are on the disk before they take the place, so that neither does a machine
-            that stops leave a part.
+        sync: whether the bytes are on the disk before they take the place, so that neither does a
+            machine that stops leave a part.
 
     Raises:
         OSError: the system refuses; ``path`` is as it was.
@@ -70,13 +71,14 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
 def replacing_folder(path: Path, sync: bool = True) -> Iterator[Path]:
     """A new folder that takes ``path``'s place when the block ends well, and vanishes when not.
 
-    The old one goes only when the new one is there: ``standing`` finds one of them after a kill, too. What
-    earlier kills left is cleared first. A link in its place gives way, and what it points at stays.
+    The old one goes only when the new one is there: ``standing`` finds one of them after a kill,
+    too. What earlier kills left is cleared first. A link in its place gives way, and what it points
+    at stays.
 
     Args:
         path: the folder; those above it are made.
-        sync: whether the bytes of all files are on the disk before they take the place. Without, a machine
-            that stops may leave files that are too short; a manifest tells.
+        sync: whether the bytes of all files are on the disk before they take the place. Without, a
+            machine that stops may leave files that are too short; a manifest tells.
 
     Raises:
         OSError: the system refuses.

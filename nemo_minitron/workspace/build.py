@@ -18,8 +18,9 @@ STAMP = "recipe.json"
 def building(target: Path) -> AbstractContextManager[Path]:
     """A temporary folder that takes ``target``'s place when the block ends well, and vanishes when not.
 
-    Leftovers of a killed run are cleared first. The caller writes the manifest inside the block; it tells a
-    file that a machine which stopped has cut short, so that weights are not forced to the disk here.
+    Leftovers of a killed run are cleared first. The caller writes the manifest inside the block; it
+    tells a file that a machine which stopped has cut short, so that weights are not forced to the
+    disk here.
     """
     return replacing_folder(target, sync=False)
 

@@ -1,8 +1,8 @@
 """Whether an artifact is still good: decided here, and put into words by whoever asks.
 
-A fingerprint names the recipe, not the bytes: an input that was made anew may differ in bytes under the same
-fingerprint. So an artifact is good if its files are there in their sizes, its recipe is the one that is asked
-for, and none of its inputs has changed, or was finished after it was begun.
+A fingerprint names the recipe, not the bytes: an input that was made anew may differ in bytes under
+the same fingerprint. So an artifact is good if its files are there in their sizes, its recipe is
+the one that is asked for, and none of its inputs has changed, or was finished after it was begun.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,9 @@ from nemo_minitron.workspace.layout import ARTIFACTS
 from nemo_minitron.workspace.manifest import SCHEMA, Input, Manifest, read_manifest
 
 State = Literal["absent", "damaged", "stale", "done"]
-Fault = Literal["unreadable", "missing", "outside", "size", "schema", "recipe", "another", "anew", "unknown"]
+Fault = Literal[
+    "unreadable", "missing", "outside", "size", "schema", "recipe", "another", "anew", "unknown"
+]
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,13 @@ class Why:
     """What is wrong with an artifact.
 
     Attributes:
-        fault: ``unreadable``: its manifest; ``missing``, ``outside``, ``size``: a file that is not there, is
-            a link out of the folder, or has another size; ``schema``, ``recipe``: made by another one;
-            ``another``, ``anew``: an input is not the one it was made from, or was made once more since;
-            ``unknown``: an input's manifest cannot be read.
+        fault: ``unreadable``: its manifest; ``missing``, ``outside``, ``size``: a file that is not
+            there, is a link out of the folder, or has another size; ``schema``, ``recipe``: made by
+            another one; ``another``, ``anew``: an input is not the one it was made from, or was
+            made once more since; ``unknown``: an input's manifest cannot be read.
         name: the file, or the input; empty where it is the whole.
-        expected: what it should be, by its manifest or who asks; empty where there is nothing to compare.
+        expected: what it should be, by its manifest or who asks; empty where there is nothing to
+            compare.
         found: what it is: bytes, a place, a schema, or the text of an error.
     """
 
@@ -43,10 +46,10 @@ class Condition:
     """How an artifact stands.
 
     Attributes:
-        state: ``absent``: nothing is there, or it is in the making; ``damaged``: manifest or a file is not
-            what it was; ``stale``: whole, but a run would make it anew; ``done``.
-        why: the first thing that is wrong; None for what is absent, and for what is done, unless an input's
-            manifest cannot be read: then nothing speaks against it, and nothing for it.
+        state: ``absent``: nothing is there, or it is in the making; ``damaged``: manifest or a file
+            is not what it was; ``stale``: whole, but a run would make it anew; ``done``.
+        why: the first thing that is wrong; None for what is absent, and for what is done, unless an
+            input's manifest cannot be read: then nothing speaks against it, and nothing for it.
         manifest: its manifest, where it can be read.
     """
 
@@ -60,10 +63,11 @@ def condition(folder: Path, expected: str | None = None, inputs: Sequence[Input]
 
     Args:
         folder: its folder, in its workspace.
-        expected: the fingerprint that it would get now. None: its own, held against the artifacts of the
-            workspace that it names as its inputs; what lies outside of the workspace is not looked at.
-        inputs: what it would be made from, or is to be made from: none of them may have been made anew since.
-            Without ``expected`` each must be among its own inputs.
+        expected: the fingerprint that it would get now. None: its own, held against the artifacts
+            of the workspace that it names as its inputs; what lies outside of the workspace is not
+            looked at.
+        inputs: what it would be made from, or is to be made from: none of them may have been made
+            anew since. Without ``expected`` each must be among its own inputs.
 
     Raises:
         OSError: the system refuses to tell.
@@ -80,7 +84,9 @@ def condition(folder: Path, expected: str | None = None, inputs: Sequence[Input]
     why = _outdated(manifest, expected, inputs)
     if why is None and expected is None:
         why = _overtaken(folder.parent, manifest)
-    return Condition("stale" if why is not None and why.fault != "unknown" else "done", why, manifest)
+    return Condition(
+        "stale" if why is not None and why.fault != "unknown" else "done", why, manifest
+    )
 
 
 def flaws(folder: Path, manifest: Manifest) -> Iterator[Why]:
@@ -116,7 +122,9 @@ def _overtaken(workspace: Path, manifest: Manifest) -> Why | None:
     """Why an artifact is not made from what lies in its workspace now: another input before a newer one."""
     found: list[Why] = []
     for item in manifest.inputs:
-        name, _, part = item.path.partition("/")  # pretrain/hf: the model in an artifact, with its own print
+        name, _, part = item.path.partition(
+            "/"
+        )  # pretrain/hf: the model in an artifact, with its own print
         if item.finished is None or name not in ARTIFACTS:
             continue  # without a time it is nothing of the workspace, whatever the user calls it
         try:

@@ -1,7 +1,7 @@
 """What lies in workspaces: which there are, how far each has come, and what of it can be made again.
 
-Links are seen and not followed: what lies elsewhere is neither counted nor removed. Another process may be at
-work in any of the folders: what vanishes between two looks was not there.
+Links are seen and not followed: what lies elsewhere is neither counted nor removed. Another process
+may be at work in any of the folders: what vanishes between two looks was not there.
 """
 
 import os
@@ -49,7 +49,12 @@ BESIDE = {
 LOCKS = (LOCK, STAGE_LOCK)
 """Held by a run, and by the process of a stage, which may live a little longer."""
 _OWN = (*ARTIFACTS, *BESIDE, RESULTS)
-_STRANGE = (OSError, ValueError, TypeError, AttributeError)  # what a file leads to that is no manifest or log
+_STRANGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)  # what a file leads to that is no manifest or log
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class Artifact:
     """An artifact of a workspace: its folder's name, the bytes of all its files, and how it stands.
 
     Attributes:
-        state: ``done``; ``stale``: an input has changed, a run would make it anew; ``damaged``: manifest or a
-            file is not what it was; ``unfinished``: in the making.
+        state: ``done``; ``stale``: an input has changed, a run would make it anew; ``damaged``:
+            manifest or a file is not what it was; ``unfinished``: in the making.
         finished: when it was finished (UTC), or None.
         detail: what is wrong with it, or how far it is, as in "step 120"; may be empty.
     """
@@ -97,7 +102,9 @@ class Item:
 
 def is_workspace(folder: Path) -> bool:
     """Whether a folder holds an artifact, one in the making, or the commands that worked there."""
-    return os.path.isfile(Workspace(folder).commands) or any(_begun(folder, name) for name in ARTIFACTS)
+    return os.path.isfile(Workspace(folder).commands) or any(
+        _begun(folder, name) for name in ARTIFACTS
+    )
 
 
 def workspaces(root: Path) -> list[Found]:
@@ -110,14 +117,19 @@ def workspaces(root: Path) -> list[Found]:
         here, deep = is_workspace(Path(at)), len(Path(at).relative_to(root).parts)
         if here:
             found.append(Path(at))
-        below[:] = [name for name in below if deep < 3 and name[0] != "." and not (here and name in _OWN)]
+        below[:] = [
+            name for name in below if deep < 3 and name[0] != "." and not (here and name in _OWN)
+        ]
     return [_look(folder) for folder in sorted(found)]
 
 
 def _look(folder: Path) -> Found:
     size, _, newest = _measure(folder)
     there = tuple(found for name in ARTIFACTS if (found := _artifact(folder, name)))
-    held, changed = any(_held(folder / lock) for lock in LOCKS), datetime.fromtimestamp(newest, timezone.utc)
+    held, changed = (
+        any(_held(folder / lock) for lock in LOCKS),
+        datetime.fromtimestamp(newest, timezone.utc),
+    )
     return Found(folder, size, changed, held, there)
 
 
@@ -129,8 +141,12 @@ def _artifact(workspace: Path, name: str) -> Artifact | None:
     try:
         found = condition(folder)
         if found.state == "absent":
-            return Artifact(name, "unfinished", size, None, _last_step(metrics_in(state_in(folder))))
-        finished = None if found.manifest is None else datetime.fromisoformat(found.manifest.finished)
+            return Artifact(
+                name, "unfinished", size, None, _last_step(metrics_in(state_in(folder)))
+            )
+        finished = (
+            None if found.manifest is None else datetime.fromisoformat(found.manifest.finished)
+        )
         return Artifact(name, found.state, size, finished, _detail(found))
     except _STRANGE as error:
         return Artifact(name, "damaged", size, None, " ".join(str(error).split()))
@@ -148,12 +164,16 @@ def _detail(found: Condition) -> str:
     if found.why is None or found.state == "done":
         return ""
     words = in_words(found.why)
-    return f"{found.why.name}: {words}" if found.why.fault in ("missing", "outside", "size") else words
+    return (
+        f"{found.why.name}: {words}" if found.why.fault in ("missing", "outside", "size") else words
+    )
 
 
 def _last_step(path: Path) -> str:
     try:
-        return f"step {max(line['step'] for line in training_log.read_log(path) if 'step' in line):d}"
+        return (
+            f"step {max(line['step'] for line in training_log.read_log(path) if 'step' in line):d}"
+        )
     except _STRANGE:  # none yet
         return ""
 
@@ -193,19 +213,22 @@ def _measure(*paths: Path) -> tuple[int, int, float]:
 def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
     """What can be removed and made again; the caller holds the workspace's lock.
 
-    ``caches`` costs no finished training: leftovers of killed builds, what was begun with other settings, and
-    token caches. These are no artifact's input (inputs name the text itself), and made anew they hold the
-    same ids. Everything else is an input of the student, directly or not: teacher, scores and plan by way of
-    pruned, logits where they teach. Made anew it would be younger than the student, by the rule of
-    ``is_done`` a reason to train again; so it stays.
-    ``intermediate`` leaves what a run is for, and its plan; the next run starts from the beginning. What no
-    run has made stays always.
+    ``caches`` costs no finished training: leftovers of killed builds, what was begun with other
+    settings, and token caches. These are no artifact's input (inputs name the text itself), and
+    made anew they hold the same ids. Everything else is an input of the student, directly or not:
+    teacher, scores and plan by way of pruned, logits where they teach. Made anew it would be
+    younger than the student, by the rule of ``is_done`` a reason to train again; so it stays.
+    ``intermediate`` leaves what a run is for, and its plan; the next run starts from the beginning.
+    What no run has made stays always.
 
     Raises:
-        ValueError: no workspace or level, a stage at work, or no whole export of the newest work to be left.
+        ValueError: no workspace or level, a stage at work, or no whole export of the newest work to
+            be left.
     """
     if not is_workspace(workspace):
-        raise ValueError(f"{workspace}: expected a workspace, found neither an artifact nor {COMMANDS} there")
+        raise ValueError(
+            f"{workspace}: expected a workspace, found neither an artifact nor {COMMANDS} there"
+        )
     if level not in LEVELS:
         raise ValueError(f"{workspace}: expected a level of {', '.join(LEVELS)}, found {level!r}")
     if _held(Workspace(workspace).stage_lock):
@@ -216,22 +239,32 @@ def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
     due += [(path, "begun with other settings") for path in begun]
     due += _intermediate(workspace) if level == "intermediate" else []
     paths = {path for path, _ in due}
-    return [Item(path, _measure(path)[1], why) for path, why in due if paths.isdisjoint(path.parents)]
+    return [
+        Item(path, _measure(path)[1], why) for path, why in due if paths.isdisjoint(path.parents)
+    ]
 
 
 def _intermediate(workspace: Path) -> Iterator[tuple[Path, str]]:
     """Artifacts, the last one first: a removal cut short leaves a beginning that a run goes on from."""
     folder, export = Workspace(workspace).export, _artifact(workspace, "export")
-    told = f"{folder}: expected a whole export of the newest work before more than caches goes, found"
+    told = (
+        f"{folder}: expected a whole export of the newest work before more than caches goes, found"
+    )
     if export and (links := [path for path in (folder, *folder.rglob("*")) if path.is_symlink()]):
         raise ValueError(f"{told} a link in its place: {links[0]}")
     if export is None or export.state != "done" or export.finished is None:
         raise ValueError(f"{told} " + (f"it {export.state}: {export.detail}" if export else "none"))
     for name in [name for name in reversed(ARTIFACTS) if name not in KEPT]:
         if (artifact := _artifact(workspace, name)) and os.path.lexists(workspace / name):
-            made = artifact.finished.timestamp() if artifact.finished else _measure(workspace / name)[2]
+            made = (
+                artifact.finished.timestamp()
+                if artifact.finished
+                else _measure(workspace / name)[2]
+            )
             if made > export.finished.timestamp():
-                raise ValueError(f"{told} {workspace / name} to be younger; end that run, or remove this")
+                raise ValueError(
+                    f"{told} {workspace / name} to be younger; end that run, or remove this"
+                )
             yield workspace / name, "an artifact"
     yield from (*_beside(workspace, LIVE), *_beside(workspace, UNPACKED))
 
@@ -241,14 +274,18 @@ def _beside(workspace: Path, name: str) -> Iterator[tuple[Path, str]]:
     for path in [root] if root.is_symlink() else sorted(root.glob("*")):
         if path.is_symlink():
             yield path, "a link; what it points at stays"
-        elif os.path.exists(path / mark) and not _held(build_lock_of(path)):  # shared, being written
+        elif os.path.exists(path / mark) and not _held(
+            build_lock_of(path)
+        ):  # shared, being written
             yield path, why
 
 
 def _leftovers(workspace: Path) -> Iterator[tuple[Path, str]]:
     """What killed builds left: none is at work now, for the caller holds the workspace."""
     places = [path for folder in Workspace(workspace).artifacts for path in leftovers_of(folder)]
-    places += [path for path in sorted(workspace.glob(".*")) if is_leftover(path.name) and path.is_file()]
+    places += [
+        path for path in sorted(workspace.glob(".*")) if is_leftover(path.name) and path.is_file()
+    ]
     for folder in [workspace / name for name in _OWN if name != TOKENS]:
         try:
             found = condition(folder)
@@ -258,7 +295,9 @@ def _leftovers(workspace: Path) -> Iterator[tuple[Path, str]]:
             continue
         if found.state == "done":
             places.append(state_in(folder))  # killed before it was tidied away
-        listed = [folder / output.file for output in found.manifest.outputs] if found.manifest else []
+        listed = (
+            [folder / output.file for output in found.manifest.outputs] if found.manifest else []
+        )
         belongs = {part for path in listed for part in (path, *path.parents)}
         for at, folders, files in () if folder.is_symlink() else os.walk(folder):
             inside = [Path(at, name) for name in (*folders, *files) if is_leftover(name)]
@@ -275,7 +314,9 @@ def remove(items: Sequence[Item]) -> int:
     """
     for item in items:
         if not any(is_workspace(parent) for parent in item.path.parents):
-            raise ValueError(f"{item.path}: expected a part of a workspace, found no workspace around it")
+            raise ValueError(
+                f"{item.path}: expected a part of a workspace, found no workspace around it"
+            )
     freed = 0
     for path in [item.path for item in items]:
         freed += _measure(path)[1]

@@ -1,8 +1,8 @@
 """Where everything of a run lies: the names of a workspace's folders and files are written here only.
 
-What several subjects look for inside of an artifact is here, too; the files that one subject alone writes
-and reads (scores, a plan, a report, parts of a pass) are named by that subject. ``archive`` and
-``slurm_jobs`` look at the disk, nothing else does, and nothing writes.
+What several subjects look for inside of an artifact is here, too; the files that one subject alone
+writes and reads (scores, a plan, a report, parts of a pass) are named by that subject. ``archive``
+and ``slurm_jobs`` look at the disk, nothing else does, and nothing writes.
 """
 
 from dataclasses import dataclass

@@ -39,7 +39,8 @@ def _busy(workspace: Path) -> ValueError:
 def _check(workspace: Path) -> None:
     """Refuses a workspace that reaches out of itself; a variant's shares what its sweep's holds.
 
-    What else lies in the folder is the user's (a virtual environment, links to data), and is not touched.
+    What else lies in the folder is the user's (a virtual environment, links to data), and is not
+    touched.
 
     Raises:
         ValueError: it does.
@@ -98,7 +99,9 @@ def locked(workspace: Path, wait: float = 0.0) -> Iterator[None]:
         yield
     finally:
         Workspace(workspace).holder.unlink(missing_ok=True)
-        if {path.name for path in workspace.iterdir()} <= set(TRACES):  # nothing came of it: no trace
+        if {path.name for path in workspace.iterdir()} <= set(
+            TRACES
+        ):  # nothing came of it: no trace
             for name in TRACES:
                 (workspace / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
@@ -114,8 +117,8 @@ _PATIENCE = 120.0
 def alone(workspace: Path, patience: float = _PATIENCE) -> Iterator[None]:
     """Holds the workspace for the one stage that works in it, in whatever process that is.
 
-    A flow holds the workspace too; but when a flow is killed its stage needs a moment to save and end, or,
-    as a batch job, goes on, and the next run may come meanwhile.
+    A flow holds the workspace too; but when a flow is killed its stage needs a moment to save and
+    end, or, as a batch job, goes on, and the next run may come meanwhile.
 
     Raises:
         ValueError: another process still works there after ``patience`` seconds.
@@ -125,7 +128,10 @@ def alone(workspace: Path, patience: float = _PATIENCE) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout:
-            print(f"workspace {workspace}: a stage of an earlier run is ending; waiting", file=sys.stderr)
+            print(
+                f"workspace {workspace}: a stage of an earlier run is ending; waiting",
+                file=sys.stderr,
+            )
             lock.acquire(timeout=patience)
     except Timeout:
         raise ValueError(

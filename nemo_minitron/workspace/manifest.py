@@ -1,9 +1,9 @@
 """The manifest of an artifact: what it is, what it was made from, and the bytes it consists of.
 
-A folder without ``manifest.json`` is no artifact. Stages build into a temporary neighbour, which is renamed
-into place with its manifest inside: whatever interrupts them, nothing that looks finished is incomplete. A
-stage whose artifact already carries the fingerprint it would get, and is not older than its inputs, has
-nothing to do: this is the only cache.
+A folder without ``manifest.json`` is no artifact. Stages build into a temporary neighbour, which is
+renamed into place with its manifest inside: whatever interrupts them, nothing that looks finished
+is incomplete. A stage whose artifact already carries the fingerprint it would get, and is not older
+than its inputs, has nothing to do: this is the only cache.
 """
 
 import datetime
@@ -126,7 +126,9 @@ def damage(folder: Path, manifest: Manifest) -> str | None:
     """What is wrong with an artifact's files at a glance, by their places and sizes; None: nothing."""
     from nemo_minitron.workspace.condition import flaws
 
-    return next((f"{flaw.name} {_IS[flaw.fault].format(flaw)}" for flaw in flaws(folder, manifest)), None)
+    return next(
+        (f"{flaw.name} {_IS[flaw.fault].format(flaw)}" for flaw in flaws(folder, manifest)), None
+    )
 
 
 _IS = {
@@ -136,7 +138,9 @@ _IS = {
 }
 
 
-def list_outputs(folder: Path, known: Mapping[str, str], without: Sequence[str] = ()) -> tuple[Output, ...]:
+def list_outputs(
+    folder: Path, known: Mapping[str, str], without: Sequence[str] = ()
+) -> tuple[Output, ...]:
     """Every file below a folder with size and hash, except the manifest.
 
     Args:
@@ -150,7 +154,9 @@ def list_outputs(folder: Path, known: Mapping[str, str], without: Sequence[str] 
         if path.is_file() and path.relative_to(folder).parts[0] not in (*without, NAME)
     )
     with ThreadPoolExecutor(4) as pool:
-        hashes = pool.map(lambda name: known[name] if name in known else hash_file(folder / name), names)
+        hashes = pool.map(
+            lambda name: known[name] if name in known else hash_file(folder / name), names
+        )
         return tuple(
             Output(name, (folder / name).stat().st_size, value)
             for name, value in zip(names, hashes, strict=True)
@@ -200,7 +206,8 @@ def verify(folder: Path) -> list[str]:
     """Re-hashes an artifact.
 
     Returns:
-        One line per defect: a missing, changed or unlisted file; empty where all bytes are what was written.
+        One line per defect: a missing, changed or unlisted file; empty where all bytes are what was
+            written.
     """
     from nemo_minitron.workspace.condition import flaws, in_words
 
@@ -221,5 +228,7 @@ def verify(folder: Path) -> list[str]:
         if path.is_file() and name not in listed and not name.startswith(ASIDE):
             problems.append(f"{path}: not in the manifest")
     if manifest.fingerprint != fingerprint(manifest.kind, manifest.config, manifest.inputs):
-        problems.append(f"{manifest_in(folder)}: fingerprint does not match its own config and inputs")
+        problems.append(
+            f"{manifest_in(folder)}: fingerprint does not match its own config and inputs"
+        )
     return problems

@@ -1,7 +1,7 @@
 """How far a stage is: a small file that whoever started it reads.
 
-Where it lies stands in the environment, because stages are also processes of their own; without it nothing is
-written.
+Where it lies stands in the environment, because stages are also processes of their own; without it
+nothing is written.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """Making an artifact that takes long: in place, resumable, and never at the cost of another one's work.
 
-What another recipe has begun, or a training has finished, moves into a sub-folder named by that recipe; a run
-with that recipe finds it again. A kill in between leaves nothing that the next run does not complete.
+What another recipe has begun, or a training has finished, moves into a sub-folder named by that
+recipe; a run with that recipe finds it again. A kill in between leaves nothing that the next run
+does not complete.
 """
 
 import json
@@ -43,9 +44,10 @@ def make_resumable(
         kind: what it is.
         config: the part of the configuration that decides its contents.
         inputs: what it is made from.
-        build: gets the state folder, as an earlier run with the same recipe left it, and an empty folder
-            whose contents become the artifact.
-        keep: whether a finished one of another recipe is set aside, too, and comes back with that recipe.
+        build: gets the state folder, as an earlier run with the same recipe left it, and an empty
+            folder whose contents become the artifact.
+        keep: whether a finished one of another recipe is set aside, too, and comes back with that
+            recipe.
 
     Returns:
         Whether it had to be built.
@@ -113,10 +115,19 @@ def _keep_finished(folder: Path, recipe: Mapping[str, Any]) -> None:
     aside = aside_in(folder, _recipe(manifest.fingerprint, manifest.inputs))
     if aside == aside_in(folder, recipe["recipe"]):
         return
-    _say(folder, "made", manifest.config, recipe, f"{aside} and comes back with those", " --intermediate")
+    _say(
+        folder,
+        "made",
+        manifest.config,
+        recipe,
+        f"{aside} and comes back with those",
+        " --intermediate",
+    )
     discard(aside)
     aside.mkdir()
-    manifest_in(folder).replace(manifest_in(aside))  # first: what is killed behind it, the next run completes
+    manifest_in(folder).replace(
+        manifest_in(aside)
+    )  # first: what is killed behind it, the next run completes
     _move(manifest, folder, aside)
 
 

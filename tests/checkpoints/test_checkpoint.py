@@ -42,7 +42,9 @@ def test_a_sharded_and_a_single_file_checkpoint_open_alike(tmp_path):
 
 
 def test_two_fine_tunes_of_one_model_are_told_apart(tmp_path):
-    a, b = (open_checkpoint(make_model(tmp_path / f"{seed}", "llama", seed=seed)) for seed in (0, 1))
+    a, b = (
+        open_checkpoint(make_model(tmp_path / f"{seed}", "llama", seed=seed)) for seed in (0, 1)
+    )
     assert a.fingerprint != b.fingerprint
     path = tmp_path / "0" / "model.safetensors"
     tensors = load_file(path)
@@ -51,7 +53,9 @@ def test_two_fine_tunes_of_one_model_are_told_apart(tmp_path):
     assert open_checkpoint(tmp_path / "0").fingerprint not in (a.fingerprint, b.fingerprint)
 
 
-@pytest.mark.parametrize("names", [["../elsewhere.safetensors"], ["/etc/passwd"], [5], [None], [["a"]], []])
+@pytest.mark.parametrize(
+    "names", [["../elsewhere.safetensors"], ["/etc/passwd"], [5], [None], [["a"]], []]
+)
 def test_an_index_that_leads_elsewhere(tmp_path, names):
     folder = make_model(tmp_path / "m", "llama")
     index = {"weight_map": {f"t{i}": name for i, name in enumerate(names)}}
@@ -74,7 +78,9 @@ def drop_tensor(folder):
 def add_tensor(folder):
     tensors = load_file(folder / "model.safetensors")
     save_file(
-        {**tensors, "model.vision.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"}
+        {**tensors, "model.vision.weight": torch.ones(2)},
+        folder / "model.safetensors",
+        {"format": "pt"},
     )
 
 
@@ -102,7 +108,10 @@ def missing_shard(folder):
             r"implies shape \[41, 24\], the file holds \[40, 24\]",
         ),
         (lambda f: change_config(f, num_hidden_layers=4), "are missing: model.layers.3"),
-        (lambda f: change_config(f, hidden_size="big"), "expected a positive whole number, found 'big'"),
+        (
+            lambda f: change_config(f, hidden_size="big"),
+            "expected a positive whole number, found 'big'",
+        ),
         (
             lambda f: change_config(f, quantization_config={"quant_method": "fp8"}),
             "quantised .fp8.; dequantise",
@@ -159,7 +168,9 @@ JSON = st.recursive(
     | st.just(10**400)
     | st.floats()
     | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 
@@ -172,7 +183,13 @@ def test_no_config_crashes(tmp_path_factory, tiny, data):
     folder = tiny[name]
     config = json.loads((folder / "config.json").read_text())
     keys = sorted(
-        {*config, "quantization_config", "text_config", "hybrid_override_pattern", "mlp_only_layers"}
+        {
+            *config,
+            "quantization_config",
+            "text_config",
+            "hybrid_override_pattern",
+            "mlp_only_layers",
+        }
     )
     changes = data.draw(st.dictionaries(st.sampled_from(keys), JSON, min_size=1, max_size=3))
     broken = tmp_path_factory.mktemp("fuzz")
@@ -203,7 +220,9 @@ def test_no_header_crashes(tmp_path_factory, tiny, data):
     encoded = json.dumps(header).encode()
     broken = tmp_path_factory.mktemp("fuzz")
     (broken / "config.json").write_bytes((folder / "config.json").read_bytes())
-    (broken / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + raw[8 + length :])
+    (broken / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(encoded)) + encoded + raw[8 + length :]
+    )
     try:
         open_checkpoint(broken)
     except ValueError as error:
@@ -221,7 +240,9 @@ def test_the_stream_writes_what_the_library_reads_back(tmp_path):
         "d": torch.randn(1, 1).half(),
         "e": torch.zeros(0, 4),
     }
-    planned = [Planned(name, DTYPES[value.dtype], tuple(value.shape)) for name, value in values.items()]
+    planned = [
+        Planned(name, DTYPES[value.dtype], tuple(value.shape)) for name, value in values.items()
+    ]
     hashes = write_weights(tmp_path, planned, values.__getitem__, 10**6)
     assert list(hashes) == ["model.safetensors"]
     loaded = load_file(tmp_path / "model.safetensors")
@@ -233,7 +254,9 @@ def test_the_stream_writes_what_the_library_reads_back(tmp_path):
 
 def test_shards_stay_below_their_limit_and_the_index_is_exact(tmp_path):
     values = {f"t{i}": torch.full((10, 10), float(i)) for i in range(7)}
-    planned = [Planned(name, DTYPES[value.dtype], tuple(value.shape)) for name, value in values.items()]
+    planned = [
+        Planned(name, DTYPES[value.dtype], tuple(value.shape)) for name, value in values.items()
+    ]
     hashes = write_weights(tmp_path, planned, values.__getitem__, 1000)
     assert list(hashes) == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

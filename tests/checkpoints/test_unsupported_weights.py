@@ -16,7 +16,9 @@ LAYER = "model.layers.0.mlp.up_proj"
 def add(folder, *names):
     tensors = load_file(folder / "model.safetensors")
     save_file(
-        {**tensors, **{n: torch.ones(2) for n in names}}, folder / "model.safetensors", {"format": "pt"}
+        {**tensors, **{n: torch.ones(2) for n in names}},
+        folder / "model.safetensors",
+        {"format": "pt"},
     )
 
 
@@ -31,24 +33,50 @@ def replace_weight(folder, **suffixes):
 @pytest.mark.parametrize(
     ("spoil", "kind", "advice"),
     [
-        (lambda f: add(f, f"{LAYER}.weight_scale_inv"), "fp8 block or tensor scales", "dequantise it first"),
         (
-            lambda f: replace_weight(f, qweight=torch.ones(4, dtype=torch.int32), scales=torch.ones(4)),
+            lambda f: add(f, f"{LAYER}.weight_scale_inv"),
+            "fp8 block or tensor scales",
+            "dequantise it first",
+        ),
+        (
+            lambda f: replace_weight(
+                f, qweight=torch.ones(4, dtype=torch.int32), scales=torch.ones(4)
+            ),
             "GPTQ/AWQ weights",
             "dequantise it first",
         ),
         (lambda f: add(f, f"{LAYER}.weight.absmax"), "bitsandbytes weights", "dequantise it first"),
         (lambda f: add(f, f"{LAYER}.SCB"), "bitsandbytes weights", "dequantise it first"),
-        (lambda f: add(f, "model.layers.0.mlp.experts.down_proj_blocks"), "mxfp4 blocks", "dequantise"),
+        (
+            lambda f: add(f, "model.layers.0.mlp.experts.down_proj_blocks"),
+            "mxfp4 blocks",
+            "dequantise",
+        ),
         (
             lambda f: add(f, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
             "LoRA adapter weights",
             "merge the adapter first",
         ),
-        (lambda f: add(f, "model.vision_tower.patch.weight"), "a vision or audio tower", "the text model"),
-        (lambda f: add(f, "visual.blocks.0.attn.qkv.weight"), "a vision or audio tower", "the text model"),
-        (lambda f: add(f, "mtp.layers.0.eh_proj.weight"), "multi-token prediction", "remove them first"),
-        (lambda f: add(f, "model.layers.3.self_attn.q_proj.weight"), "multi-token prediction", "remove"),
+        (
+            lambda f: add(f, "model.vision_tower.patch.weight"),
+            "a vision or audio tower",
+            "the text model",
+        ),
+        (
+            lambda f: add(f, "visual.blocks.0.attn.qkv.weight"),
+            "a vision or audio tower",
+            "the text model",
+        ),
+        (
+            lambda f: add(f, "mtp.layers.0.eh_proj.weight"),
+            "multi-token prediction",
+            "remove them first",
+        ),
+        (
+            lambda f: add(f, "model.layers.3.self_attn.q_proj.weight"),
+            "multi-token prediction",
+            "remove",
+        ),
     ],
 )
 def test_tensors_that_do_not_belong_are_known_by_name(tmp_path, spoil, kind, advice):
@@ -94,7 +122,9 @@ def test_what_peft_writes(tmp_path):
 
     folder = make_model(tmp_path / "m", "llama")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    )
     adapted.save_pretrained(tmp_path / "adapter")
     with pytest.raises(ValueError, match="merge it into its base model first"):
         open_checkpoint(tmp_path / "adapter")
@@ -129,7 +159,9 @@ def test_block_scales_as_published_fp8_checkpoints_have_them(tmp_path):
 def test_a_distributed_checkpoint_of_nemo_2_is_refused_with_the_conversion(tmp_path):
     for name in ("weights", "context"):
         (tmp_path / "nemo2" / name).mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"a distributed checkpoint of NeMo 2.*nemo llm export path="):
+    with pytest.raises(
+        ValueError, match=r"a distributed checkpoint of NeMo 2.*nemo llm export path="
+    ):
         open_checkpoint(tmp_path / "nemo2")
 
 
@@ -138,7 +170,9 @@ def test_an_adapter_beside_a_model_is_refused(tmp_path):
     folder = make_model(tmp_path / "m", "llama")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
     for read in (open_checkpoint, load_model):
-        with pytest.raises(ValueError, match=r"a LoRA adapter, beside a model .*remove the adapter's files"):
+        with pytest.raises(
+            ValueError, match=r"a LoRA adapter, beside a model .*remove the adapter's files"
+        ):
             read(folder)
 
 
@@ -166,5 +200,7 @@ def test_a_kernel_from_the_hub_is_refused_by_its_key(tmp_path, entry):
     assert load_model(folder).config._attn_implementation == "eager"
     path.write_text(json.dumps({**config, "attn_implementation": "flash_attention_2"}))
     open_checkpoint(folder)  # to prune it, nothing of it is run
-    with pytest.raises(ValueError, match="flash-attn is not installed here; install it, or remove the key"):
+    with pytest.raises(
+        ValueError, match="flash-attn is not installed here; install it, or remove the key"
+    ):
         load_model(folder)

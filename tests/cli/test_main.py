@@ -38,7 +38,10 @@ def scored(teacher, workspace):
         ("trainer.max_stepz=3", ["trainer.max_stepz", "+trainer.max_stepz"]),
         ("data.calibration.smaples=3", ["data.calibration.smaples", "data.calibration.samples"]),
         ("plan.hidden=wide", ["plan.hidden", "wide"]),
-        ("score.importance=gradient", ["score.importance", "activation, magnitude, random", "gradient"]),
+        (
+            "score.importance=gradient",
+            ["score.importance", "activation, magnitude, random", "gradient"],
+        ),
         ("plan.hidden", ["plan.hidden"]),
         ("+nonsense.key=1", ["nonsense"]),
     ],
@@ -98,7 +101,9 @@ def test_a_source_that_cannot_be(capsys, tmp_path, workspace, teacher):
     common = f"workspace={workspace}"
     assert "no such folder" in refused(capsys, "download", common, "source.model=./nowhere")
     (tmp_path / "empty").mkdir()
-    assert "no config.json" in refused(capsys, "download", common, f"source.model={tmp_path / 'empty'}")
+    assert "no config.json" in refused(
+        capsys, "download", common, f"source.model={tmp_path / 'empty'}"
+    )
     assert "no model given" in refused(capsys, "download", common)
     other = shutil.copytree(teacher, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
@@ -114,7 +119,11 @@ def test_a_source_that_cannot_be(capsys, tmp_path, workspace, teacher):
 
 
 def test_calibration_text_that_cannot_be(capsys, tmp_path, workspace, teacher, corpus):
-    common = [f"workspace={workspace}", f"source.model={teacher}", "data.calibration.sequence_length=16"]
+    common = [
+        f"workspace={workspace}",
+        f"source.model={teacher}",
+        "data.calibration.sequence_length=16",
+    ]
     assert "data.train.paths: no text given" in refused(capsys, "score", *common)
     line = refused(capsys, "score", *common, f"data.calibration.paths=['{tmp_path}/none*']")
     assert "matches no file" in line
@@ -122,7 +131,11 @@ def test_calibration_text_that_cannot_be(capsys, tmp_path, workspace, teacher, c
     line = refused(capsys, "score", *common, f"data.calibration.paths=['{tmp_path}/empty.txt']")
     assert "hold no text" in line
     line = refused(
-        capsys, "score", *common, f"data.calibration.paths=['{corpus}']", "data.calibration.samples=99999"
+        capsys,
+        "score",
+        *common,
+        f"data.calibration.paths=['{corpus}']",
+        "data.calibration.samples=99999",
     )
     assert "expected 99999 samples of 16 tokens, the text yields" in line
     assert not (workspace / "scores").exists()
@@ -185,7 +198,9 @@ def test_score_plan_prune_by_hand_and_again(capsys, scored, workspace):
     out = capsys.readouterr().out
     assert "parameters" in out
     config = json.loads((workspace / "pruned" / "config.json").read_text())
-    assert [config[k] for k in ("hidden_size", "num_attention_heads", "head_dim", "num_hidden_layers")] == [
+    assert [
+        config[k] for k in ("hidden_size", "num_attention_heads", "head_dim", "num_hidden_layers")
+    ] == [
         12,
         3,
         4,
@@ -256,7 +271,18 @@ def test_nemo_style_overrides_reach_the_configuration(capsys):
 def test_own_folder_of_configurations(capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nplan: {ffn: 7}\n")
     assert (
-        main(["plan", "--config-dir", str(tmp_path), "--config-name", "mine", "--cfg", "plan.hidden=9"]) == 0
+        main(
+            [
+                "plan",
+                "--config-dir",
+                str(tmp_path),
+                "--config-name",
+                "mine",
+                "--cfg",
+                "plan.hidden=9",
+            ]
+        )
+        == 0
     )
     out = capsys.readouterr().out
     assert "ffn: 7" in out
@@ -326,9 +352,13 @@ def test_a_number_out_of_range(capsys, workspace, override, message):
 
 def test_a_workspace_that_is_a_file_and_yaml_that_is_none(capsys, tmp_path):
     (tmp_path / "file").write_text("x")
-    assert "cannot be used as a folder" in refused(capsys, "score", f"workspace={tmp_path / 'file'}")
+    assert "cannot be used as a folder" in refused(
+        capsys, "score", f"workspace={tmp_path / 'file'}"
+    )
     (tmp_path / "broken.yaml").write_text("a: [1\n  b: }")
-    assert "valid YAML" in refused(capsys, "plan", "--config-dir", str(tmp_path), "--config-name", "broken")
+    assert "valid YAML" in refused(
+        capsys, "plan", "--config-dir", str(tmp_path), "--config-name", "broken"
+    )
 
 
 def test_a_folder_of_the_users_where_an_artifact_belongs_is_never_overwritten(tmp_path, teacher):

@@ -64,7 +64,10 @@ def test_clean_asks_first_and_removes_only_what_can_be_made_again(runs, capsys):
         assert bool(caches()) is not gone
     code, out, _ = called(capsys, "clean", str(workspace), "--intermediate", "--yes", "--json")
     assert code == 0 and json.loads(out)["freed"] > 10_000
-    assert not (workspace / "student").exists() and (workspace / "export" / "model.safetensors").is_file()
+    assert (
+        not (workspace / "student").exists()
+        and (workspace / "export" / "model.safetensors").is_file()
+    )
     code, _, err = called(capsys, "clean", str(runs / "broken"), "--intermediate", "--yes")
     assert code == 2 and (runs / "broken" / "pruned").is_dir() and "export" in err
     with locked(workspace):

@@ -19,7 +19,9 @@ OLDER = Path(__file__).parents[2] / ".consumers"
 """transformers 4.57, where ``make consumers`` has installed it."""
 
 _ROOMY = {
-    "stablelm": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+    "stablelm": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    }
 }
 """A quarter of a tiny head is one position, which no version can turn."""
 
@@ -48,7 +50,10 @@ def export(finished):
 def alone(code, *arguments):
     """Runs code in a process that knows none of this package's modules."""
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, "-I", "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

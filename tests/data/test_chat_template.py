@@ -40,12 +40,22 @@ NAMESPACE = """{%- set ns = namespace(seen=0) -%}{%- for m in messages if m.role
   {{ m.content }}{% if ns.seen > 3 %}{% break %}{% endif %}
 {%- endfor -%}"""
 TIME = "{{ bos_token }}{{ strftime_now('%d %b %Y %H') }}{{ messages | tojson }}"
-TEMPLATES = {"chatml": CHATML, "llama": LLAMA_3, "tools": TOOLS, "namespace": NAMESPACE, "time": TIME}
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama": LLAMA_3,
+    "tools": TOOLS,
+    "namespace": NAMESPACE,
+    "time": TIME,
+}
 
 TALK = [{"role": "user", "content": "the model"}, {"role": "assistant", "content": "reads a file"}]
 LONG = [
     {"role": "system", "content": "  be brief \n"},
-    *({"role": role, "content": f"{role} says {i} \n "} for i in range(3) for role in ("user", "assistant")),
+    *(
+        {"role": role, "content": f"{role} says {i} \n "}
+        for i in range(3)
+        for role in ("user", "assistant")
+    ),
 ]
 ODD = [
     {"role": "user", "content": "Grüße, 世界 \U0001f600 \ud83d \u2028 \x00 <b>'\"</b>", "name": None},
@@ -119,7 +129,11 @@ def answers_of(tokenizer, messages):
     """Where the assistant speaks, by transformers alone."""
     return [
         (
-            len(tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)),
+            len(
+                tokenizer.apply_chat_template(
+                    messages[:i], tokenize=False, add_generation_prompt=True
+                )
+            ),
             len(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)),
         )
         for i, message in enumerate(messages)
@@ -137,7 +151,9 @@ def test_texts_are_those_of_transformers(speaking, monkeypatch, name):
         assert all(expected)
         marked = name in ("chatml", "llama")  # the others change what was said before
         answers = [answers_of(tokenizer, talk) if marked else [] for talk in CONVERSATIONS]
-        assert rendered(tokenizer, CONVERSATIONS, marked) == list(zip(expected, answers, strict=True))
+        assert rendered(tokenizer, CONVERSATIONS, marked) == list(
+            zip(expected, answers, strict=True)
+        )
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -154,7 +170,9 @@ def test_of_several_templates_the_default_one_speaks(speaking):
 
 
 HANGS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
-ENDLESS = f"does not end within 1 s; the conversation begins with {TALK[0]['content']!r}".replace("'", '"')
+ENDLESS = f"does not end within 1 s; the conversation begins with {TALK[0]['content']!r}".replace(
+    "'", '"'
+)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +200,9 @@ def test_a_template_that_ends_badly_is_named(speaking, tmp_path, monkeypatch, te
     monkeypatch.setattr(chat_template, "OUTPUT", 1000)
     file = tmp_path / "model" / "chat_template.jinja"
     tokenizer = speaking(template)
-    with pytest.raises(ValueError, match=f"^data.train: {file}: the chat template {message}") as error:
+    with pytest.raises(
+        ValueError, match=f"^data.train: {file}: the chat template {message}"
+    ) as error:
         list(tokenised(iter([TALK]), tokenizer, "data.train"))
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
@@ -190,8 +210,12 @@ def test_a_template_that_ends_badly_is_named(speaking, tmp_path, monkeypatch, te
 def test_a_template_in_the_configuration_is_named_as_well(speaking, tmp_path):
     tokenizer = speaking("{{ nothing.at.all }}")
     (tmp_path / "model" / "chat_template.jinja").unlink()
-    (tmp_path / "model" / "tokenizer_config.json").write_text('{"chat_template": "{{ nothing.at.all }}"}')
-    with pytest.raises(ValueError, match=r"^x: .*/model/tokenizer_config.json: the chat template uses"):
+    (tmp_path / "model" / "tokenizer_config.json").write_text(
+        '{"chat_template": "{{ nothing.at.all }}"}'
+    )
+    with pytest.raises(
+        ValueError, match=r"^x: .*/model/tokenizer_config.json: the chat template uses"
+    ):
         rendered_by = ChatTemplate(tokenizer, "x")
         list(rendered_by.render([TALK]))
 
@@ -216,19 +240,25 @@ def test_the_limit_is_for_one_rendering_not_for_all_of_a_conversation(speaking, 
 def test_one_that_hangs_while_nobody_waits_is_ended_as_well(speaking, monkeypatch):
     monkeypatch.setattr(chat_template, "SECONDS", 0.5)
     talks = [TALK, [{"role": "user", "content": "hang"}]]
-    template = ChatTemplate(speaking("{% if messages[0].content == 'hang' %}" + HANGS + "{% endif %}."), "x")
+    template = ChatTemplate(
+        speaking("{% if messages[0].content == 'hang' %}" + HANGS + "{% endif %}."), "x"
+    )
     found = template.render(talks)
     assert next(found) == (".", [])
     (worker,) = workers()
     eventually(lambda: worker.status() == psutil.STATUS_ZOMBIE)
-    with pytest.raises(ValueError, match=r'does not end within 0.5 s; the conversation begins with "hang"'):
+    with pytest.raises(
+        ValueError, match=r'does not end within 0.5 s; the conversation begins with "hang"'
+    ):
         next(found)
 
 
 def test_documents_of_all_kinds_keep_their_order(speaking):
     tokenizer = speaking(CHATML)
     talks = [[{"role": "user", "content": f"number {i}"}] for i in range(300)]
-    found = list(itertools.chain.from_iterable((talk, *["text"] * (i % 3)) for i, talk in enumerate(talks)))
+    found = list(
+        itertools.chain.from_iterable((talk, *["text"] * (i % 3)) for i, talk in enumerate(talks))
+    )
     found += talks
     end = [tokenizer.eos_token_id]
 
@@ -238,7 +268,9 @@ def test_documents_of_all_kinds_keep_their_order(speaking):
         text = tokenizer.apply_chat_template(document, tokenize=False)
         return tokenizer(text, add_special_tokens=False)["input_ids"] + end
 
-    assert list(tokenised(iter(found), tokenizer, "x")) == [expected(document) for document in found]
+    assert list(tokenised(iter(found), tokenizer, "x")) == [
+        expected(document) for document in found
+    ]
 
 
 def test_a_process_that_somebody_ends_is_started_again(speaking):
@@ -264,13 +296,17 @@ def test_a_process_that_ends_twice_is_given_up(speaking):
 
     def end_it():
         for _ in range(2):
-            worker = eventually(lambda: next((w for w in [rendering()] if w and w not in ended), None))
+            worker = eventually(
+                lambda: next((w for w in [rendering()] if w and w not in ended), None)
+            )
             ended.append(worker)
             worker.kill()
 
     killer = threading.Thread(target=end_it)
     killer.start()
-    with pytest.raises(ValueError, match=r"ends the process it runs in, twice: Killed \(signal 9\)"):
+    with pytest.raises(
+        ValueError, match=r"ends the process it runs in, twice: Killed \(signal 9\)"
+    ):
         rendered(speaking(HANGS), [TALK])
     killer.join()
 
@@ -294,7 +330,11 @@ def test_the_process_gets_no_secrets_and_nothing_of_the_models(speaking, tmp_pat
     found = tokenised(itertools.repeat(TALK), tokenizer, "x")
     next(found)
     (worker,) = workers()
-    assert worker.cwd() == "/" and "secret" not in str(worker.environ()) and "HOME" not in worker.environ()
+    assert (
+        worker.cwd() == "/"
+        and "secret" not in str(worker.environ())
+        and "HOME" not in worker.environ()
+    )
     files = {file.path for file in worker.open_files()}
     assert not files and worker.num_fds() <= 5
 
@@ -315,7 +355,9 @@ def test_threads_have_processes_of_their_own_and_may_end_before_them(speaking):
     expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     streams = [tokenised(iter(talks), copy.deepcopy(tokenizer), "x") for _ in range(2)]
     found = [[], []]
-    threads = [threading.Thread(target=lambda i=i: found[i].append(next(streams[i]))) for i in range(2)]
+    threads = [
+        threading.Thread(target=lambda i=i: found[i].append(next(streams[i]))) for i in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

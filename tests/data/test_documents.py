@@ -78,7 +78,9 @@ def test_samples_hold_every_token_once_and_repeat_by_seed(corpus, tokenizer):
     packed = pack(texts, tokenizer, 16, None, 3).samples
     assert packed.shape[1] == 17
     stream = [
-        i for text in documents(texts, 3) for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        i
+        for text in documents(texts, 3)
+        for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     ]
     expected = torch.tensor(stream[: len(packed) * 16 + 1]).unfold(0, 17, 16)
     assert sorted(packed.tolist()) == sorted(expected.tolist())
@@ -98,22 +100,35 @@ def test_what_is_measured_on_is_mixed_by_the_weights(tmp_path, tokenizer):
     for name, word in (("a", "alpha"), ("b", "beta"), ("short", "x")):
         (tmp_path / name).mkdir()
         for number in range(1 if name == "short" else 30):
-            (tmp_path / name / f"{number}.txt").write_text(f"{word} " * (1 if name == "short" else 40))
+            (tmp_path / name / f"{number}.txt").write_text(
+                f"{word} " * (1 if name == "short" else 40)
+            )
     mixture = [
-        (found([tmp_path / name]), weight) for name, weight in (("a", 3.0), ("b", 1.0), ("short", 0.1))
+        (found([tmp_path / name]), weight)
+        for name, weight in (("a", 3.0), ("b", 1.0), ("short", 0.1))
     ]
     both = pack_mixture(mixture, tokenizer, 16, 40, 0, False, "data.validation")
     packed = both.samples
     beta = set(tokenizer(" beta beta")["input_ids"]) - set(tokenizer(" alpha alpha")["input_ids"])
     of_b = sum(bool(beta & set(row.tolist())) for row in packed)
     assert packed.shape == (40, 17) and of_b == 10
-    mine = {number for number, row in zip(both.documents, packed, strict=True) if beta & set(row.tolist())}
+    mine = {
+        number
+        for number, row in zip(both.documents, packed, strict=True)
+        if beta & set(row.tolist())
+    }
     assert mine.isdisjoint(
-        number for number, row in zip(both.documents, packed, strict=True) if not beta & set(row.tolist())
+        number
+        for number, row in zip(both.documents, packed, strict=True)
+        if not beta & set(row.tolist())
     )
-    with pytest.raises(ValueError, match=r"data\.validation\.samples: expected 100000 samples of 16 tokens"):
+    with pytest.raises(
+        ValueError, match=r"data\.validation\.samples: expected 100000 samples of 16 tokens"
+    ):
         pack_mixture(mixture, tokenizer, 16, 100000, 0, False, "data.validation")
-    assert len(pack_mixture(mixture, tokenizer, 16, 100000, 0, True, "data.validation").samples) > 40
+    assert (
+        len(pack_mixture(mixture, tokenizer, 16, 100000, 0, True, "data.validation").samples) > 40
+    )
 
 
 def test_the_split_is_disjoint_whole_and_puts_copies_on_one_side(corpus, tmp_path):
@@ -145,7 +160,9 @@ def test_the_fingerprint_follows_the_contents_not_the_place(tmp_path, corpus):
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer_folder, tmp_path):
-    with pytest.raises(ValueError, match="token ids up to 299, the model's vocabulary has 96 entries"):
+    with pytest.raises(
+        ValueError, match="token ids up to 299, the model's vocabulary has 96 entries"
+    ):
         load_tokenizer(tokenizer_folder, 96)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match="tokenizer"):
@@ -175,7 +192,9 @@ def test_the_first_samples_are_the_same_however_many_are_asked_for(corpus, token
     assert few.fingerprints() == every.fingerprints()[:10]
     assert len(set(every.fingerprints())) > 0.99 * len(every)
     stream = [
-        i for text in documents(texts, 3) for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        i
+        for text in documents(texts, 3)
+        for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     ]
     expected = torch.tensor(stream[: len(every) * 16 + 1]).unfold(0, 17, 16)
     assert sorted(every.tokens_NS.tolist()) == sorted(expected.tolist())
@@ -217,7 +236,10 @@ def test_a_mixture_has_the_shares_that_were_asked_for_at_every_length(tmp_path, 
     words = ("model ", "file ", "answer ")
     for name, word in zip("abc", words, strict=True):
         (tmp_path / f"{name}.txt").write_text(word * 2000)
-    sets = [(found([tmp_path / f"{name}.txt"]), weight) for name, weight in (("a", 5), ("b", 3), ("c", 2))]
+    sets = [
+        (found([tmp_path / f"{name}.txt"]), weight)
+        for name, weight in (("a", 5), ("b", 3), ("c", 2))
+    ]
     samples = calibrate(sets, tokenizer, 30)
     texts = [tokenizer.decode(row) for row in samples.tokens_NS]
     heads = [next(i for i, word in enumerate(words) if word.strip() in text) for text in texts]
@@ -233,8 +255,13 @@ def test_a_mixture_has_the_shares_that_were_asked_for_at_every_length(tmp_path, 
 def test_conversations_go_through_the_tokenizers_template(tmp_path, tokenizer):
     import copy
 
-    talk = [{"role": "user", "content": "the model"}, {"role": "assistant", "content": "reads a file"}]
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(50)))
+    talk = [
+        {"role": "user", "content": "the model"},
+        {"role": "assistant", "content": "reads a file"},
+    ]
+    (tmp_path / "chat.jsonl").write_text(
+        "".join(json.dumps({"messages": talk}) + "\n" for _ in range(50))
+    )
     texts = found([tmp_path / "chat.jsonl"])
     with pytest.raises(ValueError, match="the tokenizer has no chat template"):
         calibrate(texts, tokenizer, 2)
@@ -268,7 +295,10 @@ def test_megatron_data_sets_are_read_as_they_are(tmp_path, tokenizer, code):
     write_megatron(tmp_path / "set", [[5, 6, 7], [8, 9], [10, 11, 12, 13]], [0, 2, 3], code)
     for path in ("set", "set.bin", "set.idx", ""):
         texts = found([tmp_path / path])
-        assert [document.tolist() for document in documents(texts)] == [[5, 6, 7, 8, 9], [10, 11, 12, 13]]
+        assert [document.tolist() for document in documents(texts)] == [
+            [5, 6, 7, 8, 9],
+            [10, 11, 12, 13],
+        ]
     end = tokenizer.eos_token_id
     samples = calibrate(texts, tokenizer, length=10)
     assert samples.tokens_NS.tolist() == [[5, 6, 7, 8, 9, end, 10, 11, 12, 13, end]]

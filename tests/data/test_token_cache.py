@@ -30,7 +30,9 @@ def texts(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
     for number in range(60):
-        words = (draw.choice(("alpha", "beta", "gamma", "delta")) for _ in range(draw.randint(5, 60)))
+        words = (
+            draw.choice(("alpha", "beta", "gamma", "delta")) for _ in range(draw.randint(5, 60))
+        )
         (folder / f"{number:02}.txt").write_text(" ".join(words))
     return found([folder])
 
@@ -43,7 +45,9 @@ def whole(texts, tokenizer, seed=0):
     return [i for ids in tokenised(documents(texts, seed), tokenizer, "x") for i in ids]
 
 
-def test_the_cache_holds_the_documents_end_to_end_and_is_made_once(tmp_path, texts, tokenizer, monkeypatch):
+def test_the_cache_holds_the_documents_end_to_end_and_is_made_once(
+    tmp_path, texts, tokenizer, monkeypatch
+):
     counted = []
     ids = cached_tokens(tmp_path / "tokens", texts, tokenizer, 0, 10**6, advance=counted.append)
     assert isinstance(ids, np.memmap)
@@ -65,7 +69,9 @@ def test_a_file_that_somebody_has_shortened_is_made_anew(tmp_path, texts, tokeni
     assert not verify(folder)
 
 
-def test_wanting_more_grows_it_and_other_text_seeds_and_tokenizers_have_their_own(tmp_path, texts, tokenizer):
+def test_wanting_more_grows_it_and_other_text_seeds_and_tokenizers_have_their_own(
+    tmp_path, texts, tokenizer
+):
     root = tmp_path / "tokens"
     few = cached_tokens(root, texts, tokenizer, 0, 200)
     assert 200 <= len(few) < 400

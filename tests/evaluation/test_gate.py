@@ -13,7 +13,10 @@ def report(retention=0.9, accuracy=0.5, bits=1.2, text="t"):
     student = {
         "retention": retention,
         "perplexity": 10.0,
-        "tasks": {"choice": {"acc": accuracy, "acc_stderr": 0.01}, "bytes": {"bits_per_byte": bits}},
+        "tasks": {
+            "choice": {"acc": accuracy, "acc_stderr": 0.01},
+            "bytes": {"bits_per_byte": bits},
+        },
     }
     better = {"choice": {"acc": True}, "bytes": {"bits_per_byte": False}}
     return {"models": {"student": student}, "better": better, "measured_on": {"text": text}}
@@ -44,7 +47,9 @@ def test_a_floor_for_what_was_not_measured_is_the_users_mistake():
 
 
 def test_no_measure_may_fall_behind_an_earlier_export():
-    raise_if_failed(Gate(previous=previous(), max_regression=0.02).rows(report(accuracy=0.491, bits=1.22)))
+    raise_if_failed(
+        Gate(previous=previous(), max_regression=0.02).rows(report(accuracy=0.491, bits=1.22))
+    )
     for weak in (report(accuracy=0.48), report(bits=1.23)):
         with pytest.raises(GateError, match="against the previous export"):
             raise_if_failed(Gate(previous=previous(), max_regression=0.02).rows(weak))
@@ -62,7 +67,11 @@ def test_no_measure_may_fall_behind_an_earlier_export():
 
 def test_only_the_tasks_that_both_measured_must_ask_the_same(tmp_path):
     now, before = report(), previous()
-    now["measured_on"]["tasks"] = {"choice": {"own": "1"}, "bytes": {"own": None}, "new": {"own": "2"}}
+    now["measured_on"]["tasks"] = {
+        "choice": {"own": "1"},
+        "bytes": {"own": None},
+        "new": {"own": "2"},
+    }
     before["measured_on"]["tasks"] = {"choice": {"own": "1"}, "bytes": {"own": None}}
     raise_if_failed(Gate(previous=before).rows(now))
     now["measured_on"]["tasks"]["choice"] = {"own": "3"}

@@ -44,7 +44,9 @@ def test_the_loss_on_a_continuation_is_that_of_its_tokens_alone(pair):
     with frozen(model):
         found = loss_of(model, family, prompts_BP, ids_BN)
         logits = model(torch.cat([prompts_BP, ids_BN], 1)).logits[:, 5:-1]
-    assert found == pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), ids_BN.flatten())), rel=1e-5)
+    assert found == pytest.approx(
+        float(F.cross_entropy(logits.flatten(0, 1), ids_BN.flatten())), rel=1e-5
+    )
     with frozen(other):
         assert loss_of(other, family, prompts_BP, ids_BN) != pytest.approx(found, rel=1e-3)
 
@@ -59,8 +61,12 @@ def test_held_out_text_against_whole_logits(pair):
     assert found.losses == pytest.approx(losses.tolist(), rel=1e-5)
     assert found.loss == pytest.approx(float(losses.mean()), rel=1e-5)
     log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
-    assert found.divergence == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4)
-    assert found.top1 == pytest.approx(float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()))
+    assert found.divergence == pytest.approx(
+        float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-4
+    )
+    assert found.top1 == pytest.approx(
+        float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+    )
     with frozen(teacher):
         alike = held_out(teacher, family, samples_NS, 2, (teacher, family))
     assert (alike.divergence, alike.top1) == (pytest.approx(0, abs=1e-6), 1.0)

@@ -57,7 +57,9 @@ def hub(tmp_path):
 
 def test_xlsum_comes_from_the_hub_after_tasks_with_data_of_their_own(hub, teacher, tmp_path):
     (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "data.jsonl").write_text("".join(json.dumps({"q": f"{i}?"}) + "\n" for i in range(4)))
+    (tmp_path / "own" / "data.jsonl").write_text(
+        "".join(json.dumps({"q": f"{i}?"}) + "\n" for i in range(4))
+    )
     (tmp_path / "own" / "own.yaml").write_text(OWN.format(path=tmp_path / "own" / "data.jsonl"))
     place = {
         "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0",
@@ -68,14 +70,21 @@ def test_xlsum_comes_from_the_hub_after_tasks_with_data_of_their_own(hub, teache
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **place}, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    lines = [
+        line.removeprefix("RESULT ")
+        for line in done.stdout.splitlines()
+        if line.startswith("RESULT")
+    ]
     made, own, few, none = map(json.loads, lines)
     assert [made[0], made[3], own[0], own[3]] == ["held_out_choice", None, "own", None]
     assert (few[0], few[3], none[3]) == ("xlsum_en", "csebuetnlp/xlsum", "csebuetnlp/xlsum")
     for _, metrics, documents, _ in (few, none):
         assert set(documents) == {"rougeL", "rouge1", "rouge2"} and len(documents["rougeL"]) == 4
         for name, values in documents.items():
-            assert metrics[name] == pytest.approx(sum(values) / 4) and 0 <= min(values) <= max(values) <= 1
+            assert (
+                metrics[name] == pytest.approx(sum(values) / 4)
+                and 0 <= min(values) <= max(values) <= 1
+            )
     assert few[2] != none[2]  # three examples stand before each article, or none
     asked = "\n".join(hub.requests)
     assert "english/test" in unquote(asked) and "english/validation" in unquote(asked)

@@ -5,7 +5,9 @@ import subprocess
 
 import pytest
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 
 
@@ -24,7 +26,9 @@ def browse(page, folder, *options):
 def test_the_page_opens_without_a_complaint_everywhere(finished, tmp_path):
     faulty = tmp_path / "faulty.html"
     faulty.write_text("<script>console.error('heard')</script>")
-    assert any("heard" in line for line in browse(faulty, tmp_path, f"--screenshot={tmp_path / 'x.png'}"))
+    assert any(
+        "heard" in line for line in browse(faulty, tmp_path, f"--screenshot={tmp_path / 'x.png'}")
+    )
     page = finished[0] / "report" / "report.html"
     for name, size in (("wide", "1200,4200"), ("phone", "500,5000")):
         picture = tmp_path / f"{name}.png"

@@ -57,11 +57,16 @@ def test_numbers_of_one_document_are_not_taken_for_independent():
         found = paired([0.0] * 128, second, documents)
         alarms["together"] += found.p < 0.05
         assert found.documents == 8
-        means = [sum(second[16 * i : 16 * i + 16]) / 16 for i in range(8)]  # of equal size: the test of means
+        means = [
+            sum(second[16 * i : 16 * i + 16]) / 16 for i in range(8)
+        ]  # of equal size: the test of means
         assert found.p == pytest.approx(stats.ttest_1samp(means, 0).pvalue, rel=1e-6)
     assert alarms["together"] < 20 < 80 < alarms["apart"]
     assert paired([1.0, 2.0], [1.5, 3.0], [4, 4]).p == 1.0
-    one, other = paired([1.0, 2.0, 4.0], [1.5, 3.0, 4.0], [7, 3, 5]), paired([1.0, 2.0, 4.0], [1.5, 3.0, 4.0])
+    one, other = (
+        paired([1.0, 2.0, 4.0], [1.5, 3.0, 4.0], [7, 3, 5]),
+        paired([1.0, 2.0, 4.0], [1.5, 3.0, 4.0]),
+    )
     assert one == other
 
 

@@ -47,7 +47,14 @@ def test_expressions(expression, expected):
     assert (
         evaluate(
             expression,
-            {"hidden": 4096, "heads": 32, "kv": 8, "tied": True, "missing": None, "blocks": ["a", "b"]},
+            {
+                "hidden": 4096,
+                "heads": 32,
+                "kv": 8,
+                "tied": True,
+                "missing": None,
+                "blocks": ["a", "b"],
+            },
         )
         == expected
     )
@@ -59,7 +66,9 @@ def test_expressions_run_nothing(text):
         evaluate(text, {"a": 1})
 
 
-@pytest.mark.parametrize("text", ["a / 0", "a + 'x'", "a[0]", "'abc'[5]", "len(a)", "10 ** 400 / 3"])
+@pytest.mark.parametrize(
+    "text", ["a / 0", "a + 'x'", "a[0]", "'abc'[5]", "len(a)", "10 ** 400 / 3"]
+)
 def test_what_cannot_be_computed_is_a_clear_error(text):
     with pytest.raises(ValueError, match="cannot be computed"):
         evaluate(text, {"a": 1})

@@ -8,7 +8,14 @@ import torch
 import yaml
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.families import axis_sizes, families, family_of, load_family, present_axes, use_tables
+from nemo_minitron.families import (
+    axis_sizes,
+    families,
+    family_of,
+    load_family,
+    present_axes,
+    use_tables,
+)
 from nemo_minitron.families.table import OWN_TABLES, TABLES
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.proofs.tiny_models import tiny_model
@@ -68,7 +75,10 @@ def edited(tmp_path, change, name="llama"):
         (lambda t: t["tensors"].update({"x": "hidden if tied"}), "needs 'if CONDITION'"),
         (lambda t: t["tensors"].update({"x?": "hidden if tied and"}), "is not valid"),
         (lambda t: t["tensors"].update({"x.{expert}": "hidden"}), "belong to no axis"),
-        (lambda t: t["taps"].update(ffn=["side of x"]), "expected 'input .output, experts. of MODULE'"),
+        (
+            lambda t: t["taps"].update(ffn=["side of x"]),
+            "expected 'input .output, experts. of MODULE'",
+        ),
         (lambda t: t.update(constraints=["width > 1"]), "not declared"),
         (lambda t: t.pop("architecture"), "key 'architecture' is missing"),
         (lambda t: t.update(axes=3), "edited.yaml"),
@@ -94,9 +104,13 @@ def own_table(tmp_path, monkeypatch):
 
     def change(table):
         table.update(
-            model_type="olmo", architecture="OlmoForCausalLM", proofs=[{}, {"tie_word_embeddings": True}]
+            model_type="olmo",
+            architecture="OlmoForCausalLM",
+            proofs=[{}, {"tie_word_embeddings": True}],
         )
-        table["tensors"] = {k: v for k, v in table["tensors"].items() if "norm" not in k and "mlp.b" not in k}
+        table["tensors"] = {
+            k: v for k, v in table["tensors"].items() if "norm" not in k and "mlp.b" not in k
+        }
         table.pop("ignored")
 
     path = edited(tmp_path, change)
@@ -137,7 +151,9 @@ def test_a_changed_table_of_ones_own_makes_a_checkpoint_another_input(tmp_path, 
     use_tables(own_table)
     model = tiny_model(families()["olmo"], {}, tmp_path / "model")
     first = open_checkpoint(model).fingerprint
-    own_table.write_text(own_table.read_text().replace("fixed: true", "fixed: true\n    inexact: why"))
+    own_table.write_text(
+        own_table.read_text().replace("fixed: true", "fixed: true\n    inexact: why")
+    )
     use_tables(own_table)
     assert open_checkpoint(model).fingerprint != first
 
@@ -152,7 +168,9 @@ def test_no_such_table(tmp_path):
 def test_a_model_with_other_towers_is_refused_by_what_it_wraps(tmp_path):
     folder = make_model(tmp_path / "m", "llama")
     config = json.loads((folder / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"wraps a text model .'llama'. together with other towers"):
+    with pytest.raises(
+        ValueError, match=r"wraps a text model .'llama'. together with other towers"
+    ):
         family_of({"model_type": "llava", "text_config": config})
 
 

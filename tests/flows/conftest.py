@@ -34,7 +34,8 @@ def real_server(tmp_path_factory) -> Iterator[dict[str, str]]:
     def healthy() -> bool:
         try:
             return bool(
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2).read() == b"true"
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2).read()
+                == b"true"
             )
         except OSError:
             return False
@@ -49,7 +50,17 @@ def real_server(tmp_path_factory) -> Iterator[dict[str, str]]:
 def worker(real_server, tmp_path_factory) -> Iterator[Path]:
     """A worker of the pool 'minitron', and the file with its output."""
     log = tmp_path_factory.mktemp("worker") / "log"
-    words = ["prefect", "worker", "start", "--pool", "minitron", "--type", "process", "--name", "here"]
+    words = [
+        "prefect",
+        "worker",
+        "start",
+        "--pool",
+        "minitron",
+        "--type",
+        "process",
+        "--name",
+        "here",
+    ]
     with running(words, {**real_server, "PYTHONPATH": str(Path.cwd())}, log):
         yield log
 

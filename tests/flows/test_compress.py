@@ -111,7 +111,9 @@ def test_lm_eval_agrees_with_our_own_loss(finished, teacher):
         size += len(text.encode())
         for start in range(0, len(ids) - 1, window):
             stop = min(start + window, len(ids) - 1)
-            begin = max(0, stop - window)  # the last window is moved back to be full, as lm-eval does
+            begin = max(
+                0, stop - window
+            )  # the last window is moved back to be full, as lm-eval does
             with torch.inference_mode():
                 logits = model(torch.tensor([ids[begin:stop]])).logits[0].double()
             picked = torch.log_softmax(logits, -1).gather(
@@ -206,7 +208,15 @@ def test_the_baseline_stage_follows_only_when_asked_for(finished):
     from nemo_minitron.flows.compress import steps
 
     config = Config()
-    assert list(steps(config)) == ["download", "score", "plan", "prune", "distill", "evaluate", "export"]
+    assert list(steps(config)) == [
+        "download",
+        "score",
+        "plan",
+        "prune",
+        "distill",
+        "evaluate",
+        "export",
+    ]
     config.pretrain.enabled = config.correct.enabled = config.evaluate.from_scratch = True
     assert list(steps(config)) == [
         "pretrain", "download", "correct", "score", "plan", "prune", "distill", "baseline", "evaluate", "export",
@@ -214,7 +224,9 @@ def test_the_baseline_stage_follows_only_when_asked_for(finished):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_the_embedded_server_ends_with_the_run_and_not_before(finished, tmp_path, teacher, corpus, how):
+def test_the_embedded_server_ends_with_the_run_and_not_before(
+    finished, tmp_path, teacher, corpus, how
+):
     workspace = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(workspace / "student")
     words = [
@@ -251,8 +263,15 @@ def test_the_embedded_server_ends_with_the_run_and_not_before(finished, tmp_path
 
 def test_a_report_about_another_model_judges_no_export(finished, tmp_path, teacher, corpus):
     workspace = shutil.copytree(finished[0], tmp_path / "run")
-    words = [*settings(workspace, teacher, corpus), "evaluate.speed=false", "evaluate.from_scratch=false"]
+    words = [
+        *settings(workspace, teacher, corpus),
+        "evaluate.speed=false",
+        "evaluate.from_scratch=false",
+    ]
     done = minitron("evaluate", *words, f"evaluate.model={teacher}")
     assert done.returncode == 0, done.stderr[-2000:]
     done = minitron("export", *words)
-    assert done.returncode == 2 and "measures another model than this workspace's student" in done.stderr
+    assert (
+        done.returncode == 2
+        and "measures another model than this workspace's student" in done.stderr
+    )

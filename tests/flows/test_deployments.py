@@ -46,7 +46,9 @@ def runs_of(environment, deployment_id, state=None):
 
     found = ask(environment, read)
     return [
-        run for run in found if run.state is not None and (state is None or run.state.type.value == state)
+        run
+        for run in found
+        if run.state is not None and (state is None or run.state.type.value == state)
     ]
 
 
@@ -72,20 +74,35 @@ def test_every_deployment_of_the_file_validates_and_keeps_its_schedule(real_serv
         ("minitron-docker", "docker"),
         ("minitron-kubernetes", "kubernetes"),
     ):
-        words = [sys.executable, "-m", "prefect", "work-pool", "create", pool, "--type", kind, "--overwrite"]
+        words = [
+            sys.executable,
+            "-m",
+            "prefect",
+            "work-pool",
+            "create",
+            pool,
+            "--type",
+            kind,
+            "--overwrite",
+        ]
         done = subprocess.run(words, env=real_server, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     words = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    done = subprocess.run(words, env=real_server, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        words, env=real_server, capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     nightly = named(real_server, "evaluate_checkpoint/nightly")
     (schedule,) = nightly.schedules
     assert schedule.schedule.cron == "0 2 * * *" and nightly.tags == ["nemo_minitron"]
     docker = named(real_server, "compress/compress-docker")
     assert (
-        docker.work_pool_name == "minitron-docker" and docker.job_variables["image"] == "nemo_minitron:latest"
+        docker.work_pool_name == "minitron-docker"
+        and docker.job_variables["image"] == "nemo_minitron:latest"
     )
-    with pytest.raises(Exception, match="launch"):  # the server itself refuses a form filled in wrongly
+    with pytest.raises(
+        Exception, match="launch"
+    ):  # the server itself refuses a form filled in wrongly
         started_by_hand(real_server, "compress/compress", {"launch": {"kind": "rocket"}})
 
 
@@ -93,7 +110,9 @@ def test_a_scheduled_run_fires_with_its_parameters_and_its_artifacts_are_there(
     real_server, worker, finished, tmp_path, teacher, corpus
 ):
     workspace = shutil.copytree(finished[0], tmp_path / "nightly")
-    words = [word for word in settings(workspace, teacher, corpus) if not word.startswith("workspace=")]
+    words = [
+        word for word in settings(workspace, teacher, corpus) if not word.startswith("workspace=")
+    ]
     done = minitron(
         "deploy", "every-minute", "--cron", "* * * * *", "--parameter", f"workspace={workspace}",
         "--parameter", 'launch={"kind": "subprocess"}', *words, env=real_server,
@@ -128,19 +147,27 @@ def long(kind, real_server, worker, finished, tmp_path, teacher, corpus):
     """A run under the worker that trains for ever, at work; and how to start it again with fewer steps."""
     workspace = shutil.copytree(finished[0], tmp_path / "long")
     shutil.rmtree(workspace / "student")
-    made = minitron("deploy", "long", "--parameter", f'launch={{"kind": "{kind}"}}', env=real_server)
+    made = minitron(
+        "deploy", "long", "--parameter", f'launch={{"kind": "{kind}"}}', env=real_server
+    )
     assert made.returncode == 0, made.stderr
     words = [*settings(workspace, teacher, corpus), "trainer.max_steps=100000", "trainer.val_check_interval=50000",
              "exp_manager.checkpoint_callback_params.every_n_train_steps=50"]  # fmt: skip
     run = started_by_hand(real_server, "compress/long", {"overrides": words})
     log = workspace / "student" / "state" / "metrics.jsonl"
-    until(lambda: (log.is_file() and len(logged(workspace)) > 60) or state_of(real_server, run).is_final())
+    until(
+        lambda: (
+            (log.is_file() and len(logged(workspace)) > 60) or state_of(real_server, run).is_final()
+        )
+    )
     assert not state_of(real_server, run).is_final(), state_of(real_server, run)
     return workspace, run
 
 
 def processes(word):
-    return [p for p in psutil.process_iter(["cmdline"]) if word in " ".join(p.info["cmdline"] or [])]
+    return [
+        p for p in psutil.process_iter(["cmdline"]) if word in " ".join(p.info["cmdline"] or [])
+    ]
 
 
 def logged(workspace):
@@ -150,7 +177,8 @@ def logged(workspace):
 
 def saved(workspace):
     return max(
-        int(path.stem.split("=")[1]) for path in (workspace / "student" / "state").rglob("step=*.ckpt")
+        int(path.stem.split("=")[1])
+        for path in (workspace / "student" / "state").rglob("step=*.ckpt")
     )
 
 
@@ -167,7 +195,9 @@ def test_cancelling_saves_and_ends_the_training_within_seconds(kind, real_server
     assert state_of(real_server, run).is_cancelled()
     states = ask(real_server, lambda client: client.read_flow_run_states(run.id))
     assert not any(state.is_crashed() for state in states), states  # which would wake somebody up
-    assert saved(workspace) > before and saved(workspace) >= logged(workspace)[-1]["step"]  # nothing lost
+    assert (
+        saved(workspace) > before and saved(workspace) >= logged(workspace)[-1]["step"]
+    )  # nothing lost
     assert read_manifest(workspace / "student") is None
 
 
@@ -175,7 +205,10 @@ def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed(real_server,
     from prefect.states import Suspended
 
     workspace, run = long
-    ask(real_server, lambda client: client.set_flow_run_state(run.id, Suspended(timeout_seconds=600)))
+    ask(
+        real_server,
+        lambda client: client.set_flow_run_state(run.id, Suspended(timeout_seconds=600)),
+    )
     until(lambda: not processes(str(workspace)), 40)
     state = state_of(real_server, run)
     assert state.is_paused() and state.name == "Suspended"
@@ -188,10 +221,14 @@ def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed(real_server,
         time.sleep(3)
     until(
         lambda: (
-            state_of(real_server, run).is_final() or any(row["step"] > kept + 20 for row in logged(workspace))
+            state_of(real_server, run).is_final()
+            or any(row["step"] > kept + 20 for row in logged(workspace))
         )
     )
-    assert state_of(real_server, run).is_running(), (state_of(real_server, run), worker.read_text()[-3000:])
+    assert state_of(real_server, run).is_running(), (
+        state_of(real_server, run),
+        worker.read_text()[-3000:],
+    )
     steps = [row["step"] for row in logged(workspace)]
     assert steps == list(range(1, len(steps) + 1))  # and not from its beginning
 
@@ -200,7 +237,9 @@ def test_a_paused_schedule_starts_nothing_until_it_is_active_again(
     real_server, worker, finished, tmp_path, teacher, corpus
 ):
     workspace = shutil.copytree(finished[0], tmp_path / "paused")
-    words = [word for word in settings(workspace, teacher, corpus) if not word.startswith("workspace=")]
+    words = [
+        word for word in settings(workspace, teacher, corpus) if not word.startswith("workspace=")
+    ]
     given = ["--parameter", f"workspace={workspace}", *words]
     done = minitron("deploy", "often", "--cron", "* * * * *", *given, env=real_server)
     assert done.returncode == 0, done.stderr
@@ -223,7 +262,11 @@ def test_a_paused_schedule_starts_nothing_until_it_is_active_again(
 
 def test_a_killed_flow_is_crashed_and_takes_its_stage_along(real_server, long):
     workspace, run = long
-    flows = [p for p in processes("prefect") if any(str(workspace) in command_line(c) for c in p.children())]
+    flows = [
+        p
+        for p in processes("prefect")
+        if any(str(workspace) in command_line(c) for c in p.children())
+    ]
     assert len(flows) == 1
     flows[0].send_signal(signal.SIGKILL)
     until(lambda: state_of(real_server, run).is_final(), 60)
@@ -281,7 +324,10 @@ def test_without_a_server_nothing_is_promised(tmp_path, capsys):
             ["--flow", "prune"],
             "--flow: no flow 'prune'; there are: compress, search, sweep, evaluate_checkpoint",
         ),
-        (["--parameter", "sizes=3"], "--parameter: compress has no parameter 'sizes'; it has: config_name, "),
+        (
+            ["--parameter", "sizes=3"],
+            "--parameter: compress has no parameter 'sizes'; it has: config_name, ",
+        ),
         (["plan.hiden=3"], "plan.hiden: no such configuration key; nearest known: plan.hidden"),
     ):
         code, said = main(["deploy", "x", *words]), capsys.readouterr().err
@@ -294,8 +340,18 @@ def test_automations_of_the_documentation_are_taken_and_a_failed_gate_is_an_even
 ):
     from prefect.events.filters import EventFilter, EventNameFilter
 
-    words = [sys.executable, "-m", "prefect", "automation", "create", "--from-file", "docs/automations.yaml"]
-    done = subprocess.run(words, env=real_server, capture_output=True, text=True, check=False, cwd=ROOT)
+    words = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "automation",
+        "create",
+        "--from-file",
+        "docs/automations.yaml",
+    ]
+    done = subprocess.run(
+        words, env=real_server, capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     made = {
         automation.name: automation
@@ -312,9 +368,9 @@ def test_automations_of_the_documentation_are_taken_and_a_failed_gate_is_an_even
 
     async def events(client):
         wanted = {
-            "filter": EventFilter(event=EventNameFilter(name=["nemo_minitron.gate.failed"])).model_dump(
-                mode="json"
-            )
+            "filter": EventFilter(
+                event=EventNameFilter(name=["nemo_minitron.gate.failed"])
+            ).model_dump(mode="json")
         }
         return (await client._client.post("/events/filter", json=wanted)).json()["events"]
 

@@ -65,7 +65,9 @@ def decoded(content):
 
 def leaks(*places, printed=""):
     """Each secret that lies in the files below some places, or was printed, as the place and its name."""
-    contents = {path: path.read_bytes() for place in places for path in place.rglob("*") if path.is_file()}
+    contents = {
+        path: path.read_bytes() for place in places for path in place.rglob("*") if path.is_file()
+    }
     contents["printed"] = printed.encode()
     found = []
     for place, content in contents.items():
@@ -108,22 +110,37 @@ def test_a_run_that_fails_at_its_credentials_leaves_none_of_them(run, tmp_path):
     printed = start(*everywhere(workspace), "plan.budget.params=15000", code=2)
     assert f"http://{MASK}@127.0.0.1:9/model" in printed.splitlines()[-2], printed[-2000:]
     assert leaks(home, workspace, printed=printed) == []
-    stored = [json.loads(row[0])["config"] for row in asked(home, "select parameters from flow_run")]
+    stored = [
+        json.loads(row[0])["config"] for row in asked(home, "select parameters from flow_run")
+    ]
     assert len(stored) == 2  # compress, and search in it
     for config in stored:
         assert config["track"]["mlflow"] == f"http://{MASK}@127.0.0.1:9/"
-        assert config["launch"]["slurm"]["setup"] == [f"export HF_TOKEN={MASK}", f"login --password {MASK}"]
+        assert config["launch"]["slurm"]["setup"] == [
+            f"export HF_TOKEN={MASK}",
+            f"login --password {MASK}",
+        ]
         assert config["data"]["train"]["paths"][1] == f"http://127.0.0.1:9/x?token={MASK}"
-    messages = [row[0] for row in asked(home, "select message from flow_run_state where type = 'FAILED'")]
-    assert len(messages) == 2 and all(MASK in message and "ValueError" in message for message in messages)
+    messages = [
+        row[0] for row in asked(home, "select message from flow_run_state where type = 'FAILED'")
+    ]
+    assert len(messages) == 2 and all(
+        MASK in message and "ValueError" in message for message in messages
+    )
     assert asked(home, "select count(*) from log")[0][0] > 0
 
 
 def test_the_true_values_reach_the_stages_and_nothing_else(run, tmp_path, teacher, corpus):
     home, start = run
     workspace = tmp_path / "workspace"
-    sound = [word for word in settings(workspace, teacher, corpus) if not word.startswith("data.train.paths")]
-    secret = [word for word in everywhere(workspace) if word.startswith(("data.train", "track", "launch"))]
+    sound = [
+        word
+        for word in settings(workspace, teacher, corpus)
+        if not word.startswith("data.train.paths")
+    ]
+    secret = [
+        word for word in everywhere(workspace) if word.startswith(("data.train", "track", "launch"))
+    ]
     words = [
         *sound,
         *secret,
@@ -176,12 +193,23 @@ def test_a_credential_in_a_deployment_is_refused_by_name(tmp_path, capsys, monke
     for words, name in (
         ([f"track.mlflow={address('train')}"], f"track.mlflow=http://{MASK}@127.0.0.1:9/: "),
         ([f"launch.slurm.setup=['export A_TOKEN={password}']"], f"['export A_TOKEN={MASK}']: "),
-        (["--parameter", f"model={address('train')}"], f"--parameter model=http://{MASK}@127.0.0.1:9/: "),
-        (["--parameter", f'data=["{address("train")}"]'], f"--parameter data=http://{MASK}@127.0.0.1:9/: "),
+        (
+            ["--parameter", f"model={address('train')}"],
+            f"--parameter model=http://{MASK}@127.0.0.1:9/: ",
+        ),
+        (
+            ["--parameter", f'data=["{address("train")}"]'],
+            f"--parameter data=http://{MASK}@127.0.0.1:9/: ",
+        ),
     ):
         code, said = main(["deploy", "x", *words]), capsys.readouterr().err
-        assert code == 2 and name in said and "${oc.env:NAME}" in said and password not in said, said
-    given = ["track.mlflow=${oc.env:MY_MLFLOW}", "launch.slurm.setup=['export A_TOKEN=${oc.env:MY_TOKEN}']"]
+        assert code == 2 and name in said and "${oc.env:NAME}" in said and password not in said, (
+            said
+        )
+    given = [
+        "track.mlflow=${oc.env:MY_MLFLOW}",
+        "launch.slurm.setup=['export A_TOKEN=${oc.env:MY_TOKEN}']",
+    ]
     from nemo_minitron.flows.deploy import deployment
 
     made = deployment(
@@ -199,9 +227,13 @@ def test_what_prefect_shows_cannot_be_run_again(tmp_path):
     """Without a server: the parameters are looked at before anything else."""
     from nemo_minitron.flows.compress import compress
 
-    with pytest.raises(ValueError, match=r"^overrides\[1\]: 'track.mlflow=http://\*\*\*@h' holds a mask"):
+    with pytest.raises(
+        ValueError, match=r"^overrides\[1\]: 'track.mlflow=http://\*\*\*@h' holds a mask"
+    ):
         compress.fn(overrides=["plan.hidden=3", f"track.mlflow=http://{MASK}@h"])
-    with pytest.raises(ValueError, match=r"^config\.launch\.slurm\.setup\[0\]: .*\$\{oc\.env:NAME\}"):
+    with pytest.raises(
+        ValueError, match=r"^config\.launch\.slurm\.setup\[0\]: .*\$\{oc\.env:NAME\}"
+    ):
         compress.fn(config={"launch": {"slurm": {"setup": [f"export HF_TOKEN={MASK}"]}}})
 
 
@@ -221,7 +253,9 @@ def test_what_is_published_is_text_and_masked(server, played, tmp_path, monkeypa
             {"kind": "teacher", "fingerprint": "0" * 64, "config": {"revision": HOSTILE},
              "inputs": [{"path": HOSTILE, "fingerprint": "1" * 64}]},
         ]}))  # fmt: skip
-        return Result(name, folder, True, HOSTILE, ("task", HOSTILE), ((HOSTILE, "1"),), {}, (HOSTILE,))
+        return Result(
+            name, folder, True, HOSTILE, ("task", HOSTILE), ((HOSTILE, "1"),), {}, (HOSTILE,)
+        )
 
     monkeypatch.setattr("nemo_minitron.launch.launcher.run_alone", hostile)
     _, failure, _, _ = in_a_flow("score", workspace=tmp_path / "hostile")
@@ -238,7 +272,11 @@ def test_what_is_published_is_text_and_masked(server, played, tmp_path, monkeypa
     found = read(all_)
     name = "minitron-hostile"
     page = found[f"{name}-score"]
-    assert page.description == SHOWN and f"\n{SHOWN}\n" in page.data and f"- note: {SHOWN}" in page.data
+    assert (
+        page.description == SHOWN
+        and f"\n{SHOWN}\n" in page.data
+        and f"- note: {SHOWN}" in page.data
+    )
     assert json.loads(found[f"{name}-score-table"].data) == [{"task": SHOWN, SHOWN: "1"}]
     for kind in ("score", "score-table", "score-folder", "lineage", "gate"):
         artifact = found[f"{name}-{kind}"]
@@ -252,7 +290,9 @@ def test_what_is_published_is_text_and_masked(server, played, tmp_path, monkeypa
     assert tasks.publish.line(f"a\x1b[2J\n{HOSTILE}").startswith("a\\x1b[2J <script>a</script> | ")
 
 
-def test_a_failure_keeps_its_kind_and_loses_its_credentials_in_tracebacks_too(server, played, tmp_path):
+def test_a_failure_keeps_its_kind_and_loses_its_credentials_in_tracebacks_too(
+    server, played, tmp_path
+):
     from nemo_minitron.flows.withheld import flow
 
     def cause():
@@ -263,15 +303,24 @@ def test_a_failure_keeps_its_kind_and_loses_its_credentials_in_tracebacks_too(se
 
     seen = played(cause, ValueError(f"bad: {address('train')}"))
     _, failure, run, _ = in_a_flow("download", workspace=tmp_path / "a")
-    assert len(seen) == run.run_count == 2 and type(failure) is ValueError  # tried again, and then not
-    assert str(failure) == f"bad: http://{MASK}@127.0.0.1:9/" and SECRETS["train"] not in run.state.message
+    assert (
+        len(seen) == run.run_count == 2 and type(failure) is ValueError
+    )  # tried again, and then not
+    assert (
+        str(failure) == f"bad: http://{MASK}@127.0.0.1:9/"
+        and SECRETS["train"] not in run.state.message
+    )
 
     def answered():
         import httpx
         from huggingface_hub.errors import HfHubHTTPError
 
-        request = httpx.Request("GET", "http://h", headers={"authorization": f"Bearer {SECRETS['HF_TOKEN']}"})
-        raise HfHubHTTPError(f"no {address('train')}", response=httpx.Response(503, request=request))
+        request = httpx.Request(
+            "GET", "http://h", headers={"authorization": f"Bearer {SECRETS['HF_TOKEN']}"}
+        )
+        raise HfHubHTTPError(
+            f"no {address('train')}", response=httpx.Response(503, request=request)
+        )
 
     for raised, kind in ((answered, failures.TRANSIENT), (cause, failures.TRANSIENT)):
         made = flow("withheld", lambda: "withheld")(raised)

@@ -11,11 +11,18 @@ from nemo_minitron.workspace.command_log import commands_in
 from nemo_minitron.workspace.manifest import read_manifest
 from tests.support.runs import minitron, settings
 
-QUICK = ["evaluate.speed=false", "evaluate.from_scratch=false", "evaluate.tasks=[]", "evaluate.prompts=0"]
+QUICK = [
+    "evaluate.speed=false",
+    "evaluate.from_scratch=false",
+    "evaluate.tasks=[]",
+    "evaluate.prompts=0",
+]
 
 
 def words(workspace, teacher, corpus):
-    return [word for word in settings(workspace, teacher, corpus) if not word.startswith("plan.")] + QUICK
+    return [
+        word for word in settings(workspace, teacher, corpus) if not word.startswith("plan.")
+    ] + QUICK
 
 
 def made(folder):
@@ -36,14 +43,16 @@ def test_variants_share_one_scoring_and_a_failed_one_costs_no_other(
     (workspace / "variants" / "shallow" / "student").mkdir(parents=True)
     (workspace / "variants" / "shallow" / "student" / "mine.txt").write_text("keep")
     with pytest.raises(
-        RuntimeError, match=r"1 of 2 variants failed: shallow: ValueError: .*was not made by this package"
+        RuntimeError,
+        match=r"1 of 2 variants failed: shallow: ValueError: .*was not made by this package",
     ):
         sweep(variants, overrides=overrides, export_best=True)
     assert (workspace / "variants" / "shallow" / "student" / "mine.txt").read_text() == "keep"
     assert (workspace / "variants" / "thin" / "export" / "model.safetensors").is_file()
     (workspace / "variants" / "shallow" / "student" / "mine.txt").unlink()
     before = {
-        name: made(workspace / name) for name in ("scores", "variants/thin/student", "variants/thin/pruned")
+        name: made(workspace / name)
+        for name in ("scores", "variants/thin/student", "variants/thin/pruned")
     }
     outcomes = sweep(variants, overrides=overrides)
     assert {name: made(workspace / name) for name in before} == before  # nothing was made twice
@@ -56,11 +65,16 @@ def test_variants_share_one_scoring_and_a_failed_one_costs_no_other(
     # both were cut in one pass over the teacher's weights
     assert made(workspace / "variants/thin/pruned") == made(workspace / "variants/shallow/pruned")
     assert verify_tree(workspace / "variants" / "thin")[1] == []
-    with pytest.raises(RuntimeError, match=r"1 of 2 variants failed: wide: ValueError: plan.hidden"):
+    with pytest.raises(
+        RuntimeError, match=r"1 of 2 variants failed: wide: ValueError: plan.hidden"
+    ):
         sweep({"thin": variants["thin"], "wide": ["plan.hidden=9999"]}, overrides=overrides)
     assert {name: made(workspace / name) for name in before} == before
     for wrong, text in (
-        ({"x": ["score.importance=random"]}, "variants: 'x' changes score, which all variants share"),
+        (
+            {"x": ["score.importance=random"]},
+            "variants: 'x' changes score, which all variants share",
+        ),
         ({"../x": []}, "expected a name that can be a folder's"),
         ({}, "expected at least one name"),
     ):
@@ -109,9 +123,15 @@ def test_a_checkpoint_is_measured_against_the_teacher_that_its_lineage_names(
     call = {"checkpoint": str(export), "workspace": str(tmp_path / "night"), "data": [str(corpus)]}
     results = evaluate_checkpoint(**call, overrides=small)
     assert [result.stage for result in results] == ["download", "evaluate"] and results[1].made
-    assert [result.made for result in evaluate_checkpoint(**call, overrides=small)] == [False, False]
+    assert [result.made for result in evaluate_checkpoint(**call, overrides=small)] == [
+        False,
+        False,
+    ]
     told = commands_in(tmp_path / "night")[:2]
-    assert [line.split()[:2] for line in told] == [["minitron", "download"], ["minitron", "evaluate"]]
+    assert [line.split()[:2] for line in told] == [
+        ["minitron", "download"],
+        ["minitron", "evaluate"],
+    ]
     for line in told:  # and it does the same
         done = minitron(*shlex.split(line)[1:])
         assert done.returncode == 0 and "already done" in done.stdout + done.stderr
@@ -119,7 +139,10 @@ def test_a_checkpoint_is_measured_against_the_teacher_that_its_lineage_names(
         evaluate_checkpoint(**call, overrides=[*small, "evaluate.min_retention=50"])
     own = shutil.copytree(export, tmp_path / "own")
     lineage = json.loads((own / "minitron.json").read_text())
-    lineage["stages"][0]["inputs"][0] |= {"path": "pretrain/hf", "finished": "2026-01-01T00:00:00+00:00"}
+    lineage["stages"][0]["inputs"][0] |= {
+        "path": "pretrain/hf",
+        "finished": "2026-01-01T00:00:00+00:00",
+    }
     (own / "minitron.json").write_text(json.dumps(lineage))
     with pytest.raises(ValueError, match="was made from a model of its own run; give its folder"):
         evaluate_checkpoint(**{**call, "checkpoint": str(own)}, overrides=small)

@@ -78,7 +78,9 @@ def test_a_stage_that_takes_too_long_is_ended_and_not_tried_again(server, played
 def test_a_process_over_its_limit_is_timed_out_too(server, played, tmp_path):
     seen = played(StageError("score", failures.SLOW, "score: over its time limit of 1 s"), None)
     _, failure, run, _ = in_a_flow("score", workspace=tmp_path / "a")
-    assert "over its time limit" in str(failure) and failure.kind == failures.SLOW and len(seen) == 1
+    assert (
+        "over its time limit" in str(failure) and failure.kind == failures.SLOW and len(seen) == 1
+    )
     assert run.state.name == "TimedOut" and run.state.is_failed()
 
 
@@ -91,7 +93,12 @@ def test_a_server_that_is_away_costs_no_stage_that_is_done(server, played, tmp_p
     monkeypatch.setattr(publish, "stage", away)
     seen = played(None, None)
     result, failure, run, _ = in_a_flow("score", workspace=tmp_path / "a")
-    assert failure is None and result.headline == "done" and len(seen) == 1 and run.state.is_completed()
+    assert (
+        failure is None
+        and result.headline == "done"
+        and len(seen) == 1
+        and run.state.is_completed()
+    )
 
 
 def test_locks_on_accelerators_are_for_all_users_of_a_machine(monkeypatch, tmp_path):
@@ -127,7 +134,9 @@ def test_flows_that_share_an_accelerator_wait_for_each_other(server, played, tmp
 
     def both(name, work, *words):
         played(work, work)
-        configs = [load_config("config", [f"workspace={tmp_path / str(i)}", *words]) for i in (1, 2)]
+        configs = [
+            load_config("config", [f"workspace={tmp_path / str(i)}", *words]) for i in (1, 2)
+        ]
 
         @flow
         def one(number):
@@ -167,9 +176,14 @@ def test_prefect_shows_summaries_tables_links_pictures_and_lineage(
     names, artifacts = read(all_)
     assert "compress-run" in names
     rows = json.loads(artifacts["minitron-run-evaluate-table"][0].data)
-    assert [row["measure"] for row in rows][:2] == ["parameters", "held-out loss"] and "distilled" in rows[0]
+    assert [row["measure"] for row in rows][:2] == [
+        "parameters",
+        "held-out loss",
+    ] and "distilled" in rows[0]
     assert artifacts["minitron-run-score-ffn"][0].data.startswith("data:image/png;base64,")
-    assert (workspace / "export").resolve().as_uri() in artifacts["minitron-run-export-folder"][0].data
+    assert (workspace / "export").resolve().as_uri() in artifacts["minitron-run-export-folder"][
+        0
+    ].data
     assert len(artifacts["minitron-run-distill"]) == 2  # the same key in every run
     assert "12 steps, held-out loss" in artifacts["minitron-run-distill"][0].data
     lineage = artifacts["minitron-run-lineage"][0].data
@@ -192,7 +206,11 @@ def test_progress_is_an_artifact_that_moves(server, played, tmp_path, monkeypatc
     in_a_flow("distill", workspace=tmp_path / "Moving On")
 
     async def shown(client):
-        return [a for a in await client.read_artifacts() if a.key == "minitron-moving-on-distill-progress"]
+        return [
+            a
+            for a in await client.read_artifacts()
+            if a.key == "minitron-moving-on-distill-progress"
+        ]
 
     (artifact,) = read(shown)
     assert (artifact.type, float(artifact.data)) == ("progress", 50.0)
@@ -234,7 +252,10 @@ def test_a_flow_that_is_told_to_end_saves_first_and_leaves_no_process(
     assert time.monotonic() - asked < 20
     _gone, alive = psutil.wait_procs(others, timeout=10)
     assert not alive
-    saved = [int(path.stem.split("=")[1]) for path in (workspace / "student" / "state").rglob("step=*.ckpt")]
+    saved = [
+        int(path.stem.split("=")[1])
+        for path in (workspace / "student" / "state").rglob("step=*.ckpt")
+    ]
     assert saved and max(saved) >= 20
 
 

@@ -47,13 +47,18 @@ def from_(error: Exception, cause: Exception) -> Exception:
         (ConnectionResetError("reset"), failures.TRANSIENT),
         (OSError(errno.EHOSTUNREACH, "no route"), failures.TRANSIENT),
         (answered(503), failures.TRANSIENT),
-        (httpx.RemoteProtocolError("Server disconnected without sending a response."), failures.TRANSIENT),
+        (
+            httpx.RemoteProtocolError("Server disconnected without sending a response."),
+            failures.TRANSIENT,
+        ),
         (socket.gaierror(-3, "Temporary failure in name resolution"), failures.TRANSIENT),
         (answered(429), failures.TRANSIENT),
         (answered(404), failures.FAILED),
         (from_(RuntimeError("while scoring"), TimeoutError("slow")), failures.TRANSIENT),
         (
-            RuntimeError("[../gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1"),
+            RuntimeError(
+                "[../gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1"
+            ),
             failures.TRANSIENT,
         ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), failures.MEMORY),
@@ -81,7 +86,10 @@ def test_only_what_may_pass_is_worth_another_try():
 
 
 def test_the_gate_keeps_its_table_between_processes():
-    rows = [("perplexity retention", ">= 90.0%", "12.0%", ""), ("own_choice acc", ">= 0.1", "0.2", "held")]
+    rows = [
+        ("perplexity retention", ">= 90.0%", "12.0%", ""),
+        ("own_choice acc", ">= 0.1", "0.2", "held"),
+    ]
     again = failure_from_json("evaluate", failure_to_json(GateError(rows)))
     assert isinstance(again, GateError) and again.rows == tuple(rows)
 

@@ -48,7 +48,9 @@ def trained(finished, tmp_path, teacher, corpus):
 
 def hashes(folder: Path) -> dict[str, str]:
     return {
-        out.file: out.sha256 for out in read_manifest(folder).outputs if not out.file.startswith("metrics.")
+        out.file: out.sha256
+        for out in read_manifest(folder).outputs
+        if not out.file.startswith("metrics.")
     }
 
 
@@ -99,7 +101,9 @@ def test_a_process_of_its_own_makes_the_same_artifact_and_a_crash_is_its_own(tra
 
 def test_the_users_mistakes_come_back_as_such(trained):
     _, call = trained
-    with pytest.raises(ValueError, match=r"^distill: kl and ce must not be negative, nor both 0, found -1"):
+    with pytest.raises(
+        ValueError, match=r"^distill: kl and ce must not be negative, nor both 0, found -1"
+    ):
         launch(call("launch.kind=subprocess", "distill.kl=-1"), print)
     with pytest.raises(StageError) as failure:
         launch(call("launch.kind=subprocess", "launch.time_limit=1"), print)
@@ -111,7 +115,9 @@ def test_several_processes_under_torchrun_and_one_of_them_dies(trained, finished
     words = ("launch.kind=torchrun", "launch.processes=2", "distill.batch_size=2")
 
     def kill_the_last():
-        ranks = [child for child in children() if "torch.distributed.run" not in command_line(child)]
+        ranks = [
+            child for child in children() if "torch.distributed.run" not in command_line(child)
+        ]
         assert len(ranks) == 2
         ranks[1].send_signal(signal.SIGKILL)
 
@@ -124,7 +130,8 @@ def test_several_processes_under_torchrun_and_one_of_them_dies(trained, finished
     result = launch(call(*words), print)
     assert result.made
     assert (
-        read_manifest(workspace / "student").fingerprint == read_manifest(finished[0] / "student").fingerprint
+        read_manifest(workspace / "student").fingerprint
+        == read_manifest(finished[0] / "student").fingerprint
     )
 
 
@@ -152,7 +159,9 @@ def test_a_slurm_job_that_is_requeued_goes_on_and_its_flow_waits(trained, queue)
     straight = hashes(workspace / "student")
     shutil.rmtree(workspace / "student")
     heard: list[str] = []
-    requeuer = when(lambda: steps(workspace) >= 6, lambda: slurm.main(queue, "scontrol", ["requeue", "1"]))
+    requeuer = when(
+        lambda: steps(workspace) >= 6, lambda: slurm.main(queue, "scontrol", ["requeue", "1"])
+    )
     result = launch(call(*SLURM, *long), heard.append)
     requeuer.join()
     assert (queue / "jobs" / "1.requeued").exists()  # while it was at work
@@ -184,7 +193,12 @@ launch(Call("distill", from_dict(values), values), print)
 """
     flow = subprocess.Popen([sys.executable, "-c", code, str(values)], stdout=subprocess.DEVNULL)
     papers = workspace / ".launch" / "distill.slurm.json"
-    until(lambda: flow.poll() is not None or (papers.is_file() and "job" in json.loads(papers.read_text())))
+    until(
+        lambda: (
+            flow.poll() is not None
+            or (papers.is_file() and "job" in json.loads(papers.read_text()))
+        )
+    )
     assert flow.poll() is None  # the job's number has been written down, and it waits
     flow.kill()
     flow.wait()
@@ -217,7 +231,12 @@ def told_to_end(path):
 
 
 def test_cancelling_ends_the_job_whatever_the_flow_was_about(queue, tmp_path):
-    papers, outcome, jobs, heard = tmp_path / "papers.json", tmp_path / "outcome", queue / "jobs", []
+    papers, outcome, jobs, heard = (
+        tmp_path / "papers.json",
+        tmp_path / "outcome",
+        queue / "jobs",
+        [],
+    )
     job = Job("minitron-x", ["sleep", "300"], 1, [], [], tmp_path / "log")
 
     def run():
@@ -239,7 +258,9 @@ def test_cancelling_ends_the_job_whatever_the_flow_was_about(queue, tmp_path):
         adopt(papers, outcome, "recipe", heard.append, 0.1)
     assert "waiting for Slurm job 2 of an earlier run" in heard
     assert (jobs / "2.cancelled").exists() and not papers.exists()
-    papers.write_text(json.dumps({"name": "minitron-nobody", "recipe": "recipe"}))  # never came to be
+    papers.write_text(
+        json.dumps({"name": "minitron-nobody", "recipe": "recipe"})
+    )  # never came to be
     with told_to_end(jobs / "3.asked"):
         run()
     assert (jobs / "3.cancelled").exists()
@@ -290,7 +311,8 @@ def test_a_job_that_is_refused_or_vanishes(trained, queue, monkeypatch):
     (queue / "refuse").unlink()
     monkeypatch.setattr("nemo_minitron.launch.slurm._GONE_FOR", 1.0)
     killer = when(
-        lambda: slurm.running(queue / "jobs", "1"), lambda: slurm.send(queue / "jobs", "1", signal.SIGKILL)
+        lambda: slurm.running(queue / "jobs", "1"),
+        lambda: slurm.send(queue / "jobs", "1", signal.SIGKILL),
     )
     with pytest.raises(StageError, match="Slurm job 1 ended without a word") as failure:
         launch(call(*SLURM), print)
@@ -328,7 +350,8 @@ def test_before_its_time_is_up_a_job_saves(trained, queue):
     words = (*SLURM, "launch.processes=2", "distill.batch_size=2", "trainer.max_steps=100000",
              "exp_manager.checkpoint_callback_params.every_n_train_steps=100000", "trainer.val_check_interval=50000")  # fmt: skip
     killer = when(
-        lambda: steps(workspace) >= 6, lambda: os.kill(int((jobs / "1.pid").read_text()), signal.SIGTERM)
+        lambda: steps(workspace) >= 6,
+        lambda: os.kill(int((jobs / "1.pid").read_text()), signal.SIGTERM),
     )
     with pytest.raises(StageError) as failure:
         launch(call(*words), print)
@@ -348,7 +371,12 @@ def test_a_whole_flow_that_was_killed_waits_for_its_job_and_other_settings_end_i
     for name in ("student", "report", "export"):
         shutil.rmtree(workspace / name)
     jobs = queue / "jobs"
-    words = [*settings(workspace, teacher, corpus), *SLURM, "launch.stages=[distill]", "evaluate.speed=false"]
+    words = [
+        *settings(workspace, teacher, corpus),
+        *SLURM,
+        "launch.stages=[distill]",
+        "evaluate.speed=false",
+    ]
     long = [*words, "trainer.max_steps=100000", "trainer.val_check_interval=50000"]
 
     def started(overrides):
@@ -375,9 +403,12 @@ def test_a_whole_flow_that_was_killed_waits_for_its_job_and_other_settings_end_i
     slurm.send(jobs, "2", signal.SIGSTOP)  # it must not end before it is looked for
     papers.write_text(json.dumps({name: value for name, value in noted.items() if name != "job"}))
     waker = when(
-        lambda: "job" in json.loads(papers.read_text()), lambda: slurm.send(jobs, "2", signal.SIGCONT)
+        lambda: "job" in json.loads(papers.read_text()),
+        lambda: slurm.send(jobs, "2", signal.SIGCONT),
     )
-    done = minitron("run", *words, "launch.grace=30", timeout=300)  # how it is started is no other setting
+    done = minitron(
+        "run", *words, "launch.grace=30", timeout=300
+    )  # how it is started is no other setting
     waker.join()
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Slurm job 2" in done.stderr and len(list(jobs.glob("*.sh"))) == 2
@@ -410,7 +441,9 @@ def test_a_stage_whose_flow_is_gone_keeps_its_accelerator(trained, tmp_path, mon
     other = pytest.raises(ConnectionError, match="gpu-0: a stage of another flow")
     with in_use("gpu-0", 0), in_use(None, 0), other, in_use("gpu-0", 0):
         pass
-    names = [accelerator_of(LaunchConfig(accelerator="gpu-0"), name) for name in ("distill", "plan")]
+    names = [
+        accelerator_of(LaunchConfig(accelerator="gpu-0"), name) for name in ("distill", "plan")
+    ]
     assert names == ["gpu-0", None]  # plan computes nothing
 
 
@@ -421,7 +454,10 @@ def test_two_stages_never_work_in_one_workspace(trained):
     code = "import sys, time; from pathlib import Path; from nemo_minitron.workspace.locks import alone\nwith alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(3)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(workspace)], stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(ValueError, match="a stage of an earlier run is still at work"), alone(workspace, 0.2):
+    with (
+        pytest.raises(ValueError, match="a stage of an earlier run is still at work"),
+        alone(workspace, 0.2),
+    ):
         pass
     assert launch(call(name="plan"), print).made is False  # it waited
     assert holder.wait(10) == 0
@@ -431,7 +467,9 @@ def test_ending_a_flow_in_good_order_cancels_its_job(trained, queue, tmp_path):
     workspace, call = trained
     values = tmp_path / "values.json"
     values.write_text(
-        json.dumps(call(*SLURM, "trainer.max_steps=100000", "trainer.val_check_interval=50000").values)
+        json.dumps(
+            call(*SLURM, "trainer.max_steps=100000", "trainer.val_check_interval=50000").values
+        )
     )
     code = """
 import json, sys

@@ -13,7 +13,9 @@ from nemo_minitron.stages.training_stage import _resolved
 
 
 def values(*overrides):
-    return as_dict(load_config("config", ["distill.batch_size=8", "score.batch_size=3", *overrides]))
+    return as_dict(
+        load_config("config", ["distill.batch_size=8", "score.batch_size=3", *overrides])
+    )
 
 
 def section(config, stage):
@@ -25,7 +27,8 @@ def section(config, stage):
 
 @pytest.mark.parametrize("stage", ["distill", "correct", "pretrain"])
 @pytest.mark.parametrize(
-    "more", [(), ("trainer.accumulate_grad_batches=3",), ("+pretrain.trainer.accumulate_grad_batches=5",)]
+    "more",
+    [(), ("trainer.accumulate_grad_batches=3",), ("+pretrain.trainer.accumulate_grad_batches=5",)],
 )
 def test_a_training_stays_the_same_training(stage, more):
     before = values(*more)
@@ -42,7 +45,9 @@ def test_a_training_stays_the_same_training(stage, more):
 def test_there_is_an_end_to_it():
     assert with_halved_micro_batch("distill", values(), 3) is not None
     assert with_halved_micro_batch("distill", values(), 4) is None
-    assert with_halved_micro_batch("distill", values("distill.batch_size=6"), 2) is None  # 3 samples: no half
+    assert (
+        with_halved_micro_batch("distill", values("distill.batch_size=6"), 2) is None
+    )  # 3 samples: no half
     assert with_halved_micro_batch("score", values())["score"]["batch_size"] == 1
     assert with_halved_micro_batch("score", values(), 2) is None
     assert with_halved_micro_batch("prune", values()) is None
@@ -53,7 +58,11 @@ def test_it_is_remembered_for_the_next_try_and_the_next_run(tmp_path):
     assert with_smaller_micro_batch(tmp_path, "distill", config) == (config, 0)
     assert note_memory(tmp_path, "distill", config) and note_memory(tmp_path, "distill", config)
     lighter, times = with_smaller_micro_batch(tmp_path, "distill", config)
-    assert (times, lighter["distill"]["batch_size"], lighter["trainer"]["accumulate_grad_batches"]) == (
+    assert (
+        times,
+        lighter["distill"]["batch_size"],
+        lighter["trainer"]["accumulate_grad_batches"],
+    ) == (
         2,
         2,
         4,

@@ -60,7 +60,9 @@ def test_a_listener_that_ends_the_thread_stops_nothing(tmp_path):
         raise SystemExit(1)
 
     script = "yes 'a long line of words that fills every pipe' | head -n 20000"
-    ended = run_process(["/bin/sh", "-c", script], dict(os.environ), tmp_path / "out.log", Limits(20), listen)
+    ended = run_process(
+        ["/bin/sh", "-c", script], dict(os.environ), tmp_path / "out.log", Limits(20), listen
+    )
     assert (ended.code, ended.stopped) == (0, None)
     assert len((tmp_path / "out.log").read_text().splitlines()) == 20000
 
@@ -103,18 +105,28 @@ def test_a_signal_while_it_starts_leaves_nothing_behind(tmp_path):
     script, before = f"exec -a {tmp_path.name}-child sleep 300", signal.signal(signal.SIGTERM, tell)
     killer = f"while read pause; do sleep $pause; kill -TERM {os.getpid()}; done"
     told = 0
-    with subprocess.Popen(["/bin/sh", "-c", killer], stdin=subprocess.PIPE, text=True, bufsize=1) as process:
+    with subprocess.Popen(
+        ["/bin/sh", "-c", killer], stdin=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
         for number in range(16):
             try:
                 process.stdin.write(f"{0.0006 * number:.4f}\n")
-                run_process(["/bin/bash", "-c", script], dict(os.environ), tmp_path / "log", Limits(3), print)
+                run_process(
+                    ["/bin/bash", "-c", script],
+                    dict(os.environ),
+                    tmp_path / "log",
+                    Limits(3),
+                    print,
+                )
             except Told:
                 told += 1
         process.stdin.close()
         assert process.wait(30) == 0
         signal.signal(signal.SIGTERM, before)
     found = [
-        p for p in psutil.process_iter(["cmdline"]) if f"{tmp_path.name}-child" in (p.info["cmdline"] or [])
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if f"{tmp_path.name}-child" in (p.info["cmdline"] or [])
     ]
     assert told == 16 and not found
 
@@ -126,7 +138,9 @@ def test_silence_is_noticed_and_a_sign_of_life_is_not_silence(tmp_path):
     quiet = f"for i in 1 2 3 4 5 6 7 8; do sleep 0.2; echo $i > {sign}; done"
     ended = sh(quiet, tmp_path, Limits(silence=0.8), sign=sign)
     assert (ended.stopped, ended.code) == (None, 0)
-    ended = sh("for i in 1 2 3 4 5 6 7 8; do sleep 0.2; echo $i; done", tmp_path, Limits(silence=0.8))
+    ended = sh(
+        "for i in 1 2 3 4 5 6 7 8; do sleep 0.2; echo $i; done", tmp_path, Limits(silence=0.8)
+    )
     assert (ended.stopped, ended.code) == (None, 0)
 
 
@@ -147,7 +161,9 @@ run_process(["/bin/sh", "-c", script.format(sys.argv[1])], dict(os.environ), Pat
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_the_group_ends_with_its_parent_whatever_that_dies_of(tmp_path, how):
-    parent = subprocess.Popen([sys.executable, "-c", STARTER, str(tmp_path)], stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(tmp_path)], stderr=subprocess.DEVNULL
+    )
     pids = tmp_path / "pids"
     end = time.monotonic() + 60
     while not (pids.is_file() and len(pids.read_text().split()) == 2):

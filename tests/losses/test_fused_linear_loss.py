@@ -15,7 +15,10 @@ def parts(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     student = torch.randn(TOKENS, HIDDEN, dtype=dtype, requires_grad=True)
     head = torch.randn(VOCABULARY, HIDDEN, dtype=dtype, requires_grad=True)
-    teacher = (torch.randn(TOKENS, TEACHER, dtype=dtype), torch.randn(VOCABULARY, TEACHER, dtype=dtype))
+    teacher = (
+        torch.randn(TOKENS, TEACHER, dtype=dtype),
+        torch.randn(VOCABULARY, TEACHER, dtype=dtype),
+    )
     labels = torch.randint(0, VOCABULARY, (TOKENS,))
     labels[[3, 20]] = -100
     return student, head, teacher, labels
@@ -24,7 +27,9 @@ def parts(seed=0, dtype=torch.float32):
 def loss_of(student, head, labels, weights, teacher=None, softcaps=(None, None), **more):
     """The fused loss of plain tensors."""
     theirs = None if teacher is None else Projection(*teacher, softcaps[1])
-    return fused_linear_loss(Projection(student, head, softcaps[0]), labels, weights, theirs, **more)
+    return fused_linear_loss(
+        Projection(student, head, softcaps[0]), labels, weights, theirs, **more
+    )
 
 
 def reference(student, head, teacher, labels, weights):
@@ -67,7 +72,8 @@ def test_values_and_gradients(weights, chunk):
 
 
 @pytest.mark.parametrize(
-    "weights", [LossWeights(), LossWeights(0.7, 0.3, Divergence(temperature=0.5)), LossWeights(0.0, 1.0)]
+    "weights",
+    [LossWeights(), LossWeights(0.7, 0.3, Divergence(temperature=0.5)), LossWeights(0.0, 1.0)],
 )
 def test_the_compiled_loss_follows_the_same_formula(weights):
     student, head, teacher, labels = parts()
@@ -129,21 +135,35 @@ def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             for tensor in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(tensor, torch.Tensor) and tensor.dim() == 2 and tensor.shape[-1] == VOCABULARY:
+                if (
+                    isinstance(tensor, torch.Tensor)
+                    and tensor.dim() == 2
+                    and tensor.shape[-1] == VOCABULARY
+                ):
                     Largest.rows = max(Largest.rows, tensor.shape[0])
             return out
 
     student, head, teacher, labels = parts()
     with Largest():
         loss_of(
-            student, head, labels, LossWeights(1, 1, Divergence(temperature=2.0)), teacher, chunk_tokens=5
+            student,
+            head,
+            labels,
+            LossWeights(1, 1, Divergence(temperature=2.0)),
+            teacher,
+            chunk_tokens=5,
         ).loss.backward()
     # the transposed head is HIDDEN (TEACHER) x VOCABULARY; logits would have a row per token
     assert Largest.rows == TEACHER < TOKENS
     Largest.rows = 0
     with Largest():
         loss_of(
-            student, head, labels, LossWeights(1, 1, Divergence(temperature=2.0)), teacher, chunk_tokens=30
+            student,
+            head,
+            labels,
+            LossWeights(1, 1, Divergence(temperature=2.0)),
+            teacher,
+            chunk_tokens=30,
         ).loss.backward()
     assert Largest.rows == 30  # the watch does see chunks
 
@@ -205,7 +225,8 @@ def test_the_scale_of_float16_training_saves_small_gradients():
 
 
 @pytest.mark.parametrize(
-    "weights", [LossWeights(), LossWeights(0.7, 0.3, Divergence(temperature=2.0)), LossWeights(0.0, 1.0)]
+    "weights",
+    [LossWeights(), LossWeights(0.7, 0.3, Divergence(temperature=2.0)), LossWeights(0.0, 1.0)],
 )
 @pytest.mark.parametrize("softcaps", [(5.0, 8.0), (None, 8.0), (5.0, None)])
 def test_softcapped_logits_and_their_gradients(weights, softcaps):
@@ -253,7 +274,10 @@ def naive(name, teacher, student, tau=1.0, beta=0.5, top_k=7):
             rest = torch.ones(len(p), dtype=torch.bool)
             rest[best] = False
             value = (
-                kl(torch.cat([p[best], p[rest].sum()[None]]), torch.cat([q[best], q[rest].sum()[None]]))
+                kl(
+                    torch.cat([p[best], p[rest].sum()[None]]),
+                    torch.cat([q[best], q[rest].sum()[None]]),
+                )
                 * tau**2
             )
         elif name == "mse":
@@ -332,7 +356,9 @@ def test_entries_that_pad_a_vocabulary_count_for_nothing():
         chunk_tokens=8,
     )
     padded = (teacher[0], torch.cat([teacher[1][:95], torch.full((12, TEACHER), 1e4)])[:99])
-    found = loss_of(student, head, labels, LossWeights(1, 0.5), padded, chunk_tokens=8, vocabulary=90)
+    found = loss_of(
+        student, head, labels, LossWeights(1, 0.5), padded, chunk_tokens=8, vocabulary=90
+    )
     assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     found.loss.backward()
     assert head.grad[90:].abs().max() == 0 and head.grad[:90].abs().min(1).values.max() > 0

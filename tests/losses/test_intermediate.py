@@ -38,7 +38,10 @@ def test_states_follow_the_formula_and_its_gradient(distance):
 
 
 def test_low_precision_states_are_compared_in_float32():
-    assert state_distance(double(3, 4).bfloat16(), double(3, 4, seed=1).bfloat16()).dtype == torch.float32
+    assert (
+        state_distance(double(3, 4).bfloat16(), double(3, 4, seed=1).bfloat16()).dtype
+        == torch.float32
+    )
 
 
 def naive_relation(teacher, student, heads):
@@ -47,7 +50,9 @@ def naive_relation(teacher, student, heads):
     def distribution(x, head, position):
         size = x.shape[1] // heads
         part = x[:, head * size : (head + 1) * size]
-        dots = [float(part[position] @ part[other]) / math.sqrt(size) for other in range(position + 1)]
+        dots = [
+            float(part[position] @ part[other]) / math.sqrt(size) for other in range(position + 1)
+        ]
         top = max(dots)
         total = sum(math.exp(d - top) for d in dots)
         return [math.exp(d - top) / total for d in dots]
@@ -65,7 +70,9 @@ def naive_relation(teacher, student, heads):
 def test_relations_follow_the_formula_and_its_gradient_at_unequal_widths():
     teacher, student = double(2, 5, 12), double(2, 5, 8, seed=1).requires_grad_()
     result = relation_divergence(teacher, student, 4)
-    expected = torch.stack([naive_relation(t, s, 4) for t, s in zip(teacher, student.detach(), strict=True)])
+    expected = torch.stack(
+        [naive_relation(t, s, 4) for t, s in zip(teacher, student.detach(), strict=True)]
+    )
     assert torch.allclose(result, expected, atol=1e-12)
     assert torch.autograd.gradcheck(lambda s: relation_divergence(teacher, s, 4), [student])
 

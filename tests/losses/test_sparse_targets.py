@@ -65,7 +65,9 @@ def test_drawn_entries_follow_the_formula():
         rows.append(-4 * sum(logits[i] / 2 - math.log(total) for i in ids) / 3)
     found = sparse_divergence(SparseTargets(ids_TK), student_TV, 2.0)
     assert torch.allclose(found, torch.tensor(rows, dtype=torch.float64), atol=1e-12)
-    assert torch.autograd.gradcheck(lambda s: sparse_divergence(SparseTargets(ids_TK), s, 2.0), [student_TV])
+    assert torch.autograd.gradcheck(
+        lambda s: sparse_divergence(SparseTargets(ids_TK), s, 2.0), [student_TV]
+    )
 
 
 def test_the_gradient_from_drawn_entries_is_unbiased_and_that_from_the_largest_is_not():
@@ -88,9 +90,13 @@ def test_fused_with_the_projection_it_is_the_same(method, chunk):
     teacher_TV, hidden_TH, head_VH = double(7, 9), double(7, 5, seed=1), double(9, 5, seed=2)
     labels_T = torch.tensor([1, 2, -1, 3, 4, -1, 8])
     targets = known_entries(teacher_TV, method, 3, 2.0, torch.Generator().manual_seed(0))
-    leaves = [(hidden_TH.clone().requires_grad_(), head_VH.clone().requires_grad_()) for _ in range(2)]
+    leaves = [
+        (hidden_TH.clone().requires_grad_(), head_VH.clone().requires_grad_()) for _ in range(2)
+    ]
     weights = LossWeights(0.7, 0.3, Divergence(temperature=2.0))
-    terms = fused_linear_loss(Projection(*leaves[0], 30.0), labels_T, weights, targets, chunk_tokens=chunk)
+    terms = fused_linear_loss(
+        Projection(*leaves[0], 30.0), labels_T, weights, targets, chunk_tokens=chunk
+    )
     logits_TV = leaves[1][0] @ leaves[1][1].T
     logits_TV = 30 * torch.tanh(logits_TV / 30)
     valid_T = labels_T >= 0

@@ -17,7 +17,11 @@ class Exchange:
     """All-reduce between threads."""
 
     def __init__(self, ranks):
-        self.ranks, self.barrier, self.given = ranks, threading.Barrier(ranks, timeout=20), [None] * ranks
+        self.ranks, self.barrier, self.given = (
+            ranks,
+            threading.Barrier(ranks, timeout=20),
+            [None] * ranks,
+        )
 
     def reduce(self, rank):
         def run(tensor, how):
@@ -31,7 +35,8 @@ class Exchange:
 
 
 @pytest.mark.parametrize(
-    "weights", [LossWeights(), LossWeights(0.6, 0.4, Divergence(temperature=2.0)), LossWeights(0.0, 1.0)]
+    "weights",
+    [LossWeights(), LossWeights(0.6, 0.4, Divergence(temperature=2.0)), LossWeights(0.0, 1.0)],
 )
 @pytest.mark.parametrize("caps", [(None, None), (5.0, 9.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -74,7 +79,10 @@ def test_ranks_with_unlike_parts_take_the_same_chunks(monkeypatch):
     monkeypatch.setattr(fused, "LEAST_ROWS", 1)
     monkeypatch.setattr(fused, "CHUNKS", 1)
     generator = torch.Generator().manual_seed(0)
-    hidden_TH, head_VH = torch.randn(12, 6, generator=generator), torch.randn(11, 6, generator=generator)
+    hidden_TH, head_VH = (
+        torch.randn(12, 6, generator=generator),
+        torch.randn(11, 6, generator=generator),
+    )
     labels_T, weights = torch.arange(12) % 11, LossWeights(0.0, 1.0)
     expected = fused_linear_loss(Projection(hidden_TH, head_VH), labels_T, weights)
     cuts, exchange = [0, 4, 9, 11], Exchange(3)
@@ -107,7 +115,9 @@ def test_one_shard_that_is_the_whole_is_the_same_to_rounding(chunk, tau, ce):
             Projection(*pair, 9.0), chunk_tokens=chunk, shard=shard,
         )  # fmt: skip
         (3 * terms.loss).backward()
-        found.append([terms.loss.detach(), terms.divergence, terms.ce, *(leaf.grad for leaf in leaves)])
+        found.append(
+            [terms.loss.detach(), terms.divergence, terms.ce, *(leaf.grad for leaf in leaves)]
+        )
     for whole, part in zip(*found, strict=True):
         assert torch.allclose(whole, part, rtol=1e-12, atol=1e-14)
 

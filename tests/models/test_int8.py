@@ -46,10 +46,14 @@ def test_a_teacher_in_eight_bits_says_nearly_the_same(tmp_path, name):
     assert nn.Linear not in kinds and Int8Linear in kinds
     assert torch.equal(head_of(small), head_of(exact))
     with torch.no_grad():
-        log_p, log_q = (model(torch.arange(30)[None]).logits.log_softmax(-1) for model in (exact, small))
+        log_p, log_q = (
+            model(torch.arange(30)[None]).logits.log_softmax(-1) for model in (exact, small)
+        )
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     assert 0 < divergence < 0.02
-    taken = [sum(t.nbytes for t in layers_of(m, family)[0].state_dict().values()) for m in (exact, small)]
+    taken = [
+        sum(t.nbytes for t in layers_of(m, family)[0].state_dict().values()) for m in (exact, small)
+    ]
     assert taken[1] < 0.45 * taken[0]
 
 

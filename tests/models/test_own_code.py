@@ -46,7 +46,11 @@ def ran(tmp_path):
 @pytest.mark.parametrize("answer", ["y\n" * 9, ""])
 def test_a_tokenizers_own_code_is_refused_and_nobody_is_asked(own_code, tmp_path, answer):
     folder, name = own_code
-    name("tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]})
+    name(
+        "tokenizer_config.json",
+        tokenizer_class="Own",
+        auto_map={"AutoTokenizer": ["own.Own", "own.Own"]},
+    )
     words = [
         sys.executable,
         "-m",

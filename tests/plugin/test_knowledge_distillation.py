@@ -33,7 +33,9 @@ def test_captured_states_are_those_that_transformers_gives_out(tmp_path, checkpo
     layers = model.model.layers
     assert torch.equal(found["embedding", 0, 0], given.hidden_states[0])
     assert torch.allclose(found["hidden", 0, 0], layers[1].input_layernorm(given.hidden_states[1]))
-    assert torch.equal(found["hidden", 2, 0], given.hidden_states[3])  # transformers' last is behind the norm
+    assert torch.equal(
+        found["hidden", 2, 0], given.hidden_states[3]
+    )  # transformers' last is behind the norm
     query_BSU = layers[2].self_attn.q_proj(layers[2].input_layernorm(given.hidden_states[2]))
     assert torch.allclose(found["attention", 2, 0], query_BSU, atol=1e-6)
     assert {place[2] for place in found if place[0] == "attention"} == {0, 1, 2}
@@ -41,11 +43,15 @@ def test_captured_states_are_those_that_transformers_gives_out(tmp_path, checkpo
         given.hidden_states[0]
         + layers[0].self_attn(
             layers[0].input_layernorm(given.hidden_states[0]),
-            position_embeddings=model.model.rotary_emb(given.hidden_states[0], torch.arange(7)[None]),
+            position_embeddings=model.model.rotary_emb(
+                given.hidden_states[0], torch.arange(7)[None]
+            ),
             attention_mask=None,
         )[0]
     )
-    assert torch.allclose(found["mlp_input", 0, 0], layers[0].post_attention_layernorm(attended), atol=1e-6)
+    assert torch.allclose(
+        found["mlp_input", 0, 0], layers[0].post_attention_layernorm(attended), atol=1e-6
+    )
     sum(state.square().mean() for state in found.values()).backward()
     assert captures.states == {}  # layers that run again in the backward pass leave nothing
     assert layers[2].self_attn.q_proj.weight.grad.abs().sum() > 0
@@ -65,8 +71,15 @@ def test_every_family_distils_by_hidden_states(tmp_path, name):
     teacher = make_model(tmp_path / "teacher", name, seed=1)
     attended = present_axes(families()[name], read_config(teacher))["heads"][0]
     weights = IntermediateWeights(ALL, layers=((attended, attended),), relation_heads=2)
-    model = run(teacher, tmp_path / "state", 2, [distillation(teacher, weights, name, LossWeights(1.0, 1.0))])
-    lines = [line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "intermediate" in line]
+    model = run(
+        teacher,
+        tmp_path / "state",
+        2,
+        [distillation(teacher, weights, name, LossWeights(1.0, 1.0))],
+    )
+    lines = [
+        line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "intermediate" in line
+    ]
     assert lines[0]["intermediate"] == pytest.approx(0, abs=1e-4)  # the student is the teacher
     assert lines[1]["intermediate"] > 0
     assert not hasattr(model, "projection")
@@ -89,7 +102,9 @@ def test_hidden_states_come_closer_and_the_projection_is_learned_but_not_kept(tm
             seen.append(module.projection.weight.detach().clone())
 
     model = run(student, tmp_path / "state", 30, [callback, Look()])
-    lines = [line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "intermediate" in line]
+    lines = [
+        line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "intermediate" in line
+    ]
     assert lines[-1]["intermediate"] < 0.9 * lines[0]["intermediate"]
     assert lines[-1]["divergence"] < 0.8 * lines[0]["divergence"]
     for line in lines:
@@ -111,7 +126,9 @@ def test_alpha_balances_against_the_loss_on_logits_alone(tmp_path):
             if "alpha" in line:
                 logits_loss = 2 * line["divergence"] if name == "both" else line["ce"]
                 assert line["alpha"] * line["intermediate"] == pytest.approx(logits_loss, rel=1e-4)
-                assert ("divergence" in line) == (name == "both")  # 0 would say that the models agree
+                assert ("divergence" in line) == (
+                    name == "both"
+                )  # 0 would say that the models agree
 
 
 def test_a_training_with_hidden_states_resumes_bit_for_bit(tmp_path):

@@ -22,7 +22,15 @@ def test_a_correction_publishes_and_a_distillation_takes_it_over(tmp_path, words
     words = [*words, "trainer.max_steps=6", "optim.lr=1e-2"]
     first, live, still = (tmp_path / name for name in ("first", "live", "still"))
     assert (
-        main(["correct", f"workspace={first}", "correct.publish_every=2", "correct.batch_size=2", *words])
+        main(
+            [
+                "correct",
+                f"workspace={first}",
+                "correct.publish_every=2",
+                "correct.batch_size=2",
+                *words,
+            ]
+        )
         == 0
     )
     assert snapshots(first / "live") == [4, 6]
@@ -35,7 +43,9 @@ def test_a_correction_publishes_and_a_distillation_takes_it_over(tmp_path, words
     ):
         assert main(["prune", f"workspace={place}", *words]) == 0
         assert main(["distill", f"workspace={place}", more, *words]) == 0
-    assert json.loads((live / "student" / "teachers.json").read_text()) == [{"step": 0, "snapshot": 6}]
+    assert json.loads((live / "student" / "teachers.json").read_text()) == [
+        {"step": 0, "snapshot": 6}
+    ]
     assert all(torch.equal(weights(live)[name], tensor) for name, tensor in weights(still).items())
 
 
@@ -46,7 +56,10 @@ def test_what_does_not_go_with_a_live_teacher_is_refused(capsys, tmp_path, words
     words = [f"workspace={tmp_path}/w", *words, "trainer.max_steps=2"]
     assert main(["logits", *words]) == 0
     capsys.readouterr()
-    for more, said in ((shard, "use device or cpu"), (cached, "distill.live_teacher changes; use online")):
+    for more, said in (
+        (shard, "use device or cpu"),
+        (cached, "distill.live_teacher changes; use online"),
+    ):
         assert main(["distill", *words, "distill.live_teacher=x", *more]) == 2
         assert said in capsys.readouterr().err
     # without a correction of this workspace's own; with one, the teacher is corrected before
@@ -84,7 +97,10 @@ def taught(tmp_path, name, steps, published, due, fall=None):
             seen.append((trainer.global_step, distillation.teacher.lm_head.weight[0, 0].item()))
 
     model = run(
-        student, tmp_path / name, steps, [live, distillation, Watch(), Publisher(published, due, fall)]
+        student,
+        tmp_path / name,
+        steps,
+        [live, distillation, Watch(), Publisher(published, due, fall)],
     )
     return model, seen
 
@@ -93,7 +109,9 @@ def test_a_killed_training_learns_from_the_same_teachers_again(tmp_path):
     due = {2: 20, 4: 40, 5: 50}  # the checkpoint is behind step 3 and 6
     model, seen = taught(tmp_path, "straight", 8, tmp_path / "a", due)
     heads = {
-        step: load_model(make_model(tmp_path / f"m{step}", "llama", seed=step)).lm_head.weight[0, 0].item()
+        step: load_model(make_model(tmp_path / f"m{step}", "llama", seed=step))
+        .lm_head.weight[0, 0]
+        .item()
         for step in (100, 20, 40, 50)
     }
     order = [100, 100, 20, 20, 40, 50, 50, 50]
@@ -115,4 +133,6 @@ def test_another_model_is_refused(tmp_path):
         distillation = KnowledgeDistillation(
             load_model(make_model(tmp_path / "a", "llama")), families()["llama"], LossWeights()
         )
-        distillation.replace_teacher(load_model(make_model(tmp_path / "b", "llama", intermediate_size=32)))
+        distillation.replace_teacher(
+            load_model(make_model(tmp_path / "b", "llama", intermediate_size=32))
+        )

@@ -21,7 +21,14 @@ from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.model_transform import ModelTransform
 from nemo_minitron.plugin.nemo_archive import nemo_archive
-from nemo_minitron.plugin.trainer import Options, _apply, _manage, check_trainer, newest_checkpoint, train
+from nemo_minitron.plugin.trainer import (
+    Options,
+    _apply,
+    _manage,
+    check_trainer,
+    newest_checkpoint,
+    train,
+)
 from nemo_minitron.training.loss_guard import BadStep, Spikes
 from nemo_minitron.training.preemption import Preempted
 from nemo_minitron.training.sampler import ConsumedSampler
@@ -89,7 +96,9 @@ def test_a_training_goes_on_with_smaller_micro_batches_as_if_nothing_had_happene
         assert torch.allclose(value, parts.model.state_dict()[name], atol=2e-5), name
     before, after = timeless(tmp_path / "whole"), timeless(state)
     assert [line["step"] for line in after] == [line["step"] for line in before]
-    losses = [[line["val_loss"] for line in lines if "val_loss" in line] for lines in (before, after)]
+    losses = [
+        [line["val_loss"] for line in lines if "val_loss" in line] for lines in (before, after)
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
@@ -120,12 +129,18 @@ def test_a_validation_that_was_cut_off_is_made_up_for(tmp_path):
 
 def test_distillation_pulls_the_student_to_the_teacher_and_leaves_the_teacher_alone(tmp_path):
     teacher_folder = make_model(tmp_path / "teacher", "llama", seed=1)
-    student_folder = make_model(tmp_path / "student", "llama", seed=2, hidden_size=12, num_hidden_layers=2)
+    student_folder = make_model(
+        tmp_path / "student", "llama", seed=2, hidden_size=12, num_hidden_layers=2
+    )
     teacher = load_model(teacher_folder)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    distillation = KnowledgeDistillation(teacher, families()["llama"], LossWeights(), chunk_tokens=16)
+    distillation = KnowledgeDistillation(
+        teacher, families()["llama"], LossWeights(), chunk_tokens=16
+    )
     model = run(student_folder, tmp_path / "state", 40, [distillation])
-    lines = [line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "divergence" in line]
+    lines = [
+        line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "divergence" in line
+    ]
     assert lines[-1]["divergence"] < 0.5 * lines[0]["divergence"]
     assert lines[0]["loss"] == pytest.approx(lines[0]["divergence"])
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -142,7 +157,9 @@ def test_low_precision_distils_too(tmp_path, precision, stored):
         teacher, families()["llama"], LossWeights(1.0, 0.1, Divergence(temperature=2.0))
     )
     model = run(student, tmp_path / "state", 20, [distillation], precision=precision)
-    lines = [line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "divergence" in line]
+    lines = [
+        line for line in read_log(tmp_path / "state" / "metrics.jsonl") if "divergence" in line
+    ]
     assert lines[-1]["divergence"] < 0.8 * lines[0]["divergence"]
     (tmp_path / "hf").mkdir()
     model.save_hf(tmp_path / "hf")
@@ -174,7 +191,9 @@ def test_a_loss_that_is_not_finite_stops_the_training_before_it_is_saved(tmp_pat
 
     with pytest.raises(FloatingPointError, match="step 5"):
         run(folder, tmp_path / "state", 9, [Poison()])
-    saved = torch.load(newest_checkpoint(tmp_path / "state" / "nemo" / "checkpoints"), weights_only=False)
+    saved = torch.load(
+        newest_checkpoint(tmp_path / "state" / "nemo" / "checkpoints"), weights_only=False
+    )
     assert all(torch.isfinite(value).all() for value in saved["state_dict"].values())
 
 
@@ -189,7 +208,9 @@ def test_nemo_archive_round_trips_with_tokenizer(tmp_path, teacher):
     (tmp_path / "hf").mkdir()
     restored.save_hf(tmp_path / "hf")
     assert torch.equal(logits(tmp_path / "hf"), logits(teacher))
-    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (
+        teacher / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_the_config_is_carried_through_training_unchanged(tmp_path):
@@ -218,7 +239,9 @@ def test_nemo_config_sets_up_data_by_itself(teacher, corpus):
         max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         use_distributed_sampler=False,
     )  # fmt: skip
-    model = MinitronModel.from_hf(teacher, OPTIM, trainer=trainer, train_ds=data, validation_ds=data)
+    model = MinitronModel.from_hf(
+        teacher, OPTIM, trainer=trainer, train_ds=data, validation_ds=data
+    )
     trainer.fit(model)
     assert trainer.global_step == 2
     assert torch.isfinite(trainer.callback_metrics["val_loss"])
@@ -289,14 +312,20 @@ def test_a_spike_is_not_learned_from_and_the_rest_is_as_if_it_had_never_come(tmp
     without = run(folder, tmp_path / "other", 9, [], skipped, options=options)
     plain = run(folder, tmp_path / "plain", 9)
     assert all(torch.equal(value, weights(without)[name]) for name, value in weights(rest).items())
-    assert not all(torch.equal(value, weights(plain)[name]) for name, value in weights(rest).items())
+    assert not all(
+        torch.equal(value, weights(plain)[name]) for name, value in weights(rest).items()
+    )
 
 
 def test_what_counts_as_usual_is_remembered_by_checkpoints(tmp_path):
     folder = make_model(tmp_path / "m", "llama")
     run(folder, tmp_path / "state", 3, options=Options(spikes=Spikes(3.0, 3)))
-    saved = torch.load(newest_checkpoint(tmp_path / "state" / "nemo" / "checkpoints"), weights_only=False)
-    losses = [line["loss"] for line in read_log(tmp_path / "state" / "metrics.jsonl") if "loss" in line]
+    saved = torch.load(
+        newest_checkpoint(tmp_path / "state" / "nemo" / "checkpoints"), weights_only=False
+    )
+    losses = [
+        line["loss"] for line in read_log(tmp_path / "state" / "metrics.jsonl") if "loss" in line
+    ]
     assert saved["callbacks"]["LossGuard"]["losses"] == pytest.approx(losses)
 
 
@@ -337,10 +366,13 @@ def test_the_average_is_validated_resumed_and_comes_out(tmp_path, accumulate):
 def test_an_average_in_bfloat16_moves_by_thousandths(tmp_path):
     folder = make_model(tmp_path / "m", "llama")
     before = load_model(folder, dtype=torch.float32).state_dict()
-    model = run(folder, tmp_path / "state", 20, precision="bf16-true", options=Options(ema_decay=0.99))
+    model = run(
+        folder, tmp_path / "state", 20, precision="bf16-true", options=Options(ema_decay=0.99)
+    )
     after = weights(model)
     moved = [
-        (after[name].float() != value.bfloat16().float()).float().mean() for name, value in before.items()
+        (after[name].float() != value.bfloat16().float()).float().mean()
+        for name, value in before.items()
     ]
     assert sum(moved) / len(moved) > 0.3
 
@@ -403,11 +435,15 @@ def test_nemos_own_average_is_refused_because_it_never_comes_out(tmp_path, monke
 def test_activation_checkpointing_and_compiling_change_nothing_but_cost(tmp_path):
     folder = make_model(tmp_path / "m", "llama")
     plain = weights(run(folder, tmp_path / "plain", 3))
-    checked = weights(run(folder, tmp_path / "checked", 3, options=Options(activation_checkpointing=True)))
+    checked = weights(
+        run(folder, tmp_path / "checked", 3, options=Options(activation_checkpointing=True))
+    )
     assert all(torch.equal(value, checked[name]) for name, value in plain.items())
     compiled = weights(run(folder, tmp_path / "compiled", 3, options=Options(compile=True)))
     assert all(torch.allclose(value, compiled[name], atol=1e-4) for name, value in plain.items())
-    assert not all(torch.equal(value, compiled[name]) for name, value in plain.items())  # it was compiled
+    assert not all(
+        torch.equal(value, compiled[name]) for name, value in plain.items()
+    )  # it was compiled
 
 
 def test_the_log_tells_throughput_and_the_teachers_loss_once(tmp_path):
@@ -420,7 +456,9 @@ def test_the_log_tells_throughput_and_the_teachers_loss_once(tmp_path):
     for line in steps:
         assert line["mfu"] == pytest.approx(line["tflops"] / 0.001, rel=1e-3)
         flops = line["tflops"] * 1e12 / line["tokens_per_second"]
-        assert flops == pytest.approx(model_flops(teacher) + 3 * model_flops(load_model(student)), rel=0.3)
+        assert flops == pytest.approx(
+            model_flops(teacher) + 3 * model_flops(load_model(student)), rel=0.3
+        )
     told = [line["teacher_val_loss"] for line in lines if "teacher_val_loss" in line]
     held = tokens(8, seed=1)
     with torch.no_grad():
@@ -431,7 +469,9 @@ def test_the_log_tells_throughput_and_the_teachers_loss_once(tmp_path):
 
 def model_flops(model):
     """Two per weight that multiplies, without attention."""
-    return 2 * sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    return 2 * sum(
+        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
+    )
 
 
 def test_tensorboard_gets_losses_and_throughput(tmp_path, monkeypatch):

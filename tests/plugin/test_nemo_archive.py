@@ -30,7 +30,9 @@ def altered(good, path, change, config_name="./model_config.yaml"):
             content = old.extractfile(member).read() if member.isfile() else b""
             if member.name.endswith("model_config.yaml"):
                 content = change(yaml.safe_load(content))
-                content = content if isinstance(content, bytes) else yaml.safe_dump(content).encode()
+                content = (
+                    content if isinstance(content, bytes) else yaml.safe_dump(content).encode()
+                )
                 member.name, member.size = config_name, len(content)
             new.addfile(member, io.BytesIO(content))
     return path
@@ -108,7 +110,9 @@ def test_what_reaches_out_is_refused_whoever_restores_it(tmp_path, capsys, monke
         MinitronModel.restore_from(str(archive), map_location="cpu")
     assert [path.name for path in outside.iterdir()] == ["secret"]
     kept = [
-        path for path in tmp_path.rglob("*") if path.is_file() and path not in (archive, outside / "secret")
+        path
+        for path in tmp_path.rglob("*")
+        if path.is_file() and path not in (archive, outside / "secret")
     ]
     assert not any(
         b"of the user's" in path.read_bytes() or b"hf_secret" in path.read_bytes() for path in kept
@@ -132,7 +136,9 @@ def test_the_configuration_that_is_checked_is_the_one_that_nemo_reads(tmp_path, 
 
 
 def test_after_a_refusal_models_are_built_as_before(tmp_path, good, teacher):
-    bad = altered(good, tmp_path / "bad.nemo", lambda config: {**config, "dtypes": {"float32": ["absent"]}})
+    bad = altered(
+        good, tmp_path / "bad.nemo", lambda config: {**config, "dtypes": {"float32": ["absent"]}}
+    )
     with pytest.raises(ValueError, match=r"dtypes\.float32: the model has no parameter 'absent'"):
         MinitronModel.restore_from(str(bad), map_location="cpu")
     MinitronModel.from_hf(teacher)  # whose files are not an archive's
@@ -155,14 +161,19 @@ def two_in_one(hidden, shown):
     begin = b"\x1f\x8b\x08\x04" + b"\0" * 5 + b"\xff" + struct.pack("<H", 512 - 12 + len(rest))
     packed = zlib.compressobj(wbits=-15)
     body = packed.compress(shown) + packed.flush()
-    return block(begin, b"") + rest + body + struct.pack("<II", zlib.crc32(shown), len(shown) % 2**32)
+    return (
+        block(begin, b"") + rest + body + struct.pack("<II", zlib.crc32(shown), len(shown) % 2**32)
+    )
 
 
 def test_a_file_that_is_two_archives_is_checked_as_the_one_that_nemo_unpacks(tmp_path, good):
     both = tmp_path / "both.nemo"
     evil = yaml.safe_dump({"hf_config": {}, "model": {"_target_": TOKENIZER}}).encode()
     both.write_bytes(two_in_one(evil, good.read_bytes()))
-    with tarfile.open(both) as archive, tarfile.open(good) as shown:  # looks for a compressed one first
+    with (
+        tarfile.open(both) as archive,
+        tarfile.open(good) as shown,
+    ):  # looks for a compressed one first
         assert archive.getnames() == shown.getnames()
     with SaveRestoreConnector._tar_open(str(both)) as archive:
         assert archive.getnames()[1:] == ["model_config.yaml"]

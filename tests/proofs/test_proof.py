@@ -12,7 +12,15 @@ import transformers
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.families import axis_sizes, families, has_tensor, present_axes
 from nemo_minitron.families.grammar import row_axes
-from nemo_minitron.proofs.proof import PROOFS, TOGETHER, markdown, permutations, proof_table, prove, tabulate
+from nemo_minitron.proofs.proof import (
+    PROOFS,
+    TOGETHER,
+    markdown,
+    permutations,
+    proof_table,
+    prove,
+    tabulate,
+)
 from nemo_minitron.proofs.tiny_models import tiny_config, tiny_model
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.slice import Cut, rescaled
@@ -50,7 +58,9 @@ def test_the_table_in_the_docs_is_what_was_found_here():
         pytest.skip("the table was made with another transformers")
     rows = []
     for name, family in families().items():
-        rows += tabulate(name, family, [f for i in range(len(family.proofs)) for f in found(name, i)])
+        rows += tabulate(
+            name, family, [f for i in range(len(family.proofs)) for f in found(name, i)]
+        )
     assert markdown(rows) in page, "run make docs"
 
 
@@ -60,7 +70,9 @@ def test_every_prunable_axis_is_proven_under_some_config(tmp_path, name):
     seen = set()
     for i, changes in enumerate(family.proofs):
         seen |= set(
-            present_axes(family, open_checkpoint(tiny_model(family, changes, tmp_path / f"{i}")).config)
+            present_axes(
+                family, open_checkpoint(tiny_model(family, changes, tmp_path / f"{i}")).config
+            )
         )
     assert set(family.prunable) <= seen
 
@@ -89,22 +101,32 @@ def test_the_proof_bites_on_every_axis_of_every_row(tmp_path, name):
     """Every axis that a row names is needed: without it, the permuted model computes something else."""
     family = families()[name]
     still = {
-        f"still_{axis}": replace(family.axes[axis], name=f"still_{axis}", fixed=True, index=None, within=None)
+        f"still_{axis}": replace(
+            family.axes[axis], name=f"still_{axis}", fixed=True, index=None, within=None
+        )
         for axis in family.prunable
     }
     tried = set()
     for i, changes in enumerate(family.proofs):
         checkpoint = open_checkpoint(tiny_model(family, changes, tmp_path / f"{i}"))
-        axes = [a for a in family.prunable if a in present_axes(family, checkpoint.config) and a != "layers"]
+        axes = [
+            a
+            for a in family.prunable
+            if a in present_axes(family, checkpoint.config) and a != "layers"
+        ]
         for row in family.rows:
             if row.pattern in tried or not has_tensor(family, row, checkpoint.config):
                 continue
             tried.add(row.pattern)
             for mistake, wrong in wrong_rows(row, family):
                 rows = tuple(wrong if r is row else r for r in family.rows)
-                bad = replace(checkpoint, family=replace(family, rows=rows, axes={**family.axes, **still}))
+                bad = replace(
+                    checkpoint, family=replace(family, rows=rows, axes={**family.axes, **still})
+                )
                 try:
-                    found = [finding.holds for finding in permutations(bad, axes, tmp_path, alone=False)]
+                    found = [
+                        finding.holds for finding in permutations(bad, axes, tmp_path, alone=False)
+                    ]
                 except ValueError as error:  # so wrong that the cut itself says no
                     assert "nothing in the name or in dimension 0" in str(error)
                     found = [False]
@@ -115,13 +137,17 @@ def test_the_proof_bites_on_every_axis_of_every_row(tmp_path, name):
 def test_a_wrong_table_fails_its_proof_by_name():
     family = families()["llama"]
     rows = tuple(
-        replace(row, dims=((("still",),), *row.dims[1:])) if row.pattern.endswith("down_proj.weight") else row
+        replace(row, dims=((("still",),), *row.dims[1:]))
+        if row.pattern.endswith("down_proj.weight")
+        else row
         for row in family.rows
     )
     still = replace(
         family.axes["hidden"], name="still", config=("still",), fallback="hidden_size", fixed=True
     )
-    wrong = replace(family, rows=rows, axes={**family.axes, "still": still}, proofs=({"still": 32},))
+    wrong = replace(
+        family, rows=rows, axes={**family.axes, "still": still}, proofs=({"still": 32},)
+    )
     columns, table, failed = proof_table({"llama": wrong})
     cells = {row[1]: dict(zip(columns[2:], row[2:], strict=True)) for row in table}
     assert failed >= 2
@@ -148,12 +174,17 @@ def test_the_embedding_scale_is_folded(tmp_path, name, tied):
     from safetensors.torch import load_file, save_file
 
     family = families()[name]
-    source = tiny_model(family, {"tie_word_embeddings": tied, "rms_norm_eps": 0.0}, tmp_path / "source")
+    source = tiny_model(
+        family, {"tie_word_embeddings": tied, "rms_norm_eps": 0.0}, tmp_path / "source"
+    )
     file = "model.safetensors"
     tensors = load_file(source / file)
     alive = torch.arange(0, 32, 2)
     for tensor_name, tensor in tensors.items():
-        if "_norm" not in tensor_name.replace("layernorm", "_norm") and "model.norm" not in tensor_name:
+        if (
+            "_norm" not in tensor_name.replace("layernorm", "_norm")
+            and "model.norm" not in tensor_name
+        ):
             row = next(row for row in family.rows if row.regex.fullmatch(tensor_name))
             for position, dim in enumerate(row.dims):
                 if dim == (("hidden",),):
@@ -213,5 +244,7 @@ def test_what_a_config_says_per_layer_goes_with_the_layers(name, changes, layers
 def test_no_two_rows_of_a_table_name_the_same_tensor():
     for family in families().values():
         for left, right in itertools.combinations(family.rows, 2):
-            assert not left.regex.fullmatch(right.pattern.replace("{layer}", "0").replace("{expert}", "0"))
+            assert not left.regex.fullmatch(
+                right.pattern.replace("{layer}", "0").replace("{expert}", "0")
+            )
         assert row_axes(family.rows[0].dims)

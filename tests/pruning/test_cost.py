@@ -15,10 +15,19 @@ NEMOTRON = {
 # [P1] Tables 2 and 3; the third decimal as recomputed
 @pytest.mark.parametrize(
     ("hidden", "heads", "ffn", "total", "non_embedding"),
-    [(6144, 48, 24576, 15.629, 12.483), (4096, 48, 16384, 8.272, 6.175), (3072, 24, 9216, 4.191, 2.618)],
+    [
+        (6144, 48, 24576, 15.629, 12.483),
+        (4096, 48, 16384, 8.272, 6.175),
+        (3072, 24, 9216, 4.191, 2.618),
+    ],
 )
 def test_the_papers_models(hidden, heads, ffn, total, non_embedding):
-    config = {**NEMOTRON, "hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": ffn}
+    config = {
+        **NEMOTRON,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+    }
     size = model_size(families()["nemotron"], config)
     assert round(size.parameters / 1e9, 3) == total
     assert round(size.non_embedding / 1e9, 3) == non_embedding
@@ -31,9 +40,13 @@ def test_flops_and_cache_by_hand():
     }  # fmt: skip
     size = model_size(families()["llama"], config, context=100, cache_bytes=2)
     matrices = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 6) + 10 * 8
-    attention = 2 * (4 * 4 * 2 * 50)  # layers x 4 heads x head_dim x half of the context, 4 FLOPs each
+    attention = 2 * (
+        4 * 4 * 2 * 50
+    )  # layers x 4 heads x head_dim x half of the context, 4 FLOPs each
     assert size.flops_per_token == 2 * matrices + attention
-    assert size.kv_bytes_per_token == 2 * 2 * 2 * 2 * 2  # keys and values, layers, kv heads, head_dim, bytes
+    assert (
+        size.kv_bytes_per_token == 2 * 2 * 2 * 2 * 2
+    )  # keys and values, layers, kv heads, head_dim, bytes
 
 
 def test_tied_embeddings_count_once_and_cost_the_head_all_the_same():

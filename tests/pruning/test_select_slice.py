@@ -41,7 +41,9 @@ def test_the_best_stay_in_their_original_order_and_ties_go_to_the_lower_index():
     groups=st.integers(1, 4), size=st.integers(1, 5), kept_groups=st.integers(1, 4), per_group=st.integers(1,
     5), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_every_kept_group_keeps_the_same_number_of_its_best(groups, size, kept_groups, per_group, seed):
+def test_every_kept_group_keeps_the_same_number_of_its_best(
+    groups, size, kept_groups, per_group, seed
+):
     kept_groups, per_group = min(groups, kept_groups), min(size, per_group)
     scores = torch.rand(2, groups * size, generator=torch.Generator().manual_seed(seed))
     chosen_groups = top(torch.rand(2, groups), kept_groups)
@@ -58,7 +60,15 @@ def test_every_kept_group_keeps_the_same_number_of_its_best(groups, size, kept_g
 
 def test_pruning_groups_takes_their_heads_along():
     family = families()["llama"]
-    sizes = {"hidden": 8, "ffn": 4, "heads": 6, "kv_heads": 3, "head_dim": 2, "vocab": 9, "layers": 1}
+    sizes = {
+        "hidden": 8,
+        "ffn": 4,
+        "heads": 6,
+        "kv_heads": 3,
+        "head_dim": 2,
+        "vocab": 9,
+        "layers": 1,
+    }
     scores = {"heads": torch.tensor([[1.0, 1.0, 9.0, 0.0, 5.0, 4.0]])}
     keep = select_units(family, scores, sizes, {**sizes, "kv_heads": 2, "heads": 4})
     assert keep["kv_heads"].tolist() == [[1, 2]]
@@ -109,7 +119,10 @@ def test_any_cut_of_any_shape_is_refused_before_or_loads_strictly_and_generates(
     try:
         source = tiny_model(family, sizes, folder / "source")
         logits(source)
-    except (ValueError, RuntimeError):  # transformers itself cannot have this source: an odd head_dim
+    except (
+        ValueError,
+        RuntimeError,
+    ):  # transformers itself cannot have this source: an odd head_dim
         assert width % 2
         with pytest.raises(ValueError, match="head_dim % 2 == 0"):
             check_sizes(family, axis_sizes(family, tiny_config(family, sizes)), "source")
@@ -135,14 +148,24 @@ def test_any_cut_of_any_shape_is_refused_before_or_loads_strictly_and_generates(
     model = load_model(target, torch.float32)
     assert generates(model, 3)
     assert axis_sizes(family, model.config.to_dict()) == {**targets, "layers": len(kept)}
-    counted = sum(torch.Size(entry.shape).numel() for entry in open_checkpoint(target).entries.values())
+    counted = sum(
+        torch.Size(entry.shape).numel() for entry in open_checkpoint(target).entries.values()
+    )
     assert model_size(family, config_with_sizes(family, cut_config(Cut(family, checkpoint.config, {}, kept)), {**targets, "layers": len(kept)})).parameters == counted  # fmt: skip
 
 
 @pytest.mark.parametrize("axis", ["heads", "kv_heads", "ffn"])
 def test_targets_that_cannot_be_are_named(axis):
     family = families()["llama"]
-    sizes = {"hidden": 32, "ffn": 40, "heads": 8, "kv_heads": 2, "head_dim": 4, "vocab": 96, "layers": 4}
+    sizes = {
+        "hidden": 32,
+        "ffn": 40,
+        "heads": 8,
+        "kv_heads": 2,
+        "head_dim": 4,
+        "vocab": 96,
+        "layers": 4,
+    }
     assert complete_targets(family, sizes, {"kv_heads": 1})["heads"] == 4
     with pytest.raises(ValueError, match=f"plan.{axis}: expected 1 to {sizes[axis]}"):
         complete_targets(family, sizes, {axis: sizes[axis] + 1})
@@ -167,6 +190,10 @@ def test_layers_are_renumbered_and_their_lists_cut():
     found = [(piece.name, piece.source) for piece in pieces(cut, names)]
     assert found == [(names[0], names[0]), (names[1], names[2])]
     written = cut_config(cut)
-    assert (written["layer_types"], written["num_hidden_layers"], written["head_dim"]) == (["a", "c"], 2, 4)
+    assert (written["layer_types"], written["num_hidden_layers"], written["head_dim"]) == (
+        ["a", "c"],
+        2,
+        4,
+    )
     with pytest.raises(ValueError, match="layer_types should list 3 layers"):
         cut_config(Cut(family, {**config, "layer_types": ["a"]}, {}, (0,)))

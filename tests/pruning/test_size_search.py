@@ -67,7 +67,11 @@ def of(config):
 def by_hand(layers, expansion, heads, hidden):
     """Parameters of a Nemotron: two embeddings, then attention, a two-matrix MLP and two norms per layer."""
     attention = 2 * 128 * heads * hidden + 2 * 128 * 8 * hidden
-    return 2 * 256000 * hidden + layers * (attention + 2 * expansion * hidden**2 + 4 * hidden) + 2 * hidden
+    return (
+        2 * 256000 * hidden
+        + layers * (attention + 2 * expansion * hidden**2 + 4 * hidden)
+        + 2 * hidden
+    )
 
 
 # [P1] Table 12: 4.0 B within 5 % are the paper's 18; its 15 of 8 B are those from 7.871 to 8.494 B, to the third decimal
@@ -134,7 +138,9 @@ def test_any_cost_can_be_the_budget(measure):
     assert len(every) == 8
     limit = sorted(getattr(one.size, measure) for one in every)[3]
     found = candidates(*of(LLAMA), sizes, 0, limit, measure)
-    assert sorted(map(str, found)) == sorted(str(one) for one in every if getattr(one.size, measure) <= limit)
+    assert sorted(map(str, found)) == sorted(
+        str(one) for one in every if getattr(one.size, measure) <= limit
+    )
     assert len(found) < 8
 
 
@@ -147,9 +153,14 @@ def test_combinations_that_the_family_refuses_are_left_out():
         (32, 3072),
         (32, 3584),
     ]
-    found = candidates(family, config, {"expansion": [0.7501, 3.5, 4], "hidden": [4000, 4096]}, 0, 10**10)
+    found = candidates(
+        family, config, {"expansion": [0.7501, 3.5, 4], "hidden": [4000, 4096]}, 0, 10**10
+    )
     # 0.7501 x either is no whole number, 4 x either is more than the model has
-    assert sorted((one.sizes["hidden"], one.sizes["ffn"]) for one in found) == [(4000, 14000), (4096, 14336)]
+    assert sorted((one.sizes["hidden"], one.sizes["ffn"]) for one in found) == [
+        (4000, 14000),
+        (4096, 14336),
+    ]
 
 
 def test_heads_follow_their_groups_and_are_shown():
@@ -162,9 +173,13 @@ def test_layers_that_the_architecture_needs_are_kept():
     choices = {"layers": [5, 6, 52]}  # the first attention layer is the sixth
     found = candidates(family, config, choices, 0, 10**12)
     assert sorted(one.sizes["layers"] for one in found) == [6, 52]
-    ends = candidates(family, config, choices, 0, 10**12, keep_layers=lambda count: range(52 - count, 52))
+    ends = candidates(
+        family, config, choices, 0, 10**12, keep_layers=lambda count: range(52 - count, 52)
+    )
     assert sorted(one.sizes["layers"] for one in ends) == [52]  # the last ones have none either
-    with pytest.raises(ValueError, match=r"search: expected sizes that fit .* needs a layer with heads"):
+    with pytest.raises(
+        ValueError, match=r"search: expected sizes that fit .* needs a layer with heads"
+    ):
         candidates(family, config, {"layers": [3, 4]}, 0, 10**12)
 
 
@@ -236,7 +251,10 @@ SPECIMENS = [(name, changes) for name, family in families().items() for changes 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    specimen=st.sampled_from(SPECIMENS), last=st.booleans(), measure=st.sampled_from(MEASURES), data=st.data()
+    specimen=st.sampled_from(SPECIMENS),
+    last=st.booleans(),
+    measure=st.sampled_from(MEASURES),
+    data=st.data(),
 )
 def test_every_candidate_costs_what_its_written_config_costs_and_none_is_missed(
     specimen, last, measure, data
@@ -247,7 +265,9 @@ def test_every_candidate_costs_what_its_written_config_costs_and_none_is_missed(
     axes = [name for name in family.prunable if name in present]
     named = data.draw(st.lists(st.sampled_from(axes), min_size=1, max_size=3, unique=True), "axes")
     choices = {
-        name: data.draw(st.lists(st.integers(1, sizes[name]), min_size=1, max_size=3, unique=True), name)
+        name: data.draw(
+            st.lists(st.integers(1, sizes[name]), min_size=1, max_size=3, unique=True), name
+        )
         for name in named
     }
     # a random size seldom fits the others; these always do, so that the test is not about refusals alone
@@ -258,7 +278,9 @@ def test_every_candidate_costs_what_its_written_config_costs_and_none_is_missed(
 
     expected = list(every_combination(family, config, choices, keep_layers))
     costs = sorted({getattr(size, measure) for _, size in expected})
-    least, most = sorted(data.draw(st.tuples(st.sampled_from(costs), st.sampled_from(costs)), "window"))
+    least, most = sorted(
+        data.draw(st.tuples(st.sampled_from(costs), st.sampled_from(costs)), "window")
+    )
     found = candidates(family, config, choices, least, most, measure, keep_layers)
     assert all(least <= getattr(one.size, measure) <= most for one in found)
     inside = [(sizes, size) for sizes, size in expected if least <= getattr(size, measure) <= most]
@@ -296,7 +318,9 @@ def test_ten_thousand_combinations_take_seconds():
         layers = range(one.sizes["layers"])
         cut = cut_config(Cut(family, config, {}, tuple(layers)))
         assert (
-            model_size(family, config_with_sizes(family, cut, {**axis_sizes(family, config), **one.sizes}))
+            model_size(
+                family, config_with_sizes(family, cut, {**axis_sizes(family, config), **one.sizes})
+            )
             == one.size
         )
 
@@ -306,7 +330,10 @@ def test_a_default_grid_holds_the_papers_space():
     assert grid["hidden"] == SPACE_8B["hidden"]
     assert grid["layers"] == [29, 30, 31, 32]
     assert grid["heads"] == [32, 40, 48]
-    assert (grid["ffn"][0], grid["ffn"][-1]) == (10240, 24576)  # 2.5 x the least hidden; the model's own
+    assert (grid["ffn"][0], grid["ffn"][-1]) == (
+        10240,
+        24576,
+    )  # 2.5 x the least hidden; the model's own
     assert "kv_heads" not in grid
     small = default_choices(*of(NEMOTRON), 4 / 15.629)
     assert (small["hidden"][0], small["layers"]) == (2560, [29, 30, 31, 32])
@@ -323,7 +350,9 @@ def test_units_of_a_default_grid_go_in_whole_groups():
     assert grid["kv_heads"] == [20, 24, 28, 32]
     assert "heads" not in grid
     hybrid = default_choices(*of(MODELS["hybrid"]), 0.5)
-    assert not {"mamba_state", "mamba_head_dim", "mamba_groups", "ffn"} & set(hybrid)  # it has no dense MLP
+    assert not {"mamba_state", "mamba_head_dim", "mamba_groups", "ffn"} & set(
+        hybrid
+    )  # it has no dense MLP
     assert all(heads % 8 == 0 for heads in hybrid["mamba_heads"])
     assert len(hybrid["mamba_heads"]) > 1
     least = default_choices(*of({**MODELS["experts"], "num_experts": 16}), 0.1)["experts"][0]
@@ -361,7 +390,9 @@ def test_a_default_grid_reaches_the_budget_with_sizes_that_kernels_like(name, sh
         assert 2 <= len(options) <= 6
         assert options == sorted(set(options))
         assert options[-1] == sizes[axis]
-    found = candidates(family, config, grid, math.ceil(0.95 * share * whole), int(1.05 * share * whole))
+    found = candidates(
+        family, config, grid, math.ceil(0.95 * share * whole), int(1.05 * share * whole)
+    )
     assert len(found) >= 4
     for one in found:
         assert alignment(sizes, {**sizes, **one.sizes}) == []
@@ -398,7 +429,9 @@ def test_rungs_by_hand():
     assert rungs(27, 900, 3) == [(27, 100), (9, 300), (3, 900)]
     assert rungs(1, 7) == [(1, 7)]
     for wrong in ((0, 10, 2), (4, 10, 1), (16, 7, 2), (1, 0, 2)):
-        with pytest.raises(ValueError, match=r"rungs: expected at least 1 candidate, a factor of 2 and"):
+        with pytest.raises(
+            ValueError, match=r"rungs: expected at least 1 candidate, a factor of 2 and"
+        ):
             rungs(*wrong)
     with pytest.raises(ValueError, match=r"\(here\) 8 steps, found 16, 2 and 7"):
         rungs(16, 7)
@@ -422,7 +455,9 @@ def test_a_schedule_finds_the_best_of_curves_that_cross_before_its_first_rung():
     def loss(one, steps):
         return ends[one] + (9 - one) * math.exp(-steps / 10)
 
-    assert halving([loss(one, 10) for one in range(8)], 1) != [5]  # judged at once, another would win
+    assert halving([loss(one, 10) for one in range(8)], 1) != [
+        5
+    ]  # judged at once, another would win
     running, losses = list(range(8)), ends
     for number, steps in rungs(len(ends), 400):
         if number < len(running):

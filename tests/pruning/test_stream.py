@@ -31,7 +31,9 @@ def half_of_everything(checkpoint, seed=0, layers=(1, 3)):
     family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
     present = present_axes(family, checkpoint.config)
     targets = halved(family, sizes, TOGETHER, [axis for axis in family.prunable if axis in present])
-    scores = {axis: random_scores(score_shape(family, sizes, axis), seed) for axis in family.prunable}
+    scores = {
+        axis: random_scores(score_shape(family, sizes, axis), seed) for axis in family.prunable
+    }
     keep = select_units(family, scores, sizes, {k: v for k, v in targets.items() if k != "layers"})
     return Cut(family, checkpoint.config, keep, layers)
 
@@ -45,7 +47,9 @@ def run(checkpoint, cuts, work, shard_bytes=10**9):
 
 
 def all_tensors(folder):
-    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+    return {
+        k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()
+    }
 
 
 def retype(folder, dtypes):
@@ -57,7 +61,9 @@ def retype(folder, dtypes):
     weight_map = {}
     for i, start in enumerate(range(0, len(tensors), 7)):
         names = list(tensors)[start : start + 7]
-        save_file({n: tensors[n] for n in names}, folder / f"part-{i}.safetensors", {"format": "pt"})
+        save_file(
+            {n: tensors[n] for n in names}, folder / f"part-{i}.safetensors", {"format": "pt"}
+        )
         weight_map |= dict.fromkeys(names, f"part-{i}.safetensors")
     write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     return folder
@@ -82,7 +88,9 @@ def test_the_stream_equals_slices_in_memory_whatever_blocks_shards_and_dtypes(
     monkeypatch.setattr(stream, "BLOCK_BYTES", block)
     monkeypatch.setattr(stream, "GAP_BYTES", block // 4)
     family = families()[name]
-    checkpoint = open_checkpoint(retype(tiny_model(family, family.proofs[0], tmp_path / "m"), dtypes))
+    checkpoint = open_checkpoint(
+        retype(tiny_model(family, family.proofs[0], tmp_path / "m"), dtypes)
+    )
     turned = permutation(family, checkpoint.config, [a for a in family.prunable if a != "layers"])
     read = partial(load_tensor, checkpoint)
     for i, cut in enumerate(
@@ -138,7 +146,9 @@ def bytes_read(call):
     return so_far() - before
 
 
-needs_proc = pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="counts bytes as Linux does")
+needs_proc = pytest.mark.skipif(
+    not os.path.exists("/proc/self/io"), reason="counts bytes as Linux does"
+)
 
 
 @needs_proc
@@ -151,7 +161,9 @@ def test_two_plans_read_the_source_once_and_give_what_each_gives_alone(tmp_path,
     ]
     size = sum(path.stat().st_size for path in big.glob("*.safetensors"))
     together = bytes_read(lambda: run(checkpoint, cuts, tmp_path / "together"))
-    alone = bytes_read(lambda: [run(checkpoint, [cut], tmp_path / f"{i}") for i, cut in enumerate(cuts)])
+    alone = bytes_read(
+        lambda: [run(checkpoint, [cut], tmp_path / f"{i}") for i, cut in enumerate(cuts)]
+    )
     assert together < 1.02 * size
     assert alone > 1.5 * size
     for i in range(2):
@@ -176,7 +188,9 @@ def test_only_what_survives_is_read(tmp_path, big):
 
 
 def test_a_disk_without_room_is_said_before_a_byte_is_written(tmp_path):
-    with pytest.raises(OSError, match=r"no space left: .* needs 9,007,199,254,740,992 bytes") as caught:
+    with pytest.raises(
+        OSError, match=r"no space left: .* needs 9,007,199,254,740,992 bytes"
+    ) as caught:
         ShardWriter(tmp_path, [Planned("w", "F32", (2**51,))], 10**9)
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
@@ -208,7 +222,9 @@ def test_a_full_disk_is_one_clear_line_and_no_debris(tmp_path, big):
         "sys.exit(main(sys.argv[1:]))"
     )
     words = asked(big, tmp_path / "ws")
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1, done.stderr
     line = done.stderr.splitlines()[-1]
     assert line.startswith("minitron prune: "), done.stderr
@@ -229,7 +245,8 @@ def test_killed_at_any_byte_nothing_looks_finished_and_the_next_run_finishes(tmp
     draw, workspace, killed = random.Random(time.time_ns()), tmp_path / "ws", 0
     for _ in range(4):
         process = subprocess.Popen(
-            [sys.executable, "-m", "nemo_minitron", *asked(big, workspace)], stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "nemo_minitron", *asked(big, workspace)],
+            stderr=subprocess.DEVNULL,
         )
         partial = workspace / ".pruned.partial"
         while process.poll() is None and not partial.exists():
@@ -243,6 +260,8 @@ def test_killed_at_any_byte_nothing_looks_finished_and_the_next_run_finishes(tmp
             break
     assert killed > 0
     assert minitron(*asked(big, workspace)).returncode == 0
-    assert {path.name: hash_file(path) for path in (workspace / "pruned").glob("model*")} == expected
+    assert {
+        path.name: hash_file(path) for path in (workspace / "pruned").glob("model*")
+    } == expected
     assert minitron("verify", str(workspace)).returncode == 0
     assert not (workspace / ".pruned.partial").exists()

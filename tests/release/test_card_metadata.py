@@ -6,7 +6,9 @@ import yaml
 
 from nemo_minitron.release.card_metadata import licence_of, model_card, write_eval_results
 
-OTHER = "license: other\nlicense_name: open-model-license\nlicense_link: https://example.org/licence\n"
+OTHER = (
+    "license: other\nlicense_name: open-model-license\nlicense_link: https://example.org/licence\n"
+)
 
 
 @pytest.mark.parametrize("head", ["license: apache-2.0\n", OTHER, "tags: [x]\n", ""])
@@ -14,7 +16,9 @@ def test_the_sources_licence_is_carried_over_whole(tmp_path, head):
     (tmp_path / "README.md").write_text((f"---\n{head}---\n" if head else "") + "# A model\n")
     found, untaken = licence_of(tmp_path)
     assert untaken == {}
-    assert found == dict(line.split(": ", 1) for line in head.splitlines() if line.startswith("license"))
+    assert found == dict(
+        line.split(": ", 1) for line in head.splitlines() if line.startswith("license")
+    )
     card = huggingface_hub.ModelCard(model_card("# Smaller", "owner/model", found, "smaller", []))
     for name in ("license", "license_name", "license_link"):
         assert card.data.get(name) == found.get(name)
@@ -97,7 +101,9 @@ def test_leaderboards_get_one_whole_number_of_each_task(tmp_path):
             "lambada": "EleutherAI/lambada_openai",
             "wiki": "a/b",
         },
-        "better": {task: {m: "perplexity" not in m for m in found} for task, found in metrics.items()},
+        "better": {
+            task: {m: "perplexity" not in m for m in found} for task, found in metrics.items()
+        },
         "models": {"student": {"tasks": metrics}},
         "measured_on": {"task_limit": 10},
     }

@@ -94,7 +94,10 @@ def test_a_damaged_file_is_fetched_again(hub, tmp_path):
 
 
 def test_a_workspace_stays_with_the_commit_that_it_began_with(hub, tmp_path):
-    words, pruned = [*PRUNE, f"workspace={tmp_path / 'ws'}"], tmp_path / "ws" / "pruned" / "manifest.json"
+    words, pruned = (
+        [*PRUNE, f"workspace={tmp_path / 'ws'}"],
+        tmp_path / "ws" / "pruned" / "manifest.json",
+    )
     assert run(hub, tmp_path, *words).returncode == 0
     before = pruned.read_bytes()
     (tmp_path / "served" / "README.md").write_text("a card that was edited meanwhile")
@@ -181,7 +184,9 @@ def test_a_data_set_by_hub_id(hub, tmp_path):
     assert lines == [f"line {i} of a data set on the hub" for i in range(200)]
     absent = read(code.replace("org/lines", "org/none"))
     assert "ValueError: 'org/none': no such data set on the hub" in absent.stderr
-    assert any(f"/resolve/{COMMIT}/" in line for line in hub.requests)  # what was fingerprinted is read
+    assert any(
+        f"/resolve/{COMMIT}/" in line for line in hub.requests
+    )  # what was fingerprinted is read
     unclear = read(code.replace("org/lines", "lines"))
     assert "expected hf://owner/name[/config][:split], found 'hf://lines'" in unclear.stderr
     hub.failures = 100

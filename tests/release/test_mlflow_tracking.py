@@ -53,7 +53,9 @@ def place(empty, tmp_path):
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
-def artifact(workspace, name="student", config=CONFIG, lines=LINES, page="<html>a page</html>", inputs=()):
+def artifact(
+    workspace, name="student", config=CONFIG, lines=LINES, page="<html>a page</html>", inputs=()
+):
     """A finished artifact with everything that a stage may leave, weights included."""
 
     def build(folder):
@@ -72,7 +74,9 @@ def artifact(workspace, name="student", config=CONFIG, lines=LINES, page="<html>
 
 
 def log(place, folder, stage="distill", facts=None, headline="loss 2.25", identity="the workspace"):
-    return track(place, "trials", "run-7", folder, stage, {} if facts is None else facts, headline, identity)
+    return track(
+        place, "trials", "run-7", folder, stage, {} if facts is None else facts, headline, identity
+    )
 
 
 def the_run(place, identity="the workspace"):
@@ -99,7 +103,10 @@ def test_what_a_stage_logs_can_be_read_back(place, tmp_path):
     teacher = [Input("org/model", "f" * 64)]
     make(tmp_path / "teacher", "teacher", {"revision": "c0ffee"}, teacher, lambda folder: None)
     folder = artifact(tmp_path)
-    facts = {"student": {"loss": 2.25, "cases": [{"ms": 7}], "top1": None, "fit": True}, "note": "words"}
+    facts = {
+        "student": {"loss": 2.25, "cases": [{"ms": 7}], "top1": None, "fit": True},
+        "note": "words",
+    }
     assert log(place, folder, facts=facts) is None
     client, run = the_run(place)
     manifest = read_manifest(folder)
@@ -112,7 +119,10 @@ def test_what_a_stage_logs_can_be_read_back(place, tmp_path):
     assert points(client, run, "distill/student/loss") == [(0, 2.25)]
     assert points(client, run, "distill/curve/loss") == [(1, 3.5), (4, 2.25)]
     assert points(client, run, "distill/curve/val_loss") == [(4, 2.5)]
-    assert points(client, run, "distill/curve/tokens") == [(1, 64), (4, 256)]  # step 4 has two lines
+    assert points(client, run, "distill/curve/tokens") == [
+        (1, 64),
+        (4, 256),
+    ]  # step 4 has two lines
     assert run.data.params == {
         "distill.trainer.max_steps": "4", "distill.trainer.precision": "bf16", "distill.optim.lr": "0.005",
         "distill.layers": "[1, 2]", "distill.kept": "null",
@@ -120,7 +130,10 @@ def test_what_a_stage_logs_can_be_read_back(place, tmp_path):
     tags = {name.removeprefix("minitron."): text for name, text in run.data.tags.items()}
     assert tags["distill.fingerprint"] == manifest.fingerprint
     assert (tags["distill.kind"], tags["distill.headline"]) == ("student", "loss 2.25")
-    assert (tags["distill.package"], tags["distill.finished"]) == (manifest.package, manifest.finished)
+    assert (tags["distill.package"], tags["distill.finished"]) == (
+        manifest.package,
+        manifest.finished,
+    )
     assert json.loads(tags["distill.inputs"]) == [{"path": "pruned", "fingerprint": "a" * 64}]
     assert (tags["source.model"], tags["source.revision"]) == ("org/model", "c0ffee")
     assert tags["source.fingerprint"] == "f" * 64
@@ -129,7 +142,9 @@ def test_what_a_stage_logs_can_be_read_back(place, tmp_path):
     for name in names:
         stored = client.download_artifacts(run.info.run_id, f"distill/{name}", str(tmp_path))
         assert Path(stored).read_bytes() == (folder / name).read_bytes()
-    assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(tmp_path / "mlartifacts")
+    assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(
+        tmp_path / "mlartifacts"
+    )
 
 
 def test_the_same_artifact_is_logged_once(place, tmp_path):
@@ -148,11 +163,22 @@ def test_the_same_artifact_is_logged_once(place, tmp_path):
 
 def test_a_workspace_has_one_run(place, tmp_path):
     assert log(place, artifact(tmp_path / "one"), facts={"loss": 1.5}) is None
-    assert log(place, artifact(tmp_path / "one", "report"), "evaluate", {"student": {"loss": 1.25}}) is None
-    assert log(place, artifact(tmp_path / "two"), facts={"loss": 9}, identity="it's another") is None
-    assert log(place, artifact(tmp_path / "two", "report"), "evaluate", identity="it's another") is None
+    assert (
+        log(place, artifact(tmp_path / "one", "report"), "evaluate", {"student": {"loss": 1.25}})
+        is None
+    )
+    assert (
+        log(place, artifact(tmp_path / "two"), facts={"loss": 9}, identity="it's another") is None
+    )
+    assert (
+        log(place, artifact(tmp_path / "two", "report"), "evaluate", identity="it's another")
+        is None
+    )
     _, run = the_run(place)
-    assert run.data.metrics["distill/loss"] == 1.5 and run.data.metrics["evaluate/student/loss"] == 1.25
+    assert (
+        run.data.metrics["distill/loss"] == 1.5
+        and run.data.metrics["evaluate/student/loss"] == 1.25
+    )
     _, other = the_run(place, "it's another")
     assert other.data.metrics["distill/loss"] == 9 and "evaluate.optim.lr" in other.data.params
 
@@ -170,7 +196,9 @@ def test_an_artifact_that_is_made_anew(place, tmp_path):
     assert points(client, run, "distill/curve/loss") == [(1, 3.5), (4, 2.25)]
     assert points(client, run, "distill.v2/curve/loss") == [(2, 1.0)]
     assert run.data.params["distill.trainer.max_steps"] == "4"
-    versioned = {name: text for name, text in run.data.params.items() if name.startswith("distill.v2")}
+    versioned = {
+        name: text for name, text in run.data.params.items() if name.startswith("distill.v2")
+    }
     assert versioned == {"distill.v2.trainer.max_steps": "2"}  # what is as it was is not said again
     assert run.data.params["distill.new"] == "1"
     assert run.data.tags["minitron.distill.fingerprint"] == read_manifest(folder).fingerprint
@@ -190,7 +218,13 @@ def test_names_and_values_that_mlflow_would_not_take(place, tmp_path):
     config |= {"prompts": ["é" * 3000], **{f"key{i}": "ü" * 5900 for i in range(60)}}
     lines = [{"step": i, "loss": float("nan") if i == 7 else 1 / (i + 1)} for i in range(2500)]
     folder = artifact(tmp_path, config=config, lines=lines)
-    facts = {"acc,none": 1, "acc;none": 2, "t@sk": {"..": 3, "/": 4}, "bad": float("inf"), "x" * 300: 5}
+    facts = {
+        "acc,none": 1,
+        "acc;none": 2,
+        "t@sk": {"..": 3, "/": 4},
+        "bad": float("inf"),
+        "x" * 300: 5,
+    }
     assert log(place, folder, facts=facts) is None
     client, run = the_run(place)
     assert points(client, run, "distill/curve/loss") == [
@@ -238,7 +272,10 @@ def test_tokens_are_never_stored(place, tmp_path):
     config = {"hub": {"key": TOKEN, "list": [TOKEN], TOKEN: 1}}
     folder = artifact(tmp_path, config=config, page=f"<p>HF_TOKEN={TOKEN}</p>", inputs=secret)
     assert TOKEN in (folder / "manifest.json").read_text()
-    assert track(place, "trials", TOKEN, folder, "distill", {TOKEN: 1.5}, f"with {TOKEN}", "me") is None
+    assert (
+        track(place, "trials", TOKEN, folder, "distill", {TOKEN: 1.5}, f"with {TOKEN}", "me")
+        is None
+    )
     client, run = the_run(place, "me")
     assert run.data.params["distill.hub.key"] == "hf_***" and run.info.run_name == "hf_***"
     assert run.data.metrics["distill/hf____"] == 1.5
@@ -248,7 +285,9 @@ def test_tokens_are_never_stored(place, tmp_path):
     ]
     assert len(stored) == 5
     for path in stored:
-        assert TOKEN.encode() not in path.read_bytes() and b"password" not in path.read_bytes(), path
+        assert TOKEN.encode() not in path.read_bytes() and b"password" not in path.read_bytes(), (
+            path
+        )
     page = client.download_artifacts(run.info.run_id, "distill/report.html", str(tmp_path))
     assert Path(page).read_text() == "<p>HF_TOKEN=hf_***</p>"
 
@@ -331,7 +370,9 @@ def test_workspaces_at_the_same_time(place, tmp_path):
     names = [f"workspace {i}" for i in range(4)]
     folders = [artifact(tmp_path / name) for name in names]
     with ThreadPoolExecutor(4) as pool:
-        lines = list(pool.map(lambda folder, name: log(place, folder, identity=name), folders, names))
+        lines = list(
+            pool.map(lambda folder, name: log(place, folder, identity=name), folders, names)
+        )
     assert lines == [None] * 4 and dict(os.environ) == before
     for name in names:
         assert the_run(place, name)[1].data.metrics["distill/curve/loss"] == 2.25

@@ -40,7 +40,9 @@ def given_away(finished, tmp_path, teacher, corpus):
 
     def export(*more):
         # the recorded source stays what it is: its model was scored and pruned
-        done = minitron("export", f"workspace={workspace}", *settings(workspace, teacher, corpus)[2:], *more)
+        done = minitron(
+            "export", f"workspace={workspace}", *settings(workspace, teacher, corpus)[2:], *more
+        )
         assert "Traceback" not in done.stderr
         return done
 
@@ -74,7 +76,11 @@ def test_a_models_card_runs_nothing_when_its_student_is_exported(given_away, tmp
 
 @pytest.mark.parametrize(
     ("file", "key"),
-    [("teacher/source.json", "given"), ("teacher/source.json", "revision"), ("plan/plan.json", "model_type")],
+    [
+        ("teacher/source.json", "given"),
+        ("teacher/source.json", "revision"),
+        ("plan/plan.json", "model_type"),
+    ],
 )
 def test_a_workspace_of_somebody_elses_runs_nothing(given_away, tmp_path, file, key):
     workspace, _, export = given_away

@@ -45,12 +45,16 @@ def by_hand(folder, samples):
         layer.register_forward_hook(keep(f"{i}.in", "in"), with_kwargs=True)
         layer.register_forward_hook(keep(f"{i}.out", "out"), with_kwargs=True)
         layer.input_layernorm.register_forward_hook(keep(f"{i}.n1", "out"), with_kwargs=True)
-        layer.post_attention_layernorm.register_forward_hook(keep(f"{i}.n2", "out"), with_kwargs=True)
+        layer.post_attention_layernorm.register_forward_hook(
+            keep(f"{i}.n2", "out"), with_kwargs=True
+        )
         layer.mlp.register_forward_hook(keep(f"{i}.mlp", "in"), with_kwargs=True)
         for name in ("up_proj", "down_proj"):
             if hasattr(layer.mlp, name):
                 side = "in" if name == "down_proj" else "out"
-                getattr(layer.mlp, name).register_forward_hook(keep(f"{i}.{name}", side), with_kwargs=True)
+                getattr(layer.mlp, name).register_forward_hook(
+                    keep(f"{i}.{name}", side), with_kwargs=True
+                )
         layer.self_attn.o_proj.register_forward_hook(keep(f"{i}.att", "in"), with_kwargs=True)
     with torch.inference_mode():
         model(samples.tokens_NS[:, :-1], attention_mask=samples.valid_NS[:, :-1].long())
@@ -91,7 +95,9 @@ def test_every_axis_against_the_formula(tmp_path, name, batch, sequence):
     assert torch.allclose(found["hidden"], expected, rtol=2e-4)
     for i in range(3):
         assert same(found["ffn"][i], caught[f"{i}.down_proj"])
-        heads = caught[f"{i}.att"].unflatten(-1, (model.config.num_attention_heads, -1)).norm(dim=-1)
+        heads = (
+            caught[f"{i}.att"].unflatten(-1, (model.config.num_attention_heads, -1)).norm(dim=-1)
+        )
         assert same(found["heads"][i], heads)
 
 
@@ -162,14 +168,24 @@ def test_mamba_heads_channels_and_state_against_the_formula(tmp_path):
     model, caught = load_model(folder), {}
     for i in (0, 2, 3):
         mixer = model.model.layers[i].mixer
-        mixer.out_proj.register_forward_pre_hook(lambda _, args, i=i: caught.update({(i, "out"): args[0]}))
-        mixer.in_proj.register_forward_hook(lambda _, args, out, i=i: caught.update({(i, "in"): out}))
+        mixer.out_proj.register_forward_pre_hook(
+            lambda _, args, i=i: caught.update({(i, "out"): args[0]})
+        )
+        mixer.in_proj.register_forward_hook(
+            lambda _, args, out, i=i: caught.update({(i, "in"): out})
+        )
     with torch.inference_mode():
-        model(samples.tokens_NS[:, :-1], attention_mask=samples.valid_NS[:, :-1].long(), use_cache=False)
+        model(
+            samples.tokens_NS[:, :-1],
+            attention_mask=samples.valid_NS[:, :-1].long(),
+            use_cache=False,
+        )
     tally = score(folder, samples)
     for i in (0, 2, 3):
         out = caught[i, "out"].unflatten(-1, (8, 6))  # 8 heads of 6 channels
-        state = caught[i, "in"][..., 96:136].unflatten(-1, (4, 10))  # behind gate and x: B and C of 2 groups
+        state = caught[i, "in"][..., 96:136].unflatten(
+            -1, (4, 10)
+        )  # behind gate and x: B and C of 2 groups
         for axis, values in (
             ("mamba_heads", out.norm(dim=-1)),
             ("mamba_head_dim", out.norm(dim=-2)),
@@ -177,7 +193,9 @@ def test_mamba_heads_channels_and_state_against_the_formula(tmp_path):
         ):
             found = over_batch(tally.sums[axis, "mean"], "l2")[i]
             assert torch.allclose(found, aggregate(values, samples, "l2", "mean"), rtol=1e-3), axis
-    assert over_batch(tally.sums["mamba_heads", "mean"], "l2")[1].abs().max() == 0  # the attention layer
+    assert (
+        over_batch(tally.sums["mamba_heads", "mean"], "l2")[1].abs().max() == 0
+    )  # the attention layer
 
 
 @pytest.mark.parametrize("name", sorted(INSTALLED))
@@ -201,7 +219,8 @@ def test_any_split_over_batches_and_runs_merges_to_the_whole(tmp_path):
     whole = score(folder, samples, batch=8)
     checkpoint, model = open_checkpoint(folder), load_model(folder)
     parts = [
-        in_memory(model, checkpoint, samples, groups, ALL) for groups in ([[5, 0], [7]], [[1, 2, 3, 4, 6]])
+        in_memory(model, checkpoint, samples, groups, ALL)
+        for groups in ([[5, 0], [7]], [[1, 2, 3, 4, 6]])
     ]
     for other in (score(folder, samples, batch=3), merge_sums(*parts)):
         assert dict(sorted(other.samples.items())) == whole.samples

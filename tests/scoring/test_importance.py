@@ -37,7 +37,8 @@ def test_all_nine_aggregations_with_padding(batch, sequence):
     mask = torch.rand(5, 7) > 0.3
     mask[:, 0] = True
     expected = [
-        naive([naive(x[b, mask[b], u].double(), sequence) for b in range(5)], batch) for u in range(3)
+        naive([naive(x[b, mask[b], u].double(), sequence) for b in range(5)], batch)
+        for u in range(3)
     ]
     values = over_sequence(x, mask, AGGREGATIONS)  # several at once, side by side
     assert set(values) == set(AGGREGATIONS)
@@ -65,7 +66,9 @@ def test_tokens_that_did_not_come_to_an_expert_count_as_zeros(sequence):
     token = came.flatten().nonzero().flatten()
     dense = torch.where(came[..., None], x, 0.0)
     expected = over_sequence(dense, None, [sequence])[sequence]
-    found = over_routed(x.flatten(0, 1)[token], token // 5, torch.full((3,), 5), [sequence])[sequence]
+    found = over_routed(x.flatten(0, 1)[token], token // 5, torch.full((3,), 5), [sequence])[
+        sequence
+    ]
     assert torch.allclose(found, expected, atol=1e-6)
 
 
@@ -85,7 +88,9 @@ def test_any_split_of_the_samples_merges_to_the_whole(batch):
 
 def test_half_precision_activations_accumulate_in_float32():
     x = torch.full((1, 4096, 1), 0.01, dtype=torch.bfloat16)
-    assert over_sequence(x, None, ["mean"])["mean"].item() == pytest.approx(float(x[0, 0, 0]), rel=1e-5)
+    assert over_sequence(x, None, ["mean"])["mean"].item() == pytest.approx(
+        float(x[0, 0, 0]), rel=1e-5
+    )
 
 
 def test_a_group_is_the_norm_of_its_heads():
@@ -105,7 +110,15 @@ def test_block_influence_is_zero_for_an_identity_and_ignores_padding():
 
 def test_magnitude_of_a_unit_is_the_norm_of_its_weights():
     family = families()["llama"]
-    sizes = {"hidden": 5, "heads": 3, "head_dim": 2, "kv_heads": 3, "ffn": 4, "vocab": 7, "layers": 1}
+    sizes = {
+        "hidden": 5,
+        "heads": 3,
+        "head_dim": 2,
+        "kv_heads": 3,
+        "ffn": 4,
+        "vocab": 7,
+        "layers": 1,
+    }
     row = next(row for row in family.rows if row.pattern.endswith("q_proj.weight"))
     weight = torch.randn(6, 5)
     found = unit_squares(weight, row, sizes, family, {"layer": 0})

@@ -90,7 +90,9 @@ def test_layer_by_layer_gives_the_scores_of_the_model_in_memory(tmp_path, name):
         measures = Measures(AGGREGATIONS, influence=(1,), losses=(1,))
         whole = in_memory(load_model(folder), checkpoint, samples, GROUPS, measures)
         budget = 4000  # most of the hidden states go to disk
-        found = streamed(checkpoint, samples, GROUPS, measures, torch.device("cpu"), budget, tmp_path)
+        found = streamed(
+            checkpoint, samples, GROUPS, measures, torch.device("cpu"), budget, tmp_path
+        )
         assert set(found.sums) == set(whole.sums)
         assert found.samples == whole.samples
         for key, sums in whole.sums.items():
@@ -108,7 +110,13 @@ def test_streaming_refuses_what_needs_all_layers_at_once(tmp_path):
     checkpoint = open_checkpoint(make_model(tmp_path / "m", "llama"))
     with pytest.raises(ValueError, match="needs the model in memory"):
         streamed(
-            checkpoint, padded(), GROUPS, Measures(influence=(1, 2)), torch.device("cpu"), 10**9, tmp_path
+            checkpoint,
+            padded(),
+            GROUPS,
+            Measures(influence=(1, 2)),
+            torch.device("cpu"),
+            10**9,
+            tmp_path,
         )
 
 
@@ -171,6 +179,8 @@ def test_packed_documents_do_not_see_each_other(tmp_path, name):
 def test_the_loss_of_several_lengths_shares_one_base(tmp_path):
     folder, samples = make_model(tmp_path / "m", "llama"), padded()
     tally = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, DEPTH)
-    one = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, replace(DEPTH, losses=(1,)))
+    one = in_memory(
+        load_model(folder), open_checkpoint(folder), samples, GROUPS, replace(DEPTH, losses=(1,))
+    )
     assert torch.equal(tally.depth["lm_loss", 1].total, one.depth["lm_loss", 1].total)
     assert tally.depth["lm_loss", 1].base == tally.depth["lm_loss", 2].base

@@ -20,8 +20,12 @@ def secret(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "generation_config.json", "NOTICE.txt"])
-def test_a_side_file_that_is_a_link_out_of_the_model_is_refused_with_both_ends(model_folder, secret, name):
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "tokenizer.json", "generation_config.json", "NOTICE.txt"]
+)
+def test_a_side_file_that_is_a_link_out_of_the_model_is_refused_with_both_ends(
+    model_folder, secret, name
+):
     folder = model_folder()
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
@@ -50,7 +54,9 @@ def cached(cache, name, content, shared):
     etag = hashlib.sha256(content).hexdigest()
     store = blobs / etag
     if shared:
-        store = cache / "blobs" / "ab" / ("ab" + "0" * 62)  # not a hash that can be made from the contents
+        store = (
+            cache / "blobs" / "ab" / ("ab" + "0" * 62)
+        )  # not a hash that can be made from the contents
         store.parent.mkdir(parents=True, exist_ok=True)
         (blobs / etag).symlink_to(f"../../blobs/ab/{store.name}")
     store.write_bytes(content)

@@ -140,7 +140,10 @@ def test_what_was_remembered_is_masked_without_its_address():
             "api_key": "whole-key",
         }
     )
-    assert masked(f"cannot resolve 'me:{SECRET}%21', {SECRET}!") == f"cannot resolve 'me:{MASK}', {MASK}"
+    assert (
+        masked(f"cannot resolve 'me:{SECRET}%21', {SECRET}!")
+        == f"cannot resolve 'me:{MASK}', {MASK}"
+    )
     assert masked(f"other{SECRET} whole-key") == f"{MASK} {MASK}"
     assert masked("me") == "me"
 
@@ -204,7 +207,8 @@ def test_no_text_takes_longer_than_its_length_asks_for(text):
 
 
 @pytest.mark.parametrize(
-    "secret", ["sk-ant-api03-abcdefghijklmnop-qrst", "AIza" + "a1_-" * 8 + "abc", "npm_" + "a1" * 18]
+    "secret",
+    ["sk-ant-api03-abcdefghijklmnop-qrst", "AIza" + "a1_-" * 8 + "abc", "npm_" + "a1" * 18],
 )
 def test_tokens_of_other_houses_are_known_by_their_shape(secret):
     assert masked(f"failed with {secret} there") == "failed with *** there"

@@ -55,6 +55,8 @@ def test_nothing_in_a_text_is_markup(text):
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1))
 def test_a_code_span_holds_any_backticks(text):
     line = plain(text)
-    (paragraph,) = [token for token in MarkdownIt().parse(f"a {code(text)} b") if token.type == "inline"]
+    (paragraph,) = [
+        token for token in MarkdownIt().parse(f"a {code(text)} b") if token.type == "inline"
+    ]
     found = [child.content for child in paragraph.children if child.type == "code_inline"]
     assert [each.strip() for each in found] == [line.strip()]

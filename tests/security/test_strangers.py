@@ -44,7 +44,10 @@ def test_nothing_is_written_through_a_workspaces_links(tmp_path, capsys, home, n
     for words in (["plan"], ["report"]):
         place = [f"workspace={workspace}"] if words == ["plan"] else [str(workspace)]
         assert main([*words, *place]) == 2
-        assert f"{workspace / name}: a link to {home / 'notes.txt'}, outside of" in capsys.readouterr().err
+        assert (
+            f"{workspace / name}: a link to {home / 'notes.txt'}, outside of"
+            in capsys.readouterr().err
+        )
     assert (home / "notes.txt").read_text() == "of the user's"
 
 
@@ -109,7 +112,11 @@ def test_a_data_files_name_is_no_address(tmp_path, monkeypatch):
     template = f"{{{{ cycler.__init__.__globals__.os.mkdir('{mark}') }}}}"
     (tmp_path / "refs.txt").write_text(
         json.dumps(
-            {"version": 1, "gen": [{"key": template, "url": "x", "dimensions": {"i": [1]}}], "refs": {}}
+            {
+                "version": 1,
+                "gen": [{"key": template, "url": "x", "dimensions": {"i": [1]}}],
+                "refs": {},
+            }
         )
     )
     (tmp_path / "reference::refs.txt").write_text("text")
@@ -130,7 +137,10 @@ def test_a_saved_data_set_consists_of_its_own_files(tmp_path):
     assert sorted(documents(texts)) == ["one", "two"]
     state = json.loads((tmp_path / "data" / "state.json").read_text())
     (tmp_path / "data" / state["_data_files"][0]["filename"]).rename(tmp_path / "secret.arrow")
-    write_json(tmp_path / "data" / "state.json", {**state, "_data_files": [{"filename": "../secret.arrow"}]})
+    write_json(
+        tmp_path / "data" / "state.json",
+        {**state, "_data_files": [{"filename": "../secret.arrow"}]},
+    )
     with pytest.raises(ValueError, match=r"names '\.\./secret\.arrow', which is no file beside it"):
         list(documents(find_text([str(tmp_path / "data")], [], "auto", "text", "data.train")))
 
@@ -162,7 +172,14 @@ def test_weights_are_those_that_were_checked(teacher, tmp_path):
 
 def test_terms_of_use_are_no_code(teacher, tmp_path):
     folder = shutil.copytree(teacher, tmp_path / "model")
-    for name in ("LICENSE", "LICENSE-2.0", "USE_POLICY.md", "evil_POLICY.py", "POLICY.pkl", "LICENSE.bin"):
+    for name in (
+        "LICENSE",
+        "LICENSE-2.0",
+        "USE_POLICY.md",
+        "evil_POLICY.py",
+        "POLICY.pkl",
+        "LICENSE.bin",
+    ):
         (folder / name).write_text("terms")
     found = {path.name for path in side_files(folder)}
     assert {"LICENSE", "LICENSE-2.0", "USE_POLICY.md"} <= found
@@ -189,14 +206,23 @@ def test_a_training_removes_no_folder_that_a_checkpoint_names(tmp_path, teacher,
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     callback = ModelCheckpoint(dirpath=folder, monitor="loss")
-    trainer = Trainer(callbacks=[callback], logger=False, enable_progress_bar=False, accelerator="cpu")
+    trainer = Trainer(
+        callbacks=[callback], logger=False, enable_progress_bar=False, accelerator="cpu"
+    )
     keep_checkpoints_inside(trainer, folder)
     own, other = str(folder / "step=1.ckpt"), str(folder / ".." / "home" / "docs")
-    state = {"best_model_score": None, "best_k_models": {own: torch.tensor(1.0), other: torch.tensor(2.0)}}
+    state = {
+        "best_model_score": None,
+        "best_k_models": {own: torch.tensor(1.0), other: torch.tensor(2.0)},
+    }
     state |= {"best_model_path": own, "kth_best_model_path": other, "last_model_path": other}
     callback.load_state_dict(state)
     assert list(callback.best_k_models) == [own]
-    assert (callback.best_model_path, callback.kth_best_model_path, callback.last_model_path) == (own, "", "")
+    assert (callback.best_model_path, callback.kth_best_model_path, callback.last_model_path) == (
+        own,
+        "",
+        "",
+    )
 
 
 def test_git_is_not_asked_about_the_folder_that_a_training_runs_in(tmp_path, teacher, monkeypatch):

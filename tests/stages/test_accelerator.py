@@ -87,7 +87,10 @@ def scores(place):
 
 def curve(place, *names):
     return [
-        line[name] for line in read_log(place / "student" / "metrics.jsonl") for name in names if name in line
+        line[name]
+        for line in read_log(place / "student" / "metrics.jsonl")
+        for name in names
+        if name in line
     ]
 
 
@@ -104,7 +107,9 @@ def test_scores_cuts_trains_and_evaluates_as_on_the_cpu(both):
     here, there = both(["download", "score", "plan", "prune", "distill", "evaluate"], *SMALL)
     for name, value in scores(here).items():
         torch.testing.assert_close(scores(there)[name], value, rtol=1e-4, atol=1e-5)
-    assert curve(there, "loss", "val_loss") == pytest.approx(curve(here, "loss", "val_loss"), rel=1e-4)
+    assert curve(there, "loss", "val_loss") == pytest.approx(
+        curve(here, "loss", "val_loss"), rel=1e-4
+    )
     ours, theirs = read_report(here / "report")["models"], read_report(there / "report")["models"]
     for name in ("teacher", "pruned", "student"):
         assert theirs[name]["loss"] == pytest.approx(ours[name]["loss"], rel=1e-4)
@@ -154,7 +159,9 @@ def test_without_float64(both, pruned, monkeypatch):
     monkeypatch.setattr(accelerator, "narrow", True)
     monkeypatch.setattr(wide_matmul, "NARROW", {NAME})
     here, there = both(["distill", "evaluate"], *SMALL, *INSIDE, start=pruned)
-    assert curve(there, "loss", "val_loss") == pytest.approx(curve(here, "loss", "val_loss"), rel=1e-4)
+    assert curve(there, "loss", "val_loss") == pytest.approx(
+        curve(here, "loss", "val_loss"), rel=1e-4
+    )
 
 
 def test_scores_without_float64(both, monkeypatch):
@@ -178,12 +185,18 @@ def test_every_family_is_scored_and_taught(tmp_path, monkeypatch, name):
         with accelerator.accelerator():
             model = load_model(folder, torch.float32, device)
             tally = in_memory(
-                model, checkpoint, padded(), [[0, 1], [2, 3]], Measures(AGGREGATIONS, influence=(1,))
+                model,
+                checkpoint,
+                padded(),
+                [[0, 1], [2, 3]],
+                Measures(AGGREGATIONS, influence=(1,)),
             )
             where = {"accelerator": NAME, "strategy": NAME} if device == DEVICE else {}
             teacher = distillation(folder, inside, name, LossWeights(1.0, 1.0))
             trained(folder, tmp_path / place, 2, [teacher], **where)
-        losses = [line["loss"] for line in read_log(tmp_path / place / "metrics.jsonl") if "loss" in line]
+        losses = [
+            line["loss"] for line in read_log(tmp_path / place / "metrics.jsonl") if "loss" in line
+        ]
         found.append(({key: sums.total for key, sums in tally.sums.items()}, losses))
     (ours, our_losses), (theirs, their_losses) = found
     assert set(ours) == set(theirs)
@@ -202,15 +215,29 @@ def test_a_teacher_s_logits_are_written_down_and_learned_from(tmp_path, method):
             model = load_model(folder, torch.float32, device)
             assert head_of(model).device == device
             targets, _ = teach(
-                model, families()["llama"], samples_NS, [0, 1], method, 5, 1.0, 2, 0, None, lambda _: None
+                model,
+                families()["llama"],
+                samples_NS,
+                [0, 1],
+                method,
+                5,
+                1.0,
+                2,
+                0,
+                None,
+                lambda _: None,
             )
             assert targets.ids_TK.device.type == "cpu"
             states_TH = torch.ones(16, head_of(model).shape[1]).to(device)
             labels_T = torch.arange(16).to(device)
             student = Projection(states_TH, head_of(model))
-            terms = fused_linear_loss(student, labels_T, LossWeights(), targets.to(device), chunk_tokens=4)
+            terms = fused_linear_loss(
+                student, labels_T, LossWeights(), targets.to(device), chunk_tokens=4
+            )
         found.append((targets.ids_TK, float(terms.loss)))
-    assert torch.equal(found[0][0], found[1][0]) and found[1][1] == pytest.approx(found[0][1], rel=1e-5)
+    assert torch.equal(found[0][0], found[1][0]) and found[1][1] == pytest.approx(
+        found[0][1], rel=1e-5
+    )
 
 
 def test_speed_is_measured(tmp_path):

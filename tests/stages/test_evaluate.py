@@ -74,8 +74,12 @@ def tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     for name, rest in KINDS.items():
-        (folder / f"{name}.yaml").write_text(DATA.format(name=name, path=folder / "data.jsonl") + rest)
-    (folder / "broken.py").write_text("def fail(doc, results):\n    raise KeyError('no such field')\n")
+        (folder / f"{name}.yaml").write_text(
+            DATA.format(name=name, path=folder / "data.jsonl") + rest
+        )
+    (folder / "broken.py").write_text(
+        "def fail(doc, results):\n    raise KeyError('no such field')\n"
+    )
     return folder
 
 
@@ -131,9 +135,13 @@ def test_own_tasks_of_every_kind_and_two_ranks_find_the_same(words, tmp_path, ca
         assert row["tasks"]["own_writing"]["exact_match"] >= 0
     assert report["better"]["own_rolling"]["bits_per_byte"] is False
     assert report["better"]["own_choice"]["acc_norm"] is True
-    measures = {(row["task"], row["metric"]) for row in report["compared"] if row["model"] == "student"}
+    measures = {
+        (row["task"], row["metric"]) for row in report["compared"] if row["model"] == "student"
+    }
     assert ("held-out text", "loss") in measures and ("own_choice", "acc") in measures
-    assert all(row["documents"] == 12 for row in report["compared"] if row["task"] != "held-out text")
+    assert all(
+        row["documents"] == 12 for row in report["compared"] if row["task"] != "held-out text"
+    )
     assert all(1 < row["documents"] <= 16 for row in report["compared"])
     assert len(report["writing"]) == 4 and set(report["writing"][0]) >= {
         "prompt",
@@ -142,7 +150,11 @@ def test_own_tasks_of_every_kind_and_two_ranks_find_the_same(words, tmp_path, ca
         "student",
     }
     teacher = report["models"]["teacher"]
-    assert (teacher["retention"], teacher["top1"], teacher["writing"]["agreement"]) == (1.0, None, 1.0)
+    assert (teacher["retention"], teacher["top1"], teacher["writing"]["agreement"]) == (
+        1.0,
+        None,
+        1.0,
+    )
     there = [word.replace(str(workspace), str(apart)) for word in arguments]
     shared = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
@@ -158,7 +170,10 @@ def test_a_task_that_fails_costs_no_other(words, capsys):
     with_it = "evaluate.tasks=[own_choice,own_broken,own_rolling]"
     code, last = called(capsys, "evaluate", *arguments, with_it)
     assert code == 1
-    assert "own_broken of teacher: KeyError: 'no such field'" in last and "is kept for the next try" in last
+    assert (
+        "own_broken of teacher: KeyError: 'no such field'" in last
+        and "is kept for the next try" in last
+    )
     assert not (workspace / "report").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in (workspace / "results").glob("*.json")}
     assert called(capsys, "evaluate", *arguments, "evaluate.tasks=[own_choice,own_rolling]")[0] == 0
@@ -166,7 +181,9 @@ def test_a_task_that_fails_costs_no_other(words, capsys):
     assert now == kept  # nothing was measured twice
 
 
-def test_a_task_is_measured_again_when_its_own_questions_have_changed_and_only_then(words, tmp_path):
+def test_a_task_is_measured_again_when_its_own_questions_have_changed_and_only_then(
+    words, tmp_path
+):
     _, arguments = words
     folder, data = tmp_path / "own", tmp_path / "elsewhere" / "questions.jsonl"
     folder.mkdir()
@@ -182,7 +199,11 @@ def test_a_task_is_measured_again_when_its_own_questions_have_changed_and_only_t
     base = (folder / "own_split.yaml").read_text()
     (folder / "base").write_text(base.replace("task: own_split\n", ""))
     (folder / "own_split.yaml").write_text("task: own_split\ninclude: base\n")
-    more = [f"evaluate.task_dir={folder}", f"evaluate.tasks=[{','.join(names)}]", "evaluate.prompts=0"]
+    more = [
+        f"evaluate.task_dir={folder}",
+        f"evaluate.tasks=[{','.join(names)}]",
+        "evaluate.prompts=0",
+    ]
 
     def keys():
         """What decides each measurement of the student."""
@@ -242,7 +263,10 @@ def test_the_student_is_measured_as_it_goes_out(words, capsys, tmp_path):
     bench, _ = _bench(load_config("config", arguments))
     dtypes = {name: bench._model(name).dtype for name in bench.folders}
     assert dtypes == {"teacher": torch.float32, "pruned": torch.float32, "student": torch.bfloat16}
-    assert called(capsys, "evaluate", *arguments)[0] == 0 and called(capsys, "export", *arguments)[0] == 0
+    assert (
+        called(capsys, "evaluate", *arguments)[0] == 0
+        and called(capsys, "export", *arguments)[0] == 0
+    )
     other = [word.replace(str(workspace), str(tmp_path / "again")) for word in arguments]
     other = [*other, f"evaluate.model={workspace / 'export'}"]
     assert called(capsys, "download", *other)[0] == 0 and called(capsys, "evaluate", *other)[0] == 0
@@ -300,7 +324,9 @@ def test_the_gate_holds_until_it_is_forced_and_the_card_says_so(words, capsys):
     assert code == 1 and "perplexity against the previous export" in last
     assert not (workspace / "export").exists()
     assert called(capsys, "export", *arguments, "export.force=true")[0] == 0
-    assert "perplexity against the previous export" in (workspace / "export" / "README.md").read_text()
+    assert (
+        "perplexity against the previous export" in (workspace / "export" / "README.md").read_text()
+    )
     assert called(capsys, "evaluate", *arguments, "evaluate.floors=[own_choice:acc:0]")[0] == 0
     assert called(capsys, "export", *arguments)[0] == 0
     assert "by force" not in (workspace / "export" / "README.md").read_text()
@@ -329,7 +355,9 @@ def test_only_the_student_that_was_measured_and_the_plan_it_was_cut_by_go_out(wo
 
 def test_a_perplexity_is_not_compared_by_its_likelihoods(words, capsys, monkeypatch):
     workspace, arguments = words
-    monkeypatch.setattr(multiprocessing, "Pool", None)  # forked processes hang where there are threads
+    monkeypatch.setattr(
+        multiprocessing, "Pool", None
+    )  # forked processes hang where there are threads
     capsys.readouterr()
     assert main(["evaluate", *arguments, "evaluate.tasks=[own_likely]", "--json"]) == 0
     json.loads(capsys.readouterr().out)  # and nothing else
@@ -341,9 +369,15 @@ def test_a_perplexity_is_not_compared_by_its_likelihoods(words, capsys, monkeypa
 
 def test_a_broken_line_during_a_task_is_worth_another_try(words, capsys, tasks, tmp_path):
     folder = shutil.copytree(tasks, tmp_path / "unlucky")
-    (folder / "broken.py").write_text("def fail(doc, results):\n    raise ConnectionError('no hub')\n")
-    config = load_config("config", [*words[1], "evaluate.tasks=[own_broken]", f"evaluate.task_dir={folder}"])
-    with pytest.raises(RuntimeError, match="own_broken of teacher: ConnectionError: no hub") as failed:
+    (folder / "broken.py").write_text(
+        "def fail(doc, results):\n    raise ConnectionError('no hub')\n"
+    )
+    config = load_config(
+        "config", [*words[1], "evaluate.tasks=[own_broken]", f"evaluate.task_dir={folder}"]
+    )
+    with pytest.raises(
+        RuntimeError, match="own_broken of teacher: ConnectionError: no hub"
+    ) as failed:
         run_stage("evaluate", config)
     assert kind_of(failed.value) == TRANSIENT
 
@@ -352,7 +386,9 @@ def test_speed_has_the_memory_to_itself_and_a_failing_vllm_is_told_and_tried_aga
     words, tmp_path, monkeypatch, teacher
 ):
     (tmp_path / "path" / "vllm").mkdir(parents=True)
-    (tmp_path / "path" / "vllm" / "__init__.py").write_text("raise RuntimeError('no room on the card')")
+    (tmp_path / "path" / "vllm" / "__init__.py").write_text(
+        "raise RuntimeError('no room on the card')"
+    )
     monkeypatch.syspath_prepend(tmp_path / "path")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     measure, alive = speed.measure_in_process, []

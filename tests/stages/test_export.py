@@ -41,7 +41,9 @@ def test_upload_to_a_branch_with_a_tag_private_and_a_second_one_sends_no_weights
     there = {p.name: p.read_bytes() for p in (workspace / "export").iterdir() if p.is_file()}
     del there["manifest.json"]
     assert made.branches["v1"] == there
-    assert not any(WRITER.encode() in path.read_bytes() for path in workspace.rglob("*") if path.is_file())
+    assert not any(
+        WRITER.encode() in path.read_bytes() for path in workspace.rglob("*") if path.is_file()
+    )
     hub.requests.clear()
     assert run(*words).returncode == 0
     assert not any(line.startswith("PUT") for line in hub.requests)
@@ -60,10 +62,15 @@ def test_a_tag_stays_what_it_is_and_nothing_private_gets_public(export):
     assert moved.returncode == 2 and f"export.tag=first stays with {COMMIT}" in moved.stderr
     assert made.tags == {"first": COMMIT} != made.heads["main"]
     refused = run(*words, "export.name=other")
-    assert refused.returncode == 2 and f"export.tag=first is there and means {COMMIT}" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and f"export.tag=first is there and means {COMMIT}" in refused.stderr
+    )
     hub.made["me/open"] = Made("me/open", private=False)
     refused = run("export.push_to_hub=me/open", "export.name=other")
-    assert refused.returncode == 2 and "'me/open' is public; set export.public=true" in refused.stderr
+    assert (
+        refused.returncode == 2 and "'me/open' is public; set export.public=true" in refused.stderr
+    )
     assert hub.made["me/open"].branches["main"] == {}
     refused = run("export.push_to_hub=me/small", "export.name=other", HF_HUB_OFFLINE="1")
     assert refused.returncode == 2 and "HF_HUB_OFFLINE is set" in refused.stderr
@@ -78,7 +85,9 @@ def test_nothing_of_an_earlier_export_stays_beside_the_weights(export):
         hub.made["me/small"].branches["main"][name] = b"the owner's"
     assert run(word, "export.shard_size=10000").returncode == 0
     there = set(hub.made["me/small"].branches["main"])
-    assert "model.safetensors" not in there  # it, and not the shards, is what transformers would load
+    assert (
+        "model.safetensors" not in there
+    )  # it, and not the shards, is what transformers would load
     assert {"NOTES.md", "awq/model.safetensors", "other.safetensors"} < there
     shards = {path.name for path in (workspace / "export").glob("*.safetensors")}
     assert len(shards) > 1 and shards == {name for name in there if name.startswith("model-")}
@@ -88,10 +97,15 @@ def test_an_upload_that_broke_off_goes_on_and_a_stranger_may_not_write(export):
     workspace, hub, run = export
     word = "export.push_to_hub=me/small"
     stranger = run(word, HF_TOKEN="hf_strangerstranger")
-    assert stranger.returncode == 2 and "set HF_TOKEN to a token that may write there" in stranger.stderr
+    assert (
+        stranger.returncode == 2
+        and "set HF_TOKEN to a token that may write there" in stranger.stderr
+    )
     hub.lost = 1
     broken = run(word)
-    assert broken.returncode != 0 and "export.push_to_hub: 'me/small'" in broken.stderr, broken.stderr
+    assert broken.returncode != 0 and "export.push_to_hub: 'me/small'" in broken.stderr, (
+        broken.stderr
+    )
     assert hub.made["me/small"].branches["main"] == {}
     assert run(word).returncode == 0
     weights = (workspace / "export" / "model.safetensors").read_bytes()
@@ -117,7 +131,9 @@ def test_a_nemo_archive_beside_it_restores_to_the_same_weights(export):
     assert stale.returncode == 0, stale.stderr[-2000:]
     before = (workspace / "run.nemo").read_bytes()
     assert run("export.dtype=bfloat16").returncode == 0
-    assert run("export.nemo=true", "export.dtype=bfloat16").returncode == 0  # of the export that is there now
+    assert (
+        run("export.nemo=true", "export.dtype=bfloat16").returncode == 0
+    )  # of the export that is there now
     assert len((workspace / "run.nemo").read_bytes()) < len(before)
     restored = MinitronModel.restore_from(str(workspace / "run.nemo"), map_location="cpu")
     weights = load_file(workspace / "export" / "model.safetensors")
@@ -134,7 +150,9 @@ def test_a_nemo_archive_beside_it_restores_to_the_same_weights(export):
     (unpacked,) = (again / "unpacked").glob("*/hf")
     source = load_file(unpacked / "model.safetensors")
     assert all(torch.equal(source[name], value) for name, value in weights.items())
-    assert (unpacked / "README.md").read_bytes() == (workspace / "export" / "README.md").read_bytes()
+    assert (unpacked / "README.md").read_bytes() == (
+        workspace / "export" / "README.md"
+    ).read_bytes()
     assert (unpacked / "tokenizer.json").read_bytes() == (
         workspace / "export" / "tokenizer.json"
     ).read_bytes()

@@ -32,7 +32,9 @@ def test_all_entries_teach_what_the_teacher_beside_the_student_does(capsys, tmp_
     for one, other in zip(cached, online, strict=True):
         for name in ("loss", "ce", "divergence", "val_loss", "val_divergence"):
             assert (name in one) == (name in other)
-            assert name not in one or one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), name
+            assert name not in one or one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-4), (
+                name
+            )
     out = capsys.readouterr().out
     assert "logits: 1,536 tokens, 1202 bytes each, 300 entries with 100.0% of the mass" in out
     assert main(["verify", str(tmp_path / "cached")]) == 0
@@ -71,7 +73,9 @@ def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypa
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    left = {path.name: path.stat().st_mtime_ns for path in (killed / "logits" / "state").glob("part-*")}
+    left = {
+        path.name: path.stat().st_mtime_ns for path in (killed / "logits" / "state").glob("part-*")
+    }
     assert not (killed / "logits" / "manifest.json").exists() and len(left) >= 3
     assert main(["logits", f"workspace={killed}", *words]) == 0
     parts = sorted((straight / "logits").glob("part-*"))
@@ -79,7 +83,9 @@ def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypa
     for part in parts:
         again = killed / "logits" / part.name
         assert again.read_bytes() == part.read_bytes()
-        assert again.stat().st_mtime_ns == left.get(part.name, again.stat().st_mtime_ns)  # not made twice
+        assert again.stat().st_mtime_ns == left.get(
+            part.name, again.stat().st_mtime_ns
+        )  # not made twice
     script = tmp_path / "ranks.py"
     script.write_text(
         small
@@ -92,7 +98,9 @@ def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypa
     assert all((ranks / "logits" / part.name).read_bytes() == part.read_bytes() for part in parts)
 
 
-def test_whoever_is_killed_while_the_parts_are_hashed_finds_them_again(tmp_path, words, monkeypatch):
+def test_whoever_is_killed_while_the_parts_are_hashed_finds_them_again(
+    tmp_path, words, monkeypatch
+):
     from nemo_minitron.stages import logits
     from nemo_minitron.workspace import resumable
 

@@ -22,7 +22,16 @@ def test_sizes_alone_prune_a_model_directory(capsys, tmp_path, importance):
     workspace = tmp_path / "ws"
     words = [f"workspace={workspace}", f"source.model={source}", f"score.importance={importance}"]
     assert (
-        main(["prune", *words, "plan.hidden=12", "plan.ffn=20", "plan.kv_heads=1", "plan.drop_layers=[1]"])
+        main(
+            [
+                "prune",
+                *words,
+                "plan.hidden=12",
+                "plan.ffn=20",
+                "plan.kv_heads=1",
+                "plan.drop_layers=[1]",
+            ]
+        )
         == 0
     )
     config = json.loads((workspace / "pruned" / "config.json").read_text())
@@ -61,8 +70,13 @@ def test_the_largest_by_magnitude_stay(tmp_path):
         load_file(folder / "model.safetensors") for folder in (source, tmp_path / "ws" / "pruned")
     )
     for layer in range(3):
-        parts = [before[f"model.layers.{layer}.mlp.{n}_proj.weight"].double() for n in ("gate", "up", "down")]
-        norms = (parts[0].square().sum(1) + parts[1].square().sum(1) + parts[2].square().sum(0)).sqrt()
+        parts = [
+            before[f"model.layers.{layer}.mlp.{n}_proj.weight"].double()
+            for n in ("gate", "up", "down")
+        ]
+        norms = (
+            parts[0].square().sum(1) + parts[1].square().sum(1) + parts[2].square().sum(0)
+        ).sqrt()
         best = norms.topk(20).indices.sort().values
         name = f"model.layers.{layer}.mlp.up_proj.weight"
         assert torch.equal(after[name], before[name][best])
@@ -71,7 +85,10 @@ def test_the_largest_by_magnitude_stay(tmp_path):
 def test_layers_named_by_hand_need_no_scores(tmp_path):
     source = make_model(tmp_path / "m", "llama")
     workspace = tmp_path / "ws"
-    assert main(["prune", f"workspace={workspace}", f"source.model={source}", "plan.drop_layers=[0]"]) == 0
+    assert (
+        main(["prune", f"workspace={workspace}", f"source.model={source}", "plan.drop_layers=[0]"])
+        == 0
+    )
     assert not (workspace / "scores").exists()
     before, after = (
         load_file(source / "model.safetensors"),
@@ -100,7 +117,10 @@ def test_several_plans_are_pruned_in_one_pass(capsys, tmp_path):
     assert (alone / weights).read_bytes() == (large / weights).read_bytes()
     other = tmp_path / "other"
     model = make_model(tmp_path / "o", "llama", seed=3)
-    assert main(["plan", f"workspace={other}", f"source.model={model}", *common[1:], "plan.hidden=12"]) == 0
+    assert (
+        main(["plan", f"workspace={other}", f"source.model={model}", *common[1:], "plan.hidden=12"])
+        == 0
+    )
     capsys.readouterr()
     line = refused(capsys, "prune", f"workspace={small}", *common, f"prune.also=[{other}]")
     assert "its source is another model" in line
@@ -123,7 +143,12 @@ def test_what_would_not_load_is_refused_before_a_byte_is_cut(
     capsys, tmp_path, name, changes, targets, message
 ):
     source = tiny_model(families()[name], changes, tmp_path / "m")
-    words = [f"workspace={tmp_path / 'ws'}", f"source.model={source}", "score.importance=random", *targets]
+    words = [
+        f"workspace={tmp_path / 'ws'}",
+        f"source.model={source}",
+        "score.importance=random",
+        *targets,
+    ]
     assert message in refused(capsys, "prune", *words)
     assert not (tmp_path / "ws" / "pruned").exists()
     assert not (tmp_path / "ws" / "plan").exists()
@@ -131,11 +156,15 @@ def test_what_would_not_load_is_refused_before_a_byte_is_cut(
 
 def test_a_hybrid_keeps_an_attention_layer(capsys, tmp_path):
     pytest.importorskip("transformers.models.nemotron_h")
-    source = tiny_model(families()["nemotron_h"], {"hybrid_override_pattern": "M*-M"}, tmp_path / "m")
+    source = tiny_model(
+        families()["nemotron_h"], {"hybrid_override_pattern": "M*-M"}, tmp_path / "m"
+    )
     words = [f"workspace={tmp_path / 'ws'}", f"source.model={source}"]
     assert "heads" in refused(capsys, "prune", *words, "plan.drop_layers=[1]")
     assert main(["prune", *words, "plan.drop_layers=[0,2]"]) == 0
-    first, second = json.loads((tmp_path / "ws" / "pruned" / "config.json").read_text())["layers_block_type"]
+    first, second = json.loads((tmp_path / "ws" / "pruned" / "config.json").read_text())[
+        "layers_block_type"
+    ]
     assert first in ("attention", "full_attention")
     assert second in ("mamba", "linear_attention")
 

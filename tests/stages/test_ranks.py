@@ -105,7 +105,9 @@ def test_a_sharded_training_goes_on_with_another_number_of_ranks(tmp_path, words
     for found, wanted in zip(lines, expected, strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
     kept = [line for line in before if line["step"] <= step_of(saved)]
-    assert read_log(killed / "student" / "metrics.jsonl")[: len(kept)] == kept  # it did not begin anew
+    assert (
+        read_log(killed / "student" / "metrics.jsonl")[: len(kept)] == kept
+    )  # it did not begin anew
     for name, tensor in weights(straight).items():
         assert torch.allclose(weights(killed)[name], tensor, atol=1e-5), name
 
@@ -114,19 +116,30 @@ def test_a_sharded_training_goes_on_with_another_number_of_ranks(tmp_path, words
     ("family", "parts", "message"),
     [
         ("llama", 3, "does not divide heads=4"),
-        ("phi3", 2, r"model\.layers\.\{layer\}\.self_attn\.qkv_proj\.weight of phi3 cannot be split"),
+        (
+            "phi3",
+            2,
+            r"model\.layers\.\{layer\}\.self_attn\.qkv_proj\.weight of phi3 cannot be split",
+        ),
         ("qwen3", 2, r"q_norm\.weight of qwen3 cannot be split"),
         ("mixtral", 2, r"gate\.weight of mixtral: experts are not split"),
     ],
 )
 def test_what_tensor_parallelism_cannot_split_is_refused(tmp_path, family, parts, message):
-    config = read_config(make_model(tmp_path / "m", family, num_attention_heads=4, num_key_value_heads=2))
+    config = read_config(
+        make_model(tmp_path / "m", family, num_attention_heads=4, num_key_value_heads=2)
+    )
     with pytest.raises(ValueError, match=message):
         tensor_plan(families()[family], config, parts)
 
 
 def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words):
-    words = [*words, "trainer.max_steps=60", "distill.batch_size=2", "trainer.val_check_interval=60"]
+    words = [
+        *words,
+        "trainer.max_steps=60",
+        "distill.batch_size=2",
+        "trainer.val_check_interval=60",
+    ]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for place in (straight, killed):
         assert main(["prune", f"workspace={place}", *words]) == 0
@@ -159,9 +172,15 @@ def test_a_signal_saves_the_step_and_ends(tmp_path, words, ranks, number):
 
     def command(place):
         arguments = ["distill", f"workspace={place}", *words]
-        return torchrun(*arguments) if ranks == 2 else [sys.executable, "-m", "nemo_minitron", *arguments]
+        return (
+            torchrun(*arguments)
+            if ranks == 2
+            else [sys.executable, "-m", "nemo_minitron", *arguments]
+        )
 
-    process = subprocess.Popen(command(stopped), start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(stopped), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
     log = stopped / "student" / "state" / "metrics.jsonl"
     while process.poll() is None and not (log.is_file() and log.read_text().count("\n") > 5):
         time.sleep(0.01)
@@ -173,7 +192,9 @@ def test_a_signal_saves_the_step_and_ends(tmp_path, words, ranks, number):
     step = int(saved.stem.removeprefix("step="))
     assert step == read_log(log)[-1]["step"] and 5 < step < 200
     if ranks == 1:
-        assert f"stopped by {signal.Signals(number).name} at step {step} of 200, which is saved" in err
+        assert (
+            f"stopped by {signal.Signals(number).name} at step {step} of 200, which is saved" in err
+        )
     for place in (stopped, straight):
         done = ended(command(place))
         assert done.returncode == 0, done.stderr[-2000:]
@@ -182,7 +203,9 @@ def test_a_signal_saves_the_step_and_ends(tmp_path, words, ranks, number):
     assert curve(stopped) == curve(straight)
 
 
-def test_devices_nobody_started_and_flows_under_torchrun_are_refused(capsys, monkeypatch, tmp_path, words):
+def test_devices_nobody_started_and_flows_under_torchrun_are_refused(
+    capsys, monkeypatch, tmp_path, words
+):
     place = f"workspace={tmp_path / 'ws'}"
     assert main(["prune", place, *words]) == 0
     capsys.readouterr()

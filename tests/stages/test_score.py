@@ -64,14 +64,18 @@ def test_parts_scored_apart_merge_to_the_whole(capsys, tmp_path, words):
     assert "the parts hold 7 of 11 samples; number 1 is the first that is missing" in line
     line = refused(capsys, "score", *merge, f"score.merge=[{tmp_path / '1'},{tmp_path / '1'}]")
     assert "share calibration sample 0" in line
-    line = refused(capsys, "score", *merge, f"score.merge=[{tmp_path / '1'}]", "data.calibration.seed=1")
+    line = refused(
+        capsys, "score", *merge, f"score.merge=[{tmp_path / '1'}]", "data.calibration.seed=1"
+    )
     assert "not the samples" in line
     merged = score(
         tmp_path / "sum", words, f"score.merge=[{tmp_path / '3'},{tmp_path / '1'},{tmp_path / '2'}]"
     )
     assert same(merged, whole)
     capsys.readouterr()
-    assert main(["score", *merge, "--json"]) == 0  # to a plain run it is the scoring that it asks for
+    assert (
+        main(["score", *merge, "--json"]) == 0
+    )  # to a plain run it is the scoring that it asks for
     assert json.loads(capsys.readouterr().out)["made"] is False
 
 
@@ -88,12 +92,22 @@ def test_more_samples_add_to_what_is_there(capsys, tmp_path, words):
     capsys.readouterr()
     # another aggregation is another ranking of the same sums: nothing is run
     assert (
-        main(["score", f"workspace={tmp_path / 'grown'}", *words, "score.aggregation.sequence=l2", "--json"])
+        main(
+            [
+                "score",
+                f"workspace={tmp_path / 'grown'}",
+                *words,
+                "score.aggregation.sequence=l2",
+                "--json",
+            ]
+        )
         == 0
     )
     result = json.loads(capsys.readouterr().out)
     assert result["made"] and "tokens" not in result["headline"]
-    assert not torch.allclose(read_scores(tmp_path / "grown" / "scores").ranking["ffn"], grown.ranking["ffn"])
+    assert not torch.allclose(
+        read_scores(tmp_path / "grown" / "scores").ranking["ffn"], grown.ranking["ffn"]
+    )
     # sums over too many samples cannot be taken back
     assert same(score(tmp_path / "grown", words, "data.calibration.samples=7"), small)
 
@@ -197,7 +211,9 @@ def test_a_choice_that_was_not_measured_says_what_to_run(capsys, tmp_path, words
     capsys.readouterr()
     plan = ["plan", f"workspace={place}", *words, "plan.layers=1"]
     assert "score.blocks=[2]" in refused(capsys, *plan, "plan.layer_choice=contiguous")
-    assert "run score with the same plan.layers" in refused(capsys, *plan, "plan.layer_choice=greedy")
+    assert "run score with the same plan.layers" in refused(
+        capsys, *plan, "plan.layer_choice=greedy"
+    )
 
 
 def test_layers_ranked_by_a_task(tmp_path, teacher, corpus):
@@ -236,10 +252,16 @@ def test_rounds_of_score_and_cut_go_down_the_line(tmp_path, words):
     ffn = scores.ranking["ffn"]
     assert ((ffn < 0).sum(-1) == 20).all()
     assert ((ffn < -1).sum(-1) == 10).all()
-    assert set(ffn[0].argsort()[:10].tolist()) == set(once.ranking["ffn"][0].argsort()[:10].tolist())
+    assert set(ffn[0].argsort()[:10].tolist()) == set(
+        once.ranking["ffn"][0].argsort()[:10].tolist()
+    )
     assert main(["plan", f"workspace={place}", *words, *targets, "score.iterations=3"]) == 0
     keep = read_plan(place / "plan").keep
-    assert {axis: index.shape[-1] for axis, index in keep.items()} == {"hidden": 12, "ffn": 10, "heads": 3}
+    assert {axis: index.shape[-1] for axis, index in keep.items()} == {
+        "hidden": 12,
+        "ffn": 10,
+        "heads": 3,
+    }
     assert (ffn.gather(1, keep["ffn"]) >= 0).all()
     line = minitron("score", f"workspace={place}", *words, "score.iterations=2")
     assert line.returncode == 2 and "no target size given" in line.stderr
@@ -275,14 +297,21 @@ def test_a_wrong_setting_leaves_the_scores_that_are_there(capsys, tmp_path, word
     score(tmp_path / "ws", words)
     capsys.readouterr()
     before = (tmp_path / "ws" / "scores" / "scores.safetensors").read_bytes()
-    refused(capsys, "score", f"workspace={tmp_path / 'ws'}", *words, "data.calibration.samples=999999")
+    refused(
+        capsys, "score", f"workspace={tmp_path / 'ws'}", *words, "data.calibration.samples=999999"
+    )
     assert (tmp_path / "ws" / "scores" / "scores.safetensors").read_bytes() == before
     assert main(["verify", str(tmp_path / "ws")]) == 0
 
 
 def test_auto_streams_where_the_model_does_not_fit_and_says_so(tmp_path, tokenizer_folder, corpus):
     """A model of 1.2 GB under a limit of 0.9 GB beyond what the imports take."""
-    sizes = {"hidden_size": 512, "intermediate_size": 8192, "num_hidden_layers": 20, "vocab_size": 300}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 20,
+        "vocab_size": 300,
+    }
     folder = make_model(tmp_path / "big", "llama", **sizes, num_attention_heads=8, num_key_value_heads=8,
                         head_dim=64)  # fmt: skip
     for path in tokenizer_folder.iterdir():
@@ -308,4 +337,6 @@ def test_auto_streams_where_the_model_does_not_fit_and_says_so(tmp_path, tokeniz
     assert note.startswith("score.streaming: on, for the model needs about 1.1")
     assert run(tmp_path / "memory", "score.streaming=off").returncode == 1  # it really does not fit
     assert run(tmp_path / "free", limit=False).returncode == 0
-    assert same(read_scores(tmp_path / "auto" / "scores"), read_scores(tmp_path / "free" / "scores"), 1e-4)
+    assert same(
+        read_scores(tmp_path / "auto" / "scores"), read_scores(tmp_path / "free" / "scores"), 1e-4
+    )

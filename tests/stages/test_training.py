@@ -56,7 +56,16 @@ def test_twenty_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, word
         assert main(["prune", f"workspace={place}", *words]) == 0
     checkpoints = killed / "student" / "state" / "nemo" / "checkpoints"
     done = ended(
-        [sys.executable, "-c", KILLER, "20", str(checkpoints), "distill", f"workspace={killed}", *words]
+        [
+            sys.executable,
+            "-c",
+            KILLER,
+            "20",
+            str(checkpoints),
+            "distill",
+            f"workspace={killed}",
+            *words,
+        ]
     )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
@@ -66,7 +75,9 @@ def test_twenty_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, word
     assert len(set(report["saved"])) > 5, report  # kills hit the training, not only its start
     assert main(["distill", f"workspace={straight}", *words]) == 0
     assert curve(killed) == curve(straight)
-    assert all(torch.equal(weights(killed)[name], tensor) for name, tensor in weights(straight).items())
+    assert all(
+        torch.equal(weights(killed)[name], tensor) for name, tensor in weights(straight).items()
+    )
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, words):  # noqa: F811
@@ -96,7 +107,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, words):  # noqa: 
     for place in (full, straight):
         assert main(["distill", f"workspace={place}", *words]) == 0
     assert curve(full) == curve(straight)
-    assert all(torch.equal(weights(full)[name], tensor) for name, tensor in weights(straight).items())
+    assert all(
+        torch.equal(weights(full)[name], tensor) for name, tensor in weights(straight).items()
+    )
 
 
 @pytest.fixture
@@ -108,7 +121,9 @@ def spoiled(tmp_path, words):  # noqa: F811
     folder = tmp_path / "text"
     folder.mkdir()
     for number in range(40):
-        (folder / f"{number}.txt").write_text("the cat sat on the mat and the dog sat on the log\n" * 4)
+        (folder / f"{number}.txt").write_text(
+            "the cat sat on the mat and the dog sat on the log\n" * 4
+        )
     (folder / "noise.txt").write_text("".join(draw.choice("{}[]()<>~^%$#@!*;") for _ in range(60)))
     keys = ("source.model", "data.train", "plan", "score", "distill")
     return [
@@ -132,7 +147,9 @@ def test_a_bad_batch_is_left_out_where_that_is_asked_for(capsys, tmp_path, spoil
     assert skips and all("a spike" in skip["reason"] for skip in skips)
     assert f"150 steps, {len(skips)} left out (skipped.json)" in printed.out
     assert f"step {skips[0]['step']}: the loss is" in printed.err
-    losses = [line["loss"] for line in read_log(place / "pretrain" / "metrics.jsonl") if "loss" in line]
+    losses = [
+        line["loss"] for line in read_log(place / "pretrain" / "metrics.jsonl") if "loss" in line
+    ]
     assert len(losses) == 150
     late = sorted(losses[30:])
     assert late[-1] < 3.5 * late[len(late) // 2]
@@ -186,8 +203,14 @@ def test_what_only_says_how_a_training_works_leaves_it_the_same(monkeypatch, tmp
 def test_what_is_split_cannot_be_compared(capsys, tmp_path, words):  # noqa: F811
     place = f"workspace={tmp_path / 'ws'}"
     assert main(["prune", place, *words]) == 0
-    more = ["distill.intermediate.terms=[attention]", "training.parallel=shard", "training.tensor_parallel=2"]
-    assert "training.tensor_parallel=2 splits them" in refused(capsys, "distill", place, *words, *more)
+    more = [
+        "distill.intermediate.terms=[attention]",
+        "training.parallel=shard",
+        "training.tensor_parallel=2",
+    ]
+    assert "training.tensor_parallel=2 splits them" in refused(
+        capsys, "distill", place, *words, *more
+    )
 
 
 def test_a_budget_of_tokens_sets_the_steps_and_the_schedule(tmp_path, words):  # noqa: F811

@@ -26,7 +26,9 @@ def _wide_mm(one: Any, other: Any, out_dtype: torch.dtype, *, out: Any) -> Any:
     return torch.mm(one.to(out_dtype), other.to(out_dtype), out=out)
 
 
-def _wide_addmm(to: Any, one: Any, other: Any, out_dtype: torch.dtype, *, out: Any, **scales: Any) -> Any:
+def _wide_addmm(
+    to: Any, one: Any, other: Any, out_dtype: torch.dtype, *, out: Any, **scales: Any
+) -> Any:
     return torch.addmm(to, one.to(out_dtype), other.to(out_dtype), out=out, **scales)
 
 
@@ -35,7 +37,11 @@ def _histc(values: Any, *rest: Any, **more: Any) -> Any:
 
 
 # CUDA has these, the CPU does not
-ABLE = {"aten.mm.dtype_out": _wide_mm, "aten.addmm.dtype_out": _wide_addmm, "aten.histc.default": _histc}
+ABLE = {
+    "aten.mm.dtype_out": _wide_mm,
+    "aten.addmm.dtype_out": _wide_addmm,
+    "aten.histc.default": _histc,
+}
 
 
 class _Module(backend._DummyBackendModule):  # type: ignore[misc]
@@ -88,7 +94,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     there = targets[0].type == NAME if targets else bool(ours)
     if not ours and not there:
         return func(*args, **kwargs)
-    others = [v for v in flat if isinstance(v, torch.Tensor) and not isinstance(v, Elsewhere) and v.dim()]
+    others = [
+        v for v in flat if isinstance(v, torch.Tensor) and not isinstance(v, Elsewhere) and v.dim()
+    ]
     name = func._schema.name
     if ours and others and name not in MOVES and not name.startswith(CPU_INDICES):
         raise RuntimeError(f"{name}: expected all tensors to be on the same device")

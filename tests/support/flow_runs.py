@@ -42,7 +42,9 @@ def in_a_flow(name, *words, workspace):
     async def states(client):
         from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
-        (run,) = await client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[ids[0]])))
+        (run,) = await client.read_task_runs(
+            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[ids[0]]))
+        )
         return run, [state.name for state in await client.read_task_run_states(run.id)]
 
     for _ in range(50):  # the last state arrives a moment later

@@ -105,7 +105,9 @@ class Hub:
                 return found
         return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
 
-    def _of(self, path: str, kind: str, name: str, folder: Path) -> tuple[int, dict[str, str], bytes] | None:
+    def _of(
+        self, path: str, kind: str, name: str, folder: Path
+    ) -> tuple[int, dict[str, str], bytes] | None:
         files = sorted(file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
         as_json = {"Content-Type": "application/json"}
         about = f"/api/{kind}/{name}"
@@ -114,7 +116,9 @@ class Hub:
             sha = asked if asked in self.commits else self.commits[-1]
             info = {"id": name, "sha": sha, "siblings": [{"rfilename": str(f)} for f in files]}
             return 200, as_json, json.dumps(info).encode()
-        if path.removeprefix(f"{about}/paths-info/") in self.commits or path.startswith(f"{about}/tree/"):
+        if path.removeprefix(f"{about}/paths-info/") in self.commits or path.startswith(
+            f"{about}/tree/"
+        ):
             below = unquote(path.partition("/tree/")[2].partition("/")[2])
             return 200, as_json, json.dumps(self._listed(folder, files, below)).encode()
         place = name if kind == "models" else f"datasets/{name}"
@@ -123,7 +127,11 @@ class Hub:
             start = f"/{place}/resolve/{revision}/"
             if path.startswith(start) and (folder / unquote(path.removeprefix(start))).is_file():
                 body = (folder / unquote(path.removeprefix(start))).read_bytes()
-                return 200, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": sha}, body
+                return (
+                    200,
+                    {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": sha},
+                    body,
+                )
             if path.startswith(start):
                 return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha}, b"{}"
         if f"/{kind}/{name}/" in path or path.startswith(f"/{place}/"):
@@ -162,7 +170,9 @@ class Made:
     tags: dict[str, str] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
 
-    def take(self, verb: str, rest: str, body: bytes, hub: Hub) -> tuple[int, dict[str, str], bytes]:
+    def take(
+        self, verb: str, rest: str, body: bytes, hub: Hub
+    ) -> tuple[int, dict[str, str], bytes]:
         """Answers a request for it."""
         if verb == "tree":
             files = self.branches[rest.partition("/")[0]]
@@ -174,9 +184,16 @@ class Made:
                 "private": self.private,
                 "sha": self.heads.get(rest or "main", "0" * 40),
             }
-            return 200, {"Content-Type": "application/json"}, json.dumps({**about, "siblings": []}).encode()
+            return (
+                200,
+                {"Content-Type": "application/json"},
+                json.dumps({**about, "siblings": []}).encode(),
+            )
         if verb == "refs":
-            tags = [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": c} for n, c in self.tags.items()]
+            tags = [
+                {"name": n, "ref": f"refs/tags/{n}", "targetCommit": c}
+                for n, c in self.tags.items()
+            ]
             listed = {"branches": [], "converts": [], "tags": tags}
             return 200, {"Content-Type": "application/json"}, json.dumps(listed).encode()
         if verb == "tag" and json.loads(body)["tag"] in self.tags:

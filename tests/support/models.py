@@ -93,7 +93,9 @@ def stream(
     checkpoint = open_checkpoint(source)
     every = range(axis_sizes(checkpoint.family, checkpoint.config)["layers"])
     target.mkdir()
-    cut = Cut(checkpoint.family, checkpoint.config, keep, tuple(every) if layers is None else layers)
+    cut = Cut(
+        checkpoint.family, checkpoint.config, keep, tuple(every) if layers is None else layers
+    )
     write_pruned(checkpoint, [(target, cut)], 10**9)
     return target
 

@@ -22,7 +22,11 @@ def distillation(teacher, intermediate, family="llama", weights=None, kept_H=Non
     )
 
 
-OPTIM = {"name": "adamw", "lr": 2e-2, "sched": {"name": "CosineAnnealing", "warmup_steps": 2, "min_lr": 1e-4}}
+OPTIM = {
+    "name": "adamw",
+    "lr": 2e-2,
+    "sched": {"name": "CosineAnnealing", "warmup_steps": 2, "min_lr": 1e-4},
+}
 
 
 EXP = {

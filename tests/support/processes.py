@@ -11,11 +11,17 @@ from pathlib import Path
 
 
 @contextmanager
-def running(words: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    words: list[str], environment: dict[str, str], log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
     """A program in a process group of its own, ended with the block."""
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", *words], env=environment, stdout=file, stderr=file, start_new_session=True
+            [sys.executable, "-m", *words],
+            env=environment,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
     try:
         yield process

@@ -16,7 +16,9 @@ def install(folder: Path) -> Path:
     (folder / "jobs").mkdir(parents=True)
     for name in PROGRAMS:
         path = folder / name
-        path.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()} {folder} {name} "$@"\n')
+        path.write_text(
+            f'#!/bin/sh\nexec {sys.executable} {Path(__file__).resolve()} {folder} {name} "$@"\n'
+        )
         path.chmod(0o755)
     return folder
 
@@ -50,7 +52,9 @@ def running(jobs: Path, number: str) -> bool:
     if not path.is_file():
         return False
     try:
-        return Path(f"/proc/{path.read_text()}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        return (
+            Path(f"/proc/{path.read_text()}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        )
     except FileNotFoundError:
         return False
 

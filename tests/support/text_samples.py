@@ -16,5 +16,11 @@ def padded(count=4, length=12, vocabulary=96):
 
 
 def found(paths, side="all", holdout=0.0, **changes):
-    options = {"exclude": [], "format": "auto", "text_key": "text", "where": "data.train", **changes}
+    options = {
+        "exclude": [],
+        "format": "auto",
+        "text_key": "text",
+        "where": "data.train",
+        **changes,
+    }
     return find_text([str(path) for path in paths], side=side, holdout=holdout, **options)

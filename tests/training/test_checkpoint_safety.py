@@ -66,7 +66,9 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_an_honest_one_resumes(
 
 def saved(state, folder):
     # one after the other: else torch asks whatever accelerator there is for a stream, also a test's own
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, per_thread_copy_ahead=0), no_dist=True)
+    dcp.save(
+        state, storage_writer=dcp.FileSystemWriter(folder, per_thread_copy_ahead=0), no_dist=True
+    )
 
 
 def test_a_checkpoint_in_parts_with_code_in_it_is_refused(tmp_path):
@@ -79,7 +81,14 @@ def test_a_checkpoint_in_parts_with_code_in_it_is_refused(tmp_path):
     assert (found["step"], found["betas"]) == (3, (0.9, 0.95))
     metadata = tmp_path / "c" / ".metadata"
     honest = metadata.read_bytes()
-    for bomb in (Bomb(tmp_path / "PWNED"), os.system, getattr, torch.load, torch.hub.load, dcp.load):
+    for bomb in (
+        Bomb(tmp_path / "PWNED"),
+        os.system,
+        getattr,
+        torch.load,
+        torch.hub.load,
+        dcp.load,
+    ):
         metadata.write_bytes(pickle.dumps([pickle.loads(honest), bomb]))
         with (
             pytest.raises(ValueError, match="holds more than the data of a training"),

@@ -10,11 +10,17 @@ from nemo_minitron.models.causal_lm import hidden_states, load_model
 from nemo_minitron.training.memory_estimate import Launch, activations_per_token, training_footprint
 from tests.support.models import make_model
 
-BIG = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 6, "num_key_value_heads": 3}
+BIG = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+}
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma", "mistral", "nemotron", "qwen3", "olmo2", "phi3", "mixtral", "qwen3_moe"]
+    "name",
+    ["llama", "gemma", "mistral", "nemotron", "qwen3", "olmo2", "phi3", "mixtral", "qwen3_moe"],
 )
 def test_activations_are_near_what_autograd_keeps(tmp_path, name):
     folder = make_model(tmp_path / "m", name, **BIG)
@@ -57,7 +63,9 @@ def test_the_rest_is_arithmetic(tmp_path):
     assert four.gathered == (2 * layer + outside) * 2
     assert four.teacher == 2 * count
     assert four.activations < one.activations / 2
-    assert four.total == sum((four.weights * 4, four.gathered, four.teacher, four.activations, four.loss))
+    assert four.total == sum(
+        (four.weights * 4, four.gathered, four.teacher, four.activations, four.loss)
+    )
     split = training_footprint(family, config, Launch(4, True, 2, tokens=1000))
     assert split.weights < 4 * count / 2 + 4 * outside
     assert split.activations < one.activations

@@ -63,7 +63,9 @@ def test_every_familys_norms_are_known_and_its_layers_exchanged_without_a_trace(
     family = families()[name]
     sizes = {} if name == "nemotron_h" else {family.axes["hidden"].config[0]: 64}
     try:
-        folder = tiny_model(family, {**sizes, **(family.proofs[0] if family.proofs else {})}, tmp_path / "m")
+        folder = tiny_model(
+            family, {**sizes, **(family.proofs[0] if family.proofs else {})}, tmp_path / "m"
+        )
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     model = load_model(folder, dtype=torch.float32)
@@ -114,7 +116,13 @@ def load_model_in_memory():
     from nemo_minitron.models.causal_lm import new_model
     from tests.support.models import SIZES
 
-    config = {**SIZES, "hidden_size": 48, "intermediate_size": 32, "head_dim": 16, "model_type": "llama"}
+    config = {
+        **SIZES,
+        "hidden_size": 48,
+        "intermediate_size": 32,
+        "head_dim": 16,
+        "model_type": "llama",
+    }
     return new_model(config, 0)
 
 
@@ -141,7 +149,9 @@ def test_a_training_with_other_layers_resumes_and_ends_as_the_same_hugging_face_
     back = MinitronModel.restore_from(str(tmp_path / "m.nemo"), map_location="cpu")
     assert not any(isinstance(module, Scaled) for module in back.modules())
     with torch.no_grad():
-        assert torch.equal(back.model.eval()(torch.arange(20)[None]).logits, logits(tmp_path / "plain-hf"))
+        assert torch.equal(
+            back.model.eval()(torch.arange(20)[None]).logits, logits(tmp_path / "plain-hf")
+        )
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -155,19 +165,26 @@ def test_a_training_with_other_layers_resumes_and_ends_as_the_same_hugging_face_
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="it is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is not None, reason="it is installed"
+)
 def test_without_transformer_engine_one_line_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"not usable here.*nemo-minitron\[te\]"):
         transformer_engine(fp8=True)
     folder = make_model(tmp_path / "m", "llama")
-    with pytest.raises(ValueError, match=r"training.transformer_engine: Transformer Engine is not usable"):
+    with pytest.raises(
+        ValueError, match=r"training.transformer_engine: Transformer Engine is not usable"
+    ):
         run(folder, tmp_path / "s", 2, options=Options(transformer_engine="on"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(transformer_engine="fp8", activation_checkpointing=True), "use on, or no checkpointing"),
+        (
+            Options(transformer_engine="fp8", activation_checkpointing=True),
+            "use on, or no checkpointing",
+        ),
         (Options(transformer_engine="on", tensor_parallel=2), "does not divide|not split"),
     ],
 )

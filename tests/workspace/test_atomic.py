@@ -116,7 +116,9 @@ def test_what_fails_leaves_the_old_one_and_nothing_else(tmp_path, error):
 @pytest.mark.parametrize("sync", [True, False])
 def test_bytes_are_on_the_disk_before_they_take_the_place(tmp_path, monkeypatch, sync):
     done = []
-    monkeypatch.setattr(os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}")))
+    monkeypatch.setattr(
+        os, "fsync", lambda number: done.append(os.readlink(f"/proc/self/fd/{number}"))
+    )
     with replacing(tmp_path / "file", sync) as temporary:
         temporary.write_text("new")
     with replacing_folder(tmp_path / "folder", sync) as folder:

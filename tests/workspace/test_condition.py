@@ -13,7 +13,14 @@ from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.build import make
 from nemo_minitron.workspace.condition import Why, condition, in_words
 from nemo_minitron.workspace.inventory import workspaces
-from nemo_minitron.workspace.manifest import Input, damage, fingerprint, is_done, read_manifest, verify
+from nemo_minitron.workspace.manifest import (
+    Input,
+    damage,
+    fingerprint,
+    is_done,
+    read_manifest,
+    verify,
+)
 
 MADE_FROM = {
     "teacher": (),
@@ -56,15 +63,30 @@ HARMS = [
     (lambda at: None, "done", None, ""),
     (lambda at: shutil.rmtree(at / "plan"), "absent", None, ""),
     (lambda at: (at / "plan" / "manifest.json").unlink(), "absent", None, ""),
-    (lambda at: (at / "plan" / "manifest.json").write_text("{"), "damaged", "unreadable", "not a manifest"),
+    (
+        lambda at: (at / "plan" / "manifest.json").write_text("{"),
+        "damaged",
+        "unreadable",
+        "not a manifest",
+    ),
     (lambda at: (at / "plan" / "b").unlink(), "damaged", "missing", "missing"),
-    (lambda at: (at / "plan" / "b").write_text("b"), "damaged", "size", "expected 10 bytes, found 1"),
+    (
+        lambda at: (at / "plan" / "b").write_text("b"),
+        "damaged",
+        "size",
+        "expected 10 bytes, found 1",
+    ),
     (linked, "damaged", "outside", "lies outside of the folder, at "),
     (lambda at: rewritten(at / "plan", schema=0), "stale", "schema", "made by schema 0, now 1"),
     (lambda at: anew(at, "scores", {"n": 1}), "stale", "another", "made from another scores"),
     (lambda at: anew(at, "scores", {}), "stale", "anew", "scores was made anew"),
     (lambda at: shutil.rmtree(at / "scores"), "done", None, ""),
-    (lambda at: (at / "scores" / "manifest.json").write_text("{"), "done", "unknown", "not a manifest"),
+    (
+        lambda at: (at / "scores" / "manifest.json").write_text("{"),
+        "done",
+        "unknown",
+        "not a manifest",
+    ),
 ]
 
 
@@ -84,7 +106,9 @@ def test_the_first_thing_that_is_wrong_is_named_and_everybody_says_the_same(
     if state == "absent":
         assert "plan" not in listed
     else:
-        assert listed["plan"].state == state and (words in listed["plan"].detail or fault == "unknown")
+        assert listed["plan"].state == state and (
+            words in listed["plan"].detail or fault == "unknown"
+        )
     if (state == "done" and fault is None) or fault == "anew":
         assert input_artifact(tmp_path, "plan", "plan").fingerprint == found.manifest.fingerprint
     else:
@@ -115,7 +139,9 @@ def test_what_is_asked_for_decides(tmp_path):
     newer = [inputs[0], dataclasses.replace(inputs[1], finished="9999")]
     assert condition(folder, expected, newer).why == Why("anew", "scores")
     assert not is_done(folder, expected, newer)
-    anew(tmp_path, "teacher", {"n": 1})  # what lies there does not count where it is said what is asked for
+    anew(
+        tmp_path, "teacher", {"n": 1}
+    )  # what lies there does not count where it is said what is asked for
     assert condition(folder, expected, inputs).state == "done"
 
 
@@ -131,7 +157,9 @@ def test_an_artifact_has_to_be_made_from_what_it_tells_of(tmp_path):
         assert condition(tmp_path / "plan", inputs=[item]).why == Why(fault, item.path)
 
 
-def test_a_model_inside_of_an_artifact_counts_by_its_time_and_an_outsider_of_its_name_does_not(tmp_path):
+def test_a_model_inside_of_an_artifact_counts_by_its_time_and_an_outsider_of_its_name_does_not(
+    tmp_path,
+):
     make(tmp_path / "pretrain", "pretrain", {}, [], fill)
     item = Input("pretrain/hf", "a checkpoint's", read_manifest(tmp_path / "pretrain").finished)
     make(tmp_path / "teacher", "teacher", {}, [item, Input("plan", "the user's own")], fill)
@@ -145,8 +173,13 @@ def test_a_model_inside_of_an_artifact_counts_by_its_time_and_an_outsider_of_its
     assert condition(tmp_path / "teacher").why == Why("anew", "pretrain")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
-@given(st.lists(st.sampled_from(["teacher", "scores", "plan", "pruned"]), max_size=4, unique=True), st.data())
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
+)
+@given(
+    st.lists(st.sampled_from(["teacher", "scores", "plan", "pruned"]), max_size=4, unique=True),
+    st.data(),
+)
 def test_done_is_what_a_run_would_leave_alone(tmp_path_factory, harmed, data):
     """After any damage and rebuilding, a run makes exactly what does not count as done, and what follows from it."""
     at = tmp_path_factory.mktemp("run")

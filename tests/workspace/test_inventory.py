@@ -53,7 +53,9 @@ def run(workspace, names=tuple(PIPELINE)):
     for name in names:
         inputs = [input_artifact(workspace, upstream, upstream) for upstream in PIPELINE[name]]
         if name in TRAINED:
-            due = make_resumable(workspace / name, name, {}, inputs, lambda state, target: fill(target))
+            due = make_resumable(
+                workspace / name, name, {}, inputs, lambda state, target: fill(target)
+            )
         else:
             due = make(workspace / name, name, {}, inputs, fill)
         made += [name] if due else []
@@ -93,7 +95,10 @@ def everything(folder):
 
 def weight(folder):
     """Bytes of a folder, counted by other means."""
-    told = {(s.st_dev, s.st_ino): s.st_size for s in (p.lstat() for p in folder.rglob("*") if p.is_file())}
+    told = {
+        (s.st_dev, s.st_ino): s.st_size
+        for s in (p.lstat() for p in folder.rglob("*") if p.is_file())
+    }
     return sum(told.values())
 
 
@@ -134,7 +139,9 @@ def test_workspaces_are_found_three_levels_down_and_not_inside_of_others(tmp_pat
     for where in ("a", "b/c", "b/d/e"):
         run(root / where, ["teacher"])
     run(root / "b" / "d" / "e" / "deeper", ["teacher"])
-    run(root / "a" / "student" / "hf", ["teacher"])  # whatever lies in an artifact's folder is the artifact's
+    run(
+        root / "a" / "student" / "hf", ["teacher"]
+    )  # whatever lies in an artifact's folder is the artifact's
     run(root / "a" / "again", ["teacher"])
     run(root / ".hidden", ["teacher"])
     (root / "commanded").mkdir()
@@ -206,14 +213,19 @@ def test_an_input_that_was_made_anew_or_is_another_makes_stale(tmp_path):
         input_artifact(tmp_path, "pruned", "prune")
 
 
-def test_a_teacher_that_was_pretrained_here_counts_and_one_that_only_has_an_artifacts_name_does_not(tmp_path):
+def test_a_teacher_that_was_pretrained_here_counts_and_one_that_only_has_an_artifacts_name_does_not(
+    tmp_path,
+):
     make(tmp_path / "pretrain", "pretrain", {}, [], fill)
     item = Input("pretrain/hf", "a checkpoint's", read_manifest(tmp_path / "pretrain").finished)
     make(tmp_path / "teacher", "teacher", {}, [item, Input("plan", "the user's own folder")], fill)
     run(tmp_path, ["scores", "plan"])
     assert set(states(tmp_path).values()) == {"done"}
     make(tmp_path / "pretrain", "pretrain", {"seed": 1}, [], fill)
-    assert states(tmp_path)["teacher"] == "stale" and detail(tmp_path, "teacher") == "pretrain was made anew"
+    assert (
+        states(tmp_path)["teacher"] == "stale"
+        and detail(tmp_path, "teacher") == "pretrain was made anew"
+    )
 
 
 def test_damage_is_seen_and_named(tmp_path):
@@ -223,7 +235,9 @@ def test_damage_is_seen_and_named(tmp_path):
     (tmp_path / "logits" / "manifest.json").write_text("{")
     (tmp_path / "report" / "manifest.json").write_bytes(b"\xff\xfe")
     raw = json.loads((tmp_path / "pruned" / "manifest.json").read_text())
-    (tmp_path / "pruned" / "manifest.json").write_text(json.dumps({**raw, "started": 5, "finished": 7}))
+    (tmp_path / "pruned" / "manifest.json").write_text(
+        json.dumps({**raw, "started": 5, "finished": 7})
+    )
     raw["outputs"][0]["file"] = 3
     (tmp_path / "scores" / "manifest.json").write_text(json.dumps(raw))
     (tmp_path / "teacher" / "manifest.json").write_text('["inputs"]')
@@ -246,7 +260,12 @@ def test_what_a_killed_process_leaves_is_unfinished_and_says_its_last_step(tmp_p
         "step 120",
     )
     assert first.bytes == weight(tmp_path / "student") > 500
-    assert (second.name, second.state, second.bytes, second.detail) == ("report", "unfinished", 300, "")
+    assert (second.name, second.state, second.bytes, second.detail) == (
+        "report",
+        "unfinished",
+        300,
+        "",
+    )
     for text in ("", "[]\n", '{"loss": 1}\n', '{"step": "x"}\n', "no log\n"):
         (tmp_path / "student" / "state" / "metrics.jsonl").write_text(text)
         assert detail(tmp_path, "student") == ""
@@ -280,7 +299,9 @@ def test_a_workspace_where_another_process_makes_and_removes_can_be_looked_at(tm
     kill(process)
 
 
-def test_caches_and_leftovers_go_and_nothing_has_to_be_made_again(tmp_path, tokenizer_folder, corpus):
+def test_caches_and_leftovers_go_and_nothing_has_to_be_made_again(
+    tmp_path, tokenizer_folder, corpus
+):
     run(tmp_path)
     tokenizer, texts = load_tokenizer(tokenizer_folder, 300), found([corpus])
     ids = cached_tokens(tmp_path / "tokens", texts, tokenizer, 0, 500).tolist()
@@ -291,7 +312,9 @@ def test_caches_and_leftovers_go_and_nothing_has_to_be_made_again(tmp_path, toke
     (tmp_path / "results" / ".1.json.tmp").write_text("1")
     (tmp_path / "report" / ".report.html.tmp").write_text("22")
     (tmp_path / "..holder.json.tmp").write_text("333")
-    (tmp_path / "student" / "state" / "nemo").mkdir(parents=True)  # killed between manifest and tidying
+    (tmp_path / "student" / "state" / "nemo").mkdir(
+        parents=True
+    )  # killed between manifest and tidying
     (tmp_path / "student" / "state" / "nemo" / "last.ckpt").write_bytes(b"c" * 700)
     (tmp_path / "tokens" / "notes").mkdir()
     (tmp_path / "mine.txt").write_text("of the user")
@@ -314,9 +337,9 @@ def test_what_a_killed_training_goes_on_from_stays(tmp_path):
     run(tmp_path, ["teacher"])
     kill(start(TRAINING, tmp_path / "student"))
     items = rubbish(tmp_path)
-    assert [(name, item.bytes) for name, item in zip(names_of(items, tmp_path), items, strict=True)] == [
-        ("student/.result.partial", 500)
-    ]
+    assert [
+        (name, item.bytes) for name, item in zip(names_of(items, tmp_path), items, strict=True)
+    ] == [("student/.result.partial", 500)]
     remove(items)
     found = []
 
@@ -371,7 +394,9 @@ def test_a_file_that_an_artifact_lists_stays_whatever_its_name(tmp_path):
 
     make(tmp_path / "export", "export", {}, [], build)
     make(tmp_path / "report", "report", {}, [], build)
-    (tmp_path / "report" / "manifest.json").write_text("{")  # nothing says any more what belongs to it
+    (tmp_path / "report" / "manifest.json").write_text(
+        "{"
+    )  # nothing says any more what belongs to it
     assert rubbish(tmp_path) == []
 
 
@@ -433,7 +458,11 @@ def test_behind_a_whole_export_only_what_a_run_is_for_stays(tmp_path):
     ]  # fmt: skip
     total = weight(tmp_path)
     assert remove(items) == sum(item.bytes for item in items) == total - weight(tmp_path) > 5000
-    left = {name.split("/")[0] for name in everything(tmp_path) if not name.startswith(("live", "tokens"))}
+    left = {
+        name.split("/")[0]
+        for name in everything(tmp_path)
+        if not name.startswith(("live", "tokens"))
+    }
     assert left == {*KEPT, COMMANDS, "results", "scratch", "data", "unpacked"}
     assert states(tmp_path) == dict.fromkeys(KEPT, "done")
     assert all(verify(tmp_path / name) == [] for name in KEPT)
@@ -444,7 +473,10 @@ def test_behind_a_whole_export_only_what_a_run_is_for_stays(tmp_path):
     ("harm", "told"),
     [
         (lambda at: remove([Item(at / "export", 0, "")]), "found none"),
-        (lambda at: (at / "export" / "hf" / "weights").unlink(), "found it damaged: hf/weights: missing"),
+        (
+            lambda at: (at / "export" / "hf" / "weights").unlink(),
+            "found it damaged: hf/weights: missing",
+        ),
         (lambda at: (at / "export" / "manifest.json").write_text("{"), "found it damaged"),
         (
             lambda at: make(at / "report", "report", {"more": 1}, [], fill),
@@ -541,7 +573,8 @@ def test_a_removal_that_is_killed_is_ended_by_the_next(tmp_path):
     assert process.wait(timeout=60) == -signal.SIGKILL
     process.communicate()
     assert (
-        0 < len(everything(tmp_path / ".student.old.partial")) < whole and not (tmp_path / "student").exists()
+        0 < len(everything(tmp_path / ".student.old.partial")) < whole
+        and not (tmp_path / "student").exists()
     )
     assert "student" not in states(tmp_path)
     remove(rubbish(tmp_path, "intermediate"))

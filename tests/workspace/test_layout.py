@@ -21,7 +21,9 @@ def test_every_path_is_where_earlier_runs_have_put_it(tmp_path):
     for name, place in PLACES.items():
         assert getattr(workspace, name) == tmp_path / "run" / place, name
     others = {"root", "artifacts", "shared", "slurm_jobs", *PLACES, *ARTIFACTS}
-    assert {name for name, value in vars(Workspace).items() if isinstance(value, property)} <= others
+    assert {
+        name for name, value in vars(Workspace).items() if isinstance(value, property)
+    } <= others
     assert not (tmp_path / "run").exists()
 
 
@@ -46,11 +48,15 @@ def test_what_is_there_once_per_stage_variant_or_text():
         layout.model_in(workspace.student): "run/student/hf",
         layout.metrics_in(workspace.student): "run/student/metrics.jsonl",
         layout.plots_in(workspace.scores): "run/scores/plots",
-        layout.checkpoints_in(layout.state_in(workspace.student)): "run/student/state/nemo/checkpoints",
+        layout.checkpoints_in(
+            layout.state_in(workspace.student)
+        ): "run/student/state/nemo/checkpoints",
         layout.snapshot_in(layout.teachers_in(Path("state")), 4): "state/teachers/step=4",
         layout.build_lock_of(workspace.tokens / "1"): "run/tokens/.1.lock",
     }
-    assert {str(path): place for path, place in found.items()} == {place: place for place in found.values()}
+    assert {str(path): place for path, place in found.items()} == {
+        place: place for place in found.values()
+    }
     assert layout.outcome_of_rank(workspace.outcome("score"), 0) == workspace.outcome("score")
 
 

@@ -28,7 +28,9 @@ def test_an_artifact_is_made_once_and_made_anew_when_its_recipe_changes(tmp_path
     assert (folder / "sub" / "file.txt").read_text() == "one"
     assert make(folder, "thing", {"a": 2}, inputs, write("three"))
     assert make(folder, "thing", {"a": 2}, [Input("data", "abd")], write("four"))
-    assert read_manifest(folder).fingerprint == fingerprint("thing", {"a": 2}, [Input("data", "abd")])
+    assert read_manifest(folder).fingerprint == fingerprint(
+        "thing", {"a": 2}, [Input("data", "abd")]
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thing"]
 
 
@@ -106,7 +108,9 @@ make(Path(sys.argv[1]) / "thing", "thing", {}, [], build)
 
 
 def test_a_build_killed_in_the_middle_looks_like_nothing_and_is_cleared_by_the_next(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"half\n"
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -126,7 +130,9 @@ with locked(Path(sys.argv[1])):
 
 
 def test_a_workspace_is_held_by_one_run_and_released_by_its_death(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", LOCKER, str(tmp_path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOCKER, str(tmp_path)], stdout=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"held\n"
     with pytest.raises(ValueError, match="another run is using it"), locked(tmp_path):
         pass

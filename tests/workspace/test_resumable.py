@@ -37,12 +37,19 @@ def test_a_resumable_build_finds_its_state_and_another_recipe_sets_it_aside(tmp_
     assert not (folder / "hf").exists()
     (folder / "state" / "step").write_text("weeks")
     with pytest.raises(KeyboardInterrupt):
-        make_resumable(folder, "student", {"lr": 3, "trainer": {"precision": "bf16"}}, [], build(True))
+        make_resumable(
+            folder, "student", {"lr": 3, "trainer": {"precision": "bf16"}}, [], build(True)
+        )
     said = capsys.readouterr().err
-    assert "student: begun with other settings (lr: 2, now 3; trainer.precision: None, now bf16)" in said
+    assert (
+        "student: begun with other settings (lr: 2, now 3; trainer.precision: None, now bf16)"
+        in said
+    )
     (aside,) = set_aside(folder)
     assert (aside / "step").read_text() == "weeks" and str(aside) in said
-    assert make_resumable(folder, "student", {"lr": 3, "trainer": {"precision": "bf16"}}, [], build(False))
+    assert make_resumable(
+        folder, "student", {"lr": 3, "trainer": {"precision": "bf16"}}, [], build(False)
+    )
     assert aside.is_dir() and verify(folder) == []
 
     def look(state, target):
@@ -71,7 +78,9 @@ def student(folder, rate, text, inputs=()):
     return make_resumable(folder, "student", {"lr": rate}, list(inputs), trained(text), keep=True)
 
 
-def test_what_a_training_finished_outlives_other_settings_and_comes_back_with_its_own(tmp_path, capsys):
+def test_what_a_training_finished_outlives_other_settings_and_comes_back_with_its_own(
+    tmp_path, capsys
+):
     folder = tmp_path / "student"
     assert student(folder, 1, "one") and student(folder, 2, "two")
     (aside,) = set_aside(folder)
@@ -86,7 +95,9 @@ def test_what_a_training_finished_outlives_other_settings_and_comes_back_with_it
     (other,) = set_aside(folder)
     assert other != aside and (other / "log").read_text() == "two"
     assert not student(folder, 2, None) and verify(folder) == []
-    made = student(folder, 2, "three", [Input("pruned", "abc", "2999-01-01")])  # its input was made anew
+    made = student(
+        folder, 2, "three", [Input("pruned", "abc", "2999-01-01")]
+    )  # its input was made anew
     assert made and len(set_aside(folder)) == 2
     assert "student: made from other inputs; that is kept in" in capsys.readouterr().err
     (folder / "log").unlink()  # what is damaged is not kept
