@@ -1,8 +1,10 @@
 """Runs the flow in this process, with Prefect's embedded server: nothing to install, nothing to start."""
 
+import atexit
+import contextlib
 import os
 import shlex
-import signal
+import shutil
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -10,7 +12,6 @@ from pathlib import Path
 
 from nemo_minitron.config.compose import as_dict
 from nemo_minitron.config.config import Config
-from nemo_minitron.launch.process_group import watch_over
 from nemo_minitron.security.masking import masked
 from nemo_minitron.stages.result import Result
 
@@ -29,6 +30,9 @@ def prepare_environment() -> None:
         os.environ["PREFECT_HOME"] = str(
             _existing(cache / "nemo_minitron" / f"prefect-{version('prefect')}")
         )
+    with contextlib.suppress(OSError):  # Prefect makes no parents; said by whoever needs the folder
+        Path(os.environ.get("PREFECT_HOME", Path.home())).mkdir(parents=True, exist_ok=True)
+    _reach_own_server()
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
@@ -40,7 +44,9 @@ def _existing(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="minitron-prefect-"))
+        temporary = tempfile.mkdtemp(prefix="minitron-prefect-")
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return Path(temporary)
     return folder
 
 
@@ -56,26 +62,18 @@ def run_here(config: Config, words: Sequence[str]) -> list[Result]:
     from nemo_minitron.flows.compress import compress
 
     if not PREFECT_API_URL.value():
-        _start_server()
+        from nemo_minitron.flows.embedded_server import EmbeddedServer
+
+        server = EmbeddedServer()
+        atexit.register(server.stop)  # whatever Prefect still has to say at exit is said before
+        server.start()
     with tags("nemo_minitron"):
         results: list[Result] = compress(config=as_dict(config), command=masked(shlex.join(words)))
     return results
 
 
-def _start_server() -> None:
-    """Starts the embedded server so that it ends with this process, and not before it.
-
-    Ctrl-C reaches every process of the terminal; the server, which must still hear that the run
-    ended, does not hear it: a signal that is blocked when a process is started stays blocked. And
-    if this process is killed, something else must end the server.
-    """
-    from prefect.server.api.server import SubprocessASGIServer
-
-    server = SubprocessASGIServer()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        server.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if server.server_process is not None:
-        watch_over(str(server.server_process.pid), 5)
+def _reach_own_server() -> None:
+    """A proxy is not asked for the server on this machine (httpx and websockets read NO_PROXY)."""
+    for name in ("NO_PROXY", "no_proxy"):
+        present = [part for part in os.environ.get(name, "").split(",") if part]
+        os.environ[name] = ",".join(dict.fromkeys([*present, "127.0.0.1", "localhost"]))

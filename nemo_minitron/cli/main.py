@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import nemo_minitron
 from nemo_minitron.cli import family_tables, model_size, workspaces
+from nemo_minitron.cli.endings import ended_by, sigterm_like_ctrl_c
 from nemo_minitron.cli.tables import print_table
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.run import SEVERAL, STAGES, run_by_hand
@@ -114,7 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0 done, 2 the user's input is wrong (one line says what), 1 it failed.
+        0 done, 2 the user's input is wrong (one line says what), 1 it failed or Ctrl-C was pressed, 143
+        SIGTERM came.
     """
     raw = sys.argv[1:] if arguments is None else arguments
     top, commands = parser()
@@ -126,33 +128,28 @@ def main(arguments: list[str] | None = None) -> int:
         args = top.parse_args(raw)
     args.words = ["minitron", *raw]
     try:
-        return _COMMANDS[args.command](args)
-    except ValueError as error:
-        print(f"minitron {args.command}: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # of what the user wrote where a name belongs
-            return _failed(args.command, error)
-        print(f"minitron {args.command}: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"minitron {args.command}: interrupted; run it again to go on", file=sys.stderr)
-        return 1
-    except (SystemExit, Exception) as error:
-        return _failed(args.command, error)
+        with sigterm_like_ctrl_c():
+            return _COMMANDS[args.command](args)
+    except BaseException as error:
+        return _ended(args.command, error)
 
 
-def _failed(command: str, error: BaseException) -> int:
-    """The last resort: one line too, its traceback on request.
+def _ended(command: str, error: BaseException) -> int:
+    """Says in one line why a command ends without a result; returns its exit status.
 
     Raises:
-        BaseException: an exit that nobody pressed Ctrl-C for; or all, where tracebacks are asked
+        BaseException: an exit that nobody asked for by a signal; or all, where tracebacks are asked
             for.
     """
-    if _interrupted(error):  # Lightning makes an exit of it, a lost server another failure
-        print(f"minitron {command}: interrupted; run it again to go on", file=sys.stderr)
-        return 1
-    if isinstance(error, SystemExit) or os.environ.get("MINITRON_TRACEBACK"):
+    ended = ended_by(error)
+    if ended is not None:
+        print(f"minitron {command}: {plain(ended[0])}", file=sys.stderr)
+        return ended[1]
+    # a name that is too long stands where the user wrote it
+    if isinstance(error, ValueError) or getattr(error, "errno", None) == errno.ENAMETOOLONG:
+        print(f"minitron {command}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    if not isinstance(error, Exception) or os.environ.get("MINITRON_TRACEBACK"):
         raise error
     text = f"{type(error).__name__}: {_one_line(error)}"
     print(f"minitron {command}: failed: {text} (MINITRON_TRACEBACK=1 shows where)", file=sys.stderr)
@@ -163,17 +160,6 @@ def _one_line(error: BaseException) -> str:
     from nemo_minitron.security.masking import masked
 
     return plain(masked(str(error)))
-
-
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether somebody pressed Ctrl-C, and what followed from it is what failed."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _config(args: argparse.Namespace) -> "Config":
@@ -253,14 +239,12 @@ def _run(args: argparse.Namespace) -> int:
         )
     from nemo_minitron.workspace.locks import locked
 
-    with locked(
-        Path(config.workspace), config.launch.wait
-    ):  # before Prefect is started: a busy workspace is an input error
-        pass
-    from nemo_minitron.flows.local import run_here
+    # held from before Prefect starts, which takes seconds: of two runs the first one keeps it
+    with locked(Path(config.workspace), config.launch.wait):
+        from nemo_minitron.flows.local import run_here
 
-    with contextlib.redirect_stdout(sys.stderr):
-        results = run_here(config, args.words)
+        with contextlib.redirect_stdout(sys.stderr):
+            results = run_here(config, args.words)
     if args.json:
         print(json.dumps([_json(result) for result in results], indent=2))
         return 0

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,11 +79,17 @@ def _acquired(workspace: Path, wait: float) -> BaseFileLock:
                 raise ValueError(text) from error
 
 
+_HELD: set[tuple[Path, int]] = set()
+"""Workspaces that this process holds, with the thread that does."""
+
+
 @contextlib.contextmanager
 def locked(workspace: Path, wait: float = 0.0) -> Iterator[None]:
     """Holds the workspace for this process; the operating system lets go of it when the process dies.
 
-    So there are no stale locks to be removed: the file stays, and holds nobody back.
+    So there are no stale locks to be removed: the file stays, and holds nobody back. A block inside
+    a block of the same thread holds what is held already: the command line holds the workspace from
+    before Prefect starts, and the flow that it runs holds it again.
 
     Args:
         workspace: the folder.
@@ -91,7 +98,12 @@ def locked(workspace: Path, wait: float = 0.0) -> Iterator[None]:
     Raises:
         ValueError: another run holds it.
     """
+    mine = (workspace.resolve(), threading.get_ident())
+    if mine in _HELD:
+        yield
+        return
     lock = _acquired(workspace, wait)
+    _HELD.add(mine)
     me = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
     try:
         with contextlib.suppress(OSError):  # a full disk is for the stages to find
@@ -106,6 +118,7 @@ def locked(workspace: Path, wait: float = 0.0) -> Iterator[None]:
                 (workspace / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 workspace.rmdir()
+        _HELD.discard(mine)
         lock.release()
 
 

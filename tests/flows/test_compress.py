@@ -1,5 +1,6 @@
 """The whole pipeline: real Prefect with its embedded server, real processes, killed for real."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 
 from nemo_minitron.workspace.artifacts import artifacts_in
 from nemo_minitron.workspace.manifest import read_manifest
+from tests.support.processes import until
 from tests.support.runs import command_line, minitron, settings
 
 NAMES = ["teacher", "scores", "plan", "pruned", "student", "scratch", "report", "export"]
@@ -245,7 +247,7 @@ def test_the_embedded_server_ends_with_the_run_and_not_before(
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     others = psutil.Process(process.pid).children(recursive=True)
-    assert any("uvicorn" in command_line(other) for other in others)
+    assert any("embedded_server" in command_line(other) for other in others)
     if how == signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does: to every process
     else:
@@ -259,6 +261,110 @@ def test_the_embedded_server_ends_with_the_run_and_not_before(
             "minitron run: interrupted; run it again to go on"
         )
     assert not psutil.wait_procs(others, timeout=20)[1]
+
+
+@contextlib.contextmanager
+def starting(workspace, teacher, corpus):
+    """A run in a process group of its own, from its begin."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nemo_minitron", "run", *settings(workspace, teacher, corpus)],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+PROGRAM = """import sys
+sys.path.pop(0)  # as for the installed program, whose folder is not the working folder
+from nemo_minitron.cli.main import main
+sys.exit(main())"""
+
+
+def server_of(process):
+    """The embedded server that a run has started."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [each for each in children if "embedded_server" in command_line(each)]
+
+
+def test_sigterm_to_the_whole_group_ends_a_run_like_ctrl_c(tmp_path, teacher, corpus):
+    with starting(tmp_path / "run", teacher, corpus) as process:
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("[2/8] score"):
+            assert process.poll() is None
+        (server,) = server_of(process)
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGTERM)  # as timeout, systemd and batch systems do
+        _, told = process.communicate(timeout=60)
+        assert time.monotonic() - began < 45, "Prefect waits 70 s for a server that is gone"
+    assert process.returncode == 143
+    assert told.splitlines()[-1] == "minitron run: ended by SIGTERM; run it again to go on"
+    assert not psutil.wait_procs([server], timeout=20)[1]
+
+
+def test_the_run_that_came_first_keeps_the_workspace(tmp_path, teacher, corpus):
+    workspace = tmp_path / "run"
+    with starting(workspace, teacher, corpus) as first:
+        until(lambda: server_of(first))  # Prefect is starting: no stage has begun
+        second = minitron("run", *settings(workspace, teacher, corpus))
+        assert second.returncode == 2
+        assert f"another run is using it (process {first.pid} on" in second.stderr
+        first.send_signal(signal.SIGTERM)
+        first.communicate()
+    assert not workspace.exists()  # neither of them has made anything
+
+
+def test_surroundings_do_not_keep_the_embedded_server_from_starting(tmp_path):
+    """A proxy, a module of the standard library's name, a home that is not there yet."""
+    for name in ("tokenize", "random"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", PROGRAM),
+            *("run", "source.model=./missing", "workspace=w"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=100,
+        check=False,
+        env={
+            **{k: v for k, v in os.environ.items() if k.upper() != "NO_PROXY"},
+            "HTTP_PROXY": "http://127.0.0.1:9",
+            "HTTPS_PROXY": "http://127.0.0.1:9",
+            "ALL_PROXY": "http://127.0.0.1:9",
+            "PREFECT_HOME": str(tmp_path / "not" / "there"),
+        },
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr[-2000:]
+    assert done.stderr.endswith("minitron run: missing: no such folder\n")
+    assert (tmp_path / "not" / "there" / "prefect.db").is_file()
+
+
+def test_a_prefect_home_that_cannot_be_written_is_named_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = minitron(
+        "run",
+        "source.model=./missing",
+        f"workspace={tmp_path / 'w'}",
+        env={"PREFECT_HOME": str(tmp_path / "file" / "home"), "PREFECT_API_URL": ""},
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert f"PREFECT_HOME: {tmp_path / 'file' / 'home'} cannot be written" in done.stderr
+
+
+def test_a_run_killed_while_its_server_starts_leaves_no_server(tmp_path, teacher, corpus):
+    with starting(tmp_path / "run", teacher, corpus) as process:
+        servers = until(lambda: server_of(process))
+        process.kill()
+        process.communicate()
+    assert not psutil.wait_procs(servers, timeout=30)[1]
 
 
 def test_a_report_about_another_model_judges_no_export(finished, tmp_path, teacher, corpus):
