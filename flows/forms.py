@@ -21,7 +21,10 @@ def _form(name: str, section: type, text: str) -> type[BaseModel]:
             continue  # a section inside, or what only overrides reach
         if item.metadata["choices"]:
             kind = Literal[item.metadata["choices"]]
-        bound = {} if item.metadata["least"] is None else {"ge": item.metadata["least"]}
+        bounds = item.metadata["bounds"]
+        limits = {"ge": bounds.least, "gt": bounds.above, "le": bounds.most, "lt": bounds.below}
+        single = not any(kind in str(hints[item.name]) for kind in ("list", "dict"))
+        bound = {name: limit for name, limit in limits.items() if single and limit is not None}
         entries[item.name] = (kind | None, Field(None, description=item.metadata["help"], **bound))
     made: type[BaseModel] = create_model(
         name, __config__=ConfigDict(extra="forbid"), __doc__=text, __module__=__name__, **entries

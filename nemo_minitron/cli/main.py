@@ -237,10 +237,10 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(
             f"not under torchrun; run the stages that compute with it: {', '.join(SEVERAL)}"
         )
-    from nemo_minitron.workspace.locks import locked
+    from nemo_minitron.workspace.locks import locked_and_lent
 
     # held from before Prefect starts, which takes seconds: of two runs the first one keeps it
-    with locked(Path(config.workspace), config.launch.wait):
+    with locked_and_lent(Path(config.workspace), config.launch.wait):
         from nemo_minitron.flows.local import run_here
 
         with contextlib.redirect_stdout(sys.stderr):

@@ -16,8 +16,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import nemo_minitron
+from nemo_minitron.config.bounds import check, check_handed_on
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.option import describe
+from nemo_minitron.config.words import as_typed, check_file, unreadable
 from nemo_minitron.families import use_tables
 
 _PACKAGE = Path(nemo_minitron.__file__).parent
@@ -56,7 +58,9 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         raise ValueError(f"--config-dir: no such folder: {own}")
     GlobalHydra.instance().clear()
     name = name.removesuffix(".yaml")
+    overrides = [as_typed(override) for override in overrides]
     try:
+        check_file(own / f"{name}.yaml")
         with initialize_config_dir(str(own), version_base="1.3"):
             search = [] if folder is None else [f"hydra.searchpath=[file://{CONFIGS}]"]
             composed = compose(name, [*overrides, *search])
@@ -66,7 +70,7 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         merged = OmegaConf.merge(OmegaConf.structured(Config), values)
         config = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error, name, own)) from error
+        raise ValueError(unreadable(overrides) or _explain(error, name, own)) from error
     except yaml.YAMLError as error:
         raise ValueError(
             f"{own}: a configuration is not valid YAML: {' '.join(str(error).split())}"
@@ -98,6 +102,9 @@ def _explain(error: Exception, name: str, folder: Path) -> str:
             path.stem for root in {folder, CONFIGS} for path in (root / group).glob("*.yaml")
         )
         return f"{group}: no choice {value!r}; there are: {', '.join(known)}"
+    ambiguous = re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text)
+    if ambiguous:
+        return f"{ambiguous[1]}: expected one value, found {ambiguous[2]}; a list goes in brackets"
     if "is not a ListConfig" in text and full_key:
         return f"{full_key}: expected a list, as in {full_key}=[first,second]"
     first = str(cause).strip().splitlines()[0]
@@ -131,11 +138,15 @@ def _check_values(config: Config) -> None:
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.strip():
+                raise ValueError(
+                    f"{name}: empty (an unset variable?); give it a value, or leave it out"
+                )
         if choices and value is not None and value not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
-        least = item.metadata["least"]
-        if least is not None and value is not None and value < least:
-            raise ValueError(f"{name}: expected at least {least}, found {value!r}")
+        check(name, item.metadata["bounds"], value)
+    check_handed_on(as_dict(config))
 
 
 def as_dict(config: Config) -> dict[str, Any]:

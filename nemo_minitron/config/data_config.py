@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from nemo_minitron.config.bounds import ANY_SEED, SHARE, Bounds
 from nemo_minitron.config.option import option
 
 
@@ -24,10 +25,12 @@ class TextConfig:
         "and hf",
     )
     sequence_length: int = option(
-        1024, "tokens per sample; documents are packed end to end", least=1
+        1024,
+        "tokens per sample; documents are packed end to end",
+        bounds=Bounds(least=1, most=2**24),
     )
     samples: int | None = option(None, "samples to take; null: as many as are needed", least=1)
-    seed: int = option(0, "seed of the order in which files and samples are taken")
+    seed: int = option(0, "seed of the order in which files and samples are taken", bounds=ANY_SEED)
 
 
 @dataclass
@@ -36,7 +39,9 @@ class CalibrationConfig(TextConfig):
 
     samples: int | None = option(1024, "samples to take; null: all of them", least=1)
     weights: list[float] | None = option(
-        None, "shares of the samples, one for each entry of paths; null: all text is one pool"
+        None,
+        "shares of the samples, one for each entry of paths; null: all text is one pool",
+        least=0,
     )
     packing: str = option(
         "plain",
@@ -51,7 +56,9 @@ class TrainConfig(TextConfig):
     """Text for training; its tokens lie in the workspace's tokens/, made once for all stages."""
 
     weights: list[float] | None = option(
-        None, "shares of the samples, one for each entry of paths; null: all text is one pool"
+        None,
+        "shares of the samples, one for each entry of paths; null: all text is one pool",
+        least=0,
     )
     learn_from: str = option(
         "all",
@@ -70,4 +77,5 @@ class DataConfig:
     holdout: float = option(
         0.05,
         "share of data.train's documents kept out of training, for validation without paths of its own",
+        bounds=SHARE,
     )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from nemo_minitron.config.bounds import ANY_SEED, Bounds
 from nemo_minitron.config.option import option
 
 
@@ -28,7 +29,9 @@ class IntermediateConfig:
         8, "heads into which the relations of attention are split", least=1
     )
     alpha: float | None = option(
-        None, "weight alpha of the intermediate losses; null: L_logits / L_is at every step"
+        None,
+        "weight alpha of the intermediate losses; null: L_logits / L_is at every step",
+        least=0,
     )
 
 
@@ -43,8 +46,8 @@ class CacheConfig:
         ("top_k", "sampling"),
     )
     entries: int = option(64, "entries per token", least=1)
-    batch_size: int = option(8, "samples per forward pass", least=1)
-    seed: int = option(0, "seed of the draw")
+    batch_size: int = option(8, "samples per forward pass", bounds=Bounds(least=1, most=16_384))
+    seed: int = option(0, "seed of the draw", bounds=ANY_SEED)
 
 
 @dataclass
@@ -78,25 +81,33 @@ class DistillConfig:
         "newest weights are the teacher's from the next step on",
     )
     cache: CacheConfig = field(default_factory=CacheConfig)
-    kl: float = option(1.0, "weight of the divergence between teacher and student logits")
+    kl: float = option(1.0, "weight of the divergence between teacher and student logits", least=0)
     divergence: str = option(
         "forward_kl",
         "which divergence; forward_kl is the choice of the papers (arXiv 2407.14679)",
         ("forward_kl", "reverse_kl", "jsd", "topk_kl", "mse", "cosine"),
     )
-    beta: float = option(0.5, "beta of divergence=jsd, between 0 (exclusive) and 1 (exclusive)")
+    beta: float = option(
+        0.5,
+        "beta of divergence=jsd, between 0 (exclusive) and 1 (exclusive)",
+        bounds=Bounds(above=0, below=1),
+    )
     top_k: int = option(
         100, "entries that divergence=topk_kl tells apart; one bucket holds the others", least=1
     )
-    ce: float = option(0.0, "weight of the cross-entropy with the data")
+    ce: float = option(0.0, "weight of the cross-entropy with the data", least=0)
     intermediate: IntermediateConfig = field(default_factory=IntermediateConfig)
     temperature: float = option(
-        1.0, "softmax temperature tau; the divergence carries the factor tau squared"
+        1.0,
+        "softmax temperature tau; the divergence carries the factor tau squared",
+        bounds=Bounds(above=0),
     )
     chunk_tokens: int | None = option(
-        None, "tokens whose logits exist at a time; null: chosen from the vocabulary"
+        None, "tokens whose logits exist at a time; null: chosen from the vocabulary", least=1
     )
     batch_size: int = option(
-        8, "samples per step and device, before trainer.accumulate_grad_batches", least=1
+        8,
+        "samples per step and device, before trainer.accumulate_grad_batches",
+        bounds=Bounds(least=1, most=16_384),
     )
-    seed: int = option(0, "seed of the sample order")
+    seed: int = option(0, "seed of the sample order", bounds=ANY_SEED)

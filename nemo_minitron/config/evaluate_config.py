@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from nemo_minitron.config.bounds import SHARE, Bounds
 from nemo_minitron.config.option import option
 
 
@@ -25,7 +26,9 @@ class EvaluateConfig:
         False, "also train and measure a model of the student's shape from random weights"
     )
     min_retention: float | None = option(
-        None, "least allowed perplexity retention (teacher perplexity / student perplexity), 0 to 1"
+        None,
+        "least allowed perplexity retention (teacher perplexity / student perplexity), 0 to 1",
+        least=0,
     )
     floors: list[str] = option(
         [],
@@ -38,18 +41,28 @@ class EvaluateConfig:
     max_regression: float = option(
         0.02,
         "how far, relatively, the student may fall behind evaluate.previous in any measure",
-        least=0,
+        bounds=SHARE,
     )
-    batch_size: int = option(8, "samples per forward pass", least=1)
-    prompts: int = option(16, "held-out prompts that every model continues; 0: none", least=0)
+    batch_size: int = option(8, "samples per forward pass", bounds=Bounds(least=1, most=16_384))
+    prompts: int = option(
+        16,
+        "held-out prompts that every model continues; 0: none",
+        bounds=Bounds(least=0, most=16_384),
+    )
     written_tokens: int = option(
-        64, "tokens that a model writes after each prompt; prompts have as many tokens", least=1
+        64,
+        "tokens that a model writes after each prompt; prompts have as many tokens",
+        bounds=Bounds(least=1, most=2**20),
     )
     speed: bool = option(
         True, "measure tokens per second and peak memory, each model in a process of its own"
     )
-    speed_batches: list[int] = option([1, 8], "samples at a time in the speed measurement")
-    prompt_tokens: int = option(256, "prompt length of the speed measurement", least=1)
-    contexts: list[int] = option([], "further prompt lengths of the speed measurement")
-    new_tokens: int = option(64, "generated tokens of the speed measurement", least=1)
+    speed_batches: list[int] = option([1, 8], "samples at a time in the speed measurement", least=1)
+    prompt_tokens: int = option(
+        256, "prompt length of the speed measurement", bounds=Bounds(least=1, most=2**20)
+    )
+    contexts: list[int] = option([], "further prompt lengths of the speed measurement", least=1)
+    new_tokens: int = option(
+        64, "generated tokens of the speed measurement", bounds=Bounds(least=1, most=2**20)
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")

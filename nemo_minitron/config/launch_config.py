@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from nemo_minitron.config.bounds import Bounds
 from nemo_minitron.config.option import option
 
 
@@ -28,7 +29,9 @@ class LaunchConfig:
         ("inline", "subprocess", "torchrun", "slurm"),
     )
     processes: int | None = option(
-        None, "processes per node of torchrun and slurm; null: one per GPU of this machine", least=1
+        None,
+        "processes per node of torchrun and slurm; null: one per GPU of this machine",
+        bounds=Bounds(least=1, most=1_024),
     )
     stages: list[str] | None = option(
         None,
@@ -36,21 +39,23 @@ class LaunchConfig:
         "their own; null: all stages that several processes can share",
     )
     time_limit: float | None = option(
-        None, "seconds that a stage may take; null: no limit", least=0
+        None, "seconds that a stage may take; null: no limit", bounds=Bounds(above=0)
     )
     time_limits: dict[str, float] = option(
-        {}, "the same for single stages, as in +launch.time_limits.distill=86400"
+        {},
+        "the same for single stages, as in +launch.time_limits.distill=86400",
+        bounds=Bounds(above=0),
     )
     silence: float | None = option(
         3600.0,
         "seconds without output or progress after which a stage's process counts as hung; null: never",
-        least=0,
+        bounds=Bounds(above=0),
     )
     grace: float = option(60.0, "seconds that a stage's process has to save after SIGTERM", least=0)
     retries: int = option(
         4,
         "further tries after a failure that may pass: network, lost process, too little memory",
-        least=0,
+        bounds=Bounds(least=0, most=1_000),
     )
     retry_seconds: float = option(
         2.0, "wait before the second try; doubles with each, and is jittered", least=0

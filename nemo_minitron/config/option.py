@@ -3,15 +3,26 @@
 from dataclasses import field, fields, is_dataclass
 from typing import Any, get_type_hints
 
+from nemo_minitron.config.bounds import Bounds
+
 
 def option(
-    default: Any, text: str, choices: tuple[str, ...] | None = None, least: float | None = None
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] | None = None,
+    least: float | None = None,
+    bounds: Bounds | None = None,
 ) -> Any:
     """A documented configuration key.
 
-    Its default, one sentence, and the values it takes where they are few.
+    Args:
+        default: its default.
+        text: one sentence on what it means.
+        choices: the texts it takes, where they are few.
+        least: the smallest number it takes.
+        bounds: the numbers it takes, where there is more to say; of a list or dictionary, each of them.
     """
-    metadata = {"help": text, "choices": choices, "least": least}
+    metadata = {"help": text, "choices": choices, "bounds": bounds or Bounds(least)}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

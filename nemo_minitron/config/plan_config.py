@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from nemo_minitron.config.bounds import SHARE, Bounds
 from nemo_minitron.config.option import option
 
 
@@ -12,7 +13,9 @@ class BudgetConfig:
     params: float | None = option(
         None, "target of the search, in the unit of measure; null: no search", least=1
     )
-    tolerance: float = option(0.05, "largest relative distance of a candidate from params", least=0)
+    tolerance: float = option(
+        0.05, "largest relative distance of a candidate from params", bounds=SHARE
+    )
     measure: str = option(
         "parameters",
         "what params counts",
@@ -22,6 +25,7 @@ class BudgetConfig:
         {},
         "sizes to choose from, as in +plan.budget.choices.hidden=[2560,3072]; expansion stands for ffn / "
         "hidden; none: a grid around the share that is asked for",
+        bounds=Bounds(above=0),
     )
     candidates: int = option(8, "candidates to try, those nearest to params", least=1)
     steps: int = option(400, "steps of distillation of the last round", least=1)
@@ -36,21 +40,25 @@ class PlanConfig:
 
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
-    hidden: int | None = option(None, "width of the residual stream")
-    ffn: int | None = option(None, "neurons of the dense MLP, per layer")
-    heads: int | None = option(None, "query heads, per layer")
-    kv_heads: int | None = option(None, "key/value heads (whole groups), per layer")
-    experts: int | None = option(None, "routed experts, per layer")
-    expert_ffn: int | None = option(None, "neurons inside a routed expert")
-    shared_ffn: int | None = option(None, "neurons of a shared expert")
-    mamba_heads: int | None = option(None, "Mamba heads, per layer")
-    mamba_groups: int | None = option(None, "groups of Mamba heads (whole groups), per layer")
-    mamba_head_dim: int | None = option(
-        None, "channels of every Mamba head, the same in all heads of a layer"
+    hidden: int | None = option(None, "width of the residual stream", least=1)
+    ffn: int | None = option(None, "neurons of the dense MLP, per layer", least=1)
+    heads: int | None = option(None, "query heads, per layer", least=1)
+    kv_heads: int | None = option(None, "key/value heads (whole groups), per layer", least=1)
+    experts: int | None = option(None, "routed experts, per layer", least=1)
+    expert_ffn: int | None = option(None, "neurons inside a routed expert", least=1)
+    shared_ffn: int | None = option(None, "neurons of a shared expert", least=1)
+    mamba_heads: int | None = option(None, "Mamba heads, per layer", least=1)
+    mamba_groups: int | None = option(
+        None, "groups of Mamba heads (whole groups), per layer", least=1
     )
-    mamba_state: int | None = option(None, "state size of the Mamba layers")
-    layers: int | None = option(None, "layers")
-    drop_layers: list[int] | None = option(None, "0-based layers to drop, instead of plan.layers")
+    mamba_head_dim: int | None = option(
+        None, "channels of every Mamba head, the same in all heads of a layer", least=1
+    )
+    mamba_state: int | None = option(None, "state size of the Mamba layers", least=1)
+    layers: int | None = option(None, "layers", least=1)
+    drop_layers: list[int] | None = option(
+        None, "0-based layers to drop, instead of plan.layers", least=0
+    )
     layer_choice: str | None = option(
         None,
         "which layers go: the least important wherever they are (scattered, also null), the best block of "

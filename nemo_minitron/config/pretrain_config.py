@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_minitron.config.bounds import ANY_SEED, Bounds
 from nemo_minitron.config.option import option
 
 
@@ -18,7 +19,7 @@ class PretrainConfig:
     tokenizer: str | None = option(
         None, "folder of a tokenizer; null: train a byte-level BPE on data.train"
     )
-    batch_size: int = option(8, "samples per step and device", least=1)
-    seed: int = option(0, "seed of the weights and the sample order")
+    batch_size: int = option(8, "samples per step and device", bounds=Bounds(least=1, most=16_384))
+    seed: int = option(0, "seed of the weights and the sample order", bounds=ANY_SEED)
     trainer: dict[str, Any] = option({}, "keys that replace those of trainer")
     optim: dict[str, Any] = option({}, "keys that replace those of optim")

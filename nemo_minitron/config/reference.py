@@ -24,6 +24,7 @@ def markdown() -> str:
         )
         choices = item.metadata["choices"]
         text = item.metadata["help"] + (f" (one of: {', '.join(choices)})" if choices else "")
+        text += f"; {item.metadata['bounds']}" if str(item.metadata["bounds"]) else ""
         lines.append(f"| `{name}` | `{shown}` | {text} |")
     lines += [
         "",

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from nemo_minitron.config.bounds import ANY_SEED, Bounds
 from nemo_minitron.config.option import option
 
 
@@ -40,17 +41,18 @@ class ScoreConfig:
         [],
         "lengths of blocks of consecutive layers to measure besides single layers; plan.layers with "
         "plan.layer_choice=contiguous adds its own",
+        least=1,
     )
     tasks: list[str] = option([], "lm-eval tasks of score.depth=task, as in evaluate.tasks")
     task_limit: int | None = option(None, "documents per task; null: all", least=1)
     iterations: int = option(
         1,
         "rounds of score and cut on the way to the plan's widths; 1: score the whole model once",
-        least=1,
+        bounds=Bounds(least=1, most=1_000),
     )
-    batch_size: int = option(8, "samples per forward pass", least=1)
+    batch_size: int = option(8, "samples per forward pass", bounds=Bounds(least=1, most=16_384))
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
-    seed: int = option(0, "seed of the random baseline")
+    seed: int = option(0, "seed of the random baseline", bounds=ANY_SEED)
     streaming: str = option(
         "auto",
         "one layer's weights in memory at a time; auto: where the model does not fit",

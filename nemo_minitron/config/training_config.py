@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from nemo_minitron.config.bounds import SHARE, Bounds
 from nemo_minitron.config.option import option
 
 
@@ -47,6 +48,7 @@ class TrainingConfig:
     ema_decay: float | None = option(
         None,
         "decay of a moving average of the weights that is validated and becomes the result",
+        bounds=SHARE,
     )
     on_bad_loss: str = option(
         "stop",
@@ -57,6 +59,7 @@ class TrainingConfig:
     spike_factor: float | None = option(
         None,
         "a loss this many times the median of the last spike_window steps is a spike; null: off",
+        bounds=Bounds(above=1),
     )
     spike_window: int = option(32, "steps whose losses make the median", least=2)
     max_skips: int = option(
@@ -65,4 +68,5 @@ class TrainingConfig:
     peak_tflops: float | None = option(
         None,
         "a device's peak in 1e12 FLOP/s, for the log's mfu; null: only of known cards",
+        bounds=Bounds(above=0),
     )

@@ -79,17 +79,33 @@ def _acquired(workspace: Path, wait: float) -> BaseFileLock:
                 raise ValueError(text) from error
 
 
-_HELD: set[tuple[Path, int]] = set()
-"""Workspaces that this process holds, with the thread that does."""
+_LENT: set[tuple[Path, int]] = set()
+"""Workspaces that this process holds for what it calls, with the thread that calls."""
+
+
+@contextlib.contextmanager
+def locked_and_lent(workspace: Path, wait: float = 0.0) -> Iterator[None]:
+    """Holds the workspace as ``locked`` does, and lets what is called in the block hold it again.
+
+    So the command line can hold it from before Prefect starts, for the flow that it runs.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    with locked(workspace, wait):
+        lent = (workspace.resolve(), threading.get_ident())
+        _LENT.add(lent)
+        try:
+            yield
+        finally:
+            _LENT.discard(lent)
 
 
 @contextlib.contextmanager
 def locked(workspace: Path, wait: float = 0.0) -> Iterator[None]:
     """Holds the workspace for this process; the operating system lets go of it when the process dies.
 
-    So there are no stale locks to be removed: the file stays, and holds nobody back. A block inside
-    a block of the same thread holds what is held already: the command line holds the workspace from
-    before Prefect starts, and the flow that it runs holds it again.
+    So there are no stale locks to be removed: the file stays, and holds nobody back.
 
     Args:
         workspace: the folder.
@@ -98,12 +114,10 @@ def locked(workspace: Path, wait: float = 0.0) -> Iterator[None]:
     Raises:
         ValueError: another run holds it.
     """
-    mine = (workspace.resolve(), threading.get_ident())
-    if mine in _HELD:
+    if (workspace.resolve(), threading.get_ident()) in _LENT:
         yield
         return
     lock = _acquired(workspace, wait)
-    _HELD.add(mine)
     me = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
     try:
         with contextlib.suppress(OSError):  # a full disk is for the stages to find
@@ -118,7 +132,6 @@ def locked(workspace: Path, wait: float = 0.0) -> Iterator[None]:
                 (workspace / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 workspace.rmdir()
-        _HELD.discard(mine)
         lock.release()
 
 

@@ -82,7 +82,7 @@ def test_an_unknown_configuration_lists_those_that_exist(capsys):
     ("targets", "message"),
     [
         (["plan.hidden=25"], "plan.hidden: expected 1 to 24 (the source's size), found 25"),
-        (["plan.ffn=0"], "plan.ffn: expected 1 to 40"),
+        (["plan.ffn=41"], "plan.ffn: expected 1 to 40"),
         (["plan.heads=4"], "plan.heads: expected a multiple of kv_heads = 3"),
         (["plan.kv_heads=1", "plan.heads=4"], "1 kv_heads can keep at most 2 heads"),
         (["plan.hidden=10"], "llama needs hidden % heads == 0, found heads=6, hidden=10"),

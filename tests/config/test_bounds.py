@@ -1,0 +1,87 @@
+"""Every number of the configuration has a range in which it means something, and is refused outside it."""
+
+from typing import get_type_hints
+
+import pytest
+
+from nemo_minitron.config.bounds import HANDED_ON
+from nemo_minitron.config.compose import load_config
+from nemo_minitron.config.config import Config
+from nemo_minitron.config.option import describe
+
+NUMBERS = {
+    name: item.metadata["bounds"]
+    for name, item, section in describe(Config)
+    if any(kind in str(get_type_hints(section)[item.name]) for kind in ("int", "float"))
+}
+
+
+def test_no_number_is_without_a_range():
+    assert len(NUMBERS) > 60
+    assert [name for name, bounds in NUMBERS.items() if not str(bounds)] == []
+
+
+def outside(bounds):
+    """Numbers just outside a range, as they are written, and what is expected of them."""
+    if bounds.least is not None:
+        yield f"{bounds.least - 1}", f"at least {bounds.least:,}"
+    if bounds.above is not None:
+        yield f"{bounds.above}", f"more than {bounds.above:,}"
+    if bounds.most is not None:
+        yield f"{bounds.most + 1}", f"at most {bounds.most:,}"
+    if bounds.below is not None:
+        yield f"{bounds.below}", f"less than {bounds.below:,}"
+
+
+def override(name, value):
+    kind = next(
+        str(get_type_hints(section)[item.name])
+        for other, item, section in describe(Config)
+        if other == name
+    )
+    if "dict[str, list" in kind:
+        return f"+{name}.hidden=[{value}]"
+    if "dict" in kind:
+        return f"+{name}.score={value}"
+    return f"{name}=[{value}]" if "list" in kind else f"{name}={value}"
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_outside_its_range_is_refused_by_name(name):
+    for value, expected in outside(NUMBERS[name]):
+        with pytest.raises(ValueError, match=f"^{name}: expected {expected}, found"):
+            load_config("config", [override(name, value)])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", ["distill.kl", "launch.wait", "data.train.weights"])
+def test_what_is_no_finite_number_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected at least 0, found -?(nan|inf)"):
+        load_config("config", [override(name, value)])
+
+
+@pytest.mark.parametrize("name", HANDED_ON)
+def test_numbers_that_lightning_and_nemo_would_break_on_are_refused_by_name(name):
+    for value, expected in outside(HANDED_ON[name]):
+        given = f"[{value},0.5]" if name.endswith("betas") else value
+        with pytest.raises(ValueError, match=f"^{name}: expected {expected}, found"):
+            load_config("config", [f"++{name}={given}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optim.lr=abc", "optim.lr: expected a number, found 'abc'"),
+        ("optim.betas=[0.9]", r"optim.betas: expected two numbers, found \[0.9\]"),
+        ("+optim.sched.warmup_ratio=0.1", r"'~optim.sched.warmup_steps'"),
+        ("optim.sched=null", "'~optim.sched' removes it"),
+        ("training.ema_decay=2", "training.ema_decay: expected less than 1, found 2.0"),
+    ],
+)
+def test_what_would_fail_deep_inside_a_training_is_refused_at_once(override, line):
+    with pytest.raises(ValueError, match=line):
+        load_config("config", [override])
+
+
+def test_a_schedule_may_be_removed():
+    assert "sched" not in load_config("config", ["~optim.sched"]).optim
