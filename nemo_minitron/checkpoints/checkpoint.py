@@ -17,14 +17,7 @@ from nemo_minitron.checkpoints.headers import read_header, sample
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.checkpoints.side_files import side_files
 from nemo_minitron.checkpoints.unsupported_weights import check_config, check_folder, check_names
-from nemo_minitron.families import (
-    Family,
-    axis_sizes,
-    expected_tensors,
-    family_of,
-    find_row,
-    own_tables,
-)
+from nemo_minitron.families import Architecture, Family, architecture_of, find_row, own_tables
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.security.links import refuse_links
 from nemo_minitron.workspace.manifest import digest, hash_file
@@ -59,8 +52,7 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        config: its config.json.
-        family: its family table.
+        architecture: its config.json and its family's table.
         entries: tensor name to entry.
         fingerprint: SHA-256 of weight files' names, sizes and headers, of a sample of every
             tensor's bytes (two fine-tunes of one model differ in nothing else), config.json and
@@ -68,10 +60,19 @@ class Checkpoint:
     """
 
     folder: Path
-    config: Mapping[str, Any]
-    family: Family
+    architecture: Architecture
     entries: Mapping[str, Entry]
     fingerprint: str
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its config.json."""
+        return self.architecture.config
+
+    @property
+    def family(self) -> Family:
+        """Its family's table."""
+        return self.architecture.family
 
     def units(self, name: str) -> dict[str, int]:
         """Unit numbers in a tensor's name, by placeholder."""
@@ -92,7 +93,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_folder(folder)
     refuse_links(folder)
     config = read_config(folder)
-    family = family_of(config, str(folder / "config.json"))
+    model = architecture_of(config, str(folder / "config.json"))
     check_config(folder, config)
     files = weight_files(folder)
     headers = {}
@@ -109,7 +110,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             entries[name] = Entry(
                 file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0]
             )
-    _check_entries(folder, family, config, entries)
+    _check_entries(folder, model, entries)
     stamp = [
         [
             file,
@@ -120,8 +121,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         for file in files
     ]
     sides = [[path.name, hash_file(path)] for path in side_files(folder)]
-    table = [] if family.model_type not in own_tables() else [repr(family)]
-    return Checkpoint(folder, config, family, entries, digest([stamp, config, sides, *table]))
+    table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
+    return Checkpoint(folder, model, entries, digest([stamp, config, sides, *table]))
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -166,17 +167,15 @@ def weight_files(folder: Path) -> list[str]:
     raise ValueError(f"{folder}: no safetensors weights ({SINGLE} or {INDEX})")
 
 
-def _check_entries(
-    folder: Path, family: Family, config: Mapping[str, Any], entries: Mapping[str, Entry]
-) -> None:
-    sizes = axis_sizes(family, config, str(folder / "config.json"))
+def _check_entries(folder: Path, model: Architecture, entries: Mapping[str, Entry]) -> None:
+    family, sizes = model.family, model.sizes
     if sizes["layers"] > len(entries):  # also keeps an absurd config from being expanded
         raise ValueError(
             f"{folder / 'config.json'}: {sizes['layers']} layers, but only {len(entries)} tensors"
         )
     try:
         # one more than there are is enough to find one that is missing
-        first = itertools.islice(expected_tensors(family, config), len(entries) + 1)
+        first = itertools.islice(model.tensors(), len(entries) + 1)
         expected = {name: shape for name, _, shape in first}
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error

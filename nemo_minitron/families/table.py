@@ -1,13 +1,13 @@
 """A model family as data: axes, tensor rows, taps; loading and validating a table.
 
-What the stages ask of a table lies in ``shapes.py``.
+What a table says of one model lies in ``architecture.py``.
 """
 
 import functools
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,10 @@ class Tap:
     module: str
     dim: Dim | None = None
 
+    def at(self, placeholder: str, layer: int) -> "Tap":
+        """The tap in one layer."""
+        return replace(self, module=self.module.replace(f"{{{placeholder}}}", str(layer)))
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -127,6 +131,13 @@ class Family:
     def prunable(self) -> tuple[str, ...]:
         """Names of the axes whose size a plan may change, in the table's order."""
         return tuple(name for name, axis in self.axes.items() if not axis.fixed)
+
+    @property
+    def layer(self) -> str:
+        """The placeholder of layers in tensor names and taps."""
+        index = self.axes["layers"].index
+        assert index is not None, "load_family lets no table without it pass"
+        return index
 
     def ranked_per(self, name: str) -> tuple[str, ...]:
         """The axes each of whose units has its own ranking of this axis, outermost first."""

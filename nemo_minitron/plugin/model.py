@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.distillation.parallel_loss import sharded
-from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
+from nemo_minitron.families import Architecture, family_of
 from nemo_minitron.losses.fused_linear_loss import LossTerms, cross_entropy
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import (
@@ -304,12 +304,11 @@ class MinitronModel(ModelPT):
     def follow_model(self) -> None:
         """Writes the sizes that the model has now into ``cfg.hf_config``: a transform may have pruned it."""
         config = self.model.config.to_dict()
-        sizes = axis_sizes(self.family, config)
+        sizes = Architecture(self.family, config).sizes
         stored = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(stored, dict)
-        changed = config_with_sizes(
-            self.family, {str(key): value for key, value in stored.items()}, sizes
-        )
+        given = {str(key): value for key, value in stored.items()}
+        changed = dict(Architecture(self.family, given).resized(sizes).config)
         for axis in self.family.axes.values():
             changed |= {key: config[key] for key in (*axis.lists, *axis.indices) if key in changed}
         if changed != stored:

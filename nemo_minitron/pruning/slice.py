@@ -8,17 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.families import (
-    Family,
-    TensorRow,
-    axis_sizes,
-    config_values,
-    config_with_sizes,
-    evaluate,
-    fill,
-    find_row,
-)
-from nemo_minitron.families.grammar import Dim, dim_size, extent, row_axes, row_shape
+from nemo_minitron.families import Architecture, Family, TensorRow, evaluate, fill, find_row
+from nemo_minitron.families.grammar import Dim, extent, row_axes, row_shape, segments
 from nemo_minitron.pruning.select import Keep
 
 
@@ -26,21 +17,34 @@ from nemo_minitron.pruning.select import Keep
 class Cut:
     """A cut of one model: the kept units of every shrinking axis, and the kept layers."""
 
-    family: Family
-    config: Mapping[str, Any]
+    source: Architecture
     keep: Keep
     layers: tuple[int, ...]
 
-    @cached_property
+    @property
+    def family(self) -> Family:
+        """The table of source and result."""
+        return self.source.family
+
+    @property
     def before(self) -> dict[str, int]:
         """Axis sizes of the source."""
-        return axis_sizes(self.family, self.config)
+        return self.source.sizes
 
     @cached_property
     def after(self) -> dict[str, int]:
         """Axis sizes of the result."""
         kept = {name: index.shape[-1] for name, index in self.keep.items()}
         return {**self.before, **kept, "layers": len(self.layers)}
+
+    @cached_property
+    def result(self) -> Architecture:
+        """The pruned model.
+
+        Raises:
+            ValueError: see ``cut_config``.
+        """
+        return Architecture(self.family, cut_config(self), self.source.where)
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,8 @@ def _at(cut: Cut, axis: str, units: Mapping[str, int]) -> Tensor:
     """The kept units of an axis, for the layer and expert in a tensor's name, if it has them."""
     index = cut.keep[axis]
     for owner in cut.family.ranked_per(axis):
-        placeholder = cut.family.axes[owner].index or ""
-        if placeholder not in units:
+        placeholder = cut.family.axes[owner].index
+        if placeholder is None or placeholder not in units:
             break
         index = index[units[placeholder]]
     return index
@@ -187,14 +191,13 @@ def dim_index(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, Tensor]) ->
     """
     if not any(axis in keep for product in dim for axis in product):
         return None
-    parts, start = [], 0
-    for product in dim:
+    parts = []
+    for product, start, _ in segments(dim, sizes):
         index = torch.zeros(1, dtype=torch.int64)
         for axis in product:
             units = keep[axis] if axis in keep else torch.arange(extent(axis, sizes))
             index = (index[:, None] * extent(axis, sizes) + units[None, :]).flatten()
         parts.append(index + start)
-        start += dim_size((product,), sizes)
     return torch.cat(parts)
 
 
@@ -240,9 +243,7 @@ def rescaled(tensor: Tensor, piece: Piece) -> Tensor:
 def _fold(cut: Cut, name: str) -> tuple[float, float]:
     """Scale and offset of a tensor that the model multiplies by a constant of its sizes."""
     for fold in cut.family.folds:
-        if fold.tensor == name and (
-            fold.when is None or evaluate(fold.when, config_values(cut.family, cut.config))
-        ):
+        if fold.tensor == name and (fold.when is None or evaluate(fold.when, cut.source.values)):
             return evaluate(fold.by, cut.before) / evaluate(fold.by, cut.after), fold.offset
     return 1.0, 0.0
 
@@ -253,14 +254,14 @@ def cut_config(cut: Cut) -> dict[str, Any]:
     Raises:
         ValueError: a per-layer list does not have one entry per layer.
     """
-    written = config_with_sizes(cut.family, cut.config, cut.after)
+    written = dict(cut.source.resized(cut.after).config)
     axis = cut.family.axes["layers"]
     if len(cut.layers) == cut.before["layers"]:
         return written
-    values = config_values(cut.family, cut.config)
-    every = [{**values, axis.index or "": layer} for layer in range(cut.before["layers"])]
+    placeholder = cut.family.layer
+    every = [{**cut.source.values, placeholder: i} for i in range(cut.before["layers"])]
     for key, meaning in axis.lists.items():
-        entries = cut.config.get(key)
+        entries = cut.source.config.get(key)
         if entries is None and meaning is None:
             continue
         if entries is None and meaning is not None:

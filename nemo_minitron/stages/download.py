@@ -123,7 +123,7 @@ def _finished(folder: Path) -> str | None:
 
 
 def _headline(checkpoint: Checkpoint) -> str:
-    size = model_size(checkpoint.family, checkpoint.config)
+    size = model_size(checkpoint.architecture)
     return (
         f"{checkpoint.family.model_type}, {size.parameters:,} parameters, from {checkpoint.folder}"
     )

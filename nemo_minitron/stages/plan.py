@@ -5,7 +5,6 @@ from pathlib import Path
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config.config import Config, workspace_of
-from nemo_minitron.families import axis_sizes, check_layers
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import alignment
 from nemo_minitron.pruning.plan_file import Plan, make_plan, read_plan, write_plan
@@ -28,8 +27,8 @@ def recipe(config: Config) -> Recipe:
     workspace = workspace_of(config)
     source, teacher = teacher_folder(config)
     checkpoint = open_checkpoint(source)
-    sizes = axis_sizes(checkpoint.family, checkpoint.config)
-    targets = target_sizes(checkpoint.family, checkpoint.config, config.plan)
+    sizes = checkpoint.architecture.sizes
+    targets = target_sizes(checkpoint.architecture, config.plan)
     inputs = [teacher]
     if needs_scores(config.plan):
         inputs.append(input_artifact(workspace, "scores", "score"))
@@ -37,10 +36,10 @@ def recipe(config: Config) -> Recipe:
     def build(_state: Path, temporary: Path, _ranks: Ranks) -> None:
         scores = read_scores(workspace / "scores") if needs_scores(config.plan) else Scores({})
         layers = _layers(config, sizes, scores)
-        check_layers(checkpoint.family, checkpoint.config, layers, "plan")
+        checkpoint.architecture.check_layers(layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
-        write_plan(temporary, make_plan(checkpoint.family, checkpoint.config, keep, tuple(layers)))
+        write_plan(temporary, make_plan(checkpoint.architecture, keep, tuple(layers)))
 
     settings = explicit_targets(config.plan)
     if settings.get("layer_choice") == "contiguous":
