@@ -1,5 +1,6 @@
 """Opens Hugging Face checkpoints without reading weights, and checks them against the family's table."""
 
+import functools
 import itertools
 import json
 import math
@@ -24,6 +25,8 @@ from nemo_minitron.workspace.manifest import digest, hash_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_BLOCK = 2**22
+"""Bytes compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         architecture: its config.json and its family's table.
-        entries: tensor name to entry.
+        entries: tensor name to entry; without a head that repeats the embedding which it is tied to.
         fingerprint: SHA-256 of weight files' names, sizes and headers, of a sample of every
             tensor's bytes (two fine-tunes of one model differ in nothing else), config.json and
             side files.
@@ -110,7 +113,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             entries[name] = Entry(
                 file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0]
             )
-    _check_entries(folder, model, entries)
+    expected = _check_entries(folder, model, entries)
+    _check_tied(folder, model, entries, expected)
+    held = {
+        name: entry
+        for name, entry in entries.items()
+        if name in expected or find_row(model.family, name) is None
+    }
     stamp = [
         [
             file,
@@ -122,7 +131,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     ]
     sides = [[path.name, hash_file(path)] for path in side_files(folder)]
     table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
-    return Checkpoint(folder, model, entries, digest([stamp, config, sides, *table]))
+    return Checkpoint(folder, model, held, digest([stamp, config, sides, *table]))
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -167,7 +176,10 @@ def weight_files(folder: Path) -> list[str]:
     raise ValueError(f"{folder}: no safetensors weights ({SINGLE} or {INDEX})")
 
 
-def _check_entries(folder: Path, model: Architecture, entries: Mapping[str, Entry]) -> None:
+def _check_entries(
+    folder: Path, model: Architecture, entries: Mapping[str, Entry]
+) -> Mapping[str, tuple[int, ...]]:
+    """The shapes that config.json implies, by name, found to be those of the files."""
     family, sizes = model.family, model.sizes
     if sizes["layers"] > len(entries):  # also keeps an absurd config from being expanded
         raise ValueError(
@@ -205,6 +217,7 @@ def _check_entries(folder: Path, model: Architecture, entries: Mapping[str, Entr
             raise ValueError(
                 f"{folder}: {name}: config.json implies shape {list(shape)}, the file holds {found}"
             )
+    return expected
 
 
 def _is_surplus(family: Family, name: str) -> bool:
@@ -213,6 +226,55 @@ def _is_surplus(family: Family, name: str) -> bool:
     if found is not None:
         return found[0].when is not None and "vocab" in row_axes(found[0].dims)
     return any(pattern.fullmatch(name) for pattern in family.ignored)
+
+
+def _check_tied(
+    folder: Path, model: Architecture, entries: Mapping[str, Entry], expected: Mapping[str, Any]
+) -> None:
+    """Refuses a head that config.json ties to the embedding while the file holds another one.
+
+    transformers 5 leaves the two apart where their values differ; 4.57 and other readers tie them,
+    so that one folder would be two models.
+    """
+    for name in sorted(set(entries) - set(expected)):
+        row = find_row(model.family, name)
+        twins = [
+            other.pattern
+            for other in model.family.rows
+            if row is not None and other.dims == row[0].dims and other.pattern in expected
+        ]
+        for twin in twins:
+            if not _same_bytes(folder, entries[name], entries[twin]):
+                raise ValueError(
+                    f"{folder / 'config.json'}: tie_word_embeddings says that {name} is {twin}, but "
+                    f"{entries[name].file} holds another {name}; set tie_word_embeddings to false if the "
+                    "head was trained apart, or save the model without it"
+                )
+
+
+def _same_bytes(folder: Path, one: Entry, other: Entry) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    places = []
+    for entry in (one, other):
+        state = (folder / entry.file).stat()
+        places.append((folder / entry.file, entry.start, state.st_size, state.st_mtime_ns))
+    return _equal_spans(places[0], places[1], one.size)
+
+
+@functools.lru_cache(maxsize=16)
+def _equal_spans(
+    one: tuple[Path, int, int, int], other: tuple[Path, int, int, int], size: int
+) -> bool:
+    """Whether two spans of files are equal; a checkpoint is opened often, and a head is large."""
+    with one[0].open("rb") as first, other[0].open("rb") as second:
+        first.seek(one[1])
+        second.seek(other[1])
+        for begin in range(0, size, _BLOCK):
+            count = min(_BLOCK, size - begin)
+            if first.read(count) != second.read(count):
+                return False
+    return True
 
 
 def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
