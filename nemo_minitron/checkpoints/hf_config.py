@@ -58,5 +58,29 @@ def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
             k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")
         }
         if scaling.get("rope_type", "default") != "default":
-            written.setdefault("rope_scaling", scaling)
+            written.setdefault("rope_scaling", _older_scaling(scaling, written))
     return written
+
+
+_LONGROPE = ("type", "short_factor", "long_factor")
+"""The keys that Phi-3's class of 4.57 wants, and no others; the general one can do with them."""
+
+
+def _older_scaling(rope: Mapping[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """``rope_scaling`` as transformers 4.57 reads it.
+
+    What longrope needs besides its factors stands at the top of config.json there.
+    """
+    scaling = {**rope, "type": rope.get("type", rope["rope_type"])}
+    if scaling["rope_type"] != "longrope" or not set(_LONGROPE) <= set(scaling):
+        return dict(rope)
+    length, whole = (
+        scaling.get("original_max_position_embeddings"), written.get("max_position_embeddings"),
+    )  # fmt: skip
+    if length is not None:
+        written.setdefault("original_max_position_embeddings", length)
+    derived = whole / length if isinstance(whole, int) and isinstance(length, int) and length else 0
+    own_factor = scaling.get("factor") not in (None, derived)
+    if own_factor or scaling.get("attention_factor") is not None:
+        return dict(rope)
+    return {key: scaling[key] for key in _LONGROPE}

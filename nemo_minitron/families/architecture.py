@@ -11,14 +11,17 @@ from nemo_minitron.families.table import Axis, Family, TensorRow, families
 
 
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family of a model, by the ``model_type`` in its config.json.
+    """The family of a model, by the ``model_type`` in its config.json; see ``Family.for_config``.
 
     Raises:
         ValueError: no family table has this model type; the message lists those that exist.
     """
     model_type = str(config.get("model_type"))
     if model_type in families():
-        return families()[model_type]
+        try:
+            return families()[model_type].for_config(config)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     known = ", ".join(sorted(families()))
     text = f"{where}: model_type {model_type!r} is not supported; supported families: {known}"
     inner = config.get("text_config")

@@ -72,7 +72,9 @@ def prove(family: Family, changes: Mapping[str, Any]) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         source = tiny_model(family, changes, work / "source")
-        checkpoint = described(open_checkpoint(source), family)
+        opened = open_checkpoint(source)
+        family = family.for_config(opened.config)
+        checkpoint = described(opened, family)
         axes = checkpoint.architecture.prunable
         yield from permutations(checkpoint, [axis for axis in axes if axis != "layers"], work)
         for axis in axes:

@@ -1,5 +1,6 @@
 """Slicing tensors along named axes, and rewriting config.json to match ([P1] section 2.3, trimming)."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from torch import Tensor
 from nemo_minitron.families import Architecture, Family, TensorRow, evaluate, fill, find_row
 from nemo_minitron.families.grammar import Dim, extent, row_axes, row_shape, segments
 from nemo_minitron.pruning.select import Keep
+from nemo_minitron.security.plain_text import plain
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,8 @@ def cut_config(cut: Cut) -> dict[str, Any]:
     """The pruned model's config.json: every size explicit, head_dim too; per-layer lists cut.
 
     Raises:
-        ValueError: a per-layer list does not have one entry per layer.
+        ValueError: a per-layer list does not have one entry per layer, or a list that may be one is
+            not known.
     """
     written = dict(cut.source.resized(cut.after).config)
     axis = cut.family.axes["layers"]
@@ -272,7 +275,44 @@ def cut_config(cut: Cut) -> dict[str, Any]:
             )
         chosen = [entries[layer] for layer in cut.layers]
         written[key] = "".join(chosen) if isinstance(entries, str) else chosen
+    for key in _unnamed_lists(cut.source):
+        written[key] = [cut.source.config[key][layer] for layer in cut.layers]
     for key, meaning in axis.indices.items():
         belongs = [bool(evaluate(meaning, one)) for one in every]
         written[key] = [new for new, old in enumerate(cut.layers) if belongs[old]]
     return {**written, **axis.after}
+
+
+_EVERYWHERE = ("layer_types", "mlp_layer_types")
+"""Lists with an entry per layer that transformers reads in the config.json of every family."""
+_NO_LAYERS = re.compile(r"_token_ids?$|^architectures$|^id2label$|^_")
+"""Keys whose lists have nothing to do with layers, however long they are."""
+
+
+def _unnamed_lists(source: Architecture) -> list[str]:
+    """Keys of config.json with an entry per layer that the family's table does not name.
+
+    Raises:
+        ValueError: one whose meaning is not known: left as it is, it would not fit fewer layers.
+    """
+    axis = source.family.axes["layers"]
+    named = {*axis.lists, *axis.indices, *_EVERYWHERE}
+    for key, value in source.config.items():
+        if (
+            isinstance(value, list)
+            and len(value) == source.sizes["layers"]
+            and key not in named
+            and not _NO_LAYERS.search(key)
+        ):
+            raise ValueError(
+                f"{source.where}: {plain(key, 80)} lists {len(value)} entries, one for each layer it seems, "
+                f"and the table of {source.family.model_type} does not name it; remove it, or name it under "
+                "lists in a table of your own (families.path), before layers are dropped"
+            )
+    return [
+        key
+        for key in _EVERYWHERE
+        if key not in axis.lists
+        and isinstance(source.config.get(key), list)
+        and len(source.config[key]) == source.sizes["layers"]
+    ]
