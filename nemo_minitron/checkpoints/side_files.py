@@ -1,10 +1,12 @@
 """What belongs to a model besides config and weights: tokenizer, generation config, licence."""
 
+import hashlib
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from nemo_minitron.checkpoints.set_aside import GENERATION_CONFIG, carried
 from nemo_minitron.security.links import refuse_link
-from nemo_minitron.workspace.manifest import digest, hash_file
+from nemo_minitron.workspace.manifest import digest
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -17,7 +19,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-GENERATION_CONFIG = "generation_config.json"
 _CODE = {
     ".py", ".pyc", ".so", ".sh", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".joblib",
 }  # fmt: skip
@@ -29,10 +30,11 @@ LICENCES = ("LICEN[CS]E*", "NOTICE*", "*POLICY*")
 def copy_side_files(source: Path, target: Path) -> None:
     """Copies what belongs to a model besides config and weights.
 
-    Tokenizer, generation config, licence; byte for byte.
+    Tokenizer, generation config, licence; byte for byte, but for what is set aside
+    (``checkpoints/set_aside.py``).
     """
     for path in side_files(source):
-        (target / path.name).write_bytes(path.read_bytes())
+        (target / path.name).write_bytes(carried(path.name, path.read_bytes()))
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -62,7 +64,11 @@ def is_side_file(name: str) -> bool:
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """SHA-256 over the tokenizer's files."""
+    """SHA-256 over the tokenizer's files, as they are carried along."""
+    held = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return digest(
-        [[name, hash_file(folder / name)] for name in TOKENIZER_FILES if (folder / name).is_file()]
+        [
+            [name, hashlib.sha256(carried(name, (folder / name).read_bytes())).hexdigest()]
+            for name in held
+        ]
     )

@@ -7,7 +7,10 @@ from typing import Any
 
 from nemo_minitron.security.plain_text import plain
 
-_DEQUANTISE = "dequantise it first: load it with transformers, model.dequantize(), save_pretrained in bfloat16"
+_DEQUANTISE = (
+    "dequantise it first: load it with transformers, model.dequantize(), "
+    "save_pretrained in bfloat16"
+)
 _KINDS = (
     (r"\.lora_[AB]\b|\.lora_(embedding|magnitude)|\.base_layer\.", "LoRA adapter weights",
      "merge the adapter first (peft: merge_and_unload) and save the merged model"),
@@ -47,7 +50,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a config.json that declares quantised weights, or code to be fetched from the hub.
+    """Refuses a config.json that declares quantised weights, code on the hub, or a pad token that is none.
 
     transformers takes ``attn_implementation: owner/kernel`` for a kernel, which it fetches and
     runs.
@@ -66,6 +69,12 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder / 'config.json'}: {key}={plain(value, 80)!r} is code on the hub, which is never "
                 "run; remove the key"
             )
+    pad, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
+    if type(pad) is int and type(vocabulary) is int and pad >= vocabulary > 0:
+        raise ValueError(
+            f"{folder / 'config.json'}: pad_token_id={pad} lies beyond vocab_size={vocabulary}, so that no "
+            "embedding can be made; set it to a token of the vocabulary, or to null"
+        )
     settings = config.get("quantization_config")
     if settings:
         method = (

@@ -1,6 +1,7 @@
 """A family's table applied to one model: sizes, tensor names, shapes, layers that have an axis."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +63,9 @@ class Architecture:
         Raises:
             ValueError: a size is missing, or is no positive integer.
         """
-        return {name: self._size(axis) for name, axis in self.family.axes.items()}
+        found = {name: self._size(axis) for name, axis in self.family.axes.items()}
+        check_counts(self.family, found, self.where)
+        return found
 
     def _size(self, axis: Axis) -> int:
         present = [key for key in axis.config if key in self.values]
@@ -184,13 +187,34 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
     return Architecture(family_of(config, where), config, where)
 
 
+MOST_LAYERS, MOST_UNITS = 2_000, 200_000
+"""Most layers, and most of layers x experts, that a model is taken to have: each has tensors of its own."""
+
+
+def check_counts(family: Family, sizes: Mapping[str, int], where: str) -> None:
+    """Refuses numbers of layers and experts that no model has, and whose tensors would fill the memory.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    counted = {axis.name: sizes[axis.name] for axis in family.indexed.values()}
+    if counted["layers"] > MOST_LAYERS:
+        raise ValueError(
+            f"{where}: axis layers: expected at most {MOST_LAYERS:,}, found {counted['layers']:,}"
+        )
+    if math.prod(counted.values()) > MOST_UNITS:
+        found = " x ".join(f"{name}={size:,}" for name, size in counted.items())
+        raise ValueError(f"{where}: expected at most {MOST_UNITS:,} in all, found {found}")
+
+
 def check_sizes(family: Family, sizes: Mapping[str, int], where: str) -> None:
     """Refuses sizes that the architecture cannot have.
 
     Raises:
         ValueError: a constraint of the family does not hold; the message states it with its
-            numbers.
+            numbers. Or there are more layers or experts than ``check_counts`` admits.
     """
+    check_counts(family, sizes, where)
     for constraint in family.constraints:
         if not evaluate(constraint, sizes):
             found = ", ".join(f"{name}={sizes[name]}" for name in sorted(names_in(constraint)))

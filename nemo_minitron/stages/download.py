@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.set_aside import notes
 from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.models.ranks import Ranks
@@ -39,6 +40,7 @@ def recipe(config: Config) -> Recipe:
             from nemo_minitron.models.causal_lm import load_tokenizer
 
             load_tokenizer(folder)
+        _try(checkpoint)
         source = {
             "path": pointer,
             "given": given,
@@ -48,9 +50,17 @@ def recipe(config: Config) -> Recipe:
         write_json(target / "source.json", source)
 
     def summary() -> Summary:
-        return Summary(_headline(checkpoint))
+        return Summary(_headline(checkpoint), notes=tuple(notes(folder, checkpoint.config)))
 
     return Recipe(workspace / "teacher", "teacher", settings, inputs, build, summary)
+
+
+def _try(checkpoint: Checkpoint) -> None:
+    """Tries what an export must be able to do, where a model of these settings is made quickly."""
+    from nemo_minitron.release.dry_run import LARGEST, smallest, try_export
+
+    if model_size(smallest(checkpoint.architecture)).parameters <= LARGEST:
+        try_export(checkpoint.folder, checkpoint.architecture)
 
 
 def _locate(config: Config, workspace: Path) -> tuple[Path, str | None, str]:

@@ -81,7 +81,7 @@ def test_a_list_with_an_entry_per_layer_that_nobody_knows_is_refused_by_name():
         families()["llama"], {"eos_token_id": [1, 2, 3, 4], "skip_rate": [0.1] * 4}
     )
     with pytest.raises(
-        ValueError, match="config.json: skip_rate lists 4 entries, one for each layer"
+        ValueError, match=r"config.json: skip_rate lists 4 entries, one for each layer"
     ):
         _ = Cut(architecture_of(config), {}, (0, 1)).result
     kept = Cut(architecture_of(config), {}, (0, 1, 2, 3)).result.config
