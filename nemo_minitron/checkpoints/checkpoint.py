@@ -181,6 +181,7 @@ def _check_entries(
 ) -> Mapping[str, tuple[int, ...]]:
     """The shapes that config.json implies, by name, found to be those of the files."""
     family, sizes = model.family, model.sizes
+    model.check_lists()
     if sizes["layers"] > len(entries):  # also keeps an absurd config from being expanded
         raise ValueError(
             f"{folder / 'config.json'}: {sizes['layers']} layers, but only {len(entries)} tensors"

@@ -23,6 +23,7 @@ def size(args: argparse.Namespace) -> int:
         use_tables(own)
     path = _config_folder(args.model)
     model = architecture_of(read_config(path), str(path / "config.json"))
+    model.check_lists()
     sizes = dict(model.sizes)
     for text in wanted:
         axis, _, value = text.partition("=")

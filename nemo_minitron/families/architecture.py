@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_minitron.families.grammar import evaluate, names_in, row_axes, row_shape
 from nemo_minitron.families.table import Axis, Family, TensorRow, families
+from nemo_minitron.security.plain_text import plain
 
 
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
@@ -66,6 +67,21 @@ class Architecture:
         found = {name: self._size(axis) for name, axis in self.family.axes.items()}
         check_counts(self.family, found, self.where)
         return found
+
+    def check_lists(self) -> None:
+        """Refuses lists with an entry per unit that do not fit the number of units.
+
+        Raises:
+            ValueError: one does not; the message names its key.
+        """
+        for name, axis in self.family.axes.items():
+            for key in axis.lists:
+                entries, count = self.config.get(key), self.sizes[name]
+                if entries is None or (isinstance(entries, list | str) and len(entries) == count):
+                    continue
+                raise ValueError(
+                    f"{self.where}: {plain(key, 80)} should list {count} {name}, found {entries!r:.80}"
+                )
 
     def _size(self, axis: Axis) -> int:
         present = [key for key in axis.config if key in self.values]

@@ -53,6 +53,24 @@ Objective = Callable[[Projection, Tensor, Tensor, Tensor | None], LossTerms]
 [batch, positions] and the samples' numbers [batch], if they have some, to the loss."""
 
 
+def followed(before: Architecture, now: Architecture) -> dict[str, Any]:
+    """A config.json with the sizes, and what it lists per unit, of the model in memory.
+
+    transformers does not keep every spelling of a list (Nemotron-H's ``hybrid_override_pattern``
+    becomes ``layers_block_type``): one that it has dropped stays as it is while it still fits.
+    """
+    changed = dict(before.resized(now.sizes).config)
+    for name, axis in before.family.axes.items():
+        held = [key for key in (*axis.lists, *axis.indices) if key in changed]
+        lost = [key for key in held if key not in now.config]
+        changed |= {key: now.config[key] for key in held if key not in lost}
+        if lost and before.sizes[name] != now.sizes[name]:
+            other = {key: now.config[key] for key in axis.lists if key in now.config}
+            assert other, f"{lost}: transformers keeps no spelling of it"
+            changed = {key: value for key, value in changed.items() if key not in lost} | other
+    return changed
+
+
 class MinitronModel(ModelPT):
     """A Hugging Face causal LM with NeMo's configuration, optimisers, exp_manager and ``.nemo`` archives.
 
@@ -305,13 +323,11 @@ class MinitronModel(ModelPT):
     def follow_model(self) -> None:
         """Writes the sizes that the model has now into ``cfg.hf_config``: a transform may have pruned it."""
         config = self.model.config.to_dict()
-        sizes = Architecture(self.family, config).sizes
+        now = Architecture(self.family, config)
         stored = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(stored, dict)
-        given = {str(key): value for key, value in stored.items()}
-        changed = dict(Architecture(self.family, given).resized(sizes).config)
-        for axis in self.family.axes.values():
-            changed |= {key: config[key] for key in (*axis.lists, *axis.indices) if key in changed}
+        before = Architecture(self.family, {str(key): value for key, value in stored.items()})
+        changed = followed(before, now)
         if changed != stored:
             with open_dict(self.cfg):
                 self.cfg.hf_config = changed

@@ -257,6 +257,7 @@ def cut_config(cut: Cut) -> dict[str, Any]:
         ValueError: a per-layer list does not have one entry per layer, or a list that may be one is
             not known.
     """
+    cut.source.check_lists()
     written = dict(cut.source.resized(cut.after).config)
     axis = cut.family.axes["layers"]
     if len(cut.layers) == cut.before["layers"]:
@@ -269,10 +270,7 @@ def cut_config(cut: Cut) -> dict[str, Any]:
             continue
         if entries is None and meaning is not None:
             entries = [evaluate(meaning, one) for one in every]
-        if not isinstance(entries, list | str) or len(entries) != len(every):
-            raise ValueError(
-                f"config.json: {key} should list {len(every)} layers, found {entries!r:.80}"
-            )
+        assert isinstance(entries, list | str), "check_lists lets nothing else pass"
         chosen = [entries[layer] for layer in cut.layers]
         written[key] = "".join(chosen) if isinstance(entries, str) else chosen
     for key in _unnamed_lists(cut.source):

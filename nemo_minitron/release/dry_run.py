@@ -5,10 +5,10 @@ training.
 """
 
 import itertools
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -34,14 +34,22 @@ def try_export(folder: Path, model: Architecture) -> None:
     Raises:
         ValueError: a setting stops it; the message names the file and the key where the error does.
     """
-    config = both_spellings(smallest(model).config)
+    try:
+        with torch.device("meta"):
+            _made(_config(_short(model)))
+    except Exception as error:  # whatever transformers' validators and layers raise
+        raise not_built(folder, model.config, error) from error
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        (work / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        try:
+            with torch.random.fork_rng(devices=[]):
+                made = _made(_config(smallest(model)))
+        except Exception:  # small widths are this module's choice: no fault of the source
+            return
         copy_side_files(folder, work)
         try:
-            _save(work)
-        except Exception as error:  # whatever transformers' validators and layers raise
+            _save(made, work)
+        except Exception as error:
             raise not_built(folder, model.config, error) from error
         if not any((work / file).is_file() for file in TOKENIZER_FILES):
             return
@@ -54,10 +62,16 @@ def try_export(folder: Path, model: Architecture) -> None:
             ) from error
 
 
-def _save(work: Path) -> None:
-    config = transformers.AutoConfig.from_pretrained(work, trust_remote_code=False)
-    with torch.random.fork_rng(devices=[]):
-        made = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+def _config(model: Architecture) -> Any:
+    entries = both_spellings(model.config)
+    return transformers.AutoConfig.for_model(entries.pop("model_type"), **entries)
+
+
+def _made(config: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _save(made: Any, work: Path) -> None:
     given = {path.name: path.read_bytes() for path in work.iterdir()}
     made.save_pretrained(work)
     for file, content in given.items():
@@ -77,8 +91,7 @@ def _generate(work: Path) -> None:
 
 def smallest(model: Architecture) -> Architecture:
     """A model of the same kind with few layers, and about the least widths that its family allows."""
-    present = [layers[0] for axis, layers in model.present.items() if layers and axis != "hidden"]
-    short = Cut(model, {}, tuple(sorted({0, *present}))).result
+    short = _short(model)
     axes = [name for name in model.prunable if name != "layers"]
     together = [pair for count in (1, 2) for pair in itertools.combinations(axes, count)]
     sizes, shrinks = dict(short.sizes), True
@@ -87,6 +100,12 @@ def smallest(model: Architecture) -> Architecture:
         found = next((half for half in halves if half is not None), None)
         sizes, shrinks = found or sizes, found is not None
     return short.resized(sizes)
+
+
+def _short(model: Architecture) -> Architecture:
+    """The model with one layer of each kind."""
+    kinds = [layers[0] for axis, layers in model.present.items() if layers and axis != "hidden"]
+    return Cut(model, {}, tuple(sorted({0, *kinds}))).result
 
 
 def _halved(

@@ -106,3 +106,15 @@ def test_a_config_file_in_the_place_of_its_folder_is_told_so(model_folder, tmp_p
         f"{path}: a file; expected the folder of a model, as {path.parent}"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("pattern", ["M-M*|-M-M", "M", 5])
+def test_a_list_per_layer_that_does_not_fit_is_named_by_size(tmp_path, capsys, pattern):
+    model = tiny_config(families()["nemotron_h"], {"hybrid_override_pattern": pattern})
+    assert main(["size", str(written(tmp_path, {**model, "num_hidden_layers": 8}))]) == 2
+    assert "hybrid_override_pattern should list 8 layers, found" in capsys.readouterr().err
+
+
+def test_size_still_answers_for_more_layers_than_a_list_has(tmp_path):
+    model = tiny_config(families()["gemma2"], {"layer_types": ["full_attention"] * 4})
+    assert main(["size", str(written(tmp_path, model)), "layers=6"]) == 0
