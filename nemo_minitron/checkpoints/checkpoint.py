@@ -16,8 +16,13 @@ from torch import Tensor
 from nemo_minitron.checkpoints.dtypes import FLOATS, STORED, TORCH
 from nemo_minitron.checkpoints.headers import read_header, sample
 from nemo_minitron.checkpoints.hf_config import read_config
-from nemo_minitron.checkpoints.side_files import side_files
-from nemo_minitron.checkpoints.unsupported_weights import check_config, check_folder, check_names
+from nemo_minitron.checkpoints.side_files import side_files, side_name
+from nemo_minitron.checkpoints.unsupported_weights import (
+    check_config,
+    check_folder,
+    check_names,
+    check_renamed,
+)
 from nemo_minitron.families import Architecture, Family, architecture_of, find_row, own_tables
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.security.links import refuse_links
@@ -129,7 +134,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ]
         for file in files
     ]
-    sides = [[path.name, hash_file(path)] for path in side_files(folder)]
+    sides = [[side_name(path, folder), hash_file(path)] for path in side_files(folder)]
     table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
     return Checkpoint(folder, model, held, digest([stamp, config, sides, *table]))
 
@@ -195,6 +200,7 @@ def _check_entries(
     unknown = sorted(name for name in set(entries) - set(expected) if not _is_surplus(family, name))
     check_names(folder, unknown, sizes["layers"])
     missing = sorted(set(expected) - set(entries))
+    check_renamed(folder, unknown, missing)
     if missing:
         raise ValueError(
             f"{folder}: {len(missing)} tensors of family {family.model_type!r} are missing: {missing[0]}"

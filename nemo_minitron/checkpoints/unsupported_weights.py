@@ -128,3 +128,46 @@ def check_names(folder: Path, unknown: Iterable[str], layers: int) -> None:
             f"{folder}: {len(beyond)} tensors of layers beyond the {layers} of config.json, as {beyond[0]}: "
             f"{kind}, most likely; {advice}"
         )
+
+
+def check_renamed(folder: Path, unknown: Iterable[str], missing: Iterable[str]) -> None:
+    """Refuses weights whose names differ from those of a causal LM by a prefix, and those of a classifier.
+
+    Args:
+        folder: the checkpoint.
+        unknown: names of tensors that the family's table does not expect.
+        missing: names that it expects and that are not there.
+
+    Raises:
+        ValueError: they are; the message names the prefix and what to do.
+    """
+    have, want = set(unknown), sorted(missing)
+    for one in sorted(have)[:50]:
+        for other in want:
+            longer, shorter = (one, other) if len(one) > len(other) else (other, one)
+            prefix = longer.removesuffix(shorter)
+            if prefix in ("", longer) or not prefix.endswith("."):
+                continue
+            extra = longer == one
+            pairs = [name for name in want if _renamed(name, prefix, extra) in have]
+            if 2 * len(pairs) <= len(want):
+                continue
+            what = (
+                f"carry the prefix {plain(prefix, 80)!r}"
+                if extra
+                else f"lack the prefix {prefix!r}"
+            )
+            raise ValueError(
+                f"{folder}: the names of {len(pairs)} tensors {what}, as {plain(one, 120)} for {other}; "
+                "load the causal LM (AutoModelForCausalLM) and save_pretrained it, or rename the tensors"
+            )
+    heads = [name for name in sorted(have) if re.search(r"(^|\.)(score|classifier)\.", name)]
+    if heads:
+        raise ValueError(
+            f"{folder}: a classifier ({plain(heads[0], 80)}), which has no head over the vocabulary; save "
+            "the causal LM that it was made from"
+        )
+
+
+def _renamed(name: str, prefix: str, extra: bool) -> str:
+    return prefix + name if extra else name.removeprefix(prefix)

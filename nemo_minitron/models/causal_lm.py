@@ -108,15 +108,17 @@ def load_model(
 
 def not_built(folder: Path, config: Mapping[str, Any], error: Exception) -> ValueError:
     """What to tell of a model that transformers cannot build: file and key where the error names a value."""
-    said = error.args[0] if error.args else ""
-    keys = [key for key, value in _entries(config) if isinstance(value, str) and value == said]
-    version = f"transformers {transformers.__version__}"
+    said, version = str(error), f"transformers {transformers.__version__}"
+    keys = [
+        f"{plain(key, 80)}={plain(value, 80)!r}"
+        for key, value in _entries(config)
+        if isinstance(value, str) and len(value) > 1 and repr(value) in said
+    ]
     if keys and isinstance(error, KeyError):
-        return ValueError(
-            f"{folder / 'config.json'}: {keys[0]}={plain(said, 80)!r} is unknown to {version}"
-        )
+        return ValueError(f"{folder / 'config.json'}: {keys[0]} is unknown to {version}")
+    named = f" ({keys[0]})" if keys else ""
     return ValueError(
-        f"{folder / 'config.json'}: {version} cannot build this model: "
+        f"{folder / 'config.json'}: {version} cannot build this model{named}: "
         f"{type(error).__name__}: {plain(error, 400)}"
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from nemo_minitron.checkpoints.hf_config import read_config
-from nemo_minitron.checkpoints.set_aside import carried
+from nemo_minitron.checkpoints.side_files import write_side_file
 from nemo_minitron.distillation.parallel_loss import sharded
 from nemo_minitron.families import Architecture, family_of
 from nemo_minitron.losses.fused_linear_loss import LossTerms, cross_entropy
@@ -355,4 +355,4 @@ class MinitronModel(ModelPT):
                 self._gathered,
             )
         for name, content in self.side_files.items():
-            (folder / name).write_bytes(carried(name, content))
+            write_side_file(folder, name, content)

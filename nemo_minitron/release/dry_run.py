@@ -24,6 +24,20 @@ LARGEST = 50_000_000
 """Parameters of a model that is still made in a second or so; a larger one is not tried."""
 
 
+def check_builds(folder: Path, model: Architecture) -> None:
+    """Builds a layer of each kind, with its own widths, without memory.
+
+    Raises:
+        ValueError: transformers refuses the config.json; the message names its key where the error
+            does.
+    """
+    try:
+        with torch.device("meta"):
+            _made(_config(_short(model)))
+    except Exception as error:  # whatever transformers' validators and layers raise
+        raise not_built(folder, model.config, error) from error
+
+
 def try_export(folder: Path, model: Architecture) -> None:
     """Saves a random tiny model of these settings, loads it, and generates a token as a card shows it.
 
@@ -34,11 +48,6 @@ def try_export(folder: Path, model: Architecture) -> None:
     Raises:
         ValueError: a setting stops it; the message names the file and the key where the error does.
     """
-    try:
-        with torch.device("meta"):
-            _made(_config(_short(model)))
-    except Exception as error:  # whatever transformers' validators and layers raise
-        raise not_built(folder, model.config, error) from error
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         try:
@@ -46,15 +55,16 @@ def try_export(folder: Path, model: Architecture) -> None:
                 made = _made(_config(smallest(model)))
         except Exception:  # small widths are this module's choice: no fault of the source
             return
-        copy_side_files(folder, work)
         try:
-            _save(made, work)
+            made.save_pretrained(work)
         except Exception as error:
             raise not_built(folder, model.config, error) from error
-        if not any((work / file).is_file() for file in TOKENIZER_FILES):
-            return
+        copy_side_files(folder, work)
         try:
-            _generate(work)
+            loaded = load_model(work)
+            loaded.save_pretrained(work / "again")  # as a student is saved: with these settings
+            if any((work / file).is_file() for file in TOKENIZER_FILES):
+                _generate(loaded, work)
         except Exception as error:
             raise ValueError(
                 f"{folder}: an export with this generation_config.json and this tokenizer would not "
@@ -62,25 +72,8 @@ def try_export(folder: Path, model: Architecture) -> None:
             ) from error
 
 
-def _config(model: Architecture) -> Any:
-    entries = both_spellings(model.config)
-    return transformers.AutoConfig.for_model(entries.pop("model_type"), **entries)
-
-
-def _made(config: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-def _save(made: Any, work: Path) -> None:
-    given = {path.name: path.read_bytes() for path in work.iterdir()}
-    made.save_pretrained(work)
-    for file, content in given.items():
-        (work / file).write_bytes(content)
-
-
-def _generate(work: Path) -> None:
+def _generate(model: Any, work: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(work, trust_remote_code=False)
-    model = load_model(work)
     inputs = tokenizer("The", return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     with torch.inference_mode():
@@ -103,9 +96,12 @@ def smallest(model: Architecture) -> Architecture:
 
 
 def _short(model: Architecture) -> Architecture:
-    """The model with one layer of each kind."""
+    """The model with one layer of each kind; whole where it cannot be cut so."""
     kinds = [layers[0] for axis, layers in model.present.items() if layers and axis != "hidden"]
-    return Cut(model, {}, tuple(sorted({0, *kinds}))).result
+    try:
+        return Cut(model, {}, tuple(sorted({0, *kinds}))).result
+    except ValueError:
+        return model
 
 
 def _halved(

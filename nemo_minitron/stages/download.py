@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.set_aside import notes
-from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES
+from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES, left_behind
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
@@ -36,6 +36,9 @@ def recipe(config: Config) -> Recipe:
             from nemo_minitron.release.hub_download import check_hashes
 
             check_hashes(folder)
+        from nemo_minitron.release.dry_run import check_builds
+
+        check_builds(folder, checkpoint.architecture)
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             from nemo_minitron.models.causal_lm import load_tokenizer
 
@@ -50,7 +53,9 @@ def recipe(config: Config) -> Recipe:
         write_json(target / "source.json", source)
 
     def summary() -> Summary:
-        return Summary(_headline(checkpoint), notes=tuple(notes(folder, checkpoint.config)))
+        told = [*notes(folder, checkpoint.config)]
+        told += [f"{name}: not carried along" for name in left_behind(folder)]
+        return Summary(_headline(checkpoint), notes=tuple(told))
 
     return Recipe(workspace / "teacher", "teacher", settings, inputs, build, summary)
 
