@@ -72,6 +72,15 @@ def try_export(folder: Path, model: Architecture) -> None:
             ) from error
 
 
+def _config(model: Architecture) -> Any:
+    entries = both_spellings(model.config)
+    return transformers.AutoConfig.for_model(entries.pop("model_type"), **entries)
+
+
+def _made(config: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def _generate(model: Any, work: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(work, trust_remote_code=False)
     inputs = tokenizer("The", return_tensors="pt")
