@@ -26,10 +26,13 @@ from nemo_minitron.checkpoints.unsupported_weights import (
 from nemo_minitron.families import Architecture, Family, architecture_of, find_row, own_tables
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.security.links import refuse_links
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import digest, hash_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_LONGEST = 255
+"""Bytes of the longest name that a file can have."""
 _BLOCK = 2**22
 """Bytes compared at a time."""
 
@@ -113,7 +116,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 continue
             if name in entries:
                 raise ValueError(
-                    f"{folder}: {name} is in two shards, {entries[name].file} and {file}"
+                    f"{folder}: {plain(name, 120)} is in two shards, {entries[name].file} and {file}"
                 )
             entries[name] = Entry(
                 file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0]
@@ -152,15 +155,18 @@ def weight_files(folder: Path) -> list[str]:
             files = sorted(
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             )
-            outside = [file for file in files if Path(file).name != file]
+            outside = [file for file in files if Path(file).name != file or len(file) > _LONGEST]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index}: not a safetensors index: {error!r:.200}") from error
         if outside or not files:
-            raise ValueError(f"{index}: expected names of files beside it, found {outside[:1]}")
+            raise ValueError(
+                f"{index}: expected names of files beside it, found {plain(outside[:1], 80)}"
+            )
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise ValueError(
-                f"{folder}: shard {missing[0]} is listed in {INDEX} but missing ({len(missing)} missing)"
+                f"{folder}: shard {plain(missing[0], 80)} is listed in {INDEX} but missing "
+                f"({len(missing)} missing)"
             )
         if (folder / SINGLE).is_file() and SINGLE not in files:
             raise ValueError(
@@ -212,12 +218,13 @@ def _check_entries(
             else "in no row of the table"
         )
         raise ValueError(
-            f"{folder}: {len(unknown)} tensors {reason} of family {family.model_type!r}: {unknown[0]}"
+            f"{folder}: {len(unknown)} tensors {reason} of family {family.model_type!r}: "
+            f"{plain(unknown[0], 200)}"
         )
     for name, shape in expected.items():
         if entries[name].dtype not in FLOATS:
             raise ValueError(
-                f"{folder}: {name} is stored as {entries[name].dtype}; dequantise the model first"
+                f"{folder}: {name} is stored as {plain(entries[name].dtype, 40)}; dequantise the model first"
             )
         if entries[name].shape != shape:
             found = list(entries[name].shape)

@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_minitron.checkpoints.set_aside import OUTPUTS
 from nemo_minitron.families import families
+from nemo_minitron.security.plain_text import refuse_half_characters
 
 LARGEST, MOST_KEYS = 2**20, 2_000
 """Bytes, and keys, of a config.json; those of real models have some thousand and some fifty."""
@@ -30,7 +31,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if size > LARGEST:
         raise ValueError(f"{path}: expected at most {LARGEST:,} bytes of settings, found {size:,}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        config = json.loads(content.decode("utf-8"))
+        refuse_half_characters(content, config)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(config, dict):

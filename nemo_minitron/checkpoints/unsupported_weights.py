@@ -117,7 +117,7 @@ def check_names(folder: Path, unknown: Iterable[str], layers: int) -> None:
         found = [name for name in names if re.search(pattern, name)]
         if found:
             raise ValueError(
-                f"{folder}: holds {kind} ({len(found)} tensors, as {found[0]}); {advice}"
+                f"{folder}: holds {kind} ({len(found)} tensors, as {plain(found[0], 200)}); {advice}"
             )
     beyond = [
         n for n in names if (m := re.search(r"\blayers\.(\d{1,9})\.", n)) and int(m[1]) >= layers
@@ -125,7 +125,8 @@ def check_names(folder: Path, unknown: Iterable[str], layers: int) -> None:
     if beyond:
         kind, advice = _KINDS[-1][1:]
         raise ValueError(
-            f"{folder}: {len(beyond)} tensors of layers beyond the {layers} of config.json, as {beyond[0]}: "
+            f"{folder}: {len(beyond)} tensors of layers beyond the {layers} of config.json, as "
+            f"{plain(beyond[0], 200)}: "
             f"{kind}, most likely; {advice}"
         )
 

@@ -20,7 +20,7 @@ from nemo_minitron.models.causal_lm import load_model, not_built
 from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.security.plain_text import plain
 
-LARGEST = 50_000_000
+LARGEST = 20_000_000
 """Parameters of a model that is still made in a second or so; a larger one is not tried."""
 
 
