@@ -15,7 +15,6 @@ from nemo_minitron.config.config import Config
 from nemo_minitron.data.mixtures import validation_samples
 from nemo_minitron.evaluation.held_out_loss import held_out_loss
 from nemo_minitron.evaluation.report import markdown
-from nemo_minitron.families import axis_sizes
 from nemo_minitron.models.causal_lm import frozen, load_model, load_tokenizer
 from nemo_minitron.stages.run import run_stage
 
@@ -84,7 +83,7 @@ def main() -> None:
         folder = Path(config.workspace) / "pretrain" / "hf"
         found["teacher"][""].append(loss(config, folder))
     checkpoint = open_checkpoint(folder)
-    sizes = axis_sizes(checkpoint.family, checkpoint.config)
+    sizes = checkpoint.architecture.sizes
     cuts = {axis: round(sizes[axis] * 0.7 / 8) * 8 for axis in ("hidden", "ffn")}
     cuts["heads"] = sizes["kv_heads"] * max(1, round(sizes["heads"] / sizes["kv_heads"] * 0.7))
     cuts["layers"] = round(sizes["layers"] * 0.7)

@@ -18,7 +18,7 @@ import torch
 from benchmarks.duel import duel, show
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.shard_writer import Planned, write_weights
-from nemo_minitron.families import axis_sizes, expected_tensors, families
+from nemo_minitron.families import architecture_of
 from nemo_minitron.pruning.select import select_units
 from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.pruning.stream import write_pruned
@@ -36,7 +36,7 @@ MERGEKIT = "mergekit==0.1.5"
 def make_checkpoint(folder: Path, shape: dict[str, Any], name: str, dtype: torch.dtype) -> Path:
     """Writes a random Llama of a shape in shards of 500 MB."""
     folder.mkdir()
-    shapes = {tensor: size for tensor, _, size in expected_tensors(families()["llama"], shape)}
+    shapes = {tensor: size for tensor, _, size in architecture_of(shape).tensors()}
     planned = [Planned(tensor, name, size) for tensor, size in shapes.items()]
     write_weights(
         folder, planned, lambda tensor: (torch.randn(shapes[tensor]) * 0.02).to(dtype), SHARD
@@ -48,10 +48,10 @@ def make_checkpoint(folder: Path, shape: dict[str, Any], name: str, dtype: torch
 def cut_of(source: Path, width: bool, depth: bool) -> Cut:
     """Half of the FFN, three quarters of hidden and half of the heads; every second layer; or both."""
     checkpoint = open_checkpoint(source)
-    sizes = axis_sizes(checkpoint.family, checkpoint.config)
+    sizes = checkpoint.architecture.sizes
     layers = tuple(range(0, sizes["layers"], 2 if depth else 1))
     if not width:
-        return Cut(checkpoint.family, checkpoint.config, {}, layers)
+        return Cut(checkpoint.architecture, {}, layers)
     torch.manual_seed(0)
     scores = {
         "hidden": torch.rand(sizes["hidden"]),
@@ -60,8 +60,7 @@ def cut_of(source: Path, width: bool, depth: bool) -> Cut:
     }
     targets = {**sizes, "hidden": 1536, "ffn": 2816, "heads": 16}
     return Cut(
-        checkpoint.family,
-        checkpoint.config,
+        checkpoint.architecture,
         select_units(checkpoint.family, scores, sizes, targets),
         layers,
     )

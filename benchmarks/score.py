@@ -143,7 +143,7 @@ def leave_one_out(checkpoint: Checkpoint, model: Any) -> None:
 
     def naive() -> None:
         losses = []
-        with frozen(model), LayerControl(model, family, 24).attached() as detour:
+        with frozen(model), LayerControl(model, family).attached() as detour:
             for layer in range(24):
                 detour.skip = frozenset({layer})
                 losses.append(

@@ -141,14 +141,13 @@ def _candidates(config: Config) -> list[Candidate]:
         raise ValueError(f"plan.{asked[0]}: either sizes or plan.budget.params, found both")
     folder, _ = teacher_folder(config)
     checkpoint = open_checkpoint(folder)
-    whole = getattr(model_size(checkpoint.family, checkpoint.config), budget.measure)
+    whole = getattr(model_size(checkpoint.architecture), budget.measure)
     least, most = (round(budget.params * (1 + sign * budget.tolerance)) for sign in (-1, 1))
     choices: Mapping[str, Any] = budget.choices or default_choices(
-        checkpoint.family, checkpoint.config, budget.params / whole
+        checkpoint.architecture, budget.params / whole
     )
     return candidates(
-        checkpoint.family,
-        checkpoint.config,
+        checkpoint.architecture,
         choices,
         least,
         most,

@@ -1,5 +1,6 @@
 """Opens Hugging Face checkpoints without reading weights, and checks them against the family's table."""
 
+import functools
 import itertools
 import json
 import math
@@ -15,22 +16,25 @@ from torch import Tensor
 from nemo_minitron.checkpoints.dtypes import FLOATS, STORED, TORCH
 from nemo_minitron.checkpoints.headers import read_header, sample
 from nemo_minitron.checkpoints.hf_config import read_config
-from nemo_minitron.checkpoints.side_files import side_files
-from nemo_minitron.checkpoints.unsupported_weights import check_config, check_folder, check_names
-from nemo_minitron.families import (
-    Family,
-    axis_sizes,
-    expected_tensors,
-    family_of,
-    find_row,
-    own_tables,
+from nemo_minitron.checkpoints.side_files import side_files, side_name
+from nemo_minitron.checkpoints.unsupported_weights import (
+    check_config,
+    check_folder,
+    check_names,
+    check_renamed,
 )
+from nemo_minitron.families import Architecture, Family, architecture_of, find_row, own_tables
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.security.links import refuse_links
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import digest, hash_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_LONGEST = 255
+"""Bytes of the longest name that a file can have."""
+_BLOCK = 2**22
+"""Bytes compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,27 @@ class Checkpoint:
 
     Attributes:
         folder: where it lies.
-        config: its config.json.
-        family: its family table.
-        entries: tensor name to entry.
+        architecture: its config.json and its family's table.
+        entries: tensor name to entry; without a head that repeats the embedding which it is tied to.
         fingerprint: SHA-256 of weight files' names, sizes and headers, of a sample of every
             tensor's bytes (two fine-tunes of one model differ in nothing else), config.json and
             side files.
     """
 
     folder: Path
-    config: Mapping[str, Any]
-    family: Family
+    architecture: Architecture
     entries: Mapping[str, Entry]
     fingerprint: str
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its config.json."""
+        return self.architecture.config
+
+    @property
+    def family(self) -> Family:
+        """Its family's table."""
+        return self.architecture.family
 
     def units(self, name: str) -> dict[str, int]:
         """Unit numbers in a tensor's name, by placeholder."""
@@ -92,7 +104,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_folder(folder)
     refuse_links(folder)
     config = read_config(folder)
-    family = family_of(config, str(folder / "config.json"))
+    model = architecture_of(config, str(folder / "config.json"))
     check_config(folder, config)
     files = weight_files(folder)
     headers = {}
@@ -104,12 +116,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 continue
             if name in entries:
                 raise ValueError(
-                    f"{folder}: {name} is in two shards, {entries[name].file} and {file}"
+                    f"{folder}: {plain(name, 120)} is in two shards, {entries[name].file} and {file}"
                 )
             entries[name] = Entry(
                 file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0]
             )
-    _check_entries(folder, family, config, entries)
+    expected = _check_entries(folder, model, entries)
+    _check_tied(folder, model, entries, expected)
+    held = {
+        name: entry
+        for name, entry in entries.items()
+        if name in expected or find_row(model.family, name) is None
+    }
     stamp = [
         [
             file,
@@ -119,9 +137,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ]
         for file in files
     ]
-    sides = [[path.name, hash_file(path)] for path in side_files(folder)]
-    table = [] if family.model_type not in own_tables() else [repr(family)]
-    return Checkpoint(folder, config, family, entries, digest([stamp, config, sides, *table]))
+    sides = [[side_name(path, folder), hash_file(path)] for path in side_files(folder)]
+    table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
+    return Checkpoint(folder, model, held, digest([stamp, config, sides, *table]))
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -137,15 +155,18 @@ def weight_files(folder: Path) -> list[str]:
             files = sorted(
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             )
-            outside = [file for file in files if Path(file).name != file]
+            outside = [file for file in files if Path(file).name != file or len(file) > _LONGEST]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f"{index}: not a safetensors index: {error!r:.200}") from error
         if outside or not files:
-            raise ValueError(f"{index}: expected names of files beside it, found {outside[:1]}")
+            raise ValueError(
+                f"{index}: expected names of files beside it, found {plain(outside[:1], 80)}"
+            )
         missing = [file for file in files if not (folder / file).is_file()]
         if missing:
             raise ValueError(
-                f"{folder}: shard {missing[0]} is listed in {INDEX} but missing ({len(missing)} missing)"
+                f"{folder}: shard {plain(missing[0], 80)} is listed in {INDEX} but missing "
+                f"({len(missing)} missing)"
             )
         if (folder / SINGLE).is_file() and SINGLE not in files:
             raise ValueError(
@@ -167,22 +188,25 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def _check_entries(
-    folder: Path, family: Family, config: Mapping[str, Any], entries: Mapping[str, Entry]
-) -> None:
-    sizes = axis_sizes(family, config, str(folder / "config.json"))
+    folder: Path, model: Architecture, entries: Mapping[str, Entry]
+) -> Mapping[str, tuple[int, ...]]:
+    """The shapes that config.json implies, by name, found to be those of the files."""
+    family, sizes = model.family, model.sizes
+    model.check_lists()
     if sizes["layers"] > len(entries):  # also keeps an absurd config from being expanded
         raise ValueError(
             f"{folder / 'config.json'}: {sizes['layers']} layers, but only {len(entries)} tensors"
         )
     try:
         # one more than there are is enough to find one that is missing
-        first = itertools.islice(expected_tensors(family, config), len(entries) + 1)
+        first = itertools.islice(model.tensors(), len(entries) + 1)
         expected = {name: shape for name, _, shape in first}
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     unknown = sorted(name for name in set(entries) - set(expected) if not _is_surplus(family, name))
     check_names(folder, unknown, sizes["layers"])
     missing = sorted(set(expected) - set(entries))
+    check_renamed(folder, unknown, missing)
     if missing:
         raise ValueError(
             f"{folder}: {len(missing)} tensors of family {family.model_type!r} are missing: {missing[0]}"
@@ -194,18 +218,20 @@ def _check_entries(
             else "in no row of the table"
         )
         raise ValueError(
-            f"{folder}: {len(unknown)} tensors {reason} of family {family.model_type!r}: {unknown[0]}"
+            f"{folder}: {len(unknown)} tensors {reason} of family {family.model_type!r}: "
+            f"{plain(unknown[0], 200)}"
         )
     for name, shape in expected.items():
         if entries[name].dtype not in FLOATS:
             raise ValueError(
-                f"{folder}: {name} is stored as {entries[name].dtype}; dequantise the model first"
+                f"{folder}: {name} is stored as {plain(entries[name].dtype, 40)}; dequantise the model first"
             )
         if entries[name].shape != shape:
             found = list(entries[name].shape)
             raise ValueError(
                 f"{folder}: {name}: config.json implies shape {list(shape)}, the file holds {found}"
             )
+    return expected
 
 
 def _is_surplus(family: Family, name: str) -> bool:
@@ -214,6 +240,55 @@ def _is_surplus(family: Family, name: str) -> bool:
     if found is not None:
         return found[0].when is not None and "vocab" in row_axes(found[0].dims)
     return any(pattern.fullmatch(name) for pattern in family.ignored)
+
+
+def _check_tied(
+    folder: Path, model: Architecture, entries: Mapping[str, Entry], expected: Mapping[str, Any]
+) -> None:
+    """Refuses a head that config.json ties to the embedding while the file holds another one.
+
+    transformers 5 leaves the two apart where their values differ; 4.57 and other readers tie them,
+    so that one folder would be two models.
+    """
+    for name in sorted(set(entries) - set(expected)):
+        row = find_row(model.family, name)
+        twins = [
+            other.pattern
+            for other in model.family.rows
+            if row is not None and other.dims == row[0].dims and other.pattern in expected
+        ]
+        for twin in twins:
+            if not _same_bytes(folder, entries[name], entries[twin]):
+                raise ValueError(
+                    f"{folder / 'config.json'}: tie_word_embeddings says that {name} is {twin}, but "
+                    f"{entries[name].file} holds another {name}; set tie_word_embeddings to false if the "
+                    "head was trained apart, or save the model without it"
+                )
+
+
+def _same_bytes(folder: Path, one: Entry, other: Entry) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    places = []
+    for entry in (one, other):
+        state = (folder / entry.file).stat()
+        places.append((folder / entry.file, entry.start, state.st_size, state.st_mtime_ns))
+    return _equal_spans(places[0], places[1], one.size)
+
+
+@functools.lru_cache(maxsize=16)
+def _equal_spans(
+    one: tuple[Path, int, int, int], other: tuple[Path, int, int, int], size: int
+) -> bool:
+    """Whether two spans of files are equal; a checkpoint is opened often, and a head is large."""
+    with one[0].open("rb") as first, other[0].open("rb") as second:
+        first.seek(one[1])
+        second.seek(other[1])
+        for begin in range(0, size, _BLOCK):
+            count = min(_BLOCK, size - begin)
+            if first.read(count) != second.read(count):
+                return False
+    return True
 
 
 def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.dtypes import FLOATS
+from nemo_minitron.security.plain_text import plain, refuse_half_characters
 
 _SAMPLE = 512
 """Bytes of each tensor that tell it from another of the same name and shape."""
@@ -28,7 +29,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             length = struct.unpack("<Q", file.read(8))[0]
             if length > min(size - 8, 100 * 2**20):
                 raise ValueError("header is longer than the file")
-            header = json.loads(file.read(length))
+            content = file.read(length)
+            header = json.loads(content)
+            refuse_half_characters(content, header)
         spans = sorted(_span(name, item) for name, item in header.items() if name != "__metadata__")
         end = 0
         for begin, stop in spans:
@@ -44,7 +47,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         struct.error,
         RecursionError,
     ) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file: {error}") from error
+        raise ValueError(
+            f"{path}: truncated or not a safetensors file: {plain(error, 400)}"
+        ) from error
     if 8 + length + end != size:
         raise ValueError(f"{path}: truncated: expected {8 + length + end} bytes, found {size}")
     return dict(header), 8 + length

@@ -7,7 +7,10 @@ from typing import Any
 
 from nemo_minitron.security.plain_text import plain
 
-_DEQUANTISE = "dequantise it first: load it with transformers, model.dequantize(), save_pretrained in bfloat16"
+_DEQUANTISE = (
+    "dequantise it first: load it with transformers, model.dequantize(), "
+    "save_pretrained in bfloat16"
+)
 _KINDS = (
     (r"\.lora_[AB]\b|\.lora_(embedding|magnitude)|\.base_layer\.", "LoRA adapter weights",
      "merge the adapter first (peft: merge_and_unload) and save the merged model"),
@@ -47,7 +50,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a config.json that declares quantised weights, or code to be fetched from the hub.
+    """Refuses a config.json that declares quantised weights, code on the hub, or a pad token that is none.
 
     transformers takes ``attn_implementation: owner/kernel`` for a kernel, which it fetches and
     runs.
@@ -66,6 +69,12 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder / 'config.json'}: {key}={plain(value, 80)!r} is code on the hub, which is never "
                 "run; remove the key"
             )
+    pad, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
+    if type(pad) is int and type(vocabulary) is int and pad >= vocabulary > 0:
+        raise ValueError(
+            f"{folder / 'config.json'}: pad_token_id={pad} lies beyond vocab_size={vocabulary}, so that no "
+            "embedding can be made; set it to a token of the vocabulary, or to null"
+        )
     settings = config.get("quantization_config")
     if settings:
         method = (
@@ -108,7 +117,7 @@ def check_names(folder: Path, unknown: Iterable[str], layers: int) -> None:
         found = [name for name in names if re.search(pattern, name)]
         if found:
             raise ValueError(
-                f"{folder}: holds {kind} ({len(found)} tensors, as {found[0]}); {advice}"
+                f"{folder}: holds {kind} ({len(found)} tensors, as {plain(found[0], 200)}); {advice}"
             )
     beyond = [
         n for n in names if (m := re.search(r"\blayers\.(\d{1,9})\.", n)) and int(m[1]) >= layers
@@ -116,6 +125,50 @@ def check_names(folder: Path, unknown: Iterable[str], layers: int) -> None:
     if beyond:
         kind, advice = _KINDS[-1][1:]
         raise ValueError(
-            f"{folder}: {len(beyond)} tensors of layers beyond the {layers} of config.json, as {beyond[0]}: "
+            f"{folder}: {len(beyond)} tensors of layers beyond the {layers} of config.json, as "
+            f"{plain(beyond[0], 200)}: "
             f"{kind}, most likely; {advice}"
         )
+
+
+def check_renamed(folder: Path, unknown: Iterable[str], missing: Iterable[str]) -> None:
+    """Refuses weights whose names differ from those of a causal LM by a prefix, and those of a classifier.
+
+    Args:
+        folder: the checkpoint.
+        unknown: names of tensors that the family's table does not expect.
+        missing: names that it expects and that are not there.
+
+    Raises:
+        ValueError: they are; the message names the prefix and what to do.
+    """
+    have, want = set(unknown), sorted(missing)
+    for one in sorted(have)[:50]:
+        for other in want:
+            longer, shorter = (one, other) if len(one) > len(other) else (other, one)
+            prefix = longer.removesuffix(shorter)
+            if prefix in ("", longer) or not prefix.endswith("."):
+                continue
+            extra = longer == one
+            pairs = [name for name in want if _renamed(name, prefix, extra) in have]
+            if 2 * len(pairs) <= len(want):
+                continue
+            what = (
+                f"carry the prefix {plain(prefix, 80)!r}"
+                if extra
+                else f"lack the prefix {prefix!r}"
+            )
+            raise ValueError(
+                f"{folder}: the names of {len(pairs)} tensors {what}, as {plain(one, 120)} for {other}; "
+                "load the causal LM (AutoModelForCausalLM) and save_pretrained it, or rename the tensors"
+            )
+    heads = [name for name in sorted(have) if re.search(r"(^|\.)(score|classifier)\.", name)]
+    if heads:
+        raise ValueError(
+            f"{folder}: a classifier ({plain(heads[0], 80)}), which has no head over the vocabulary; save "
+            "the causal LM that it was made from"
+        )
+
+
+def _renamed(name: str, prefix: str, extra: bool) -> str:
+    return prefix + name if extra else name.removeprefix(prefix)

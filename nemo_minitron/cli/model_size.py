@@ -14,23 +14,17 @@ from nemo_minitron.cli.tables import print_table
 def size(args: argparse.Namespace) -> int:
     """``minitron size``: what a model costs, from its config.json alone."""
     from nemo_minitron.checkpoints.hf_config import read_config
-    from nemo_minitron.families import (
-        axis_sizes,
-        check_sizes,
-        config_with_sizes,
-        family_of,
-        use_tables,
-    )
+    from nemo_minitron.families import architecture_of, check_sizes, use_tables
     from nemo_minitron.pruning.cost import model_size
-    from nemo_minitron.pruning.slice import Cut, cut_config
+    from nemo_minitron.pruning.slice import Cut
 
     own, wanted = split_own_tables(args.sizes)
     if own:
         use_tables(own)
     path = _config_folder(args.model)
-    config = read_config(path)
-    family = family_of(config, str(path / "config.json"))
-    sizes = axis_sizes(family, config, str(path / "config.json"))
+    model = architecture_of(read_config(path), str(path / "config.json"))
+    model.check_lists()
+    sizes = dict(model.sizes)
     for text in wanted:
         axis, _, value = text.partition("=")
         if axis not in sizes or not value.isdecimal() or int(value) < 1:
@@ -38,14 +32,14 @@ def size(args: argparse.Namespace) -> int:
                 f"size: expected AXIS=SIZE with an axis of {', '.join(sizes)}, found {text!r}"
             )
         sizes[axis] = int(value)
-    check_sizes(family, sizes, "size")
+    check_sizes(model.family, sizes, "size")
     if args.context < 1:
         raise ValueError(f"size: --context: expected at least 1, found {args.context}")
-    if sizes["layers"] < axis_sizes(family, config)["layers"]:  # of unlike layers, the first
-        config = cut_config(Cut(family, config, {}, tuple(range(sizes["layers"]))))
-    config = config_with_sizes(family, config, sizes)
-    cost = model_size(family, config, args.context)
-    memory = _training_memory(args, family, config) if args.training else {}
+    if sizes["layers"] < model.sizes["layers"]:  # of unlike layers, the first
+        model = Cut(model, {}, tuple(range(sizes["layers"]))).result
+    model = model.resized(sizes)
+    cost = model_size(model, args.context)
+    memory = _training_memory(args, model) if args.training else {}
     facts: dict[str, Any] = {**sizes, **asdict(cost)} | ({"training": memory} if memory else {})
     if args.json:
         print(json.dumps(facts, indent=2))
@@ -81,10 +75,10 @@ def _config_folder(model: str) -> Path:
     return path
 
 
-def _training_memory(args: argparse.Namespace, family: Any, config: Any) -> dict[str, int]:
+def _training_memory(args: argparse.Namespace, model: Any) -> dict[str, int]:
     """Bytes on each rank, by what they are for."""
     from nemo_minitron.checkpoints.hf_config import read_config
-    from nemo_minitron.families import family_of
+    from nemo_minitron.families import architecture_of
     from nemo_minitron.training.memory_estimate import Launch, training_footprint
 
     try:
@@ -96,7 +90,6 @@ def _training_memory(args: argparse.Namespace, family: Any, config: Any) -> dict
         raise ValueError(f"size: --{error}") from error
     teacher = None
     if args.teacher:
-        their = read_config(_config_folder(args.teacher))
-        teacher = (family_of(their, args.teacher), their)
-    found = training_footprint(family, config, launch, teacher)
+        teacher = architecture_of(read_config(_config_folder(args.teacher)), args.teacher)
+    found = training_footprint(model, launch, teacher)
     return {**asdict(found), "total": found.total}

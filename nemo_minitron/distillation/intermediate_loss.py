@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_minitron.families import Family, axis_sizes
+from nemo_minitron.families import Architecture, Family
 from nemo_minitron.losses.intermediate import (
     IntermediateWeights,
     relation_divergence,
@@ -48,13 +48,16 @@ class IntermediateLoss:
         """
         self.weights, self._pl_module = weights, pl_module
         theirs, ours = zip(*weights.layers, strict=True)
-        configs = teacher.config.to_dict(), pl_module.model.config.to_dict()
-        self._teacher = Captures(teacher, teacher_family, configs[0], weights.terms, theirs)
-        self._student = Captures(pl_module.model, pl_module.family, configs[1], weights.terms, ours)
+        student = pl_module.model
+        models = (
+            Architecture(teacher_family, teacher.config.to_dict()),
+            Architecture(pl_module.family, student.config.to_dict()),
+        )
+        self._teacher = Captures(teacher, models[0], weights.terms, theirs)
+        self._student = Captures(student, models[1], weights.terms, ours)
         resolve = (self._teacher.resolve, self._student.resolve)
         self._pairs = [(resolve[0](one), resolve[1](other)) for one, other in weights.layers]
-        sizes = axis_sizes(teacher_family, configs[0]), axis_sizes(pl_module.family, configs[1])
-        widths = sizes[0]["hidden"], sizes[1]["hidden"]
+        widths = models[0].sizes["hidden"], models[1].sizes["hidden"]
         if widths[0] != widths[1] and set(weights.terms) != {"attention"}:
             pl_module.projection = _projection(widths, kept_H, next(pl_module.model.parameters()))
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from nemo_minitron.families import Family
@@ -23,16 +24,22 @@ def continue_greedily(model: Any, prompts_BP: Tensor, new_tokens: int) -> Tensor
     Args:
         model: a causal LM in evaluation mode.
         prompts_BP: token ids, all prompts of one length.
-        new_tokens: how many.
+        new_tokens: how many. Nothing else decides: what the model's generation_config.json asks for
+            (penalties, banned tokens, n-grams) would hide what the model itself prefers.
     """
     device = head_of(model).device
     prompts_BP = prompts_BP.to(device)
-    ids_BN = model.generate(
-        prompts_BP, attention_mask=torch.ones_like(prompts_BP), max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None,
-        repetition_penalty=None, pad_token_id=0, use_cache=True,
-    )[:, prompts_BP.shape[1] :]  # fmt: skip
-    return ids_BN.cpu()
+    own = model.generation_config
+    # transformers fills in from the model's own settings what an argument leaves open
+    model.generation_config = transformers.GenerationConfig(
+        max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1,
+        eos_token_id=own.eos_token_id, pad_token_id=0, use_cache=True,
+    )  # fmt: skip
+    try:
+        ids_BN = model.generate(prompts_BP, attention_mask=torch.ones_like(prompts_BP))
+    finally:
+        model.generation_config = own
+    return ids_BN[:, prompts_BP.shape[1] :].cpu()
 
 
 def repetition(ids_BN: Tensor) -> float:

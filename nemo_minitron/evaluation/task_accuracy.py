@@ -13,7 +13,6 @@ from nemo_minitron.data.documents import documents, plain
 from nemo_minitron.data.mixtures import validation_text
 from nemo_minitron.evaluation.held_out_tasks import MADE_HERE, write_held_out_tasks
 from nemo_minitron.evaluation.lm_eval import run_task
-from nemo_minitron.families import axis_sizes
 from nemo_minitron.models.causal_lm import frozen, load_tokenizer
 from nemo_minitron.models.layer_control import LayerControl
 from nemo_minitron.scoring.depth import DepthSums
@@ -69,8 +68,8 @@ def accuracy_without(
     Raises:
         ValueError: a task that reports no accuracy.
     """
-    layers = axis_sizes(checkpoint.family, checkpoint.config)["layers"]
-    detour = LayerControl(model, checkpoint.family, layers)
+    layers = checkpoint.architecture.sizes["layers"]
+    detour = LayerControl(model, checkpoint.family)
     tokenizer = load_tokenizer(checkpoint.folder)
     cached = model.config.use_cache
     model.config.use_cache = (

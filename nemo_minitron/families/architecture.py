@@ -1,22 +1,29 @@
-"""Applies a family table to one model: sizes, tensor names, shapes, layers that have an axis."""
+"""A family's table applied to one model: sizes, tensor names, shapes, layers that have an axis."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from nemo_minitron.families.grammar import evaluate, names_in, row_axes, row_shape
-from nemo_minitron.families.table import Family, TensorRow, families
+from nemo_minitron.families.table import Axis, Family, TensorRow, families
+from nemo_minitron.security.plain_text import plain
 
 
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family of a model, by the ``model_type`` in its config.json.
+    """The family of a model, by the ``model_type`` in its config.json; see ``Family.for_config``.
 
     Raises:
         ValueError: no family table has this model type; the message lists those that exist.
     """
     model_type = str(config.get("model_type"))
     if model_type in families():
-        return families()[model_type]
+        try:
+            return families()[model_type].for_config(config)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     known = ", ".join(sorted(families()))
     text = f"{where}: model_type {model_type!r} is not supported; supported families: {known}"
     inner = config.get("text_config")
@@ -30,46 +37,190 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
     raise ValueError(text)
 
 
-def config_values(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the config keys that a table uses; the table's defaults for missing keys."""
-    return {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+@dataclass(frozen=True)
+class Architecture:
+    """One model, as its family's table and its config.json describe it.
 
-
-def axis_sizes(
-    family: Family, config: Mapping[str, Any], where: str = "config.json"
-) -> dict[str, int]:
-    """Size of every axis of a model.
-
-    Args:
+    Attributes:
         family: the table.
-        config: the model's config.json.
+        config: the config.json.
         where: what an error message calls the config.
-
-    Returns:
-        Axis name to size, in the table's order.
-
-    Raises:
-        ValueError: a size is missing, or is no positive integer.
     """
-    values = config_values(family, config)
-    sizes: dict[str, int] = {}
-    for name, axis in family.axes.items():
-        present = [key for key in axis.config if key in values]
+
+    family: Family
+    config: Mapping[str, Any]
+    where: str = "config.json"
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """Values of the config keys that the table uses; the table's defaults for missing keys."""
+        given = {key: value for key, value in self.config.items() if value is not None}
+        return {**self.family.defaults, **given}
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Size of every axis, in the table's order.
+
+        Raises:
+            ValueError: a size is missing, or is no positive integer.
+        """
+        found = {name: self._size(axis) for name, axis in self.family.axes.items()}
+        check_counts(self.family, found, self.where)
+        return found
+
+    def check_lists(self) -> None:
+        """Refuses lists with an entry per unit that do not fit the number of units.
+
+        Raises:
+            ValueError: one does not; the message names its key.
+        """
+        for name, axis in self.family.axes.items():
+            for key in axis.lists:
+                entries, count = self.config.get(key), self.sizes[name]
+                if entries is None or (isinstance(entries, list | str) and len(entries) == count):
+                    continue
+                raise ValueError(
+                    f"{self.where}: {plain(key, 80)} should list {count} {name}, found {entries!r:.80}"
+                )
+
+    def _size(self, axis: Axis) -> int:
+        present = [key for key in axis.config if key in self.values]
         if present:
-            size = values[present[0]]
+            size = self.values[present[0]]
         elif axis.fallback is not None:
             try:
-                size = evaluate(axis.fallback, values)
+                size = evaluate(axis.fallback, self.values)
             except ValueError as error:
-                raise ValueError(f"{where}: size of axis {name}: {error}") from error
+                raise ValueError(f"{self.where}: size of axis {axis.name}: {error}") from error
         else:
-            raise ValueError(f"{where}: key {axis.config[0]!r} is missing (size of axis {name})")
+            raise ValueError(
+                f"{self.where}: key {axis.config[0]!r} is missing (size of axis {axis.name})"
+            )
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 2**40:
             raise ValueError(
-                f"{where}: axis {name}: expected a positive whole number, found {size!r:.40}"
+                f"{self.where}: axis {axis.name}: expected a positive whole number, found {size!r:.40}"
             )
-        sizes[name] = size
-    return sizes
+        return size
+
+    @cached_property
+    def present(self) -> dict[str, list[int]]:
+        """The axes of the model's tensors, and the layers of each (an empty list: in no layer)."""
+        layer = self.family.layer
+        found: dict[str, set[int]] = {}
+        for row in self.family.rows:
+            axes = row_axes(row.dims) | {
+                self.family.indexed[name].name for name in row.placeholders
+            }
+            for _, units in self.names(row, self.one_of_each):
+                for axis in axes:
+                    found.setdefault(axis, set()).update({units[layer]} if layer in units else ())
+        return {name: sorted(found[name]) for name in self.family.axes if name in found}
+
+    @property
+    def prunable(self) -> list[str]:
+        """Names of the axes that the model has and whose size a plan may change, in the table's order."""
+        return [name for name in self.family.prunable if name in self.present]
+
+    @cached_property
+    def one_of_each(self) -> dict[str, int]:
+        """The sizes, with one unit of every indexed axis but the layers; no condition depends on those."""
+        single = {axis.name: 1 for axis in self.family.indexed.values() if axis.name != "layers"}
+        return {**self.sizes, **single}
+
+    def names(
+        self, row: TensorRow, sizes: Mapping[str, int] | None = None
+    ) -> Iterator[tuple[str, dict[str, int]]]:
+        """Names that a row stands for in this model, with the units of their placeholders.
+
+        Placeholders vary in the order in which the pattern names them, the last fastest.
+
+        Args:
+            row: a row of the family's table.
+            sizes: how many units of an axis there are; None: as many as the model has.
+
+        Raises:
+            ValueError: the row's condition cannot be computed from the config.
+        """
+        number = self.sizes if sizes is None else sizes
+        ranges = [range(number[self.family.indexed[name].name]) for name in row.placeholders]
+        asked = names_in(row.when) if row.when else set()
+        if row.when and not asked & set(row.placeholders) and not evaluate(row.when, self.values):
+            return
+        outer, inner = row.placeholders[:1], row.placeholders[1:]
+        for first in itertools.product(*ranges[:1]):
+            units = dict(zip(outer, first, strict=True))
+            if row.when and asked & set(outer) and not evaluate(row.when, {**self.values, **units}):
+                continue
+            for rest in itertools.product(*ranges[1:]):
+                units = {**units, **dict(zip(inner, rest, strict=True))}
+                yield fill(row.pattern, units), dict(units)
+
+    def tensors(self) -> Iterator[tuple[str, TensorRow, tuple[int, ...]]]:
+        """Every tensor that a checkpoint of this model holds: its name, its row and its shape."""
+        for row in self.family.rows:
+            shape = row_shape(row.dims, self.sizes)
+            for name, _ in self.names(row):
+                yield name, row, shape
+
+    def has(self, row: TensorRow) -> bool:
+        """Whether the model has any tensor of a row."""
+        return any(True for _ in self.names(row))
+
+    def resized(self, sizes: Mapping[str, int]) -> "Architecture":
+        """The same with the given axis sizes written out.
+
+        Also those it left implicit (``head_dim``), of the axes that the model has.
+        """
+        written = dict(self.config)
+        for name, axis in self.family.axes.items():
+            keys = [key for key in axis.config if key in self.config]
+            if not keys and name in self.present:
+                keys = [axis.config[0]]
+            for key in keys:
+                written[key] = sizes[name]
+        return Architecture(self.family, written, self.where)
+
+    def check_layers(self, layers: Sequence[int], where: str) -> None:
+        """Refuses to drop every layer of a kind without which the architecture does not run.
+
+        Raises:
+            ValueError: the layers that remain have none of an axis that the family needs.
+        """
+        for axis in self.family.needs:
+            if axis in self.present and not set(self.present[axis]) & set(layers):
+                raise ValueError(
+                    f"{where}: {self.family.model_type} needs a layer with {axis}; "
+                    f"of {self.present[axis]} none is kept"
+                )
+
+
+def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
+    """A model by its config.json.
+
+    Raises:
+        ValueError: see ``family_of``.
+    """
+    return Architecture(family_of(config, where), config, where)
+
+
+MOST_LAYERS, MOST_UNITS = 2_000, 200_000
+"""Most layers, and most of layers x experts, that a model is taken to have: each has tensors of its own."""
+
+
+def check_counts(family: Family, sizes: Mapping[str, int], where: str) -> None:
+    """Refuses numbers of layers and experts that no model has, and whose tensors would fill the memory.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    counted = {axis.name: sizes[axis.name] for axis in family.indexed.values()}
+    if counted["layers"] > MOST_LAYERS:
+        raise ValueError(
+            f"{where}: axis layers: expected at most {MOST_LAYERS:,}, found {counted['layers']:,}"
+        )
+    if math.prod(counted.values()) > MOST_UNITS:
+        found = " x ".join(f"{name}={size:,}" for name, size in counted.items())
+        raise ValueError(f"{where}: expected at most {MOST_UNITS:,} in all, found {found}")
 
 
 def check_sizes(family: Family, sizes: Mapping[str, int], where: str) -> None:
@@ -77,75 +228,13 @@ def check_sizes(family: Family, sizes: Mapping[str, int], where: str) -> None:
 
     Raises:
         ValueError: a constraint of the family does not hold; the message states it with its
-            numbers.
+            numbers. Or there are more layers or experts than ``check_counts`` admits.
     """
+    check_counts(family, sizes, where)
     for constraint in family.constraints:
         if not evaluate(constraint, sizes):
             found = ", ".join(f"{name}={sizes[name]}" for name in sorted(names_in(constraint)))
             raise ValueError(f"{where}: {family.model_type} needs {constraint}, found {found}")
-
-
-def check_layers(
-    family: Family, config: Mapping[str, Any], layers: Sequence[int], where: str
-) -> None:
-    """Refuses to drop every layer of a kind without which the architecture does not run.
-
-    Raises:
-        ValueError: the layers that remain have none of an axis that the family needs.
-    """
-    present = present_axes(family, config)
-    for axis in family.needs:
-        if axis in present and not set(present[axis]) & set(layers):
-            raise ValueError(
-                f"{where}: {family.model_type} needs a layer with {axis}; of {present[axis]} none is kept"
-            )
-
-
-def config_with_sizes(
-    family: Family, config: Mapping[str, Any], sizes: Mapping[str, int]
-) -> dict[str, Any]:
-    """A copy of a config.json with the given axis sizes written out.
-
-    Also those it left implicit (``head_dim``), of the axes that the model has.
-    """
-    written = dict(config)
-    has = present_axes(family, config)
-    for name, axis in family.axes.items():
-        keys = [key for key in axis.config if key in config]
-        if not keys and name in has:
-            keys = [axis.config[0]]
-        for key in keys:
-            written[key] = sizes[name]
-    return written
-
-
-def tensor_names(
-    family: Family, row: TensorRow, config: Mapping[str, Any], sizes: Mapping[str, int]
-) -> Iterator[tuple[str, dict[str, int]]]:
-    """Names that a row stands for in one model, with the units of their placeholders.
-
-    Placeholders vary in the order in which the pattern names them, the last fastest.
-
-    Raises:
-        ValueError: the row's condition cannot be computed from the config.
-    """
-    values = config_values(family, config)
-    asked = names_in(row.when) if row.when else set()
-    if row.when and not asked & set(row.placeholders) and not evaluate(row.when, values):
-        return
-    outer, inner = row.placeholders[:1], row.placeholders[1:]
-    for first in itertools.product(*(range(sizes[family.indexed[name].name]) for name in outer)):
-        units = dict(zip(outer, first, strict=True))
-        if row.when and asked & set(outer) and not evaluate(row.when, {**values, **units}):
-            continue
-        for rest in itertools.product(*(range(sizes[family.indexed[name].name]) for name in inner)):
-            units = {**units, **dict(zip(inner, rest, strict=True))}
-            yield fill(row.pattern, units), dict(units)
-
-
-def has_tensor(family: Family, row: TensorRow, config: Mapping[str, Any]) -> bool:
-    """Whether a model with this config has any tensor of this row."""
-    return any(True for _ in tensor_names(family, row, config, axis_sizes(family, config)))
 
 
 def fill(pattern: str, units: Mapping[str, int]) -> str:
@@ -153,37 +242,6 @@ def fill(pattern: str, units: Mapping[str, int]) -> str:
     for name, unit in units.items():
         pattern = pattern.replace(f"{{{name}}}", str(unit))
     return pattern
-
-
-def expected_tensors(
-    family: Family, config: Mapping[str, Any]
-) -> Iterator[tuple[str, TensorRow, tuple[int, ...]]]:
-    """Every tensor that a checkpoint with this config holds: its name, its row and its shape."""
-    sizes = axis_sizes(family, config)
-    for row in family.rows:
-        shape = row_shape(row.dims, sizes)
-        for name, _ in tensor_names(family, row, config, sizes):
-            yield name, row, shape
-
-
-def present_axes(family: Family, config: Mapping[str, Any]) -> dict[str, list[int]]:
-    """The axes of this model's tensors, and the layers that each appears in (an empty list: in no layer)."""
-    sizes = axis_sizes(family, config)
-    placeholder = family.axes["layers"].index or ""
-    found: dict[str, set[int]] = {}
-    for row in family.rows:
-        axes = row_axes(row.dims) | {family.indexed[name].name for name in row.placeholders}
-        for _, units in tensor_names(family, row, config, {**sizes, **_one_of_each(family)}):
-            for axis in axes:
-                found.setdefault(axis, set()).update(
-                    {units[placeholder]} if placeholder in units else ()
-                )
-    return {name: sorted(found[name]) for name in family.axes if name in found}
-
-
-def _one_of_each(family: Family) -> dict[str, int]:
-    """Sizes with one unit of every indexed axis but the layers, since no condition depends on the others."""
-    return {axis.name: 1 for axis in family.indexed.values() if axis.name != "layers"}
 
 
 def find_row(family: Family, name: str) -> tuple[TensorRow, dict[str, int]] | None:

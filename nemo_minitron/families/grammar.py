@@ -13,9 +13,10 @@ by all key heads, each head ``head_dim`` long, and whose columns are the hidden 
 
 import ast
 import functools
+import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Product = tuple[str, ...]
@@ -98,15 +99,18 @@ def extent(axis: str, sizes: Mapping[str, int]) -> int:
     return int(axis) if axis.isdecimal() else sizes[axis]
 
 
+def segments(dim: Dim, sizes: Mapping[str, int]) -> Iterator[tuple[Product, int, int]]:
+    """Products along one dimension in turn: each with its first position and its length."""
+    start = 0
+    for product in dim:
+        width = math.prod(extent(axis, sizes) for axis in product)
+        yield product, start, width
+        start += width
+
+
 def dim_size(dim: Dim, sizes: Mapping[str, int]) -> int:
     """Number of elements along one dimension, given the size of every axis."""
-    total = 0
-    for product in dim:
-        count = 1
-        for axis in product:
-            count *= extent(axis, sizes)
-        total += count
-    return total
+    return sum(width for _, _, width in segments(dim, sizes))
 
 
 def row_shape(row: Row, sizes: Mapping[str, int]) -> tuple[int, ...]:

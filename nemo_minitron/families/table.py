@@ -1,19 +1,19 @@
 """A model family as data: axes, tensor rows, taps; loading and validating a table.
 
-What the stages ask of a table lies in ``shapes.py``.
+What a table says of one model lies in ``architecture.py``.
 """
 
 import functools
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nemo_minitron.families.grammar import Dim, Row, names_in, parse_row, row_axes
+from nemo_minitron.families.grammar import Dim, Row, evaluate, names_in, parse_row, row_axes
 
 TABLES = Path(__file__).parent / "tables"
 OWN_TABLES = "MINITRON_FAMILIES"
@@ -89,6 +89,10 @@ class Tap:
     module: str
     dim: Dim | None = None
 
+    def at(self, placeholder: str, layer: int) -> "Tap":
+        """The tap in one layer."""
+        return replace(self, module=self.module.replace(f"{{{placeholder}}}", str(layer)))
+
 
 @dataclass(frozen=True)
 class Fold:
@@ -122,11 +126,31 @@ class Family:
     proofs: tuple[Mapping[str, Any], ...] = ({},)
     since: str = "5.0"
     zero_centred_norms: bool = False
+    conditional: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Constraints that hold for some models, and the condition on config keys under which they do."""
+
+    def for_config(self, config: Mapping[str, Any]) -> "Family":
+        """The table of one model: its constraints are those that hold for this config.json.
+
+        Raises:
+            ValueError: a condition cannot be computed.
+        """
+        given = {key: value for key, value in config.items() if value is not None}
+        values = {**self.defaults, **given}
+        more = [rule for rule, when in self.conditional.items() if evaluate(when, values)]
+        return replace(self, constraints=(*self.constraints, *more)) if more else self
 
     @property
     def prunable(self) -> tuple[str, ...]:
         """Names of the axes whose size a plan may change, in the table's order."""
         return tuple(name for name, axis in self.axes.items() if not axis.fixed)
+
+    @property
+    def layer(self) -> str:
+        """The placeholder of layers in tensor names and taps."""
+        index = self.axes["layers"].index
+        assert index is not None, "load_family lets no table without it pass"
+        return index
 
     def ranked_per(self, name: str) -> tuple[str, ...]:
         """The axes each of whose units has its own ranking of this axis, outermost first."""
@@ -187,7 +211,8 @@ def _family(table: Mapping[str, Any]) -> Family:
     rows = tuple(
         _row(key, text, axes, placeholders, spelled) for key, text in table["tensors"].items()
     )
-    for constraint in table.get("constraints", []):
+    rules = [text.partition(" if ") for text in table.get("constraints", [])]
+    for constraint, _, _ in rules:
         if names_in(constraint) - set(axes):
             raise ValueError(f"constraint {constraint!r} names axes that are not declared")
     return Family(
@@ -197,7 +222,8 @@ def _family(table: Mapping[str, Any]) -> Family:
         rows=rows,
         taps={name: tuple(_tap(text) for text in taps) for name, taps in table["taps"].items()},
         modules=table["modules"],
-        constraints=tuple(table.get("constraints", [])),
+        constraints=tuple(rule for rule, _, when in rules if not when),
+        conditional={rule: spelled(when) for rule, _, when in rules if when},
         needs=tuple(table.get("needs", [])),
         defaults=table.get("defaults", {}),
         ignored=tuple(_regex(pattern, placeholders) for pattern in table.get("ignored", [])),

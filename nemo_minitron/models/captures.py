@@ -1,12 +1,13 @@
 """torch hooks: hidden states and attention's projections of a model, kept for a loss on them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from nemo_minitron.families import Family, Tap, axis_sizes, fill, present_axes
-from nemo_minitron.families.grammar import dim_size
+from nemo_minitron.families import Architecture, Tap
+from nemo_minitron.families.grammar import segments
+from nemo_minitron.models.module_hooks import on_tap
 
 Place = tuple[str, int, int]
 """Term, layer, and number of the projection where the term has several."""
@@ -25,8 +26,7 @@ class Captures:
     def __init__(
         self,
         model: nn.Module,
-        family: Family,
-        config: Mapping[str, Any],
+        architecture: Architecture,
         terms: Iterable[str],
         layers: Iterable[int],
     ) -> None:
@@ -34,8 +34,7 @@ class Captures:
 
         Args:
             model: a Hugging Face causal LM.
-            family: its table.
-            config: its config.json.
+            architecture: its table and its config.json.
             terms: some of ``losses.intermediate.TERMS``.
             layers: layers, 0-based; negative ones count from the end.
 
@@ -44,9 +43,9 @@ class Captures:
         """
         self.states: dict[Place, Tensor] = {}
         self._armed = False
-        self._family = family
-        self._sizes = axis_sizes(family, config)
-        self._attention = present_axes(family, config).get("heads", [])
+        family = self._family = architecture.family
+        self._sizes = architecture.sizes
+        self._attention = architecture.present.get("heads", [])
         # activation checkpointing runs layers a second time, in the backward pass: not to be
         # captured
         model.get_submodule(family.modules["decoder"]).register_forward_pre_hook(self._arm)
@@ -74,7 +73,7 @@ class Captures:
         self.states, self._armed = {}, True
 
     def _hook(self, model: nn.Module, term: str, layer: int) -> None:
-        taps, index = self._family.taps, self._family.axes["layers"].index or ""
+        taps = self._family.taps
         if term == "attention":
             self._hook_attention(model, layer)
         elif (
@@ -89,7 +88,7 @@ class Captures:
                 "hidden": (first, layer + 1),
                 "mlp_input": (last, layer),
             }[term]
-            self._keep(model, Tap(tap.side, fill(tap.module, {index: at})), (term, layer, 0))
+            self._keep(model, tap.at(self._family.layer, at), (term, layer, 0))
 
     def _hook_attention(self, model: nn.Module, layer: int) -> None:
         """Outputs of the projections to queries, keys and values, in the table's order."""
@@ -97,8 +96,8 @@ class Captures:
             raise ValueError(
                 f"layers: layer {layer} has no attention, whose relations could be compared"
             )
-        index = self._family.axes["layers"].index or ""
-        entry = next(tap.module for tap in self._family.taps["layers"] if tap.side == "input")
+        index = self._family.layer
+        entry = next(tap for tap in self._family.taps["layers"] if tap.side == "input")
         number = 0
         for row in self._family.rows:
             _, inside, name = row.pattern.partition(f".{{{index}}}.")
@@ -111,8 +110,8 @@ class Captures:
                 continue
             # names in memory, which are other ones than on disk for some: the tap knows where a
             # layer lies
-            module = f"{fill(entry, {index: layer})}.{name.removesuffix('.weight')}"
-            widths = [dim_size((product,), self._sizes) for product in products]
+            module = f"{entry.at(index, layer).module}.{name.removesuffix('.weight')}"
+            widths = [width for _, _, width in segments(products, self._sizes)]
             self._keep(model, Tap("output", module), ("attention", layer, number), widths)
             number += len(widths)
 
@@ -127,13 +126,4 @@ class Captures:
             for i, part_BSU in enumerate(x_BSU.split(widths, -1) if widths else [x_BSU]):
                 self.states[term, layer, number + i] = part_BSU
 
-        module = model.get_submodule(tap.module)
-        if tap.side == "input":
-            module.register_forward_pre_hook(
-                lambda _, args, kwargs: note(args[0] if args else kwargs["hidden_states"]),
-                with_kwargs=True,
-            )
-        else:  # a tuple, or a decoder's ModelOutput, begins with the hidden states
-            module.register_forward_hook(
-                lambda _, args, output: note(output if isinstance(output, Tensor) else output[0])
-            )
+        on_tap(model, tap, note)

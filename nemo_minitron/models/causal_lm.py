@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from nemo_minitron.checkpoints.hf_config import both_spellings, read_config
+from nemo_minitron.checkpoints.set_aside import OUTPUTS, generation_settings
 from nemo_minitron.checkpoints.unsupported_weights import (
     check_config,
     check_folder,
@@ -23,6 +24,7 @@ from nemo_minitron.checkpoints.unsupported_weights import (
 from nemo_minitron.families import Family, family_of
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.security.links import refuse_links
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
 
 transformers.logging.set_verbosity_error()
@@ -78,9 +80,20 @@ def load_model(
                 f"{folder / 'config.json'}: {key}={choice!r}, and flash-attn is not installed here; install "
                 "it, or remove the key"
             )
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
-    )
+    plainly: dict[str, Any] = {key: key == "return_dict" for key in OUTPUTS if key in config}
+    generation = generation_settings(folder)
+    if generation is not None:
+        plainly["generation_config"] = transformers.GenerationConfig.from_dict(generation)
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **plainly,
+        )
+    except (KeyError, AssertionError) as error:
+        raise not_built(folder, config, error) from error
     wrong = {
         kind: sorted(map(str, info[kind]))
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -91,6 +104,33 @@ def load_model(
             + "; ".join(f"{k}: {v[:3]}" for k, v in wrong.items() if v)
         )
     return model.to(device or torch.device("cpu")).eval()
+
+
+def not_built(folder: Path, config: Mapping[str, Any], error: Exception) -> ValueError:
+    """What to tell of a model that transformers cannot build: file and key where the error names a value."""
+    said, version = str(error), f"transformers {transformers.__version__}"
+    keys = [
+        f"{plain(key, 80)}={plain(value, 80)!r}"
+        for key, value in _entries(config)
+        if isinstance(value, str) and len(value) > 1 and repr(value) in said
+    ]
+    if keys and isinstance(error, KeyError):
+        return ValueError(f"{folder / 'config.json'}: {keys[0]} is unknown to {version}")
+    named = f" ({keys[0]})" if keys else ""
+    return ValueError(
+        f"{folder / 'config.json'}: {version} cannot build this model{named}: "
+        f"{type(error).__name__}: {plain(error, 400)}"
+    )
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a configuration, at any depth."""
+    waiting: list[Any] = [config]
+    while waiting:  # not by recursion: a stranger's file may be nested deeply
+        for key, value in waiting.pop().items():
+            yield str(key), value
+            if isinstance(value, Mapping):
+                waiting.append(value)
 
 
 def load_layers(folder: Path, family: Family, tensors: Mapping[str, Tensor]) -> Any:
@@ -244,7 +284,7 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the tokenizer's backend raises
-        raise ValueError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder}: no usable tokenizer: {plain(error, 500)}") from error
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest < 0:
         raise ValueError(

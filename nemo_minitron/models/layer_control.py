@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nemo_minitron.families import Family, fill
+from nemo_minitron.families import Family
+from nemo_minitron.models.causal_lm import layers_of
+from nemo_minitron.models.module_hooks import first_input, first_output
 
 
 class LayerControl:
@@ -24,14 +26,13 @@ class LayerControl:
         output: what the last layer that ran gave, where ``catch`` is set.
     """
 
-    def __init__(self, model: nn.Module, family: Family, layers: int) -> None:
-        path, index = family.taps["layers"][0].module, family.axes["layers"].index or ""
-        self._modules = [model.get_submodule(fill(path, {index: layer})) for layer in range(layers)]
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self._modules = layers_of(model, family)
         self._in_tuples = False
         self.skip: frozenset[int] = frozenset()
         self.inject: Mapping[int, Tensor] = {}
         self.catch = False
-        self.inputs: list[Tensor | None] = [None] * layers
+        self.inputs: list[Tensor | None] = [None] * len(self._modules)
         self.output: Tensor | None = None
 
     @contextmanager
@@ -61,15 +62,15 @@ class LayerControl:
                 ((fed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": fed})
             )
         if self.catch:
-            self.inputs[layer] = args[0] if args else kwargs["hidden_states"]
+            self.inputs[layer] = first_input(args, kwargs)
         return args, kwargs
 
     def _forward(self, layer: int, original: Any, *args: Any, **kwargs: Any) -> Any:
         if layer in self.skip:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = first_input(args, kwargs)
             return (hidden,) if self._in_tuples else hidden
         result = original(*args, **kwargs)
         self._in_tuples = isinstance(result, tuple)
         if self.catch:
-            self.output = result[0] if self._in_tuples else result
+            self.output = first_output(result)
         return result

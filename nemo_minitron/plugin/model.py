@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.checkpoints.side_files import write_side_file
 from nemo_minitron.distillation.parallel_loss import sharded
-from nemo_minitron.families import axis_sizes, config_with_sizes, family_of
+from nemo_minitron.families import Architecture, family_of
 from nemo_minitron.losses.fused_linear_loss import LossTerms, cross_entropy
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import (
@@ -50,6 +51,24 @@ from nemo_minitron.training.transformer_engine import EXTRA_STATE, Exchange, Kit
 Objective = Callable[[Projection, Tensor, Tensor, Tensor | None], LossTerms]
 """From hidden states [tokens, hidden] and head [vocabulary, hidden], labels [tokens], token ids
 [batch, positions] and the samples' numbers [batch], if they have some, to the loss."""
+
+
+def followed(before: Architecture, now: Architecture) -> dict[str, Any]:
+    """A config.json with the sizes, and what it lists per unit, of the model in memory.
+
+    transformers does not keep every spelling of a list (Nemotron-H's ``hybrid_override_pattern``
+    becomes ``layers_block_type``): one that it has dropped stays as it is while it still fits.
+    """
+    changed = dict(before.resized(now.sizes).config)
+    for name, axis in before.family.axes.items():
+        held = [key for key in (*axis.lists, *axis.indices) if key in changed]
+        lost = [key for key in held if key not in now.config]
+        changed |= {key: now.config[key] for key in held if key not in lost}
+        if lost and before.sizes[name] != now.sizes[name]:
+            other = {key: now.config[key] for key in axis.lists if key in now.config}
+            assert other, f"{lost}: transformers keeps no spelling of it"
+            changed = {key: value for key, value in changed.items() if key not in lost} | other
+    return changed
 
 
 class MinitronModel(ModelPT):
@@ -304,14 +323,11 @@ class MinitronModel(ModelPT):
     def follow_model(self) -> None:
         """Writes the sizes that the model has now into ``cfg.hf_config``: a transform may have pruned it."""
         config = self.model.config.to_dict()
-        sizes = axis_sizes(self.family, config)
+        now = Architecture(self.family, config)
         stored = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(stored, dict)
-        changed = config_with_sizes(
-            self.family, {str(key): value for key, value in stored.items()}, sizes
-        )
-        for axis in self.family.axes.values():
-            changed |= {key: config[key] for key in (*axis.lists, *axis.indices) if key in changed}
+        before = Architecture(self.family, {str(key): value for key, value in stored.items()})
+        changed = followed(before, now)
         if changed != stored:
             with open_dict(self.cfg):
                 self.cfg.hf_config = changed
@@ -339,4 +355,4 @@ class MinitronModel(ModelPT):
                 self._gathered,
             )
         for name, content in self.side_files.items():
-            (folder / name).write_bytes(content)
+            write_side_file(folder, name, content)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.checkpoints.dtypes import TORCH
-from nemo_minitron.checkpoints.side_files import is_side_file, side_files
+from nemo_minitron.checkpoints.side_files import is_side_file, side_files, side_name
 from nemo_minitron.security.links import refuse_link
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.atomic import replacing
@@ -34,7 +34,7 @@ def make_cfg(
     for path in card:
         refuse_link(path, folder or path.parent)
     present = [] if folder is None else [*side_files(folder), *card]
-    files = {_file_key(path.name): str(path) for path in present}
+    files = {_file_key(side_name(path, folder or path.parent)): str(path) for path in present}
     cfg = OmegaConf.create({"target": TARGET, "hf_config": hf_config, "files": files, **rest})
     if optim is not None:
         with open_dict(cfg):

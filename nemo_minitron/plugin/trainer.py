@@ -19,7 +19,7 @@ from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 
-from nemo_minitron.families import Family
+from nemo_minitron.families import Architecture, Family
 from nemo_minitron.models.causal_lm import layers_of
 from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.model import MinitronModel
@@ -215,7 +215,7 @@ def _watch(
 
 def forward_flops(model: Any, family: Family, positions: int) -> int:
     """FLOPs per token of a forward pass over samples of so many positions."""
-    return model_size(family, model.config.to_dict(), positions).flops_per_token
+    return model_size(Architecture(family, model.config.to_dict()), positions).flops_per_token
 
 
 def _apply(options: Options, model: MinitronModel) -> None:

@@ -5,6 +5,7 @@ both give the same weights. The module is changed **in place** (NeMo 2.x ignores
 returns) and returned.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from nemo_minitron.families import axis_sizes, family_of
+from nemo_minitron.families import architecture_of
 from nemo_minitron.pruning.plan_file import Plan, read_plan
 from nemo_minitron.pruning.select import Keep
-from nemo_minitron.pruning.slice import Cut, cut_config, cut_tensor, pieces
+from nemo_minitron.pruning.slice import Cut, cut_tensor, pieces
 
 
 class Pruning:
@@ -32,20 +33,19 @@ class Pruning:
             ValueError: there is none, or the plan was made for another model.
         """
         model = _hf_model(module)
-        config = model.config.to_dict()
-        family = family_of(config, type(model).__name__)
-        sizes = axis_sizes(family, config)
+        source = architecture_of(model.config.to_dict(), type(model).__name__)
+        sizes = source.sizes
         planned = {axis: self.plan.before[axis] for axis in self.axes}
         found = {axis: sizes[axis] for axis in self.axes}
         if found != planned:
             raise ValueError(f"the plan was made for sizes {planned}, the model has {found}")
-        cut = Cut(family, config, self.keep, self.layers)
+        cut = Cut(source, self.keep, self.layers)
         state = _stored_state(model)
         pruned_state = {
             piece.name: cut_tensor(state[piece.source], piece, sizes)
             for piece in pieces(cut, list(state))
         }
-        pruned = _build(model, cut_config(cut), pruned_state)
+        pruned = _build(model, cut.result.config, pruned_state)
         pruned.train(model.training)
         model.__dict__ = pruned.__dict__
         return module
@@ -116,9 +116,9 @@ def _stored_state(model: Any) -> dict[str, Tensor]:
     return dict(revert_weight_conversion(model, state))
 
 
-def _build(model: Any, config: dict[str, Any], state: dict[str, Tensor]) -> Any:
+def _build(model: Any, config: Mapping[str, Any], state: dict[str, Tensor]) -> Any:
     """A model of the pruned shape with these weights, strictly loaded."""
-    hf_config = type(model.config).from_dict(config)
+    hf_config = type(model.config).from_dict(dict(config))
     built, info = type(model).from_pretrained(
         None, config=hf_config, state_dict=state, dtype=model.dtype, output_loading_info=True,
         trust_remote_code=False,

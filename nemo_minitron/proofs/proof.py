@@ -17,14 +17,7 @@ import transformers
 from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
-from nemo_minitron.families import (
-    Family,
-    axis_sizes,
-    check_sizes,
-    config_with_sizes,
-    families,
-    present_axes,
-)
+from nemo_minitron.families import Family, check_sizes, families
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.proofs.tiny_models import dead_copy, permutation, tiny_model
 from nemo_minitron.pruning.cost import model_size
@@ -79,9 +72,10 @@ def prove(family: Family, changes: Mapping[str, Any]) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         source = tiny_model(family, changes, work / "source")
-        checkpoint = replace(open_checkpoint(source), family=family)
-        present = present_axes(family, checkpoint.config)
-        axes = [axis for axis in family.prunable if axis in present]
+        opened = open_checkpoint(source)
+        family = family.for_config(opened.config)
+        checkpoint = described(opened, family)
+        axes = checkpoint.architecture.prunable
         yield from permutations(checkpoint, [axis for axis in axes if axis != "layers"], work)
         for axis in axes:
             yield _dead_units(checkpoint, axis, work)
@@ -92,33 +86,33 @@ def prove(family: Family, changes: Mapping[str, Any]) -> Iterator[Finding]:
                 yield from (Finding(axis, proof, False, str(error)) for proof in PROOFS[2:])
 
 
+def described(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """A checkpoint as another table of its family describes it."""
+    return replace(checkpoint, architecture=replace(checkpoint.architecture, family=family))
+
+
 def permutations(
     checkpoint: Checkpoint, axes: Sequence[str], work: Path, alone: bool = True
 ) -> Iterator[Finding]:
     """Permutes every axis alone, then all together: the logits must stay as they were."""
     before = logits_of(checkpoint.folder)
     for label, moved in [*((axis, [axis]) for axis in axes if alone), (TOGETHER, list(axes))]:
-        keep = permutation(checkpoint.family, checkpoint.config, moved)
+        keep = permutation(checkpoint.architecture, moved)
         with tempfile.TemporaryDirectory(dir=work) as target:
             after = logits_of(_cut(checkpoint, keep, None, Path(target)))
         yield Finding(label, "permutation", equal(before, after))
 
 
 def _cut(checkpoint: Checkpoint, keep: Keep, layers: Sequence[int] | None, target: Path) -> Path:
-    every = range(axis_sizes(checkpoint.family, checkpoint.config)["layers"])
-    cut = Cut(
-        checkpoint.family, checkpoint.config, keep, tuple(every if layers is None else layers)
-    )
+    every = range(checkpoint.architecture.sizes["layers"])
+    cut = Cut(checkpoint.architecture, keep, tuple(every if layers is None else layers))
     write_pruned(checkpoint, [(target, cut)], 10**9)
     return target
 
 
 def _dead_units(checkpoint: Checkpoint, axis: str, work: Path) -> Finding:
     """Removes units that were dead: the logits must stay as they were."""
-    sizes, group = (
-        axis_sizes(checkpoint.family, checkpoint.config),
-        checkpoint.family.axes[axis].within,
-    )
+    sizes, group = checkpoint.architecture.sizes, checkpoint.family.axes[axis].within
     reason = "norm statistics change" if axis == "hidden" else checkpoint.family.axes[axis].inexact
     if group is not None and sizes[group] == sizes[axis]:
         reason = f"one in each of {group}: cut together"
@@ -130,8 +124,8 @@ def _dead_units(checkpoint: Checkpoint, axis: str, work: Path) -> Finding:
         target = Path(name) / "cut"
         target.mkdir()
         try:
-            copy = replace(open_checkpoint(dead), family=checkpoint.family)
-            check_sizes(copy.family, Cut(copy.family, copy.config, keep, tuple(layers)).after, axis)
+            copy = described(open_checkpoint(dead), checkpoint.family)
+            check_sizes(copy.family, Cut(copy.architecture, keep, tuple(layers)).after, axis)
         except ValueError as error:
             return Finding(axis, "dead units", True, f"cannot be cut alone: {error}")
         try:
@@ -160,7 +154,7 @@ def halved(
 
 def _half(checkpoint: Checkpoint, axis: str, axes: Sequence[str], work: Path) -> Iterator[Finding]:
     """Cuts an axis to half: loads strictly, has the predicted size, round-trips, generates with a cache."""
-    family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
+    family, sizes = checkpoint.family, checkpoint.architecture.sizes
     targets = halved(family, sizes, axis, axes)
     scores = {
         name: random_scores(score_shape(family, sizes, name), seed)
@@ -182,14 +176,10 @@ def _half(checkpoint: Checkpoint, axis: str, axes: Sequence[str], work: Path) ->
         target.mkdir()
         _cut(checkpoint, keep, layers, target)
         model = load_model(target, torch.float32)
-        fine = _stored(target) == model_size(family, open_checkpoint(target).config).parameters
+        fine = _stored(target) == model_size(open_checkpoint(target).architecture).parameters
         if axis != "layers" and axis != TOGETHER:
-            fine &= (
-                _stored(target)
-                == model_size(
-                    family, config_with_sizes(family, checkpoint.config, targets)
-                ).parameters
-            )
+            predicted = checkpoint.architecture.resized(targets)
+            fine &= _stored(target) == model_size(predicted).parameters
         fine &= _ties_kept(checkpoint, model) and _round_trips(model, Path(name))
         yield Finding(axis, "strict load", fine, note)
         yield Finding(axis, "generate", generates(model), note)

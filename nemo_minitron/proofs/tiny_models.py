@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import SINGLE, Checkpoint
-from nemo_minitron.families import Family, axis_sizes, find_row
-from nemo_minitron.families.grammar import Dim, dim_size
+from nemo_minitron.families import Architecture, Family, find_row
+from nemo_minitron.families.grammar import Dim, segments
 from nemo_minitron.pruning.select import Keep, score_shape
 from nemo_minitron.pruning.slice import dim_index
 
@@ -77,14 +77,12 @@ def random_model(config: Mapping[str, Any], folder: Path, seed: int = 0) -> Path
     return folder
 
 
-def permutation(
-    family: Family, config: Mapping[str, Any], axes: Sequence[str], seed: int = 1
-) -> Keep:
+def permutation(model: Architecture, axes: Sequence[str], seed: int = 1) -> Keep:
     """Kept units that keep all of them, in another order.
 
     Units move inside their group, groups move whole.
     """
-    sizes = axis_sizes(family, config)
+    family, sizes = model.family, model.sizes
     generator = torch.Generator().manual_seed(seed)
     keep: Keep = {}
     for name in sorted(family.prunable, key=lambda name: family.axes[name].within is not None):
@@ -129,7 +127,7 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
     Returns:
         The units and the layers that live.
     """
-    family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
+    family, sizes = checkpoint.family, checkpoint.architecture.sizes
     tensors = load_file(checkpoint.folder / SINGLE)
     living = sizes[axis] // 2
     per_group = {
@@ -173,13 +171,12 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
 
 def _positions(dim: Dim, sizes: Mapping[str, int], axis: str, units: Tensor) -> Tensor:
     """Positions along a dimension that belong to the given units of an axis."""
-    parts, start = [torch.zeros(0, dtype=torch.int64)], 0
-    for product in dim:
+    parts = [torch.zeros(0, dtype=torch.int64)]
+    for product, start, _ in segments(dim, sizes):
         if axis in product:
             index = dim_index((product,), sizes, {axis: units})
             assert index is not None
             parts.append(index + start)
-        start += dim_size((product,), sizes)
     return torch.cat(parts)
 
 

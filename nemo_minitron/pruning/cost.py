@@ -1,12 +1,12 @@
 """What a model costs, computed from its config.json and its family table alone."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from nemo_minitron.families import Family, axis_sizes, expected_tensors, present_axes
-from nemo_minitron.families.grammar import row_axes
+from nemo_minitron.families import Architecture
+from nemo_minitron.families.grammar import Row, row_axes, row_shape
 
 
 @dataclass(frozen=True)
@@ -36,45 +36,70 @@ class Size:
     cache_bytes: int
 
 
-def model_size(
-    family: Family, config: Mapping[str, Any], context: int = 4096, cache_bytes: int = 2
+@dataclass(frozen=True)
+class TensorCounts:
+    """Which tensors a model has, whatever its widths.
+
+    Attributes:
+        tensors: how many there are of each shape, for one unit of the axes beside it (each expert
+            has its own).
+        attention: layers that have attention.
+    """
+
+    tensors: Mapping[tuple[Row, tuple[str, ...]], int]
+    attention: int
+
+
+def count_tensors(model: Architecture) -> TensorCounts:
+    """Counts a model's tensors."""
+    family = model.family
+    beside = {index: axis.name for index, axis in family.indexed.items() if axis.name != "layers"}
+    count = Counter[tuple[Row, tuple[str, ...]]]()
+    for row in family.rows:
+        units = tuple(beside[index] for index in row.placeholders if index in beside)
+        count[row.dims, units] += sum(1 for _ in model.names(row, model.one_of_each))
+    return TensorCounts(count, len(model.present.get("heads", [])))
+
+
+def cost(
+    counts: TensorCounts, sizes: Mapping[str, int], context: int = 4096, cache_bytes: int = 2
 ) -> Size:
-    """Counts parameters, FLOPs and KV-cache bytes of a model.
+    """Parameters, FLOPs and KV-cache bytes of a model with these tensors and sizes.
 
     Args:
-        family: the model's table.
-        config: its config.json.
+        counts: what ``count_tensors`` gave.
+        sizes: size of every axis.
         context: tokens in the context that attention FLOPs assume; a causal token sees half of them
             on average.
         cache_bytes: bytes per number in the KV cache (2 for bfloat16).
     """
-    sizes = axis_sizes(family, config)
     parameters = non_embedding = active = matrix = 0
-    for _, row, shape in expected_tensors(family, config):
-        count = math.prod(shape)
-        axes = row_axes(row.dims)
-        met = count
-        if "expert_ffn" in axes:  # a routed expert: a token is sent to some of them
-            met = count * sizes["experts_per_token"] // sizes["experts"]
-        parameters += count
-        active += met
-        if "vocab" in axes:
-            continue
-        non_embedding += count
-        if len(shape) > 1:
-            matrix += met
+    for (dims, units), count in counts.tensors.items():
+        shape, axes = row_shape(dims, sizes), row_axes(dims)
+        number, each = count * math.prod(sizes[axis] for axis in units), math.prod(shape)
+        routed = "expert_ffn" in axes  # a token is sent to some of the experts
+        met = each * sizes["experts_per_token"] // sizes["experts"] if routed else each
+        parameters += number * each
+        active += number * met
+        if "vocab" not in axes:
+            non_embedding += number * each
+            matrix += number * met if len(shape) > 1 else 0
+    heads = counts.attention * sizes["head_dim"]
     head = sizes["vocab"] * sizes["hidden"]
-    layers = len(present_axes(family, config).get("heads", []))
-    attention = 4 * sizes["heads"] * sizes["head_dim"] * layers * (context // 2)
     return Size(
         parameters=parameters,
         non_embedding=non_embedding,
         active=active,
-        flops_per_token=2 * (matrix + head) + attention,
-        kv_bytes_per_token=2 * layers * sizes["kv_heads"] * sizes["head_dim"] * cache_bytes,
+        flops_per_token=2 * (matrix + head) + 4 * sizes["heads"] * heads * (context // 2),
+        kv_bytes_per_token=2 * heads * sizes["kv_heads"] * cache_bytes,
         context=context,
         cache_bytes=cache_bytes,
     )
+
+
+def model_size(model: Architecture, context: int = 4096, cache_bytes: int = 2) -> Size:
+    """Counts parameters, FLOPs and KV-cache bytes of a model; the arguments are those of ``cost``."""
+    return cost(count_tensors(model), model.sizes, context, cache_bytes)
 
 
 ROUND = {"hidden": 64, "ffn": 64, "expert_ffn": 64, "shared_ffn": 64, "head_dim": 8}

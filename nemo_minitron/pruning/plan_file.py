@@ -4,14 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from nemo_minitron.families import Family, axis_sizes
+from nemo_minitron.families import Architecture
 from nemo_minitron.pruning.cost import Size, model_size
 from nemo_minitron.pruning.select import Keep
-from nemo_minitron.pruning.slice import Cut, cut_config
+from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.workspace.manifest import write_json
 
 FILE = "plan.json"
@@ -41,21 +40,18 @@ class Plan:
     keep: Keep
 
 
-def make_plan(
-    family: Family, config: Mapping[str, Any], keep: Keep, layers_kept: tuple[int, ...]
-) -> Plan:
+def make_plan(model: Architecture, keep: Keep, layers_kept: tuple[int, ...]) -> Plan:
     """Computes the model's cost before and after a cut."""
-    before = axis_sizes(family, config)
-    pruned = cut_config(Cut(family, config, keep, layers_kept))
+    before, pruned = model.sizes, Cut(model, keep, layers_kept).result
     dropped = tuple(layer for layer in range(before["layers"]) if layer not in layers_kept)
     return Plan(
-        model_type=family.model_type,
+        model_type=model.family.model_type,
         before=before,
-        after=axis_sizes(family, pruned),
+        after=pruned.sizes,
         layers_kept=layers_kept,
         layers_dropped=dropped,
-        cost_before=model_size(family, config),
-        cost_after=model_size(family, pruned),
+        cost_before=model_size(model),
+        cost_after=model_size(pruned),
         keep=keep,
     )
 

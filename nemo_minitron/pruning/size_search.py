@@ -2,17 +2,14 @@
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from nemo_minitron.families import Family, axis_sizes, check_layers, check_sizes
-from nemo_minitron.families.architecture import config_with_sizes, present_axes, tensor_names
-from nemo_minitron.families.grammar import Row, evaluate, names_in, row_axes, row_shape
-from nemo_minitron.pruning.cost import ROUND, Size, model_size
+from nemo_minitron.families import Architecture, Family, check_sizes
+from nemo_minitron.families.grammar import evaluate, names_in
+from nemo_minitron.pruning.cost import ROUND, Size, TensorCounts, cost, count_tensors, model_size
 from nemo_minitron.pruning.select import complete_targets
-from nemo_minitron.pruning.slice import Cut, cut_config
+from nemo_minitron.pruning.slice import Cut
 
 MEASURES = ("parameters", "non_embedding", "active", "kv_bytes_per_token", "flops_per_token")
 _MOST = 200_000
@@ -21,9 +18,6 @@ _GRID, _EACH = 10_000, 6
 """Most combinations of a default grid, and most sizes of one axis."""
 _FLOOR = {"ffn": 0.7, "expert_ffn": 0.7, "shared_ffn": 0.7, "experts": 0.7}
 """Where a default grid begins, as a part of the common ratio; other widths begin at the ratio itself."""
-_Tensors = tuple[Counter[tuple[Row, tuple[str, ...]]], int]
-"""How many tensors there are of each shape, for one unit of the axes beside it (each expert has its own); how
-many layers have attention."""
 _STAY = ("mamba_head_dim", "mamba_state")
 """Prunable axes that a default grid leaves alone: like head_dim they are what a single head is made of."""
 
@@ -42,8 +36,7 @@ class Candidate:
 
 
 def candidates(
-    family: Family,
-    config: Mapping[str, Any],
+    model: Architecture,
     choices: Mapping[str, Sequence[float]],
     least: int,
     most: int,
@@ -54,8 +47,7 @@ def candidates(
     """The combinations of sizes that the family allows and whose cost lies in a window ([P1] Table 12).
 
     Args:
-        family: the model's table.
-        config: its config.json.
+        model: the model that is cut.
         choices: axis name to the sizes to try, ``expansion`` to ratios ffn / hidden; other axes
             keep their size, heads their number in each of the kv_heads.
         least: smallest cost allowed, in the unit of the measure.
@@ -75,10 +67,10 @@ def candidates(
         raise ValueError(
             f"{where}: expected least <= most of {MEASURES}, found {least} to {most} {measure}"
         )
-    before, grid = axis_sizes(family, config), _checked(family, config, choices, where)
+    before, grid = model.sizes, _checked(model, choices, where)
     shown = {"ffn" if name == "expansion" else name for name in choices}
     found, refusal = [], None
-    for entry in _combinations(family, config, grid, keep_layers, where):
+    for entry in _combinations(model, grid, keep_layers, where):
         if isinstance(entry, ValueError):
             refusal = entry
             continue
@@ -103,11 +95,10 @@ def candidates(
 
 
 def _checked(
-    family: Family, config: Mapping[str, Any], choices: Mapping[str, Sequence[float]], where: str
+    model: Architecture, choices: Mapping[str, Sequence[float]], where: str
 ) -> dict[str, list[float]]:
     """The choices, each size once; the number of layers is always among them."""
-    sizes = axis_sizes(family, config)
-    axes = [name for name in present_axes(family, config) if name in family.prunable]
+    sizes, axes = model.sizes, model.prunable
     if "expansion" in choices and "ffn" in choices:
         raise ValueError(f"{where}.expansion and {where}.ffn: expected one of them, found both")
     for name, values in choices.items():
@@ -133,8 +124,7 @@ def _checked(
 
 
 def _combinations(
-    family: Family,
-    config: Mapping[str, Any],
+    model: Architecture,
     grid: Mapping[str, list[float]],
     keep_layers: Callable[[int], Sequence[int]],
     where: str,
@@ -144,16 +134,16 @@ def _combinations(
     Which tensors a model has takes long to find out; widths matter only where a row's condition
     names one.
     """
-    before, whole = axis_sizes(family, config), model_size(family, config)
+    family, before = model.family, model.sizes
     conditions = set().union(*(names_in(row.when) for row in family.rows if row.when))
     decisive = [n for n, axis in family.axes.items() if conditions & set(axis.config)]
     for layers in grid["layers"]:
-        kept, known = keep_layers(int(layers)), dict[tuple[int, ...], _Tensors]()
+        kept, known = keep_layers(int(layers)), dict[tuple[int, ...], TensorCounts]()
         assert len(kept) == layers, (
             "keep_layers keeps another number of layers than it was asked for"
         )
         try:
-            check_layers(family, config, kept, where)
+            model.check_layers(kept, where)
         except ValueError as error:
             yield error
             continue
@@ -169,8 +159,8 @@ def _combinations(
                 continue
             key = tuple(sizes[axis] for axis in decisive)
             if key not in known:
-                known[key] = _tensors(family, config, sizes, kept)
-            yield sizes, _cost(known[key], sizes, whole)
+                known[key] = count_tensors(Cut(model, {}, tuple(kept)).result.resized(sizes))
+            yield sizes, cost(known[key], sizes)
 
 
 def _whole(asked: dict[str, float], hidden: int, where: str) -> dict[str, int]:
@@ -183,43 +173,7 @@ def _whole(asked: dict[str, float], hidden: int, where: str) -> dict[str, int]:
     )
 
 
-def _tensors(
-    family: Family, config: Mapping[str, Any], sizes: Mapping[str, int], kept: Sequence[int]
-) -> _Tensors:
-    written = config_with_sizes(family, cut_config(Cut(family, config, {}, tuple(kept))), sizes)
-    indexed = {index: axis.name for index, axis in family.indexed.items() if axis.name != "layers"}
-    single = {**sizes, **dict.fromkeys(indexed.values(), 1)}
-    count = Counter[tuple[Row, tuple[str, ...]]]()
-    for row in family.rows:
-        units = tuple(indexed[index] for index in row.placeholders if index in indexed)
-        count[row.dims, units] += sum(1 for _ in tensor_names(family, row, written, single))
-    return count, len(present_axes(family, written).get("heads", []))
-
-
-def _cost(tensors: _Tensors, sizes: Mapping[str, int], like: Size) -> Size:
-    """The same cost as ``model_size``, from counted tensors; context and cache as in ``like``."""
-    parameters = non_embedding = active = matrix = 0
-    for (dims, units), count in tensors[0].items():
-        shape, axes = row_shape(dims, sizes), row_axes(dims)
-        number, each = count * math.prod(sizes[axis] for axis in units), math.prod(shape)
-        routed = "expert_ffn" in axes
-        met = each * sizes["experts_per_token"] // sizes["experts"] if routed else each
-        parameters += number * each
-        active += number * met
-        if "vocab" not in axes:
-            non_embedding += number * each
-            matrix += number * met if len(shape) > 1 else 0
-    heads = tensors[1] * sizes["head_dim"]
-    flops = 2 * (matrix + sizes["vocab"] * sizes["hidden"]) + 4 * sizes["heads"] * heads * (
-        like.context // 2
-    )
-    cache = 2 * heads * sizes["kv_heads"] * like.cache_bytes
-    return Size(parameters, non_embedding, active, flops, cache, like.context, like.cache_bytes)
-
-
-def default_choices(
-    family: Family, config: Mapping[str, Any], share: float
-) -> dict[str, list[int]]:
+def default_choices(model: Architecture, share: float) -> dict[str, list[int]]:
     """A grid of sizes for a budget.
 
     Let r be the ratio to which all widths together had to shrink. hidden and heads begin at r,
@@ -232,8 +186,7 @@ def default_choices(
     hidden fits the model's heads, hidden is in proportion to them.
 
     Args:
-        family: the model's table.
-        config: its config.json.
+        model: the model that is cut.
         share: parameters of the target / parameters of the model.
 
     Returns:
@@ -247,16 +200,11 @@ def default_choices(
         raise ValueError(
             f"share: expected a part of the model's parameters, 0 < share < 1, found {share}"
         )
-    sizes, cost = axis_sizes(family, config), model_size(family, config)
-    flat = (
-        1 - cost.non_embedding / cost.parameters
-    )  # embeddings shrink with r, matrices with its square
+    family, sizes, whole = model.family, model.sizes, model_size(model)
+    # embeddings shrink with r, matrices with its square
+    flat = 1 - whole.non_embedding / whole.parameters
     ratio = 2 * share / (flat + math.sqrt(flat**2 + 4 * (1 - flat) * share))
-    axes = [
-        name
-        for name in present_axes(family, config)
-        if name in family.prunable and name not in _STAY
-    ]
+    axes = [name for name in model.prunable if name not in _STAY]
     grid = {name: _steps(family, sizes, name, ratio * _FLOOR.get(name, 1)) for name in axes}
     hidden, heads = (
         grid.get("hidden", []),

@@ -1,5 +1,6 @@
 """Slicing tensors along named axes, and rewriting config.json to match ([P1] section 2.3, trimming)."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,39 +9,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.families import (
-    Family,
-    TensorRow,
-    axis_sizes,
-    config_values,
-    config_with_sizes,
-    evaluate,
-    fill,
-    find_row,
-)
-from nemo_minitron.families.grammar import Dim, dim_size, extent, row_axes, row_shape
+from nemo_minitron.families import Architecture, Family, TensorRow, evaluate, fill, find_row
+from nemo_minitron.families.grammar import Dim, extent, row_axes, row_shape, segments
 from nemo_minitron.pruning.select import Keep
+from nemo_minitron.security.plain_text import plain
 
 
 @dataclass(frozen=True)
 class Cut:
     """A cut of one model: the kept units of every shrinking axis, and the kept layers."""
 
-    family: Family
-    config: Mapping[str, Any]
+    source: Architecture
     keep: Keep
     layers: tuple[int, ...]
 
-    @cached_property
+    @property
+    def family(self) -> Family:
+        """The table of source and result."""
+        return self.source.family
+
+    @property
     def before(self) -> dict[str, int]:
         """Axis sizes of the source."""
-        return axis_sizes(self.family, self.config)
+        return self.source.sizes
 
     @cached_property
     def after(self) -> dict[str, int]:
         """Axis sizes of the result."""
         kept = {name: index.shape[-1] for name, index in self.keep.items()}
         return {**self.before, **kept, "layers": len(self.layers)}
+
+    @cached_property
+    def result(self) -> Architecture:
+        """The pruned model.
+
+        Raises:
+            ValueError: see ``cut_config``.
+        """
+        return Architecture(self.family, cut_config(self), self.source.where)
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,8 @@ def _at(cut: Cut, axis: str, units: Mapping[str, int]) -> Tensor:
     """The kept units of an axis, for the layer and expert in a tensor's name, if it has them."""
     index = cut.keep[axis]
     for owner in cut.family.ranked_per(axis):
-        placeholder = cut.family.axes[owner].index or ""
-        if placeholder not in units:
+        placeholder = cut.family.axes[owner].index
+        if placeholder is None or placeholder not in units:
             break
         index = index[units[placeholder]]
     return index
@@ -187,14 +193,13 @@ def dim_index(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, Tensor]) ->
     """
     if not any(axis in keep for product in dim for axis in product):
         return None
-    parts, start = [], 0
-    for product in dim:
+    parts = []
+    for product, start, _ in segments(dim, sizes):
         index = torch.zeros(1, dtype=torch.int64)
         for axis in product:
             units = keep[axis] if axis in keep else torch.arange(extent(axis, sizes))
             index = (index[:, None] * extent(axis, sizes) + units[None, :]).flatten()
         parts.append(index + start)
-        start += dim_size((product,), sizes)
     return torch.cat(parts)
 
 
@@ -240,9 +245,7 @@ def rescaled(tensor: Tensor, piece: Piece) -> Tensor:
 def _fold(cut: Cut, name: str) -> tuple[float, float]:
     """Scale and offset of a tensor that the model multiplies by a constant of its sizes."""
     for fold in cut.family.folds:
-        if fold.tensor == name and (
-            fold.when is None or evaluate(fold.when, config_values(cut.family, cut.config))
-        ):
+        if fold.tensor == name and (fold.when is None or evaluate(fold.when, cut.source.values)):
             return evaluate(fold.by, cut.before) / evaluate(fold.by, cut.after), fold.offset
     return 1.0, 0.0
 
@@ -251,27 +254,63 @@ def cut_config(cut: Cut) -> dict[str, Any]:
     """The pruned model's config.json: every size explicit, head_dim too; per-layer lists cut.
 
     Raises:
-        ValueError: a per-layer list does not have one entry per layer.
+        ValueError: a per-layer list does not have one entry per layer, or a list that may be one is
+            not known.
     """
-    written = config_with_sizes(cut.family, cut.config, cut.after)
+    cut.source.check_lists()
+    written = dict(cut.source.resized(cut.after).config)
     axis = cut.family.axes["layers"]
     if len(cut.layers) == cut.before["layers"]:
         return written
-    values = config_values(cut.family, cut.config)
-    every = [{**values, axis.index or "": layer} for layer in range(cut.before["layers"])]
+    placeholder = cut.family.layer
+    every = [{**cut.source.values, placeholder: i} for i in range(cut.before["layers"])]
     for key, meaning in axis.lists.items():
-        entries = cut.config.get(key)
+        entries = cut.source.config.get(key)
         if entries is None and meaning is None:
             continue
         if entries is None and meaning is not None:
             entries = [evaluate(meaning, one) for one in every]
-        if not isinstance(entries, list | str) or len(entries) != len(every):
-            raise ValueError(
-                f"config.json: {key} should list {len(every)} layers, found {entries!r:.80}"
-            )
+        assert isinstance(entries, list | str), "check_lists lets nothing else pass"
         chosen = [entries[layer] for layer in cut.layers]
         written[key] = "".join(chosen) if isinstance(entries, str) else chosen
+    for key in _unnamed_lists(cut.source):
+        written[key] = [cut.source.config[key][layer] for layer in cut.layers]
     for key, meaning in axis.indices.items():
         belongs = [bool(evaluate(meaning, one)) for one in every]
         written[key] = [new for new, old in enumerate(cut.layers) if belongs[old]]
     return {**written, **axis.after}
+
+
+_EVERYWHERE = ("layer_types", "mlp_layer_types")
+"""Lists with an entry per layer that transformers reads in the config.json of every family."""
+_NO_LAYERS = re.compile(r"_token_ids?$|^architectures$|^id2label$|^_")
+"""Keys whose lists have nothing to do with layers, however long they are."""
+
+
+def _unnamed_lists(source: Architecture) -> list[str]:
+    """Keys of config.json with an entry per layer that the family's table does not name.
+
+    Raises:
+        ValueError: one whose meaning is not known: left as it is, it would not fit fewer layers.
+    """
+    axis = source.family.axes["layers"]
+    named = {*axis.lists, *axis.indices, *_EVERYWHERE}
+    for key, value in source.config.items():
+        if (
+            isinstance(value, list)
+            and len(value) == source.sizes["layers"]
+            and key not in named
+            and not _NO_LAYERS.search(key)
+        ):
+            raise ValueError(
+                f"{source.where}: {plain(key, 80)} lists {len(value)} entries, one for each layer it seems, "
+                f"and the table of {source.family.model_type} does not name it; remove it, or name it under "
+                "lists in a table of your own (families.path), before layers are dropped"
+            )
+    return [
+        key
+        for key in _EVERYWHERE
+        if key not in axis.lists
+        and isinstance(source.config.get(key), list)
+        and len(source.config[key]) == source.sizes["layers"]
+    ]

@@ -1,11 +1,10 @@
 """Target sizes of a plan, checked against the model before anything is scored or cut."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from nemo_minitron.config.plan_config import PlanConfig
-from nemo_minitron.families import Family, axis_sizes, check_sizes, present_axes
+from nemo_minitron.families import Architecture, check_sizes
 from nemo_minitron.pruning.select import complete_targets
 
 _CHOICES = ("drop_layers", "layer_choice")
@@ -26,15 +25,14 @@ def needs_scores(plan: PlanConfig) -> bool:
     return bool(set(explicit_targets(plan)) - set(_CHOICES))
 
 
-def target_sizes(family: Family, config: Mapping[str, Any], plan: PlanConfig) -> dict[str, int]:
+def target_sizes(model: Architecture, plan: PlanConfig) -> dict[str, int]:
     """Target size of every axis.
 
     Raises:
         ValueError: a target that cannot be, with what was expected and found.
     """
     asked = {name: value for name, value in explicit_targets(plan).items() if name not in _CHOICES}
-    sizes, present = axis_sizes(family, config), present_axes(family, config)
-    axes = [name for name in family.prunable if name in present]
+    family, sizes, axes = model.family, model.sizes, model.prunable
     if plan.budget.params is not None:
         raise ValueError(
             "plan.budget.params: asks for a search, which 'minitron run' makes; this stage wants sizes"

@@ -23,9 +23,9 @@ from huggingface_hub.errors import (
 from nemo_minitron.checkpoints.side_files import LICENCES
 from nemo_minitron.workspace.manifest import hash_file
 
-_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", *LICENCES]
-_NOT = ["*/*", "consolidated*.safetensors"]
-"""Other libraries' copies of the weights, and whatever lies in sub-folders."""
+_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.md", *LICENCES]
+_NOT = ["[!a]*/*", "a[!d]*/*", "consolidated*.safetensors"]
+"""Other libraries' copies of the weights, and whatever lies in sub-folders but additional_chat_templates."""
 
 
 def download(repository: str, revision: str | None) -> tuple[Path, str]:

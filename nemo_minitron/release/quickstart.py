@@ -58,11 +58,13 @@ def check_in_clean_process(folder: Path, student: Path, dtype: str) -> None:
     # not isolated (-I): torch may have come by PYTHONPATH, or lie in the user's own site-packages
     environment = {
         **os.environ,
-        "PYTHONSAFEPATH": "1",
-    }  # but nothing from the export itself is imported
+        "PYTHONSAFEPATH": "1",  # but nothing from the export itself is imported
+        "PYTHONUTF8": "1",  # and whatever the terminal shows, the model's text can be printed
+        "PYTHONIOENCODING": "utf-8",
+    }
     done = subprocess.run(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        check=False,
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True,
+        encoding="utf-8", errors="replace", check=False,
     )  # fmt: skip
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config.config import Config
 from nemo_minitron.data.mixtures import calibration_mixture
-from nemo_minitron.families import axis_sizes
 from nemo_minitron.pruning.select import Keep, select_units
 from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.pruning.stream import write_pruned
@@ -102,7 +101,7 @@ def prepare(config: Config, folder: Path, teacher: Input) -> Prepared:
     )  # fmt: skip
     named = dict(enumerate(samples.fingerprints()))
     wanted = {index: named[index] for index in part_of(config.score.shard, len(samples))}
-    measures = measures_of(config, axis_sizes(checkpoint.family, checkpoint.config)["layers"])
+    measures = measures_of(config, checkpoint.architecture.sizes["layers"])
     merged = _merged(config, teacher, measures, wanted) if config.score.merge else CalibrationSums()
     return Prepared(samples, wanted, measures, merged)
 
@@ -149,7 +148,7 @@ def by_activation(
     scores = _scores(config, checkpoint, tally)
     if config.score.depth == "task":
         scores = with_tasks(config, lead, checkpoint, scores, tasks)
-    steps = greedy_steps(config, axis_sizes(checkpoint.family, checkpoint.config)["layers"])
+    steps = greedy_steps(config, checkpoint.architecture.sizes["layers"])
     if steps:
         order = greedy(config, run, checkpoint, scores, list(wanted), steps, tasks)
         scores = replace(scores, greedy=order)
@@ -243,8 +242,8 @@ def _iterated(
     from nemo_minitron.pruning.target_sizes import target_sizes
     from nemo_minitron.workspace.build import building, discard
 
-    family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
-    target = target_sizes(family, checkpoint.config, config.plan)
+    family, sizes = checkpoint.family, checkpoint.architecture.sizes
+    target = target_sizes(checkpoint.architecture, config.plan)
     rounds = config.score.iterations
     ranking = dict(scores.ranking)
     every = tuple(range(sizes["layers"]))
@@ -256,7 +255,7 @@ def _iterated(
         with building(folder) as temporary:
             write_pruned(
                 checkpoint,
-                [(temporary, Cut(family, checkpoint.config, keep, every))],
+                [(temporary, Cut(checkpoint.architecture, keep, every))],
                 5_000_000_000,
             )
         tally = run(folder, replace(measures, influence=(), losses=()), indices, save=False)

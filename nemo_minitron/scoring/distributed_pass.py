@@ -12,8 +12,8 @@ import torch
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.data.calibration_samples import Samples
-from nemo_minitron.families import Family, axis_sizes, fill
-from nemo_minitron.models.causal_lm import decoder_of, load_model, pick_device
+from nemo_minitron.families import Family
+from nemo_minitron.models.causal_lm import decoder_of, layers_of, load_model, pick_device
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.scoring.calibration_sums import CalibrationSums, merge_sums
 from nemo_minitron.scoring.hooks import Measures
@@ -130,11 +130,9 @@ def _shard(model: Any, family: Family) -> None:
     """FSDP2: each layer's weights are gathered for its own forward pass only; the head stays whole."""
     from torch.distributed.fsdp import fully_shard
 
-    decoder, index = decoder_of(model, family), family.axes["layers"].index or ""
-    path = family.taps["layers"][0].module
-    for layer in range(axis_sizes(family, model.config.to_dict())["layers"]):
-        fully_shard(model.get_submodule(fill(path, {index: layer})))
-    fully_shard(decoder)
+    for layer in layers_of(model, family):
+        fully_shard(layer)
+    fully_shard(decoder_of(model, family))
 
 
 def split_batches(

@@ -3,7 +3,7 @@
 Shape suffixes: B samples, S positions, U units, H hidden channels, T tokens, E experts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_minitron.families import Family, Tap, axis_sizes, fill, find_row, present_axes
-from nemo_minitron.families.grammar import Dim, dim_size, extent
+from nemo_minitron.families import Architecture, Tap, find_row
+from nemo_minitron.families.grammar import Dim, extent, segments
+from nemo_minitron.models.module_hooks import on_tap
 from nemo_minitron.models.routed_experts import Visit, watched
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.depth import DepthSums, cosine_sum
@@ -50,23 +51,21 @@ class Recorder:
 
     def __init__(
         self,
-        family: Family,
-        config: Mapping[str, Any],
+        architecture: Architecture,
         measures: Measures,
         only: Sequence[int] | None = None,
     ) -> None:
         """Prepares the sums.
 
         Args:
-            family: the model's table.
-            config: its config.json.
+            architecture: the model's table and its config.json.
             measures: what to sum.
             only: layers to watch; None: all.
         """
-        self.family = family
-        self.sizes = axis_sizes(family, config)
+        family = self.family = architecture.family
+        self.sizes = architecture.sizes
         self.measures = measures
-        present = present_axes(family, config)
+        present = architecture.present
         watch = range(self.sizes["layers"]) if only is None else only
         self.layers = list(watch)
         where = {
@@ -101,27 +100,26 @@ class Recorder:
     def attached(self, model: nn.Module) -> Iterator[None]:
         """Hooks the model for the length of the block."""
         handles = []
-        index = self.family.axes["layers"].index or ""
+        index = self.family.layer
         routed: dict[str, list[str]] = {}
         for tap in self.family.taps["layers"]:
             side = self._enter if tap.side == "input" else self._leave
             for layer in self.layers:
-                path = fill(tap.module, {index: layer})
-                handles.append(_hook(model.get_submodule(path), tap, partial(side, layer)))
+                handles.append(on_tap(model, tap.at(index, layer), partial(side, layer)))
         for axis, layers in self.places.items():
             for number, tap in enumerate(self._taps(axis)):
                 for layer in layers:
-                    path = fill(tap.module, {index: layer})
+                    here = tap.at(index, layer)
                     if tap.side == "experts":
-                        routed.setdefault(path, []).append(axis)
+                        routed.setdefault(here.module, []).append(axis)
                         continue
-                    record = partial(self._record, axis, number, layer, self._dim(path, tap, axis))
-                    handles.append(_hook(model.get_submodule(path), tap, record))
+                    record = partial(self._record, axis, number, layer, self._dim(here, axis))
+                    handles.append(on_tap(model, here, record))
         visits = {
             path: partial(self._visit, layer, axes)
             for layer in self.layers
             for path, axes in routed.items()
-            if path in {fill(t.module, {index: layer}) for axis in axes for t in self._taps(axis)}
+            if path in {t.at(index, layer).module for axis in axes for t in self._taps(axis)}
         }
         try:
             with watched(model, visits):
@@ -130,14 +128,14 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _dim(self, path: str, tap: Tap, axis: str) -> Dim:
+    def _dim(self, tap: Tap, axis: str) -> Dim:
         """The axes along the tapped activation's last dimension: the tap's, or the module's weight's."""
         if tap.dim is not None:
             return tap.dim
-        found = find_row(self.family, f"{path}.weight")
-        assert found is not None, path
+        found = find_row(self.family, f"{tap.module}.weight")
+        assert found is not None, tap.module
         dim = found[0].dims[-1 if tap.side == "input" else 0]
-        assert any(axis in product for product in dim), (path, axis, dim)
+        assert any(axis in product for product in dim), (tap.module, axis, dim)
         return dim
 
     def _record(self, axis: str, tap: int, layer: int, dim: Dim, x_BSU: Tensor) -> None:
@@ -153,9 +151,8 @@ class Recorder:
         """One number per unit: where a unit is a vector (a head), its L2 norm ([P1] section 2.2)."""
         if dim == ((axis,),):
             return x_BSU
-        parts, start = [], 0
-        for product in dim:
-            width = dim_size((product,), self.sizes)
+        parts = []
+        for product, start, width in segments(dim, self.sizes):
             if axis in product:
                 opened = x_BSU.narrow(-1, start, width).unflatten(
                     -1, [extent(name, self.sizes) for name in product]
@@ -166,7 +163,6 @@ class Recorder:
                     if others
                     else opened
                 )
-            start += width
         if len(parts) == 1:
             only: Tensor = parts[0]
             return only
@@ -282,17 +278,3 @@ class Recorder:
             f"no activation reached the taps of {axis}"
         )
         return Moments(samples, total, squares)
-
-
-def _hook(module: nn.Module, tap: Tap, record: Callable[[Tensor], None]) -> Any:
-    if tap.side == "input":
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            record(args[0] if args else kwargs["hidden_states"])
-
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        record(output[0] if isinstance(output, tuple) else output)
-
-    return module.register_forward_hook(after)

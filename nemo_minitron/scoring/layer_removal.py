@@ -8,7 +8,6 @@ import torch
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config.config import Config
-from nemo_minitron.families import axis_sizes
 from nemo_minitron.scoring.depth import DepthSums, block_importance
 from nemo_minitron.scoring.pass_runner import Runner
 from nemo_minitron.scoring.scores_file import Scores
@@ -76,7 +75,7 @@ def with_tasks(
     config: Config, lead: "Leader", checkpoint: Checkpoint, scores: Scores, tasks: TaskSums
 ) -> Scores:
     """Ranks layers, and blocks of them, by a task's accuracy without them ([P2] section 3)."""
-    layers = axis_sizes(checkpoint.family, checkpoint.config)["layers"]
+    layers = checkpoint.architecture.sizes["layers"]
     depth: dict[tuple[str, int], DepthSums] = dict(scores.tally.depth)
     for length in block_lengths(config, layers):
         depth["task", length] = tasks(lead, length, frozenset())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.families import Family, TensorRow
-from nemo_minitron.families.grammar import Dim, dim_size, extent
+from nemo_minitron.families.grammar import Dim, extent, segments
 
 
 def unit_squares(
@@ -74,9 +74,7 @@ def _ranked_by(family: Family, dim: Dim, first: Dim) -> bool:
 def _by_axis(marginal: Tensor, dim: Dim, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Sums of a dimension's marginal [..., extent] over everything but each of its axes: [..., units]."""
     result: dict[str, Tensor] = {}
-    start = 0
-    for product in dim:
-        width = dim_size((product,), sizes)
+    for product, start, width in segments(dim, sizes):
         opened = marginal.narrow(-1, start, width).unflatten(
             -1, [extent(axis, sizes) for axis in product]
         )
@@ -85,5 +83,4 @@ def _by_axis(marginal: Tensor, dim: Dim, sizes: Mapping[str, int]) -> dict[str, 
                 others = [i - len(product) for i in range(len(product)) if i != place]
                 part = opened.sum(others) if others else opened
                 result[axis] = result[axis] + part if axis in result else part
-        start += width
     return result

@@ -25,10 +25,10 @@ from torch import Tensor
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.data.calibration_samples import Batch, Samples
-from nemo_minitron.families import axis_sizes, present_axes
+from nemo_minitron.families import Architecture
 from nemo_minitron.models.causal_lm import decoder_of, frozen, hidden_states, load_layers
 from nemo_minitron.models.layer_control import LayerControl
-from nemo_minitron.pruning.slice import Cut, cut_config, pieces
+from nemo_minitron.pruning.slice import Cut, pieces
 from nemo_minitron.scoring.calibration_sums import CalibrationSums, place
 from nemo_minitron.scoring.hidden_state_store import HiddenStateStore
 from nemo_minitron.scoring.hooks import Measures, Recorder
@@ -39,8 +39,8 @@ from nemo_minitron.scoring.pass_in_memory import Losses, check_isolation, loss_s
 
 def layer_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
     """Bytes of the weights outside of the layers, and of the largest layer."""
-    placeholder = checkpoint.family.axes["layers"].index or ""
-    outside, layers = 0, [0] * axis_sizes(checkpoint.family, checkpoint.config)["layers"]
+    placeholder = checkpoint.family.layer
+    outside, layers = 0, [0] * checkpoint.architecture.sizes["layers"]
     for name, entry in checkpoint.entries.items():
         units = checkpoint.units(name)
         if placeholder in units:
@@ -55,12 +55,12 @@ class _OneLayer:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, folder: Path) -> None:
         self.checkpoint, self.device, self.folder = checkpoint, device, folder
-        self.present = present_axes(checkpoint.family, checkpoint.config)
+        self.present = checkpoint.architecture.present
         self._kept: dict[str, Tensor] = {}
 
     @contextmanager
-    def loaded(self, layer: int) -> Iterator[tuple[Any, LayerControl, int, dict[str, Any]]]:
-        """The model, control over its layers, the layer's number in it, and its config.json."""
+    def loaded(self, layer: int) -> Iterator[tuple[Any, LayerControl, int, Architecture]]:
+        """The model, control over its layers, the layer's number in it, and its architecture."""
         family = self.checkpoint.family
         company = {
             self.present[axis][0]
@@ -68,11 +68,11 @@ class _OneLayer:
             if axis in self.present and layer not in self.present[axis]
         }  # layers without which the architecture does not run; they are left out of the computation
         layers = tuple(sorted({layer, *company}))
-        cut = Cut(family, self.checkpoint.config, {}, layers)
-        config = both_spellings(cut_config(cut))
+        cut = Cut(self.checkpoint.architecture, {}, layers)
+        config = both_spellings(cut.result.config)
         (self.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         tensors = {}
-        placeholder = family.axes["layers"].index or ""
+        placeholder = family.layer
         for piece in pieces(cut, list(self.checkpoint.entries)):
             units = self.checkpoint.units(piece.source)
             stays = placeholder not in units or units[placeholder] in company
@@ -84,12 +84,12 @@ class _OneLayer:
                 self._kept[piece.source] = tensors[piece.name]
         model = load_layers(self.folder, family, tensors).to(self.device)
         del tensors
-        detour = LayerControl(model, family, len(layers))
+        detour = LayerControl(model, family)
         here = layers.index(layer)
         detour.skip = frozenset(range(len(layers))) - {here}
         try:
             with frozen(model), detour.attached():
-                yield model, detour, here, config
+                yield model, detour, here, cut.result
         finally:
             del model, detour
             gc.collect()  # hooks and modules refer to each other
@@ -157,7 +157,7 @@ class _Pass:
         self.loader, self.shelf, self.batches, self.measures = loader, shelf, batches, measures
         self.progress = progress
         self.family = loader.checkpoint.family
-        self.layers = axis_sizes(self.family, loader.checkpoint.config)["layers"]
+        self.layers = loader.checkpoint.architecture.sizes["layers"]
         self.kept = [layer for layer in range(self.layers) if layer not in removed]
         self.losses = Losses(self.layers, measures.losses, removed)
 
@@ -175,10 +175,10 @@ class _Pass:
 
     def _layer(self, layer: int, found: CalibrationSums, check: bool) -> CalibrationSums:
         """Takes all batches through one layer, and frees it."""
-        with self.loader.loaded(layer) as (model, detour, here, config):
+        with self.loader.loaded(layer) as (model, detour, here, architecture):
             if check:
                 check_isolation(model, self.family)
-            recorder = Recorder(self.family, config, self.measures, only=[here])
+            recorder = Recorder(architecture, self.measures, only=[here])
             with recorder.attached(model):
                 for number, batch in enumerate(self.batches):
                     self._advance(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.data.calibration_samples import Batch, Samples
-from nemo_minitron.families import Family, axis_sizes
+from nemo_minitron.families import Family
 from nemo_minitron.losses.fused_linear_loss import cross_entropy
 from nemo_minitron.models.causal_lm import decoder_of, frozen, hidden_states, projection_of
 from nemo_minitron.models.layer_control import LayerControl
@@ -152,11 +152,11 @@ def in_memory(
             make as many as the others.
         report: called after each batch.
     """
-    family, layers = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)["layers"]
-    recorder = Recorder(family, checkpoint.config, measures)
+    family, layers = checkpoint.family, checkpoint.architecture.sizes["layers"]
+    recorder = Recorder(checkpoint.architecture, measures)
     losses = Losses(layers, measures.losses, removed)
     device = next(model.parameters()).device
-    detour = LayerControl(model, family, layers)
+    detour = LayerControl(model, family)
     detour.skip = removed
     done: dict[int, str] = {}
     fingerprints = samples.fingerprints()

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config.config import Config
-from nemo_minitron.families import axis_sizes
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.workspace.progress_bar import bar
 
@@ -78,7 +77,7 @@ class Runner:
         if score.streaming != "auto":
             return score.streaming == "on", ""
         checkpoint = open_checkpoint(folder)
-        sizes = axis_sizes(checkpoint.family, checkpoint.config)
+        sizes = checkpoint.architecture.sizes
         weights = sum(entry.size for entry in checkpoint.entries.values())
         width = max(entry.width for entry in checkpoint.entries.values())
         tokens = score.batch_size * self.samples.tokens_NS.shape[1]
@@ -108,6 +107,6 @@ def _tokens(job: "PassRequest", folder: Path) -> int:
     rounds = 1
     if job.streaming:
         checkpoint = open_checkpoint(folder)
-        rounds = axis_sizes(checkpoint.family, checkpoint.config)["layers"] - len(job.removed)
+        rounds = checkpoint.architecture.sizes["layers"] - len(job.removed)
     own = sum(len(group) for group in job.groups[0])
     return own * (job.samples.tokens_NS.shape[1] - 1) * rounds

@@ -3,6 +3,7 @@
 What a terminal or a Markdown renderer would obey is shown instead.
 """
 
+import json
 import re
 
 LONGEST = 4000
@@ -26,6 +27,26 @@ def plain(text: object, longest: int = LONGEST) -> str:
         return line
     half = (longest - 5) // 2
     return f"{line[:half]} ... {line[-half:]}"
+
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def refuse_half_characters(content: bytes, value: object) -> None:
+    """Refuses JSON with a surrogate that stands alone, which no text file or fingerprint can hold.
+
+    Args:
+        content: the JSON.
+        value: what was read from it.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if _HALF.search(content):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("holds half of a character (a surrogate that stands alone)") from error
 
 
 def _escaped(found: re.Match[str]) -> str:

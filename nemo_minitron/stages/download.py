@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES
+from nemo_minitron.checkpoints.set_aside import notes
+from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES, left_behind
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
@@ -35,10 +36,14 @@ def recipe(config: Config) -> Recipe:
             from nemo_minitron.release.hub_download import check_hashes
 
             check_hashes(folder)
+        from nemo_minitron.release.dry_run import check_builds
+
+        check_builds(folder, checkpoint.architecture)
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             from nemo_minitron.models.causal_lm import load_tokenizer
 
             load_tokenizer(folder)
+        _try(checkpoint)
         source = {
             "path": pointer,
             "given": given,
@@ -48,9 +53,19 @@ def recipe(config: Config) -> Recipe:
         write_json(target / "source.json", source)
 
     def summary() -> Summary:
-        return Summary(_headline(checkpoint))
+        told = [*notes(folder, checkpoint.config)]
+        told += [f"{name}: not carried along" for name in left_behind(folder)]
+        return Summary(_headline(checkpoint), notes=tuple(told))
 
     return Recipe(workspace / "teacher", "teacher", settings, inputs, build, summary)
+
+
+def _try(checkpoint: Checkpoint) -> None:
+    """Tries what an export must be able to do, where a model of these settings is made quickly."""
+    from nemo_minitron.release.dry_run import LARGEST, smallest, try_export
+
+    if model_size(smallest(checkpoint.architecture)).parameters <= LARGEST:
+        try_export(checkpoint.folder, checkpoint.architecture)
 
 
 def _locate(config: Config, workspace: Path) -> tuple[Path, str | None, str]:
@@ -123,7 +138,7 @@ def _finished(folder: Path) -> str | None:
 
 
 def _headline(checkpoint: Checkpoint) -> str:
-    size = model_size(checkpoint.family, checkpoint.config)
+    size = model_size(checkpoint.architecture)
     return (
         f"{checkpoint.family.model_type}, {size.parameters:,} parameters, from {checkpoint.folder}"
     )

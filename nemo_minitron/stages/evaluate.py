@@ -198,7 +198,7 @@ def _assembled(config: Config, bench: Bench) -> dict[str, Any]:
 
 def _row(bench: Bench, name: str, found: Mapping[Unit, Any]) -> dict[str, Any]:
     checkpoint, settings = bench.checkpoint(name), bench.config.evaluate
-    size = model_size(checkpoint.family, checkpoint.config)
+    size = model_size(checkpoint.architecture)
     text, first = found[Unit(name, TEXT)], found[Unit("teacher", TEXT)]
     row: dict[str, Any] = {
         "parameters": size.parameters,

@@ -212,7 +212,7 @@ def _card(
     plan = read_plan(workspace / "plan")
     pointer = json.loads((workspace / "teacher" / "source.json").read_text(encoding="utf-8"))
     from_hub = pointer["revision"] is not None
-    size = model_size(*_family_and_config(folder))
+    size = model_size(open_checkpoint(folder).architecture)
     origin = (
         workspace.resolve().name if config.source.model is None else Path(pointer["given"]).name
     )
@@ -244,11 +244,6 @@ def _card(
         name=name,
         results=results,
     )
-
-
-def _family_and_config(folder: Path) -> Any:
-    checkpoint = open_checkpoint(folder)
-    return checkpoint.family, checkpoint.config
 
 
 def _short(parameters: int) -> str:

@@ -4,12 +4,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.config.config import Config, workspace_of
-from nemo_minitron.families import axis_sizes, check_layers
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import alignment
 from nemo_minitron.pruning.plan_file import Plan, make_plan, read_plan, write_plan
 from nemo_minitron.pruning.select import contiguous, kept_layers, scattered, select_units
+from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores, target_sizes
 from nemo_minitron.scoring.depth import block_importance
 from nemo_minitron.scoring.scores_file import Scores, read_scores
@@ -28,19 +29,23 @@ def recipe(config: Config) -> Recipe:
     workspace = workspace_of(config)
     source, teacher = teacher_folder(config)
     checkpoint = open_checkpoint(source)
-    sizes = axis_sizes(checkpoint.family, checkpoint.config)
-    targets = target_sizes(checkpoint.family, checkpoint.config, config.plan)
+    sizes = checkpoint.architecture.sizes
+    targets = target_sizes(checkpoint.architecture, config.plan)
     inputs = [teacher]
     if needs_scores(config.plan):
         inputs.append(input_artifact(workspace, "scores", "score"))
 
     def build(_state: Path, temporary: Path, _ranks: Ranks) -> None:
+        from nemo_minitron.models.config_trial import check_config_loads
+
         scores = read_scores(workspace / "scores") if needs_scores(config.plan) else Scores({})
         layers = _layers(config, sizes, scores)
-        check_layers(checkpoint.family, checkpoint.config, layers, "plan")
+        checkpoint.architecture.check_layers(layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
-        write_plan(temporary, make_plan(checkpoint.family, checkpoint.config, keep, tuple(layers)))
+        result = Cut(checkpoint.architecture, keep, tuple(layers)).result
+        check_config_loads(both_spellings(result.config), "plan")
+        write_plan(temporary, make_plan(checkpoint.architecture, keep, tuple(layers)))
 
     settings = explicit_targets(config.plan)
     if settings.get("layer_choice") == "contiguous":

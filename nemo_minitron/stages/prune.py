@@ -42,7 +42,7 @@ def run(config: Config) -> Result:
         if due:
             _build(source, due, settings, config.prune.shard_size)
     pruned = open_checkpoint(workspace / "pruned")
-    size = model_size(pruned.family, pruned.config)
+    size = model_size(pruned.architecture)
     headline = f"{size.parameters:,} parameters in {workspace / 'pruned'}"
     if others:
         headline += f", and {len(others)} more of the same pass"
@@ -75,9 +75,9 @@ def _build(
         targets = []
         for place, _ in due:
             plan = read_plan(place / "plan")
-            if plan.before != Cut(checkpoint.family, checkpoint.config, {}, ()).before:
+            if plan.before != checkpoint.architecture.sizes:
                 raise ValueError(f"{place / 'plan'}: made for a model of other sizes than {source}")
-            cut = Cut(checkpoint.family, checkpoint.config, plan.keep, plan.layers_kept)
+            cut = Cut(checkpoint.architecture, plan.keep, plan.layers_kept)
             refuse_unknown_folder(place / "pruned")
             targets.append((stack.enter_context(building(place / "pruned")), cut))
         advance = stack.enter_context(

@@ -11,7 +11,7 @@ from torch import Tensor
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor, open_checkpoint
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_input
-from nemo_minitron.families import Family, axis_sizes, find_row, present_axes
+from nemo_minitron.families import Family, find_row
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.select import score_shape
 from nemo_minitron.pruning.target_sizes import explicit_targets, target_sizes
@@ -103,7 +103,7 @@ def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     if score.importance != "activation":
         return settings
     _check(config, checkpoint)
-    layers = axis_sizes(checkpoint.family, checkpoint.config)["layers"]
+    layers = checkpoint.architecture.sizes["layers"]
     calibration = config.data.calibration
     settings |= {
         "aggregation": asdict(score.aggregation),
@@ -163,7 +163,7 @@ def _check(config: Config, checkpoint: Checkpoint) -> None:
             "score.depth=task: no task given; set score.tasks, as in score.tasks=[winogrande]"
         )
     if score.iterations > 1:
-        target_sizes(checkpoint.family, checkpoint.config, config.plan)
+        target_sizes(checkpoint.architecture, config.plan)
 
 
 def _earlier(target: Path, config: Config, teacher: Input) -> CalibrationSums:
@@ -192,7 +192,7 @@ def _by_magnitude(config: Config, checkpoint: Checkpoint) -> Scores:
 
     A layer's score is the norm of all its weights.
     """
-    family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
+    family, sizes = checkpoint.family, checkpoint.architecture.sizes
     squares = {
         axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in _shapes(checkpoint).items()
     }
@@ -229,9 +229,8 @@ def _by_chance(config: Config, checkpoint: Checkpoint) -> Scores:
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Shape of the scores of every axis that can be pruned."""
-    family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
-    present = present_axes(family, checkpoint.config)
-    return {name: score_shape(family, sizes, name) for name in family.prunable if name in present}
+    family, sizes = checkpoint.family, checkpoint.architecture.sizes
+    return {name: score_shape(family, sizes, name) for name in checkpoint.architecture.prunable}
 
 
 _BASELINES = {"magnitude": _by_magnitude, "random": _by_chance}

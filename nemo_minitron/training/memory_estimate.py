@@ -1,11 +1,10 @@
 """What a training needs in memory on each rank, from config.json and family tables alone."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_minitron.families import Family, axis_sizes, expected_tensors
+from nemo_minitron.families import Architecture
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.losses.fused_linear_loss import CHUNK_BYTES
 
@@ -87,10 +86,9 @@ class Footprint:
 
 
 def training_footprint(
-    family: Family,
-    config: Mapping[str, Any],
+    model: Architecture,
     launch: Launch,
-    teacher: tuple[Family, Mapping[str, Any]] | None = None,
+    teacher: Architecture | None = None,
 ) -> Footprint:
     """Estimates a training with AdamW.
 
@@ -100,37 +98,34 @@ def training_footprint(
     (eager) and the scans of Mamba layers come on top.
 
     Args:
-        family: the table of the model that is trained.
-        config: its config.json.
+        model: the model that is trained.
         launch: how.
-        teacher: table and config.json of the teacher; None: there is none.
+        teacher: the teacher; None: there is none.
     """
     stored, active = PRECISIONS[launch.precision]
-    layers, outside = _parameters(family, config, launch.tensor_parallel)
+    layers, outside = _parameters(model, launch.tensor_parallel)
     data_ranks = launch.ranks // launch.tensor_parallel if launch.shard else 1
     held = math.ceil((sum(layers) + outside) / data_ranks) * stored
     gathered = (2 * max(layers) + outside) * stored if launch.shard and data_ranks > 1 else 0
     gathered += (sum(layers) + outside) * active if stored > active else 0
-    sizes = axis_sizes(family, config)
+    sizes = model.sizes
     return Footprint(
         weights=held,
         gradients=held,
         optimizer=2 * held,
         gathered=gathered,
-        teacher=0 if teacher is None else _teacher(*teacher, launch),
-        activations=_activations(family, config, launch) * active,
+        teacher=0 if teacher is None else _teacher(teacher, launch),
+        activations=_activations(model, launch) * active,
         loss=sizes["hidden"] * (launch.tokens * active + sizes["vocab"] * 4) + 3 * CHUNK_BYTES,
     )
 
 
-def activations_per_token(
-    family: Family, config: Mapping[str, Any], tensor_parallel: int = 1
-) -> list[int]:
+def activations_per_token(model: Architecture, tensor_parallel: int = 1) -> list[int]:
     """Numbers that each layer keeps of a token for its backward pass."""
-    sizes = axis_sizes(family, config)
+    sizes = model.sizes
     kept = [4 * sizes["hidden"]] * sizes["layers"]
-    placeholder = family.axes["layers"].index or ""
-    for name, row, shape in expected_tensors(family, config):
+    placeholder = model.family.layer
+    for name, row, shape in model.tensors():
         match = row.regex.fullmatch(name)
         if len(shape) < 2 or match is None or placeholder not in row.placeholders:
             continue
@@ -147,21 +142,19 @@ def activations_per_token(
     return kept
 
 
-def _activations(family: Family, config: Mapping[str, Any], launch: Launch) -> int:
-    kept = activations_per_token(family, config, launch.tensor_parallel)
-    hidden = axis_sizes(family, config)["hidden"]
+def _activations(model: Architecture, launch: Launch) -> int:
+    kept = activations_per_token(model, launch.tensor_parallel)
+    hidden = model.sizes["hidden"]
     if launch.checkpointing:  # every layer's input, and the layer that is computed again
         return launch.tokens * (len(kept) * hidden + max(kept))
     return launch.tokens * sum(kept)
 
 
-def _parameters(
-    family: Family, config: Mapping[str, Any], tensor_parallel: int
-) -> tuple[list[int], int]:
+def _parameters(model: Architecture, tensor_parallel: int) -> tuple[list[int], int]:
     """Parameters of every layer, and of what lies outside of them, on one of the tensor-parallel ranks."""
-    layers, outside = [0] * axis_sizes(family, config)["layers"], 0
-    placeholder = family.axes["layers"].index or ""
-    for name, row, shape in expected_tensors(family, config):
+    layers, outside = [0] * model.sizes["layers"], 0
+    placeholder = model.family.layer
+    for name, row, shape in model.tensors():
         match = row.regex.fullmatch(name)
         if match is None or placeholder not in row.placeholders:
             outside += math.prod(shape)
@@ -171,8 +164,8 @@ def _parameters(
     return layers, outside
 
 
-def _teacher(family: Family, config: Mapping[str, Any], launch: Launch) -> int:
-    layers, outside = _parameters(family, config, 1)
+def _teacher(model: Architecture, launch: Launch) -> int:
+    layers, outside = _parameters(model, 1)
     if not launch.teacher_shard:
         return (sum(layers) + outside) * launch.teacher_bytes
     held = math.ceil((sum(layers) + outside) / launch.ranks)

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from nemo_minitron.families import Family, axis_sizes
+from nemo_minitron.families import Architecture, Family
 from nemo_minitron.models.causal_lm import ENTRY, decoder_of, layers_of
 from nemo_minitron.training.checkpoint_safety import DataReader
 
@@ -62,7 +62,7 @@ def shard(model: Any, family: Family, mesh: DeviceMesh) -> None:
     """
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
     if tensor.size() > 1:
-        plan = tensor_plan(family, model.config.to_dict(), tensor.size())
+        plan = tensor_plan(Architecture(family, model.config.to_dict()), tensor.size())
         for layer in layers_of(model, family):
             parallelize_module(layer, tensor, plan)
     for layer in layers_of(model, family):
@@ -79,7 +79,7 @@ def shard(model: Any, family: Family, mesh: DeviceMesh) -> None:
     register_fsdp_forward_method(model, ENTRY)
 
 
-def tensor_plan(family: Family, config: dict[str, Any], parts: int) -> dict[str, Any]:
+def tensor_plan(architecture: Architecture, parts: int) -> dict[str, Any]:
     """How the projections of a layer are split: by output channels, and those behind them by input channels.
 
     The rows of the family's table say which: ``(heads head_dim) hidden`` is split by its output,
@@ -88,8 +88,8 @@ def tensor_plan(family: Family, config: dict[str, Any], parts: int) -> dict[str,
     Raises:
         ValueError: a row that cannot be split so, or sizes that ``parts`` does not divide.
     """
-    where, sizes = f"training.tensor_parallel={parts}", axis_sizes(family, config)
-    index = family.axes["layers"].index or ""
+    where, sizes = f"training.tensor_parallel={parts}", architecture.sizes
+    family, index = architecture.family, architecture.family.layer
     plan: dict[str, Any] = {}
     for row in family.rows:
         _, inside, name = row.pattern.partition(f".{{{index}}}.")

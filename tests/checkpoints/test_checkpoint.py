@@ -197,7 +197,7 @@ def test_no_config_crashes(tmp_path_factory, tiny, data):
     (broken / "model.safetensors").symlink_to(folder / "model.safetensors")
     try:
         checkpoint = open_checkpoint(broken)
-        cut_config(Cut(checkpoint.family, checkpoint.config, {"hidden": torch.arange(16)}, (0, 2)))
+        cut_config(Cut(checkpoint.architecture, {"hidden": torch.arange(16)}, (0, 2)))
     except ValueError as error:
         assert "config.json" in str(error) or str(broken) in str(error)
 

@@ -25,6 +25,19 @@ def tokens(rows, length):
     return torch.randint(2, 90, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
+def test_continuations_owe_nothing_to_the_sources_generation_settings(pair):
+    (model, _), _ = pair
+    prompts_BP = tokens(3, 6)
+    plain = continue_greedily(model, prompts_BP, 24)
+    own = model.generation_config
+    # as a generation_config.json has them; each alone would change what is written, or stop it
+    own.no_repeat_ngram_size, own.encoder_repetition_penalty = 1, 1.5
+    own.suppress_tokens, own.bad_words_ids = plain[0, :3].tolist(), [[int(plain[0, 3])]]
+    own.max_time, own.num_return_sequences, own.return_dict_in_generate = 1e-9, 2, True
+    assert torch.equal(continue_greedily(model, prompts_BP, 24), plain)
+    assert model.generation_config is own
+
+
 def test_continuations_are_the_most_likely_tokens_one_after_the_other(pair):
     (model, _), _ = pair
     prompts_BP = tokens(3, 6)

@@ -9,11 +9,10 @@ import yaml
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.families import (
-    axis_sizes,
+    Architecture,
     families,
     family_of,
     load_family,
-    present_axes,
     use_tables,
 )
 from nemo_minitron.families.table import OWN_TABLES, TABLES
@@ -33,9 +32,9 @@ def test_taps_and_modules_are_those_of_the_installed_transformers(tmp_path, name
         config = open_checkpoint(folder).config
         model = load_model(folder)
         assert type(model).__name__ == family.architecture
-        sizes, present = axis_sizes(family, config), present_axes(family, config)
+        sizes, present = Architecture(family, config).sizes, Architecture(family, config).present
         for early in (False, True):
-            recorder = Recorder(family, config, Measures(("mean",), early))
+            recorder = Recorder(Architecture(family, config), Measures(("mean",), early))
             with torch.inference_mode(), recorder.attached(model):
                 model.get_submodule(family.modules["decoder"])(
                     input_ids=torch.arange(24).view(2, 12), use_cache=False

@@ -8,7 +8,7 @@ pytest.importorskip("nemo")
 from lightning.pytorch import Callback
 
 from nemo_minitron.checkpoints.hf_config import read_config
-from nemo_minitron.families import families, present_axes
+from nemo_minitron.families import Architecture, families
 from nemo_minitron.losses.fused_linear_loss import LossWeights
 from nemo_minitron.losses.intermediate import IntermediateWeights
 from nemo_minitron.models.captures import Captures
@@ -26,7 +26,9 @@ def test_captured_states_are_those_that_transformers_gives_out(tmp_path, checkpo
     model = load_model(folder)
     if checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    captures = Captures(model, families()["llama"], model.config.to_dict(), ALL, [0, -1])
+    captures = Captures(
+        model, Architecture(families()["llama"], model.config.to_dict()), ALL, [0, -1]
+    )
     tokens_BS = torch.randint(0, 90, (2, 7))
     given = model(input_ids=tokens_BS, output_hidden_states=True, use_cache=False)
     found = captures.take()
@@ -59,7 +61,9 @@ def test_captured_states_are_those_that_transformers_gives_out(tmp_path, checkpo
 
 def test_fused_projections_are_taken_apart(tmp_path):
     model = load_model(make_model(tmp_path / "m", "phi3"))
-    captures = Captures(model, families()["phi3"], model.config.to_dict(), ["attention"], [0])
+    captures = Captures(
+        model, Architecture(families()["phi3"], model.config.to_dict()), ["attention"], [0]
+    )
     model(input_ids=torch.randint(0, 90, (1, 5)), use_cache=False)
     found = captures.take()
     whole = torch.cat([found["attention", 0, n] for n in range(3)], -1)
@@ -69,7 +73,7 @@ def test_fused_projections_are_taken_apart(tmp_path):
 @pytest.mark.parametrize("name", sorted(families()))
 def test_every_family_distils_by_hidden_states(tmp_path, name):
     teacher = make_model(tmp_path / "teacher", name, seed=1)
-    attended = present_axes(families()[name], read_config(teacher))["heads"][0]
+    attended = Architecture(families()[name], read_config(teacher)).present["heads"][0]
     weights = IntermediateWeights(ALL, layers=((attended, attended),), relation_heads=2)
     model = run(
         teacher,

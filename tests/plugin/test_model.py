@@ -1,6 +1,7 @@
 """The NeMo model: real NeMo, real Lightning, real tiny Hugging Face models."""
 
 import dataclasses
+import json
 import os
 import signal
 
@@ -12,6 +13,7 @@ pytest.importorskip("nemo")
 
 from lightning.pytorch import Callback, Trainer
 
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.families import families
 from nemo_minitron.losses.divergences import Divergence
@@ -29,6 +31,9 @@ from nemo_minitron.plugin.trainer import (
     newest_checkpoint,
     train,
 )
+from nemo_minitron.plugin.transforms import DepthPruning
+from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.pruning.plan_file import Plan
 from nemo_minitron.training.loss_guard import BadStep, Spikes
 from nemo_minitron.training.preemption import Preempted
 from nemo_minitron.training.sampler import ConsumedSampler
@@ -100,6 +105,37 @@ def test_a_training_goes_on_with_smaller_micro_batches_as_if_nothing_had_happene
         [line["val_loss"] for line in lines if "val_loss" in line] for lines in (before, after)
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["M*-M", "E*-M"])
+def test_a_nemotron_h_as_on_the_hub_trains_saves_and_becomes_an_archive(tmp_path, pattern):
+    """Its config.json says hybrid_override_pattern, which transformers takes and does not keep."""
+    changes = {"hybrid_override_pattern": pattern}
+    folder = tiny_model(families()["nemotron_h"], changes, tmp_path / "m")
+    given = read_config(folder)
+    hub = {
+        key: value
+        for key, value in given.items()
+        if key not in ("layers_block_type", "layer_types")
+    }
+    (folder / "config.json").write_text(json.dumps({**hub, **changes}))
+    assert "hybrid_override_pattern" not in load_model(folder).config.to_dict()
+    model = run(folder, tmp_path / "state", 1)
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    model.save_hf(saved)
+    assert read_config(saved)["hybrid_override_pattern"] == pattern
+    with torch.inference_mode():
+        expected = model.model.eval()(torch.arange(20)[None]).logits
+    assert torch.equal(logits(saved), expected)
+    model.save_to(str(tmp_path / "m.nemo"))
+    DepthPruning(Plan("", {"layers": 4}, {}, (0, 1, 3), (2,), None, None, {}))(model.model)
+    short = tmp_path / "short"
+    short.mkdir()
+    model.save_hf(short)
+    assert "hybrid_override_pattern" not in read_config(short)
+    assert open_checkpoint(short).architecture.sizes["layers"] == 3
+    assert logits(short).shape == expected.shape
 
 
 def timeless(state):

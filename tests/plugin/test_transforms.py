@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("nemo")
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.families import axis_sizes, families, present_axes
+from nemo_minitron.families import families
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.nemo_archive import nemo_archive
@@ -21,12 +21,12 @@ from tests.support.models import logits, make_model, stream
 
 def plan_for(folder, layers=(0, 2)):
     checkpoint = open_checkpoint(folder)
-    sizes = axis_sizes(checkpoint.family, checkpoint.config)
+    sizes = checkpoint.architecture.sizes
     torch.manual_seed(0)
     scores = {"hidden": torch.rand(24), "ffn": torch.rand(3, 40), "heads": torch.rand(3, 6)}
     targets = {**sizes, "hidden": 12, "ffn": 17, "heads": 3}
     keep = select_units(checkpoint.family, scores, sizes, targets)
-    return checkpoint, make_plan(checkpoint.family, checkpoint.config, keep, layers)
+    return checkpoint, make_plan(checkpoint.architecture, keep, layers)
 
 
 def streamed(checkpoint, plan, folder):
@@ -39,11 +39,11 @@ def test_every_family_is_pruned_in_memory_as_on_disk(tmp_path, name):
     family = families()[name]
     folder = tiny_model(family, family.proofs[0], tmp_path / "m")
     checkpoint = open_checkpoint(folder)
-    sizes, axes = axis_sizes(family, checkpoint.config), present_axes(family, checkpoint.config)
+    sizes, axes = checkpoint.architecture.sizes, checkpoint.architecture.present
     targets = halved(family, sizes, TOGETHER, [axis for axis in family.prunable if axis in axes])
     scores = {axis: random_scores(score_shape(family, sizes, axis), 0) for axis in family.prunable}
     keep = select_units(family, scores, sizes, {k: v for k, v in targets.items() if k != "layers"})
-    plan = make_plan(family, checkpoint.config, keep, (1, 3))
+    plan = make_plan(checkpoint.architecture, keep, (1, 3))
     expected = logits(stream(folder, tmp_path / "pruned", keep, (1, 3)))
     model = load_model(folder, torch.float32)
     assert Pruning(plan)(model) is model

@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.families import axis_sizes, families, has_tensor, present_axes
+from nemo_minitron.families import Architecture, families
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.proofs.proof import (
     PROOFS,
     TOGETHER,
+    described,
     markdown,
     permutations,
     proof_table,
@@ -70,9 +71,7 @@ def test_every_prunable_axis_is_proven_under_some_config(tmp_path, name):
     seen = set()
     for i, changes in enumerate(family.proofs):
         seen |= set(
-            present_axes(
-                family, open_checkpoint(tiny_model(family, changes, tmp_path / f"{i}")).config
-            )
+            open_checkpoint(tiny_model(family, changes, tmp_path / f"{i}")).architecture.present
         )
     assert set(family.prunable) <= seen
 
@@ -110,18 +109,16 @@ def test_the_proof_bites_on_every_axis_of_every_row(tmp_path, name):
     for i, changes in enumerate(family.proofs):
         checkpoint = open_checkpoint(tiny_model(family, changes, tmp_path / f"{i}"))
         axes = [
-            a
-            for a in family.prunable
-            if a in present_axes(family, checkpoint.config) and a != "layers"
+            a for a in family.prunable if a in checkpoint.architecture.present and a != "layers"
         ]
         for row in family.rows:
-            if row.pattern in tried or not has_tensor(family, row, checkpoint.config):
+            if row.pattern in tried or not checkpoint.architecture.has(row):
                 continue
             tried.add(row.pattern)
             for mistake, wrong in wrong_rows(row, family):
                 rows = tuple(wrong if r is row else r for r in family.rows)
-                bad = replace(
-                    checkpoint, family=replace(family, rows=rows, axes={**family.axes, **still})
+                bad = described(
+                    checkpoint, replace(family, rows=rows, axes={**family.axes, **still})
                 )
                 try:
                     found = [
@@ -160,7 +157,7 @@ def test_size_counts_every_parameter_before_anything_is_cut(tmp_path, name):
     for i, changes in enumerate(families()[name].proofs):
         checkpoint = open_checkpoint(tiny_model(families()[name], changes, tmp_path / f"{i}"))
         counted = sum(torch.Size(entry.shape).numel() for entry in checkpoint.entries.values())
-        assert model_size(checkpoint.family, checkpoint.config).parameters == counted
+        assert model_size(checkpoint.architecture).parameters == counted
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -205,7 +202,7 @@ def test_a_fold_is_exact_in_float32_and_leaves_other_tensors_alone(tmp_path):
     checkpoint = open_checkpoint(tiny_model(family, {}, tmp_path / "m"))
     from nemo_minitron.pruning.slice import pieces
 
-    cut = Cut(family, checkpoint.config, {"hidden": torch.arange(8)}, (0, 1, 2, 3))
+    cut = Cut(checkpoint.architecture, {"hidden": torch.arange(8)}, (0, 1, 2, 3))
     scaled = {p.source: p for p in pieces(cut, list(checkpoint.entries)) if p.scale != 1}
     assert {name: (round(p.scale, 6), p.offset) for name, p in scaled.items()} == {
         "model.embed_tokens.weight": (2.0, 0.0),
@@ -234,10 +231,10 @@ def test_what_a_config_says_per_layer_goes_with_the_layers(name, changes, layers
 
     family = families()[name]
     config = tiny_config(family, changes)
-    written = cut_config(Cut(family, config, {}, layers))
+    written = cut_config(Cut(Architecture(family, config), {}, layers))
     assert {key: written[key] for key in expected} == expected
     assert written["num_hidden_layers"] == len(layers)
-    assert axis_sizes(family, written)["layers"] == len(layers)
+    assert Architecture(family, written).sizes["layers"] == len(layers)
     assert set(written) - set(config) <= {*expected, *family.axes["layers"].lists, *family.axes["layers"].indices, *family.axes["layers"].after, "head_dim"}  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from nemo_minitron.families import families
+from nemo_minitron.families import Architecture, families
 from nemo_minitron.pruning.cost import model_size
 
 NEMOTRON = {
@@ -28,7 +28,7 @@ def test_the_papers_models(hidden, heads, ffn, total, non_embedding):
         "num_attention_heads": heads,
         "intermediate_size": ffn,
     }
-    size = model_size(families()["nemotron"], config)
+    size = model_size(Architecture(families()["nemotron"], config))
     assert round(size.parameters / 1e9, 3) == total
     assert round(size.non_embedding / 1e9, 3) == non_embedding
 
@@ -38,7 +38,7 @@ def test_flops_and_cache_by_hand():
         "model_type": "llama", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 6, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2,
     }  # fmt: skip
-    size = model_size(families()["llama"], config, context=100, cache_bytes=2)
+    size = model_size(Architecture(families()["llama"], config), context=100, cache_bytes=2)
     matrices = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 6) + 10 * 8
     attention = 2 * (
         4 * 4 * 2 * 50
@@ -51,8 +51,8 @@ def test_flops_and_cache_by_hand():
 
 def test_tied_embeddings_count_once_and_cost_the_head_all_the_same():
     config = {**NEMOTRON, "hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 128}
-    untied = model_size(families()["nemotron"], config)
-    tied = model_size(families()["nemotron"], {**config, "tie_word_embeddings": True})
+    untied = model_size(Architecture(families()["nemotron"], config))
+    tied = model_size(Architecture(families()["nemotron"], {**config, "tie_word_embeddings": True}))
     assert untied.parameters - tied.parameters == 256000 * 64
     assert untied.non_embedding == tied.non_embedding
     assert untied.flops_per_token == tied.flops_per_token

@@ -5,12 +5,10 @@ from hypothesis import strategies as st
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.families import (
-    axis_sizes,
+    Architecture,
     check_sizes,
-    config_with_sizes,
     families,
     parse_row,
-    present_axes,
 )
 from nemo_minitron.families.table import TensorRow
 from nemo_minitron.models.causal_lm import load_model
@@ -125,13 +123,13 @@ def test_any_cut_of_any_shape_is_refused_before_or_loads_strictly_and_generates(
     ):  # transformers itself cannot have this source: an odd head_dim
         assert width % 2
         with pytest.raises(ValueError, match="head_dim % 2 == 0"):
-            check_sizes(family, axis_sizes(family, tiny_config(family, sizes)), "source")
+            check_sizes(family, Architecture(family, tiny_config(family, sizes)).sizes, "source")
         return
     checkpoint = open_checkpoint(source)
-    before = axis_sizes(family, checkpoint.config)
+    before = checkpoint.architecture.sizes
     asked = {
         axis: data.draw(st.integers(1, before[axis]), axis)
-        for axis in present_axes(family, checkpoint.config)
+        for axis in checkpoint.architecture.present
         if axis in family.prunable and axis != "layers" and data.draw(st.booleans(), axis)
     }
     try:
@@ -147,11 +145,11 @@ def test_any_cut_of_any_shape_is_refused_before_or_loads_strictly_and_generates(
     assert torch.isfinite(logits(target)).all()
     model = load_model(target, torch.float32)
     assert generates(model, 3)
-    assert axis_sizes(family, model.config.to_dict()) == {**targets, "layers": len(kept)}
+    assert Architecture(family, model.config.to_dict()).sizes == {**targets, "layers": len(kept)}
     counted = sum(
         torch.Size(entry.shape).numel() for entry in open_checkpoint(target).entries.values()
     )
-    assert model_size(family, config_with_sizes(family, cut_config(Cut(family, checkpoint.config, {}, kept)), {**targets, "layers": len(kept)})).parameters == counted  # fmt: skip
+    assert model_size(Cut(checkpoint.architecture, {}, kept).result.resized({**targets, "layers": len(kept)})).parameters == counted  # fmt: skip
 
 
 @pytest.mark.parametrize("axis", ["heads", "kv_heads", "ffn"])
@@ -185,7 +183,7 @@ def test_layers_are_renumbered_and_their_lists_cut():
         "model_type": "llama", "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 3,
         "num_attention_heads": 2, "vocab_size": 5, "layer_types": ["a", "b", "c"],
     }  # fmt: skip
-    cut = Cut(family, config, {}, (0, 2))
+    cut = Cut(Architecture(family, config), {}, (0, 2))
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
     found = [(piece.name, piece.source) for piece in pieces(cut, names)]
     assert found == [(names[0], names[0]), (names[1], names[2])]
@@ -196,4 +194,4 @@ def test_layers_are_renumbered_and_their_lists_cut():
         4,
     )
     with pytest.raises(ValueError, match="layer_types should list 3 layers"):
-        cut_config(Cut(family, {**config, "layer_types": ["a"]}, {}, (0,)))
+        cut_config(Cut(Architecture(family, {**config, "layer_types": ["a"]}), {}, (0,)))

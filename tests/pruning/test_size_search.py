@@ -8,19 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_minitron.families import (
-    axis_sizes,
-    check_layers,
-    check_sizes,
-    config_with_sizes,
-    families,
-    present_axes,
-)
+from nemo_minitron.families import Architecture, architecture_of, check_sizes, families
+from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.proofs.tiny_models import tiny_config
-from nemo_minitron.pruning.cost import alignment, model_size
+from nemo_minitron.pruning.cost import Size, alignment, model_size
 from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.pruning.size_search import MEASURES, candidates, default_choices, halving, rungs
-from nemo_minitron.pruning.slice import Cut, cut_config
+from nemo_minitron.pruning.slice import Cut
 
 NEMOTRON = {
     "model_type": "nemotron", "vocab_size": 256000, "num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128,
@@ -61,7 +55,7 @@ SPACE_8B = {**SPACE, "heads": [32, 48], "hidden": [4096, 4608, 5120, 5632, 6144]
 
 
 def of(config):
-    return families()[config["model_type"]], config
+    return architecture_of(config)
 
 
 def by_hand(layers, expansion, heads, hidden):
@@ -84,7 +78,7 @@ def by_hand(layers, expansion, heads, hidden):
     ],
 )
 def test_the_papers_search_spaces(space, least, most, count):
-    found = candidates(*of(NEMOTRON), space, least, most)
+    found = candidates(of(NEMOTRON), space, least, most)
     assert len(found) == count
     expected = {}
     for layers, expansion, heads, hidden in itertools.product(
@@ -103,20 +97,20 @@ def test_the_papers_search_spaces(space, least, most, count):
 
 
 def test_the_papers_models_are_found():
-    four = [one.sizes for one in candidates(*of(NEMOTRON), SPACE_4B, 3_800_000_000, 4_200_000_000)]
+    four = [one.sizes for one in candidates(of(NEMOTRON), SPACE_4B, 3_800_000_000, 4_200_000_000)]
     assert {"hidden": 3072, "ffn": 9216, "heads": 24, "layers": 32} in four
-    eight = [one.sizes for one in candidates(*of(NEMOTRON), SPACE_8B, 7_871_000_000, 8_494_499_999)]
+    eight = [one.sizes for one in candidates(of(NEMOTRON), SPACE_8B, 7_871_000_000, 8_494_499_999)]
     assert {"hidden": 4096, "ffn": 16384, "heads": 48, "layers": 32} in eight
 
 
 def test_the_nearest_to_the_middle_come_first_and_ties_go_to_the_smaller_sizes():
-    found = candidates(*of(NEMOTRON), SPACE_4B, 3_800_000_000, 4_200_000_000)
+    found = candidates(of(NEMOTRON), SPACE_4B, 3_800_000_000, 4_200_000_000)
     distances = [abs(one.size.parameters - 4_000_000_000) for one in found]
     assert distances == sorted(distances)
     assert distances[0] == 11_190_272
     # the cache knows layers and kv_heads alone, so every width costs the same
     choices = {"ffn": [4096, 1024, 1024], "hidden": [4096, 2048]}
-    equal = candidates(*of(LLAMA), choices, 0, 10**9, "kv_bytes_per_token")
+    equal = candidates(of(LLAMA), choices, 0, 10**9, "kv_bytes_per_token")
     assert [(one.sizes["hidden"], one.sizes["ffn"]) for one in equal] == [
         (2048, 1024),
         (2048, 4096),
@@ -126,18 +120,18 @@ def test_the_nearest_to_the_middle_come_first_and_ties_go_to_the_smaller_sizes()
 
 
 def test_the_window_holds_its_ends():
-    size = model_size(*of(LLAMA))
-    (one,) = candidates(*of(LLAMA), {"ffn": [14336, 7168]}, size.parameters, size.parameters)
+    size = model_size(of(LLAMA))
+    (one,) = candidates(of(LLAMA), {"ffn": [14336, 7168]}, size.parameters, size.parameters)
     assert (one.sizes, one.size) == ({"ffn": 14336}, size)
 
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_any_cost_can_be_the_budget(measure):
     sizes = {"hidden": [2048, 4096], "ffn": [7168, 14336], "kv_heads": [4, 8]}
-    every = candidates(*of(LLAMA), sizes, 0, 10**18, measure)
+    every = candidates(of(LLAMA), sizes, 0, 10**18, measure)
     assert len(every) == 8
     limit = sorted(getattr(one.size, measure) for one in every)[3]
-    found = candidates(*of(LLAMA), sizes, 0, limit, measure)
+    found = candidates(of(LLAMA), sizes, 0, limit, measure)
     assert sorted(map(str, found)) == sorted(
         str(one) for one in every if getattr(one.size, measure) <= limit
     )
@@ -145,17 +139,15 @@ def test_any_cost_can_be_the_budget(measure):
 
 
 def test_combinations_that_the_family_refuses_are_left_out():
-    family, config = of(LLAMA)
-    found = candidates(family, config, {"heads": [20, 24, 32], "hidden": [3072, 3584]}, 0, 10**10)
+    model = of(LLAMA)
+    found = candidates(model, {"heads": [20, 24, 32], "hidden": [3072, 3584]}, 0, 10**10)
     # 20 heads do not fill 8 groups; 3584 channels do not divide among 24 heads
     assert sorted((one.sizes["heads"], one.sizes["hidden"]) for one in found) == [
         (24, 3072),
         (32, 3072),
         (32, 3584),
     ]
-    found = candidates(
-        family, config, {"expansion": [0.7501, 3.5, 4], "hidden": [4000, 4096]}, 0, 10**10
-    )
+    found = candidates(model, {"expansion": [0.7501, 3.5, 4], "hidden": [4000, 4096]}, 0, 10**10)
     # 0.7501 x either is no whole number, 4 x either is more than the model has
     assert sorted((one.sizes["hidden"], one.sizes["ffn"]) for one in found) == [
         (4000, 14000),
@@ -164,23 +156,21 @@ def test_combinations_that_the_family_refuses_are_left_out():
 
 
 def test_heads_follow_their_groups_and_are_shown():
-    (one,) = candidates(*of(LLAMA), {"kv_heads": [4]}, 0, 10**10)
+    (one,) = candidates(of(LLAMA), {"kv_heads": [4]}, 0, 10**10)
     assert one.sizes == {"heads": 16, "kv_heads": 4}
 
 
 def test_layers_that_the_architecture_needs_are_kept():
-    family, config = of(MODELS["hybrid"])
+    model = of(MODELS["hybrid"])
     choices = {"layers": [5, 6, 52]}  # the first attention layer is the sixth
-    found = candidates(family, config, choices, 0, 10**12)
+    found = candidates(model, choices, 0, 10**12)
     assert sorted(one.sizes["layers"] for one in found) == [6, 52]
-    ends = candidates(
-        family, config, choices, 0, 10**12, keep_layers=lambda count: range(52 - count, 52)
-    )
+    ends = candidates(model, choices, 0, 10**12, keep_layers=lambda count: range(52 - count, 52))
     assert sorted(one.sizes["layers"] for one in ends) == [52]  # the last ones have none either
     with pytest.raises(
         ValueError, match=r"search: expected sizes that fit .* needs a layer with heads"
     ):
-        candidates(family, config, {"layers": [3, 4]}, 0, 10**12)
+        candidates(model, {"layers": [3, 4]}, 0, 10**12)
 
 
 @pytest.mark.parametrize(
@@ -205,15 +195,15 @@ def test_layers_that_the_architecture_needs_are_kept():
 )  # fmt: skip
 def test_what_cannot_be_searched_is_said_in_a_line(choices, options, message):
     with pytest.raises(ValueError) as error:
-        candidates(*of(LLAMA), choices, **{"least": 0, "most": 10**10, **options})
+        candidates(of(LLAMA), choices, **{"least": 0, "most": 10**10, **options})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_an_empty_window_names_the_nearest_sizes_on_both_sides():
-    family, config = of(NEMOTRON)
+    model = of(NEMOTRON)
     with pytest.raises(ValueError) as error:
-        candidates(family, config, SPACE_4B, 3_990_000_000, 4_000_000_000)
+        candidates(model, SPACE_4B, 3_990_000_000, 4_000_000_000)
     assert str(error.value) == (
         "search: expected parameters of 3,990,000,000 to 4,000,000,000, found none; nearest: "
         "3,984,901,120 (hidden=2560, ffn=10240, heads=48, layers=30); "
@@ -222,28 +212,47 @@ def test_an_empty_window_names_the_nearest_sizes_on_both_sides():
     with pytest.raises(
         ValueError, match=r"nearest: 2,869,468,160 \(hidden=2560, ffn=6400, heads=24, layers=29\)$"
     ):
-        candidates(family, config, SPACE_4B, 1, 2)
+        candidates(model, SPACE_4B, 1, 2)
 
 
-def really(family, config, before, targets, layers):
+def tensor_by_tensor(model, context=4096, cache_bytes=2):
+    """Cost of a model, added up over the tensors that its file holds."""
+    sizes = model.sizes
+    parameters = non_embedding = active = matrix = 0
+    for _, row, shape in model.tensors():
+        count = met = math.prod(shape)
+        if "expert_ffn" in row_axes(row.dims):
+            met = count * sizes["experts_per_token"] // sizes["experts"]
+        parameters, active = parameters + count, active + met
+        if "vocab" not in row_axes(row.dims):
+            non_embedding += count
+            matrix += met if len(shape) > 1 else 0
+    attention = len(model.present.get("heads", []))
+    flops = 2 * (matrix + sizes["vocab"] * sizes["hidden"])
+    flops += 4 * sizes["heads"] * sizes["head_dim"] * attention * (context // 2)
+    cache = 2 * attention * sizes["kv_heads"] * sizes["head_dim"] * cache_bytes
+    return Size(parameters, non_embedding, active, flops, cache, context, cache_bytes)
+
+
+def really(model, targets, layers):
     """Cost of the model that a cut to these sizes writes."""
-    keep = {n: torch.arange(s) for n, s in targets.items() if n != "layers" and s < before[n]}
-    return model_size(family, cut_config(Cut(family, config, keep, tuple(layers))))
+    keep = {n: torch.arange(s) for n, s in targets.items() if n != "layers" and s < model.sizes[n]}
+    return tensor_by_tensor(Cut(model, keep, tuple(layers)).result)
 
 
-def every_combination(family, config, choices, keep_layers):
+def every_combination(model, choices, keep_layers):
     """Sizes and cost of what is allowed, each worked out from a config of its own."""
-    before = axis_sizes(family, config)
+    family, before = model.family, model.sizes
     for values in itertools.product(*choices.values()):
         asked = dict(zip(choices, values, strict=True))
         try:
             targets = complete_targets(family, before, asked)
             check_sizes(family, targets, "plan")
-            check_layers(family, config, keep_layers(targets["layers"]), "plan")
+            model.check_layers(keep_layers(targets["layers"]), "plan")
         except ValueError:
             continue
         shown = {n: s for n, s in targets.items() if n in asked or s != before[n]}
-        yield shown, really(family, config, before, targets, keep_layers(targets["layers"]))
+        yield shown, really(model, targets, keep_layers(targets["layers"]))
 
 
 SPECIMENS = [(name, changes) for name, family in families().items() for changes in family.proofs]
@@ -259,10 +268,8 @@ SPECIMENS = [(name, changes) for name, family in families().items() for changes 
 def test_every_candidate_costs_what_its_written_config_costs_and_none_is_missed(
     specimen, last, measure, data
 ):
-    family = families()[specimen[0]]
-    config = tiny_config(family, specimen[1])
-    sizes, present = axis_sizes(family, config), present_axes(family, config)
-    axes = [name for name in family.prunable if name in present]
+    model = of(tiny_config(families()[specimen[0]], specimen[1]))
+    sizes, axes = model.sizes, model.prunable
     named = data.draw(st.lists(st.sampled_from(axes), min_size=1, max_size=3, unique=True), "axes")
     choices = {
         name: data.draw(
@@ -276,57 +283,52 @@ def test_every_candidate_costs_what_its_written_config_costs_and_none_is_missed(
     def keep_layers(count):
         return range(sizes["layers"] - count, sizes["layers"]) if last else range(count)
 
-    expected = list(every_combination(family, config, choices, keep_layers))
+    expected = list(every_combination(model, choices, keep_layers))
     costs = sorted({getattr(size, measure) for _, size in expected})
     least, most = sorted(
         data.draw(st.tuples(st.sampled_from(costs), st.sampled_from(costs)), "window")
     )
-    found = candidates(family, config, choices, least, most, measure, keep_layers)
+    found = candidates(model, choices, least, most, measure, keep_layers)
     assert all(least <= getattr(one.size, measure) <= most for one in found)
     inside = [(sizes, size) for sizes, size in expected if least <= getattr(size, measure) <= most]
     assert sorted(((one.sizes, one.size) for one in found), key=str) == sorted(inside, key=str)
 
 
 def test_a_table_whose_tensors_depend_on_a_width_is_counted_right():
-    family, config = of({**LLAMA, "num_hidden_layers": 2})
+    model = of({**LLAMA, "num_hidden_layers": 2})
     rows = tuple(
         dataclasses.replace(row, when="num_key_value_heads > 4")
         if row.pattern.endswith("o_proj.bias")
         else row
-        for row in family.rows
+        for row in model.family.rows
     )
-    assert rows != family.rows
-    family = dataclasses.replace(family, rows=rows)
+    assert rows != model.family.rows
+    model = Architecture(dataclasses.replace(model.family, rows=rows), model.config)
     choices = {"kv_heads": [2, 4, 8], "hidden": [2048, 4096]}
-    found = candidates(family, config, choices, 0, 10**10)
-    expected = every_combination(family, config, choices, range)
+    found = candidates(model, choices, 0, 10**10)
+    expected = every_combination(model, choices, range)
     assert sorted(((one.sizes, one.size) for one in found), key=str) == sorted(expected, key=str)
 
 
 def test_ten_thousand_combinations_take_seconds():
-    family, config = of(MODELS["experts"])
+    model = of(MODELS["experts"])
     choices = {
         "hidden": [1024, 1280, 1536, 1792, 2048], "heads": [16, 20, 24, 28, 32], "experts": [64, 80, 96, 112, 128],
         "expert_ffn": [384, 512, 640, 768], "kv_heads": [4], "layers": range(27, 49),
     }  # fmt: skip
     assert math.prod(map(len, choices.values())) == 11_000
     begin = time.monotonic()
-    found = candidates(family, config, choices, 0, 10**12)
+    found = candidates(model, choices, 0, 10**12)
     assert time.monotonic() - begin < 20  # writing and counting every config takes minutes
     assert len(found) == 11_000
     for one in found[:: len(found) // 3]:
         layers = range(one.sizes["layers"])
-        cut = cut_config(Cut(family, config, {}, tuple(layers)))
-        assert (
-            model_size(
-                family, config_with_sizes(family, cut, {**axis_sizes(family, config), **one.sizes})
-            )
-            == one.size
-        )
+        cut = Cut(model, {}, tuple(layers)).result
+        assert tensor_by_tensor(cut.resized({**model.sizes, **one.sizes})) == one.size
 
 
 def test_a_default_grid_holds_the_papers_space():
-    grid = default_choices(*of(NEMOTRON), 8 / 15.629)
+    grid = default_choices(of(NEMOTRON), 8 / 15.629)
     assert grid["hidden"] == SPACE_8B["hidden"]
     assert grid["layers"] == [29, 30, 31, 32]
     assert grid["heads"] == [32, 40, 48]
@@ -335,64 +337,63 @@ def test_a_default_grid_holds_the_papers_space():
         24576,
     )  # 2.5 x the least hidden; the model's own
     assert "kv_heads" not in grid
-    small = default_choices(*of(NEMOTRON), 4 / 15.629)
+    small = default_choices(of(NEMOTRON), 4 / 15.629)
     assert (small["hidden"][0], small["layers"]) == (2560, [29, 30, 31, 32])
 
 
 def test_a_small_share_may_cost_half_of_the_layers():
-    assert default_choices(*of(NEMOTRON), 0.2)["layers"] == [16, 24, 29, 30, 31, 32]
-    assert default_choices(*of(NEMOTRON), 0.25)["layers"] == [29, 30, 31, 32]
+    assert default_choices(of(NEMOTRON), 0.2)["layers"] == [16, 24, 29, 30, 31, 32]
+    assert default_choices(of(NEMOTRON), 0.25)["layers"] == [29, 30, 31, 32]
 
 
 def test_units_of_a_default_grid_go_in_whole_groups():
-    assert default_choices(*of(LLAMA), 0.5)["heads"] == [16, 24, 32]  # 8 groups
-    grid = default_choices(*of(MODELS["a group per head"]), 0.5)
+    assert default_choices(of(LLAMA), 0.5)["heads"] == [16, 24, 32]  # 8 groups
+    grid = default_choices(of(MODELS["a group per head"]), 0.5)
     assert grid["kv_heads"] == [20, 24, 28, 32]
     assert "heads" not in grid
-    hybrid = default_choices(*of(MODELS["hybrid"]), 0.5)
+    hybrid = default_choices(of(MODELS["hybrid"]), 0.5)
     assert not {"mamba_state", "mamba_head_dim", "mamba_groups", "ffn"} & set(
         hybrid
     )  # it has no dense MLP
     assert all(heads % 8 == 0 for heads in hybrid["mamba_heads"])
     assert len(hybrid["mamba_heads"]) > 1
-    least = default_choices(*of({**MODELS["experts"], "num_experts": 16}), 0.1)["experts"][0]
+    least = default_choices(of({**MODELS["experts"], "num_experts": 16}), 0.1)["experts"][0]
     assert least == 8  # a token is sent to 8
 
 
 def test_an_axis_that_a_table_fixes_is_not_in_the_grid():
-    family, config = of(LLAMA)
-    axes = {**family.axes, "hidden": dataclasses.replace(family.axes["hidden"], fixed=True)}
-    grid = default_choices(dataclasses.replace(family, axes=axes), config, 0.5)
+    model = of(LLAMA)
+    fixed = dataclasses.replace(model.family.axes["hidden"], fixed=True)
+    family = dataclasses.replace(model.family, axes={**model.family.axes, "hidden": fixed})
+    grid = default_choices(Architecture(family, model.config), 0.5)
     assert [*grid] == ["ffn", "heads", "layers"]
 
 
 def test_a_model_of_an_odd_width_shrinks_to_round_ones():
-    ffn = default_choices(*of({**LLAMA, "intermediate_size": 10922}), 0.5)["ffn"]
+    ffn = default_choices(of({**LLAMA, "intermediate_size": 10922}), 0.5)["ffn"]
     assert len(ffn) == 6
     assert [size % 64 for size in ffn] == [0, 0, 0, 0, 0, 42]
-    tiny = default_choices(*of({**LLAMA, "intermediate_size": 180}), 0.5)["ffn"]
+    tiny = default_choices(of({**LLAMA, "intermediate_size": 180}), 0.5)["ffn"]
     assert [size % 4 for size in tiny] == [0] * 6  # too few for kernels to mind, yet no odd ones
 
 
 def test_where_heads_make_up_the_width_the_grid_shrinks_both_alike():
-    grid = default_choices(*of(MODELS["heads tied to hidden"]), 0.5)
+    grid = default_choices(of(MODELS["heads tied to hidden"]), 0.5)
     assert (grid["hidden"], grid["heads"]) == ([2560, 3840, 5120], [16, 24, 32])
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_default_grid_reaches_the_budget_with_sizes_that_kernels_like(name, share):
-    family, config = of(MODELS[name])
-    sizes, whole = axis_sizes(family, config), model_size(family, config).parameters
-    grid = default_choices(family, config, share)
+    model = of(MODELS[name])
+    sizes, whole = model.sizes, model_size(model).parameters
+    grid = default_choices(model, share)
     assert math.prod(map(len, grid.values())) <= 10_000
     for axis, options in grid.items():
         assert 2 <= len(options) <= 6
         assert options == sorted(set(options))
         assert options[-1] == sizes[axis]
-    found = candidates(
-        family, config, grid, math.ceil(0.95 * share * whole), int(1.05 * share * whole)
-    )
+    found = candidates(model, grid, math.ceil(0.95 * share * whole), int(1.05 * share * whole))
     assert len(found) >= 4
     for one in found:
         assert alignment(sizes, {**sizes, **one.sizes}) == []
@@ -400,18 +401,17 @@ def test_a_default_grid_reaches_the_budget_with_sizes_that_kernels_like(name, sh
 
 @pytest.mark.parametrize(("name", "changes"), SPECIMENS)
 def test_tiny_models_have_a_default_grid_too(name, changes):
-    family = families()[name]
-    config = tiny_config(family, changes)
-    grid = default_choices(family, config, 0.5)
+    model = of(tiny_config(families()[name], changes))
+    grid = default_choices(model, 0.5)
     assert {"hidden", "layers"} <= set(grid)
-    smallest = candidates(family, config, grid, 0, model_size(family, config).parameters // 2)
-    assert smallest[0].size.parameters * 2 <= model_size(family, config).parameters
+    smallest = candidates(model, grid, 0, model_size(model).parameters // 2)
+    assert smallest[0].size.parameters * 2 <= model_size(model).parameters
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.5, 1.2, math.nan])
 def test_a_share_is_a_part(share):
     with pytest.raises(ValueError, match=rf"^share: expected .* 0 < share < 1, found {share}$"):
-        default_choices(*of(LLAMA), share)
+        default_choices(of(LLAMA), share)
 
 
 def test_the_least_scores_go_on():

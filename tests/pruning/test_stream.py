@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_minitron.checkpoints.checkpoint import load_tensor, open_checkpoint
 from nemo_minitron.checkpoints.shard_writer import Planned, ShardWriter, write_weights
-from nemo_minitron.families import axis_sizes, expected_tensors, families, present_axes
+from nemo_minitron.families import Architecture, families
 from nemo_minitron.proofs.proof import TOGETHER, halved
 from nemo_minitron.proofs.tiny_models import permutation, tiny_model
 from nemo_minitron.pruning import stream
@@ -28,14 +28,14 @@ from tests.support.runs import minitron
 
 
 def half_of_everything(checkpoint, seed=0, layers=(1, 3)):
-    family, sizes = checkpoint.family, axis_sizes(checkpoint.family, checkpoint.config)
-    present = present_axes(family, checkpoint.config)
+    family, sizes = checkpoint.family, checkpoint.architecture.sizes
+    present = checkpoint.architecture.present
     targets = halved(family, sizes, TOGETHER, [axis for axis in family.prunable if axis in present])
     scores = {
         axis: random_scores(score_shape(family, sizes, axis), seed) for axis in family.prunable
     }
     keep = select_units(family, scores, sizes, {k: v for k, v in targets.items() if k != "layers"})
-    return Cut(family, checkpoint.config, keep, layers)
+    return Cut(checkpoint.architecture, keep, layers)
 
 
 def run(checkpoint, cuts, work, shard_bytes=10**9):
@@ -91,10 +91,10 @@ def test_the_stream_equals_slices_in_memory_whatever_blocks_shards_and_dtypes(
     checkpoint = open_checkpoint(
         retype(tiny_model(family, family.proofs[0], tmp_path / "m"), dtypes)
     )
-    turned = permutation(family, checkpoint.config, [a for a in family.prunable if a != "layers"])
+    turned = permutation(checkpoint.architecture, [a for a in family.prunable if a != "layers"])
     read = partial(load_tensor, checkpoint)
     for i, cut in enumerate(
-        (half_of_everything(checkpoint), Cut(family, checkpoint.config, turned, (0, 1, 2, 3)))
+        (half_of_everything(checkpoint), Cut(checkpoint.architecture, turned, (0, 1, 2, 3)))
     ):
         seen = []
         target = tmp_path / f"cut{i}"
@@ -124,7 +124,7 @@ BIG = {
 def big(tmp_path_factory):
     """74 MB: large beside headers and side files."""
     folder = tmp_path_factory.mktemp("big")
-    shapes = {name: shape for name, _, shape in expected_tensors(families()["llama"], BIG)}
+    shapes = {name: shape for name, _, shape in Architecture(families()["llama"], BIG).tensors()}
     generator = torch.Generator().manual_seed(0)
     write_weights(
         folder,
@@ -156,8 +156,8 @@ def test_two_plans_read_the_source_once_and_give_what_each_gives_alone(tmp_path,
     checkpoint = open_checkpoint(big)
     half = {"ffn": torch.arange(1, 2048, 2).expand(8, -1)}
     cuts = [
-        Cut(checkpoint.family, BIG, half, tuple(range(8))),
-        Cut(checkpoint.family, BIG, {"hidden": torch.arange(384)}, (0, 1, 2, 5, 6, 7)),
+        Cut(checkpoint.architecture, half, tuple(range(8))),
+        Cut(checkpoint.architecture, {"hidden": torch.arange(384)}, (0, 1, 2, 5, 6, 7)),
     ]
     size = sum(path.stat().st_size for path in big.glob("*.safetensors"))
     together = bytes_read(lambda: run(checkpoint, cuts, tmp_path / "together"))
@@ -177,8 +177,8 @@ def test_only_what_survives_is_read(tmp_path, big):
     first_half = {"ffn": torch.arange(1024).expand(8, -1)}
     for i, cut in enumerate(
         (
-            Cut(checkpoint.family, BIG, {}, (0, 3)),
-            Cut(checkpoint.family, BIG, first_half, (4,)),
+            Cut(checkpoint.architecture, {}, (0, 3)),
+            Cut(checkpoint.architecture, first_half, (4,)),
         )
     ):
         read = bytes_read(lambda cut=cut, i=i: run(checkpoint, [cut], tmp_path / f"{i}"))
@@ -205,7 +205,7 @@ def test_a_source_that_ends_early_is_an_error_and_not_zeros(tmp_path, big):
     path = sorted(copy.glob("*.safetensors"))[-1]
     os.truncate(path, path.stat().st_size - 1000)
     with pytest.raises(OSError, match=r"ends .* bytes early"):
-        run(checkpoint, [Cut(checkpoint.family, BIG, {}, tuple(range(8)))], tmp_path / "out")
+        run(checkpoint, [Cut(checkpoint.architecture, {}, tuple(range(8)))], tmp_path / "out")
 
 
 def asked(source, workspace, *more):

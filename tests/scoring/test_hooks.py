@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.families import families
+from nemo_minitron.families import Architecture, families
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.proofs.tiny_models import tiny_model
 from nemo_minitron.scoring.calibration_sums import merge_sums, rankings
@@ -204,7 +204,7 @@ def test_watching_the_experts_changes_nothing(tmp_path, name):
     folder = tiny_model(family, family.proofs[0], tmp_path / "m")
     model = load_model(folder)
     tokens = torch.randint(2, 96, (2, 12))
-    recorder = Recorder(family, open_checkpoint(folder).config, ALL)
+    recorder = Recorder(open_checkpoint(folder).architecture, ALL)
     with torch.inference_mode():
         before = model(tokens, use_cache=False).logits
         with recorder.attached(model):
@@ -235,7 +235,7 @@ def test_any_split_over_batches_and_runs_merges_to_the_whole(tmp_path):
 
 def test_hooks_are_gone_afterwards_also_after_an_error(tmp_path):
     model = load_model(make_model(tmp_path / "m", "llama"))
-    recorder = Recorder(families()["llama"], model.config.to_dict(), ALL)
+    recorder = Recorder(Architecture(families()["llama"], model.config.to_dict()), ALL)
     with pytest.raises(RuntimeError, match="stop"), recorder.attached(model):
         raise RuntimeError("stop")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -132,7 +132,7 @@ def test_a_detour_leaves_no_trace(tmp_path):
     tokens = torch.arange(8)[None]
     with torch.inference_mode():
         before = model(tokens).logits
-        with LayerControl(model, families()["llama"], 3).attached() as detour:
+        with LayerControl(model, families()["llama"]).attached() as detour:
             assert torch.equal(model(tokens).logits, before)
             detour.skip = frozenset({1})
             assert not torch.allclose(model(tokens, use_cache=False).logits, before)

@@ -15,7 +15,7 @@ from nemo_minitron.config.compose import load_config
 from nemo_minitron.distillation.teacher_logits_pass import teach
 from nemo_minitron.evaluation.report import read_report
 from nemo_minitron.evaluation.speed import Case, _measure
-from nemo_minitron.families import families, present_axes
+from nemo_minitron.families import Architecture, families
 from nemo_minitron.losses import wide_matmul
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
 from nemo_minitron.losses.intermediate import IntermediateWeights
@@ -179,7 +179,7 @@ def test_every_family_is_scored_and_taught(tmp_path, monkeypatch, name):
     family = families()[name]
     folder = tiny_model(family, family.proofs[0], tmp_path / "m")
     checkpoint, found = open_checkpoint(folder), []
-    attended = present_axes(family, read_config(folder))["heads"][0]
+    attended = Architecture(family, read_config(folder)).present["heads"][0]
     inside = IntermediateWeights(ALL, layers=((attended, attended),), relation_heads=2, alpha=1.0)
     for place, device in (("here", torch.device("cpu")), ("there", DEVICE)):
         with accelerator.accelerator():

@@ -86,16 +86,13 @@ def stream(
 ) -> Path:
     """Cuts a saved model through the streaming writer."""
     from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-    from nemo_minitron.families import axis_sizes
     from nemo_minitron.pruning.slice import Cut
     from nemo_minitron.pruning.stream import write_pruned
 
     checkpoint = open_checkpoint(source)
-    every = range(axis_sizes(checkpoint.family, checkpoint.config)["layers"])
+    every = range(checkpoint.architecture.sizes["layers"])
     target.mkdir()
-    cut = Cut(
-        checkpoint.family, checkpoint.config, keep, tuple(every) if layers is None else layers
-    )
+    cut = Cut(checkpoint.architecture, keep, tuple(every) if layers is None else layers)
     write_pruned(checkpoint, [(target, cut)], 10**9)
     return target
 

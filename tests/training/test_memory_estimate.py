@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_minitron.checkpoints.hf_config import read_config
-from nemo_minitron.families import families
+from nemo_minitron.families import Architecture, families
 from nemo_minitron.losses.fused_linear_loss import CHUNK_BYTES
 from nemo_minitron.models.causal_lm import hidden_states, load_model
 from nemo_minitron.training.memory_estimate import Launch, activations_per_token, training_footprint
@@ -38,7 +38,7 @@ def test_activations_are_near_what_autograd_keeps(tmp_path, name):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden_states(model, families()[name], torch.randint(0, 90, (2, 32)))
     measured = sum(kept.values()) / 4 / 64
-    estimated = sum(activations_per_token(families()[name], read_config(folder)))
+    estimated = sum(activations_per_token(Architecture(families()[name], read_config(folder))))
     assert estimated == pytest.approx(measured, rel=0.34)
 
 
@@ -49,15 +49,16 @@ def test_the_rest_is_arithmetic(tmp_path):
     count = sum(parameter.numel() for parameter in model.parameters())
     layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     outside = count - len(model.model.layers) * layer
-    one = training_footprint(family, config, Launch(precision="bf16-mixed", tokens=1000))
+    one = training_footprint(
+        Architecture(family, config), Launch(precision="bf16-mixed", tokens=1000)
+    )
     assert (one.weights, one.gradients, one.optimizer) == (4 * count, 4 * count, 8 * count)
     assert (one.gathered, one.teacher) == (2 * count, 0)  # what autocast copies
     assert one.loss == 1000 * 96 * 2 + config["vocab_size"] * 96 * 4 + 3 * CHUNK_BYTES
     four = training_footprint(
-        family,
-        config,
+        Architecture(family, config),
         Launch(4, True, precision="bf16-true", tokens=1000, checkpointing=True),
-        (family, config),
+        Architecture(family, config),
     )
     assert four.weights == -(-count // 4) * 2
     assert four.gathered == (2 * layer + outside) * 2
@@ -66,7 +67,7 @@ def test_the_rest_is_arithmetic(tmp_path):
     assert four.total == sum(
         (four.weights * 4, four.gathered, four.teacher, four.activations, four.loss)
     )
-    split = training_footprint(family, config, Launch(4, True, 2, tokens=1000))
+    split = training_footprint(Architecture(family, config), Launch(4, True, 2, tokens=1000))
     assert split.weights < 4 * count / 2 + 4 * outside
     assert split.activations < one.activations
 

@@ -1,0 +1,127 @@
+"""transformers: tries what an export must be able to do on a tiny model of the source's own settings.
+
+A setting that a plain ``generate`` or ``save_pretrained`` refuses would else be found out after the
+training.
+"""
+
+import itertools
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from nemo_minitron.checkpoints.hf_config import both_spellings
+from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES, copy_side_files
+from nemo_minitron.families import Architecture, check_sizes
+from nemo_minitron.models.causal_lm import load_model, not_built
+from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.security.plain_text import plain
+
+LARGEST = 20_000_000
+"""Parameters of a model that is still made in a second or so; a larger one is not tried."""
+
+
+def check_builds(folder: Path, model: Architecture) -> None:
+    """Builds a layer of each kind, with its own widths, without memory.
+
+    Raises:
+        ValueError: transformers refuses the config.json; the message names its key where the error
+            does.
+    """
+    try:
+        with torch.device("meta"):
+            _made(_config(_short(model)))
+    except Exception as error:  # whatever transformers' validators and layers raise
+        raise not_built(folder, model.config, error) from error
+
+
+def try_export(folder: Path, model: Architecture) -> None:
+    """Saves a random tiny model of these settings, loads it, and generates a token as a card shows it.
+
+    Args:
+        folder: the source, with its tokenizer and its generation_config.json.
+        model: its architecture.
+
+    Raises:
+        ValueError: a setting stops it; the message names the file and the key where the error does.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                made = _made(_config(smallest(model)))
+        except Exception:  # small widths are this module's choice: no fault of the source
+            return
+        try:
+            made.save_pretrained(work)
+        except Exception as error:
+            raise not_built(folder, model.config, error) from error
+        copy_side_files(folder, work)
+        try:
+            loaded = load_model(work)
+            loaded.save_pretrained(work / "again")  # as a student is saved: with these settings
+            if any((work / file).is_file() for file in TOKENIZER_FILES):
+                _generate(loaded, work)
+        except Exception as error:
+            raise ValueError(
+                f"{folder}: an export with this generation_config.json and this tokenizer would not "
+                f"work with plain transformers: {type(error).__name__}: {plain(error, 400)}"
+            ) from error
+
+
+def _config(model: Architecture) -> Any:
+    entries = both_spellings(model.config)
+    return transformers.AutoConfig.for_model(entries.pop("model_type"), **entries)
+
+
+def _made(config: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _generate(model: Any, work: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(work, trust_remote_code=False)
+    inputs = tokenizer("The", return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        outputs = model.generate(**inputs, max_length=length + 1)
+    assert outputs.shape[1] == length + 1, "generate produced no token"
+    tokenizer.decode(outputs[0], skip_special_tokens=True)
+
+
+def smallest(model: Architecture) -> Architecture:
+    """A model of the same kind with few layers, and about the least widths that its family allows."""
+    short = _short(model)
+    axes = [name for name in model.prunable if name != "layers"]
+    together = [pair for count in (1, 2) for pair in itertools.combinations(axes, count)]
+    sizes, shrinks = dict(short.sizes), True
+    while shrinks:
+        halves = (_halved(model, sizes, names) for names in together)
+        found = next((half for half in halves if half is not None), None)
+        sizes, shrinks = found or sizes, found is not None
+    return short.resized(sizes)
+
+
+def _short(model: Architecture) -> Architecture:
+    """The model with one layer of each kind; whole where it cannot be cut so."""
+    kinds = [layers[0] for axis, layers in model.present.items() if layers and axis != "hidden"]
+    try:
+        return Cut(model, {}, tuple(sorted({0, *kinds}))).result
+    except ValueError:
+        return model
+
+
+def _halved(
+    model: Architecture, sizes: Mapping[str, int], names: Sequence[str]
+) -> dict[str, int] | None:
+    """The sizes with some of them halved, unless one is odd or small or the family refuses the result."""
+    if any(sizes[name] % 2 or sizes[name] < 8 for name in names):
+        return None
+    half = {**sizes, **{name: sizes[name] // 2 for name in names}}
+    try:
+        check_sizes(model.family, half, "here")
+    except ValueError:
+        return None
+    return half
