@@ -23,6 +23,7 @@ from nemo_minitron.scoring.layer_removal import (
 )
 from nemo_minitron.scoring.pass_runner import Runner
 from nemo_minitron.scoring.scores_file import Scores, read_scores
+from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import Input, read_manifest
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def _merged(
     """Adds up the parts that other runs scored."""
     found = CalibrationSums()
     for name in config.score.merge:
-        place = Path(name).expanduser() / "scores"
+        place = Workspace(Path(name).expanduser()).scores
         manifest = read_manifest(place)
         if manifest is None or manifest.config.get("importance") != "activation":
             raise ValueError(f"score.merge: {place}: no scores from activations there")

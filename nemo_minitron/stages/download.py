@@ -11,6 +11,7 @@ from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.build import building
+from nemo_minitron.workspace.layout import Workspace, model_in
 from nemo_minitron.workspace.manifest import Input, digest, read_manifest, write_json
 
 
@@ -20,13 +21,13 @@ def recipe(config: Config) -> Recipe:
     Raises:
         ValueError: no such model, or one that cannot be pruned; the message says why.
     """
-    workspace = workspace_of(config)
+    workspace = Workspace(workspace_of(config))
     folder, revision, given = _locate(config, workspace)
     checkpoint = _opened(folder, revision)
-    inside = folder.is_relative_to(workspace)
+    inside = folder.is_relative_to(workspace.root)
     inputs = [Input(given, checkpoint.fingerprint, _finished(folder.parent) if inside else None)]
     # a folder of the workspace is pointed at from inside it, so that the workspace can move
-    pointer = os.path.relpath(folder, workspace) if inside else str(folder.resolve())
+    pointer = os.path.relpath(folder, workspace.root) if inside else str(folder.resolve())
     settings = {"revision": revision}
 
     def build(_state: Path, target: Path, _ranks: Ranks) -> None:
@@ -45,19 +46,19 @@ def recipe(config: Config) -> Recipe:
             "revision": revision,
             "asked": config.source.revision,
         }
-        write_json(target / "source.json", source)
+        write_json(target / workspace.source.name, source)
 
     def summary() -> Summary:
         return Summary(_headline(checkpoint))
 
-    return Recipe(workspace / "teacher", "teacher", settings, inputs, build, summary)
+    return Recipe(workspace.teacher, "teacher", settings, inputs, build, summary)
 
 
-def _locate(config: Config, workspace: Path) -> tuple[Path, str | None, str]:
+def _locate(config: Config, workspace: Workspace) -> tuple[Path, str | None, str]:
     """Folder, pinned revision, and what the user called the model."""
     name = config.source.model
     if name is None and config.pretrain.enabled:
-        return workspace / "pretrain" / "hf", None, "pretrain/hf"
+        return model_in(workspace.pretrain), None, "pretrain/hf"
     if name is None:
         raise ValueError("source.model: no model given; name a local folder or a hub id")
     local = Path(name).expanduser()
@@ -72,11 +73,10 @@ def _locate(config: Config, workspace: Path) -> tuple[Path, str | None, str]:
     return folder, commit, name
 
 
-def _pinned(workspace: Path, name: str, asked: str | None) -> str | None:
+def _pinned(workspace: Workspace, name: str, asked: str | None) -> str | None:
     """The commit that this workspace began with: what is pushed to the hub later begins no other run."""
-    path = workspace / "teacher" / "source.json"
     try:
-        source = json.loads(path.read_text(encoding="utf-8"))
+        source = json.loads(workspace.source.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return source["revision"] if (source["given"], source.get("asked")) == (name, asked) else None
@@ -99,14 +99,14 @@ def _opened(folder: Path, revision: str | None) -> Checkpoint:
         raise
 
 
-def _unpacked(archive: Path, workspace: Path) -> Path:
+def _unpacked(archive: Path, workspace: Workspace) -> Path:
     """The Hugging Face folder of a .nemo archive that this package wrote, made once in the workspace.
 
     NeMo reads its weights with torch's ``weights_only``: nothing in it is run.
     """
     state = archive.stat()
     stamp = digest([str(archive.resolve()), state.st_size, state.st_mtime_ns])[:12]
-    folder = workspace / "unpacked" / stamp / "hf"
+    folder = workspace.unpacked_model(stamp)
     if not folder.is_dir():
         from nemo_minitron.plugin.model import MinitronModel
         from nemo_minitron.plugin.nemo_archive import check_archive

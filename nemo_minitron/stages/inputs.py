@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.layout import Workspace, model_in
 from nemo_minitron.workspace.manifest import Input
 
 
@@ -14,9 +15,9 @@ def teacher_folder(config: Config) -> tuple[Path, Input]:
     Raises:
         ValueError: it has not been made yet.
     """
-    workspace = workspace_of(config)
+    workspace = Workspace(workspace_of(config))
     if config.correct.enabled:
-        return workspace / "correct" / "hf", input_artifact(workspace, "correct", "correct")
+        return model_in(workspace.correct), input_artifact(workspace.root, "correct", "correct")
     return source_folder(config)
 
 
@@ -26,10 +27,10 @@ def source_folder(config: Config) -> tuple[Path, Input]:
     Raises:
         ValueError: it has not been made yet.
     """
-    workspace = workspace_of(config)
-    item = input_artifact(workspace, "teacher", "download")
-    pointer = json.loads((workspace / "teacher" / "source.json").read_text(encoding="utf-8"))
-    return workspace / pointer["path"], item  # an absolute path stays as it is
+    workspace = Workspace(workspace_of(config))
+    item = input_artifact(workspace.root, "teacher", "download")
+    pointer = json.loads(workspace.source.read_text(encoding="utf-8"))
+    return workspace.root / pointer["path"], item  # an absolute path stays as it is
 
 
 def distillation_teacher(config: Config) -> tuple[Path, Input]:

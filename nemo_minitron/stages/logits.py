@@ -7,7 +7,7 @@ from typing import Any
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import validation_samples
-from nemo_minitron.data.training_samples import LOGITS, sample_fingerprint, training_samples
+from nemo_minitron.data.training_samples import sample_fingerprint, training_samples
 from nemo_minitron.distillation import teacher_logits
 from nemo_minitron.distillation.teacher_logits import (
     TeacherLogits,
@@ -25,6 +25,7 @@ from nemo_minitron.stages.training_stage import (
     tokenizer_of,
     training_inputs,
 )
+from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.progress_bar import bar
 
@@ -36,7 +37,7 @@ def recipe(config: Config) -> Recipe:
         ValueError: the teacher has another vocabulary, or more entries are asked for than it has.
     """
     teacher, teacher_input = distillation_teacher(config)
-    settings, folder = config.distill.cache, workspace_of(config) / LOGITS
+    settings, folder = config.distill.cache, Workspace(workspace_of(config)).logits
     source, _ = teacher_folder(config)
     vocabulary = shared_vocabulary(teacher, source)
     size = vocabulary or read_config(teacher)["vocab_size"]

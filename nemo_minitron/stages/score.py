@@ -24,6 +24,7 @@ from nemo_minitron.scoring.magnitude import unit_squares
 from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.recipe import Recipe, Summary
+from nemo_minitron.workspace.layout import Workspace, plots_in
 from nemo_minitron.workspace.manifest import SCHEMA, Input, read_manifest
 
 
@@ -38,7 +39,7 @@ def recipe(config: Config) -> Recipe:
     activations = config.score.importance == "activation"
     if activations:
         inputs += [text_input(text) for text, _ in calibration_mixture(config)]
-    target = workspace_of(config) / "scores"
+    target = Workspace(workspace_of(config)).scores
     found: list[tuple[Prepared, CalibrationSums]] = []
     outcome: list[Outcome] = []
 
@@ -64,7 +65,7 @@ def recipe(config: Config) -> Recipe:
         else:
             scores = _BASELINES[config.score.importance](config, open_checkpoint(folder))
         write_scores(temporary, scores)
-        _write_plots(temporary / "plots", scores)
+        _write_plots(plots_in(temporary), scores)
 
     def summary() -> Summary:
         return _summary(config, read_scores(target), outcome)

@@ -23,6 +23,7 @@ from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.training.trainer_arguments import deciding, merged
 from nemo_minitron.workspace import training_log
+from nemo_minitron.workspace.layout import metrics_in, model_in
 from nemo_minitron.workspace.manifest import Input, write_json
 
 
@@ -107,12 +108,11 @@ def training_recipe(
 
 def _write(trained: Any, state: Path, target: Path) -> None:
     """Writes what came of a training."""
-    (target / "hf").mkdir()
-    trained.save_hf(target / "hf")
-    training_log.write_csv(
-        training_log.read_log(state / training_log.FILE), target / training_log.TABLE
-    )
-    for name in (training_log.FILE, SKIPPED, training_log.TEACHERS):
+    model_in(target).mkdir()
+    trained.save_hf(model_in(target))
+    log = metrics_in(state)
+    training_log.write_csv(training_log.read_log(log), target / training_log.TABLE)
+    for name in (log.name, SKIPPED, training_log.TEACHERS):
         if (state / name).is_file():
             (target / name).write_bytes((state / name).read_bytes())
 
@@ -265,7 +265,7 @@ def _leave_out(bad: Any, skips: list[dict[str, Any]], most: int, state: Path) ->
 
 def last_losses(folder: Path) -> str:
     """The end of a training in words, from its log."""
-    lines = training_log.read_log(folder / training_log.FILE)
+    lines = training_log.read_log(metrics_in(folder))
     validated = [line for line in lines if "val_loss" in line]
     steps = max(line["step"] for line in lines)
     left_out = f", {len(skips)} left out ({SKIPPED})" if (skips := _skips(folder)) else ""

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from nemo_minitron.workspace.condition import condition, in_words
-from nemo_minitron.workspace.layout import ARTIFACTS, MANIFEST, Workspace, manifest_in
-from nemo_minitron.workspace.manifest import Input, damage, verify
+from nemo_minitron.workspace.condition import condition, damage, flaws, in_words
+from nemo_minitron.workspace.layout import ARTIFACTS, ASIDE, MANIFEST, Workspace, manifest_in
+from nemo_minitron.workspace.manifest import Input, fingerprint, hash_file, read_manifest
 
-__all__ = ["ARTIFACTS", "artifacts_in", "input_artifact", "verify_tree"]
+__all__ = ["ARTIFACTS", "artifacts_in", "input_artifact", "verify", "verify_tree"]
 
 
 def input_artifact(workspace: Path, name: str, made_by: str) -> Input:
@@ -43,6 +43,36 @@ def input_artifact(workspace: Path, name: str, made_by: str) -> Input:
 def artifacts_in(workspace: Path) -> list[Path]:
     """Folders of a workspace that hold a complete artifact, in pipeline order."""
     return [folder for folder in Workspace(workspace).artifacts if manifest_in(folder).is_file()]
+
+
+def verify(folder: Path) -> list[str]:
+    """Re-hashes an artifact.
+
+    Returns:
+        One line per defect: a missing, changed or unlisted file; empty where all bytes are what was
+            written.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return [f"{folder}: no {MANIFEST}"]
+    found = {flaw.name: flaw for flaw in flaws(folder, manifest)}
+    problems = []
+    for output in manifest.outputs:
+        path = folder / output.file
+        if output.file in found:
+            problems.append(f"{path}: {in_words(found[output.file])}")
+        elif hash_file(path) != output.sha256:
+            problems.append(f"{path}: SHA-256 differs from the manifest's")
+    listed = {output.file for output in manifest.outputs} | {MANIFEST}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in listed and not name.startswith(ASIDE):
+            problems.append(f"{path}: not in the manifest")
+    if manifest.fingerprint != fingerprint(manifest.kind, manifest.config, manifest.inputs):
+        problems.append(
+            f"{manifest_in(folder)}: fingerprint does not match its own config and inputs"
+        )
+    return problems
 
 
 def verify_tree(path: Path) -> tuple[int, list[str]]:

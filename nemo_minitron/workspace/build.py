@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.workspace.atomic import discard, replacing_folder
+from nemo_minitron.workspace.condition import condition
 from nemo_minitron.workspace.layout import ASIDE, STATE, manifest_in, state_in
-from nemo_minitron.workspace.manifest import NAME, Input, fingerprint, is_done, now, write_manifest
+from nemo_minitron.workspace.manifest import NAME, Input, fingerprint, now, write_manifest
 
 __all__ = ["STATE", "building", "discard", "make", "refuse_unknown_folder", "set_aside"]
 
@@ -61,7 +62,7 @@ def make(
     Returns:
         Whether it had to be built.
     """
-    if is_done(folder, fingerprint(kind, config, inputs), inputs):
+    if condition(folder, fingerprint(kind, config, inputs), inputs).state == "done":
         return False
     refuse_unknown_folder(folder)
     started = now()

@@ -158,3 +158,17 @@ _WORDS = {
 def in_words(why: Why) -> str:
     """What is wrong, in words; of a file without its name."""
     return _WORDS[why.fault].format(why)
+
+
+def damage(folder: Path, manifest: Manifest) -> str | None:
+    """What is wrong with an artifact's files at a glance, by their places and sizes; None: nothing."""
+    return next(
+        (f"{flaw.name} {_IS[flaw.fault].format(flaw)}" for flaw in flaws(folder, manifest)), None
+    )
+
+
+_IS = {
+    "missing": "is missing",
+    "outside": "lies outside of the folder, at {0.found}",
+    "size": "has {0.found} bytes, expected {0.expected}",
+}

@@ -217,7 +217,7 @@ def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
     settings, and token caches. These are no artifact's input (inputs name the text itself), and
     made anew they hold the same ids. Everything else is an input of the student, directly or not:
     teacher, scores and plan by way of pruned, logits where they teach. Made anew it would be
-    younger than the student, by the rule of ``is_done`` a reason to train again; so it stays.
+    younger than the student, by the rule of ``condition`` a reason to train again; so it stays.
     ``intermediate`` leaves what a run is for, and its plan; the next run starts from the beginning.
     What no run has made stays always.
 

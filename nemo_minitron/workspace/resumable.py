@@ -14,14 +14,13 @@ from typing import Any
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.atomic import discard
 from nemo_minitron.workspace.build import STAMP, building, refuse_unknown_folder, set_aside
-from nemo_minitron.workspace.condition import flaws
+from nemo_minitron.workspace.condition import condition, flaws
 from nemo_minitron.workspace.layout import STATE, aside_in, manifest_in, result_in, state_in
 from nemo_minitron.workspace.manifest import (
     Input,
     Manifest,
     digest,
     fingerprint,
-    is_done,
     now,
     read_manifest,
     write_json,
@@ -53,7 +52,7 @@ def make_resumable(
         Whether it had to be built.
     """
     expected = fingerprint(kind, config, inputs)
-    if is_done(folder, expected, inputs):
+    if condition(folder, expected, inputs).state == "done":
         return False
     refuse_unknown_folder(folder)
     started = now()

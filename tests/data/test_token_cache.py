@@ -15,7 +15,7 @@ from nemo_minitron.data.documents import documents
 from nemo_minitron.data.token_cache import PackedTokens, cached_tokens, places
 from nemo_minitron.data.tokenizer import tokenised
 from nemo_minitron.models.causal_lm import load_tokenizer
-from nemo_minitron.workspace.manifest import verify
+from nemo_minitron.workspace.artifacts import verify
 from tests.support.text_samples import found
 
 

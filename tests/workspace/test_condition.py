@@ -9,18 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_minitron.workspace import condition as rule
-from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.artifacts import input_artifact, verify
 from nemo_minitron.workspace.build import make
-from nemo_minitron.workspace.condition import Why, condition, in_words
+from nemo_minitron.workspace.condition import Why, condition, damage, in_words
 from nemo_minitron.workspace.inventory import workspaces
-from nemo_minitron.workspace.manifest import (
-    Input,
-    damage,
-    fingerprint,
-    is_done,
-    read_manifest,
-    verify,
-)
+from nemo_minitron.workspace.manifest import Input, fingerprint, read_manifest
 
 MADE_FROM = {
     "teacher": (),
@@ -134,11 +127,10 @@ def test_what_is_asked_for_decides(tmp_path):
     run(tmp_path)
     folder, inputs = tmp_path / "plan", inputs_of(tmp_path, "plan")
     expected = fingerprint("plan", {}, inputs)
-    assert condition(folder, expected, inputs).state == "done" and is_done(folder, expected, inputs)
+    assert condition(folder, expected, inputs).state == "done"
     assert condition(folder, "x", inputs).why == Why("recipe", "", "x", expected)
     newer = [inputs[0], dataclasses.replace(inputs[1], finished="9999")]
     assert condition(folder, expected, newer).why == Why("anew", "scores")
-    assert not is_done(folder, expected, newer)
     anew(
         tmp_path, "teacher", {"n": 1}
     )  # what lies there does not count where it is said what is asked for

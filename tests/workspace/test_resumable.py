@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.workspace.artifacts import verify
 from nemo_minitron.workspace.build import set_aside
-from nemo_minitron.workspace.manifest import Input, read_manifest, verify
+from nemo_minitron.workspace.manifest import Input, read_manifest
 from nemo_minitron.workspace.resumable import make_resumable
 
 
