@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.launch_config import LaunchConfig
@@ -25,6 +25,7 @@ from nemo_minitron.workspace import progress
 from nemo_minitron.workspace.layout import Workspace, outcome_of_job
 from nemo_minitron.workspace.locks import locked
 from nemo_minitron.workspace.manifest import digest
+from nemo_minitron.workspace.typed_json import read_json
 
 
 @dataclass(frozen=True)
@@ -242,13 +243,19 @@ def _ended(call: Call, ended: Ended, limits: Limits) -> Result:
     )
 
 
+class _Outcome(TypedDict, total=False):
+    result: dict[str, Any]
+    failure: dict[str, Any]
+    at: float
+
+
 def _verdict(call: Call, silent: str, kind: str = failures.LOST) -> Result:
     """What a stage says became of it.
 
     Raises:
         Exception: what it failed by; where it says nothing it was lost, and ``silent`` tells.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in outcomes(call.outcome)]
+    found = [read_json(path, _Outcome) for path in outcomes(call.outcome)]
     for value in found:
         if "result" in value:
             return result_from(value["result"])

@@ -199,11 +199,11 @@ def _merged(
         manifest = read_manifest(place)
         if manifest is None or manifest.config.get("importance") != "activation":
             raise ValueError(f"score.merge: {place}: no scores from activations there")
-        if manifest.inputs[0].fingerprint != teacher.fingerprint:
+        if [item.fingerprint for item in manifest.inputs[:1]] != [teacher.fingerprint]:
             raise ValueError(f"score.merge: {place}: scores of another model")
         if manifest.config.get("neurons") != config.score.neurons:
             raise ValueError(
-                f"score.merge: {place}: neurons were read elsewhere ({manifest.config['neurons']})"
+                f"score.merge: {place}: neurons were read elsewhere ({manifest.config.get('neurons')})"
             )
         part = read_scores(place).tally
         fitting = usable(part, measures, wanted)
@@ -213,7 +213,7 @@ def _merged(
             )
         try:
             found = merge_sums(found, fitting)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # sums of other shapes
             raise ValueError(f"score.merge: {place}: {error}") from error
     missing = [index for index in wanted if index not in found.samples]
     if missing:

@@ -34,6 +34,6 @@ def recipe(config: Config) -> Recipe:
         return [] if every is None else [Publishing(workspace.live, every)]
 
     inputs = [item, *training_inputs(config)]
-    role = Role(lambda: tokenizer_of(source), start, callbacks)
+    role = Role(lambda: tokenizer_of(source), start, lambda: read_config(source), callbacks)
     section = {**asdict(config.correct), "publish_every": None}  # decides nothing
     return training_recipe(workspace.correct, "correct", config, section, inputs, role)

@@ -58,7 +58,9 @@ def recipe(config: Config) -> Recipe:
     elsewhere = ("teacher", "teacher_place", "cache", "chunk_tokens")
     section = {**asdict(settings), **dict.fromkeys(elsewhere), "trainer": {}, "optim": {}}
     section["live_teacher"] = settings.live_teacher is not None  # wherever it lies
-    role = Role(lambda: tokenizer_of(pruned), start, callbacks, dress=dress)
+    role = Role(
+        lambda: tokenizer_of(pruned), start, lambda: read_config(pruned), callbacks, dress=dress
+    )
     return training_recipe(workspace.student, "student", config, section, inputs, role)
 
 
@@ -175,7 +177,8 @@ def _check_cache(config: Config, where: str) -> None:
         made = manifest.config.get(name)
         if name == "train":  # how many samples: seen of the samples themselves
             made, value = [
-                {key: each[key] for key in each if key != "samples"} for each in (made, value)
+                {key: each[key] for key in each if key != "samples"}
+                for each in (made if isinstance(made, dict) else {}, value)
             ]
         if made != value:
             raise ValueError(f"{where}: made with {name} {made}, found {value}; {again}")

@@ -1,7 +1,7 @@
 """download: the model to compress, checked and pointed at; a local folder is never copied."""
 
-import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -9,6 +9,7 @@ from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.stages.inputs import Source, read_source
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.build import building
 from nemo_minitron.workspace.layout import Workspace, model_in
@@ -40,13 +41,8 @@ def recipe(config: Config) -> Recipe:
             from nemo_minitron.models.causal_lm import load_tokenizer
 
             load_tokenizer(folder)
-        source = {
-            "path": pointer,
-            "given": given,
-            "revision": revision,
-            "asked": config.source.revision,
-        }
-        write_json(target / workspace.source.name, source)
+        source = Source(pointer, given, revision, config.source.revision)
+        write_json(target / workspace.source.name, asdict(source))
 
     def summary() -> Summary:
         return Summary(_headline(checkpoint))
@@ -76,10 +72,10 @@ def _locate(config: Config, workspace: Workspace) -> tuple[Path, str | None, str
 def _pinned(workspace: Workspace, name: str, asked: str | None) -> str | None:
     """The commit that this workspace began with: what is pushed to the hub later begins no other run."""
     try:
-        source = json.loads(workspace.source.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        source = read_source(workspace)
+    except OSError:  # none yet
         return None
-    return source["revision"] if (source["given"], source.get("asked")) == (name, asked) else None
+    return source.revision if (source.given, source.asked) == (name, asked) else None
 
 
 def _opened(folder: Path, revision: str | None) -> Checkpoint:

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.checkpoint import main_dtype, open_checkpoint
+from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import (
@@ -22,7 +23,12 @@ from nemo_minitron.evaluation.report_page import write_page
 from nemo_minitron.evaluation.significance import paired, recovered
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
-from nemo_minitron.stages.inputs import shared_vocabulary, source_folder, teacher_folder
+from nemo_minitron.stages.inputs import (
+    length_notes,
+    shared_vocabulary,
+    source_folder,
+    teacher_folder,
+)
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.layout import Workspace, model_in
@@ -67,7 +73,12 @@ def recipe(config: Config) -> Recipe:
         write_json(temporary / FILE, report)
         write_page(workspace.root, temporary)
 
-    return Recipe(folder, "report", settings, inputs, build, lambda: _judged(config, gate, folder))
+    def summary() -> Summary:
+        told = _judged(config, gate, folder)
+        of = length_notes(config, read_config(bench.folders["student"]), "validation")
+        return replace(told, notes=(*told.notes, *of))
+
+    return Recipe(folder, "report", settings, inputs, build, summary)
 
 
 def _check(config: Config) -> None:

@@ -1,6 +1,5 @@
 """export: the student as a Hugging Face folder that plain transformers loads, with a card and a proof."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -29,9 +28,9 @@ from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.release.model_card import card_text
 from nemo_minitron.release.quickstart import check_in_clean_process
-from nemo_minitron.stages.inputs import source_folder
+from nemo_minitron.stages.inputs import read_source, source_folder
 from nemo_minitron.stages.result import Result
-from nemo_minitron.workspace.artifacts import artifacts_in, input_artifact
+from nemo_minitron.workspace.artifacts import artifacts_in, check_bytes, input_artifact
 from nemo_minitron.workspace.build import make
 from nemo_minitron.workspace.layout import Workspace, manifest_in, model_in
 from nemo_minitron.workspace.manifest import Input, read_manifest, write_json
@@ -97,6 +96,9 @@ def run(config: Config) -> Result:
 
     def build(temporary: Path) -> dict[str, str]:
         """Writes model, card and lineage, and tries them; returns the weights' hashes."""
+        check_bytes(
+            workspace.student
+        )  # they are read anyway, and get a manifest that vouches for them
         hashes = _write_model(student, temporary, dtype, dtypes, config.export.shard_size)
         copy_side_files(source, temporary)
         card = _card(config, workspace, temporary, source, failed)
@@ -211,13 +213,11 @@ def _card(
 
     report = read_report(workspace.report)
     plan = read_plan(workspace.plan)
-    pointer = json.loads(workspace.source.read_text(encoding="utf-8"))
-    from_hub = pointer["revision"] is not None
+    pointer = read_source(workspace)
+    from_hub = pointer.revision is not None
     size = model_size(*_family_and_config(folder))
     origin = (
-        workspace.root.resolve().name
-        if config.source.model is None
-        else Path(pointer["given"]).name
+        workspace.root.resolve().name if config.source.model is None else Path(pointer.given).name
     )
     name = config.export.name or f"{origin}-minitron-{_short(size.parameters)}"
     results = [
@@ -241,8 +241,8 @@ def _card(
     else:
         licence, untaken = licence_of(source)
     return model_card(
-        card_text(name, pointer, plan, report, failed, untaken),
-        base_model=pointer["given"] if from_hub else None,
+        card_text(name, asdict(pointer), plan, report, failed, untaken),
+        base_model=pointer.given if from_hub else None,
         licence=licence,
         name=name,
         results=results,

@@ -63,7 +63,7 @@ def _teacher(config: Config) -> Recipe:
 
         return load_tokenizer(files, shape["vocab_size"])
 
-    role = Role(tokenizer, start, prepare=prepare)
+    role = Role(tokenizer, start, lambda: shape, prepare=prepare)
     inputs = training_inputs(config)
     if given is not None:
         inputs.append(Input(given, tokenizer_fingerprint(files)))
@@ -87,5 +87,5 @@ def _baseline(config: Config) -> Recipe:
         hf_config = read_config(pruned)
         return new_model(hf_config, config.pretrain.seed), hf_config, pruned
 
-    role = Role(lambda: tokenizer_of(pruned), start)
+    role = Role(lambda: tokenizer_of(pruned), start, lambda: read_config(pruned))
     return training_recipe(workspace.scratch, "scratch", config, section, inputs, role)

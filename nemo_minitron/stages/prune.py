@@ -9,12 +9,12 @@ from pathlib import Path
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.pruning.cost import model_size
-from nemo_minitron.pruning.plan_file import read_plan
+from nemo_minitron.pruning.plan_file import is_for, read_plan
 from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.pruning.stream import planned_bytes, write_pruned
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.result import Result
-from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.artifacts import check_bytes, input_artifact
 from nemo_minitron.workspace.build import building, refuse_unknown_folder
 from nemo_minitron.workspace.condition import condition
 from nemo_minitron.workspace.layout import Workspace
@@ -46,6 +46,8 @@ def run(config: Config) -> Result:
             if condition(place.pruned, expected, inputs).state != "done":
                 due.append((place, inputs))
         if due:
+            if source.parent in workspace.artifacts:  # what lies outside has no hashes
+                check_bytes(source.parent)
             _build(source, due, settings, config.prune.shard_size)
     pruned = open_checkpoint(workspace.pruned)
     size = model_size(pruned.family, pruned.config)
@@ -84,7 +86,7 @@ def _build(
         targets = []
         for place, _ in due:
             plan = read_plan(place.plan)
-            if plan.before != Cut(checkpoint.family, checkpoint.config, {}, ()).before:
+            if not is_for(plan, checkpoint.family, checkpoint.config):
                 raise ValueError(f"{place.plan}: made for a model of other sizes than {source}")
             cut = Cut(checkpoint.family, checkpoint.config, plan.keep, plan.layers_kept)
             refuse_unknown_folder(place.pruned)

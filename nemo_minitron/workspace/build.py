@@ -30,8 +30,13 @@ def refuse_unknown_folder(folder: Path) -> None:
     """Refuses to put an artifact in the place of what is none.
 
     Raises:
-        ValueError: the folder is there, and holds something that no stage made.
+        ValueError: a file is there, or a folder that holds something that no stage made.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"{folder.resolve()}: expected a folder that this package makes, found a file; it is not "
+            "overwritten: move it, or choose another workspace"
+        )
     state = state_in(folder)
     # without a recipe it is what a run left that was killed as it began
     begun = (state / STAMP).exists() or (state.is_dir() and not any(state.glob("[!.]*")))

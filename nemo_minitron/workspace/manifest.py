@@ -20,6 +20,7 @@ import nemo_minitron
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.atomic import replacing
 from nemo_minitron.workspace.layout import MANIFEST, manifest_in
+from nemo_minitron.workspace.typed_json import read_json, remedy
 
 SCHEMA = 1
 NAME = MANIFEST
@@ -103,16 +104,30 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = manifest_in(folder)
     if not path.is_file():
         return None
+    otherwise = f"not a manifest of schema {SCHEMA}"
+    manifest: Manifest = read_json(path, Manifest, otherwise)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        raw["inputs"] = tuple(Input(**item) for item in raw["inputs"])
-        raw["outputs"] = tuple(Output(**item) for item in raw["outputs"])
-        for output in raw["outputs"]:
+        for output in manifest.outputs:
             if PurePosixPath(output.file).is_absolute() or ".." in PurePosixPath(output.file).parts:
                 raise ValueError(f"{plain(output.file, 80)!r} lies outside of the folder")
-        return Manifest(**raw)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a manifest of schema {SCHEMA}: {error}") from error
+        _check_time(manifest.finished)
+    except ValueError as error:
+        raise ValueError(f"{path}: {otherwise}: {error}; {remedy(path)}") from None
+    return manifest
+
+
+def _check_time(text: str) -> None:
+    """Refuses what is no time as ``now`` writes it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        known = datetime.datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"finished: expected a time with its zone, found {plain(text, 60)!r}")
 
 
 def list_outputs(

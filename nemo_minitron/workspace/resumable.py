@@ -5,11 +5,10 @@ recipe; a run with that recipe finds it again. A kill in between leaves nothing 
 does not complete.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.atomic import discard
@@ -26,6 +25,11 @@ from nemo_minitron.workspace.manifest import (
     write_json,
     write_manifest,
 )
+from nemo_minitron.workspace.typed_json import read_json
+
+
+class _Stamp(TypedDict):
+    recipe: str
 
 
 def make_resumable(
@@ -105,10 +109,7 @@ def _make_room(folder: Path, recipe: dict[str, Any], keep: bool) -> Path | None:
 
 def _keep_finished(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Sets aside what another recipe has finished."""
-    try:
-        manifest = read_manifest(folder)
-    except ValueError:
-        return
+    manifest = read_manifest(folder)  # damaged it says too little to move, or remove, so much work
     if manifest is None or not _whole(folder, manifest):
         return
     aside = aside_in(folder, _recipe(manifest.fingerprint, manifest.inputs))
@@ -133,7 +134,7 @@ def _keep_finished(folder: Path, recipe: Mapping[str, Any]) -> None:
 def _keep_state(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Sets aside what another recipe has begun."""
     state, stamp = state_in(folder), state_in(folder) / STAMP
-    found = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+    found = read_json(stamp, str | _Stamp) if stamp.is_file() else {}
     found = {"recipe": found} if isinstance(found, str) else found  # of version 0.1
     if found.get("recipe") == recipe["recipe"]:
         return

@@ -69,6 +69,23 @@ def test_a_file_that_somebody_has_shortened_is_made_anew(tmp_path, texts, tokeni
     assert not verify(folder)
 
 
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "[" * 5000, '{"tokens": 5, "documents": 1, "ended": true}',
+             '{"tokens": "x", "documents": 1, "ended": true}', b"\xff\xfe"],
+)  # fmt: skip
+def test_a_state_that_somebody_has_changed_is_not_believed(
+    tmp_path, texts, tokenizer, capsys, text
+):
+    root = tmp_path / "tokens"
+    whole_ids = cached_tokens(root, texts, tokenizer, 0, 200).tolist()
+    (folder,) = made(root)
+    path = folder / "progress.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert cached_tokens(root, texts, tokenizer, 0, 200).tolist() == whole_ids
+    assert f"note: {path}: not the file that was made" in capsys.readouterr().err
+    assert not verify(folder)
+
+
 def test_wanting_more_grows_it_and_other_text_seeds_and_tokenizers_have_their_own(
     tmp_path, texts, tokenizer
 ):

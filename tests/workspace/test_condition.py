@@ -137,6 +137,47 @@ def test_what_is_asked_for_decides(tmp_path):
     assert condition(folder, expected, inputs).state == "done"
 
 
+AHEAD = "2099-01-01T00:00:00+00:00"
+
+
+def test_a_clock_that_was_ahead_once_makes_nothing_anew_for_ever(tmp_path):
+    run(tmp_path)
+    rewritten(tmp_path / "plan", finished=AHEAD)
+    (item,) = (item for item in inputs_of(tmp_path, "pruned") if item.path == "plan")
+    assert item.finished == AHEAD
+    folder = tmp_path / "pruned"
+    inputs = inputs_of(tmp_path, "pruned")
+    assert make(folder, "pruned", {}, inputs, fill)  # it was made from an older plan
+    for _ in range(2):
+        assert not make(folder, "pruned", {}, inputs_of(tmp_path, "pruned"), fill)
+        assert condition(folder).state == "done"
+        assert input_artifact(tmp_path, "pruned", "prune").finished < AHEAD
+
+
+def test_an_input_that_was_made_anew_while_the_clock_was_behind_is_seen(tmp_path):
+    run(tmp_path)
+    rewritten(tmp_path / "plan", finished="2001-01-01T00:00:00+00:00")
+    assert condition(tmp_path / "pruned").why == Why("anew", "plan")
+    assert make(tmp_path / "pruned", "pruned", {}, inputs_of(tmp_path, "pruned"), fill)
+    assert condition(tmp_path / "pruned").state == "done"
+
+
+def test_a_manifest_whose_recipe_was_changed_by_hand_is_damaged(tmp_path):
+    run(tmp_path)
+    rewritten(tmp_path / "plan", config={"n": 2})
+    assert condition(tmp_path / "plan").why.fault == "unreadable"
+    with pytest.raises(ValueError, match=r"plan/manifest\.json: its fingerprint is not that of"):
+        input_artifact(tmp_path, "plan", "plan")
+
+
+def test_a_small_file_that_was_changed_in_its_size_is_no_input(tmp_path):
+    run(tmp_path)
+    (tmp_path / "plan" / "b").write_text("c" * 10)
+    assert condition(tmp_path / "plan").state == "done"  # at a glance
+    with pytest.raises(ValueError, match=r"plan/b: not the file that was made .* 'minitron plan'"):
+        input_artifact(tmp_path, "plan", "plan")
+
+
 def test_an_artifact_has_to_be_made_from_what_it_tells_of(tmp_path):
     run(tmp_path)
     teacher, scores = inputs_of(tmp_path, "plan")

@@ -105,6 +105,23 @@ def test_what_a_training_finished_outlives_other_settings_and_comes_back_with_it
     assert student(folder, 3, "four") and len(set_aside(folder)) == 2
 
 
+def test_a_training_whose_manifest_or_recipe_is_damaged_is_neither_moved_nor_removed(tmp_path):
+    folder = tmp_path / "student"
+    assert student(folder, 1, "one")
+    (folder / "manifest.json").write_text("null")
+    with pytest.raises(ValueError, match=r"student/manifest\.json: not a manifest .* distill"):
+        student(folder, 1, "one")
+    assert (folder / "hf" / "weights").read_text() == "one"
+    (folder / "manifest.json").unlink()
+    (folder / "state").mkdir()
+    (folder / "state" / "weeks").write_text("of work")
+    for text in ("null", "[]", '{"recipe": 1}', "{" * 5000, ""):
+        (folder / "state" / "recipe.json").write_text(text)
+        with pytest.raises(ValueError, match=r"state/recipe\.json: damaged: .* remove it"):
+            student(folder, 1, "one")
+        assert (folder / "state" / "weeks").read_text() == "of work"
+
+
 def test_a_finished_one_that_was_damaged_aside_is_made_anew(tmp_path):
     folder = tmp_path / "student"
     assert student(folder, 1, "one") and student(folder, 2, "two")
