@@ -32,7 +32,7 @@ from nemo_minitron.launch.launcher import Call, launch, limit_of
 from nemo_minitron.launch.out_of_memory import note_memory, with_smaller_micro_batch
 from nemo_minitron.security.masking import masked
 from nemo_minitron.stages.result import Result
-from nemo_minitron.stages.run import SEVERAL
+from nemo_minitron.stages.run import accelerator_of
 from nemo_minitron.workspace.accelerator_lock import lock_on
 
 
@@ -220,8 +220,8 @@ def _slot(name: str, config: Config) -> Iterator[None]:
     one machine, and a limit's slot is lost for good when the server starts anew while it is held
     (Prefect 3.8: leases in memory, slots in the database).
     """
-    accelerator, computes = config.launch.accelerator, "pretrain" if name == "baseline" else name
-    if accelerator is None or computes not in SEVERAL or config.launch.kind == "slurm":
+    accelerator = accelerator_of(config.launch, "pretrain" if name == "baseline" else name)
+    if accelerator is None:
         yield
         return
     lock = lock_on(accelerator, "flow")

@@ -121,26 +121,6 @@ def test_no_family_is_special():
 
 
 LAYOUT = "nemo_minitron/workspace/layout.py"
-STILL_SPELLED = {
-    "nemo_minitron/cli/main.py",
-    "nemo_minitron/launch/launcher.py",
-    "nemo_minitron/scoring/activation_scores.py",
-    "nemo_minitron/stages/correct.py",
-    "nemo_minitron/stages/distill.py",
-    "nemo_minitron/stages/download.py",
-    "nemo_minitron/stages/evaluate.py",
-    "nemo_minitron/stages/export.py",
-    "nemo_minitron/stages/inputs.py",
-    "nemo_minitron/stages/plan.py",
-    "nemo_minitron/stages/pretrain.py",
-    "nemo_minitron/stages/prune.py",
-    "nemo_minitron/stages/rewrite_report.py",
-    "nemo_minitron/stages/score.py",
-    "nemo_minitron/stages/training_stage.py",
-}
-"""Modules that still spell paths of a workspace themselves. Only ever gets shorter."""
-
-
 ENDINGS = {".lock", ".json", ".log", ".nemo", "step="}
 """Pieces of names that other files have, too."""
 
@@ -194,9 +174,7 @@ def test_only_the_layout_spells_a_path_of_a_workspace():
         file = path.relative_to(ROOT).as_posix()
         if file != LAYOUT and (own := sorted(set(spelled(path.read_text(), names)))):
             found[file] = own
-    new = {file: own for file, own in found.items() if file not in STILL_SPELLED}
-    assert new == {}, "take the path from Workspace, or name it there"
-    assert STILL_SPELLED - set(found) == set(), "it is gone: remove it here"
+    assert found == {}, "take the path from Workspace, or name it there"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from nemo_minitron.cli.endings import ended_by, sigterm_like_ctrl_c
 from nemo_minitron.cli.tables import print_table
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.run import SEVERAL, STAGES, run_by_hand
+from nemo_minitron.workspace.layout import Workspace
 
 if TYPE_CHECKING:
     from nemo_minitron.config.config import Config
@@ -248,13 +249,13 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([_json(result) for result in results], indent=2))
         return 0
+    from nemo_minitron.evaluation.report import PAGE
+
     evaluated = [result for result in results if result.stage == "evaluate"]
     for result in evaluated:
         print_table(result.columns, result.rows, result.headline)
-    print(
-        f"report  {plain(Path(config.workspace) / 'report' / 'report.html')}\n"
-        f"model   {plain(Path(config.workspace) / 'export')}"
-    )
+    workspace = Workspace(Path(config.workspace))
+    print(f"report  {plain(workspace.report / PAGE)}\nmodel   {plain(workspace.export)}")
     return 0
 
 

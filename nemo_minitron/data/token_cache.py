@@ -5,12 +5,12 @@ Shape suffixes: T tokens, N samples.
 
 import hashlib
 import itertools
-import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import filelock
 import numpy as np
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from nemo_minitron.data.documents import TextSet, documents
 from nemo_minitron.data.tokenizer import tokenised
+from nemo_minitron.security.plain_text import plain
+from nemo_minitron.workspace.artifacts import check_file
 from nemo_minitron.workspace.layout import IDS, build_lock_of, manifest_in
 from nemo_minitron.workspace.manifest import Input, digest, now, write_json, write_manifest
+from nemo_minitron.workspace.typed_json import read_json
 
 """Token ids end to end, little-endian int32; ~id where a token is read, but not learned."""
 PROGRESS = "progress.json"
@@ -91,13 +94,30 @@ def cached_tokens(
 
 def _state(folder: Path) -> dict[str, Any]:
     """State of the cache: tokens on disk, documents that they are from, and whether these are all."""
-    if (folder / PROGRESS).is_file():
-        known: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-        if (folder / IDS).is_file() and (folder / IDS).stat().st_size >= known[
-            "tokens"
-        ] * _ITEM.itemsize:
-            return known  # else somebody has shortened the file: it is made anew
-    return {"tokens": 0, "documents": 0, "ended": False}
+    known = _noted(folder / PROGRESS)
+    held = (folder / IDS).stat().st_size if (folder / IDS).is_file() else 0
+    if known is None or held < known["tokens"] * _ITEM.itemsize:  # somebody has shortened the file
+        return {"tokens": 0, "documents": 0, "ended": False}
+    return known
+
+
+class _State(TypedDict):
+    tokens: int
+    documents: int
+    ended: bool
+
+
+def _noted(path: Path) -> dict[str, Any] | None:
+    """What a state's file says; None, with a note, where it is damaged: the text is read anew."""
+    if not path.is_file():
+        return None
+    try:
+        check_file(path)
+        known: dict[str, Any] = read_json(path, _State)
+    except ValueError as error:
+        print(f"note: {plain(error)}; for now the text is read anew", file=sys.stderr)
+        return None
+    return known if min(known["tokens"], known["documents"]) >= 0 else None
 
 
 def _grow(

@@ -9,8 +9,7 @@ from nemo_minitron.workspace.manifest import digest
 from nemo_minitron.workspace.progress_bar import bar
 
 FOLDER = TOKENS
-LOGITS = "logits"
-"""Folders of the workspace: token ids, and what is kept of a teacher's logits."""
+"""Folder of the workspace: token ids."""
 _SPREAD, _CHEAP = 8, 200_000_000
 """How many times as many tokens are made as a training needs, as long as these are cheap: what it reads is
 then drawn from more of the text than its beginning."""

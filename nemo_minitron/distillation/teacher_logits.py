@@ -4,17 +4,18 @@ Shape suffixes: N samples (rows), S positions, K entries.
 """
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nemo_minitron.losses.sparse_targets import SparseTargets
+from nemo_minitron.workspace.artifacts import check_file
 from nemo_minitron.workspace.atomic import replacing
+from nemo_minitron.workspace.typed_json import read_json, remedy
 
 FILE = "logits.json"
 PART_BYTES = 256 * 2**20
@@ -53,6 +54,20 @@ def write_part(
         save_file(tensors, temporary)
 
 
+class _Facts(TypedDict):
+    method: str
+    entries: int
+    temperature: float
+    rows: int
+    rows_per_part: int
+    validation: int
+    samples: str
+    vocabulary: int
+    tokens: int
+    bytes_per_token: int
+    mass: float
+
+
 class TeacherLogits:
     """Reads an artifact of cached logits.
 
@@ -64,7 +79,8 @@ class TeacherLogits:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.facts: Mapping[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        check_file(folder / FILE)
+        self.facts: Mapping[str, Any] = read_json(folder / FILE, _Facts)
         self._part = functools.lru_cache(maxsize=64)(self._open)
 
     def __getitem__(self, rows: Sequence[int]) -> SparseTargets:
@@ -84,4 +100,8 @@ class TeacherLogits:
         return SparseTargets(torch.cat(ids), masses[:, :-1], masses[:, -1])
 
     def _open(self, number: int) -> Any:
-        return safe_open(self.folder / part_name(number), "pt")
+        path = self.folder / part_name(number)
+        try:
+            return safe_open(path, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged: {error}; {remedy(path)}") from None

@@ -1,14 +1,15 @@
 """The quality gate between a report and an export."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.config import Config
+from nemo_minitron.evaluation.report_types import Lineage, Verdict
 from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import read_manifest, write_json
+from nemo_minitron.workspace.typed_json import read_json
 
 LINEAGE = "minitron.json"
 """Of an export: where it comes from, and what was measured of it."""
@@ -162,7 +163,7 @@ def measured_of(export: Path) -> dict[str, Any]:
         ValueError: it is none, or was made by a version that did not write it down.
     """
     path = export / LINEAGE
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path, Lineage) if path.is_file() else {}
     if "results" not in found:
         raise ValueError(
             f"evaluate.previous: {path} holds no results; name the folder of an export"
@@ -184,13 +185,13 @@ def judge(report_folder: Path, gate: Gate, report: Mapping[str, Any]) -> list[Ro
     """
     manifest, path = read_manifest(report_folder), Workspace(report_folder.parent).verdict
     assert manifest is not None
-    this = [manifest.fingerprint, manifest.finished]
+    this = (manifest.fingerprint, manifest.finished)
     if gate.asks:
         rows = gate.rows(report)
         write_json(path, {"report": this, "rows": rows})
         return rows
-    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return [tuple(row) for row in said["rows"]] if said.get("report") == this else []
+    said = read_json(path, Verdict) if path.is_file() else None
+    return list(said["rows"]) if said and said["report"] == this else []
 
 
 def gate_of(config: Config) -> Gate:

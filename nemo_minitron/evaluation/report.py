@@ -1,11 +1,13 @@
 """report.json, and the tables made from it for the screen, the report, the card and Prefect."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.evaluation.report_types import Report
 from nemo_minitron.security import plain_text
+from nemo_minitron.workspace.artifacts import check_file
+from nemo_minitron.workspace.typed_json import read_json, remedy
 
 FILE = "report.json"
 PAGE = "report.html"
@@ -22,12 +24,27 @@ def read_report(folder: Path) -> dict[str, Any]:
     """The report of a workspace.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is damaged.
     """
     path = folder / FILE
     if not path.is_file():
         raise ValueError(f"{path}: no report yet; run 'minitron evaluate' first")
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    check_file(path)
+    report: dict[str, Any] = read_json(path, Report)
+    missing = [name for name in ("teacher", "student") if name not in report["models"]]
+    named = {*report["models"], *(row["model"] for row in report["compared"])}
+    timed = [row["speed"] for row in report["models"].values() if "speed" in row]
+    served = [(each, each["vllm"]["cases"]) for each in timed if "cases" in each.get("vllm", {})]
+    if (
+        missing
+        or not named <= set(NAMES)
+        or any(len(each["cases"]) != len(cases) for each, cases in served)
+    ):
+        raise ValueError(
+            f"{path}: damaged: expected teacher, student and no other models than {', '.join(NAMES)}, and as "
+            f"many cases of each speed; {remedy(path)}"
+        )
+    return report
 
 
 def columns(report: Mapping[str, Any]) -> tuple[str, ...]:

@@ -90,7 +90,8 @@ def _curves(workspace: Path, report: dict[str, Any]) -> str | None:
 
     logs = {}
     for name in report["models"]:
-        lines = training_log.read_log(metrics_in(Workspace(workspace).artifact(name)))
+        log = training_log.read_log(metrics_in(Workspace(workspace).artifact(name)))
+        lines = [line for line in log if "tokens" in line]
         if lines:
             logs[name] = lines
     if not logs:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.launch_config import LaunchConfig
@@ -22,14 +22,10 @@ from nemo_minitron.security.masking import remember
 from nemo_minitron.stages.result import Result
 from nemo_minitron.stages.run import SEVERAL, run_alone
 from nemo_minitron.workspace import progress
+from nemo_minitron.workspace.layout import Workspace, outcome_of_job
 from nemo_minitron.workspace.locks import locked
 from nemo_minitron.workspace.manifest import digest
-
-PAPERS = ".launch"
-"""In the workspace: what a flow and the processes of its stages tell each other."""
-_SLURM = ".slurm.json"
-LOGS = "logs"
-"""In the workspace: what the processes of the stages printed, a file per stage."""
+from nemo_minitron.workspace.typed_json import read_json
 
 
 @dataclass(frozen=True)
@@ -52,29 +48,29 @@ class Call:
         return "pretrain" if self.name == "baseline" else self.name
 
     @property
-    def papers(self) -> Path:
-        """Folder of the call's files."""
-        return Path(self.config.workspace) / PAPERS
+    def workspace(self) -> Workspace:
+        """Where it works."""
+        return Workspace(Path(self.config.workspace))
 
     @property
     def outcome(self) -> Path:
         """File that says what became of it."""
-        return self.papers / f"{self.name}.outcome.json"
+        return self.workspace.outcome(self.name)
 
     @property
     def slurm(self) -> Path:
         """File with the number of its Slurm job."""
-        return self.papers / f"{self.name}{_SLURM}"
+        return self.workspace.slurm(self.name)
 
     @property
     def log(self) -> Path:
         """File with what its processes printed."""
-        return Path(self.config.workspace) / LOGS / f"{self.name}.log"
+        return self.workspace.log(self.name)
 
     @property
     def progress(self) -> Path:
         """File that says how far it is."""
-        return self.papers / f"{self.name}.progress.json"
+        return self.workspace.progress(self.name)
 
 
 def launch(
@@ -93,18 +89,12 @@ def launch(
         Exception: whatever it raised in this process.
     """
     remember(call.values)
-    call.papers.mkdir(parents=True, exist_ok=True)
+    call.workspace.launched.mkdir(parents=True, exist_ok=True)
     call.progress.unlink(missing_ok=True)
-    for noted in call.papers.glob(f"*{_SLURM}"):
+    recipe, every = recipe_of(call.values), call.config.launch.slurm.poll_seconds
+    for noted in call.workspace.slurm_jobs:
         if noted != call.slurm:
-            outcome = noted.with_name(f"{noted.name.removesuffix(_SLURM)}.outcome.json")
-            adopt(
-                noted,
-                outcome,
-                recipe_of(call.values),
-                on_line,
-                call.config.launch.slurm.poll_seconds,
-            )
+            adopt(noted, outcome_of_job(noted), recipe, on_line, every)
     if call.config.launch.kind == "inline":
         before = os.environ.get(progress.VARIABLE)
         os.environ[progress.VARIABLE] = str(call.progress.resolve())
@@ -122,7 +112,7 @@ def launch(
 def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[], bool]) -> Result:
     """Runs a stage in other processes."""
     settings = call.config.launch
-    values = call.papers / f"{call.name}.json"
+    values = call.workspace.values(call.name)
     _write_private(values, call.values)
     command = [
         sys.executable,
@@ -253,13 +243,19 @@ def _ended(call: Call, ended: Ended, limits: Limits) -> Result:
     )
 
 
+class _Outcome(TypedDict, total=False):
+    result: dict[str, Any]
+    failure: dict[str, Any]
+    at: float
+
+
 def _verdict(call: Call, silent: str, kind: str = failures.LOST) -> Result:
     """What a stage says became of it.
 
     Raises:
         Exception: what it failed by; where it says nothing it was lost, and ``silent`` tells.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in outcomes(call.outcome)]
+    found = [read_json(path, _Outcome) for path in outcomes(call.outcome)]
     for value in found:
         if "result" in value:
             return result_from(value["result"])
@@ -284,5 +280,5 @@ def at_work(workspace: Path, wait: float = 0.0) -> Iterator[None]:
         try:
             yield
         finally:
-            if not any((workspace / PAPERS).glob(f"*{_SLURM}")):
-                shutil.rmtree(workspace / PAPERS, ignore_errors=True)
+            if not Workspace(workspace).slurm_jobs:
+                shutil.rmtree(Workspace(workspace).launched, ignore_errors=True)

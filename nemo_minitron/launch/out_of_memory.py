@@ -5,11 +5,14 @@ step, not how many are read at once, and what is scored or measured adds up over
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.layout import MEMORY, Workspace
 from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.typed_json import read_json
 
 FILE = MEMORY
 """In the workspace: stage to how often its micro-batch was halved."""
@@ -87,7 +90,10 @@ def note_memory(workspace: Path, stage: str, values: dict[str, Any]) -> bool:
 def _noted(workspace: Path) -> dict[str, int]:
     path = Workspace(workspace).memory
     try:
-        found: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found: dict[str, int] = read_json(path, dict[str, int])
+    except OSError:
+        return {}
+    except ValueError as error:  # the next want of memory is noted anew
+        print(f"note: {plain(error)}", file=sys.stderr)
         return {}
     return found

@@ -7,7 +7,6 @@ the time limit lets a training save.
 """
 
 import contextlib
-import json
 import re
 import secrets
 import shlex
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from nemo_minitron.launch.stage_process import clear
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.typed_json import read_json
 
 HEAD = "$MINITRON_HEAD:29500"
 """Word of a command on several nodes: where its processes meet; the batch script knows the node."""
@@ -190,6 +191,11 @@ def _end(papers: Path, outcome: Path, on_line: Callable[[str], None], poll: floa
     papers.unlink(missing_ok=True)
 
 
+class _Noted(TypedDict):
+    name: str
+    recipe: str
+
+
 def _number(papers: Path, recipe: str | None) -> str | None:
     """The job that the papers name; None where there is none, or it is for another recipe.
 
@@ -197,12 +203,11 @@ def _number(papers: Path, recipe: str | None) -> str | None:
 
     Raises:
         ConnectionError: Slurm knows whether there is one, and cannot be asked now.
-        ValueError: what they name is no job's number.
+        ValueError: what they name is no job's number, or they are damaged.
     """
-    try:
-        noted = json.loads(papers.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not papers.is_file():
         return None
+    noted = read_json(papers, _Noted)  # damaged it may hide a job that is at work
     if recipe not in (None, noted["recipe"]):
         return None
     if "job" in noted:

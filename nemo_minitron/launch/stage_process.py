@@ -20,6 +20,7 @@ from nemo_minitron.launch.failures import failure_to_json
 from nemo_minitron.security.masking import Masking, masked, masked_values, remember
 from nemo_minitron.stages.result import Result
 from nemo_minitron.stages.run import run_alone
+from nemo_minitron.workspace.layout import outcome_of_rank
 from nemo_minitron.workspace.manifest import now, write_json
 
 _PR_SET_PDEATHSIG = 1
@@ -31,10 +32,6 @@ def result_from(value: dict[str, Any]) -> Result:
         **value, "folder": Path(value["folder"]), "columns": tuple(value["columns"]),
         "rows": tuple(tuple(row) for row in value["rows"]), "notes": tuple(value["notes"]),
     })  # fmt: skip
-
-
-def _of_rank(outcome: Path, rank: str) -> Path:
-    return outcome if rank == "0" else outcome.with_name(f"{outcome.stem}.{rank}.json")
 
 
 def outcomes(outcome: Path) -> list[Path]:
@@ -70,7 +67,7 @@ def main(arguments: list[str]) -> int:
         # the first rank to fail knows why; the others only that it is gone
         failure = {"failure": failure_to_json(error), "at": time.time()}
         with contextlib.suppress(OSError):  # the disk that is full may be this one
-            write_json(_of_rank(path, os.environ.get("RANK", "0")), failure)
+            write_json(outcome_of_rank(path, int(os.environ.get("RANK", "0"))), failure)
         if failure["failure"]["kind"] == "failed":
             print(masked(traceback.format_exc()), file=sys.stderr)
         _say(f"{name}: {failure['failure']['message']}")

@@ -1,6 +1,5 @@
 """Teacher correction beside a distillation ([P2] section 2): one training publishes, the other takes over."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from nemo_minitron.workspace import training_log
 from nemo_minitron.workspace.build import building, discard
 from nemo_minitron.workspace.layout import checkpoints_in, snapshot_in, teachers_in
 from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.typed_json import read_json
 
 _KEPT = 2  # snapshots: one that may just be read, and the newest
 
@@ -87,7 +87,7 @@ class LiveTeacher(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restores the teacher that the checkpoint was made with."""
         path = self.state / training_log.TEACHERS
-        self._taken = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        self._taken = read_json(path, list[dict[str, int]]) if path.is_file() else []
         before = [entry for entry in self._taken if entry["step"] < trainer.global_step]
         if before:
             self._put(before[-1]["snapshot"])

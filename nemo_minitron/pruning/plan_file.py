@@ -1,20 +1,35 @@
 """The plan: which units stay. ``plan.json`` for people, ``keep.safetensors`` for the machine."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypedDict
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 
 from nemo_minitron.families import Architecture
 from nemo_minitron.pruning.cost import Size, model_size
 from nemo_minitron.pruning.select import Keep
 from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.security.plain_text import plain
+from nemo_minitron.workspace.artifacts import check_file
 from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.tensor_file import read_tensors
+from nemo_minitron.workspace.typed_json import read_json, remedy
 
 FILE = "plan.json"
 KEEP = "keep.safetensors"
+
+
+class _Written(TypedDict):
+    model_type: str
+    before: dict[str, int]
+    after: dict[str, int]
+    layers_kept: tuple[int, ...]
+    layers_dropped: tuple[int, ...]
+    cost_before: Size
+    cost_after: Size
 
 
 @dataclass(frozen=True)
@@ -66,15 +81,86 @@ def write_plan(folder: Path, plan: Plan) -> None:
 
 
 def read_plan(folder: Path) -> Plan:
-    """Reads what ``write_plan`` wrote."""
-    raw = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    return Plan(
-        model_type=raw["model_type"],
-        before=raw["before"],
-        after=raw["after"],
-        layers_kept=tuple(raw["layers_kept"]),
-        layers_dropped=tuple(raw["layers_dropped"]),
-        cost_before=Size(**raw["cost_before"]),
-        cost_after=Size(**raw["cost_after"]),
-        keep=load_file(folder / KEEP),
+    """Reads what ``write_plan`` wrote.
+
+    Raises:
+        ValueError: a file is missing, damaged, or no longer what the plan's manifest says; or the
+            two do not agree with each other.
+    """
+    for name in (FILE, KEEP):
+        check_file(folder / name)
+    raw = read_json(folder / FILE, _Written)
+    keep = read_tensors(folder / KEEP)
+    plan = Plan(keep=keep, **{name: raw[name] for name in _Written.__annotations__})
+    try:
+        _check_layers(plan)
+    except ValueError as error:
+        path = folder / FILE
+        raise ValueError(f"{path}: damaged: {error}; {remedy(path)}") from None
+    try:
+        _check_keep(plan)
+    except ValueError as error:
+        path = folder / KEEP
+        raise ValueError(f"{path}: damaged: {error}; {remedy(path)}") from None
+    return plan
+
+
+def is_for(plan: Plan, architecture: Architecture) -> bool:
+    """Whether a plan was made for a model of these sizes."""
+    family, sizes = architecture.family, architecture.sizes
+    return plan.before == sizes and all(
+        tuple(index.shape[:-1]) == tuple(sizes[owner] for owner in family.ranked_per(axis))
+        for axis, index in plan.keep.items()
     )
+
+
+def _check_layers(plan: Plan) -> None:
+    """Refuses sizes and layers that are none.
+
+    Raises:
+        ValueError: they are.
+    """
+    before, after, kept = plan.before, plan.after, plan.layers_kept
+    if before.keys() != after.keys() or "layers" not in before:
+        raise ValueError("expected the same axes before and after, layers among them")
+    for axis, size in after.items():
+        if not 1 <= size <= before[axis]:
+            raise ValueError(
+                f"after: {plain(axis, 40)}: expected 1 to {before[axis]}, found {size}"
+            )
+    if list(kept) != sorted({*kept} & {*range(before["layers"])}):
+        raise ValueError(
+            f"layers_kept: expected layers of {before['layers']}, ascending, each once"
+        )
+    if len(kept) != after["layers"]:
+        raise ValueError(f"layers_kept: expected {after['layers']} layers, found {len(kept)}")
+    if sorted((*kept, *plan.layers_dropped)) != list(range(before["layers"])):
+        raise ValueError("layers_dropped: expected all layers that are not in layers_kept")
+
+
+def _check_keep(plan: Plan) -> None:
+    """Refuses units that are not those of the sizes.
+
+    Raises:
+        ValueError: they are not.
+    """
+    cut = {axis for axis in plan.before if plan.after[axis] != plan.before[axis]} - {"layers"}
+    for axis in sorted(cut - plan.keep.keys()):
+        raise ValueError(f"{plain(axis, 40)}: expected {plan.after[axis]} units, found none")
+    for axis, index in plan.keep.items():
+        name = plain(axis, 40)
+        if axis not in plan.before or axis == "layers":
+            raise ValueError(f"{name}: no axis of the plan has this name")
+        if index.dtype != torch.int64 or not 1 <= index.dim() <= 3:
+            raise ValueError(
+                f"{name}: expected whole numbers, found {index.dtype} in another shape"
+            )
+        if index.shape[-1] != plan.after[axis]:
+            raise ValueError(
+                f"{name}: expected {plan.after[axis]} units, found {index.shape[-1]} ({FILE})"
+            )
+        rising = bool((index.diff(dim=-1) > 0).all())
+        if not index.numel() or not rising or index.min() < 0 or index.max() >= plan.before[axis]:
+            raise ValueError(
+                f"{name}: expected units from 0 to {plan.before[axis] - 1}, ascending, each once"
+            )

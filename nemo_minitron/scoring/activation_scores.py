@@ -22,6 +22,7 @@ from nemo_minitron.scoring.layer_removal import (
 )
 from nemo_minitron.scoring.pass_runner import Runner
 from nemo_minitron.scoring.scores_file import Scores, read_scores
+from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import Input, read_manifest
 
 if TYPE_CHECKING:
@@ -193,15 +194,15 @@ def _merged(
     """Adds up the parts that other runs scored."""
     found = CalibrationSums()
     for name in config.score.merge:
-        place = Path(name).expanduser() / "scores"
+        place = Workspace(Path(name).expanduser()).scores
         manifest = read_manifest(place)
         if manifest is None or manifest.config.get("importance") != "activation":
             raise ValueError(f"score.merge: {place}: no scores from activations there")
-        if manifest.inputs[0].fingerprint != teacher.fingerprint:
+        if [item.fingerprint for item in manifest.inputs[:1]] != [teacher.fingerprint]:
             raise ValueError(f"score.merge: {place}: scores of another model")
         if manifest.config.get("neurons") != config.score.neurons:
             raise ValueError(
-                f"score.merge: {place}: neurons were read elsewhere ({manifest.config['neurons']})"
+                f"score.merge: {place}: neurons were read elsewhere ({manifest.config.get('neurons')})"
             )
         part = read_scores(place).tally
         fitting = usable(part, measures, wanted)
@@ -211,7 +212,7 @@ def _merged(
             )
         try:
             found = merge_sums(found, fitting)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # sums of other shapes
             raise ValueError(f"score.merge: {place}: {error}") from error
     missing = [index for index in wanted if index not in found.samples]
     if missing:

@@ -1,18 +1,25 @@
 """Checkpoints of a pass layer by layer."""
 
-import json
 import time
 from pathlib import Path
+from typing import TypedDict
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.hidden_state_store import HiddenStateStore, Stream, file_name
 from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
 from nemo_minitron.workspace.atomic import clear, replacing_folder, standing
 from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.tensor_file import read_tensors
+from nemo_minitron.workspace.typed_json import read_json
 
 _STAMP = "next.json"
+
+
+class _Stamp(TypedDict):
+    recipe: str
+    next: int
 
 
 def key_of(name: str) -> Stream:
@@ -39,10 +46,10 @@ class LayerwiseCheckpoint:
         """Fills the shelf; gives the position of the next layer, 0 where there is nothing, and the sums."""
         folder = standing(self._folder)
         if folder is not None and (stamp := folder / _STAMP).is_file():
-            found = json.loads(stamp.read_text(encoding="utf-8"))
+            found = read_json(stamp, _Stamp)
             if found["recipe"] == self._recipe:
                 for path in folder.glob("*.hidden"):
-                    shelf.put(key_of(path.stem), load_file(path)["hidden"])
+                    shelf.put(key_of(path.stem), read_tensors(path)["hidden"])
                 return int(found["next"]), read_scores(folder).tally
         return 0, CalibrationSums()
 

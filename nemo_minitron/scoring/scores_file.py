@@ -1,18 +1,20 @@
 """scores.safetensors: rankings of every axis, and the mergeable sums they were made from."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.depth import DepthSums
 from nemo_minitron.scoring.importance import Moments
+from nemo_minitron.workspace.artifacts import check_file
 from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.tensor_file import read_tensors
+from nemo_minitron.workspace.typed_json import read_json, remedy
 
 FILE = "scores.safetensors"
 SAMPLES = "samples.json"
@@ -56,19 +58,31 @@ def write_scores(folder: Path, scores: Scores) -> None:
 
 
 def read_scores(folder: Path) -> Scores:
-    """Reads what ``write_scores`` wrote."""
-    tensors = load_file(folder / FILE)
+    """Reads what ``write_scores`` wrote.
+
+    Raises:
+        ValueError: a file is missing, damaged, or no longer what its artifact's manifest says.
+    """
+    path = folder / FILE
+    check_file(path)
+    tensors = read_tensors(path)
     ranking = {
         name.split(".", 1)[1]: value
         for name, value in tensors.items()
         if name.startswith("ranking.")
     }
-    greedy = tuple(tensors["greedy"].tolist()) if "greedy" in tensors else ()
+    greedy = tuple(tensors["greedy"].flatten().tolist()) if "greedy" in tensors else ()
     samples = {}
     if (folder / SAMPLES).is_file():
-        named = json.loads((folder / SAMPLES).read_text(encoding="utf-8"))
-        samples = {int(index): name for index, name in named.items()}
-    return Scores(ranking, _tally(tensors, samples), greedy)
+        check_file(folder / SAMPLES)
+        named = read_json(folder / SAMPLES, dict[str, str])
+        samples = {int(index): name for index, name in named.items() if index.isdecimal()}
+    try:
+        return Scores(ranking, _tally(tensors, samples), greedy)
+    except (ValueError, KeyError, IndexError, RuntimeError):  # a name or number of another form
+        raise ValueError(
+            f"{path}: damaged: expected rankings and sums as they are written, found others; {remedy(path)}"
+        ) from None
 
 
 def _tensors(tally: CalibrationSums) -> dict[str, Tensor]:

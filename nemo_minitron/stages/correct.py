@@ -9,9 +9,7 @@ from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.stages.inputs import source_folder
 from nemo_minitron.stages.recipe import Recipe
 from nemo_minitron.stages.training_stage import Role, tokenizer_of, training_inputs, training_recipe
-
-LIVE = "live"
-"""Folder of the workspace with snapshots of a correction that is under way."""
+from nemo_minitron.workspace.layout import Workspace
 
 
 def recipe(config: Config) -> Recipe:
@@ -20,7 +18,7 @@ def recipe(config: Config) -> Recipe:
     The result takes its place as teacher and as what is pruned.
     """
     source, item = source_folder(config)
-    folder = workspace_of(config) / "correct"
+    workspace = Workspace(workspace_of(config))
 
     def start() -> tuple[Any, dict[str, Any], Path]:
         import torch
@@ -33,9 +31,9 @@ def recipe(config: Config) -> Recipe:
         from nemo_minitron.plugin.live_teacher import Publishing
 
         every = config.correct.publish_every
-        return [] if every is None else [Publishing(workspace_of(config) / LIVE, every)]
+        return [] if every is None else [Publishing(workspace.live, every)]
 
     inputs = [item, *training_inputs(config)]
-    role = Role(lambda: tokenizer_of(source), start, callbacks)
+    role = Role(lambda: tokenizer_of(source), start, lambda: read_config(source), callbacks)
     section = {**asdict(config.correct), "publish_every": None}  # decides nothing
-    return training_recipe(folder, "correct", config, section, inputs, role)
+    return training_recipe(workspace.correct, "correct", config, section, inputs, role)

@@ -10,7 +10,7 @@ from typing import Any
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.config.distill_config import DistillConfig, IntermediateConfig
-from nemo_minitron.data.training_samples import LOGITS, sample_fingerprint
+from nemo_minitron.data.training_samples import sample_fingerprint
 from nemo_minitron.distillation.teacher_logits import TeacherLogits
 from nemo_minitron.losses.divergences import Divergence
 from nemo_minitron.losses.intermediate import IntermediateWeights
@@ -20,7 +20,7 @@ from nemo_minitron.stages.logit_cache import asked_for
 from nemo_minitron.stages.recipe import Recipe
 from nemo_minitron.stages.training_stage import Role, tokenizer_of, training_inputs, training_recipe
 from nemo_minitron.workspace.artifacts import input_artifact
-from nemo_minitron.workspace.build import STATE
+from nemo_minitron.workspace.layout import Workspace, state_in
 from nemo_minitron.workspace.manifest import read_manifest
 
 
@@ -30,7 +30,7 @@ def recipe(config: Config) -> Recipe:
     Raises:
         ValueError: the teacher has another vocabulary or tokenizer, or a setting is out of range.
     """
-    workspace = workspace_of(config)
+    workspace = Workspace(workspace_of(config))
     settings = config.distill
     divergence = _divergence(settings)
     inside = _intermediate(settings.intermediate)
@@ -38,10 +38,10 @@ def recipe(config: Config) -> Recipe:
         raise ValueError(
             f"distill: kl and ce must not be negative, nor both 0, found {settings.kl} and {settings.ce}"
         )
-    pruned = workspace / "pruned"
-    inputs = [input_artifact(workspace, "pruned", "prune"), *training_inputs(config)]
+    pruned = workspace.pruned
+    inputs = [input_artifact(workspace.root, "pruned", "prune"), *training_inputs(config)]
     if settings.teacher_logits == "cache":
-        inputs.append(input_artifact(workspace, LOGITS, "logits"))
+        inputs.append(input_artifact(workspace.root, "logits", "logits"))
         callbacks, dress = _cached(config, pruned, divergence, inside)
     else:
         teacher, teacher_input = distillation_teacher(config)
@@ -58,9 +58,10 @@ def recipe(config: Config) -> Recipe:
     elsewhere = ("teacher", "teacher_place", "cache", "chunk_tokens")
     section = {**asdict(settings), **dict.fromkeys(elsewhere), "trainer": {}, "optim": {}}
     section["live_teacher"] = settings.live_teacher is not None  # wherever it lies
-    folder = workspace / "student"
-    role = Role(lambda: tokenizer_of(pruned), start, callbacks, dress=dress)
-    return training_recipe(folder, "student", config, section, inputs, role)
+    role = Role(
+        lambda: tokenizer_of(pruned), start, lambda: read_config(pruned), callbacks, dress=dress
+    )
+    return training_recipe(workspace.student, "student", config, section, inputs, role)
 
 
 Teaching = tuple[Callable[[], list[Any]], Callable[[Any, Any], tuple[Any, Any]]]
@@ -119,7 +120,7 @@ def _online(
         )  # fmt: skip
         if settings.live_teacher is None:
             return [distillation]
-        state = workspace_of(config) / "student" / STATE
+        state = state_in(Workspace(workspace_of(config)).student)
         return [distillation, LiveTeacher(Path(settings.live_teacher), state, distillation, load)]
 
     return callbacks, lambda samples, validation: (samples, validation)
@@ -130,7 +131,7 @@ def _cached(
 ) -> Teaching:
     """The teacher's logits lie on disk."""
     settings, where = config.distill, "distill.teacher_logits=cache"
-    cache = TeacherLogits(workspace_of(config) / LOGITS)
+    cache = TeacherLogits(Workspace(workspace_of(config)).logits)
     if divergence.name != "forward_kl":
         raise ValueError(f"{where}: gives forward_kl, found distill.divergence={divergence.name}")
     if settings.live_teacher is not None:
@@ -169,14 +170,15 @@ def _check_cache(config: Config, where: str) -> None:
     Raises:
         ValueError: they were.
     """
-    manifest = read_manifest(workspace_of(config) / LOGITS)
+    manifest = read_manifest(Workspace(workspace_of(config)).logits)
     assert manifest is not None
     again = "run 'minitron logits' again"
     for name, value in asked_for(config).items():
         made = manifest.config.get(name)
         if name == "train":  # how many samples: seen of the samples themselves
             made, value = [
-                {key: each[key] for key in each if key != "samples"} for each in (made, value)
+                {key: each[key] for key in each if key != "samples"}
+                for each in (made if isinstance(made, dict) else {}, value)
             ]
         if made != value:
             raise ValueError(f"{where}: made with {name} {made}, found {value}; {again}")
@@ -223,5 +225,5 @@ def _intermediate(settings: IntermediateConfig) -> IntermediateWeights | None:
 
 def _kept(config: Config) -> Any:
     """The teacher's channel that each channel of the student was; None where none was cut."""
-    keep = read_plan(workspace_of(config) / "plan").keep
+    keep = read_plan(Workspace(workspace_of(config)).plan).keep
     return keep["hidden"] if "hidden" in keep else None

@@ -1,7 +1,7 @@
 """download: the model to compress, checked and pointed at; a local folder is never copied."""
 
-import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -10,8 +10,10 @@ from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES, left_behind
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.stages.inputs import Source, read_source
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.build import building
+from nemo_minitron.workspace.layout import Workspace, model_in
 from nemo_minitron.workspace.manifest import Input, digest, read_manifest, write_json
 
 
@@ -21,13 +23,13 @@ def recipe(config: Config) -> Recipe:
     Raises:
         ValueError: no such model, or one that cannot be pruned; the message says why.
     """
-    workspace = workspace_of(config)
+    workspace = Workspace(workspace_of(config))
     folder, revision, given = _locate(config, workspace)
     checkpoint = _opened(folder, revision)
-    inside = folder.is_relative_to(workspace)
+    inside = folder.is_relative_to(workspace.root)
     inputs = [Input(given, checkpoint.fingerprint, _finished(folder.parent) if inside else None)]
     # a folder of the workspace is pointed at from inside it, so that the workspace can move
-    pointer = os.path.relpath(folder, workspace) if inside else str(folder.resolve())
+    pointer = os.path.relpath(folder, workspace.root) if inside else str(folder.resolve())
     settings = {"revision": revision}
 
     def build(_state: Path, target: Path, _ranks: Ranks) -> None:
@@ -44,20 +46,15 @@ def recipe(config: Config) -> Recipe:
 
             load_tokenizer(folder)
         _try(checkpoint)
-        source = {
-            "path": pointer,
-            "given": given,
-            "revision": revision,
-            "asked": config.source.revision,
-        }
-        write_json(target / "source.json", source)
+        source = Source(pointer, given, revision, config.source.revision)
+        write_json(target / workspace.source.name, asdict(source))
 
     def summary() -> Summary:
         told = [*notes(folder, checkpoint.config)]
         told += [f"{name}: not carried along" for name in left_behind(folder)]
         return Summary(_headline(checkpoint), notes=tuple(told))
 
-    return Recipe(workspace / "teacher", "teacher", settings, inputs, build, summary)
+    return Recipe(workspace.teacher, "teacher", settings, inputs, build, summary)
 
 
 def _try(checkpoint: Checkpoint) -> None:
@@ -68,11 +65,11 @@ def _try(checkpoint: Checkpoint) -> None:
         try_export(checkpoint.folder, checkpoint.architecture)
 
 
-def _locate(config: Config, workspace: Path) -> tuple[Path, str | None, str]:
+def _locate(config: Config, workspace: Workspace) -> tuple[Path, str | None, str]:
     """Folder, pinned revision, and what the user called the model."""
     name = config.source.model
     if name is None and config.pretrain.enabled:
-        return workspace / "pretrain" / "hf", None, "pretrain/hf"
+        return model_in(workspace.pretrain), None, "pretrain/hf"
     if name is None:
         raise ValueError("source.model: no model given; name a local folder or a hub id")
     local = Path(name).expanduser()
@@ -87,14 +84,13 @@ def _locate(config: Config, workspace: Path) -> tuple[Path, str | None, str]:
     return folder, commit, name
 
 
-def _pinned(workspace: Path, name: str, asked: str | None) -> str | None:
+def _pinned(workspace: Workspace, name: str, asked: str | None) -> str | None:
     """The commit that this workspace began with: what is pushed to the hub later begins no other run."""
-    path = workspace / "teacher" / "source.json"
     try:
-        source = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        source = read_source(workspace)
+    except OSError:  # none yet
         return None
-    return source["revision"] if (source["given"], source.get("asked")) == (name, asked) else None
+    return source.revision if (source.given, source.asked) == (name, asked) else None
 
 
 def _opened(folder: Path, revision: str | None) -> Checkpoint:
@@ -114,14 +110,14 @@ def _opened(folder: Path, revision: str | None) -> Checkpoint:
         raise
 
 
-def _unpacked(archive: Path, workspace: Path) -> Path:
+def _unpacked(archive: Path, workspace: Workspace) -> Path:
     """The Hugging Face folder of a .nemo archive that this package wrote, made once in the workspace.
 
     NeMo reads its weights with torch's ``weights_only``: nothing in it is run.
     """
     state = archive.stat()
     stamp = digest([str(archive.resolve()), state.st_size, state.st_mtime_ns])[:12]
-    folder = workspace / "unpacked" / stamp / "hf"
+    folder = workspace.unpacked_model(stamp)
     if not folder.is_dir():
         from nemo_minitron.plugin.model import MinitronModel
         from nemo_minitron.plugin.nemo_archive import check_archive

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.checkpoint import main_dtype, open_checkpoint
+from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import (
@@ -22,11 +23,17 @@ from nemo_minitron.evaluation.report_page import write_page
 from nemo_minitron.evaluation.significance import paired, recovered
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
-from nemo_minitron.stages.inputs import shared_vocabulary, source_folder, teacher_folder
+from nemo_minitron.stages.inputs import (
+    length_notes,
+    shared_vocabulary,
+    source_folder,
+    teacher_folder,
+)
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.layout import Workspace, model_in
 from nemo_minitron.workspace.manifest import Input, digest, read_manifest, write_json
-from nemo_minitron.workspace.results import FOLDER, Results
+from nemo_minitron.workspace.results import Results
 
 _SHOWN = 6
 
@@ -41,10 +48,10 @@ def recipe(config: Config) -> Recipe:
         RuntimeError: when built: a task failed; what else was measured is kept.
         GateError: when told: the student is too weak to go out; the report is there.
     """
-    workspace, gate = workspace_of(config), gate_of(config)
+    workspace, gate = Workspace(workspace_of(config)), gate_of(config)
     _check(config)
     bench, inputs = _bench(config)
-    folder = workspace / "report"
+    folder = workspace.report
     held_out = held_out_sampling(config, VALIDATION_SAMPLES)
     settings = {**asdict(config.evaluate), "validation": held_out, "dtypes": dict(bench.dtypes)}
     for name in (*JUDGES, "from_scratch", "batch_size", "model"):
@@ -64,9 +71,14 @@ def recipe(config: Config) -> Recipe:
             raise RuntimeError(text) from failed[0].error  # a broken line is worth another try
         report = _assembled(config, bench)
         write_json(temporary / FILE, report)
-        write_page(workspace, temporary)
+        write_page(workspace.root, temporary)
 
-    return Recipe(folder, "report", settings, inputs, build, lambda: _judged(config, gate, folder))
+    def summary() -> Summary:
+        told = _judged(config, gate, folder)
+        of = length_notes(config, read_config(bench.folders["student"]), "validation")
+        return replace(told, notes=(*told.notes, *of))
+
+    return Recipe(folder, "report", settings, inputs, build, summary)
 
 
 def _check(config: Config) -> None:
@@ -99,16 +111,16 @@ def _judged(config: Config, gate: Gate, folder: Path) -> Summary:
 
 
 def _bench(config: Config) -> tuple[Bench, list[Input]]:
-    workspace = workspace_of(config)
+    workspace = Workspace(workspace_of(config))
     models, inputs = _models(config)
     texts = validation_text(config)
     inputs.append(text_input(texts))
     prints = _task_prints(config)
     if prints:
         inputs.append(Input(config.evaluate.task_dir or "lm_eval", digest(prints)))
-    root = workspace / FOLDER
     return Bench(
-        config, models, texts.fingerprint, root / f"tasks-{texts.fingerprint[:12]}", prints, Results(root),
+        config, models, texts.fingerprint, workspace.held_out_tasks(texts.fingerprint), prints,
+        Results(workspace.results),
         shared_vocabulary(models["teacher"], models["student"]), _dtypes(config, models),
     ), inputs  # fmt: skip
 
@@ -131,7 +143,7 @@ def _dtypes(config: Config, models: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
-    workspace = workspace_of(config)
+    workspace = Workspace(workspace_of(config))
     teacher, item = teacher_folder(config)
     models, inputs = {"teacher": teacher}, [item]
     if config.evaluate.model is not None:
@@ -140,17 +152,18 @@ def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
             raise ValueError(f"evaluate.model: no such folder: {folder}")
         inputs.append(Input(str(folder), open_checkpoint(folder).fingerprint))
         return {**models, "student": folder}, inputs
-    for name, artifact, stage, part in (
-        ("pruned", "pruned", "prune", ""),
-        ("student", "student", "distill", "hf"),
-        ("scratch", "scratch", "pretrain", "hf"),
+    for name, artifact, stage, trained in (
+        ("pruned", "pruned", "prune", False),
+        ("student", "student", "distill", True),
+        ("scratch", "scratch", "pretrain", True),
     ):
         if name == "scratch" and not (
-            config.evaluate.from_scratch and read_manifest(workspace / artifact)
+            config.evaluate.from_scratch and read_manifest(workspace.artifact(artifact))
         ):
             continue
-        models[name] = workspace / artifact / part
-        inputs.append(input_artifact(workspace, artifact, stage))
+        folder = workspace.artifact(artifact)
+        models[name] = model_in(folder) if trained else folder
+        inputs.append(input_artifact(workspace.root, artifact, stage))
     return models, inputs
 
 

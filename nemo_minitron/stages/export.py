@@ -1,6 +1,5 @@
 """export: the student as a Hugging Face folder that plain transformers loads, with a card and a proof."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -29,38 +28,39 @@ from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.release.model_card import card_text
 from nemo_minitron.release.quickstart import check_in_clean_process
-from nemo_minitron.stages.inputs import source_folder
+from nemo_minitron.stages.inputs import read_source, source_folder
 from nemo_minitron.stages.result import Result
-from nemo_minitron.workspace.artifacts import artifacts_in, input_artifact
+from nemo_minitron.workspace.artifacts import artifacts_in, check_bytes, input_artifact
 from nemo_minitron.workspace.build import make
-from nemo_minitron.workspace.manifest import NAME, Input, read_manifest, write_json
+from nemo_minitron.workspace.layout import Workspace, manifest_in, model_in
+from nemo_minitron.workspace.manifest import Input, read_manifest, write_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _check_told(workspace: Path, student: Input) -> None:
+def _check_told(workspace: Workspace, student: Input) -> None:
     """Refuses a report, or a plan, of another model than the one that goes out.
 
     Raises:
         ValueError: it does.
     """
-    manifest = read_manifest(workspace / "report")
+    manifest = read_manifest(workspace.report)
     assert manifest is not None
     measured = [item for item in manifest.inputs if item.path == student.path]
     if student.fingerprint not in [item.fingerprint for item in measured]:
         raise ValueError(
-            f"{workspace / 'report'}: measures another model than this workspace's student (evaluate.model); "
+            f"{workspace.report}: measures another model than this workspace's student (evaluate.model); "
             "run 'minitron evaluate' without it"
         )
     if student.finished not in [
         item.finished for item in measured
     ]:  # the same recipe, made once more
         raise ValueError(
-            f"{workspace / 'report'}: measures an earlier student of this workspace; "
+            f"{workspace.report}: measures an earlier student of this workspace; "
             "run 'minitron evaluate' again"
         )
-    if read_manifest(workspace / "pruned") is not None:  # else: cleaned away
-        input_artifact(workspace, "pruned", "prune")  # by the plan that the card tells of
+    if read_manifest(workspace.pruned) is not None:  # else: cleaned away
+        input_artifact(workspace.root, "pruned", "prune")  # by the plan that the card tells of
 
 
 def run(config: Config) -> Result:
@@ -71,23 +71,23 @@ def run(config: Config) -> Result:
         GateError: the student is too weak, and ``export.force`` is not set.
         RuntimeError: plain transformers does not load it, or computes something else.
     """
-    workspace = workspace_of(config)
+    workspace = Workspace(workspace_of(config))
     if config.export.dtype is not None and config.export.dtype not in _DTYPES:
         raise ValueError(
             f"export.dtype: expected one of {', '.join(_DTYPES)}, found {config.export.dtype!r}"
         )
     inputs = [
-        input_artifact(workspace, "student", "distill"),
-        input_artifact(workspace, "report", "evaluate"),
+        input_artifact(workspace.root, "student", "distill"),
+        input_artifact(workspace.root, "report", "evaluate"),
     ]
     _check_told(workspace, inputs[0])
-    report = read_report(workspace / "report")
-    rows = judge(workspace / "report", gate_of(config), report)
+    report = read_report(workspace.report)
+    rows = judge(workspace.report, gate_of(config), report)
     failed = [row for row in rows if not row[3]]
     if not config.export.force:
         raise_if_failed(rows)
     source, _ = source_folder(config)
-    checkpoint, student = open_checkpoint(source), workspace / "student" / "hf"
+    checkpoint, student = open_checkpoint(source), model_in(workspace.student)
     dtype = config.export.dtype or main_dtype(checkpoint)
     dtypes = {} if config.export.dtype else _row_dtypes(checkpoint)
     settings = {**asdict(config.export), "dtype": dtype, "failed": failed}
@@ -96,6 +96,9 @@ def run(config: Config) -> Result:
 
     def build(temporary: Path) -> dict[str, str]:
         """Writes model, card and lineage, and tries them; returns the weights' hashes."""
+        check_bytes(
+            workspace.student
+        )  # they are read anyway, and get a manifest that vouches for them
         hashes = _write_model(student, temporary, dtype, dtypes, config.export.shard_size)
         copy_side_files(source, temporary)
         card = _card(config, workspace, temporary, source, failed)
@@ -108,11 +111,11 @@ def run(config: Config) -> Result:
         check_in_clean_process(temporary, student, dtype)
         return hashes
 
-    folder = workspace / "export"
+    folder = workspace.export
     made = make(folder, "export", settings, inputs, build)
     headline = f"{folder} loads with plain transformers; same logits as the student in {dtype}"
     if config.export.nemo:
-        headline += f"; {_nemo(folder, workspace / f'{workspace.resolve().name}.nemo')}"
+        headline += f"; {_nemo(folder, workspace.archive)}"
     if config.export.push_to_hub:
         headline += f"; uploaded: {_upload(config, folder)}"
     return Result("export", folder, made, headline)
@@ -120,7 +123,7 @@ def run(config: Config) -> Result:
 
 def _nemo(export: Path, archive: Path) -> str:
     """Writes the export as a .nemo archive too, where there is none as new as the export."""
-    if not archive.is_file() or archive.stat().st_mtime_ns < (export / NAME).stat().st_mtime_ns:
+    if not archive.is_file() or archive.stat().st_mtime_ns < manifest_in(export).stat().st_mtime_ns:
         from nemo_minitron.plugin.model import MinitronModel
         from nemo_minitron.plugin.nemo_archive import nemo_archive
 
@@ -175,10 +178,10 @@ def _write_model(
     return hashes
 
 
-def _lineage(workspace: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+def _lineage(workspace: Workspace, report: Mapping[str, Any]) -> dict[str, Any]:
     """Where the export comes from, every artifact's recipe, fingerprint and inputs; and what was measured."""
     stages = []
-    for folder in artifacts_in(workspace):
+    for folder in artifacts_in(workspace.root):
         manifest = read_manifest(folder)
         if manifest is not None and manifest.kind != "export":
             entry = asdict(manifest)
@@ -201,20 +204,20 @@ def _lineage(workspace: Path, report: Mapping[str, Any]) -> dict[str, Any]:
 
 def _card(
     config: Config,
-    workspace: Path,
+    workspace: Workspace,
     folder: Path,
     source: Path,
     failed: Sequence[tuple[str, str, str, str]],
 ) -> str:
     from nemo_minitron.release.card_metadata import licence_of, model_card
 
-    report = read_report(workspace / "report")
-    plan = read_plan(workspace / "plan")
-    pointer = json.loads((workspace / "teacher" / "source.json").read_text(encoding="utf-8"))
-    from_hub = pointer["revision"] is not None
+    report = read_report(workspace.report)
+    plan = read_plan(workspace.plan)
+    pointer = read_source(workspace)
+    from_hub = pointer.revision is not None
     size = model_size(open_checkpoint(folder).architecture)
     origin = (
-        workspace.resolve().name if config.source.model is None else Path(pointer["given"]).name
+        workspace.root.resolve().name if config.source.model is None else Path(pointer.given).name
     )
     name = config.export.name or f"{origin}-minitron-{_short(size.parameters)}"
     results = [
@@ -238,8 +241,8 @@ def _card(
     else:
         licence, untaken = licence_of(source)
     return model_card(
-        card_text(name, pointer, plan, report, failed, untaken),
-        base_model=pointer["given"] if from_hub else None,
+        card_text(name, asdict(pointer), plan, report, failed, untaken),
+        base_model=pointer.given if from_hub else None,
         licence=licence,
         name=name,
         results=results,

@@ -1,11 +1,43 @@
 """How stages find their inputs in a workspace."""
 
-import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.config.config import Config, workspace_of
-from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.artifacts import check_file, input_artifact
+from nemo_minitron.workspace.layout import Workspace, model_in
 from nemo_minitron.workspace.manifest import Input
+from nemo_minitron.workspace.typed_json import read_json
+
+
+@dataclass(frozen=True)
+class Source:
+    """Contents of ``teacher/source.json``.
+
+    Attributes:
+        path: where the model lies; relative to the workspace where it is inside.
+        given: what the user called it.
+        revision: its commit, where it is of the hub.
+        asked: the revision that was asked for.
+    """
+
+    path: str
+    given: str
+    revision: str | None
+    asked: str | None = None
+
+
+def read_source(workspace: Workspace) -> Source:
+    """Where the source model lies.
+
+    Raises:
+        ValueError: the file is damaged, or no longer what ``download`` wrote.
+    """
+    check_file(workspace.source)
+    source: Source = read_json(workspace.source, Source)
+    return source
 
 
 def teacher_folder(config: Config) -> tuple[Path, Input]:
@@ -14,9 +46,9 @@ def teacher_folder(config: Config) -> tuple[Path, Input]:
     Raises:
         ValueError: it has not been made yet.
     """
-    workspace = workspace_of(config)
+    workspace = Workspace(workspace_of(config))
     if config.correct.enabled:
-        return workspace / "correct" / "hf", input_artifact(workspace, "correct", "correct")
+        return model_in(workspace.correct), input_artifact(workspace.root, "correct", "correct")
     return source_folder(config)
 
 
@@ -26,10 +58,28 @@ def source_folder(config: Config) -> tuple[Path, Input]:
     Raises:
         ValueError: it has not been made yet.
     """
-    workspace = workspace_of(config)
-    item = input_artifact(workspace, "teacher", "download")
-    pointer = json.loads((workspace / "teacher" / "source.json").read_text(encoding="utf-8"))
-    return workspace / pointer["path"], item  # an absolute path stays as it is
+    workspace = Workspace(workspace_of(config))
+    item = input_artifact(workspace.root, "teacher", "download")
+    return workspace.root / read_source(workspace).path, item  # an absolute path stays as it is
+
+
+def length_notes(config: Config, hf_config: Mapping[str, Any], *texts: str) -> tuple[str, ...]:
+    """A note for each text whose samples are longer than a model was made for.
+
+    Args:
+        config: the whole configuration.
+        hf_config: the model's config.json.
+        texts: parts of ``data`` that the model reads.
+    """
+    key = "max_position_embeddings"
+    most = hf_config[key] if key in hf_config else None
+    lengths = {text: getattr(config.data, text).sequence_length for text in texts}
+    return tuple(
+        f"data.{text}.sequence_length: {length:,} tokens, and the model was made for {most:,} positions "
+        f"({key} in its config.json); what it computes beyond them may mean little"
+        for text, length in lengths.items()
+        if isinstance(most, int) and length > most
+    )
 
 
 def distillation_teacher(config: Config) -> tuple[Path, Input]:

@@ -7,7 +7,7 @@ from typing import Any
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import validation_samples
-from nemo_minitron.data.training_samples import LOGITS, sample_fingerprint, training_samples
+from nemo_minitron.data.training_samples import sample_fingerprint, training_samples
 from nemo_minitron.distillation import teacher_logits
 from nemo_minitron.distillation.teacher_logits import (
     TeacherLogits,
@@ -16,7 +16,12 @@ from nemo_minitron.distillation.teacher_logits import (
     write_part,
 )
 from nemo_minitron.models.ranks import Ranks
-from nemo_minitron.stages.inputs import distillation_teacher, shared_vocabulary, teacher_folder
+from nemo_minitron.stages.inputs import (
+    distillation_teacher,
+    length_notes,
+    shared_vocabulary,
+    teacher_folder,
+)
 from nemo_minitron.stages.logit_cache import asked_for
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.stages.training_stage import (
@@ -25,8 +30,10 @@ from nemo_minitron.stages.training_stage import (
     tokenizer_of,
     training_inputs,
 )
+from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.progress_bar import bar
+from nemo_minitron.workspace.typed_json import read_json
 
 
 def recipe(config: Config) -> Recipe:
@@ -36,7 +43,7 @@ def recipe(config: Config) -> Recipe:
         ValueError: the teacher has another vocabulary, or more entries are asked for than it has.
     """
     teacher, teacher_input = distillation_teacher(config)
-    settings, folder = config.distill.cache, workspace_of(config) / LOGITS
+    settings, folder = config.distill.cache, Workspace(workspace_of(config)).logits
     source, _ = teacher_folder(config)
     vocabulary = shared_vocabulary(teacher, source)
     size = vocabulary or read_config(teacher)["vocab_size"]
@@ -58,7 +65,8 @@ def recipe(config: Config) -> Recipe:
 
     def summary() -> Summary:
         facts = TeacherLogits(folder).facts
-        return Summary(_headline(facts), facts=dict(facts))
+        notes = length_notes(config, read_config(teacher), "train", "validation")
+        return Summary(_headline(facts), facts=dict(facts), notes=notes)
 
     inputs = [teacher_input, *training_inputs(config)]
     return Recipe(folder, "logits", decides, inputs, build, summary, resumable=True)
@@ -138,9 +146,5 @@ def _cut(rows: int, size: int) -> list[range]:
 
 
 def _mean_mass(state: Path, parts: int) -> float:
-    import json
-
-    found = [
-        json.loads((state / f"mass-{n:05}.json").read_text(encoding="utf-8")) for n in range(parts)
-    ]
+    found = [read_json(state / f"mass-{n:05}.json", float) for n in range(parts)]
     return float(sum(found) / len(found))

@@ -17,6 +17,7 @@ from nemo_minitron.scoring.scores_file import Scores, read_scores
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.layout import Workspace
 
 
 def recipe(config: Config) -> Recipe:
@@ -26,19 +27,19 @@ def recipe(config: Config) -> Recipe:
         ValueError: a target is larger than the source, breaks a rule of the family, or nothing is
             asked for.
     """
-    workspace = workspace_of(config)
+    workspace = Workspace(workspace_of(config))
     source, teacher = teacher_folder(config)
     checkpoint = open_checkpoint(source)
     sizes = checkpoint.architecture.sizes
     targets = target_sizes(checkpoint.architecture, config.plan)
     inputs = [teacher]
     if needs_scores(config.plan):
-        inputs.append(input_artifact(workspace, "scores", "score"))
+        inputs.append(input_artifact(workspace.root, "scores", "score"))
 
     def build(_state: Path, temporary: Path, _ranks: Ranks) -> None:
         from nemo_minitron.models.config_trial import check_config_loads
 
-        scores = read_scores(workspace / "scores") if needs_scores(config.plan) else Scores({})
+        scores = read_scores(workspace.scores) if needs_scores(config.plan) else Scores({})
         layers = _layers(config, sizes, scores)
         checkpoint.architecture.check_layers(layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
@@ -50,7 +51,7 @@ def recipe(config: Config) -> Recipe:
     settings = explicit_targets(config.plan)
     if settings.get("layer_choice") == "contiguous":
         settings["depth"] = config.score.depth
-    folder = workspace / "plan"
+    folder = workspace.plan
     return Recipe(folder, "plan", settings, inputs, build, lambda: _summary(read_plan(folder)))
 
 

@@ -14,6 +14,7 @@ from nemo_minitron.data.mixtures import training_text
 from nemo_minitron.stages.recipe import Recipe
 from nemo_minitron.stages.training_stage import Role, tokenizer_of, training_inputs, training_recipe
 from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.layout import Workspace, state_in
 from nemo_minitron.workspace.manifest import Input
 
 TOKENIZER = "tokenizer"
@@ -33,7 +34,7 @@ def recipe(config: Config) -> Recipe:
 
 
 def _teacher(config: Config) -> Recipe:
-    folder = workspace_of(config) / "pretrain"
+    folder = Workspace(workspace_of(config)).pretrain
     shape = dict(config.pretrain.model)
     if "model_type" not in shape or "vocab_size" not in shape:
         raise ValueError(
@@ -41,7 +42,7 @@ def _teacher(config: Config) -> Recipe:
         )
     section = asdict(config.pretrain)
     given = config.pretrain.tokenizer
-    files = folder / "state" / TOKENIZER if given is None else Path(given)
+    files = state_in(folder) / TOKENIZER if given is None else Path(given)
 
     def prepare() -> None:
         if not (files / "tokenizer.json").is_file() and given is None:
@@ -62,7 +63,7 @@ def _teacher(config: Config) -> Recipe:
 
         return load_tokenizer(files, shape["vocab_size"])
 
-    role = Role(tokenizer, start, prepare=prepare)
+    role = Role(tokenizer, start, lambda: shape, prepare=prepare)
     inputs = training_inputs(config)
     if given is not None:
         inputs.append(Input(given, tokenizer_fingerprint(files)))
@@ -70,15 +71,15 @@ def _teacher(config: Config) -> Recipe:
 
 
 def _baseline(config: Config) -> Recipe:
-    workspace = workspace_of(config)
-    pruned = workspace / "pruned"
+    workspace = Workspace(workspace_of(config))
+    pruned = workspace.pruned
     section = {
         **asdict(config.pretrain),
         "batch_size": config.distill.batch_size,
         "trainer": {},  # the student's steps and rhythm
         "model": {},
     }
-    inputs = [input_artifact(workspace, "pruned", "prune"), *training_inputs(config)]
+    inputs = [input_artifact(workspace.root, "pruned", "prune"), *training_inputs(config)]
 
     def start() -> tuple[Any, dict[str, Any], Path]:
         from nemo_minitron.models.causal_lm import new_model
@@ -86,7 +87,5 @@ def _baseline(config: Config) -> Recipe:
         hf_config = read_config(pruned)
         return new_model(hf_config, config.pretrain.seed), hf_config, pruned
 
-    folder = workspace / "scratch"
-    return training_recipe(
-        folder, "scratch", config, section, inputs, Role(lambda: tokenizer_of(pruned), start)
-    )
+    role = Role(lambda: tokenizer_of(pruned), start, lambda: read_config(pruned))
+    return training_recipe(workspace.scratch, "scratch", config, section, inputs, role)

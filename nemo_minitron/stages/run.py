@@ -11,8 +11,9 @@ from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.accelerator_lock import ENDING_SECONDS, in_use, turn
 from nemo_minitron.workspace.build import make
 from nemo_minitron.workspace.command_log import note_command
+from nemo_minitron.workspace.condition import condition
 from nemo_minitron.workspace.locks import alone, locked
-from nemo_minitron.workspace.manifest import fingerprint, is_done
+from nemo_minitron.workspace.manifest import fingerprint
 from nemo_minitron.workspace.resumable import make_resumable
 
 if TYPE_CHECKING:
@@ -152,7 +153,8 @@ def _follow(name: str, config: "Config") -> None:
 def _make(recipe: Recipe, build: Callable[[Path, Path], Mapping[str, str] | None]) -> bool:
     """Makes a recipe's artifact unless it is there; says whether it had to be made."""
     folder, kind, settings, inputs = recipe.folder, recipe.kind, recipe.settings, recipe.inputs
-    if not is_done(folder, fingerprint(kind, settings, inputs), inputs):
+    expected = fingerprint(kind, settings, inputs)
+    if condition(folder, expected, inputs).state != "done":
         recipe.check()
     if not recipe.resumable:
         return make(folder, kind, settings, inputs, lambda target: build(target, target))

@@ -1,7 +1,7 @@
 """score: the importance of every channel, head, neuron, expert and layer ([P1] section 2.2)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor, open_checkpoint
+from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_input
 from nemo_minitron.families import Family, find_row
@@ -22,8 +23,10 @@ from nemo_minitron.scoring.importance import AGGREGATIONS, concentration, random
 from nemo_minitron.scoring.layer_removal import TaskSums, block_lengths, greedy_steps
 from nemo_minitron.scoring.magnitude import unit_squares
 from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
-from nemo_minitron.stages.inputs import teacher_folder
+from nemo_minitron.stages.inputs import length_notes, teacher_folder
 from nemo_minitron.stages.recipe import Recipe, Summary
+from nemo_minitron.workspace.condition import made_anew
+from nemo_minitron.workspace.layout import Workspace, plots_in
 from nemo_minitron.workspace.manifest import SCHEMA, Input, read_manifest
 
 
@@ -38,7 +41,7 @@ def recipe(config: Config) -> Recipe:
     activations = config.score.importance == "activation"
     if activations:
         inputs += [text_input(text) for text, _ in calibration_mixture(config)]
-    target = workspace_of(config) / "scores"
+    target = Workspace(workspace_of(config)).scores
     found: list[tuple[Prepared, CalibrationSums]] = []
     outcome: list[Outcome] = []
 
@@ -64,10 +67,12 @@ def recipe(config: Config) -> Recipe:
         else:
             scores = _BASELINES[config.score.importance](config, open_checkpoint(folder))
         write_scores(temporary, scores)
-        _write_plots(temporary / "plots", scores)
+        _write_plots(plots_in(temporary), scores)
 
     def summary() -> Summary:
-        return _summary(config, read_scores(target), outcome)
+        told = _summary(config, read_scores(target), outcome)
+        of = length_notes(config, read_config(folder), "calibration") if activations else ()
+        return replace(told, notes=(*told.notes, *of))
 
     return Recipe(target, "scores", settings, inputs, build, summary, check, resumable=True)
 
@@ -178,13 +183,19 @@ def _earlier(target: Path, config: Config, teacher: Input) -> CalibrationSums:
         or manifest.config.get("importance") != "activation"
     ):
         return CalibrationSums()
-    first = manifest.inputs[0]
-    rebuilt = teacher.finished is not None and teacher.finished > manifest.started
-    if first.fingerprint != teacher.fingerprint or rebuilt or "iterations" in manifest.config:
+    own = [item.fingerprint for item in manifest.inputs[:1]]
+    rebuilt = teacher.finished and made_anew(teacher.path, teacher.finished, manifest)
+    if own != [teacher.fingerprint] or rebuilt or "iterations" in manifest.config:
         return CalibrationSums()
     same = manifest.config.get("neurons") == config.score.neurons
-    packing = manifest.config["calibration"].get("packing") == config.data.calibration.packing
-    return read_scores(target).tally if same and packing else CalibrationSums()
+    calibration = manifest.config.get("calibration")
+    packing = isinstance(calibration, dict) and (
+        calibration.get("packing") == config.data.calibration.packing
+    )
+    try:
+        return read_scores(target).tally if same and packing else CalibrationSums()
+    except ValueError:  # damaged: all is scored anew
+        return CalibrationSums()
 
 
 def _by_magnitude(config: Config, checkpoint: Checkpoint) -> Scores:

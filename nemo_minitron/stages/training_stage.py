@@ -1,13 +1,12 @@
 """What the three training stages have in common: their text, their recipe, and the model they write."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.training_config import TrainingConfig
@@ -20,10 +19,13 @@ from nemo_minitron.data.mixtures import (
 )
 from nemo_minitron.data.training_samples import training_samples
 from nemo_minitron.models.ranks import Ranks
+from nemo_minitron.stages.inputs import length_notes
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.training.trainer_arguments import deciding, merged
 from nemo_minitron.workspace import training_log
-from nemo_minitron.workspace.manifest import Input, write_json
+from nemo_minitron.workspace.layout import metrics_in, model_in
+from nemo_minitron.workspace.manifest import Input, Manifest, read_manifest, write_json
+from nemo_minitron.workspace.typed_json import read_json
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class Role:
             on.
         callbacks: gives the Lightning callbacks.
         prepare: called first.
+        shape: gives config.json of the model that is trained, without loading it.
         dress: what becomes of the training and the validation samples before they are read.
     """
 
     tokenizer: Callable[[], Any]
     start: Callable[[], tuple[Any, dict[str, Any], Path | None]]
+    shape: Callable[[], Mapping[str, Any]]
     callbacks: Callable[[], list[Any]] = list
     prepare: Callable[[], None] = lambda: None
     dress: Callable[[Any, Any], tuple[Any, Any]] = lambda samples, validation: (samples, validation)
@@ -48,6 +52,12 @@ class Role:
 
 SKIPPED = "skipped.json"
 """Steps that a training left out: number, which samples (as those of a step without any left out), reason."""
+
+
+class _Skip(TypedDict):
+    step: int
+    samples_of_step: int
+    reason: str
 
 
 def training_inputs(config: Config) -> list[Input]:
@@ -100,19 +110,19 @@ def training_recipe(
             _write(trained, state, target)
 
     def summary() -> Summary:
-        return Summary(last_losses(folder))
+        notes = length_notes(config, role.shape(), "train", "validation")
+        return Summary(last_losses(folder), notes=notes)
 
     return Recipe(folder, kind, decides, inputs, build, summary, resumable=True, keep=True)
 
 
 def _write(trained: Any, state: Path, target: Path) -> None:
     """Writes what came of a training."""
-    (target / "hf").mkdir()
-    trained.save_hf(target / "hf")
-    training_log.write_csv(
-        training_log.read_log(state / training_log.FILE), target / training_log.TABLE
-    )
-    for name in (training_log.FILE, SKIPPED, training_log.TEACHERS):
+    model_in(target).mkdir()
+    trained.save_hf(model_in(target))
+    log = metrics_in(state)
+    training_log.write_csv(training_log.read_log(log), target / training_log.TABLE)
+    for name in (log.name, SKIPPED, training_log.TEACHERS):
         if (state / name).is_file():
             (target / name).write_bytes((state / name).read_bytes())
 
@@ -241,9 +251,7 @@ def _options(training: TrainingConfig) -> Any:
 
 def _skips(state: Path) -> list[dict[str, Any]]:
     path = state / SKIPPED
-    found: list[dict[str, Any]] = (
-        json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    )
+    found: list[dict[str, Any]] = read_json(path, list[_Skip]) if path.is_file() else []
     return found
 
 
@@ -265,10 +273,21 @@ def _leave_out(bad: Any, skips: list[dict[str, Any]], most: int, state: Path) ->
 
 def last_losses(folder: Path) -> str:
     """The end of a training in words, from its log."""
-    lines = training_log.read_log(folder / training_log.FILE)
-    validated = [line for line in lines if "val_loss" in line]
-    steps = max(line["step"] for line in lines)
+    lines = training_log.read_log(metrics_in(folder))
+    validated = [line for line in lines if "val_loss" in line][-1:]
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    steps = _max_steps(manifest)  # the log has lines of some steps only
     left_out = f", {len(skips)} left out ({SKIPPED})" if (skips := _skips(folder)) else ""
-    if not validated:
-        return f"{steps} steps{left_out}"
-    return f"{steps} steps{left_out}, held-out loss {validated[-1]['val_loss']:.4f}"
+    told = "".join(
+        f", held-out loss {line['val_loss']:.4f}"
+        + (f" at step {line['step']}" if line["step"] != steps else "")
+        for line in validated
+    )
+    return f"{steps} steps{left_out}{told}"
+
+
+def _max_steps(manifest: Manifest) -> int:
+    """Steps of a training that is finished: it ends with the last of them, or fails."""
+    steps: int = manifest.config["trainer"]["max_steps"]
+    return steps

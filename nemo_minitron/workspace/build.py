@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.workspace.atomic import discard, replacing_folder
+from nemo_minitron.workspace.condition import condition
 from nemo_minitron.workspace.layout import ASIDE, STATE, manifest_in, state_in
-from nemo_minitron.workspace.manifest import NAME, Input, fingerprint, is_done, now, write_manifest
+from nemo_minitron.workspace.manifest import NAME, Input, fingerprint, now, write_manifest
 
 __all__ = ["STATE", "building", "discard", "make", "refuse_unknown_folder", "set_aside"]
 
@@ -29,8 +30,13 @@ def refuse_unknown_folder(folder: Path) -> None:
     """Refuses to put an artifact in the place of what is none.
 
     Raises:
-        ValueError: the folder is there, and holds something that no stage made.
+        ValueError: a file is there, or a folder that holds something that no stage made.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"{folder.resolve()}: expected a folder that this package makes, found a file; it is not "
+            "overwritten: move it, or choose another workspace"
+        )
     state = state_in(folder)
     # without a recipe it is what a run left that was killed as it began
     begun = (state / STAMP).exists() or (state.is_dir() and not any(state.glob("[!.]*")))
@@ -61,7 +67,7 @@ def make(
     Returns:
         Whether it had to be built.
     """
-    if is_done(folder, fingerprint(kind, config, inputs), inputs):
+    if condition(folder, fingerprint(kind, config, inputs), inputs).state == "done":
         return False
     refuse_unknown_folder(folder)
     started = now()

@@ -4,13 +4,18 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from nemo_minitron.security.masking import masked
 from nemo_minitron.workspace.layout import COMMANDS, Workspace
 from nemo_minitron.workspace.manifest import now
-from nemo_minitron.workspace.training_log import read_log
+from nemo_minitron.workspace.typed_json import read_lines
 
 __all__ = ["COMMANDS", "commands_in", "note_command"]
+
+
+class _Line(TypedDict):
+    command: str
 
 
 def note_command(workspace: Path, words: Sequence[str]) -> None:
@@ -23,4 +28,4 @@ def note_command(workspace: Path, words: Sequence[str]) -> None:
 
 def commands_in(workspace: Path) -> list[str]:
     """Commands that worked on a workspace, in order."""
-    return [line["command"] for line in read_log(Workspace(workspace).commands)]
+    return [line["command"] for line in read_lines(Workspace(workspace).commands, _Line)]

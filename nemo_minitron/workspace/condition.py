@@ -2,7 +2,9 @@
 
 A fingerprint names the recipe, not the bytes: an input that was made anew may differ in bytes under
 the same fingerprint. So an artifact is good if its files are there in their sizes, its recipe is
-the one that is asked for, and none of its inputs has changed, or was finished after it was begun.
+the one that is asked for, and none of its inputs has changed, or was finished at another time than
+the one that it was made from. Which of two times is the later one is never asked where that is
+known: the clock of a machine may have been wrong.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from nemo_minitron.security.links import leads_out
-from nemo_minitron.workspace.layout import ARTIFACTS
-from nemo_minitron.workspace.manifest import SCHEMA, Input, Manifest, read_manifest
+from nemo_minitron.workspace.layout import ARTIFACTS, manifest_in
+from nemo_minitron.workspace.manifest import SCHEMA, Input, Manifest, fingerprint, read_manifest
+from nemo_minitron.workspace.typed_json import remedy
 
 State = Literal["absent", "damaged", "stale", "done"]
 Fault = Literal[
@@ -71,7 +74,6 @@ def condition(folder: Path, expected: str | None = None, inputs: Sequence[Input]
 
     Raises:
         OSError: the system refuses to tell.
-        TypeError: the manifest holds values of other types than it is written with.
     """
     try:
         manifest = read_manifest(folder)
@@ -79,6 +81,10 @@ def condition(folder: Path, expected: str | None = None, inputs: Sequence[Input]
         return Condition("damaged", Why("unreadable", found=str(error)))
     if manifest is None:
         return Condition("absent")
+    if manifest.schema == SCHEMA and manifest.fingerprint != _own_fingerprint(manifest):
+        path = manifest_in(folder)
+        told = f"{path}: its fingerprint is not that of its own config and inputs; {remedy(path)}"
+        return Condition("damaged", Why("unreadable", found=told))
     if (flaw := next(flaws(folder, manifest), None)) is not None:
         return Condition("damaged", flaw, manifest)
     why = _outdated(manifest, expected, inputs)
@@ -87,6 +93,10 @@ def condition(folder: Path, expected: str | None = None, inputs: Sequence[Input]
     return Condition(
         "stale" if why is not None and why.fault != "unknown" else "done", why, manifest
     )
+
+
+def _own_fingerprint(manifest: Manifest) -> str:
+    return fingerprint(manifest.kind, manifest.config, manifest.inputs)
 
 
 def flaws(folder: Path, manifest: Manifest) -> Iterator[Why]:
@@ -113,9 +123,15 @@ def _outdated(manifest: Manifest, expected: str | None, inputs: Sequence[Input])
             return Why("another", item.path)
         if expected is None and item.finished not in [one.finished for one in own]:
             return Why("anew", item.path)
-        if item.finished is not None and item.finished > manifest.started:
+        if item.finished is not None and made_anew(item.path, item.finished, manifest):
             return Why("anew", item.path)
     return None
+
+
+def made_anew(path: str, finished: str, manifest: Manifest) -> bool:
+    """Whether an input that was finished then is another than the one that an artifact was made from."""
+    known = [item.finished for item in manifest.inputs if item.path == path and item.finished]
+    return finished not in known if known else finished > manifest.started
 
 
 def _overtaken(workspace: Path, manifest: Manifest) -> Why | None:
@@ -136,7 +152,7 @@ def _overtaken(workspace: Path, manifest: Manifest) -> Why | None:
             continue
         if not part and upstream.fingerprint != item.fingerprint:
             found.append(Why("another", name))
-        elif upstream.finished > manifest.started:
+        elif made_anew(item.path, upstream.finished, manifest):
             found.append(Why("anew", name))
     order: tuple[Fault, ...] = ("another", "anew", "unknown")
     return min(found, key=lambda why: order.index(why.fault), default=None)
@@ -158,3 +174,17 @@ _WORDS = {
 def in_words(why: Why) -> str:
     """What is wrong, in words; of a file without its name."""
     return _WORDS[why.fault].format(why)
+
+
+def damage(folder: Path, manifest: Manifest) -> str | None:
+    """What is wrong with an artifact's files at a glance, by their places and sizes; None: nothing."""
+    return next(
+        (f"{flaw.name} {_IS[flaw.fault].format(flaw)}" for flaw in flaws(folder, manifest)), None
+    )
+
+
+_IS = {
+    "missing": "is missing",
+    "outside": "lies outside of the folder, at {0.found}",
+    "size": "has {0.found} bytes, expected {0.expected}",
+}

@@ -49,12 +49,7 @@ BESIDE = {
 LOCKS = (LOCK, STAGE_LOCK)
 """Held by a run, and by the process of a stage, which may live a little longer."""
 _OWN = (*ARTIFACTS, *BESIDE, RESULTS)
-_STRANGE = (
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-)  # what a file leads to that is no manifest or log
+_STRANGE = (OSError, ValueError)  # what a file leads to that is no manifest
 
 
 @dataclass(frozen=True)
@@ -170,12 +165,8 @@ def _detail(found: Condition) -> str:
 
 
 def _last_step(path: Path) -> str:
-    try:
-        return (
-            f"step {max(line['step'] for line in training_log.read_log(path) if 'step' in line):d}"
-        )
-    except _STRANGE:  # none yet
-        return ""
+    steps = [line["step"] for line in training_log.read_log(path)]
+    return f"step {max(steps)}" if steps else ""
 
 
 def _held(lock: Path) -> bool:
@@ -217,7 +208,7 @@ def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
     settings, and token caches. These are no artifact's input (inputs name the text itself), and
     made anew they hold the same ids. Everything else is an input of the student, directly or not:
     teacher, scores and plan by way of pruned, logits where they teach. Made anew it would be
-    younger than the student, by the rule of ``is_done`` a reason to train again; so it stays.
+    younger than the student, by the rule of ``condition`` a reason to train again; so it stays.
     ``intermediate`` leaves what a run is for, and its plan; the next run starts from the beginning.
     What no run has made stays always.
 

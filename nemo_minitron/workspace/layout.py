@@ -22,6 +22,20 @@ ARTIFACTS = (
     "export",
 )
 """Sub-folders of a workspace that can hold an artifact, in the order in which they are made."""
+MADE_BY = {
+    "pretrain": "pretrain",
+    "teacher": "download",
+    "correct": "correct",
+    "scores": "score",
+    "plan": "plan",
+    "pruned": "prune",
+    "logits": "logits",
+    "student": "distill",
+    "scratch": "pretrain",
+    "report": "evaluate",
+    "export": "export",
+}
+"""Artifact to the command that makes it."""
 MANIFEST = "manifest.json"
 """In every artifact: what it is, what it was made from, its files. Written last."""
 STATE = "state"
@@ -57,16 +71,18 @@ MEMORY = ".memory.json"
 _OUTCOME, _PROGRESS, _SLURM = ".outcome.json", ".progress.json", ".slurm.json"
 
 
-_OWN = {
-    *ARTIFACTS, TOKENS, LIVE, UNPACKED, RESULTS, LOCK, STAGE_LOCK, HOLDER, COMMANDS, VERDICT, MEMORY,
-    ".launch", "logs", "rounds", "variants", "search.json", "sweep.json", "pareto.png",
-}  # fmt: skip
+FOLDERS = (*ARTIFACTS, TOKENS, LIVE, UNPACKED, RESULTS, ".launch", "logs", "rounds", "variants")
+"""Entries of a workspace that are folders."""
+FILES = (
+    LOCK, STAGE_LOCK, HOLDER, COMMANDS, VERDICT, MEMORY, "search.json", "sweep.json", "pareto.png",
+)  # fmt: skip
+"""Entries of a workspace that are files."""
 
 
 def is_own(name: str) -> bool:
     """Whether an entry of a workspace is read or written by this package; others are the user's."""
     beside = name.startswith(".") and name.endswith((".partial", ".tmp"))
-    return beside or name in _OWN
+    return beside or name in (*FOLDERS, *FILES)
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,49 @@
 """Locks: one run at a time in a workspace, and one stage."""
 
 import contextlib
-import json
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from nemo_minitron.security.links import check_tree
-from nemo_minitron.workspace.layout import COMMANDS, HOLDER, LOCK, STAGE_LOCK, Workspace, is_own
+from nemo_minitron.workspace.layout import (
+    COMMANDS,
+    FILES,
+    FOLDERS,
+    HOLDER,
+    LOCK,
+    STAGE_LOCK,
+    Workspace,
+    is_own,
+)
 from nemo_minitron.workspace.manifest import now, write_json
+from nemo_minitron.workspace.typed_json import read_json
 
 TRACES = (LOCK, STAGE_LOCK, HOLDER, COMMANDS)
 """Files that a run leaves although nothing came of it."""
 
 
+@dataclass(frozen=True)
+class _Holder:
+    pid: int
+    host: str
+    since: str
+
+
 def holder(workspace: Path) -> str:
     """Who holds the workspace, or held it last, in words; empty where nobody wrote it down."""
     try:
-        found = json.loads(Workspace(workspace).holder.read_text(encoding="utf-8"))
-        return f"process {found['pid']} on {found['host']}, since {found['since'][:19].replace('T', ' ')} UTC"
-    except (OSError, ValueError, KeyError, TypeError):
+        found: _Holder = read_json(Workspace(workspace).holder, _Holder)
+    except (OSError, ValueError):
         return ""
+    return f"process {found.pid} on {found.host}, since {found.since[:19].replace('T', ' ')} UTC"
 
 
 def _busy(workspace: Path) -> ValueError:
@@ -44,8 +61,18 @@ def _check(workspace: Path) -> None:
     touched.
 
     Raises:
-        ValueError: it does.
+        ValueError: it does, or the user keeps a file where a folder belongs, or a folder for a file.
     """
+    for names, other, found in (
+        (FOLDERS, Path.is_file, "a file"),
+        (FILES, Path.is_dir, "a folder"),
+    ):
+        for name in names:
+            if other(workspace / name):
+                raise ValueError(
+                    f"{workspace / name}: expected none or one that this package made, found {found} of "
+                    "this name; nothing was touched: move it, or choose another workspace"
+                )
     around, up = workspace, workspace.absolute().parents
     if len(up) > 2 and up[0].name == "variants":
         around = up[1]

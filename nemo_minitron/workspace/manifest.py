@@ -19,7 +19,8 @@ from typing import Any
 import nemo_minitron
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.atomic import replacing
-from nemo_minitron.workspace.layout import ASIDE, MANIFEST, manifest_in
+from nemo_minitron.workspace.layout import MANIFEST, manifest_in
+from nemo_minitron.workspace.typed_json import read_json, remedy
 
 SCHEMA = 1
 NAME = MANIFEST
@@ -103,39 +104,30 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = manifest_in(folder)
     if not path.is_file():
         return None
+    otherwise = f"not a manifest of schema {SCHEMA}"
+    manifest: Manifest = read_json(path, Manifest, otherwise)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        raw["inputs"] = tuple(Input(**item) for item in raw["inputs"])
-        raw["outputs"] = tuple(Output(**item) for item in raw["outputs"])
-        for output in raw["outputs"]:
+        for output in manifest.outputs:
             if PurePosixPath(output.file).is_absolute() or ".." in PurePosixPath(output.file).parts:
                 raise ValueError(f"{plain(output.file, 80)!r} lies outside of the folder")
-        return Manifest(**raw)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a manifest of schema {SCHEMA}: {error}") from error
+        _check_time(manifest.finished)
+    except ValueError as error:
+        raise ValueError(f"{path}: {otherwise}: {error}; {remedy(path)}") from None
+    return manifest
 
 
-def is_done(folder: Path, expected: str, inputs: Sequence[Input]) -> bool:
-    """Whether the artifact in ``folder`` is what a stage would make now; see ``condition``."""
-    from nemo_minitron.workspace.condition import condition
+def _check_time(text: str) -> None:
+    """Refuses what is no time as ``now`` writes it.
 
-    return condition(folder, expected, inputs).state == "done"
-
-
-def damage(folder: Path, manifest: Manifest) -> str | None:
-    """What is wrong with an artifact's files at a glance, by their places and sizes; None: nothing."""
-    from nemo_minitron.workspace.condition import flaws
-
-    return next(
-        (f"{flaw.name} {_IS[flaw.fault].format(flaw)}" for flaw in flaws(folder, manifest)), None
-    )
-
-
-_IS = {
-    "missing": "is missing",
-    "outside": "lies outside of the folder, at {0.found}",
-    "size": "has {0.found} bytes, expected {0.expected}",
-}
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        known = datetime.datetime.fromisoformat(text).tzinfo is not None
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"finished: expected a time with its zone, found {plain(text, 60)!r}")
 
 
 def list_outputs(
@@ -200,35 +192,3 @@ def write_json(path: Path, value: Any) -> None:
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
-
-
-def verify(folder: Path) -> list[str]:
-    """Re-hashes an artifact.
-
-    Returns:
-        One line per defect: a missing, changed or unlisted file; empty where all bytes are what was
-            written.
-    """
-    from nemo_minitron.workspace.condition import flaws, in_words
-
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return [f"{folder}: no {NAME}"]
-    found = {flaw.name: flaw for flaw in flaws(folder, manifest)}
-    problems = []
-    for output in manifest.outputs:
-        path = folder / output.file
-        if output.file in found:
-            problems.append(f"{path}: {in_words(found[output.file])}")
-        elif hash_file(path) != output.sha256:
-            problems.append(f"{path}: SHA-256 differs from the manifest's")
-    listed = {output.file for output in manifest.outputs} | {NAME}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in listed and not name.startswith(ASIDE):
-            problems.append(f"{path}: not in the manifest")
-    if manifest.fingerprint != fingerprint(manifest.kind, manifest.config, manifest.inputs):
-        problems.append(
-            f"{manifest_in(folder)}: fingerprint does not match its own config and inputs"
-        )
-    return problems

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.workspace.atomic import replacing
+from nemo_minitron.workspace.typed_json import read_json
 
 VARIABLE = "MINITRON_PROGRESS"
 """Environment variable with the file's path."""
@@ -54,6 +55,7 @@ def note(what: str, done: int, total: int) -> None:
 def read(path: Path) -> Progress | None:
     """What a stage has written; None: nothing yet."""
     try:
-        return Progress(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found: Progress = read_json(path, Progress)
+    except (OSError, ValueError):
         return None
+    return found

@@ -5,28 +5,31 @@ recipe; a run with that recipe finds it again. A kill in between leaves nothing 
 does not complete.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.atomic import discard
 from nemo_minitron.workspace.build import STAMP, building, refuse_unknown_folder, set_aside
-from nemo_minitron.workspace.condition import flaws
+from nemo_minitron.workspace.condition import condition, flaws
 from nemo_minitron.workspace.layout import STATE, aside_in, manifest_in, result_in, state_in
 from nemo_minitron.workspace.manifest import (
     Input,
     Manifest,
     digest,
     fingerprint,
-    is_done,
     now,
     read_manifest,
     write_json,
     write_manifest,
 )
+from nemo_minitron.workspace.typed_json import read_json
+
+
+class _Stamp(TypedDict):
+    recipe: str
 
 
 def make_resumable(
@@ -53,7 +56,7 @@ def make_resumable(
         Whether it had to be built.
     """
     expected = fingerprint(kind, config, inputs)
-    if is_done(folder, expected, inputs):
+    if condition(folder, expected, inputs).state == "done":
         return False
     refuse_unknown_folder(folder)
     started = now()
@@ -106,10 +109,7 @@ def _make_room(folder: Path, recipe: dict[str, Any], keep: bool) -> Path | None:
 
 def _keep_finished(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Sets aside what another recipe has finished."""
-    try:
-        manifest = read_manifest(folder)
-    except ValueError:
-        return
+    manifest = read_manifest(folder)  # damaged it says too little to move, or remove, so much work
     if manifest is None or not _whole(folder, manifest):
         return
     aside = aside_in(folder, _recipe(manifest.fingerprint, manifest.inputs))
@@ -134,7 +134,7 @@ def _keep_finished(folder: Path, recipe: Mapping[str, Any]) -> None:
 def _keep_state(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Sets aside what another recipe has begun."""
     state, stamp = state_in(folder), state_in(folder) / STAMP
-    found = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+    found = read_json(stamp, str | _Stamp) if stamp.is_file() else {}
     found = {"recipe": found} if isinstance(found, str) else found  # of version 0.1
     if found.get("recipe") == recipe["recipe"]:
         return

@@ -1,11 +1,11 @@
 """metrics.jsonl: the log of a training, one JSON object per line."""
 
 import csv
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from nemo_minitron.workspace.layout import METRICS
+from nemo_minitron.workspace.typed_json import read_lines
 
 FILE = METRICS
 TABLE = "metrics.csv"
@@ -14,15 +14,25 @@ TEACHERS = "teachers.json"
 teaches from which step on (0-based)."""
 
 
+class _Values(TypedDict, total=False):
+    tokens: int
+    loss: float
+    val_loss: float
+    divergence: float
+    val_divergence: float
+
+
+class _Line(_Values):
+    step: int
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Lines of a training log, in order.
 
-    None where there is no file, and a line cut off by a kill is left out.
+    None where there is no file. A line cut off by a kill is left out, and so is a damaged one, with
+    a note.
     """
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+    return read_lines(path, _Line)
 
 
 def write_csv(lines: list[dict[str, Any]], path: Path) -> None:

@@ -15,7 +15,7 @@ from nemo_minitron.data.documents import documents
 from nemo_minitron.data.token_cache import PackedTokens, cached_tokens, places
 from nemo_minitron.data.tokenizer import tokenised
 from nemo_minitron.models.causal_lm import load_tokenizer
-from nemo_minitron.workspace.manifest import verify
+from nemo_minitron.workspace.artifacts import verify
 from tests.support.text_samples import found
 
 
@@ -66,6 +66,23 @@ def test_a_file_that_somebody_has_shortened_is_made_anew(tmp_path, texts, tokeni
     with (folder / "tokens.bin").open("r+b") as file:
         file.truncate(100)
     assert cached_tokens(root, texts, tokenizer, 0, 400).tolist()[: len(whole_ids)] == whole_ids
+    assert not verify(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "null", "[]", "[" * 5000, '{"tokens": 5, "documents": 1, "ended": true}',
+             '{"tokens": "x", "documents": 1, "ended": true}', b"\xff\xfe"],
+)  # fmt: skip
+def test_a_state_that_somebody_has_changed_is_not_believed(
+    tmp_path, texts, tokenizer, capsys, text
+):
+    root = tmp_path / "tokens"
+    whole_ids = cached_tokens(root, texts, tokenizer, 0, 200).tolist()
+    (folder,) = made(root)
+    path = folder / "progress.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert cached_tokens(root, texts, tokenizer, 0, 200).tolist() == whole_ids
+    assert f"note: {path}: not the file that was made" in capsys.readouterr().err
     assert not verify(folder)
 
 

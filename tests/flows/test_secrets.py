@@ -163,8 +163,8 @@ def test_a_process_of_a_stage_masks_what_it_prints_and_hides_what_it_is_handed(t
     words = [*everywhere(tmp_path / "ws"), f"score.device={SECRETS['train']}"]
     config = load_config("config", words)
     call = Call("download", config, as_dict(config))
-    call.papers.mkdir(parents=True)
-    values = call.papers / "download.json"
+    call.workspace.launched.mkdir(parents=True)
+    values = call.workspace.values("download")
     _write_private(values, call.values)
     assert stat.S_IMODE(values.stat().st_mode) == 0o600
     assert json.loads(values.read_text()) == call.values

@@ -8,7 +8,8 @@ from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.side_files import copy_side_files, side_files
 from nemo_minitron.release.hub_download import check_hashes
 from nemo_minitron.security.links import leads_out
-from nemo_minitron.workspace.manifest import damage, read_manifest, write_manifest
+from nemo_minitron.workspace.condition import damage
+from nemo_minitron.workspace.manifest import read_manifest, write_manifest
 from nemo_minitron.workspace.pictures import pictures_in
 
 

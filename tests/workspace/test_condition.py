@@ -9,18 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_minitron.workspace import condition as rule
-from nemo_minitron.workspace.artifacts import input_artifact
+from nemo_minitron.workspace.artifacts import input_artifact, verify
 from nemo_minitron.workspace.build import make
-from nemo_minitron.workspace.condition import Why, condition, in_words
+from nemo_minitron.workspace.condition import Why, condition, damage, in_words
 from nemo_minitron.workspace.inventory import workspaces
-from nemo_minitron.workspace.manifest import (
-    Input,
-    damage,
-    fingerprint,
-    is_done,
-    read_manifest,
-    verify,
-)
+from nemo_minitron.workspace.manifest import Input, fingerprint, read_manifest
 
 MADE_FROM = {
     "teacher": (),
@@ -134,15 +127,55 @@ def test_what_is_asked_for_decides(tmp_path):
     run(tmp_path)
     folder, inputs = tmp_path / "plan", inputs_of(tmp_path, "plan")
     expected = fingerprint("plan", {}, inputs)
-    assert condition(folder, expected, inputs).state == "done" and is_done(folder, expected, inputs)
+    assert condition(folder, expected, inputs).state == "done"
     assert condition(folder, "x", inputs).why == Why("recipe", "", "x", expected)
     newer = [inputs[0], dataclasses.replace(inputs[1], finished="9999")]
     assert condition(folder, expected, newer).why == Why("anew", "scores")
-    assert not is_done(folder, expected, newer)
     anew(
         tmp_path, "teacher", {"n": 1}
     )  # what lies there does not count where it is said what is asked for
     assert condition(folder, expected, inputs).state == "done"
+
+
+AHEAD = "2099-01-01T00:00:00+00:00"
+
+
+def test_a_clock_that_was_ahead_once_makes_nothing_anew_for_ever(tmp_path):
+    run(tmp_path)
+    rewritten(tmp_path / "plan", finished=AHEAD)
+    (item,) = (item for item in inputs_of(tmp_path, "pruned") if item.path == "plan")
+    assert item.finished == AHEAD
+    folder = tmp_path / "pruned"
+    inputs = inputs_of(tmp_path, "pruned")
+    assert make(folder, "pruned", {}, inputs, fill)  # it was made from an older plan
+    for _ in range(2):
+        assert not make(folder, "pruned", {}, inputs_of(tmp_path, "pruned"), fill)
+        assert condition(folder).state == "done"
+        assert input_artifact(tmp_path, "pruned", "prune").finished < AHEAD
+
+
+def test_an_input_that_was_made_anew_while_the_clock_was_behind_is_seen(tmp_path):
+    run(tmp_path)
+    rewritten(tmp_path / "plan", finished="2001-01-01T00:00:00+00:00")
+    assert condition(tmp_path / "pruned").why == Why("anew", "plan")
+    assert make(tmp_path / "pruned", "pruned", {}, inputs_of(tmp_path, "pruned"), fill)
+    assert condition(tmp_path / "pruned").state == "done"
+
+
+def test_a_manifest_whose_recipe_was_changed_by_hand_is_damaged(tmp_path):
+    run(tmp_path)
+    rewritten(tmp_path / "plan", config={"n": 2})
+    assert condition(tmp_path / "plan").why.fault == "unreadable"
+    with pytest.raises(ValueError, match=r"plan/manifest\.json: its fingerprint is not that of"):
+        input_artifact(tmp_path, "plan", "plan")
+
+
+def test_a_small_file_that_was_changed_in_its_size_is_no_input(tmp_path):
+    run(tmp_path)
+    (tmp_path / "plan" / "b").write_text("c" * 10)
+    assert condition(tmp_path / "plan").state == "done"  # at a glance
+    with pytest.raises(ValueError, match=r"plan/b: not the file that was made .* 'minitron plan'"):
+        input_artifact(tmp_path, "plan", "plan")
 
 
 def test_an_artifact_has_to_be_made_from_what_it_tells_of(tmp_path):

@@ -14,8 +14,7 @@ import pytest
 from nemo_minitron.data import training_samples
 from nemo_minitron.data.token_cache import IDS, cached_tokens
 from nemo_minitron.models.causal_lm import load_tokenizer
-from nemo_minitron.stages import correct
-from nemo_minitron.workspace.artifacts import ARTIFACTS, input_artifact
+from nemo_minitron.workspace.artifacts import ARTIFACTS, input_artifact, verify
 from nemo_minitron.workspace.build import make, set_aside
 from nemo_minitron.workspace.command_log import COMMANDS, note_command
 from nemo_minitron.workspace.inventory import (
@@ -29,7 +28,7 @@ from nemo_minitron.workspace.inventory import (
     workspaces,
 )
 from nemo_minitron.workspace.locks import TRACES, locked
-from nemo_minitron.workspace.manifest import Input, read_manifest, verify
+from nemo_minitron.workspace.manifest import Input, read_manifest
 from nemo_minitron.workspace.resumable import make_resumable
 from tests.support.text_samples import found
 
@@ -582,6 +581,6 @@ def test_a_removal_that_is_killed_is_ended_by_the_next(tmp_path):
 
 
 def test_names_agree_with_those_who_write_there():
-    assert training_samples.FOLDER in BESIDE and correct.LIVE in BESIDE
+    assert training_samples.FOLDER in BESIDE
     assert BESIDE[training_samples.FOLDER][0] == IDS
     assert set(LOCKS) < set(TRACES)

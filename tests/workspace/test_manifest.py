@@ -7,10 +7,11 @@ import time
 
 import pytest
 
-from nemo_minitron.workspace.artifacts import input_artifact, verify_tree
+from nemo_minitron.workspace.artifacts import input_artifact, verify, verify_tree
 from nemo_minitron.workspace.build import building, make
+from nemo_minitron.workspace.condition import condition
 from nemo_minitron.workspace.locks import locked
-from nemo_minitron.workspace.manifest import Input, fingerprint, is_done, read_manifest, verify
+from nemo_minitron.workspace.manifest import Input, fingerprint, read_manifest
 
 
 def write(text):
@@ -85,7 +86,7 @@ def test_verify_names_every_defect(tmp_path):
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="not a manifest"):
         read_manifest(folder)
-    assert not is_done(folder, "x", [])
+    assert condition(folder, "x", []).state == "damaged"
 
 
 def test_what_carries_no_manifest_is_said_so(tmp_path):
@@ -122,6 +123,7 @@ def test_a_build_killed_in_the_middle_looks_like_nothing_and_is_cleared_by_the_n
 LOCKER = """
 import sys, time
 from pathlib import Path
+from nemo_minitron.workspace.condition import condition
 from nemo_minitron.workspace.locks import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from nemo_minitron.workspace.artifacts import verify
 from nemo_minitron.workspace.build import set_aside
-from nemo_minitron.workspace.manifest import Input, read_manifest, verify
+from nemo_minitron.workspace.manifest import Input, read_manifest
 from nemo_minitron.workspace.resumable import make_resumable
 
 
@@ -102,6 +103,23 @@ def test_what_a_training_finished_outlives_other_settings_and_comes_back_with_it
     assert "student: made from other inputs; that is kept in" in capsys.readouterr().err
     (folder / "log").unlink()  # what is damaged is not kept
     assert student(folder, 3, "four") and len(set_aside(folder)) == 2
+
+
+def test_a_training_whose_manifest_or_recipe_is_damaged_is_neither_moved_nor_removed(tmp_path):
+    folder = tmp_path / "student"
+    assert student(folder, 1, "one")
+    (folder / "manifest.json").write_text("null")
+    with pytest.raises(ValueError, match=r"student/manifest\.json: not a manifest .* distill"):
+        student(folder, 1, "one")
+    assert (folder / "hf" / "weights").read_text() == "one"
+    (folder / "manifest.json").unlink()
+    (folder / "state").mkdir()
+    (folder / "state" / "weeks").write_text("of work")
+    for text in ("null", "[]", '{"recipe": 1}', "{" * 5000, ""):
+        (folder / "state" / "recipe.json").write_text(text)
+        with pytest.raises(ValueError, match=r"state/recipe\.json: damaged: .* remove it"):
+            student(folder, 1, "one")
+        assert (folder / "state" / "weeks").read_text() == "of work"
 
 
 def test_a_finished_one_that_was_damaged_aside_is_made_anew(tmp_path):
