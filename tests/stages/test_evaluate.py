@@ -406,7 +406,7 @@ def test_speed_has_the_memory_to_itself_and_a_failing_vllm_is_told_and_tried_aga
     monkeypatch.setattr(speed, "measure_in_process", seen)
     config = load_config("config", [
         *words[1], "evaluate.speed=true", "evaluate.tasks=[]", "evaluate.prompts=0", f"evaluate.model={teacher}",
-        "evaluate.speed_batches=[1]", "evaluate.contexts=[]",
+        "evaluate.speed_batches=[1]", "evaluate.contexts=[]", "evaluate.prompt_tokens=16", "evaluate.new_tokens=4",
     ])  # fmt: skip
     bench, _ = _bench(config)
     assert work(bench, Ranks()) == []  # the text of two models, and then their speed
