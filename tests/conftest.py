@@ -90,6 +90,27 @@ def teacher(once: Callable[..., Path], tokenizer_folder: Path) -> Path:
     return once("teacher", make)
 
 
+@pytest.fixture
+def words(teacher: Path, corpus: Path) -> list[str]:
+    """Overrides of a training of six steps."""
+    return [
+        f"source.model={teacher}", f"data.train.paths=[{corpus}]", "data.train.sequence_length=16",
+        "data.validation.sequence_length=16", "data.validation.samples=16", "data.train.samples=96",
+        "score.importance=magnitude", "plan.ffn=20", "trainer.max_steps=6", "trainer.val_check_interval=3",
+        "trainer.accelerator=cpu", "optim.sched.warmup_steps=1", "trainer.log_every_n_steps=1",
+        "distill.ce=0.1", "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def words_often(words: list[str]) -> list[str]:
+    """Overrides of a training without a number of steps of its own, whose state is saved often."""
+    return [
+        *words, "data.validation.samples=8", "trainer.val_check_interval=100", "distill.batch_size=2", "distill.ce=0",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=7",
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def finished(once: Callable[..., Path], teacher: Path, corpus: Path) -> tuple[Path, str]:
     """A workspace that 'minitron run' has finished, and what it printed."""

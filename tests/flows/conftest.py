@@ -1,6 +1,7 @@
 """A worker, and flows in this process."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,31 @@ from nemo_minitron.stages.result import Result
 from tests.support.processes import running
 
 
+@dataclass(frozen=True)
+class Worker:
+    """Its process, and the file with its output."""
+
+    pid: int
+    log: Path
+
+
 @pytest.fixture(scope="module")
-def worker(real_server, tmp_path_factory) -> Iterator[Path]:
-    """A worker of the pool 'minitron', and the file with its output."""
+def worker(real_server, tmp_path_factory) -> Iterator[Worker]:
+    """A worker of the pool 'minitron'."""
     log = tmp_path_factory.mktemp("worker") / "log"
-    words = "prefect worker start --pool minitron --type process --name here".split()
-    with running(words, {**real_server, "PYTHONPATH": str(Path.cwd())}, log):
-        yield log
+    words = [
+        "prefect",
+        "worker",
+        "start",
+        "--pool",
+        "minitron",
+        "--type",
+        "process",
+        "--name",
+        "here",
+    ]
+    with running(words, {**real_server, "PYTHONPATH": str(Path.cwd())}, log) as process:
+        yield Worker(process.pid, log)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ environment, output and end of its own; only in lists of processes it bears the 
 
 import atexit
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -20,8 +21,8 @@ MARK = "MINITRON_TEST"
 """Variable that names the test which a process was started for."""
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.support.imported"])
-_READ_AT_IMPORT = ("HF_", "PYTHON", "OMP_", "LD_", "MLFLOW_", "TRANSFORMERS_OFFLINE")
-"""Beginnings of variables that libraries read while they are imported."""
+_READ_AT_IMPORT = ("HF_DATASETS_", "PYTHON", "OMP_", "LD_", "MLFLOW_", "TRANSFORMERS_OFFLINE")
+"""Beginnings of variables that libraries read while they are imported, those of huggingface_hub aside."""
 _first: dict[str, str] = {}
 alive: list["Fork"] = []
 """Those that nobody has seen the end of yet."""
@@ -38,6 +39,14 @@ def fits(environment: dict[str, str]) -> bool:
     return read(environment) == read(_first)
 
 
+def _read_again() -> None:
+    """Lets huggingface_hub, which is imported, read its variables anew."""
+    from huggingface_hub import constants, hf_api
+
+    importlib.reload(constants)
+    hf_api.api.endpoint = constants.ENDPOINT
+
+
 def _run(
     arguments: list[str], environment: dict[str, str], folder: str, outputs: list[str]
 ) -> None:
@@ -47,13 +56,14 @@ def _run(
         opened = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(opened, number)
         os.close(opened)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = ["minitron", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _read_again()
     from nemo_minitron.cli.main import main
 
     code: Any = 1

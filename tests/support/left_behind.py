@@ -6,6 +6,7 @@ Each process inherits the name of the test it was started for; fixtures of more 
 import contextlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -31,9 +32,8 @@ def _marked(mark: str) -> Iterator[psutil.Process]:
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             with contextlib.suppress(OSError, psutil.Error):
-                with open(f"/proc/{name}/environ", "rb") as file:
-                    if wanted in file.read().split(b"\0"):
-                        yield psutil.Process(int(name))
+                if wanted in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                    yield psutil.Process(int(name))
 
 
 def _of_python(process: psutil.Process) -> bool:

@@ -25,30 +25,34 @@ def weights(place):
     return load_file(place / "student" / "hf" / "model.safetensors")
 
 
-def on_two_ranks(*arguments, seconds=120):
-    """Runs a command on two ranks, told of each other as torchrun would tell them; exit codes and what they printed.
-
-    Where one fails the other is ended, which would wait for it.
-    """
+def two_ranks(*arguments):
+    """A command at work on two ranks, told of each other as torchrun would tell them."""
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
-    ranks = [
+    return [
         started(*arguments, env={**shared, "RANK": number, "LOCAL_RANK": number}) for number in "01"
     ]
+
+
+def on_two_ranks(*arguments, seconds=120):
+    """Runs a command on two ranks: the first exit code that is not 0, and what they printed.
+
+    Where one fails the other is ended, as torchrun does: it would wait for it.
+    """
+    ranks = two_ranks(*arguments)
+
+    def over():
+        codes = [rank.poll() for rank in ranks]
+        return any(codes) or None not in codes
+
     try:
-        until(
-            lambda: all(r.poll() is not None for r in ranks) or any(r.poll() for r in ranks),
-            seconds, 0.05,
-        )  # fmt: skip
+        until(over, seconds, 0.05)
     finally:
-        failed = [rank for rank in ranks if rank.poll()]
+        code = next((rank.poll() for rank in ranks if rank.poll()), 0)
         for rank in ranks:
             if rank.poll() is None:
                 kill_group(rank)
-    printed = [rank.communicate() for rank in failed or ranks]
-    codes = [rank.returncode for rank in failed or ranks]
-    return subprocess.CompletedProcess(
-        arguments, max(codes, key=abs), *("".join(texts) for texts in zip(*printed, strict=True))
-    )
+    printed = ["".join(texts) for texts in zip(*(r.communicate() for r in ranks), strict=True)]
+    return subprocess.CompletedProcess(arguments, code, *printed)
