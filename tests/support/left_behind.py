@@ -17,6 +17,8 @@ from tests.support.forks import MARK
 
 SHARED = "shared"
 """In the place of a test's name: what fixtures of more than one test start."""
+PATIENCE = float(os.environ.get("MINITRON_PATIENCE", "10"))
+"""Seconds that a process has to end by itself, and again to end when it is told to."""
 _OF_PYTHON = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 
 
@@ -57,7 +59,7 @@ def left_behind(mark: str) -> list[psutil.Process]:
     return [process for process in found if _at_work(process)]
 
 
-def end(processes: list[psutil.Process], patience: float = 10) -> list[str]:
+def end(processes: list[psutil.Process], patience: float = PATIENCE) -> list[str]:
     """Ends processes that do not end by themselves, by force where need be; returns what each of them ran."""
     lines = []
     processes = psutil.wait_procs(processes, timeout=patience)[1]
