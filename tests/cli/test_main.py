@@ -23,12 +23,19 @@ def workspace(tmp_path):
     return tmp_path / "ws"
 
 
+@pytest.fixture(scope="module")
+def scored_once(teacher, tmp_path_factory):
+    place = tmp_path_factory.mktemp("scored") / "ws"
+    words = [f"workspace={place}", f"source.model={teacher}", "score.importance=magnitude"]
+    assert main(["score", *words]) == 0
+    return place
+
+
 @pytest.fixture
-def scored(teacher, workspace):
+def scored(scored_once, teacher, workspace):
     """A workspace that is ready to plan."""
-    common = [f"workspace={workspace}", f"source.model={teacher}"]
-    assert main(["score", *common, "score.importance=magnitude"]) == 0
-    return common
+    shutil.copytree(scored_once, workspace)
+    return [f"workspace={workspace}", f"source.model={teacher}"]
 
 
 @pytest.mark.parametrize(

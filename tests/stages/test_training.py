@@ -12,6 +12,7 @@ from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import load_config
 from nemo_minitron.plugin.trainer import newest_checkpoint, step_of
 from nemo_minitron.workspace.training_log import read_log
+from tests.support.nemo_training import killed_behind_a_checkpoint
 from tests.support.processes import until
 from tests.support.runs import refused, started
 from tests.support.two_ranks import curve, weights
@@ -57,11 +58,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, words_often):
     for place in (straight, full):
         assert main(["prune", f"workspace={place}", *words]) == 0
     folder = full / "student" / "state" / "nemo" / "checkpoints"
-    process = started("distill", f"workspace={full}", *words)
-    until(lambda: process.poll() is not None or newest_checkpoint(folder), every=0.01)
-    process.kill()
-    process.wait()
-    good = newest_checkpoint(folder)
+    good = killed_behind_a_checkpoint(full, *words)
     content = good.read_bytes()
     cramped = started("distill", f"workspace={full}", *words)
     # the kernel refuses larger files with an error, as a full disk does

@@ -21,7 +21,7 @@ MARK = "MINITRON_TEST"
 """Variable that names the test which a process was started for."""
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.support.imported"])
-_READ_AT_IMPORT = ("HF_DATASETS_", "PYTHON", "OMP_", "LD_", "MLFLOW_", "TRANSFORMERS_OFFLINE")
+_READ_AT_IMPORT = ("HF_DATASETS_", "PYTHON", "OMP_", "LD_", "TRANSFORMERS_OFFLINE")
 """Beginnings of variables that libraries read while they are imported, those of huggingface_hub aside."""
 _first: dict[str, str] = {}
 alive: list["Fork"] = []

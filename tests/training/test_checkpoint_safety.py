@@ -10,10 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from nemo_minitron.cli.main import main
-from nemo_minitron.plugin.trainer import newest_checkpoint
 from nemo_minitron.training.checkpoint_safety import DataReader, checkpoints_as_data
-from tests.support.processes import until
-from tests.support.runs import started
+from tests.support.nemo_training import killed_behind_a_checkpoint
 
 
 class Bomb:
@@ -32,12 +30,7 @@ def killed(tmp_path, words_often):
     words = [*words_often, "trainer.max_steps=60", "trainer.enable_progress_bar=false"]
     place = tmp_path / "run"
     assert main(["prune", f"workspace={place}", *words]) == 0
-    folder = place / "student" / "state" / "nemo" / "checkpoints"
-    process = started("distill", f"workspace={place}", *words)
-    until(lambda: process.poll() is not None or newest_checkpoint(folder), every=0.01)
-    process.kill()
-    process.wait()
-    return place, words, newest_checkpoint(folder)
+    return place, words, killed_behind_a_checkpoint(place, *words)
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_an_honest_one_resumes(
