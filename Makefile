@@ -39,16 +39,22 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 test: setup
 	$(PYTEST)
 
+.oldest/.done: $(VENV)/.done
+	$(BIN)/python -m pip install -q --no-deps --target .oldest --upgrade transformers==5.0.0 "tokenizers<=0.23.0" "huggingface-hub>=1.4,<2"
+	touch $@
+
+.consumers/.done: $(VENV)/.done
+	$(BIN)/python -m pip install -q --no-deps --target .consumers --upgrade "transformers==4.57.*" "tokenizers<=0.23.0" "huggingface-hub<1"
+	touch $@
+
 # the proofs of all families on the oldest transformers that setup.cfg admits; that proofs bite, and scoring layer by
 # layer, is seen of all of them in 'make test'
-oldest: setup
-	$(BIN)/python -m pip install -q --no-deps --target .oldest --upgrade transformers==5.0.0 "tokenizers<=0.23.0" "huggingface-hub>=1.4,<2"
+oldest: .oldest/.done
 	PYTHONPATH=.oldest $(PYTEST) tests/families tests/proofs tests/pruning/test_select_slice.py tests/scoring/test_passes.py \
 		-k "not (layer_by_layer or bites) or llama or gpt_oss"
 
 # exports must mean the same to transformers 4.57, which the package itself does not run on
-consumers: setup
-	$(BIN)/python -m pip install -q --no-deps --target .consumers --upgrade "transformers==4.57.*" "tokenizers<=0.23.0" "huggingface-hub<1"
+consumers: .consumers/.done
 	$(PYTEST) tests/consumers -k 4_57
 
 bench: setup

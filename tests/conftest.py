@@ -1,6 +1,8 @@
 """Real, tiny parts for the tests: models with every weight at unit scale, a trained tokenizer, text."""
 
-from collections.abc import Callable
+import os
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ import pytest
 import transformers
 from filelock import FileLock
 
+from tests.support import left_behind
+from tests.support.forks import MARK
 from tests.support.models import WORDS, make_model
+from tests.support.processes import free_port, running, until
 from tests.support.runs import minitron, settings
 
 transformers.logging.disable_progress_bar()
@@ -18,6 +23,16 @@ hypothesis.settings.register_profile(
     "any_machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("any_machine")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # as a plugin, for fixtures of the whole session belong to no folder
+    config.pluginmanager.register(left_behind)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets what takes long begin first, so that at the end there are short tests for every worker."""
+    items.sort(key=lambda item: item.path.parent.name not in ("flows", "launch"))
 
 
 @pytest.fixture
@@ -80,6 +95,27 @@ def teacher(once: Callable[..., Path], tokenizer_folder: Path) -> Path:
     return once("teacher", make)
 
 
+@pytest.fixture
+def words(teacher: Path, corpus: Path) -> list[str]:
+    """Overrides of a training of six steps."""
+    return [
+        f"source.model={teacher}", f"data.train.paths=[{corpus}]", "data.train.sequence_length=16",
+        "data.validation.sequence_length=16", "data.validation.samples=16", "data.train.samples=96",
+        "score.importance=magnitude", "plan.ffn=20", "trainer.max_steps=6", "trainer.val_check_interval=3",
+        "trainer.accelerator=cpu", "optim.sched.warmup_steps=1", "trainer.log_every_n_steps=1",
+        "distill.ce=0.1", "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def words_often(words: list[str]) -> list[str]:
+    """Overrides of a training without a number of steps of its own, whose state is saved often."""
+    return [
+        *words, "data.validation.samples=8", "trainer.val_check_interval=100", "distill.batch_size=2", "distill.ce=0",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=7",
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def finished(once: Callable[..., Path], teacher: Path, corpus: Path) -> tuple[Path, str]:
     """A workspace that 'minitron run' has finished, and what it printed."""
@@ -91,3 +127,35 @@ def finished(once: Callable[..., Path], teacher: Path, corpus: Path) -> tuple[Pa
 
     folder = once("finished", run)
     return folder / "run", (folder / "printed.txt").read_text()
+
+
+@pytest.fixture(scope="session")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Prefect server with SQLite, on loopback: the environment of those who talk to it."""
+    home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    environment = {
+        **os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2", "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_DEPLOYMENT_BATCH_SIZE": "10", "PREFECT_RUNNER_POLL_FREQUENCY": "1",
+        "PREFECT_CLI_PROMPT": "false", "PREFECT_LOGGING_LEVEL": "INFO",
+    }  # fmt: skip
+    words = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+
+    def healthy() -> bool:
+        try:
+            address = f"http://127.0.0.1:{port}/api/health"
+            return bool(urllib.request.urlopen(address, timeout=2).read() == b"true")
+        except OSError:
+            return False
+
+    with running(words, environment, home / "server.log") as server:
+        until(lambda: healthy() or server.poll() is not None)
+        assert server.poll() is None, (home / "server.log").read_text()[-2000:]
+        del environment[MARK]
+        yield environment
+
+
+@pytest.fixture(scope="session")
+def served(real_server: dict[str, str]) -> dict[str, str]:
+    """What makes a run of the command line talk to the server, instead of starting one of its own."""
+    return {name: real_server[name] for name in ("PREFECT_HOME", "PREFECT_API_URL")}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.contracts import broken_contracts, contracts, listed
+from tests.support.contracts import broken_contracts, contracts, copied, listed
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
@@ -39,20 +39,25 @@ REFUSED = {
 }
 
 
-def test_import_contracts_hold(tmp_path):
-    broken, printed = broken_contracts(tmp_path)
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    return copied(tmp_path_factory.mktemp("contracts"))
+
+
+def test_import_contracts_hold(copy):
+    broken, printed = broken_contracts(copy)
     assert not broken, printed
     assert f"{len(CONTRACTS)} kept, 0 broken" in printed
 
 
 @pytest.mark.parametrize("contract", CONTRACTS)
-def test_each_contract_refuses_what_it_is_there_for(contract, tmp_path):
-    broken, printed = broken_contracts(tmp_path, *REFUSED[contract])
+def test_each_contract_refuses_what_it_is_there_for(contract, copy):
+    broken, printed = broken_contracts(copy, *REFUSED[contract])
     assert broken == [CONTRACTS[contract]], printed
 
 
-def test_the_contracts_see_the_flows_under_the_name_they_are_imported_by(tmp_path):
-    broken, printed = broken_contracts(tmp_path, "pruning/cost.py", "nemo_minitron.flows.tasks")
+def test_the_contracts_see_the_flows_under_the_name_they_are_imported_by(copy):
+    broken, printed = broken_contracts(copy, "pruning/cost.py", "nemo_minitron.flows.tasks")
     assert {CONTRACTS["layers"], CONTRACTS["pure"], CONTRACTS["subjects"]} <= set(broken), printed
 
 

@@ -82,6 +82,8 @@ def library() -> Any:
 
     # it asks git, which runs what the configuration of the working folder's repository says
     evaluator.get_git_commit_hash = lambda: None
+    # a dozen programs, pip among them, would describe the machine for each task; nobody reads it
+    evaluator.add_env_info = lambda _: None
     return lm_eval
 
 

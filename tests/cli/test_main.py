@@ -1,12 +1,12 @@
 """Bad input gets one clear line and exit code 2, and leaves nothing behind; the light commands stay light."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 
 import pytest
 from filelock import Timeout
@@ -14,6 +14,7 @@ from filelock import Timeout
 from nemo_minitron.cli.main import main
 from nemo_minitron.workspace.accelerator_lock import lock_on
 from tests.support.models import make_model
+from tests.support.processes import until
 from tests.support.runs import minitron, refused
 
 
@@ -22,12 +23,19 @@ def workspace(tmp_path):
     return tmp_path / "ws"
 
 
+@pytest.fixture(scope="module")
+def scored_once(teacher, tmp_path_factory):
+    place = tmp_path_factory.mktemp("scored") / "ws"
+    words = [f"workspace={place}", f"source.model={teacher}", "score.importance=magnitude"]
+    assert main(["score", *words]) == 0
+    return place
+
+
 @pytest.fixture
-def scored(teacher, workspace):
+def scored(scored_once, teacher, workspace):
     """A workspace that is ready to plan."""
-    common = [f"workspace={workspace}", f"source.model={teacher}"]
-    assert main(["score", *common, "score.importance=magnitude"]) == 0
-    return common
+    shutil.copytree(scored_once, workspace)
+    return [f"workspace={workspace}", f"source.model={teacher}"]
 
 
 @pytest.mark.parametrize(
@@ -53,14 +61,15 @@ def test_a_wrong_key_or_value_is_named_with_what_is_near(capsys, workspace, over
     assert not workspace.exists()
 
 
-def test_the_flow_refuses_in_one_line_too_and_leaves_nothing(tmp_path, teacher):
+def test_the_flow_refuses_in_one_line_too_and_leaves_nothing(served, tmp_path, teacher):
     workspace = tmp_path / "ws"
     common = [f"workspace={workspace}", f"source.model={teacher}", "score.importance=magnitude"]
-    done = minitron("run", f"workspace={workspace}", "source.model=./nowhere", cwd=tmp_path)
+    words = (f"workspace={workspace}", "source.model=./nowhere")
+    done = minitron("run", *words, cwd=tmp_path, env=served)
     assert (done.returncode, done.stderr.count("Traceback")) == (2, 0), done.stderr
     assert done.stderr.splitlines()[-1] == "minitron run: nowhere: no such folder"
     assert not workspace.exists()
-    done = minitron("run", *common, "plan.hidden=99")
+    done = minitron("run", *common, "plan.hidden=99", env=served)
     assert (done.returncode, done.stderr.count("Traceback")) == (2, 0), done.stderr
     assert "plan.hidden: expected 1 to 24" in done.stderr.splitlines()[-1]
     assert sorted(path.name for path in workspace.iterdir()) == [
@@ -160,17 +169,19 @@ def test_a_busy_workspace(capsys, workspace, teacher):
 
 
 def test_a_stage_by_hand_waits_for_its_accelerator_and_holds_it(
-    capsys, monkeypatch, tmp_path, workspace, teacher
+    monkeypatch, tmp_path, workspace, teacher
 ):
     from nemo_minitron.stages import score
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     held, ended, scores, refusals = threading.Event(), threading.Event(), score.random_scores, []
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
 
     def hold():
         with lock_on("gpu-0", "flow"):
             held.set()
-            time.sleep(2)
+            until(lambda: "waiting for gpu-0" in said.getvalue(), every=0.05)
             ended.set()
 
     def watching(*given):
@@ -187,7 +198,7 @@ def test_a_stage_by_hand_waits_for_its_accelerator_and_holds_it(
     words = [f"workspace={workspace}", f"source.model={teacher}", "score.importance=random"]
     assert main(["score", *words, "launch.accelerator=gpu-0"]) == 0
     assert ended.is_set() and refusals[:2] == ["flow", "stage"]
-    assert "score: waiting for gpu-0, which another flow holds" in capsys.readouterr().err
+    assert "score: waiting for gpu-0, which another flow holds" in said.getvalue()
     holder.join()
 
 

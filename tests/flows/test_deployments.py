@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import psutil
@@ -16,6 +17,7 @@ import pytest
 from nemo_minitron.cli.main import main
 from nemo_minitron.workspace.locks import locked
 from nemo_minitron.workspace.manifest import read_manifest
+from tests.support.left_behind import end
 from tests.support.processes import running, until
 from tests.support.runs import command_line, minitron, settings
 
@@ -109,29 +111,40 @@ def test_every_deployment_of_the_file_validates_and_keeps_its_schedule(real_serv
 def test_a_scheduled_run_fires_with_its_parameters_and_its_artifacts_are_there(
     real_server, worker, finished, tmp_path, teacher, corpus
 ):
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+    from prefect.client.schemas.schedules import IntervalSchedule
+
     workspace = shutil.copytree(finished[0], tmp_path / "nightly")
     words = [
         word for word in settings(workspace, teacher, corpus) if not word.startswith("workspace=")
     ]
     done = minitron(
         "deploy", "every-minute", "--cron", "* * * * *", "--parameter", f"workspace={workspace}",
-        "--parameter", 'launch={"kind": "subprocess"}', *words, env=real_server,
+        *words, env=real_server,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "compress/every-minute is deployed" in done.stdout
     deployment = named(real_server, "compress/every-minute")
+    (schedule,) = deployment.schedules
+    assert schedule.schedule.cron == "* * * * *"
     assert (
         deployment.job_variables["working_dir"] == os.getcwd()
     )  # else: a temporary folder, removed with all in it
+    soon = IntervalSchedule(
+        interval=timedelta(hours=1), anchor_date=datetime.now(timezone.utc) + timedelta(seconds=3)
+    )  # the next minute is far away
+    ask(
+        real_server,
+        lambda client: client.update_deployment_schedule(deployment.id, schedule.id, schedule=soon),
+    )
     run = until(lambda: runs_of(real_server, deployment.id, "COMPLETED"), 240, 1)[0]
     ask(real_server, lambda client: client.delete_deployment(deployment.id))
     assert run.auto_scheduled and run.parameters["workspace"] == str(workspace)
     assert run.name == "compress-nightly" and "nemo_minitron" in run.tags
 
-    async def artifacts(client):
-        return {artifact.key: artifact for artifact in await client.read_artifacts()}
-
-    found = ask(real_server, artifacts)
+    mine = ArtifactFilter(key=ArtifactFilterKey(like_="minitron-nightly-%"))
+    listed = ask(real_server, lambda client: client.read_artifacts(artifact_filter=mine))
+    found = {artifact.key: artifact for artifact in listed}
     assert "distilled" in json.loads(found["minitron-nightly-evaluate-table"].data)[0]
     assert str(found["minitron-nightly-lineage"].flow_run_id) == str(run.id)
 
@@ -144,7 +157,9 @@ def kind():
 
 @pytest.fixture
 def long(kind, real_server, worker, finished, tmp_path, teacher, corpus):
-    """A run under the worker that trains for ever, at work; and how to start it again with fewer steps."""
+    """A run under the worker that trains until it is ended, at work."""
+    from prefect.states import Cancelled
+
     workspace = shutil.copytree(finished[0], tmp_path / "long")
     shutil.rmtree(workspace / "student")
     made = minitron(
@@ -154,14 +169,14 @@ def long(kind, real_server, worker, finished, tmp_path, teacher, corpus):
     words = [*settings(workspace, teacher, corpus), "trainer.max_steps=100000", "trainer.val_check_interval=50000",
              "exp_manager.checkpoint_callback_params.every_n_train_steps=50"]  # fmt: skip
     run = started_by_hand(real_server, "compress/long", {"overrides": words})
-    log = workspace / "student" / "state" / "metrics.jsonl"
-    until(
-        lambda: (
-            (log.is_file() and len(logged(workspace)) > 60) or state_of(real_server, run).is_final()
-        )
-    )
-    assert not state_of(real_server, run).is_final(), state_of(real_server, run)
-    return workspace, run
+    try:
+        until(lambda: len(logged(workspace)) > 60 or state_of(real_server, run).is_final())
+        assert not state_of(real_server, run).is_final(), worker.log.read_text()[-3000:]
+        yield workspace, run
+    finally:
+        over = Cancelled(message="the test has ended")  # nobody starts it again
+        ask(real_server, lambda client: client.set_flow_run_state(run.id, over, force=True))
+        end(psutil.Process(worker.pid).children(recursive=True), 0)
 
 
 def processes(word):
@@ -172,7 +187,8 @@ def processes(word):
 
 def logged(workspace):
     log = workspace / "student" / "state" / "metrics.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    lines = log.read_text().splitlines() if log.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def saved(workspace):
@@ -180,6 +196,22 @@ def saved(workspace):
         int(path.stem.split("=")[1])
         for path in (workspace / "student" / "state").rglob("step=*.ckpt")
     )
+
+
+def flows_of(worker):
+    """The processes of flows under a worker."""
+    return [p for p in psutil.Process(worker.pid).children() if "prefect" in command_line(p)]
+
+
+def until_it_ends_or(condition, environment, run, seconds):
+    """Waits for a condition for as long as a run is at work; whether it came."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        assert not state_of(environment, run).is_final(), state_of(environment, run)
+        time.sleep(0.2)
+    return False
 
 
 @pytest.mark.parametrize("kind", ["subprocess", "inline"])
@@ -201,7 +233,9 @@ def test_cancelling_saves_and_ends_the_training_within_seconds(kind, real_server
     assert read_manifest(workspace / "student") is None
 
 
-def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed(real_server, worker, long):
+def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed_until_it_is_killed(
+    real_server, worker, long
+):
     from prefect.states import Suspended
 
     workspace, run = long
@@ -209,7 +243,8 @@ def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed(real_server,
         real_server,
         lambda client: client.set_flow_run_state(run.id, Suspended(timeout_seconds=600)),
     )
-    until(lambda: not processes(str(workspace)), 40)
+    until(lambda: not processes(str(workspace)), 60)
+    until(lambda: not flows_of(worker), 60)  # its process too
     state = state_of(real_server, run)
     assert state.is_paused() and state.name == "Suspended"
     kept = saved(workspace)
@@ -217,20 +252,20 @@ def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed(real_server,
     # as if the process that it was suspended in took its time to end
     with locked(workspace, 60):
         ask(real_server, lambda client: client.resume_flow_run(run.id))
+        until(lambda: flows_of(worker))
         until(lambda: state_of(real_server, run).is_running())
-        time.sleep(3)
-    until(
-        lambda: (
-            state_of(real_server, run).is_final()
-            or any(row["step"] > kept + 20 for row in logged(workspace))
-        )
-    )
-    assert state_of(real_server, run).is_running(), (
-        state_of(real_server, run),
-        worker.read_text()[-3000:],
-    )
+        assert not until_it_ends_or(lambda: False, real_server, run, 3)  # it waits
+    assert until_it_ends_or(
+        lambda: any(row["step"] > kept + 20 for row in logged(workspace)), real_server, run, 240
+    ), worker.log.read_text()[-3000:]
     steps = [row["step"] for row in logged(workspace)]
     assert steps == list(range(1, len(steps) + 1))  # and not from its beginning
+    # killed, it is crashed, and takes its stage along
+    (flow,) = flows_of(worker)
+    flow.send_signal(signal.SIGKILL)
+    until(lambda: state_of(real_server, run).is_final(), 60)
+    assert state_of(real_server, run).is_crashed()
+    until(lambda: not processes(str(workspace)), 40)
 
 
 def test_a_paused_schedule_starts_nothing_until_it_is_active_again(
@@ -258,20 +293,6 @@ def test_a_paused_schedule_starts_nothing_until_it_is_active_again(
     switched("resume")
     until(lambda: runs_of(real_server, deployment.id, "SCHEDULED"), 30)
     ask(real_server, lambda client: client.delete_deployment(deployment.id))
-
-
-def test_a_killed_flow_is_crashed_and_takes_its_stage_along(real_server, long):
-    workspace, run = long
-    flows = [
-        p
-        for p in processes("prefect")
-        if any(str(workspace) in command_line(c) for c in p.children())
-    ]
-    assert len(flows) == 1
-    flows[0].send_signal(signal.SIGKILL)
-    until(lambda: state_of(real_server, run).is_final(), 60)
-    assert state_of(real_server, run).is_crashed()
-    until(lambda: not processes(str(workspace)), 40)
 
 
 def test_serving_needs_no_worker(real_server, finished, tmp_path, teacher, corpus):
@@ -374,6 +395,12 @@ def test_automations_of_the_documentation_are_taken_and_a_failed_gate_is_an_even
         }
         return (await client._client.post("/events/filter", json=wanted)).json()["events"]
 
-    (event,) = until(lambda: ask(real_server, events), 30)
-    assert event["resource"]["prefect.resource.name"] == "gated"
+    (event,) = until(
+        lambda: [
+            event
+            for event in ask(real_server, events)
+            if event["resource"]["prefect.resource.name"] == "gated"
+        ],
+        30,
+    )
     assert "perplexity retention" in event["payload"]["reason"]

@@ -19,7 +19,7 @@ from nemo_minitron.launch.failures import StageError
 from nemo_minitron.security.masking import MASK
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.locks import locked
-from tests.support.flow_runs import in_a_flow, read
+from tests.support.flow_runs import artifacts_of, in_a_flow
 from tests.support.runs import minitron, settings
 
 SECRETS = {
@@ -266,10 +266,7 @@ def test_what_is_published_is_text_and_masked(server, played, tmp_path, monkeypa
     assert failure.rows[0][0] == HOSTILE.replace(f"u:{SECRETS['train']}", MASK)
     assert f"http://{MASK}@h" in gated.state.message
 
-    async def all_(client):
-        return {artifact.key: artifact for artifact in await client.read_artifacts()}
-
-    found = read(all_)
+    found = {key: newest for key, (newest, *_) in artifacts_of("hostile").items()}
     name = "minitron-hostile"
     page = found[f"{name}-score"]
     assert (

@@ -82,7 +82,7 @@ def test_variants_share_one_scoring_and_a_failed_one_costs_no_other(
             sweep(wrong, overrides=overrides)
 
 
-def test_a_budget_is_met_by_the_size_that_learns_best(tmp_path, teacher, corpus):
+def test_a_budget_is_met_by_the_size_that_learns_best(served, tmp_path, teacher, corpus):
     workspace = tmp_path / "search"
     budget = [
         "plan.budget.params=15000",
@@ -91,7 +91,7 @@ def test_a_budget_is_met_by_the_size_that_learns_best(tmp_path, teacher, corpus)
         "plan.budget.steps=8",
     ]
     arguments = ["run", *words(workspace, teacher, corpus), *budget]
-    done = minitron(*arguments, timeout=400)
+    done = minitron(*arguments, env=served)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((workspace / "search.json").read_text())
     assert len(found["candidates"]) == 3
@@ -107,7 +107,7 @@ def test_a_budget_is_met_by_the_size_that_learns_best(tmp_path, teacher, corpus)
         (["plan.hidden=12"], "plan.hidden: either sizes or plan.budget.params, found both"),
         (["plan.budget.params=10"], "plan.budget"),
     ):
-        done = minitron(*arguments, *more)
+        done = minitron(*arguments, *more, env=served)
         assert done.returncode == 2 and text in done.stderr, done.stderr[-500:]
     done = minitron("plan", *arguments[1:])
     assert done.returncode == 2 and "which 'minitron run' makes" in done.stderr

@@ -1,5 +1,6 @@
 """Stages as Prefect tasks, on Prefect's real engine: tries, limits, crashes, memory, slots, artifacts."""
 
+import contextvars
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ import torch
 from nemo_minitron.config.compose import as_dict, load_config
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.failures import StageError
-from tests.support.flow_runs import in_a_flow, read
+from tests.support.flow_runs import artifacts_of, in_a_flow, read
+from tests.support.processes import until
 from tests.support.runs import settings
 
 
@@ -128,7 +130,7 @@ def test_flows_that_share_an_accelerator_wait_for_each_other(server, played, tmp
         with lock:
             at_once[0] += 1
             most[0] = max(most[0], at_once[0])
-        time.sleep(1)
+        time.sleep(0.5)
         with lock:
             at_once[0] -= 1
 
@@ -142,7 +144,11 @@ def test_flows_that_share_an_accelerator_wait_for_each_other(server, played, tmp
         def one(number):
             return run_stage_task(name, configs[number], as_dict(configs[number]))
 
-        threads = [threading.Thread(target=one, args=(number,)) for number in (0, 1)]
+        # which server they talk to is in the context
+        threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(one, number))
+            for number in (0, 1)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -160,33 +166,29 @@ def test_prefect_shows_summaries_tables_links_pictures_and_lineage(
 ):
     from nemo_minitron.flows.compress import compress
 
-    workspace = shutil.copytree(finished[0], tmp_path / "run")
+    workspace = shutil.copytree(finished[0], tmp_path / "shown")
     config = load_config("config", settings(workspace, teacher, corpus))
     results = compress(config=as_dict(config))
     assert [result.made for result in results] == [False] * 8
     compress(config=as_dict(config))
 
-    async def all_(client):
-        runs = await client.read_flow_runs()
-        found = {}
-        for artifact in await client.read_artifacts():
-            found.setdefault(artifact.key, []).append(artifact)
-        return {run.name for run in runs}, found
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 
-    names, artifacts = read(all_)
-    assert "compress-run" in names
-    rows = json.loads(artifacts["minitron-run-evaluate-table"][0].data)
+    mine = FlowRunFilter(name=FlowRunFilterName(any_=["compress-shown"]))
+    assert len(read(lambda client: client.read_flow_runs(flow_run_filter=mine))) == 2
+    artifacts = artifacts_of("shown")
+    rows = json.loads(artifacts["minitron-shown-evaluate-table"][0].data)
     assert [row["measure"] for row in rows][:2] == [
         "parameters",
         "held-out loss",
     ] and "distilled" in rows[0]
-    assert artifacts["minitron-run-score-ffn"][0].data.startswith("data:image/png;base64,")
-    assert (workspace / "export").resolve().as_uri() in artifacts["minitron-run-export-folder"][
+    assert artifacts["minitron-shown-score-ffn"][0].data.startswith("data:image/png;base64,")
+    assert (workspace / "export").resolve().as_uri() in artifacts["minitron-shown-export-folder"][
         0
     ].data
-    assert len(artifacts["minitron-run-distill"]) == 2  # the same key in every run
-    assert "12 steps, held-out loss" in artifacts["minitron-run-distill"][0].data
-    lineage = artifacts["minitron-run-lineage"][0].data
+    assert len(artifacts["minitron-shown-distill"]) == 2  # the same key in every run
+    assert "12 steps, held-out loss" in artifacts["minitron-shown-distill"][0].data
+    lineage = artifacts["minitron-shown-lineage"][0].data
     assert lineage.index("| report |") < lineage.index("| student |") < lineage.index("| teacher |")
     assert str(teacher) in lineage and "files, train)" in lineage
 
@@ -205,14 +207,7 @@ def test_progress_is_an_artifact_that_moves(server, played, tmp_path, monkeypatc
     played(work)
     in_a_flow("distill", workspace=tmp_path / "Moving On")
 
-    async def shown(client):
-        return [
-            a
-            for a in await client.read_artifacts()
-            if a.key == "minitron-moving-on-distill-progress"
-        ]
-
-    (artifact,) = read(shown)
+    (artifact,) = artifacts_of("moving-on")["minitron-moving-on-distill-progress"]
     assert (artifact.type, float(artifact.data)) == ("progress", 50.0)
     assert artifact.description == "distill: training, 50 of 100"
 
@@ -241,10 +236,11 @@ def test_a_flow_that_is_told_to_end_saves_first_and_leaves_no_process(
     environment = {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value()}
     flow = subprocess.Popen([sys.executable, "-c", STOPPED, str(values)], env=environment)
     log = workspace / "student" / "state" / "metrics.jsonl"
-    end = time.monotonic() + 120
-    while not (log.is_file() and log.read_text().count("loss") > 20):
-        assert time.monotonic() < end and flow.poll() is None
-        time.sleep(0.05)
+    until(
+        lambda: flow.poll() is not None or (log.is_file() and log.read_text().count("loss") > 20),
+        every=0.05,
+    )
+    assert flow.poll() is None
     others = psutil.Process(flow.pid).children(recursive=True)
     asked = time.monotonic()
     flow.send_signal(signal.SIGTERM)

@@ -28,9 +28,15 @@ from nemo_minitron.workspace.accelerator_lock import in_use
 from nemo_minitron.workspace.manifest import read_manifest
 from tests.support import slurm
 from tests.support.processes import until
-from tests.support.runs import command_line, minitron, settings
+from tests.support.runs import command_line, settings, started
 
-QUIET = {"CUDA_VISIBLE_DEVICES": ""}
+FLOW = """
+import json, sys
+from nemo_minitron.config.compose import from_dict
+from nemo_minitron.launch.launcher import Call, launch
+values = json.load(open(sys.argv[2]))
+launch(Call(sys.argv[1], from_dict(values), values), print)
+"""
 
 
 @pytest.fixture
@@ -58,12 +64,8 @@ def when(condition, act):
     """Does something as soon as a condition holds, from another thread."""
 
     def watch():
-        end = time.monotonic() + 120
-        while time.monotonic() < end:
-            if condition():
-                act()
-                return
-            time.sleep(0.01)
+        until(condition, every=0.01)
+        act()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -182,26 +184,7 @@ def test_a_slurm_job_that_is_requeued_goes_on_and_its_flow_waits(trained, queue)
 
 def test_a_flow_that_was_killed_finds_its_job_again(trained, queue, tmp_path):
     workspace, call = trained
-    values = tmp_path / "values.json"
-    values.write_text(json.dumps(call(*SLURM).values))
-    code = """
-import json, sys
-from nemo_minitron.config.compose import from_dict
-from nemo_minitron.launch.launcher import Call, launch
-values = json.load(open(sys.argv[1]))
-launch(Call("distill", from_dict(values), values), print)
-"""
-    flow = subprocess.Popen([sys.executable, "-c", code, str(values)], stdout=subprocess.DEVNULL)
-    papers = workspace / ".launch" / "distill.slurm.json"
-    until(
-        lambda: (
-            flow.poll() is not None
-            or (papers.is_file() and "job" in json.loads(papers.read_text()))
-        )
-    )
-    assert flow.poll() is None  # the job's number has been written down, and it waits
-    flow.kill()
-    flow.wait()
+    killed_at_its_job(launched(call(*SLURM), tmp_path / "values.json"), workspace)
     heard: list[str] = []
     assert launch(call(*SLURM), heard.append).made
     assert heard[0] == "Slurm job 1 is this stage's already; waiting for it"
@@ -213,15 +196,15 @@ class Told(Exception):
 
 
 @contextlib.contextmanager
-def told_to_end(path):
-    """Ends what runs in the block as soon as a file is there."""
+def told_to_end(condition):
+    """Ends what runs in the block as soon as a condition holds."""
 
     def tell(*_):
         raise Told
 
     flow = threading.get_ident()
     before = signal.signal(signal.SIGALRM, tell)
-    teller = when(path.exists, lambda: signal.pthread_kill(flow, signal.SIGALRM))
+    teller = when(condition, lambda: signal.pthread_kill(flow, signal.SIGALRM))
     try:
         with pytest.raises(Told):
             yield
@@ -243,25 +226,23 @@ def test_cancelling_ends_the_job_whatever_the_flow_was_about(queue, tmp_path):
         run_job(job, papers, outcome, "recipe", heard.append, 0.1)
 
     (queue / "slow").touch()  # sbatch has taken the job, and does not answer
-    with told_to_end(jobs / "1.pid"):
+    with told_to_end((jobs / "1.pid").exists):
         run()
     assert (jobs / "1.cancelled").exists() and not papers.exists()
     (queue / "slow").unlink()
     (queue / "away").touch()  # Slurm does not hear of it
-    with told_to_end(jobs / "2.asked"):
+    with told_to_end((jobs / "2.asked").exists):
         run()
     assert slurm.running(jobs, "2") and papers.exists() and "could not be cancelled" in heard[-1]
     (queue / "away").unlink()
-    (jobs / "2.asked").unlink()
     # the next run waits for it, as for one that a killed flow left; and is cancelled
-    with told_to_end(jobs / "2.asked"):
+    with told_to_end(lambda: "waiting for Slurm job 2 of an earlier run" in heard):
         adopt(papers, outcome, "recipe", heard.append, 0.1)
-    assert "waiting for Slurm job 2 of an earlier run" in heard
     assert (jobs / "2.cancelled").exists() and not papers.exists()
     papers.write_text(
         json.dumps({"name": "minitron-nobody", "recipe": "recipe"})
     )  # never came to be
-    with told_to_end(jobs / "3.asked"):
+    with told_to_end((jobs / "3.asked").exists):
         run()
     assert (jobs / "3.cancelled").exists()
 
@@ -347,7 +328,7 @@ def test_before_its_time_is_up_a_job_saves(trained, queue):
     """SIGTERM goes to the batch shell alone, as sbatch's --signal=B:TERM@120 sends it."""
     workspace, call = trained
     jobs = queue / "jobs"
-    words = (*SLURM, "launch.processes=2", "distill.batch_size=2", "trainer.max_steps=100000",
+    words = (*SLURM, "trainer.max_steps=100000",
              "exp_manager.checkpoint_callback_params.every_n_train_steps=100000", "trainer.val_check_interval=50000")  # fmt: skip
     killer = when(
         lambda: steps(workspace) >= 6,
@@ -364,54 +345,53 @@ def test_before_its_time_is_up_a_job_saves(trained, queue):
     assert saved and max(saved) >= 6
 
 
+def launched(call: Call, values: Path) -> subprocess.Popen[bytes]:
+    """A process that runs a stage as a flow does."""
+    values.write_text(json.dumps(call.values))
+    command = [sys.executable, "-c", FLOW, call.name, str(values)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def killed_at_its_job(flow, workspace: Path) -> None:
+    """Kills a flow as soon as the number of its job is written down."""
+    papers = workspace / ".launch" / "distill.slurm.json"
+
+    def noted() -> bool:
+        return papers.is_file() and "job" in json.loads(papers.read_text())
+
+    until(lambda: flow.poll() is not None or noted(), every=0.05)
+    assert flow.poll() is None  # it waits for the job
+    flow.kill()
+    flow.wait()
+
+
 def test_a_whole_flow_that_was_killed_waits_for_its_job_and_other_settings_end_it(
-    finished, queue, tmp_path, teacher, corpus
+    trained, finished, queue, served, tmp_path, teacher, corpus
 ):
-    workspace = shutil.copytree(finished[0], tmp_path / "flow")
-    for name in ("student", "report", "export"):
-        shutil.rmtree(workspace / name)
-    jobs = queue / "jobs"
-    words = [
-        *settings(workspace, teacher, corpus),
-        *SLURM,
-        "launch.stages=[distill]",
-        "evaluate.speed=false",
-    ]
-    long = [*words, "trainer.max_steps=100000", "trainer.val_check_interval=50000"]
-
-    def started(overrides):
-        flow = subprocess.Popen(
-            [sys.executable, "-m", "nemo_minitron", "run", *overrides], stdout=subprocess.DEVNULL
-        )
-        number = str(len(list(jobs.glob("*.sh"))) + 1)
-        end = time.monotonic() + 120
-        while (
-            not (jobs / f"{number}.pid").is_file()
-            or not (workspace / ".launch" / "distill.slurm.json").is_file()
-        ):
-            assert time.monotonic() < end and flow.poll() is None
-            time.sleep(0.05)
-        flow.kill()
-        flow.wait()
-
-    started(long)
+    workspace, call = trained
+    jobs, papers = queue / "jobs", workspace / ".launch" / "distill.slurm.json"
+    long = [*SLURM, "launch.stages=[distill]", "trainer.max_steps=100000", "trainer.val_check_interval=50000"]  # fmt: skip
+    killed_at_its_job(
+        started("run", *settings(workspace, teacher, corpus), *long, env=served), workspace
+    )
     assert slurm.running(jobs, "1")
-    started(words)  # for other settings: the job of the first is ended, not doubled
+    noted = papers.read_text()
+    again = launched(call(*SLURM), tmp_path / "values.json")
+    # for other settings: the job of the first is ended, not doubled
+    until(lambda: again.poll() is not None or (papers.is_file() and papers.read_text() != noted))
+    killed_at_its_job(again, workspace)
     assert not slurm.running(jobs, "1") and (jobs / "1.cancelled").exists()
-    papers = workspace / ".launch" / "distill.slurm.json"  # as of one killed while sbatch answers
-    noted = json.loads(papers.read_text())
     slurm.send(jobs, "2", signal.SIGSTOP)  # it must not end before it is looked for
+    noted = json.loads(papers.read_text())  # as of one killed while sbatch answers
     papers.write_text(json.dumps({name: value for name, value in noted.items() if name != "job"}))
     waker = when(
         lambda: "job" in json.loads(papers.read_text()),
         lambda: slurm.send(jobs, "2", signal.SIGCONT),
     )
-    done = minitron(
-        "run", *words, "launch.grace=30", timeout=300
-    )  # how it is started is no other setting
+    heard: list[str] = []  # how it is started is no other setting
+    assert launch(call(*SLURM, "launch.grace=30"), heard.append).made
     waker.join()
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Slurm job 2" in done.stderr and len(list(jobs.glob("*.sh"))) == 2
+    assert any("Slurm job 2" in line for line in heard) and len(list(jobs.glob("*.sh"))) == 2
     assert hashes(workspace / "student") == hashes(finished[0] / "student")
 
 
@@ -425,18 +405,35 @@ def test_what_cannot_say_why_it_ended_is_not_tried_for_ever(trained, tmp_path, m
     assert failure.value.kind == failures.FAILED
 
 
+def held(imports: str, lock: str) -> subprocess.Popen[bytes]:
+    """A process that holds a lock until its standard input is closed."""
+    code = f"import sys; {imports}\nwith {lock}: print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"held\n"
+    return holder
+
+
 def test_a_stage_whose_flow_is_gone_keeps_its_accelerator(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    _, call = trained
-    words = ("launch.kind=subprocess", "launch.accelerator=gpu-0")
-    code = (
-        "import sys, time; from nemo_minitron.workspace.accelerator_lock import in_use\n"
-        "with in_use('gpu-0', 0): print('held', flush=True); time.sleep(6)"
+    workspace, call = trained
+    words = ("launch.kind=subprocess", "launch.accelerator=gpu-0", "launch.time_limit=200")
+    holder = held(
+        "from nemo_minitron.workspace.accelerator_lock import in_use", "in_use('gpu-0', 0)"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"held\n"
+    log, done = call(*words).log, workspace / "student" / "manifest.json"
+
+    def release():
+        time.sleep(1)  # in which it would have gone on
+        assert not done.exists() and not (workspace / "student" / "state").exists()
+        holder.stdin.close()
+
+    waits = when(lambda: log.is_file() and "distill: process" in log.read_text(), release)
     assert launch(call(*words, name="distill"), print).made  # it waited
-    assert holder.poll() == 0
+    waits.join()
+    assert holder.stdin.closed
+    assert holder.wait(10) == 0
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     other = pytest.raises(ConnectionError, match="gpu-0: a stage of another flow")
     with in_use("gpu-0", 0), in_use(None, 0), other, in_use("gpu-0", 0):
@@ -451,41 +448,25 @@ def test_two_stages_never_work_in_one_workspace(trained):
     from nemo_minitron.workspace.locks import alone
 
     workspace, call = trained
-    code = "import sys, time; from pathlib import Path; from nemo_minitron.workspace.locks import alone\nwith alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(3)"
-    holder = subprocess.Popen([sys.executable, "-c", code, str(workspace)], stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"held\n"
+    imports = "from pathlib import Path; from nemo_minitron.workspace.locks import alone"
+    holder = held(imports, f"alone(Path({str(workspace)!r}))")
     with (
         pytest.raises(ValueError, match="a stage of an earlier run is still at work"),
         alone(workspace, 0.2),
     ):
         pass
+    threading.Timer(0.5, holder.stdin.close).start()
     assert launch(call(name="plan"), print).made is False  # it waited
-    assert holder.wait(10) == 0
+    assert holder.stdin.closed and holder.wait(10) == 0
 
 
 def test_ending_a_flow_in_good_order_cancels_its_job(trained, queue, tmp_path):
     workspace, call = trained
-    values = tmp_path / "values.json"
-    values.write_text(
-        json.dumps(
-            call(*SLURM, "trainer.max_steps=100000", "trainer.val_check_interval=50000").values
-        )
-    )
-    code = """
-import json, sys
-from nemo_minitron.config.compose import from_dict
-from nemo_minitron.launch.launcher import Call, launch
-values = json.load(open(sys.argv[1]))
-launch(Call("distill", from_dict(values), values), print)
-"""
-    flow = subprocess.Popen([sys.executable, "-c", code, str(values)], stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 120
-    while steps(workspace) < 6:
-        assert time.monotonic() < end and flow.poll() is None
-        time.sleep(0.05)
+    long = ("trainer.max_steps=100000", "trainer.val_check_interval=50000")
+    flow = launched(call(*SLURM, *long), tmp_path / "values.json")
+    until(lambda: flow.poll() is not None or steps(workspace) >= 6, every=0.05)
+    assert flow.poll() is None
     flow.send_signal(signal.SIGINT)
     assert flow.wait(30) != 0
     assert (queue / "jobs" / "1.cancelled").exists()
-    while slurm.running(queue / "jobs", "1"):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    until(lambda: not slurm.running(queue / "jobs", "1"), every=0.05)

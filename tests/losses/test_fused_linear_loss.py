@@ -144,27 +144,19 @@ def test_no_more_than_a_chunk_of_logits_exists_at_a_time():
             return out
 
     student, head, teacher, labels = parts()
-    with Largest():
-        loss_of(
-            student,
-            head,
-            labels,
-            LossWeights(1, 1, Divergence(temperature=2.0)),
-            teacher,
-            chunk_tokens=5,
-        ).loss.backward()
+
+    def learn(chunk_tokens):
+        terms = LossWeights(1, 1, Divergence(temperature=2.0))
+        with Largest():
+            loss_of(
+                student, head, labels, terms, teacher, chunk_tokens=chunk_tokens
+            ).loss.backward()
+
+    learn(5)
     # the transposed head is HIDDEN (TEACHER) x VOCABULARY; logits would have a row per token
     assert Largest.rows == TEACHER < TOKENS
     Largest.rows = 0
-    with Largest():
-        loss_of(
-            student,
-            head,
-            labels,
-            LossWeights(1, 1, Divergence(temperature=2.0)),
-            teacher,
-            chunk_tokens=30,
-        ).loss.backward()
+    learn(30)
     assert Largest.rows == 30  # the watch does see chunks
 
 

@@ -10,7 +10,6 @@ from nemo_minitron.models.causal_lm import head_of, layers_of, load_model
 from nemo_minitron.models.int8 import Int8Linear, load_teacher
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.models import make_model
-from tests.support.short_training import words  # noqa: F401
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -57,7 +56,7 @@ def test_a_teacher_in_eight_bits_says_nearly_the_same(tmp_path, name):
     assert taken[1] < 0.45 * taken[0]
 
 
-def test_a_student_learns_from_a_teacher_in_eight_bits(tmp_path, words):  # noqa: F811
+def test_a_student_learns_from_a_teacher_in_eight_bits(tmp_path, words_often):
     ends = []
     for name, more in (("exact", []), ("small", ["distill.teacher_dtype=int8"])):
         for stage in ("prune", "distill"):
@@ -66,7 +65,7 @@ def test_a_student_learns_from_a_teacher_in_eight_bits(tmp_path, words):  # noqa
                     [
                         stage,
                         f"workspace={tmp_path}/{name}",
-                        *words,
+                        *words_often,
                         *more,
                         "trainer.max_steps=4",
                         "trainer.val_check_interval=4",

@@ -14,12 +14,11 @@ from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.live_teacher import LiveTeacher, snapshots
 from tests.support.models import logits, make_model
 from tests.support.nemo_training import run
-from tests.support.short_training import words  # noqa: F401
 from tests.support.two_ranks import weights
 
 
-def test_a_correction_publishes_and_a_distillation_takes_it_over(tmp_path, words):  # noqa: F811
-    words = [*words, "trainer.max_steps=6", "optim.lr=1e-2"]
+def test_a_correction_publishes_and_a_distillation_takes_it_over(tmp_path, words_often):
+    words = [*words_often, "trainer.max_steps=6", "optim.lr=1e-2"]
     first, live, still = (tmp_path / name for name in ("first", "live", "still"))
     assert (
         main(
@@ -49,11 +48,11 @@ def test_a_correction_publishes_and_a_distillation_takes_it_over(tmp_path, words
     assert all(torch.equal(weights(live)[name], tensor) for name, tensor in weights(still).items())
 
 
-def test_what_does_not_go_with_a_live_teacher_is_refused(capsys, tmp_path, words):  # noqa: F811
-    assert main(["prune", f"workspace={tmp_path}/w", *words]) == 0
+def test_what_does_not_go_with_a_live_teacher_is_refused(capsys, tmp_path, words_often):
+    assert main(["prune", f"workspace={tmp_path}/w", *words_often]) == 0
     shard = ["training.parallel=shard", "distill.teacher_place=shard"]
     cached = ["distill.teacher_logits=cache"]
-    words = [f"workspace={tmp_path}/w", *words, "trainer.max_steps=2"]
+    words = [f"workspace={tmp_path}/w", *words_often, "trainer.max_steps=2"]
     assert main(["logits", *words]) == 0
     capsys.readouterr()
     for more, said in (

@@ -3,9 +3,8 @@
 import errno
 import os
 import random
+import resource
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -24,7 +23,8 @@ from nemo_minitron.pruning.slice import Cut, cut_tensor, pieces
 from nemo_minitron.pruning.stream import planned_bytes, write_pruned
 from nemo_minitron.scoring.importance import random_scores
 from nemo_minitron.workspace.manifest import hash_file, write_json
-from tests.support.runs import minitron
+from tests.support.processes import until
+from tests.support.runs import minitron, started
 
 
 def half_of_everything(checkpoint, seed=0, layers=(1, 3)):
@@ -215,22 +215,16 @@ def asked(source, workspace, *more):
 
 def test_a_full_disk_is_one_clear_line_and_no_debris(tmp_path, big):
     """The limit on a file's size strikes in the middle of a write, as a full disk does."""
-    code = (
-        "import resource, sys\n"
-        "from nemo_minitron.cli.main import main\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
     words = asked(big, tmp_path / "ws")
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1, done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("minitron prune: "), done.stderr
+    process = started(*words)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    line = err.splitlines()[-1]
+    assert line.startswith("minitron prune: "), err
     assert "File too large" in line
     assert "model.safetensors" in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in err
     left = {path.name for path in (tmp_path / "ws").iterdir()}
     assert left == {".lock", ".stage.lock", "commands.jsonl", "teacher", "scores", "plan"}
     again = minitron(*words)
@@ -244,13 +238,9 @@ def test_killed_at_any_byte_nothing_looks_finished_and_the_next_run_finishes(tmp
     expected = {path.name: hash_file(path) for path in (whole / "pruned").glob("model*")}
     draw, workspace, killed = random.Random(time.time_ns()), tmp_path / "ws", 0
     for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "nemo_minitron", *asked(big, workspace)],
-            stderr=subprocess.DEVNULL,
-        )
+        process = started(*asked(big, workspace))
         partial = workspace / ".pruned.partial"
-        while process.poll() is None and not partial.exists():
-            time.sleep(0.001)
+        until(lambda: process.poll() is not None or partial.exists(), every=0.001)  # noqa: B023
         time.sleep(draw.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL

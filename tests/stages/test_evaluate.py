@@ -4,8 +4,6 @@ import gc
 import json
 import multiprocessing
 import shutil
-import subprocess
-import sys
 from importlib.metadata import version
 
 import pytest
@@ -24,6 +22,7 @@ from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.evaluate import _bench
 from nemo_minitron.stages.run import run_stage
 from tests.support.runs import settings
+from tests.support.two_ranks import on_two_ranks
 
 LINES = [{"q": f"the model reads a file {i}", "a": ["and", "waits"], "n": i % 2} for i in range(12)]
 DATA = """task: {name}
@@ -156,11 +155,7 @@ def test_own_tasks_of_every_kind_and_two_ranks_find_the_same(words, tmp_path, ca
         1.0,
     )
     there = [word.replace(str(workspace), str(apart)) for word in arguments]
-    shared = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-         "nemo_minitron", "evaluate", *there],
-        capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+    shared = on_two_ranks("evaluate", *there)
     assert shared.returncode == 0, shared.stderr[-3000:]
     alike(read(apart), report)
 
@@ -406,7 +401,7 @@ def test_speed_has_the_memory_to_itself_and_a_failing_vllm_is_told_and_tried_aga
     monkeypatch.setattr(speed, "measure_in_process", seen)
     config = load_config("config", [
         *words[1], "evaluate.speed=true", "evaluate.tasks=[]", "evaluate.prompts=0", f"evaluate.model={teacher}",
-        "evaluate.speed_batches=[1]", "evaluate.contexts=[]",
+        "evaluate.speed_batches=[1]", "evaluate.contexts=[]", "evaluate.prompt_tokens=16", "evaluate.new_tokens=4",
     ])  # fmt: skip
     bench, _ = _bench(config)
     assert work(bench, Ranks()) == []  # the text of two models, and then their speed

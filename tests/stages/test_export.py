@@ -119,14 +119,18 @@ def test_a_weak_student_is_not_uploaded(export):
     assert hub.made == {} and not hub.requests
 
 
-def test_a_nemo_archive_beside_it_restores_to_the_same_weights(export):
+def test_a_nemo_archive_beside_it_restores_to_the_same_weights(finished, tmp_path, teacher, corpus):
     import torch
     from safetensors import safe_open
     from safetensors.torch import load_file
 
     from nemo_minitron.plugin.model import MinitronModel
 
-    workspace, _, run = export
+    workspace = shutil.copytree(finished[0], tmp_path / "run")
+
+    def run(*words):  # there is no hub in it
+        return minitron("export", *settings(workspace, teacher, corpus), *words)
+
     stale = run("export.nemo=true")
     assert stale.returncode == 0, stale.stderr[-2000:]
     before = (workspace / "run.nemo").read_bytes()

@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -12,6 +11,7 @@ from nemo_minitron.cli.main import main
 from nemo_minitron.distillation import teacher_logits
 from nemo_minitron.distillation.teacher_logits import TeacherLogits
 from nemo_minitron.workspace.training_log import read_log
+from tests.support.processes import until
 from tests.support.runs import ended, refused
 from tests.support.two_ranks import torchrun, weights  # noqa: F401
 
@@ -69,8 +69,8 @@ def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypa
     assert main(["logits", f"workspace={straight}", *words]) == 0
     command = [sys.executable, "-c", run, "logits", f"workspace={killed}", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list((killed / "logits" / "state").glob("part-*"))) < 3:
-        time.sleep(0.001)
+    state = killed / "logits" / "state"
+    until(lambda: process.poll() is not None or len(list(state.glob("part-*"))) >= 3, every=0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     left = {

@@ -4,8 +4,6 @@ import contextlib
 import json
 import signal
 import subprocess
-import sys
-import time
 
 import psutil
 import pytest
@@ -18,8 +16,9 @@ from nemo_minitron.plugin.trainer import newest_checkpoint, step_of
 from nemo_minitron.training.strategies import tensor_plan
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.models import make_model
-from tests.support.runs import ended, refused
-from tests.support.two_ranks import curve, torchrun, weights
+from tests.support.processes import until
+from tests.support.runs import kill_group, minitron, refused, started
+from tests.support.two_ranks import curve, on_two_ranks, torchrun, two_ranks, weights
 
 
 def kill_all(number):
@@ -58,7 +57,7 @@ def test_two_ranks_have_the_loss_curve_of_one(
     for place in (one, two):
         assert main(["prune", f"workspace={place}", *words]) == 0
     assert main(["distill", f"workspace={one}", *words, "distill.batch_size=4"]) == 0
-    done = ended(torchrun("distill", f"workspace={two}", *words, *more))
+    done = on_two_ranks("distill", f"workspace={two}", *words, *more)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("distill: 6 steps") == 1
     lines, expected = curve(two), curve(one)
@@ -73,7 +72,7 @@ def test_two_ranks_have_the_loss_curve_of_one(
     if SHARD in more:
         return
     # once more: it is there
-    again = ended(torchrun("distill", f"workspace={two}", *words, *more, "--json"))
+    again = on_two_ranks("distill", f"workspace={two}", *words, *more, "--json")
     assert again.returncode == 0 and json.loads(again.stdout)["made"] is False
 
 
@@ -83,22 +82,21 @@ def test_a_sharded_training_goes_on_with_another_number_of_ranks(tmp_path, words
     for place in (straight, killed):
         assert main(["prune", f"workspace={place}", *words]) == 0
     assert main(["distill", f"workspace={straight}", *words[:-1], "distill.batch_size=4"]) == 0
-    process = subprocess.Popen(
-        torchrun("distill", f"workspace={killed}", *words, "distill.batch_size=2"), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    ranks = two_ranks("distill", f"workspace={killed}", *words, "distill.batch_size=2")
     checkpoints = killed / "student" / "state" / "nemo" / "checkpoints"
-    while process.poll() is None and not (
-        newest_checkpoint(checkpoints) and step_of(newest_checkpoint(checkpoints)) > 9
-    ):
-        time.sleep(0.01)
-    kill_all(process.pid)
-    process.wait()
+    until(
+        lambda: (
+            any(rank.poll() is not None for rank in ranks)
+            or (newest_checkpoint(checkpoints) and step_of(newest_checkpoint(checkpoints)) > 9)
+        ),
+        every=0.01,
+    )
+    for rank in ranks:
+        kill_group(rank)
     saved = newest_checkpoint(checkpoints)
     assert saved.is_dir() and len(list(saved.glob("*.distcp"))) == 2
     before = read_log(killed / "student" / "state" / "metrics.jsonl")
-    command = [sys.executable, "-m", "nemo_minitron", "distill", f"workspace={killed}", *words]
-    done = ended([*command, "distill.batch_size=4"])
+    done = minitron("distill", f"workspace={killed}", *words, "distill.batch_size=4")
     assert done.returncode == 0, done.stderr[-3000:]
     lines, expected = curve(killed), curve(straight)
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
@@ -143,18 +141,17 @@ def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for place in (straight, killed):
         assert main(["prune", f"workspace={place}", *words]) == 0
-    assert ended(torchrun("distill", f"workspace={straight}", *words)).returncode == 0
+    assert on_two_ranks("distill", f"workspace={straight}", *words).returncode == 0
     process = subprocess.Popen(
         torchrun("distill", f"workspace={killed}", *words), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     checkpoints = killed / "student" / "state" / "nemo" / "checkpoints"
-    while process.poll() is None and not any(checkpoints.glob("*step=1?.ckpt")):
-        time.sleep(0.01)
+    until(lambda: process.poll() is not None or any(checkpoints.glob("*step=1?.ckpt")), every=0.01)
     kill_all(process.pid)
     process.wait()
     assert not (killed / "student" / "manifest.json").exists()
-    done = ended(torchrun("distill", f"workspace={killed}", *words))
+    done = on_two_ranks("distill", f"workspace={killed}", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     for name, tensor in weights(straight).items():
         assert torch.equal(weights(killed)[name], tensor), name
@@ -163,40 +160,36 @@ def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words):
 
 @pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
 def test_a_signal_saves_the_step_and_ends(tmp_path, words, ranks, number):
-    words = [*words, "trainer.max_steps=200", "distill.batch_size=2", "trainer.val_check_interval=200",
+    words = [*words, "trainer.max_steps=120", "distill.batch_size=2", "trainer.val_check_interval=120",
              "trainer.accumulate_grad_batches=2",
              "exp_manager.checkpoint_callback_params.every_n_train_steps=1000"]  # fmt: skip
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     for place in (straight, stopped):
         assert main(["prune", f"workspace={place}", *words]) == 0
 
-    def command(place):
-        arguments = ["distill", f"workspace={place}", *words]
-        return (
-            torchrun(*arguments)
-            if ranks == 2
-            else [sys.executable, "-m", "nemo_minitron", *arguments]
-        )
-
-    process = subprocess.Popen(
-        command(stopped), start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    arguments = ("distill", f"workspace={stopped}", *words)
+    process = started(*arguments) if ranks == 1 else subprocess.Popen(
+        torchrun(*arguments), start_new_session=True, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
     log = stopped / "student" / "state" / "metrics.jsonl"
-    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") > 5):
-        time.sleep(0.01)
+    until(
+        lambda: process.poll() is not None or (log.is_file() and log.read_text().count("\n") > 5),
+        every=0.01,
+    )
     process.send_signal(number)  # torchrun hands it on to its ranks
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert not (stopped / "student" / "manifest.json").exists()
     (saved,) = (stopped / "student" / "state" / "nemo" / "checkpoints").glob("*.ckpt")
     step = int(saved.stem.removeprefix("step="))
-    assert step == read_log(log)[-1]["step"] and 5 < step < 200
+    assert step == read_log(log)[-1]["step"] and 5 < step < 120
     if ranks == 1:
         assert (
-            f"stopped by {signal.Signals(number).name} at step {step} of 200, which is saved" in err
+            f"stopped by {signal.Signals(number).name} at step {step} of 120, which is saved" in err
         )
+    run = minitron if ranks == 1 else on_two_ranks
     for place in (stopped, straight):
-        done = ended(command(place))
+        done = run("distill", f"workspace={place}", *words)
         assert done.returncode == 0, done.stderr[-2000:]
     for name, tensor in weights(straight).items():
         assert torch.equal(weights(stopped)[name], tensor), name

@@ -17,7 +17,8 @@ from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.scoring.scores_file import read_scores
 from tests.support.models import make_model
 from tests.support.processes import until
-from tests.support.runs import ended, minitron, refused
+from tests.support.runs import ended, minitron, refused, started
+from tests.support.two_ranks import on_two_ranks, torchrun
 
 
 @pytest.fixture
@@ -114,10 +115,9 @@ def test_more_samples_add_to_what_is_there(capsys, tmp_path, words):
 
 @pytest.mark.parametrize(("streaming", "mark"), [("off", "part-0"), ("on", "layers-0")])
 def test_a_killed_scoring_goes_on_where_it_was(tmp_path, words, streaming, mark):
-    slow = ["data.calibration.samples=1500", "score.save_seconds=0", f"score.streaming={streaming}"]
-    command = [sys.executable, "-m", "nemo_minitron", "score", *words, *slow]
+    slow = ["data.calibration.samples=600", "score.save_seconds=0", f"score.streaming={streaming}"]
     place = tmp_path / "killed"
-    process = subprocess.Popen([*command, f"workspace={place}"], stderr=subprocess.DEVNULL)
+    process = started("score", *words, *slow, f"workspace={place}")
     state = place / "scores" / "state"
     until(lambda: process.poll() is not None or (state / mark).exists(), every=0.005)
     assert process.poll() is None  # it has saved something, and is not done
@@ -129,7 +129,7 @@ def test_a_killed_scoring_goes_on_where_it_was(tmp_path, words, streaming, mark)
     result = json.loads(done.stdout)
     if streaming == "off":
         (note,) = result["notes"]
-        assert 0 < int(re.match(r"(\d+) of 1500 samples were scored before", note)[1]) < 1500
+        assert 0 < int(re.match(r"(\d+) of 600 samples were scored before", note)[1]) < 600
     else:
         assert re.search("scoring goes on at layer [12]", done.stderr)
     assert not state.exists()
@@ -141,9 +141,7 @@ def test_a_killed_scoring_goes_on_where_it_was(tmp_path, words, streaming, mark)
 def test_two_ranks_give_what_one_gives(tmp_path, words, more):
     depth = ["score.depth=lm_loss", "plan.layers=1", "plan.layer_choice=greedy"]
     alone = score(tmp_path / "one", words, *depth)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m",
-               "nemo_minitron", "score", *words, *depth, *more, f"workspace={tmp_path / 'two'}"]  # fmt: skip
-    done = ended(command)
+    done = on_two_ranks("score", *words, *depth, *more, f"workspace={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("score: activation importance") == 1
     found = read_scores(tmp_path / "two" / "scores")
@@ -156,19 +154,18 @@ def test_a_rank_without_samples_and_memory_that_is_left(tmp_path, words):
 
     words = [*words, "data.calibration.samples=2", "score.batch_size=2", "score.streaming=on"]
     alone = score(tmp_path / "one", words)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
-               "nemo_minitron", "score", *words, f"workspace={tmp_path / 'two'}"]  # fmt: skip
-    done = ended(command)
+    done = on_two_ranks("score", *words, f"workspace={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr[-3000:]
     assert same(read_scores(tmp_path / "two" / "scores"), alone)
     assert 10**8 < free_memory.available_bytes(torch.device("cpu")) < 2**62
 
 
 def test_a_mistake_on_rank_0_ends_all_ranks(tmp_path, words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m",
-               "nemo_minitron", "score", *words, "data.calibration.samples=999999",
-               f"workspace={tmp_path / 'two'}"]  # fmt: skip
-    done = ended(command)
+    done = ended(
+        torchrun(
+            "score", *words, "data.calibration.samples=999999", f"workspace={tmp_path / 'two'}"
+        )
+    )
     assert done.returncode != 0
     assert "expected 999999 samples of 16 tokens" in done.stderr
 

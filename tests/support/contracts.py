@@ -35,30 +35,38 @@ def listed(contract: str) -> set[str]:
     return set(re.findall(r"[\w.]+", found))
 
 
-def broken_contracts(folder: Path, module: str = "", imported: str = "") -> tuple[list[str], str]:
-    """Names of the contracts that are broken, and what import-linter printed.
-
-    Args:
-        folder: an empty folder for the copy.
-        module: a file of the package that gets one import more; empty: none does.
-        imported: what it imports.
-    """
+def copied(folder: Path) -> Path:
+    """A copy of the package, with flows/ inside of it, into an empty folder."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "nemo_minitron", folder / "nemo_minitron", ignore=ignored)
     shutil.copytree(ROOT / "flows", folder / "nemo_minitron" / "flows", ignore=ignored)
     shutil.copy(ROOT / "setup.cfg", folder)
+    return folder
+
+
+def broken_contracts(copy: Path, module: str = "", imported: str = "") -> tuple[list[str], str]:
+    """Names of the contracts that are broken, and what import-linter printed.
+
+    Args:
+        copy: of the package; import-linter keeps there what modules import as long as they are the same.
+        module: a file of the package that gets one import more meanwhile; empty: none does.
+        imported: what it imports.
+    """
+    file = copy / "nemo_minitron" / module
+    before = file.read_text(encoding="utf-8") if module else ""
     if module:
-        with (folder / "nemo_minitron" / module).open("a", encoding="utf-8") as file:
-            file.write(f"\nimport {imported}\n")
+        file.write_text(f"{before}\nimport {imported}\n", encoding="utf-8")
     code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "--config", "setup.cfg", "--no-cache"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "300", "NO_COLOR": "1"},
+        [sys.executable, "-c", code, "--config", "setup.cfg", "--cache-dir", str(copy / "cache")],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy), "COLUMNS": "300", "NO_COLOR": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
+    if module:
+        file.write_text(before, encoding="utf-8")
     printed = done.stdout + done.stderr
     broken = re.findall(r"^(.+) BROKEN\b", printed, re.MULTILINE)
     assert (done.returncode == 0) == (not broken) and "kept" in printed, printed

@@ -1,9 +1,9 @@
 """Stages run as the flows run them, and questions to the server."""
 
 import asyncio
-import time
 
 from nemo_minitron.config.compose import as_dict, load_config
+from tests.support.processes import until
 
 
 def read(what):
@@ -15,6 +15,17 @@ def read(what):
             return await what(client)
 
     return asyncio.run(ask())
+
+
+def artifacts_of(workspace):
+    """The artifacts of a workspace of that name, by key; the newest of them first."""
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+
+    mine = ArtifactFilter(key=ArtifactFilterKey(like_=f"minitron-{workspace}-%"))
+    found = {}
+    for artifact in read(lambda client: client.read_artifacts(artifact_filter=mine)):
+        found.setdefault(artifact.key, []).append(artifact)
+    return found
 
 
 def in_a_flow(name, *words, workspace):
@@ -47,9 +58,8 @@ def in_a_flow(name, *words, workspace):
         )
         return run, [state.name for state in await client.read_task_run_states(run.id)]
 
-    for _ in range(50):  # the last state arrives a moment later
+    def ended():
         run, names = read(states)
-        if run.state.is_final():
-            break
-        time.sleep(0.1)
-    return result, failure, run, names
+        return run.state.is_final() and (run, names)
+
+    return result, failure, *until(ended, 30, 0.1)  # the last state arrives a moment later

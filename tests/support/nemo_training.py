@@ -7,7 +7,9 @@ from nemo_minitron.families import families
 from nemo_minitron.losses.fused_linear_loss import LossWeights
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
-from nemo_minitron.plugin.trainer import Options, Recipe, train
+from nemo_minitron.plugin.trainer import Options, Recipe, newest_checkpoint, train
+from tests.support.processes import until
+from tests.support.runs import started
 
 ALL = ("embedding", "hidden", "mlp_input", "attention")
 
@@ -70,3 +72,13 @@ def run(folder, state, steps, callbacks=(), skipped=frozenset(), **trainer):
         callbacks,
         skipped,
     )
+
+
+def killed_behind_a_checkpoint(workspace, *words):
+    """Kills a distillation as soon as it has saved its state; the state that is there then."""
+    folder = workspace / "student" / "state" / "nemo" / "checkpoints"
+    process = started("distill", f"workspace={workspace}", *words)
+    until(lambda: process.poll() is not None or newest_checkpoint(folder), every=0.01)
+    process.kill()
+    process.wait()
+    return newest_checkpoint(folder)

@@ -1,10 +1,13 @@
 """Trainings on two ranks, and what is compared of them."""
 
+import subprocess
 import sys
 
 from safetensors.torch import load_file
 
 from nemo_minitron.workspace.training_log import read_log
+from tests.support.processes import free_port, until
+from tests.support.runs import kill_group, started
 
 
 def torchrun(*arguments):
@@ -20,3 +23,36 @@ def curve(place):
 
 def weights(place):
     return load_file(place / "student" / "hf" / "model.safetensors")
+
+
+def two_ranks(*arguments):
+    """A command at work on two ranks, told of each other as torchrun would tell them."""
+    shared = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    return [
+        started(*arguments, env={**shared, "RANK": number, "LOCAL_RANK": number}) for number in "01"
+    ]
+
+
+def on_two_ranks(*arguments, seconds=120):
+    """Runs a command on two ranks: the first exit code that is not 0, and what they printed.
+
+    Where one fails the other is ended, as torchrun does: it would wait for it.
+    """
+    ranks = two_ranks(*arguments)
+
+    def over():
+        codes = [rank.poll() for rank in ranks]
+        return any(codes) or None not in codes
+
+    try:
+        until(over, seconds, 0.05)
+    finally:
+        code = next((rank.poll() for rank in ranks if rank.poll()), 0)
+        for rank in ranks:
+            if rank.poll() is None:
+                kill_group(rank)
+    printed = ["".join(texts) for texts in zip(*(r.communicate() for r in ranks), strict=True)]
+    return subprocess.CompletedProcess(arguments, code, *printed)

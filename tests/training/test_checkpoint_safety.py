@@ -4,18 +4,14 @@ import io
 import os
 import pickle
 import shutil
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from nemo_minitron.cli.main import main
-from nemo_minitron.plugin.trainer import newest_checkpoint
 from nemo_minitron.training.checkpoint_safety import DataReader, checkpoints_as_data
-from tests.support.short_training import words  # noqa: F401  (a fixture)
+from tests.support.nemo_training import killed_behind_a_checkpoint
 
 
 class Bomb:
@@ -29,25 +25,18 @@ class Bomb:
 
 
 @pytest.fixture
-def killed(tmp_path, words):  # noqa: F811
+def killed(tmp_path, words_often):
     """A workspace whose distillation was killed behind its first checkpoint."""
-    words = [*words, "trainer.max_steps=60", "trainer.enable_progress_bar=false"]
+    words = [*words_often, "trainer.max_steps=60", "trainer.enable_progress_bar=false"]
     place = tmp_path / "run"
     assert main(["prune", f"workspace={place}", *words]) == 0
-    folder = place / "student" / "state" / "nemo" / "checkpoints"
-    command = [sys.executable, "-m", "nemo_minitron", "distill", f"workspace={place}", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and newest_checkpoint(folder) is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    return place, words, newest_checkpoint(folder)
+    return place, words, killed_behind_a_checkpoint(place, *words)
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_an_honest_one_resumes(
     killed, tmp_path, capsys, monkeypatch
 ):
-    place, words, checkpoint = killed  # noqa: F811
+    place, words, checkpoint = killed
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what some NeMo users have set
     honest = tmp_path / "honest.ckpt"
     shutil.copy(checkpoint, honest)
