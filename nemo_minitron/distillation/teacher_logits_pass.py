@@ -1,6 +1,7 @@
 """transformers: runs the teacher over the samples, part by part, and keeps a few entries of its logits."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,17 +12,32 @@ from nemo_minitron.losses.sparse_targets import SparseTargets, known_entries
 from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, projection_of
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of the teacher's logits of a token.
+
+    Attributes:
+        method: see ``losses.sparse_targets.known_entries``.
+        entries: likewise.
+        temperature: likewise.
+        seed: of the draw.
+        vocabulary: entries that count; None: all.
+    """
+
+    method: str
+    entries: int
+    temperature: float
+    seed: int
+    vocabulary: int | None = None
+
+
 def teach(
     model: Any,
     family: Family,
     samples: Any,
     rows: Sequence[int],
-    method: str,
-    entries: int,
-    temperature: float,
+    kept: Kept,
     batch_size: int,
-    seed: int,
-    vocabulary: int | None,
     advance: Callable[[int], None],
 ) -> tuple[SparseTargets, float]:
     """Runs the teacher over some samples.
@@ -31,12 +47,8 @@ def teach(
         family: its table.
         samples: packed samples, each [positions + 1]; negative entries ~id are read as id.
         rows: which.
-        method: see ``losses.sparse_targets.known_entries``.
-        entries: likewise.
-        temperature: likewise.
+        kept: what is kept of a token's logits.
         batch_size: samples per forward pass.
-        seed: of the draw.
-        vocabulary: entries that count; None: all.
         advance: called with the number of tokens that are done.
 
     Returns:
@@ -44,19 +56,21 @@ def teach(
         they name (of samples: 1).
     """
     device, dtype = next(model.parameters()).device, head_of(model).dtype
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(kept.seed)
     found: list[SparseTargets] = []
     for start in range(0, len(rows), batch_size):
         batch_BS = torch.stack([samples[row] for row in rows[start : start + batch_size]])
         tokens_BS = torch.where(batch_BS < 0, ~batch_BS, batch_BS)[:, :-1].to(device)
         with frozen(model):
             hidden_TG = hidden_states(model, family, tokens_BS).flatten(0, 1).to(dtype)
-            teacher = projection_of(model, family, hidden_TG).counted(vocabulary)
+            teacher = projection_of(model, family, hidden_TG).counted(kept.vocabulary)
             chunk = chunk_rows(len(hidden_TG), teacher.head_VH.shape[0], device, 3)
             for first in range(0, len(hidden_TG), chunk):
                 logits_CV = teacher[first : first + chunk].logits()
-                kept = known_entries(logits_CV, method, entries, temperature, generator)
-                found.append(kept.to(torch.device("cpu")))
+                targets = known_entries(
+                    logits_CV, kept.method, kept.entries, kept.temperature, generator
+                )
+                found.append(targets.to(torch.device("cpu")))
         advance(tokens_BS.numel())
     return _joined(found)
 

@@ -173,7 +173,7 @@ def _parse(expression: str) -> ast.Expression:
         raise ValueError(f"expression {expression!r} is not valid: {error.msg}") from error
 
 
-def _evaluate(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:
+def _evaluate(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:  # noqa: C901  one case a form
     match node:
         case ast.Constant(value=bool() | int() | float() | str() | None as value):
             return value

@@ -99,7 +99,7 @@ def _teach(
     """Writes this rank's parts, and says what all of them are."""
     import torch
 
-    from nemo_minitron.distillation.teacher_logits_pass import teach
+    from nemo_minitron.distillation.teacher_logits_pass import Kept, teach
     from nemo_minitron.families import family_of
     from nemo_minitron.models.causal_lm import pick_device
     from nemo_minitron.models.int8 import load_teacher
@@ -124,11 +124,13 @@ def _teach(
     with bar("teacher", sum(len(parts[n][1]) for n in due) * samples.positions) as advance:
         for number in due:
             given, rows = parts[number]
-            targets, mass = teach(
-                model, family_of(hf_config), given, rows, settings.method, settings.entries,
-                config.distill.temperature, settings.batch_size, settings.seed * 1_000_003 + number,
-                vocabulary, advance,
+            kept = Kept(
+                settings.method, settings.entries, config.distill.temperature,
+                settings.seed * 1_000_003 + number, vocabulary,
             )  # fmt: skip
+            targets, mass = teach(
+                model, family_of(hf_config), given, rows, kept, settings.batch_size, advance
+            )
             write_json(state / f"mass-{number:05}.json", mass)
             write_part(state, number, targets, len(rows), size)
     ranks.gather(None)  # all parts are there

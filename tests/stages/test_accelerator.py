@@ -12,7 +12,7 @@ pytest.importorskip("nemo")
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.config.compose import load_config
-from nemo_minitron.distillation.teacher_logits_pass import teach
+from nemo_minitron.distillation.teacher_logits_pass import Kept, teach
 from nemo_minitron.evaluation.report import read_report
 from nemo_minitron.evaluation.speed import Case, _measure
 from nemo_minitron.families import Architecture, families
@@ -214,18 +214,9 @@ def test_a_teacher_s_logits_are_written_down_and_learned_from(tmp_path, method):
         with accelerator.accelerator():
             model = load_model(folder, torch.float32, device)
             assert head_of(model).device == device
+            kept = Kept(method, 5, 1.0, seed=0)
             targets, _ = teach(
-                model,
-                families()["llama"],
-                samples_NS,
-                [0, 1],
-                method,
-                5,
-                1.0,
-                2,
-                0,
-                None,
-                lambda _: None,
+                model, families()["llama"], samples_NS, [0, 1], kept, 2, lambda _: None
             )
             assert targets.ids_TK.device.type == "cpu"
             states_TH = torch.ones(16, head_of(model).shape[1]).to(device)
