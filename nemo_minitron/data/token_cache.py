@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_minitron.data.documents import TextSet, documents
-from nemo_minitron.data.tokenizer import tokenised
+from nemo_minitron.data.documents import TextSet, documents, no_text
+from nemo_minitron.data.tokenisation import tokenised
 from nemo_minitron.workspace.layout import IDS, build_lock_of, manifest_in
 from nemo_minitron.workspace.manifest import Input, digest, now, write_json, write_manifest
 
@@ -85,12 +85,15 @@ def cached_tokens(
             ]
             write_manifest(folder, "tokens", key, inputs, now())
     if state["tokens"] == 0:
-        raise ValueError(f"{texts.where}.paths: {len(texts.files)} files hold no text")
+        raise ValueError(no_text(texts))
     return np.memmap(folder / IDS, _ITEM, "r", shape=(state["tokens"],))
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """State of the cache: tokens on disk, documents that they are from, and whether these are all."""
+    """State of the cache: tokens on disk, documents that they are from, and whether these are all.
+
+    ``pieces``, where it is there, is how many pieces of one more document lie there too.
+    """
     if (folder / PROGRESS).is_file():
         known: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
         if (folder / IDS).is_file() and (folder / IDS).stat().st_size >= known[
@@ -110,7 +113,7 @@ def _grow(
     answers_only: bool,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    tokens, done = state["tokens"], state["documents"]
+    tokens, done, pieces = state["tokens"], state["documents"], state.get("pieces", 0)
     advance(tokens)
     rest = itertools.islice(documents(texts, seed), done, None)
     (folder / IDS).touch()
@@ -122,13 +125,16 @@ def _grow(
             file.flush()
             os.fsync(file.fileno())
             state = {"tokens": tokens, "documents": done, "ended": ended}
+            if pieces:
+                state["pieces"] = pieces
             write_json(folder / PROGRESS, state)
             return state
 
         noted = time.monotonic()
-        for ids in tokenised(rest, tokenizer, texts.where, answers_only):
-            file.write(np.asarray(ids, _ITEM).tobytes())
-            tokens, done = tokens + len(ids), done + 1
+        for ids, last in tokenised(rest, tokenizer, texts.where, answers_only, skip=pieces):
+            file.write(ids.astype(_ITEM).tobytes())
+            tokens += len(ids)
+            done, pieces = (done + 1, 0) if last else (done, pieces + 1)
             advance(len(ids))
             if tokens >= wanted:
                 return note(ended=False)

@@ -45,7 +45,27 @@ def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) ->
             f"data.train.samples: expected {text.samples} samples of {text.sequence_length} tokens, the text "
             f"yields {len(found)}"
         )
-    return PackedTokens(streams, found, text.sequence_length)
+    samples = PackedTokens(streams, found, text.sequence_length)
+    if text.learn_from == "answers":
+        _check_learned(samples, tokenizer.eos_token_id)
+    return samples
+
+
+def _check_learned(samples: Any, end: int | None) -> None:
+    """Refuses samples in which nothing but ends of documents is learned; the first one usually settles it.
+
+    Raises:
+        ValueError: they are so.
+    """
+    for number in range(len(samples)):
+        labels = samples[number][1:]
+        if ((labels >= 0) & (labels != (-1 if end is None else end))).any():
+            return
+    raise ValueError(
+        f"data.train: learn_from=answers, but none of {len(samples)} samples of {samples.positions} tokens "
+        "holds an answer: no message of role 'assistant' is in reach; look at the roles in the data, or use "
+        "learn_from=all"
+    )
 
 
 def sample_fingerprint(samples: Any) -> str:
