@@ -74,7 +74,8 @@ class _Zstandard(io.RawIOBase):
     """Decompressed frames, one after the other; zstandard's own reader takes a cut file for a whole one."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._frame, self._rest, self._ready = file, None, b"", memoryview(b"")
+        self._file, self._rest, self._ready = file, b"", memoryview(b"")
+        self._frame: Any = None
 
     def readable(self) -> bool:
         return True
@@ -86,10 +87,10 @@ class _Zstandard(io.RawIOBase):
                 if self._frame is not None:
                     raise EOFError("the last frame does not end")
                 return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._ready = memoryview(self._frame.decompress(given))
-            self._rest = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
+            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._ready = memoryview(frame.decompress(given))
+            self._rest = frame.unused_data if frame.eof else b""
+            self._frame = None if frame.eof else frame
         count = min(len(target), len(self._ready))
         target[:count], self._ready = self._ready[:count], self._ready[count:]
         return count

@@ -24,7 +24,7 @@ DEEPEST_ROW = 100
 """Lists and objects inside each other at most."""
 _NAMES = ("messages", "conversations")
 """The usual columns of conversations."""
-_TOGETHER = 128
+_TOGETHER = 32
 """Rows of a parquet file in memory at a time."""
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -50,8 +50,10 @@ def document_of(row: Any, text_key: str, place: str) -> str | Conversation:
     found = row.get(text_key)
     if found is None and text_key == "text":
         found = next((row[key] for key in _NAMES if row.get(key)), None)
-    if isinstance(found, str):
+    if isinstance(found, str) and len(found) <= LONGEST_ROW:
         return found
+    if isinstance(found, str):
+        raise ValueError(f"{place}: longer than {LONGEST_ROW:,} characters")
     if (
         isinstance(found, list)
         and found

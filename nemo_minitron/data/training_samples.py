@@ -11,9 +11,8 @@ from nemo_minitron.workspace.progress_bar import bar
 FOLDER = TOKENS
 LOGITS = "logits"
 """Folders of the workspace: token ids, and what is kept of a teacher's logits."""
-_SPREAD, _CHEAP = 8, 200_000_000
-"""How many times as many tokens are made as a training needs, as long as these are cheap: what it reads is
-then drawn from more of the text than its beginning."""
+_CHEAP = 200_000_000
+"""Tokens up to which ``windows.SPREAD`` times as many are made as a training needs."""
 
 
 def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) -> Any:
@@ -76,12 +75,13 @@ def sample_fingerprint(samples: Any) -> str:
 
 def _streams(config: Config, tokenizer: Any, needed: int) -> list[Any]:
     from nemo_minitron.data.token_cache import cached_tokens
+    from nemo_minitron.data.windows import SPREAD
 
     text, mixture = config.data.train, training_mixture(config)
     streams = []
     for texts, weight in mixture:
         share = needed * weight / sum(other for _, other in mixture) * text.sequence_length
-        wanted = int(share * max(1, min(_SPREAD, _CHEAP / share))) + 1
+        wanted = int(share * max(1, min(SPREAD, _CHEAP / share))) + 1
         with bar("tokenising", wanted) as advance:
             ids = cached_tokens(
                 Workspace(workspace_of(config)).tokens, texts, tokenizer, text.seed, wanted,
