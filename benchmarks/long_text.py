@@ -3,7 +3,7 @@
 The text is Python's standard library, repeated up to a size. ``python -m benchmarks.long_text [MEGABYTES]``
 """
 
-import os
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -28,6 +28,16 @@ texts = find_text([sys.argv[2]], [], "auto", "text", "data.train", "train", 0.05
 stream = tokenised(documents(texts), load_tokenizer(Path(sys.argv[1])), "data.train")
 print(sum(1 for _ in windows(stream, 1024)), "windows")
 """
+SCORE = """
+from nemo_minitron.cli.main import main
+assert main() == 0
+"""
+PEAK = """
+import os, re
+used = os.times()
+with open("/proc/self/status") as status:  # of this program alone; getrusage inherits the parent's
+    print(used.user + used.system, re.search(r"VmHWM:\\s+(\\d+)", status.read())[1])
+"""
 
 
 def write_texts(folder: Path, megabytes: int) -> tuple[Path, Path]:
@@ -48,16 +58,17 @@ def write_texts(folder: Path, megabytes: int) -> tuple[Path, Path]:
     return folder / "one.txt", folder / "many"
 
 
-def measured(command: list[str]) -> dict[str, float]:
-    """Wall time, processor time and peak memory of a process."""
+def measured(code: str, words: list[str]) -> dict[str, float]:
+    """Wall time, processor time and peak memory of a Python process of its own."""
     begun = time.monotonic()
-    process = os.posix_spawn(command[0], command, os.environ)
-    _, status, used = os.wait4(process, 0)
-    assert status == 0, command
+    done = subprocess.run(
+        [sys.executable, "-c", code + PEAK, *words], stdout=subprocess.PIPE, text=True, check=True
+    )
+    seconds, peak = map(float, done.stdout.split()[-2:])
     return {
         "seconds": time.monotonic() - begun,
-        "cpu_seconds": used.ru_utime + used.ru_stime,
-        "peak_mib": used.ru_maxrss / 1024,
+        "cpu_seconds": seconds,
+        "peak_mib": peak / 1024,
     }
 
 
@@ -71,11 +82,8 @@ def main(megabytes: int) -> None:
         sample = [texts[0].read_text()[start : start + 10**5] for start in range(0, 10**7, 10**6)]
         train_tokenizer(sample, 4096, model)
         for path in texts:
-            rows[f"read all, {path.stem}"] = measured(
-                [sys.executable, "-c", READ, str(model), str(path)]
-            )
-            rows[f"score 16 samples, {path.stem}"] = measured([
-                sys.executable, "-c", "from nemo_minitron.cli.main import main; raise SystemExit(main())",
+            rows[f"read all, {path.stem}"] = measured(READ, [str(model), str(path)])
+            rows[f"score 16 samples, {path.stem}"] = measured(SCORE, [
                 "score", f"source.model={model}", f"workspace={folder / path.stem}-run",
                 f"data.calibration.paths=[{path}]", "data.calibration.samples=16",
             ])  # fmt: skip

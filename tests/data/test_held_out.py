@@ -84,14 +84,13 @@ def learned(tmp_path, tokenizer_folder, learn_from="answers"):
     return training_samples(config, tokenizer, 4, Ranks())
 
 
-@pytest.mark.parametrize("roles", [("user", "user"), ("human", "gpt"), ("system", "user")])
+@pytest.mark.parametrize("roles", [("user", "user"), ("human", "gpt")])
 def test_a_training_of_answers_without_any_answer_is_refused(tmp_path, tokenizer_folder, roles):
     write_talks(tmp_path / "chat.jsonl", 30, roles)
     with pytest.raises(
         ValueError, match=r"data\.train: learn_from=answers, but none of \d+ samples"
     ):
         learned(tmp_path, tokenizer_folder)
-    assert len(learned(tmp_path, tokenizer_folder, "all"))
 
 
 def test_of_few_conversations_the_answers_are_learned(tmp_path, tokenizer_folder):

@@ -205,8 +205,8 @@ def test_one_file_costs_what_many_cost_and_a_compressed_bomb_no_more_memory(
         part = len(text) // 400
         (tmp_path / "many" / f"{number}.txt").write_text(text[number * part : (number + 1) * part])
     with gzip.open(tmp_path / "bomb.txt.gz", "wb", compresslevel=1) as file:
-        for block in itertools.repeat(b"the model reads a file\n" * 50_000, 80):
-            file.write(block)  # 92 MB of text
+        for block in itertools.repeat(b"the model reads a file\n" * 50_000, 35):
+            file.write(block)  # 40 MB of text
     paths = [str(tmp_path / name) for name in ("many", "one.txt", "bomb.txt.gz")]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tokenizer_folder), *paths],
