@@ -1,4 +1,4 @@
-"""Samples for scoring: from documents to token ids, the same on every machine for a given seed.
+"""Samples for scoring: windows of the text, and the batches that a model reads.
 
 Shape suffixes: N or B samples, S positions.
 """
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.data.documents import TextSet, documents
-from nemo_minitron.data.packing import lagging
-from nemo_minitron.data.tokenizer import tokenised
+from nemo_minitron.data.documents import TextSet, documents, no_text
+from nemo_minitron.data.tokenisation import tokenised
+from nemo_minitron.data.windows import Window, beginnings, mixed, windows
 
 POOL = 8192
 """Samples among which the next is drawn; a constant, so that more samples begin with those that fewer are."""
@@ -134,41 +134,35 @@ def calibration_samples(
     Raises:
         ValueError: too little text.
     """
+    cut = beginnings if packing == "off" else windows
     streams = [
-        _spread(_windows(texts, tokenizer, length, seed, packing), seed) for texts, _ in mixture
+        _spread(cut(tokenised(documents(texts, seed), tokenizer, texts.where), length), seed)
+        for texts, _ in mixture
     ]
     weights = [weight for _, weight in mixture]
-    taken = [0] * len(streams)
-    rows: list[tuple[Tensor, Tensor]] = []
-    while samples is None or len(rows) < samples:
-        source = lagging(taken, weights)
-        row = next(streams[source], None)
-        if row is None:
-            break
-        rows.append(row)
-        taken[source] += 1
+    found = [window for _, window in itertools.islice(mixed(streams, weights), samples)]
     texts = mixture[0][0]
-    if not rows and next(documents(texts), None) is None:
-        raise ValueError(f"{texts.where}.paths: {len(texts.files)} files hold no text")
-    if samples is not None and len(rows) < samples:
+    if not found and next(documents(texts), None) is None:
+        raise ValueError(no_text(texts))
+    if samples is not None and len(found) < samples:
         raise ValueError(
-            f"{where}.samples: expected {samples} samples of {length} tokens, the text yields {len(rows)}"
+            f"{where}.samples: expected {samples} samples of {length} tokens, the text yields {len(found)}"
         )
-    if not rows:
+    if not found:
         raise ValueError(f"{texts.where}: the text does not fill one sample of {length} tokens")
-    return _padded(rows, length + 1, packing)
+    return _padded(found, length + 1, packing)
 
 
-def _padded(rows: Sequence[tuple[Tensor, Tensor]], width: int, packing: str) -> Samples:
-    shape = (len(rows), width)
-    tokens_NS, positions_NS = (
-        torch.zeros(shape, dtype=torch.int64),
-        torch.zeros(shape, dtype=torch.int64),
-    )
+def _padded(found: Sequence[Window], width: int, packing: str) -> Samples:
+    shape = (len(found), width)
+    tokens_NS = torch.zeros(shape, dtype=torch.int64)
+    positions_NS = torch.zeros(shape, dtype=torch.int64)
     valid_NS = torch.zeros(shape, dtype=torch.bool)
-    for i, (ids_S, positions_S) in enumerate(rows):
-        tokens_NS[i, : len(ids_S)], positions_NS[i, : len(ids_S)] = ids_S, positions_S
-        valid_NS[i, : len(ids_S)] = True
+    for i, window in enumerate(found):
+        count = len(window.ids)
+        tokens_NS[i, :count] = torch.from_numpy(window.ids)
+        positions_NS[i, :count] = torch.from_numpy(window.positions)
+        valid_NS[i, :count] = True
     return Samples(
         tokens_NS,
         valid_NS if packing == "off" else None,
@@ -176,33 +170,12 @@ def _padded(rows: Sequence[tuple[Tensor, Tensor]], width: int, packing: str) -> 
     )
 
 
-def _spread(windows: Iterator[tuple[Tensor, Tensor]], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _spread(found: Iterator[Window], seed: int) -> Iterator[Window]:
     """Windows in an order drawn by ``seed``, one pool after the other.
 
     Taken as they come, a thousand samples would be a handful of long documents.
     """
     draw = random.Random(seed)
-    while pool := list(itertools.islice(windows, POOL)):
+    while pool := list(itertools.islice(found, POOL)):
         draw.shuffle(pool)
         yield from pool
-
-
-def _windows(
-    texts: TextSet, tokenizer: Any, length: int, seed: int, packing: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and positions in their document, up to ``length`` + 1 of them, window after window."""
-    ids: list[int] = []
-    positions: list[int] = []
-    for document in tokenised(documents(texts, seed), tokenizer, texts.where):
-        if packing == "off":
-            if len(document) > 1:
-                cut = document[: length + 1]
-                yield torch.tensor(cut), torch.arange(len(cut))
-            continue
-        ids += document
-        positions += range(len(document))
-        while len(ids) > length:
-            begin = next((i for i, p in enumerate(positions[: length + 1]) if p == 0), length + 1)
-            continued = [*range(begin), *positions[begin : length + 1]]
-            yield torch.tensor(ids[: length + 1]), torch.tensor(continued)
-            ids, positions = ids[length:], positions[length:]

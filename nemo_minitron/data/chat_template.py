@@ -91,10 +91,13 @@ class ChatTemplate:
         }
 
     def _complaint(self, reply: dict[str, Any], line: bytes, messages: list[dict[str, Any]]) -> str:
-        first = plain(messages[0].get("content", ""), 60) if messages else ""
+        first = plain(messages[0].get("content") or "", 60) if messages else ""
+        missing = any(message.get("content") is None for message in messages)
+        hint = " (a message of it has no content)" if missing and reply["failure"] != "null" else ""
+        place = getattr(messages, "origin", "") or self._where
         return (
-            f"{self._where}: {_source(self._tokenizer)}: the chat template {_said(reply, line)}; "
-            f'the conversation begins with "{first}"'
+            f"{place}: {_source(self._tokenizer)}: the chat template {_said(reply, line)}; "
+            f'the conversation begins with "{first}"{hint}'
         )
 
     def close(self) -> None:
@@ -164,6 +167,10 @@ def _said(reply: dict[str, Any], line: bytes) -> str:
         "lost": f"ends the process it runs in, twice: {message}",
         "rewrites": "rewrites what was said before, so that the assistant's words cannot be told apart; "
         "use data.train.learn_from=all",
+        "begins": "cannot tell the answer from the rest, for the conversation begins with the assistant; use "
+        "data.train.learn_from=all, or leave such rows out",
+        "null": "writes the word None for a message whose content is null; use a template that writes tool "
+        "calls, or leave such rows out",
         "refusal": f"refuses it{place}: {message}",
         "syntax": f"is not valid{place}: {message}",
         "undefined": f"uses what is not defined{place}: {message}",

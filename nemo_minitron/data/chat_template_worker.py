@@ -142,12 +142,24 @@ def _rendered(
     """
     messages = request["messages"]
     text = render(messages, characters)
+    if "None" in text and any(message.get("content") is None for message in messages):
+        silent = [m if m.get("content") is not None else m | {"content": ""} for m in messages]
+        alive()
+        if text.count("None") > render(silent, characters).count("None"):
+            return {"failure": "null"}
     spans = []
     for number, message in enumerate(messages if request["answers"] else []):
         if message["role"] != "assistant":
             continue
         alive()  # the limit is for one rendering, and a long conversation has many
-        asked = render(messages[:number], characters, add_generation_prompt=True)
+        try:
+            asked = render(messages[:number], characters, add_generation_prompt=True)
+        except (MemoryError, TooLong):
+            raise
+        except Exception:
+            if number > 0:
+                raise
+            return {"failure": "begins"}
         alive()
         said = render(messages[: number + 1], characters)
         if not text.startswith(asked) or not text.startswith(said) or not said.startswith(asked):

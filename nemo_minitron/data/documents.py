@@ -1,29 +1,42 @@
-"""datasets and plain files: from paths to documents, the same on every machine for a given seed.
+"""From paths to documents and their side of the split, the same on every machine for a given seed.
 
-A document is text, a conversation (a list of messages with ``role`` and ``content``), or the token
-ids of a Megatron data set.
+A document is text, a conversation, or the token ids of a Megatron data set (``document_types``).
+What the formats hold is read by ``compressed_files``, ``row_files`` and ``megatron``.
 """
 
 import fnmatch
 import functools
 import glob
 import hashlib
-import json
 import os
 import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from fsspec.compression import compr
-from fsspec.utils import infer_compression
 
 from nemo_minitron.data import megatron
+from nemo_minitron.data.compressed_files import note, text_chunks
+from nemo_minitron.data.document_types import (
+    Document,
+    LongText,
+    blank,
+    cut,
+    draw_of,
+    pieces_of,
+    text_document,
+)
+from nemo_minitron.data.row_files import (
+    document_of,
+    json_rows,
+    parquet_rows,
+    rows_of,
+    saved_rows,
+)
+from nemo_minitron.security import plain_text
 from nemo_minitron.workspace.manifest import digest
 
+_SHOWN = 5
 _WHOLE = 64 * 2**20
 _SUFFIXES = {"jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
@@ -31,7 +44,6 @@ HUB = "hf://"
 _ON_HUB = re.compile(
     r"hf://(?P<repository>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?"
 )
-Document = str | list[dict[str, Any]] | np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,11 @@ def _file_fingerprint(path: Path) -> str:
 @functools.cache
 def _hashed(path: Path, size: int, changed: int) -> str:
     """A file's hash, computed once per state of the file, because stages ask several times for terabytes."""
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except PermissionError as error:
+        raise ValueError(f"{plain_text.plain(path)} may not be read") from error
+    with opened as file:
         if size <= _WHOLE:
             return hashlib.sha256(file.read()).hexdigest()
         head = file.read(2**20)
@@ -177,51 +193,90 @@ def documents(texts: TextSet, seed: int = 0) -> Iterator[Document]:
     """The documents of a text set, files in an order drawn by ``seed``, empty ones left out.
 
     A document's side of the split is drawn from its content, so that copies of one text fall on the
-    same side. Where the split by document would hold out nothing (few documents), the end of each
-    document is held out instead.
+    same side. Where this puts all on one side (few documents, copies of one), the end of each text
+    is held out instead, and of conversations, which are never cut, the one with the smallest number
+    and its copies.
+
+    Raises:
+        ValueError: a file cannot be read, or all of the text is one conversation, which cannot be
+            split.
     """
-    whole = texts.side == "all"
-    by_document = whole or any(_held_out(text, texts.holdout) for text in _documents(texts, seed))
-    for text in _documents(texts, seed):
-        if whole or (by_document and _held_out(text, texts.holdout) == (texts.side == "held_out")):
-            yield text
-        elif not by_document:
-            cut = int(len(text) * (1 - texts.holdout))
-            part = text[:cut] if texts.side == "train" else text[cut:]
-            if not _blank(part):
-                yield part
+    if texts.side == "all":
+        yield from _documents(texts, seed)
+        return
+    split = _split(texts, seed)
+    held_out = texts.side == "held_out"
+    for document in _documents(texts, seed):
+        if split.by_document or isinstance(document, list):
+            if (draw_of(document) < split.below) == held_out:
+                yield document
+            continue
+        part = cut(document, 1 - texts.holdout, end=held_out)
+        if not blank(part):
+            yield part
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Which documents are held out: those whose number is below a limit; of texts perhaps only their ends."""
+
+    by_document: bool
+    below: float
+
+
+def _split(texts: TextSet, seed: int) -> _Split:
+    below = texts.holdout * 2**64
+    sides: set[bool] = set()
+    talks: list[int] = []  # the two smallest numbers of conversations
+    others = False
+    for document in _documents(texts, seed):
+        draw = draw_of(document)
+        sides.add(draw < below)
+        if len(sides) == 2:
+            return _Split(True, below)
+        if isinstance(document, list):
+            talks = sorted({*talks, draw})[:2]
+        else:
+            others = True
+    if len(talks) == 1 and not others:
+        raise ValueError(
+            f"{texts.where}: the text is one conversation (or copies of one), of which nothing can be held "
+            "out for validation; add others, or set data.validation.paths"
+        )
+    return _Split(False, talks[1] if len(talks) == 2 else 0)
 
 
 def plain(found: Iterable[Document]) -> Iterator[str]:
-    """The documents as text; a conversation becomes its messages, one below the other."""
+    """The documents as text, long ones in pieces; of a conversation its messages, one below the other."""
     for document in found:
-        if isinstance(document, str):
-            yield document
+        if isinstance(document, str | LongText):
+            yield from pieces_of(document)
         elif isinstance(document, list):
-            yield "\n".join(str(message["content"]) for message in document)
+            yield "\n".join(message.get("content") or "" for message in document)
 
 
-def _held_out(text: Document, share: float) -> bool:
-    if isinstance(text, np.ndarray):
-        content = text.astype("<i8").tobytes()
-    else:
-        content = (text if isinstance(text, str) else json.dumps(text)).encode("utf-8", "replace")
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") < share * 2**64
-
-
-def _blank(document: Document) -> bool:
-    return not document.strip() if isinstance(document, str) else len(document) == 0
+def no_text(texts: TextSet) -> str:
+    """Says that there is no text, and where."""
+    names = [*map(str, texts.files), *texts.remote]
+    shown = ", ".join(plain_text.plain(name) for name in names[:_SHOWN])
+    more = ", ..." if len(names) > _SHOWN else ""
+    return f"{texts.where}.paths: {len(names)} files hold no text: {shown}{more}"
 
 
 def _documents(texts: TextSet, seed: int) -> Iterator[Document]:
     sources: list[Path | str] = [*texts.files, *texts.remote]
     random.Random(seed).shuffle(sources)
     for source in sources:
-        for document in (
-            _read(source, texts) if isinstance(source, Path) else _from_hub(source, texts)
-        ):
-            if not _blank(document):
+        if isinstance(source, str):
+            yield from (found for found in _from_hub(source, texts) if not blank(found))
+            continue
+        empty = True
+        for document in _read(source, texts):
+            empty = False
+            if not blank(document):
                 yield document
+        if empty:
+            note(source, texts.where, "is empty and is passed over")
 
 
 def _from_hub(name: str, texts: TextSet) -> Iterator[Document]:
@@ -233,88 +288,28 @@ def _from_hub(name: str, texts: TextSet) -> Iterator[Document]:
     options = {"split": match["split"] or "train", "streaming": True, "revision": _revision(name)}
     try:
         rows = datasets.load_dataset(match["repository"], *config, **options)
-        yield from _column(rows, name, texts)
+        for place, row in rows_of(rows, name, texts.where):
+            yield document_of(row, texts.text_key, place)
     except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{texts.where}: {name}: {str(error).splitlines()[0]}") from error
-
-
-def _content(path: Path) -> bytes:
-    """A file's bytes, decompressed where its name says how; the name itself is never taken for an address."""
-    with path.open("rb") as file:
-        compression = infer_compression(str(path))
-        content: bytes = file.read() if compression is None else compr[compression](file).read()
-    return content
 
 
 def _read(path: Path, texts: TextSet) -> Iterator[Document]:
     kind = texts.format if texts.format != "auto" else _format_of(path)
     if kind == "megatron":
         yield from megatron.documents(path, texts.where)
-        return
-    if kind == "text":
-        content = _content(path)
-        if b"\0" in content:
-            raise ValueError(f"{texts.where}: {path} is not text")
-        yield content.decode("utf-8", errors="replace")
-        return
-    import datasets
-
-    datasets.disable_progress_bars()
-    if kind == "hf":
-        if not _is_dataset(path):
-            raise ValueError(f"{texts.where}: {path} is no saved dataset (no dataset_info.json)")
-        _check_saved(path, texts.where)
-        rows = datasets.load_from_disk(str(path))
-        rows = (
-            datasets.concatenate_datasets(list(rows.values())) if isinstance(rows, dict) else rows
-        )
-    else:
-        loader = {"jsonl": "json", "parquet": "parquet"}[kind]
-        rows = datasets.load_dataset(loader, data_files=[str(path)], split="train", streaming=True)
-    try:
-        yield from _column(rows, path, texts)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(
-            f"{texts.where}: {path} cannot be read as {kind}: {error.__cause__ or error}"
-        ) from error
-
-
-def _check_saved(path: Path, where: str) -> None:
-    """Refuses a saved data set whose parts lie elsewhere.
-
-    Raises:
-        ValueError: they do, or what lists them cannot be read.
-    """
-    for listed in sorted(path.rglob("state.json")):
-        try:
-            names = [
-                str(part["filename"]) for part in json.loads(listed.read_bytes())["_data_files"]
-            ]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{where}: {listed}: not the state of a saved data set: {error!r:.80}"
-            ) from error
-        outside = next((name for name in names if Path(name).name != name), None)
-        if outside is not None:
-            raise ValueError(f"{where}: {listed} names {outside!r}, which is no file beside it")
-
-
-def _column(rows: Iterable[dict[str, Any]], path: Path | str, texts: TextSet) -> Iterator[Document]:
-    """Text, or the messages of a conversation, from the column that holds it."""
-    for row in rows:
-        found = row.get(texts.text_key)
-        if found is None and texts.text_key == "text":  # the usual names of conversations
-            found = next((row[key] for key in ("messages", "conversations") if row.get(key)), None)
-        if (
-            isinstance(found, list)
-            and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in found)
-        ) or isinstance(found, str):
+    elif kind == "text":
+        found = text_document(lambda: text_chunks(path, texts.where))
+        if found:
             yield found
-        else:
-            raise ValueError(
-                f"{texts.where}: {path}: expected text, or messages with role and content, under "
-                f"{texts.text_key!r}, found {sorted(row)}"
-            )
+    elif kind == "hf" and not _is_dataset(path):
+        raise ValueError(f"{texts.where}: {path} is no saved dataset (no dataset_info.json)")
+    else:
+        for place, row in _ROWS[kind](path, texts.where):
+            yield document_of(row, texts.text_key, place)
+
+
+_ROWS = {"hf": saved_rows, "jsonl": json_rows, "parquet": parquet_rows}
 
 
 def _format_of(path: Path) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from nemo_minitron.security.plain_text import plain
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _HEADER = struct.Struct("<QBQQ")
@@ -31,7 +33,7 @@ def is_megatron(path: Path) -> bool:
 
 
 def documents(path: Path, where: str) -> Iterator[np.ndarray[Any, Any]]:
-    """Token ids of every document, int64; read through a memory map.
+    """Token ids of every document in the data set's own dtype; mapped, not read, where they lie in one piece.
 
     Args:
         path: the ``.bin``.
@@ -42,32 +44,48 @@ def documents(path: Path, where: str) -> Iterator[np.ndarray[Any, Any]]:
     """
     if not is_megatron(path):
         raise ValueError(
-            f"{where}: {path} is no Megatron data set (needs .bin and .idx side by side)"
+            f"{where}: {plain(path)} is no Megatron data set (needs .bin and .idx side by side)"
         )
-    raw = path.with_suffix(".idx").read_bytes()
-    start = len(_MAGIC)
+    index = path.with_suffix(".idx")
     try:
-        version, code, sequences, boundaries = _HEADER.unpack_from(raw, start)
-        start += _HEADER.size
-        if version != 1 or code not in _DTYPES:
-            raise ValueError(f"version {version}, dtype code {code}")
-        lengths = np.frombuffer(raw, "<i4", sequences, start)
-        offsets = np.frombuffer(raw, "<i8", sequences, start + 4 * sequences)
-        bounds = np.frombuffer(raw, "<i8", boundaries, start + 12 * sequences)
-        width = np.dtype(_DTYPES[code]).itemsize
-        data = (
-            np.memmap(path, _DTYPES[code], "r")
-            if path.stat().st_size
-            else np.empty(0, _DTYPES[code])
-        )
-        if len(offsets) and int((offsets + lengths.astype(np.int64) * width).max()) > data.nbytes:
-            raise ValueError("it points beyond the end of the data")
-        if len(bounds) and not 0 <= bounds.min() <= bounds.max() <= sequences:
-            raise ValueError("its documents lie outside of its sequences")
-    except (ValueError, struct.error) as error:
-        raise ValueError(
-            f"{where}: {path.with_suffix('.idx')}: not a usable index: {error}"
-        ) from error
+        data, lengths, offsets, bounds = _opened(path, index.read_bytes())
+    except (ValueError, OverflowError, struct.error) as error:
+        raise ValueError(f"{where}: {plain(index)}: not a usable index: {error}") from error
+    starts = offsets // data.itemsize
     for first, last in itertools.pairwise(bounds.tolist()):
-        parts = [data[offsets[i] // width :][: lengths[i]] for i in range(first, last)]
-        yield np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+        parts = [data[starts[i] :][: lengths[i]] for i in range(first, last)]
+        if parts:
+            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _opened(path: Path, raw: bytes) -> tuple[Any, Any, Any, Any]:
+    """Ids (mapped), lengths and byte offsets of the sequences, and the boundaries of the documents.
+
+    Raises:
+        ValueError, OverflowError, struct.error: the index is damaged, or does not fit the ids.
+    """
+    start = len(_MAGIC)
+    version, code, sequences, boundaries = _HEADER.unpack_from(raw, start)
+    start += _HEADER.size
+    if version != 1 or code not in _DTYPES:
+        raise ValueError(f"version {version}, dtype code {code}")
+    lengths = np.frombuffer(raw, "<i4", sequences, start).astype(np.int64)
+    offsets = np.frombuffer(raw, "<i8", sequences, start + 4 * sequences)
+    bounds = np.frombuffer(raw, "<i8", boundaries, start + 12 * sequences)
+    dtype = np.dtype(_DTYPES[code])
+    data = np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+    wrong = (
+        ("a length is negative", lengths < 0),
+        ("an offset is negative", offsets < 0),
+        (
+            f"an offset is no multiple of the {dtype.itemsize} bytes of an id",
+            offsets % dtype.itemsize,
+        ),
+        ("it points beyond the end of the data", offsets > data.nbytes - lengths * dtype.itemsize),
+        ("its documents lie outside of its sequences", (bounds < 0) | (bounds > sequences)),
+        ("its documents are not in order", np.diff(bounds) < 0),
+    )
+    for words, places in wrong:
+        if np.any(places):
+            raise ValueError(words)
+    return data, lengths, offsets, bounds

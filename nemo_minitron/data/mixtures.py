@@ -111,7 +111,7 @@ def validation_samples(config: Config, tokenizer: Any) -> Any:
 
 def validation_packed(config: Config, tokenizer: Any) -> Any:
     """Packed held-out samples with the documents that they are of."""
-    from nemo_minitron.data.packing import pack_mixture
+    from nemo_minitron.data.windows import pack_mixture
 
     own = config.data.validation
     return pack_mixture(

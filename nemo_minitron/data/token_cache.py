@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_minitron.data.documents import TextSet, documents
-from nemo_minitron.data.tokenizer import tokenised
+from nemo_minitron.data.documents import TextSet, documents, no_text
+from nemo_minitron.data.tokenisation import tokenised
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.artifacts import check_file
 from nemo_minitron.workspace.layout import IDS, build_lock_of, manifest_in
@@ -88,12 +88,15 @@ def cached_tokens(
             ]
             write_manifest(folder, "tokens", key, inputs, now())
     if state["tokens"] == 0:
-        raise ValueError(f"{texts.where}.paths: {len(texts.files)} files hold no text")
+        raise ValueError(no_text(texts))
     return np.memmap(folder / IDS, _ITEM, "r", shape=(state["tokens"],))
 
 
 def _state(folder: Path) -> dict[str, Any]:
-    """State of the cache: tokens on disk, documents that they are from, and whether these are all."""
+    """State of the cache: tokens on disk, documents that they are from, and whether these are all.
+
+    ``pieces``, where it is there, is how many pieces of one more document lie there too.
+    """
     known = _noted(folder / PROGRESS)
     held = (folder / IDS).stat().st_size if (folder / IDS).is_file() else 0
     if known is None or held < known["tokens"] * _ITEM.itemsize:  # somebody has shortened the file
@@ -101,10 +104,14 @@ def _state(folder: Path) -> dict[str, Any]:
     return known
 
 
-class _State(TypedDict):
+class _Whole(TypedDict):
     tokens: int
     documents: int
     ended: bool
+
+
+class _State(_Whole, total=False):
+    pieces: int
 
 
 def _noted(path: Path) -> dict[str, Any] | None:
@@ -117,7 +124,8 @@ def _noted(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         print(f"note: {plain(error)}; for now the text is read anew", file=sys.stderr)
         return None
-    return known if min(known["tokens"], known["documents"]) >= 0 else None
+    numbers = (known["tokens"], known["documents"], known.get("pieces", 0))
+    return known if min(numbers) >= 0 else None
 
 
 def _grow(
@@ -130,7 +138,7 @@ def _grow(
     answers_only: bool,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    tokens, done = state["tokens"], state["documents"]
+    tokens, done, pieces = state["tokens"], state["documents"], state.get("pieces", 0)
     advance(tokens)
     rest = itertools.islice(documents(texts, seed), done, None)
     (folder / IDS).touch()
@@ -142,13 +150,16 @@ def _grow(
             file.flush()
             os.fsync(file.fileno())
             state = {"tokens": tokens, "documents": done, "ended": ended}
+            if pieces:
+                state["pieces"] = pieces
             write_json(folder / PROGRESS, state)
             return state
 
         noted = time.monotonic()
-        for ids in tokenised(rest, tokenizer, texts.where, answers_only):
-            file.write(np.asarray(ids, _ITEM).tobytes())
-            tokens, done = tokens + len(ids), done + 1
+        for ids, last in tokenised(rest, tokenizer, texts.where, answers_only, skip=pieces):
+            file.write(ids.astype(_ITEM).tobytes())
+            tokens += len(ids)
+            done, pieces = (done + 1, 0) if last else (done, pieces + 1)
             advance(len(ids))
             if tokens >= wanted:
                 return note(ended=False)

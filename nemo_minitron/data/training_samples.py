@@ -10,9 +10,8 @@ from nemo_minitron.workspace.progress_bar import bar
 
 FOLDER = TOKENS
 """Folder of the workspace: token ids."""
-_SPREAD, _CHEAP = 8, 200_000_000
-"""How many times as many tokens are made as a training needs, as long as these are cheap: what it reads is
-then drawn from more of the text than its beginning."""
+_CHEAP = 200_000_000
+"""Tokens up to which ``windows.SPREAD`` times as many are made as a training needs."""
 
 
 def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) -> Any:
@@ -44,7 +43,27 @@ def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) ->
             f"data.train.samples: expected {text.samples} samples of {text.sequence_length} tokens, the text "
             f"yields {len(found)}"
         )
-    return PackedTokens(streams, found, text.sequence_length)
+    samples = PackedTokens(streams, found, text.sequence_length)
+    if text.learn_from == "answers":
+        _check_learned(samples, tokenizer.eos_token_id)
+    return samples
+
+
+def _check_learned(samples: Any, end: int | None) -> None:
+    """Refuses samples in which nothing but ends of documents is learned; the first one usually settles it.
+
+    Raises:
+        ValueError: they are so.
+    """
+    for number in range(len(samples)):
+        labels = samples[number][1:]
+        if ((labels >= 0) & (labels != (-1 if end is None else end))).any():
+            return
+    raise ValueError(
+        f"data.train: learn_from=answers, but none of {len(samples)} samples of {samples.positions} tokens "
+        "holds an answer: no message of role 'assistant' is in reach; look at the roles in the data, or use "
+        "learn_from=all"
+    )
 
 
 def sample_fingerprint(samples: Any) -> str:
@@ -55,12 +74,13 @@ def sample_fingerprint(samples: Any) -> str:
 
 def _streams(config: Config, tokenizer: Any, needed: int) -> list[Any]:
     from nemo_minitron.data.token_cache import cached_tokens
+    from nemo_minitron.data.windows import SPREAD
 
     text, mixture = config.data.train, training_mixture(config)
     streams = []
     for texts, weight in mixture:
         share = needed * weight / sum(other for _, other in mixture) * text.sequence_length
-        wanted = int(share * max(1, min(_SPREAD, _CHEAP / share))) + 1
+        wanted = int(share * max(1, min(SPREAD, _CHEAP / share))) + 1
         with bar("tokenising", wanted) as advance:
             ids = cached_tokens(
                 Workspace(workspace_of(config)).tokens, texts, tokenizer, text.seed, wanted,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from nemo_minitron.data.documents import find_text
-from nemo_minitron.data.packing import pack
+from nemo_minitron.data.windows import pack
 from nemo_minitron.models.causal_lm import load_tokenizer
 
 

@@ -2,6 +2,7 @@ import copy
 import datetime
 import gc
 import itertools
+import json
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import pytest
 
 from nemo_minitron.data import chat_template
 from nemo_minitron.data.chat_template import ChatTemplate
-from nemo_minitron.data.tokenizer import tokenised
+from nemo_minitron.data.documents import documents
+from nemo_minitron.data.tokenisation import tokenised
 from nemo_minitron.models.causal_lm import load_tokenizer
+from tests.support.text_samples import found
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -234,7 +237,7 @@ def test_the_limit_is_for_one_rendering_not_for_all_of_a_conversation(speaking, 
     found = tokenised(iter([TALK, "x", TALK * 150]), speaking(slow), "x", answers_only=True)
     next(found), next(found)
     begins = time.monotonic()
-    assert len(next(found)) > 150 and time.monotonic() > begins + 0.5
+    assert len(next(found).ids) > 150 and time.monotonic() > begins + 0.5
 
 
 def test_one_that_hangs_while_nobody_waits_is_ended_as_well(speaking, monkeypatch):
@@ -268,7 +271,7 @@ def test_documents_of_all_kinds_keep_their_order(speaking):
         text = tokenizer.apply_chat_template(document, tokenize=False)
         return tokenizer(text, add_special_tokens=False)["input_ids"] + end
 
-    assert list(tokenised(iter(found), tokenizer, "x")) == [
+    assert [ids.tolist() for ids, _ in tokenised(iter(found), tokenizer, "x")] == [
         expected(document) for document in found
     ]
 
@@ -363,7 +366,7 @@ def test_threads_have_processes_of_their_own_and_may_end_before_them(speaking):
     for thread in threads:
         thread.join()
     for ids, stream in zip(found, streams, strict=True):
-        assert ids + list(stream) == expected
+        assert [tokens.ids.tolist() for tokens in (*ids, *stream)] == expected
 
 
 SCRIPT = """
@@ -427,3 +430,43 @@ def test_the_process_ends_with_an_owner_that_is_killed(template):
         finally:
             for process in others:
                 process.kill()
+
+
+def refused_rows(tokenizer, tmp_path, rows, answers=False):
+    """What is said of conversations in a file, the first of which is good."""
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in [TALK, *rows]))
+    with pytest.raises(ValueError, match=rf"^data\.train: {path}, row 2: ") as error:
+        list(tokenised(documents(found([path])), tokenizer, "data.train", answers))
+    return str(error.value)
+
+
+def test_a_message_without_content_is_never_the_word_none(speaking, tmp_path):
+    tokenizer = speaking(
+        "{% for m in messages %}{{ m['content'] if m['content'] is defined else none }}{% endfor %}"
+    )
+    call = [TALK[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    said = refused_rows(tokenizer, tmp_path, [call])
+    assert "writes the word None for a message whose content is null" in said
+    tokenizer.chat_template = "{% for m in messages if m.content %}{{ m.content }}{% endfor %}"
+    none = [{"role": "user", "content": "None"}, call[1]]
+    assert rendered(tokenizer, [call, none]) == [("the model", []), ("None", [])]
+
+
+def test_a_template_that_fails_names_file_and_row_and_what_is_missing(speaking, tmp_path):
+    tokenizer = speaking("{% for m in messages %}{{ 'x' + m['content'] }}{% endfor %}")
+    call = [TALK[0], {"role": "assistant", "content": None}]
+    said = refused_rows(tokenizer, tmp_path, [call])
+    assert "the chat template " in said and "(a message of it has no content)" in said
+    tokenizer.chat_template = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    said = refused_rows(tokenizer, tmp_path, [[{"role": "system", "content": "be brief"}]])
+    assert "refuses it in line 1: roles must alternate" in said and 'with "be brief"' in said
+
+
+def test_parts_that_are_text_are_text(speaking, tmp_path):
+    path = tmp_path / "parts.jsonl"
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "model"}]
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
+    tokenizer = speaking("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    ((ids, _),) = tokenised(documents(found([path])), tokenizer, "x")
+    assert tokenizer.decode(ids[:-1]) == "the model"

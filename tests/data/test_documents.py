@@ -8,7 +8,7 @@ import torch
 
 from nemo_minitron.data.calibration_samples import calibration_samples
 from nemo_minitron.data.documents import documents, plain
-from nemo_minitron.data.packing import pack, pack_mixture
+from nemo_minitron.data.windows import pack, pack_mixture
 from nemo_minitron.models.causal_lm import load_tokenizer
 from tests.support.text_samples import found
 

@@ -13,7 +13,7 @@ import torch
 from nemo_minitron.data import token_cache as module
 from nemo_minitron.data.documents import documents
 from nemo_minitron.data.token_cache import PackedTokens, cached_tokens, places
-from nemo_minitron.data.tokenizer import tokenised
+from nemo_minitron.data.tokenisation import tokenised
 from nemo_minitron.models.causal_lm import load_tokenizer
 from nemo_minitron.workspace.artifacts import verify
 from tests.support.text_samples import found
@@ -42,7 +42,7 @@ def made(root):
 
 
 def whole(texts, tokenizer, seed=0):
-    return [i for ids in tokenised(documents(texts, seed), tokenizer, "x") for i in ids]
+    return [i for ids, _ in tokenised(documents(texts, seed), tokenizer, "x") for i in ids.tolist()]
 
 
 def test_the_cache_holds_the_documents_end_to_end_and_is_made_once(
@@ -176,9 +176,9 @@ def test_only_answers_are_learned_where_that_is_asked_for(tmp_path, tokenizer):
     speaking = copy.deepcopy(tokenizer)
     speaking.chat_template = CHAT
     texts = conversations(tmp_path)
-    (plain,) = tokenised(documents(texts), speaking, "x")
-    (marked,) = tokenised(documents(texts), speaking, "x", answers_only=True)
-    assert [~i if i < 0 else i for i in marked] == plain
+    ((plain, _),) = tokenised(documents(texts), speaking, "x")
+    ((marked, _),) = tokenised(documents(texts), speaking, "x", answers_only=True)
+    assert [~i if i < 0 else i for i in marked.tolist()] == plain.tolist()
     learned, run = [], []
     for i in [*marked, -1]:
         if i >= 0:
