@@ -1,11 +1,21 @@
 """transformers: tries a config.json on the class that would read it, before anything is cut or trained."""
 
+import json
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
 
 from nemo_minitron.security.plain_text import plain
+
+
+def config_object(config: Mapping[str, Any]) -> Any:
+    """What transformers makes of a config.json, read from a file as a model's is."""
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def check_config_loads(config: Mapping[str, Any], where: str) -> None:
@@ -18,9 +28,8 @@ def check_config_loads(config: Mapping[str, Any], where: str) -> None:
     Raises:
         ValueError: transformers refuses it; the message holds the reason in full.
     """
-    entries = {key: value for key, value in config.items() if key != "model_type"}
     try:
-        transformers.AutoConfig.for_model(config["model_type"], **entries)
+        config_object(config)
     except Exception as error:  # transformers raises whatever its validators raise
         raise ValueError(
             f"{where}: transformers {transformers.__version__} would not load the result: "

@@ -17,6 +17,7 @@ from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES, copy_side_files
 from nemo_minitron.families import Architecture, check_sizes
 from nemo_minitron.models.causal_lm import load_model, not_built
+from nemo_minitron.models.config_trial import config_object
 from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.security.plain_text import plain
 
@@ -73,8 +74,7 @@ def try_export(folder: Path, model: Architecture) -> None:
 
 
 def _config(model: Architecture) -> Any:
-    entries = both_spellings(model.config)
-    return transformers.AutoConfig.for_model(entries.pop("model_type"), **entries)
+    return config_object(both_spellings(model.config))
 
 
 def _made(config: Any) -> Any:

@@ -8,15 +8,16 @@ import torch
 import transformers
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.checkpoints.hf_config import both_spellings, read_config
 from nemo_minitron.checkpoints.set_aside import notes
 from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
 from nemo_minitron.cli.main import main
 from nemo_minitron.evaluation.generation import continue_greedily
 from nemo_minitron.families import architecture_of, families
 from nemo_minitron.models.causal_lm import load_model
-from nemo_minitron.proofs.tiny_models import tiny_config
-from nemo_minitron.release.dry_run import smallest, try_export
+from nemo_minitron.models.config_trial import check_config_loads
+from nemo_minitron.proofs.tiny_models import tiny_config, tiny_model
+from nemo_minitron.release.dry_run import check_builds, smallest, try_export
 from nemo_minitron.release.quickstart import check_in_clean_process
 from tests.support.models import stream
 
@@ -108,6 +109,15 @@ def test_every_family_has_a_smaller_model_to_try(name, changes):
     small = smallest(model)
     assert small.sizes["hidden"] <= model.sizes["hidden"]
     assert set(small.present) == set(model.present)
+
+
+@pytest.mark.parametrize("name", families())
+def test_no_family_is_refused_as_transformers_saves_it(tmp_path, name):
+    folder = tiny_model(families()[name], families()[name].proofs[0], tmp_path / "m")
+    model = open_checkpoint(folder).architecture
+    check_builds(folder, model)
+    try_export(folder, model)
+    check_config_loads(both_spellings(model.config), "here")
 
 
 def test_an_export_is_tried_on_an_ascii_terminal_whatever_the_model_writes(source, monkeypatch):
