@@ -107,7 +107,8 @@ def _explain(error: Exception, name: str, folder: Path) -> str:
         return f"{ambiguous[1]}: expected one value, found {ambiguous[2]}; a list goes in brackets"
     if "is not a ListConfig" in text and full_key:
         return f"{full_key}: expected a list, as in {full_key}=[first,second]"
-    first = str(cause).strip().splitlines()[0]
+    first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    first = re.sub(r"^\w+ raised while resolving interpolation: ", "cannot be resolved: ", first)
     return f"{full_key}: {first}" if full_key else first
 
 
