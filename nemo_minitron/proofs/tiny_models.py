@@ -1,6 +1,7 @@
 """Tiny models made from a family table, and the changes that its proofs make to them."""
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,20 +129,7 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
         The units and the layers that live.
     """
     family, sizes = checkpoint.family, checkpoint.architecture.sizes
-    tensors = load_file(checkpoint.folder / SINGLE)
-    living = sizes[axis] // 2
-    per_group = {
-        a.name: sizes[a.name] // sizes[axis] for a in family.axes.values() if a.within == axis
-    }
-    dead = {axis: torch.arange(living, sizes[axis])}
-    group = family.axes[axis].within
-    if group is not None:  # the same number in every group
-        inside = sizes[axis] // sizes[group]
-        living = inside // 2 * sizes[group]
-        dead[axis] = torch.cat(
-            [torch.arange(g * inside + inside // 2, (g + 1) * inside) for g in range(sizes[group])]
-        )
-    dead |= {inner: torch.arange(living * many, sizes[inner]) for inner, many in per_group.items()}
+    tensors, dead = load_file(checkpoint.folder / SINGLE), _dying(family, sizes, axis)
     if axis == "experts":
         _deafen(family, tensors, dead[axis])
     for name, tensor in tensors.items():
@@ -155,9 +143,7 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
             elif (row.dims[0], axis) != (((axis,),), "experts"):
                 for position, dim in enumerate(row.dims):
                     tensor.index_fill_(position, _positions(dim, sizes, dying, which), 0)
-    folder.mkdir()
-    for path in checkpoint.folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(checkpoint.folder, folder)
     save_file(tensors, folder / SINGLE, {"format": "pt"})
     every = list(range(sizes["layers"]))
     if axis == "layers":
@@ -167,6 +153,24 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
         alive = torch.tensor([unit for unit in range(sizes[name]) if unit not in which.tolist()])
         keep[name] = alive.expand(*score_shape(family, sizes, name)[:-1], -1).contiguous()
     return keep, every
+
+
+def _dying(family: Family, sizes: Mapping[str, int], axis: str) -> dict[str, Tensor]:
+    """Half the units of an axis, and the units inside of them."""
+    living = sizes[axis] // 2
+    dead = {axis: torch.arange(living, sizes[axis])}
+    group = family.axes[axis].within
+    if group is not None:  # the same number in every group
+        inside = sizes[axis] // sizes[group]
+        living = inside // 2 * sizes[group]
+        dead[axis] = torch.cat(
+            [torch.arange(g * inside + inside // 2, (g + 1) * inside) for g in range(sizes[group])]
+        )
+    for inner in family.axes.values():
+        if inner.within == axis:
+            many = sizes[inner.name] // sizes[axis]
+            dead[inner.name] = torch.arange(living * many, sizes[inner.name])
+    return dead
 
 
 def _positions(dim: Dim, sizes: Mapping[str, int], axis: str, units: Tensor) -> Tensor:
