@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import nemo_minitron
 from nemo_minitron.cli import family_tables, model_size, workspaces
@@ -40,9 +40,16 @@ _HELP = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Names in its messages are text, as in all others."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(plain(message))
+
+
 def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The command line's grammar: the whole, and that of each command."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="minitron",
         description="Smaller language models out of bigger ones: score, prune, distil, evaluate, export.",
     )
@@ -68,6 +75,29 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         command.add_argument(
             "overrides", nargs="*", metavar="key=value", help="overrides in Hydra's grammar"
         )
+    _add_size(commands)
+    families = commands.add_parser(
+        "families", help=_HELP["families"], description=_HELP["families"]
+    )
+    families.add_argument(
+        "names",
+        nargs="*",
+        metavar="MODEL_TYPE",
+        help="these only; families.path=TABLE adds your own",
+    )
+    families.add_argument(
+        "--prove", action="store_true", help="prove the tables on tiny models (seconds each)"
+    )
+    families.add_argument("--json", action="store_true")
+    for name, operand in (("report", "workspace"), ("verify", "path")):
+        command = commands.add_parser(name, help=_HELP[name], description=_HELP[name])
+        command.add_argument(operand, metavar=operand.upper(), type=Path)
+        command.add_argument("--json", action="store_true")
+    workspaces.add_parsers(commands)
+    return top, commands.choices
+
+
+def _add_size(commands: Any) -> None:
     size = commands.add_parser("size", help=_HELP["size"], description=_HELP["size"])
     size.add_argument("model", metavar="MODEL", help="model folder, config.json, or hub id")
     size.add_argument(
@@ -91,25 +121,6 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
         "--teacher", metavar="MODEL", help="a teacher besides: folder, config.json, or hub id"
     )
     plan.add_argument("--teacher-shard", action="store_true", help="distill.teacher_place=shard")
-    families = commands.add_parser(
-        "families", help=_HELP["families"], description=_HELP["families"]
-    )
-    families.add_argument(
-        "names",
-        nargs="*",
-        metavar="MODEL_TYPE",
-        help="these only; families.path=TABLE adds your own",
-    )
-    families.add_argument(
-        "--prove", action="store_true", help="prove the tables on tiny models (seconds each)"
-    )
-    families.add_argument("--json", action="store_true")
-    for name, operand in (("report", "workspace"), ("verify", "path")):
-        command = commands.add_parser(name, help=_HELP[name], description=_HELP[name])
-        command.add_argument(operand, metavar=operand.upper(), type=Path)
-        command.add_argument("--json", action="store_true")
-    workspaces.add_parsers(commands)
-    return top, commands.choices
 
 
 def main(arguments: list[str] | None = None) -> int:

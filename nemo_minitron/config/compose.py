@@ -71,6 +71,9 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         config = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(unreadable(overrides) or _explain(error, name, own)) from error
+    except (TypeError, AttributeError, AssertionError, RecursionError) as error:
+        # Hydra's own, where an override puts something else in the place of a section
+        raise ValueError(f"cannot be composed: {' '.join(overrides)}") from error
     except yaml.YAMLError as error:
         raise ValueError(
             f"{own}: a configuration is not valid YAML: {' '.join(str(error).split())}"

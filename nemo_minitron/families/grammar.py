@@ -173,7 +173,7 @@ def _parse(expression: str) -> ast.Expression:
         raise ValueError(f"expression {expression!r} is not valid: {error.msg}") from error
 
 
-def _evaluate(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:  # noqa: C901  one case a form
+def _evaluate(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:
     match node:
         case ast.Constant(value=bool() | int() | float() | str() | None as value):
             return value
@@ -185,27 +185,36 @@ def _evaluate(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:  # n
             return _BINARY[type(op)](_evaluate(left, values, text), _evaluate(right, values, text))
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
             return _COMPARE[type(op)](_evaluate(left, values, text), _evaluate(right, values, text))
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return not _evaluate(operand, values, text)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_evaluate(operand, values, text)
-        case ast.BoolOp(
-            op=op, values=operands
-        ):  # as in Python, the last operand looked at is the value
-            for operand in operands:
-                value = _evaluate(operand, values, text)
-                if bool(value) != isinstance(op, ast.And):
-                    break
-            return value
-        case ast.IfExp(test=test, body=body, orelse=orelse):
-            return _evaluate(body if _evaluate(test, values, text) else orelse, values, text)
+        case ast.UnaryOp() | ast.BoolOp() | ast.IfExp():
+            return _decide(node, values, text)
         case ast.Subscript(value=container, slice=position):
             return _evaluate(container, values, text)[_evaluate(position, values, text)]
         case ast.List(elts=elements):
             return [_evaluate(element, values, text) for element in elements]
         case ast.Call(func=ast.Name(id="len"), args=[argument], keywords=[]):
             return len(_evaluate(argument, values, text))
-    raise ValueError(
+    raise _refused(text)
+
+
+def _decide(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:
+    match node:
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _evaluate(operand, values, text)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, values, text)
+        case ast.BoolOp(op=op, values=operands):
+            for operand in operands:  # as in Python, the last operand looked at is the value
+                value = _evaluate(operand, values, text)
+                if bool(value) != isinstance(op, ast.And):
+                    break
+            return value
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            return _evaluate(body if _evaluate(test, values, text) else orelse, values, text)
+    raise _refused(text)
+
+
+def _refused(text: str) -> ValueError:
+    return ValueError(
         f"expression {text!r}: only arithmetic, comparison, logic, 'if else', indexing and len are allowed"
     )
 

@@ -129,8 +129,7 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
         The units and the layers that live.
     """
     family, sizes = checkpoint.family, checkpoint.architecture.sizes
-    tensors = load_file(checkpoint.folder / SINGLE)
-    dead = _dying(family, sizes, axis)
+    tensors, dead = load_file(checkpoint.folder / SINGLE), _dying(family, sizes, axis)
     if axis == "experts":
         _deafen(family, tensors, dead[axis])
     for name, tensor in tensors.items():
@@ -157,11 +156,8 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
 
 
 def _dying(family: Family, sizes: Mapping[str, int], axis: str) -> dict[str, Tensor]:
-    """Half the units of an axis, the same number in every group, and what lies within these units."""
+    """Half the units of an axis, and the units inside of them."""
     living = sizes[axis] // 2
-    per_group = {
-        a.name: sizes[a.name] // sizes[axis] for a in family.axes.values() if a.within == axis
-    }
     dead = {axis: torch.arange(living, sizes[axis])}
     group = family.axes[axis].within
     if group is not None:  # the same number in every group
@@ -170,9 +166,11 @@ def _dying(family: Family, sizes: Mapping[str, int], axis: str) -> dict[str, Ten
         dead[axis] = torch.cat(
             [torch.arange(g * inside + inside // 2, (g + 1) * inside) for g in range(sizes[group])]
         )
-    return dead | {
-        inner: torch.arange(living * many, sizes[inner]) for inner, many in per_group.items()
-    }
+    for inner in family.axes.values():
+        if inner.within == axis:
+            many = sizes[inner.name] // sizes[axis]
+            dead[inner.name] = torch.arange(living * many, sizes[inner.name])
+    return dead
 
 
 def _positions(dim: Dim, sizes: Mapping[str, int], axis: str, units: Tensor) -> Tensor:
