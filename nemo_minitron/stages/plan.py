@@ -12,7 +12,7 @@ from nemo_minitron.pruning.plan_file import Plan, make_plan, read_plan, write_pl
 from nemo_minitron.pruning.select import contiguous, kept_layers, scattered, select_units
 from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores, target_sizes
 from nemo_minitron.scoring.depth import block_importance
-from nemo_minitron.scoring.scores_file import Scores, read_scores
+from nemo_minitron.scoring.scores_file import Scores, check_scores, read_scores
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.artifacts import input_artifact
@@ -36,7 +36,10 @@ def recipe(config: Config) -> Recipe:
         inputs.append(input_artifact(workspace.root, "scores", "score"))
 
     def build(_state: Path, temporary: Path, _ranks: Ranks) -> None:
-        scores = read_scores(workspace.scores) if needs_scores(config.plan) else Scores({})
+        scores = Scores({})
+        if needs_scores(config.plan):
+            scores = read_scores(workspace.scores)
+            check_scores(workspace.scores, scores, checkpoint.family, sizes)
         layers = _layers(config, sizes, scores)
         check_layers(checkpoint.family, checkpoint.config, layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
