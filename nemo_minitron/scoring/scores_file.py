@@ -8,9 +8,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nemo_minitron.families import Family
+from nemo_minitron.pruning.select import score_shape
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.depth import DepthSums
 from nemo_minitron.scoring.importance import Moments
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.artifacts import check_file
 from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.tensor_file import read_tensors
@@ -79,10 +82,41 @@ def read_scores(folder: Path) -> Scores:
         samples = {int(index): name for index, name in named.items() if index.isdecimal()}
     try:
         return Scores(ranking, _tally(tensors, samples), greedy)
-    except (ValueError, KeyError, IndexError, RuntimeError):  # a name or number of another form
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        RuntimeError,
+        OverflowError,
+    ):  # a name or number of another form
         raise ValueError(
             f"{path}: damaged: expected rankings and sums as they are written, found others; {remedy(path)}"
         ) from None
+
+
+def check_scores(folder: Path, scores: Scores, family: Family, sizes: Mapping[str, int]) -> None:
+    """Refuses scores of another shape than a model's.
+
+    Args:
+        folder: where they lie.
+        scores: what ``read_scores`` gave for it.
+        family: the model's table.
+        sizes: its axis sizes.
+
+    Raises:
+        ValueError: a ranking has other units, or a layer was removed twice, or is none.
+    """
+    path = folder / FILE
+    for axis, ranking in scores.ranking.items():
+        shape = score_shape(family, sizes, axis) if axis in family.axes else ()
+        if tuple(ranking.shape) != shape or not ranking.is_floating_point():
+            raise ValueError(
+                f"{path}: damaged: ranking of {plain(axis, 40)}: expected numbers of shape {shape}, found "
+                f"{tuple(ranking.shape)}; {remedy(path)}"
+            )
+    layers = sorted({*scores.greedy} & {*range(sizes["layers"])})
+    if sorted(scores.greedy) != layers:
+        raise ValueError(f"{path}: damaged: greedy: expected layers, each once; {remedy(path)}")
 
 
 def _tensors(tally: CalibrationSums) -> dict[str, Tensor]:

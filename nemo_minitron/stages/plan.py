@@ -13,7 +13,7 @@ from nemo_minitron.pruning.select import contiguous, kept_layers, scattered, sel
 from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores, target_sizes
 from nemo_minitron.scoring.depth import block_importance
-from nemo_minitron.scoring.scores_file import Scores, read_scores
+from nemo_minitron.scoring.scores_file import Scores, check_scores, read_scores
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.artifacts import input_artifact
@@ -39,7 +39,10 @@ def recipe(config: Config) -> Recipe:
     def build(_state: Path, temporary: Path, _ranks: Ranks) -> None:
         from nemo_minitron.models.config_trial import check_config_loads
 
-        scores = read_scores(workspace.scores) if needs_scores(config.plan) else Scores({})
+        scores = Scores({})
+        if needs_scores(config.plan):
+            scores = read_scores(workspace.scores)
+            check_scores(workspace.scores, scores, checkpoint.family, sizes)
         layers = _layers(config, sizes, scores)
         checkpoint.architecture.check_layers(layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
