@@ -71,24 +71,24 @@ def state_of(environment, run):
 
 
 def test_every_deployment_of_the_file_validates_and_keeps_its_schedule(real_server):
-    for pool, kind in (
-        ("minitron", "process"),
-        ("minitron-docker", "docker"),
-        ("minitron-kubernetes", "kubernetes"),
-    ):
-        words = [
-            sys.executable,
-            "-m",
-            "prefect",
-            "work-pool",
-            "create",
-            pool,
-            "--type",
-            kind,
-            "--overwrite",
-        ]
-        done = subprocess.run(words, env=real_server, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    from prefect.client.schemas.actions import WorkPoolCreate
+
+    async def make_pools(client):
+        known = {
+            kind: entry
+            for entries in (await client.read_worker_metadata()).values()
+            for kind, entry in entries.items()
+        }
+        for pool, kind in (
+            ("minitron", "process"),
+            ("minitron-docker", "docker"),
+            ("minitron-kubernetes", "kubernetes"),
+        ):
+            form = known[kind]["default_base_job_configuration"]
+            made = WorkPoolCreate(name=pool, type=kind, base_job_template=form)
+            await client.create_work_pool(made, overwrite=True)
+
+    ask(real_server, make_pools)
     words = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(
         words, env=real_server, capture_output=True, text=True, check=False, cwd=ROOT
