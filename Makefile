@@ -3,6 +3,7 @@
 # make test    all tests
 # make oldest  the families' proofs on the oldest transformers admitted
 # make consumers  exports in the hands of others, also of transformers 4.57
+# make fuzz    thousands of damaged inputs: no traceback, nothing outside the workspace, nothing that hangs
 # make bench   speed and memory against references, as ratios
 # make paper   toy-scale counterparts of the papers' claims, several seeds (slow)
 # make gpu     checks and measurements on a GPU
@@ -17,7 +18,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test oldest consumers bench paper gpu docs readme clean
+.PHONY: setup demo test oldest consumers fuzz bench paper gpu docs readme clean
 
 setup: $(VENV)/.done
 
@@ -56,6 +57,16 @@ oldest: .oldest/.done
 # exports must mean the same to transformers 4.57, which the package itself does not run on
 consumers: .consumers/.done
 	$(PYTEST) tests/consumers -k 4_57
+
+# SEED and, of each kind, COUNT inputs: model folders, data files, files of a workspace, archives, command lines
+SEED ?= 1
+COUNT ?= 500
+fuzz: setup
+	rm -f fuzz-tally.txt
+	FUZZ=$(COUNT) FUZZ_SEED=$(SEED) FUZZ_TALLY=$(CURDIR)/fuzz-tally.txt $(PYTEST) tests/checkpoints/test_fuzz_checkpoint.py \
+		tests/data/test_damaged_files.py tests/workspace/test_damaged_files.py tests/plugin/test_nemo_archive.py \
+		tests/cli/test_fuzz_command_line.py -k "damaged_folders or generated_damaged or a_damaged_file_of or damaged_archives or odd_command"
+	cat fuzz-tally.txt
 
 bench: setup
 	$(BIN)/python -m benchmarks.score

@@ -23,6 +23,7 @@ from nemo_minitron.checkpoints.unsupported_weights import (
 )
 from nemo_minitron.families import Family, family_of
 from nemo_minitron.losses.projection import Projection
+from nemo_minitron.models.config_trial import reason
 from nemo_minitron.security.links import refuse_links
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
@@ -172,7 +173,9 @@ def new_model(config: Mapping[str, Any], seed: int) -> Any:
             trust_remote_code=False,
         ).float()
     except Exception as error:  # transformers raises whatever its validators raise
-        raise ValueError(f"pretrain.model: transformers refuses this config: {error}") from error
+        raise ValueError(
+            f"pretrain.model: transformers refuses this config: {reason(error)}"
+        ) from error
     if family.zero_centred_norms:
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -1,6 +1,7 @@
 """transformers: tries a config.json on the class that would read it, before anything is cut or trained."""
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,11 @@ def config_object(config: Mapping[str, Any]) -> Any:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
+def reason(error: Exception) -> str:
+    """What a library says of a config.json, on one line, without the names of Python's exceptions."""
+    return plain(re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", str(error)), 400)
+
+
 def check_config_loads(config: Mapping[str, Any], where: str) -> None:
     """Builds transformers' own configuration object.
 
@@ -33,5 +39,5 @@ def check_config_loads(config: Mapping[str, Any], where: str) -> None:
     except Exception as error:  # transformers raises whatever its validators raise
         raise ValueError(
             f"{where}: transformers {transformers.__version__} would not load the result: "
-            f"{plain(error, 400)}"
+            f"{reason(error)}"
         ) from error

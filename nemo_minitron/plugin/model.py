@@ -32,6 +32,7 @@ from nemo_minitron.plugin.nemo_archive import (
     as_stored,
     check_archive,
     check_restored,
+    damage,
     dtypes_of,
     file_name,
     make_cfg,
@@ -155,9 +156,12 @@ class MinitronModel(ModelPT):
             check_archive(Path(restore_path))
         try:
             return super().restore_from(restore_path, *more, **options)
-        except BaseException:
+        except BaseException as error:
             cls._set_model_restore_state(is_being_restored=False)  # which NeMo leaves as it was
-            raise
+            told = damage(error)
+            if told is None:
+                raise
+            raise ValueError(f"{restore_path}: a damaged .nemo archive: {told}") from error
 
     @classmethod
     def list_available_models(cls) -> None:

@@ -1,5 +1,7 @@
 """NeMo's configuration of a model and its ``.nemo`` archive."""
 
+import errno
+import pickle
 import re
 import tarfile
 from collections.abc import Collection, Iterator
@@ -128,6 +130,30 @@ def check_archive(path: Path) -> None:
 
 
 _LONGEST_CONFIG = 16 * 2**20
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.EROFS}
+_BROKEN = (
+    pickle.UnpicklingError, tarfile.TarError, yaml.YAMLError, OmegaConfBaseException, EOFError,
+    RuntimeError, OSError,
+)  # fmt: skip
+_UNFIT = (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RecursionError)
+"""What NeMo, torch and transformers raise where an archive's files are not what they should be."""
+
+
+def damage(error: BaseException) -> str | None:
+    """What is wrong with an archive that could not be restored, in a line; None: nothing is, or it is said.
+
+    A full disk and memory that has run out are not the archive's fault, and a ``ValueError`` says
+    what is wrong already.
+    """
+    if isinstance(error, _UNFIT):
+        return "its files do not fit each other, or its configuration holds other types"
+    if (
+        not isinstance(error, _BROKEN)
+        or getattr(error, "errno", None) in _NO_ROOM
+        or "memory" in str(error)
+    ):
+        return None
+    return plain(next(iter(str(error).strip().splitlines()), "cannot be read"), 200)
 
 
 def check_restored(cfg: DictConfig, where: str, members: Collection[str] | None = None) -> None:

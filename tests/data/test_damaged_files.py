@@ -2,13 +2,13 @@
 
 import bz2
 import gzip
-import itertools
 import json
 import lzma
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from nemo_minitron.data.windows import pack
 from nemo_minitron.models.causal_lm import load_tokenizer
 from tests.data.test_documents import write_megatron
 from tests.support.fuzz_data import cases
+from tests.support.fuzzing import SEED, some, tally
 from tests.support.text_samples import found
 
 PACKERS = {
@@ -280,8 +281,8 @@ def test_the_command_line_exits_with_2_and_one_line(tmp_path, teacher, capsys, n
 def test_generated_damaged_files_are_read_or_refused_by_name(tmp_path, tokenizer_folder):
     tokenizer = load_tokenizer(tokenizer_folder, 300)
     (tmp_path / "good.txt").write_text("the model reads a file " * 50)
-    outcomes = []
-    for name, build in itertools.islice(cases(1), 60):
+    outcomes = Counter()
+    for name, build in some(cases(SEED + 1), 60):
         folder = tmp_path / "case"
         folder.mkdir()
         path = build(folder)
@@ -290,12 +291,13 @@ def test_generated_damaged_files_are_read_or_refused_by_name(tmp_path, tokenizer
             texts = found([path, tmp_path / "good.txt"])
             if not any(isinstance(document, list) for document in documents(texts)):
                 assert len(pack(texts, tokenizer, 16, None, 0).samples)
-            outcomes.append(True)
+            outcomes["read"] += 1
         except ValueError as error:
             assert str(path.with_suffix("")) in str(error) or "do not fit the tokenizer" in str(
                 error
             ), name
-            outcomes.append(False)
+            outcomes["refused"] += 1
         assert time.monotonic() - begins < 20, name
         shutil.rmtree(folder)
-    assert 10 < sum(outcomes) < 50
+    assert min(outcomes["read"], outcomes["refused"]) > 10
+    tally("data files", outcomes)

@@ -1,9 +1,11 @@
 """A .nemo archive of a stranger's reaches nothing outside of itself."""
 
 import io
+import shutil
 import struct
 import tarfile
 import zlib
+from collections import Counter
 
 import pytest
 import yaml
@@ -12,6 +14,9 @@ from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from nemo_minitron.cli.main import main
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.nemo_archive import check_archive
+from tests.support.fuzz_archive import cases
+from tests.support.fuzz_workspace import PYTHON
+from tests.support.fuzzing import SEED, some, tally
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +122,23 @@ def test_what_reaches_out_is_refused_whoever_restores_it(tmp_path, capsys, monke
     assert not any(
         b"of the user's" in path.read_bytes() or b"hf_secret" in path.read_bytes() for path in kept
     )
+
+
+def test_damaged_archives_are_models_or_one_clear_error(tmp_path, capsys, good):
+    outcomes = Counter()
+    for name, build in some(cases(SEED), 15):
+        folder = tmp_path / "case"
+        folder.mkdir()
+        build(good, folder / "a.nemo")
+        code = main(["download", f"source.model={folder / 'a.nemo'}", f"workspace={folder / 'ws'}"])
+        said = capsys.readouterr().err
+        assert code in (0, 2) and not PYTHON.search(said), (name, said)
+        lines = [line for line in said.splitlines() if line.startswith("minitron download: ")]
+        assert len(lines) == (code == 2), (name, said)
+        assert [path.name for path in tmp_path.iterdir()] == ["case"], name
+        shutil.rmtree(folder)
+        outcomes["refused" if code else "read"] += 1
+    tally(".nemo archives", outcomes)
 
 
 def test_the_configuration_that_is_checked_is_the_one_that_nemo_reads(tmp_path, good):

@@ -1,9 +1,9 @@
 """Every file of a workspace damaged in every way: one line that names it, and nothing used unseen."""
 
-import itertools
 import json
 import re
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from nemo_minitron.workspace.build import make, refuse_unknown_folder
 from nemo_minitron.workspace.manifest import hash_file
 from nemo_minitron.workspace.results import Results
 from tests.support.fuzz_workspace import READERS, cases, check, run
+from tests.support.fuzzing import SEED, some, tally
 from tests.support.runs import settings
 
 TEXTS = ("train", "validation", "calibration")
@@ -26,14 +27,14 @@ def overrides(teacher, corpus):
     return settings("unused", teacher, corpus)[1:]
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_damaged_file_of_a_workspace_is_named_in_one_line(finished, tmp_path, overrides, seed):
-    wrong = {
-        told: problems
-        for told, damage in itertools.islice(cases(seed), 10)
-        if (problems := check(finished[0], tmp_path / "damaged", damage, overrides))
-    }
+def test_a_damaged_file_of_a_workspace_is_named_in_one_line(finished, tmp_path, overrides):
+    wrong, tried = {}, 0
+    for told, damage in some(cases(SEED), 30):
+        tried += 1
+        if problems := check(finished[0], tmp_path / "damaged", damage, overrides):
+            wrong[told] = problems
     assert wrong == {}
+    tally("files of a workspace", Counter({"named or read": tried}))
 
 
 def copy(finished, tmp_path):
