@@ -190,7 +190,14 @@ def load_family(path: Path) -> Family:
         return _family(table)
     except KeyError as error:
         raise ValueError(f"family table {path}: key {error} is missing") from error
-    except (ValueError, TypeError, AttributeError, OSError, yaml.YAMLError) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        OSError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
         raise ValueError(f"family table {path}: {error}") from error
 
 

@@ -10,6 +10,7 @@ from nemo_minitron.checkpoints.checkpoint import main_dtype, open_checkpoint
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
 from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.config.evaluate_config import EvaluateConfig
 from nemo_minitron.data.mixtures import (
     VALIDATION_SAMPLES,
     held_out_sampling,
@@ -24,6 +25,7 @@ from nemo_minitron.evaluation.significance import paired, recovered
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.stages.inputs import (
+    POSITIONS,
     length_notes,
     shared_vocabulary,
     source_folder,
@@ -78,7 +80,37 @@ def recipe(config: Config) -> Recipe:
         of = length_notes(config, read_config(bench.folders["student"]), "validation")
         return replace(told, notes=(*told.notes, *of))
 
-    return Recipe(folder, "report", settings, inputs, build, summary)
+    def check() -> None:
+        _check_models(config, bench.folders["teacher"])
+
+    return Recipe(folder, "report", settings, inputs, build, summary, check)
+
+
+def _check_models(config: Config, teacher: Path) -> None:
+    """Refuses what the models cannot be asked for, before anything is measured.
+
+    Raises:
+        ValueError: continuations longer than the model, or tasks with a tokenizer that marks neither
+            begin nor end, on which lm-eval conditions a text's first token.
+    """
+    hf_config, length = read_config(teacher), config.evaluate.written_tokens
+    most = hf_config[POSITIONS] if POSITIONS in hf_config else None
+    shortest = EvaluateConfig().written_tokens  # a toy of fewer positions is measured all the same
+    if config.evaluate.prompts and isinstance(most, int) and length > max(most, shortest):
+        raise ValueError(
+            f"evaluate.written_tokens: expected at most {most:,}, the model's positions ({POSITIONS} in "
+            f"its config.json), found {length:,}"
+        )
+    if config.evaluate.tasks:
+        from nemo_minitron.models.causal_lm import load_tokenizer
+
+        tokenizer = load_tokenizer(teacher)
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"evaluate.tasks: {teacher}: its tokenizer has neither a begin nor an end token, which "
+                "lm-eval puts before a text; name one in tokenizer_config.json (eos_token), or leave the "
+                "tasks out"
+            )
 
 
 def _check(config: Config) -> None:

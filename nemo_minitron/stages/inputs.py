@@ -63,6 +63,10 @@ def source_folder(config: Config) -> tuple[Path, Input]:
     return workspace.root / read_source(workspace).path, item  # an absolute path stays as it is
 
 
+POSITIONS = "max_position_embeddings"
+"""Key of config.json: how many positions a model was made for."""
+
+
 def length_notes(config: Config, hf_config: Mapping[str, Any], *texts: str) -> tuple[str, ...]:
     """A note for each text whose samples are longer than a model was made for.
 
@@ -71,12 +75,11 @@ def length_notes(config: Config, hf_config: Mapping[str, Any], *texts: str) -> t
         hf_config: the model's config.json.
         texts: parts of ``data`` that the model reads.
     """
-    key = "max_position_embeddings"
-    most = hf_config[key] if key in hf_config else None
+    most = hf_config[POSITIONS] if POSITIONS in hf_config else None
     lengths = {text: getattr(config.data, text).sequence_length for text in texts}
     return tuple(
         f"data.{text}.sequence_length: {length:,} tokens, and the model was made for {most:,} positions "
-        f"({key} in its config.json); what it computes beyond them may mean little"
+        f"({POSITIONS} in its config.json); what it computes beyond them may mean little"
         for text, length in lengths.items()
         if isinstance(most, int) and length > most
     )

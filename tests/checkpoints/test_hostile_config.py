@@ -25,7 +25,7 @@ def written(folder, config):
 def at_once():
     begin = time.process_time()
     yield
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < 4  # unbounded they take minutes and gigabytes
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def test_parameters_are_forms_with_bounds(server):
     sizes = schema["definitions"]["Sizes"]["properties"]
     assert sizes["hidden"]["description"] == "width of the residual stream"
     launch = schema["definitions"]["Launch"]["properties"]
-    assert {"minimum": 0, "type": "integer"} in launch["retries"]["anyOf"]
+    assert {"maximum": 1000, "minimum": 0, "type": "integer"} in launch["retries"]["anyOf"]
     kinds = next(entry for entry in launch["kind"]["anyOf"] if "enum" in entry)
     assert kinds["enum"] == ["inline", "subprocess", "torchrun", "slurm"]
     assert all(entry.get("description") for entry in schema["properties"].values())

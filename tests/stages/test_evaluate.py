@@ -284,11 +284,30 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_measured(words, cap
             "evaluate.speed_batches: expected at least one size",
         ),
         ("evaluate.floors=[own_choice:acc]", "expected TASK:METRIC:VALUE"),
+        ("evaluate.written_tokens=100000", "evaluate.written_tokens: expected at most"),
         (f"evaluate.previous={workspace}", "holds no results; name the folder of an export"),
     ):
         code, last = called(capsys, "evaluate", *arguments, *word.split())
         assert code == 2 and text in last, last
     assert not (workspace / "results").exists()
+
+
+def test_tasks_need_a_tokenizer_that_marks_begin_or_end(teacher, tmp_path):
+    """lm-eval fails with "'None' is not an instance of 'Sequence'" behind hours of training."""
+    from nemo_minitron.config.compose import load_config
+    from nemo_minitron.stages.evaluate import _check_models
+
+    folder = shutil.copytree(teacher, tmp_path / "m")
+    asked = load_config("config", ["evaluate.tasks=[held_out_choice]"])
+    _check_models(asked, folder)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            held = json.loads((folder / name).read_text())
+            left = {k: v for k, v in held.items() if k not in ("bos_token", "eos_token")}
+            (folder / name).write_text(json.dumps(left))
+    with pytest.raises(ValueError, match=r"m: its tokenizer has neither a begin nor an end token"):
+        _check_models(asked, folder)
+    _check_models(load_config("config", []), folder)
 
 
 def test_the_gate_holds_until_it_is_forced_and_the_card_says_so(words, capsys):

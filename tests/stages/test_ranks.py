@@ -11,7 +11,7 @@ import torch
 
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.cli.main import main
-from nemo_minitron.families import families
+from nemo_minitron.families import Architecture, families
 from nemo_minitron.plugin.trainer import newest_checkpoint, step_of
 from nemo_minitron.training.strategies import tensor_plan
 from nemo_minitron.workspace.training_log import read_log
@@ -128,7 +128,7 @@ def test_what_tensor_parallelism_cannot_split_is_refused(tmp_path, family, parts
         make_model(tmp_path / "m", family, num_attention_heads=4, num_key_value_heads=2)
     )
     with pytest.raises(ValueError, match=message):
-        tensor_plan(families()[family], config, parts)
+        tensor_plan(Architecture(families()[family], config), parts)
 
 
 def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words):

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def _run(
         code = error.code
     finally:
         with contextlib.suppress(Exception):
+            threading._shutdown()  # as Python does before its exit functions: threads are waited for
             atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
