@@ -165,11 +165,23 @@ def train(
         _manage(trainer, recipe, state)
         model.setup_optimization()  # once now, so that wrong arguments show before anything runs
     except (MisconfigurationException, TypeError) as error:
-        raise ValueError(f"trainer, optim, exp_manager: {str(error).splitlines()[0]}") from error
+        raise ValueError(_refusal(error, recipe)) from error
     with checkpoints_as_data(newest_checkpoint(checkpoints_in(state))):
         _fit(trainer, model)
     model.gather()
     return model
+
+
+def _refusal(error: Exception, recipe: Recipe) -> str:
+    """What Lightning or NeMo refuses, in a line, and how a key is removed that an optimiser does not take."""
+    first = str(error).splitlines()[0]
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", first)
+    if unknown and unknown[1] in recipe.optim:
+        return (
+            f"optim.{unknown[1]}: {recipe.optim['name']} takes no such argument; "
+            f"'~optim.{unknown[1]}' removes it"
+        )
+    return f"trainer, optim, exp_manager: {first}"
 
 
 def _fit(trainer: Trainer, model: MinitronModel) -> None:

@@ -88,7 +88,7 @@ def test_a_table_with_a_mistake_is_refused_by_name(tmp_path, change, message):
         load_family(edited(tmp_path, change))
 
 
-@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00"])
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\x00", "[" * 5000, "{a: " * 3000])
 def test_what_is_no_table_is_refused(tmp_path, text):
     path = tmp_path / "broken.yaml"
     path.write_text(text)

@@ -579,3 +579,11 @@ def test_an_interrupt_that_python_drops_ends_the_training_behind_the_step(tmp_pa
     finally:
         signal.signal(signal.SIGINT, before)
     assert seen == [0, 1, 2, 3]
+
+
+def test_an_argument_that_the_optimiser_does_not_take_is_named_with_what_removes_it(tmp_path):
+    given = dataclasses.replace(recipe(2), optim={**OPTIM, "name": "sgd", "betas": [0.9, 0.95]})
+    folder = make_model(tmp_path / "m", "llama")
+    model, samples = load_model(folder, dtype=torch.float32), tokens()
+    with pytest.raises(ValueError, match=r"^optim.betas: sgd takes no .*'~optim.betas' removes it"):
+        train(model, read_config(folder), folder, given, samples, samples[:8], tmp_path / "state")
