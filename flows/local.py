@@ -74,6 +74,7 @@ def run_here(config: Config, words: Sequence[str]) -> list[Result]:
 
 def _reach_own_server() -> None:
     """A proxy is not asked for the server on this machine (httpx and websockets read NO_PROXY)."""
-    for name in ("NO_PROXY", "no_proxy"):
-        present = [part for part in os.environ.get(name, "").split(",") if part]
-        os.environ[name] = ",".join(dict.fromkeys([*present, "127.0.0.1", "localhost"]))
+    names = ("NO_PROXY", "no_proxy")  # programs differ in which they read; what one says, both say
+    said = [part.strip() for name in names for part in os.environ.get(name, "").split(",")]
+    both = ",".join(dict.fromkeys([*filter(None, said), "127.0.0.1", "localhost"]))
+    os.environ.update(dict.fromkeys(names, both))

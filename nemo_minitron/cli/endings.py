@@ -1,7 +1,8 @@
 """How a command ends that somebody ends: Ctrl-C, and SIGTERM, which services and batch systems send.
 
-A command that gets SIGTERM ends as by Ctrl-C. A training saves behind the step at hand; what else is
-at work is dropped and made again by the next run, which resumes.
+A command that gets SIGTERM is interrupted as by Ctrl-C, with an exit status of its own; a training,
+unlike by Ctrl-C, saves behind the step at hand first. What else is at work is dropped and made again
+by the next run, which resumes.
 """
 
 import contextlib

@@ -25,9 +25,9 @@ from nemo_minitron.workspace.layout import IDS, build_lock_of, manifest_in
 from nemo_minitron.workspace.manifest import Input, digest, now, write_json, write_manifest
 from nemo_minitron.workspace.typed_json import read_json
 
-"""Token ids end to end, little-endian int32; ~id where a token is read, but not learned."""
 PROGRESS = "progress.json"
 _ITEM = np.dtype("<i4")
+"""An entry of the file of ids: ~id where a token is read, but not learned."""
 _SAVE_SECONDS = 10.0
 
 

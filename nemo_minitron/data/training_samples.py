@@ -4,12 +4,10 @@ from typing import Any
 
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import training_mixture
-from nemo_minitron.workspace.layout import TOKENS, Workspace
+from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import digest
 from nemo_minitron.workspace.progress_bar import bar
 
-FOLDER = TOKENS
-"""Folder of the workspace: token ids."""
 _CHEAP = 200_000_000
 """Tokens up to which ``windows.SPREAD`` times as many are made as a training needs."""
 

@@ -133,6 +133,7 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
         **os.environ,
         progress.VARIABLE: str(call.progress.resolve()),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # a random.py in the working folder is not Python's
     }
     ended = run_process(command, environment, call.log, limits, on_line, call.progress, unwanted)
     return _ended(call, ended, limits)

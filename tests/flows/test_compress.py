@@ -374,3 +374,17 @@ def test_a_report_about_another_model_judges_no_export(finished, tmp_path, teach
         done.returncode == 2
         and "measures another model than this workspace's student" in done.stderr
     )
+
+
+def test_hosts_that_a_user_excludes_from_the_proxy_stay_excluded(monkeypatch):
+    """Programs differ in which of the two variables they read."""
+    from nemo_minitron.flows.local import prepare_environment
+
+    for name in ("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "PREFECT_SERVER_ANALYTICS_ENABLED",
+                 "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "DO_NOT_TRACK", "PREFECT_HOME"):  # fmt: skip
+        monkeypatch.setenv(name, os.environ.get(name, "1") if name != "PREFECT_HOME" else "/tmp")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv("no_proxy", "hub.internal")
+    monkeypatch.setenv("NO_PROXY", "")
+    prepare_environment()
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "hub.internal,127.0.0.1,localhost"

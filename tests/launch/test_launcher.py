@@ -101,8 +101,11 @@ def test_a_process_of_its_own_makes_the_same_artifact_and_a_crash_is_its_own(tra
     assert launch(call("launch.kind=subprocess"), print).made is False
 
 
-def test_the_users_mistakes_come_back_as_such(trained):
+def test_the_users_mistakes_come_back_as_such(trained, tmp_path, monkeypatch):
+    """Also from a working folder with a file that is named like a module of Python's."""
     _, call = trained
+    (tmp_path / "random.py").write_text("raise SystemExit('the wrong module')")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(
         ValueError, match=r"^distill: kl and ce must not be negative, nor both 0, found 0"
     ):
