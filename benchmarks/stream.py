@@ -53,8 +53,8 @@ _OURS = """
 from nemo_minitron.scoring.pass_by_layer import streamed
 from nemo_minitron.scoring.hooks import Measures
 begin()
-tally = streamed(open_checkpoint(folder), samples, groups, Measures(), torch.device("cpu"), budget, work)
-sums = tally.depth["block_influence", 1]
+calibration = streamed(open_checkpoint(folder), samples, groups, Measures(), torch.device("cpu"), budget, work)
+sums = calibration.depth["block_influence", 1]
 end((1 - sums.total / sums.count).tolist())
 """
 _ACCELERATE = """

@@ -16,10 +16,10 @@ from nemo_minitron.config.compose import as_dict, from_dict
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.launch_config import LaunchConfig
 from nemo_minitron.flows.forms import Launch, Sizes, cli_words, composed
+from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.flows.publish import log_line
 from nemo_minitron.flows.tasks import run_stage_task
-from nemo_minitron.flows.withheld import flow
-from nemo_minitron.launch.launcher import at_work
+from nemo_minitron.launch.launcher import hold_workspace
 from nemo_minitron.security.masking import masked
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.result import Result
@@ -100,7 +100,7 @@ def compress(
         *cli_words(config_name, overrides, workspace, model, data, plan, launch),
     ]
     folder = Path(checked.workspace)
-    with at_work(folder, checked.launch.wait):
+    with hold_workspace(folder, checked.launch.wait):
         note_command(folder, shlex.split(command) if command else line)
         results = run_stages(list(steps(checked)), checked)
     return results

@@ -6,8 +6,8 @@ from pathlib import Path
 from nemo_minitron.evaluation.gate import LINEAGE
 from nemo_minitron.flows.compress import run_name, run_stages, workspace_wait_seconds
 from nemo_minitron.flows.forms import Launch, cli_words, composed
-from nemo_minitron.flows.withheld import flow
-from nemo_minitron.launch.launcher import at_work
+from nemo_minitron.flows.masked_failures import flow
+from nemo_minitron.launch.launcher import hold_workspace
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.command_log import note_command
@@ -52,7 +52,7 @@ def evaluate_checkpoint(
     if previous is not None:
         config.evaluate.previous = previous
     place = Path(workspace)
-    with at_work(place, workspace_wait_seconds(config.launch)):
+    with hold_workspace(place, workspace_wait_seconds(config.launch)):
         line = cli_words(
             config_name, overrides, workspace, found, None, None, launch, source__revision=revision,
             data__validation__paths=data, evaluate__model=str(folder), evaluate__previous=previous,

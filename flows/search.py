@@ -16,9 +16,9 @@ from nemo_minitron.config.compose import as_dict, from_dict
 from nemo_minitron.config.config import Config
 from nemo_minitron.flows.compress import run_name, run_stages, steps, workspace_wait_seconds
 from nemo_minitron.flows.forms import Launch, cli_words, composed
+from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
-from nemo_minitron.flows.withheld import flow
-from nemo_minitron.launch.launcher import at_work
+from nemo_minitron.launch.launcher import hold_workspace
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.size_search import Candidate, candidates, default_choices, halving, rungs
 from nemo_minitron.pruning.target_sizes import explicit_targets
@@ -81,7 +81,7 @@ def search(
         *cli_words(config_name, overrides, workspace, model, data, None, launch),
     ]
     place = Path(checked.workspace)
-    with at_work(place, workspace_wait_seconds(checked.launch)):
+    with hold_workspace(place, workspace_wait_seconds(checked.launch)):
         note_command(place, shlex.split(command) if command else line)
         score_once(checked)
         sizes = choose(checked)

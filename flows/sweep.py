@@ -21,8 +21,8 @@ from nemo_minitron.evaluation.report import read_report
 from nemo_minitron.flows import publish
 from nemo_minitron.flows.compress import run_name, run_stages, workspace_wait_seconds
 from nemo_minitron.flows.forms import Launch, cli_words, composed
-from nemo_minitron.flows.withheld import flow
-from nemo_minitron.launch.launcher import at_work
+from nemo_minitron.flows.masked_failures import flow
+from nemo_minitron.launch.launcher import hold_workspace
 from nemo_minitron.security.masking import masked
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.command_log import note_command
@@ -86,7 +86,7 @@ def sweep(
     base = composed(config_name, overrides, workspace, model, data, None, launch)
     configs = _configs(base, variants, config_name, overrides, workspace, model, data, launch)
     place = Path(base.workspace)
-    with at_work(place, workspace_wait_seconds(base.launch)):
+    with hold_workspace(place, workspace_wait_seconds(base.launch)):
         line = cli_words(config_name, overrides, workspace, model, data, None, launch)
         given = f"variants={json.dumps(variants)}"
         note_command(
@@ -169,7 +169,7 @@ def _failed(name: str, error: Exception) -> Outcome:
 def _outcome(name: str, config: Config) -> Outcome:
     """Distils and measures a variant; an error becomes part of the outcome and is not raised."""
     try:
-        with at_work(Path(config.workspace)):
+        with hold_workspace(Path(config.workspace)):
             run_variant(as_dict(config))
     except Exception as error:
         return _failed(name, error)

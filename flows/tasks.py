@@ -25,7 +25,7 @@ from nemo_minitron.config.compose import from_dict
 from nemo_minitron.config.config import Config
 from nemo_minitron.evaluation.gate import GateError
 from nemo_minitron.flows import publish
-from nemo_minitron.flows.withheld import words_withheld
+from nemo_minitron.flows.masked_failures import masked_failures
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.failures import StageError, kind_of
 from nemo_minitron.launch.launcher import Call, launch, limit_of
@@ -64,7 +64,7 @@ def stage(name: str, values: dict[str, Any]) -> Any:
         A ``Result``; or, where the stage's process was lost and no try is left, the state Crashed;
         or Cancelled, where the run is suspended.
     """
-    with words_withheld(stored=False):
+    with masked_failures(stored=False):
         return _stage(name, values)
 
 

@@ -1,6 +1,7 @@
 """The tests, and the environment that all of them run in: nothing is fetched, nobody is told."""
 
 import os
+import signal
 import tempfile
 
 import pytest
@@ -15,5 +16,8 @@ os.environ.update(
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_HOME", tempfile.mkdtemp(prefix="minitron-prefect-"))
+
+# a shell that starts something in the background lets it ignore SIGINT, which all processes below inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("tests.support")

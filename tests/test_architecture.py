@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import nemo_minitron
 from tests.support.contracts import broken_contracts, contracts, copied, listed
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +116,27 @@ def calls():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 yield path.relative_to(ROOT).as_posix(), ast.unparse(node.func), node
+
+
+def test_every_letter_of_a_tensors_name_stands_in_the_legend():
+    legend = re.findall(
+        r"(?:^|; |, | and )([A-Z1]) ", nemo_minitron.__doc__.split(":\n", 1)[1], re.M
+    )
+    used = {
+        letter
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name | ast.arg | ast.Attribute)
+        for found in [
+            re.fullmatch(
+                r"[a-z]\w*_([A-Z1]+)",
+                getattr(node, "id", getattr(node, "arg", getattr(node, "attr", ""))),
+            )
+        ]
+        if found
+        for letter in found[1]
+    }
+    assert used == set(legend)
 
 
 def test_no_family_is_special():

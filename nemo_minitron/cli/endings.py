@@ -1,7 +1,7 @@
 """How a command ends that somebody ends: Ctrl-C, and SIGTERM, which services and batch systems send.
 
 A command that gets SIGTERM is interrupted as by Ctrl-C, with an exit status of its own; a training,
-unlike by Ctrl-C, saves behind the step at hand first. What else is at work is dropped and made again
+unlike by Ctrl-C, finishes its step and saves first. What else is at work is dropped and made again
 by the next run, which resumes.
 """
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import select
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -141,7 +142,9 @@ def main(arguments: list[str] | None = None) -> int:
     args.words = ["minitron", *raw]
     try:
         with sigterm_like_ctrl_c():
-            return _COMMANDS[args.command](args)
+            code = _COMMANDS[args.command](args)
+            sys.stdout.flush()
+            return code
     except BaseException as error:
         return _ended(args.command, error)
 
@@ -153,6 +156,8 @@ def _ended(command: str, error: BaseException) -> int:
         BaseException: an exit that nobody asked for by a signal; or all, where tracebacks are asked
             for.
     """
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return 1
     ended = ended_by(error)
     if ended is not None:
         print(f"minitron {command}: {plain(ended[0])}", file=sys.stderr)
@@ -166,6 +171,16 @@ def _ended(command: str, error: BaseException) -> int:
     text = f"{type(error).__name__}: {_one_line(error)}"
     print(f"minitron {command}: failed: {text} (MINITRON_TRACEBACK=1 shows where)", file=sys.stderr)
     return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether who read standard output, such as ``head``, is gone; Python then ends quietly."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not any(state & select.POLLERR for _, state in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _one_line(error: BaseException) -> str:
@@ -183,13 +198,10 @@ def _config(args: argparse.Namespace) -> "Config":
 def _shows_only(args: argparse.Namespace) -> bool:
     if args.keys:
         from nemo_minitron.config.config import Config
-        from nemo_minitron.config.option import describe
+        from nemo_minitron.config.option import describe, meaning
 
         for name, item, _ in describe(Config):
-            print(
-                f"{name}: {item.metadata['help']}"
-                + (f" ({', '.join(item.metadata['choices'])})" if item.metadata["choices"] else "")
-            )
+            print(f"{name}: {meaning(item)}")
         return True
     if args.cfg:
         from omegaconf import OmegaConf

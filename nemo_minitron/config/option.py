@@ -38,3 +38,11 @@ def describe(section: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
         else:
             rows.append((f"{prefix}{item.name}", item, section))
     return rows
+
+
+def meaning(item: Any) -> str:
+    """What a key means, the words that it takes where they are few, and the range of its numbers."""
+    text = str(item.metadata["help"])
+    if item.metadata["choices"]:
+        text += f" (one of: {', '.join(item.metadata['choices'])})"
+    return text + (f"; {item.metadata['bounds']}" if str(item.metadata["bounds"]) else "")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from nemo_minitron.config.config import Config
-from nemo_minitron.config.option import describe
+from nemo_minitron.config.option import describe, meaning
 
 
 def markdown() -> str:
@@ -22,10 +22,7 @@ def markdown() -> str:
             if isinstance(default, bool)
             else default
         )
-        choices = item.metadata["choices"]
-        text = item.metadata["help"] + (f" (one of: {', '.join(choices)})" if choices else "")
-        text += f"; {item.metadata['bounds']}" if str(item.metadata["bounds"]) else ""
-        lines.append(f"| `{name}` | `{shown}` | {text} |")
+        lines.append(f"| `{name}` | `{shown}` | {meaning(item)} |")
     lines += [
         "",
         "`trainer`, `optim` and `exp_manager` are handed to Lightning and NeMo as they are; their defaults",

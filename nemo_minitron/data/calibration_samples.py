@@ -1,7 +1,4 @@
-"""Samples for scoring: windows of the text, and the batches that a model reads.
-
-Shape suffixes: N or B samples, S positions.
-"""
+"""Samples for scoring: windows of the text, and the batches that a model reads."""
 
 import hashlib
 import itertools

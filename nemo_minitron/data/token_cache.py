@@ -1,7 +1,4 @@
-"""numpy: token ids of a text set on disk: made once, grown when more are wanted, read through a memory map.
-
-Shape suffixes: T tokens, N samples.
-"""
+"""numpy: token ids of a text on disk: made once, grown when more are wanted, read through a memory map."""
 
 import hashlib
 import itertools

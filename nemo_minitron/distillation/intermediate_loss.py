@@ -1,7 +1,4 @@
-"""Intermediate losses of a distillation, and the projection that is learned with them.
-
-Shape suffixes: T tokens, G hidden of the teacher, H hidden of the student, B samples, S positions.
-"""
+"""Intermediate losses of a distillation, and the projection that is learned with them."""
 
 from typing import Any
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from nemo_minitron.losses.fused_linear_loss import LossTerms, LossWeights, fused_linear_loss
+from nemo_minitron.losses.fused_linear_loss import LossResult, LossWeights, fused_linear_loss
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.losses.vocabulary_parallel import Reduce, VocabularyShard
 
@@ -25,7 +25,7 @@ def linear_loss(
     chunk_tokens: int | None = None,
     vocabulary: int | None = None,
     compiled: bool = False,
-) -> LossTerms:
+) -> LossResult:
     """``fused_linear_loss``, the vocabulary split over tensor-parallel ranks where there are several.
 
     They read the same tokens; without the split each would compute the same loss. Other divergences

@@ -1,7 +1,4 @@
-"""Cached logits of a teacher: parts in safetensors, a row per sample, a few entries per token.
-
-Shape suffixes: N samples (rows), S positions, K entries.
-"""
+"""Cached logits of a teacher: parts in safetensors, a row per sample, a few entries per token."""
 
 import functools
 from collections.abc import Mapping, Sequence

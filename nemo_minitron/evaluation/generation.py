@@ -36,19 +36,19 @@ def continue_greedily(model: Any, prompts_BP: Tensor, new_tokens: int) -> Tensor
         eos_token_id=own.eos_token_id, pad_token_id=0, use_cache=True,
     )  # fmt: skip
     try:
-        ids_BN = model.generate(prompts_BP, attention_mask=torch.ones_like(prompts_BP))
+        ids_BS = model.generate(prompts_BP, attention_mask=torch.ones_like(prompts_BP))
     finally:
         model.generation_config = own
-    return ids_BN[:, prompts_BP.shape[1] :].cpu()
+    return ids_BS[:, prompts_BP.shape[1] :].cpu()
 
 
-def repetition(ids_BN: Tensor) -> float:
+def repetition(ids_BS: Tensor) -> float:
     """Share of a continuation's runs of four tokens that occurred in it before; mean over continuations.
 
     A model that is lost says the same thing again and again.
     """
     shares = []
-    for row in ids_BN.tolist():
+    for row in ids_BS.tolist():
         grams = [tuple(row[i : i + _GRAM]) for i in range(len(row) - _GRAM + 1)]
         shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
     return sum(shares) / len(shares)
@@ -60,10 +60,10 @@ def agreement(theirs_BN: Tensor, ours_BN: Tensor) -> float:
     return float(same_BN.float().mean())
 
 
-def loss_of(model: Any, family: Family, prompts_BP: Tensor, ids_BN: Tensor) -> float:
+def loss_of(model: Any, family: Family, prompts_BP: Tensor, ids_BS: Tensor) -> float:
     """A model's (the teacher's) mean cross-entropy on continuations, in nats per generated token."""
     device = head_of(model).device
-    tokens_BS = torch.cat([prompts_BP, ids_BN], 1).to(device)
+    tokens_BS = torch.cat([prompts_BP, ids_BS], 1).to(device)
     labels_BS = tokens_BS[:, 1:].clone()
     labels_BS[:, : prompts_BP.shape[1] - 1] = -1
     hidden_TH = hidden_states(model, family, tokens_BS[:, :-1]).flatten(0, 1)

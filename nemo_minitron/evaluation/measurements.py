@@ -163,12 +163,12 @@ class Bench:
         prompts_BP = samples_NS[: settings.prompts, :prompt]
         teacher, family = self._model("teacher"), self.checkpoint("teacher").family
         with frozen(self._model(name)) as model:
-            ids_BN = continue_greedily(model, prompts_BP, length)
+            ids_BS = continue_greedily(model, prompts_BP, length)
         with frozen(teacher):
-            loss = loss_of(teacher, family, prompts_BP, ids_BN)
+            loss = loss_of(teacher, family, prompts_BP, ids_BS)
         return {
-            "ids": ids_BN.tolist(), "teacher_loss": loss, "repetition": repetition(ids_BN),
-            "prompts": as_text(self._tokenizer(), prompts_BP), "texts": as_text(self._tokenizer(), ids_BN),
+            "ids": ids_BS.tolist(), "teacher_loss": loss, "repetition": repetition(ids_BS),
+            "prompts": as_text(self._tokenizer(), prompts_BP), "texts": as_text(self._tokenizer(), ids_BS),
             "truth": as_text(self._tokenizer(), samples_NS[: settings.prompts, prompt : prompt + length]),
         }  # fmt: skip
 

@@ -269,7 +269,7 @@ def _verdict(call: Call, silent: str, kind: str = failures.LOST) -> Result:
 
 
 @contextlib.contextmanager
-def at_work(workspace: Path, wait: float = 0.0) -> Iterator[None]:
+def hold_workspace(workspace: Path, wait: float = 0.0) -> Iterator[None]:
     """Holds a workspace for a flow; what flow and stages told each other goes with the block's end.
 
     Only the number of a batch job that nobody has waited for stays, and the logs.

@@ -81,7 +81,7 @@ def script(job: Job) -> str:
 
 def run_job(
     job: Job,
-    papers: Path,
+    job_file: Path,
     outcome: Path,
     recipe: str,
     on_line: Callable[[str], None],
@@ -94,7 +94,7 @@ def run_job(
 
     Args:
         job: what to submit.
-        papers: file that remembers the job's number.
+        job_file: file that remembers the job's number.
         outcome: file that the stage writes at its end.
         recipe: identifies what the job is for.
         on_line: told what happens.
@@ -106,52 +106,52 @@ def run_job(
     Raises:
         ValueError: there is no sbatch, or it refuses the job.
     """
-    number = _number(papers, recipe)
+    number = _number(job_file, recipe)
     if number is None:
-        _end(papers, outcome, on_line, poll)
+        _end(job_file, outcome, on_line, poll)
         clear(outcome)
-        number = _noted(job, papers, recipe, on_line)
+        number = _noted(job, job_file, recipe, on_line)
     else:
         on_line(f"Slurm job {number} is this stage's already; waiting for it")
-    _watch(number, papers, outcome, on_line, poll)
-    papers.unlink(missing_ok=True)
+    _watch(number, job_file, outcome, on_line, poll)
+    job_file.unlink(missing_ok=True)
     return number
 
 
-def _noted(job: Job, papers: Path, recipe: str, on_line: Callable[[str], None]) -> str:
+def _noted(job: Job, job_file: Path, recipe: str, on_line: Callable[[str], None]) -> str:
     """Submits a job under a name that is written down before, and its number after; returns the number."""
     name = f"{job.name}-{secrets.token_hex(4)}"
     # before it is submitted: whoever is ended while sbatch works, or hears no answer, finds it by
     # name
-    write_json(papers, {"name": name, "recipe": recipe})
+    write_json(job_file, {"name": name, "recipe": recipe})
     try:
         number = _submit(job, name)
     except ValueError:  # refused
-        papers.unlink(missing_ok=True)
+        job_file.unlink(missing_ok=True)
         raise
     except ConnectionError:
         raise
     except BaseException:
-        with contextlib.suppress(ConnectionError):  # the papers stay, for the next run to ask again
-            _cancel(_number(papers, recipe), papers, on_line)
+        with contextlib.suppress(ConnectionError):  # the file stays, for the next run to ask again
+            _cancel(_number(job_file, recipe), job_file, on_line)
         raise
-    write_json(papers, {"job": number, "name": name, "recipe": recipe})
+    write_json(job_file, {"job": number, "name": name, "recipe": recipe})
     on_line(f"Slurm job {number} submitted")
     return number
 
 
 def _watch(
-    number: str, papers: Path, outcome: Path, on_line: Callable[[str], None], poll: float
+    number: str, job_file: Path, outcome: Path, on_line: Callable[[str], None], poll: float
 ) -> None:
     """Waits for a job's end; whoever ends this process in an orderly way ends the job."""
     try:
         _wait(number, outcome, on_line, poll)
     except BaseException:
-        _cancel(number, papers, on_line)
+        _cancel(number, job_file, on_line)
         raise
 
 
-def _cancel(number: str | None, papers: Path, on_line: Callable[[str], None]) -> None:
+def _cancel(number: str | None, job_file: Path, on_line: Callable[[str], None]) -> None:
     """Ends a job, and forgets it once Slurm has heard of that."""
     if number is None:
         return
@@ -162,33 +162,33 @@ def _cancel(number: str | None, papers: Path, on_line: Callable[[str], None]) ->
             f"Slurm job {number} could not be cancelled ({' '.join(error.split())}); the next run finds it"
         )
     else:
-        papers.unlink(missing_ok=True)
+        job_file.unlink(missing_ok=True)
 
 
 def adopt(
-    papers: Path, outcome: Path, recipe: str, on_line: Callable[[str], None], poll: float
+    job_file: Path, outcome: Path, recipe: str, on_line: Callable[[str], None], poll: float
 ) -> None:
     """Waits for another stage's job that a killed flow has left; ends it where it was for something else.
 
     Raises:
         ConnectionError: the queue cannot be asked.
     """
-    number = _number(papers, recipe)
+    number = _number(job_file, recipe)
     if number is None:
-        _end(papers, outcome, on_line, poll)
+        _end(job_file, outcome, on_line, poll)
         return
     on_line(f"waiting for Slurm job {number} of an earlier run")
-    _watch(number, papers, outcome, on_line, poll)
+    _watch(number, job_file, outcome, on_line, poll)
 
 
-def _end(papers: Path, outcome: Path, on_line: Callable[[str], None], poll: float) -> None:
-    """Ends the job that the papers name, which nobody wants any more."""
-    number = _number(papers, None)
+def _end(job_file: Path, outcome: Path, on_line: Callable[[str], None], poll: float) -> None:
+    """Ends the job that the file names, which nobody wants any more."""
+    number = _number(job_file, None)
     if number is not None:
         on_line(f"ending Slurm job {number} of an earlier run, which was for other settings")
         _call("scancel", number)
         _wait(number, outcome, on_line, poll)
-    papers.unlink(missing_ok=True)
+    job_file.unlink(missing_ok=True)
 
 
 class _Noted(TypedDict):
@@ -196,8 +196,8 @@ class _Noted(TypedDict):
     recipe: str
 
 
-def _number(papers: Path, recipe: str | None) -> str | None:
-    """The job that the papers name; None where there is none, or it is for another recipe.
+def _number(job_file: Path, recipe: str | None) -> str | None:
+    """The job that the file names; None where there is none, or it is for another recipe.
 
     One that they know by its name only gets its number noted: the queue forgets it with its end.
 
@@ -205,9 +205,9 @@ def _number(papers: Path, recipe: str | None) -> str | None:
         ConnectionError: Slurm knows whether there is one, and cannot be asked now.
         ValueError: what they name is no job's number, or they are damaged.
     """
-    if not papers.is_file():
+    if not job_file.is_file():
         return None
-    noted = read_json(papers, _Noted)  # damaged it may hide a job that is at work
+    noted = read_json(job_file, _Noted)  # damaged it may hide a job that is at work
     if recipe not in (None, noted["recipe"]):
         return None
     if "job" in noted:
@@ -215,7 +215,7 @@ def _number(papers: Path, recipe: str | None) -> str | None:
             str(noted["job"])
         ):  # scancel would take it for an option, or for all jobs
             raise ValueError(
-                f"{papers}: expected the number of a job, found {plain(noted['job'], 80)!r}; remove it"
+                f"{job_file}: expected the number of a job, found {plain(noted['job'], 80)!r}; remove it"
             )
         number = str(noted["job"])
         code, out, _ = _call("squeue", "--noheader", "--format=%j", "--jobs", number)
@@ -231,7 +231,7 @@ def _number(papers: Path, recipe: str | None) -> str | None:
     if not out.strip():
         return None
     number = out.split()[0]
-    write_json(papers, {"job": number, **noted})
+    write_json(job_file, {"job": number, **noted})
     return number
 
 

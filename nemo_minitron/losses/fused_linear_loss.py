@@ -42,7 +42,7 @@ def chunk_rows(tokens: int, entries: int, device: torch.device, buffers: int = 1
 
 
 @dataclass(frozen=True)
-class LossTerms:
+class LossResult:
     """Result of one evaluation.
 
     Attributes:
@@ -70,7 +70,7 @@ def cross_entropy(
     *,
     shard: VocabularyShard | None = None,
     compiled: bool = False,
-) -> LossTerms:
+) -> LossResult:
     """A model's cross-entropy with the labels, in nats; arguments as in ``fused_linear_loss``."""
     return fused_linear_loss(model, labels_T, CROSS_ENTROPY, shard=shard, compiled=compiled)
 
@@ -85,7 +85,7 @@ def fused_linear_loss(
     vocabulary: int | None = None,
     shard: VocabularyShard | None = None,
     compiled: bool = False,
-) -> LossTerms:
+) -> LossResult:
     """Divergence and cross-entropy from hidden states, one chunk of logits at a time.
 
     Args:
@@ -128,10 +128,10 @@ def fused_linear_loss(
     wants = torch.is_grad_enabled() and (
         student.hidden_TH.requires_grad or student.head_VH.requires_grad
     )
-    sweep = _Sweep(labels_T, weights, teacher, student.softcap, term, chunk, wants, shard)
+    inputs = _LossInputs(labels_T, weights, teacher, student.softcap, term, chunk, wants, shard)
     with torch.autocast(device.type, enabled=False):
-        loss, divergence, ce = _FusedLinearLoss.apply(student.hidden_TH, student.head_VH, sweep)
-    return LossTerms(loss, divergence.detach(), ce.detach())
+        loss, divergence, ce = _FusedLinearLoss.apply(student.hidden_TH, student.head_VH, inputs)
+    return LossResult(loss, divergence.detach(), ce.detach())
 
 
 def _term(
@@ -149,7 +149,7 @@ def _term(
 
 
 @dataclass(frozen=True)
-class _Sweep:
+class _LossInputs:
     """What the chunk loop works with, besides the two tensors that get gradients.
 
     Attributes:
@@ -178,24 +178,27 @@ class _FusedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_TH: Tensor, head_VH: Tensor, sweep: _Sweep
+        ctx: Any, student_TH: Tensor, head_VH: Tensor, inputs: _LossInputs
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, divergence and cross-entropy, scalars."""
-        student, wide = Projection(student_TH, head_VH, sweep.softcap), wide_dtype(student_TH.dtype)
+        student, wide = (
+            Projection(student_TH, head_VH, inputs.softcap),
+            wide_dtype(student_TH.dtype),
+        )
         tokens, total = len(student_TH), student_TH.new_zeros(2, dtype=sum_dtype(student_TH.device))
-        grad_TH = torch.zeros_like(student_TH, dtype=wide) if sweep.wants_gradient else None
-        grad_VH = torch.zeros_like(head_VH, dtype=wide) if sweep.wants_gradient else None
+        grad_TH = torch.zeros_like(student_TH, dtype=wide) if inputs.wants_gradient else None
+        grad_VH = torch.zeros_like(head_VH, dtype=wide) if inputs.wants_gradient else None
         # both models' logits have their place for all chunks: new memory would cost more than the
         # arithmetic
-        shape = (min(sweep.chunk, tokens), head_VH.shape[0])
+        shape = (min(inputs.chunk, tokens), head_VH.shape[0])
         student_place = student_TH.new_empty(shape, dtype=wide)
         teacher_place = (
-            torch.empty_like(student_place) if isinstance(sweep.teacher, Projection) else None
+            torch.empty_like(student_place) if isinstance(inputs.teacher, Projection) else None
         )
-        for start in range(0, tokens, sweep.chunk):
-            part = slice(start, start + sweep.chunk)
+        for start in range(0, tokens, inputs.chunk):
+            part = slice(start, start + inputs.chunk)
             student_CV = student[part].logits(student_place)
-            taught_C = None if sweep.teacher is None else sweep.teacher[part]
+            taught_C = None if inputs.teacher is None else inputs.teacher[part]
             teacher_CV = (
                 taught_C.logits(teacher_place) if isinstance(taught_C, Projection) else taught_C
             )
@@ -203,8 +206,8 @@ class _FusedLinearLoss(torch.autograd.Function):
             slope_CV = (
                 None if student.softcap is None else softcap_slope(student_CV, student.softcap)
             )
-            sums, grad_CV = sweep.term(
-                student_CV, teacher_CV, sweep.labels_T[part], sweep.wants_gradient
+            sums, grad_CV = inputs.term(
+                student_CV, teacher_CV, inputs.labels_T[part], inputs.wants_gradient
             )
             total += sums
             if grad_CV is not None and grad_TH is not None:
@@ -212,13 +215,13 @@ class _FusedLinearLoss(torch.autograd.Function):
                 add_products(grad_CV, student_TH[part], head_VH, grad_TH[part], grad_VH)
         kl, ce = (total / max(tokens, 1)).to(wide)
         if grad_TH is not None and grad_VH is not None:
-            whole_TH = grad_TH if sweep.shard is None else sweep.shard.reduce(grad_TH, "sum")
+            whole_TH = grad_TH if inputs.shard is None else inputs.shard.reduce(grad_TH, "sum")
             ctx.save_for_backward(whole_TH, grad_VH)
             ctx.tokens, ctx.dtypes = max(tokens, 1), (student_TH.dtype, head_VH.dtype)
-        if sweep.teacher is None:
-            loss, kl = sweep.weights.ce * ce, torch.full_like(kl, float("nan"))
+        if inputs.teacher is None:
+            loss, kl = inputs.weights.ce * ce, torch.full_like(kl, float("nan"))
         else:
-            loss = sweep.weights.kl * kl + sweep.weights.ce * ce
+            loss = inputs.weights.kl * kl + inputs.weights.ce * ce
         ctx.mark_non_differentiable(kl, ce)
         return loss, kl, ce
 

@@ -1,7 +1,4 @@
-"""torch: a frozen model's projections in eight bits, for a teacher that would not fit otherwise.
-
-Shape suffixes: O output channels, I input channels.
-"""
+"""torch: a frozen model's projections in eight bits, for a teacher that would not fit otherwise."""
 
 from pathlib import Path
 from typing import Any

@@ -2,8 +2,6 @@
 
 In memory the experts of a layer are one module whose forward pass multiplies all of them at once.
 While they are watched, the module does the same expert by expert, and shows each one's activations.
-
-Shape suffixes: T tokens, K experts per token, H hidden channels, U neurons of an expert.
 """
 
 from collections.abc import Callable, Iterator, Mapping

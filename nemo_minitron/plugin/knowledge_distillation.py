@@ -14,7 +14,7 @@ from nemo_minitron.distillation.parallel_loss import linear_loss
 from nemo_minitron.distillation.teacher_logits import TeacherLogits
 from nemo_minitron.families import Family
 from nemo_minitron.losses.fused_linear_loss import (
-    LossTerms,
+    LossResult,
     LossWeights,
     cross_entropy,
     fused_linear_loss,
@@ -24,7 +24,7 @@ from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, softcap_of
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.training.strategies import shard
-from nemo_minitron.training.transformer_engine import Exchange
+from nemo_minitron.training.transformer_engine import LayerReplacement
 
 
 class KnowledgeDistillation(Callback):
@@ -97,8 +97,8 @@ class KnowledgeDistillation(Callback):
         self._mesh, self._compiled, self._products = (
             pl_module.device_mesh, pl_module.compiled, pl_module.products
         )  # fmt: skip
-        if pl_module.kit is not None and self.place != "cpu":
-            Exchange(self.teacher, self.family, pl_module.kit)
+        if pl_module.replacement_layers is not None and self.place != "cpu":
+            LayerReplacement(self.teacher, self.family, pl_module.replacement_layers)
         if self.place == "shard":
             if pl_module.device_mesh is None:
                 raise ValueError(
@@ -157,7 +157,7 @@ class KnowledgeDistillation(Callback):
 
     def objective(
         self, student: Projection, labels_T: Tensor, tokens_BS: Tensor, rows_B: Tensor | None = None
-    ) -> LossTerms:
+    ) -> LossResult:
         """Divergence from the teacher on the same tokens; shapes as in ``plugin.model.Objective``."""
         teacher = self._teacher_on(tokens_BS, student.hidden_TH.device)
         if self._listens:
@@ -231,7 +231,7 @@ class CachedDistillation(Callback):
 
     def objective(
         self, student: Projection, labels_T: Tensor, tokens_BS: Tensor, rows_B: Tensor | None = None
-    ) -> LossTerms:
+    ) -> LossResult:
         """Divergence from the cached logits; shapes as in ``plugin.model.Objective``."""
         assert rows_B is not None
         targets = self.cache[rows_B.tolist()].to(student.hidden_TH.device)

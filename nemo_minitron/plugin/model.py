@@ -1,7 +1,4 @@
-"""A causal LM of any supported family as a NeMo model, for pretraining, correction and distillation.
-
-Shape suffixes: B batch, S positions, T tokens (batch x positions), H hidden, V vocabulary.
-"""
+"""A causal LM of any supported family as a NeMo model, for pretraining, correction and distillation."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -19,7 +16,7 @@ from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.checkpoints.side_files import write_side_file
 from nemo_minitron.distillation.parallel_loss import sharded
 from nemo_minitron.families import Architecture, family_of
-from nemo_minitron.losses.fused_linear_loss import LossTerms, cross_entropy
+from nemo_minitron.losses.fused_linear_loss import LossResult, cross_entropy
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import (
     hidden_states,
@@ -47,9 +44,13 @@ from nemo_minitron.training.sampler import (
 )
 from nemo_minitron.training.strategies import gathered, shard
 from nemo_minitron.training.token_weighting import LearnedTokens, labels_of
-from nemo_minitron.training.transformer_engine import EXTRA_STATE, Exchange, Kit
+from nemo_minitron.training.transformer_engine import (
+    EXTRA_STATE,
+    LayerReplacement,
+    ReplacementLayers,
+)
 
-Objective = Callable[[Projection, Tensor, Tensor, Tensor | None], LossTerms]
+Objective = Callable[[Projection, Tensor, Tensor, Tensor | None], LossResult]
 """From hidden states [tokens, hidden] and head [vocabulary, hidden], labels [tokens], token ids
 [batch, positions] and the samples' numbers [batch], if they have some, to the loss."""
 
@@ -115,8 +116,8 @@ class MinitronModel(ModelPT):
         self.facts: dict[str, float] = {}
         self._sharded, self._gathered = False, None
         self.learned = LearnedTokens()
-        self.kit: Kit | None = None
-        self._exchange: Exchange | None = None
+        self.replacement_layers: ReplacementLayers | None = None
+        self._replacement: LayerReplacement | None = None
         self.compiled = False
         self.side_files: dict[str, bytes] = {}
         for name, path in (self.cfg.files or {}).items():
@@ -223,8 +224,8 @@ class MinitronModel(ModelPT):
 
     def configure_model(self) -> None:
         """Exchanges layers, and splits the model over the ranks that the strategy has laid out as a mesh."""
-        if self.kit is not None and self._exchange is None:
-            self._exchange = Exchange(self.model, self.family, self.kit)
+        if self.replacement_layers is not None and self._replacement is None:
+            self._replacement = LayerReplacement(self.model, self.family, self.replacement_layers)
         if self.device_mesh is None or self._sharded:
             return
         self._sharded = True
@@ -268,13 +269,17 @@ class MinitronModel(ModelPT):
 
     def products(self) -> contextlib.AbstractContextManager[Any]:
         """The context of the layers' matrix products: FP8 if Transformer Engine is set so."""
-        return contextlib.nullcontext() if self.kit is None else self.kit.context()
+        return (
+            contextlib.nullcontext()
+            if self.replacement_layers is None
+            else self.replacement_layers.context()
+        )
 
     def _own_layers(self) -> contextlib.AbstractContextManager[None]:
         """Puts the Hugging Face model's own layers back during the block."""
-        return contextlib.nullcontext() if self._exchange is None else self._exchange.undone()
+        return contextlib.nullcontext() if self._replacement is None else self._replacement.undone()
 
-    def evaluate_objective(self, batch: Tensor | Sequence[Tensor]) -> LossTerms:
+    def evaluate_objective(self, batch: Tensor | Sequence[Tensor]) -> LossResult:
         """The objective on one batch of packed samples, Tensor of shape [batch, positions + 1].
 
         Their numbers, Tensor of shape [batch], come with them where the data set gives any.
@@ -291,7 +296,7 @@ class MinitronModel(ModelPT):
 
     def cross_entropy(
         self, student: Projection, labels_T: Tensor, tokens_BS: Tensor, rows_B: Tensor | None = None
-    ) -> LossTerms:
+    ) -> LossResult:
         """The objective of pretraining and teacher correction: mean cross-entropy with the next token."""
         shard, student, _ = sharded(self.device_mesh, student)
         return cross_entropy(student, labels_T, shard=shard, compiled=self.compiled)

@@ -68,7 +68,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingSettings:
     """How to train.
 
     Attributes:
@@ -121,7 +121,7 @@ def train(
     hf_model: Any,
     hf_config: dict[str, Any],
     files: Path | None,
-    recipe: Recipe,
+    settings: TrainingSettings,
     samples: Any,
     validation: Any,
     state: Path,
@@ -134,7 +134,7 @@ def train(
         hf_model: a Hugging Face causal LM in the dtype to train in.
         hf_config: its config.json.
         files: folder with its tokenizer, or None.
-        recipe: how.
+        settings: how.
         samples: packed samples: a data set, or a Tensor of shape [samples, positions + 1].
         validation: the same for validation.
         state: folder for checkpoints and the log ``metrics.jsonl``.
@@ -150,35 +150,35 @@ def train(
         BadStep: a step that must not be taken; with it in ``skipped``, another call resumes.
     """
     silence_third_parties()
-    check_trainer(recipe.trainer)
+    check_trainer(settings.trainer)
     try:
-        trainer = _trainer(recipe, callbacks)
+        trainer = _trainer(settings, callbacks)
         model = MinitronModel(
-            make_cfg(hf_config, files, dict(recipe.optim)), trainer, hf_model.train()
+            make_cfg(hf_config, files, dict(settings.optim)), trainer, hf_model.train()
         )
         samples = as_samples(samples)
-        _watch(trainer, model, recipe, samples.positions, state)
-        _apply(recipe.options, model)
-        parts = recipe.options.tensor_parallel
-        model.use_training_samples(samples, recipe.batch_size, recipe.seed, skipped, parts)
-        model.use_validation_samples(validation, recipe.batch_size)
-        _manage(trainer, recipe, state)
+        _watch(trainer, model, settings, samples.positions, state)
+        _apply(settings.options, model)
+        parts = settings.options.tensor_parallel
+        model.use_training_samples(samples, settings.batch_size, settings.seed, skipped, parts)
+        model.use_validation_samples(validation, settings.batch_size)
+        _manage(trainer, settings, state)
         model.setup_optimization()  # once now, so that wrong arguments show before anything runs
     except (MisconfigurationException, TypeError) as error:
-        raise ValueError(_refusal(error, recipe)) from error
+        raise ValueError(_refusal(error, settings)) from error
     with checkpoints_as_data(newest_checkpoint(checkpoints_in(state))):
         _fit(trainer, model)
     model.gather()
     return model
 
 
-def _refusal(error: Exception, recipe: Recipe) -> str:
+def _refusal(error: Exception, settings: TrainingSettings) -> str:
     """What Lightning or NeMo refuses, in a line, and how a key is removed that an optimiser does not take."""
     first = str(error).splitlines()[0]
     unknown = re.search(r"unexpected keyword argument '(\w+)'", first)
-    if unknown and unknown[1] in recipe.optim:
+    if unknown and unknown[1] in settings.optim:
         return (
-            f"optim.{unknown[1]}: {recipe.optim['name']} takes no such argument; "
+            f"optim.{unknown[1]}: {settings.optim['name']} takes no such argument; "
             f"'~optim.{unknown[1]}' removes it"
         )
     return f"trainer, optim, exp_manager: {first}"
@@ -196,11 +196,11 @@ def _fit(trainer: Trainer, model: MinitronModel) -> None:
         )
 
 
-def _trainer(recipe: Recipe, callbacks: Sequence[Callback]) -> Trainer:
-    arguments, options = dict(recipe.trainer), recipe.options
+def _trainer(settings: TrainingSettings, callbacks: Sequence[Callback]) -> Trainer:
+    arguments, options = dict(settings.trainer), settings.options
     bar = [TQDMProgressBar(refresh_rate=10)] if arguments.get("enable_progress_bar", True) else []
     average = [] if options.ema_decay is None else [Averaging(options.ema_decay)]
-    guards = [ExactResume(recipe.seed, options.tensor_parallel), LossGuard(options.spikes)]
+    guards = [ExactResume(settings.seed, options.tensor_parallel), LossGuard(options.spikes)]
     # logger, checkpoints and their folders are exp_manager's; the sampler knows its ranks itself
     fixed = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}
     if options.shard:
@@ -209,18 +209,20 @@ def _trainer(recipe: Recipe, callbacks: Sequence[Callback]) -> Trainer:
 
 
 def _watch(
-    trainer: Trainer, model: MinitronModel, recipe: Recipe, positions: int, state: Path
+    trainer: Trainer, model: MinitronModel, settings: TrainingSettings, positions: int, state: Path
 ) -> None:
     """Adds the training log, and after it the callbacks that may end the training."""
-    every = recipe.trainer["log_every_n_steps"] if recipe.trainer.get("log_every_n_steps") else 10
-    readers = trainer.world_size // recipe.options.tensor_parallel
-    tokens = recipe.batch_size * positions * trainer.accumulate_grad_batches * readers
+    every = (
+        settings.trainer["log_every_n_steps"] if settings.trainer.get("log_every_n_steps") else 10
+    )
+    readers = trainer.world_size // settings.options.tensor_parallel
+    tokens = settings.batch_size * positions * trainer.accumulate_grad_batches * readers
     flops = 3 * forward_flops(model.model, model.family, positions)
     for callback in trainer.callbacks:
         if isinstance(callback, KnowledgeDistillation):
             flops += forward_flops(callback.teacher, callback.family, positions)
     trainer.callbacks.append(
-        TrainingLog(metrics_in(state), every, tokens, flops, recipe.options.peak_tflops)
+        TrainingLog(metrics_in(state), every, tokens, flops, settings.options.peak_tflops)
     )
     trainer.callbacks.append(Preemption(checkpoints_in(state)))
 
@@ -252,7 +254,7 @@ def _apply(options: Options, model: MinitronModel) -> None:
                 f"{where}=fp8: training.activation_checkpointing would compute again with other scales; use "
                 "on, or no checkpointing"
             )
-        model.kit = transformer_engine(options.transformer_engine == "fp8")
+        model.replacement_layers = transformer_engine(options.transformer_engine == "fp8")
     model.compiled = options.compile
     if options.activation_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -261,27 +263,27 @@ def _apply(options: Options, model: MinitronModel) -> None:
             layer.compile()
 
 
-def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
+def _manage(trainer: Trainer, settings: TrainingSettings, state: Path) -> None:
     """Hands checkpoints and loggers to NeMo's exp_manager.
 
     Raises:
         ValueError: exp_manager does not know a key.
     """
-    if recipe.exp_manager.get("ema", {}).get("enable"):
+    if settings.exp_manager.get("ema", {}).get("enable"):
         raise ValueError(
             "exp_manager.ema: its average never becomes the result; use training.ema_decay"
         )
     folder = nemo_in(state)
     newest = newest_checkpoint(checkpoints_in(state))
     if trainer.is_global_zero and newest is not None:
-        _tidy(checkpoints_in(state), recipe.exp_manager.get("checkpoint_callback_params") or {})
+        _tidy(checkpoints_in(state), settings.exp_manager.get("checkpoint_callback_params") or {})
     # a validation that was due behind the checkpoint, and did not come to its end, is made up for
     validated = [
         line["step"] for line in training_log.read_log(metrics_in(state)) if "val_loss" in line
     ]
-    settings = {
+    manager = {
         "disable_validation_on_resume": newest is None or step_of(newest) in validated,
-        **recipe.exp_manager,
+        **settings.exp_manager,
         # NeMo's, which it adds on GPUs, would take our signals, save nothing and end with exit
         # status 0
         "create_preemption_callback": False,
@@ -291,7 +293,7 @@ def _manage(trainer: Trainer, recipe: Recipe, state: Path) -> None:
     from omegaconf.errors import ConfigKeyError
 
     try:
-        exp_manager(trainer, OmegaConf.create(settings))
+        exp_manager(trainer, OmegaConf.create(manager))
     except ConfigKeyError as error:
         raise ValueError(f"exp_manager: {str(error).splitlines()[0]}") from error
     keep_checkpoints_inside(trainer, checkpoints_in(state))

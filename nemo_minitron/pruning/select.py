@@ -26,11 +26,11 @@ def top(scores: Tensor, count: int) -> Tensor:
     return order[..., :count].sort(dim=-1).values
 
 
-def top_within(scores_LN: Tensor, kept_groups_LG: Tensor, groups: int, per_group: int) -> Tensor:
+def top_within(scores_LU: Tensor, kept_groups_LG: Tensor, groups: int, per_group: int) -> Tensor:
     """Keeps the best units inside each kept group, the same number everywhere.
 
     Args:
-        scores_LN: Tensor of shape [layers, units]; unit u belongs to group u // (units / groups).
+        scores_LU: Tensor of shape [layers, units]; unit u belongs to group u // (units / groups).
         kept_groups_LG: Tensor of shape [layers, kept groups], ascending.
         groups: groups of the source model.
         per_group: units to keep in each.
@@ -38,8 +38,8 @@ def top_within(scores_LN: Tensor, kept_groups_LG: Tensor, groups: int, per_group
     Returns:
         Tensor of shape [layers, kept groups x per_group], ascending.
     """
-    size = scores_LN.shape[-1] // groups
-    inside_LGK = top(scores_LN.unflatten(-1, (groups, size)), per_group)
+    size = scores_LU.shape[-1] // groups
+    inside_LGK = top(scores_LU.unflatten(-1, (groups, size)), per_group)
     unit_LGK = inside_LGK + torch.arange(groups)[None, :, None] * size
     chosen = torch.gather(unit_LGK, 1, kept_groups_LG[..., None].expand(-1, -1, per_group))
     return chosen.flatten(1)
@@ -131,15 +131,15 @@ def select_units(
 
 def _select_within(
     group: str,
-    scores_LN: Tensor,
+    scores_LU: Tensor,
     keep: Keep,
     sizes: Mapping[str, int],
     targets: Mapping[str, int],
     name: str,
 ) -> Tensor:
-    every = torch.arange(sizes[group]).expand(scores_LN.shape[0], -1)
+    every = torch.arange(sizes[group]).expand(scores_LU.shape[0], -1)
     kept = keep[group] if group in keep else every
-    return top_within(scores_LN, kept, sizes[group], targets[name] // targets[group])
+    return top_within(scores_LU, kept, sizes[group], targets[name] // targets[group])
 
 
 def _scores(scores: Mapping[str, Tensor], name: str) -> Tensor:
@@ -176,11 +176,11 @@ def scattered(scores_L: Tensor, count: int) -> list[int]:
     return [layer for layer in range(scores_L.numel()) if layer not in kept]
 
 
-def group_scores(heads_LN: Tensor, groups: int) -> Tensor:
+def group_scores(heads_LU: Tensor, groups: int) -> Tensor:
     """Score of each KV group.
 
     The L2 norm over its query heads' scores. [layers, heads] to [layers, groups].
     """
-    heads_LN = heads_LN.clamp(min=0)  # negative: removed in an earlier round
-    norms: Tensor = torch.linalg.vector_norm(heads_LN.unflatten(-1, (groups, -1)), dim=-1)
+    heads_LU = heads_LU.clamp(min=0)  # negative: removed in an earlier round
+    norms: Tensor = torch.linalg.vector_norm(heads_LU.unflatten(-1, (groups, -1)), dim=-1)
     return norms

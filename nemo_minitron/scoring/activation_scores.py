@@ -141,12 +141,12 @@ def by_activation(
         else []
     )
     run = Runner(config, lead, prepared.samples, state, notes)
-    tally = known
+    calibration = known
     if missing:
         save_partial(state, known)
-        tally = merge_sums(known, run(folder, measures, missing))
-        save_partial(state, tally)
-    scores = _scores(config, checkpoint, tally)
+        calibration = merge_sums(known, run(folder, measures, missing))
+        save_partial(state, calibration)
+    scores = _scores(config, checkpoint, calibration)
     if config.score.depth == "task":
         scores = with_tasks(config, lead, checkpoint, scores, tasks)
     steps = greedy_steps(config, checkpoint.architecture.sizes["layers"])
@@ -174,18 +174,20 @@ def part_of(shard: str | None, count: int) -> list[int]:
     return list(range(int(match[1]) - 1, count, int(match[2])))
 
 
-def usable(tally: CalibrationSums, measures: "Measures", wanted: dict[int, str]) -> CalibrationSums:
+def usable(
+    calibration: CalibrationSums, measures: "Measures", wanted: dict[int, str]
+) -> CalibrationSums:
     """Saved sums that can be reused; empty if they lack something or hold too much."""
-    if any(wanted.get(index) != name for index, name in tally.samples.items()):
+    if any(wanted.get(index) != name for index, name in calibration.samples.items()):
         return CalibrationSums()
     depth = [("block_influence", n) for n in measures.influence] + [
         ("lm_loss", n) for n in measures.losses
     ]
-    held = {how for _, how in tally.sums}
-    if not set(measures.sequence) <= held or not set(depth) <= set(tally.depth):
+    held = {how for _, how in calibration.sums}
+    if not set(measures.sequence) <= held or not set(depth) <= set(calibration.depth):
         return CalibrationSums()
-    sums = {key: value for key, value in tally.sums.items() if key[1] in measures.sequence}
-    return replace(tally, sums=sums, depth={key: tally.depth[key] for key in depth})
+    sums = {key: value for key, value in calibration.sums.items() if key[1] in measures.sequence}
+    return replace(calibration, sums=sums, depth={key: calibration.depth[key] for key in depth})
 
 
 def _merged(
@@ -204,7 +206,7 @@ def _merged(
             raise ValueError(
                 f"score.merge: {place}: neurons were read elsewhere ({manifest.config.get('neurons')})"
             )
-        part = read_scores(place).tally
+        part = read_scores(place).calibration
         fitting = usable(part, measures, wanted)
         if not fitting.samples:
             raise ValueError(
@@ -223,12 +225,12 @@ def _merged(
     return found
 
 
-def _scores(config: Config, checkpoint: Checkpoint, tally: CalibrationSums) -> Scores:
+def _scores(config: Config, checkpoint: Checkpoint, calibration: CalibrationSums) -> Scores:
     aggregation = config.score.aggregation
     ranking = rankings(
-        tally, checkpoint.family, aggregation.batch, aggregation.sequence, config.score.depth
+        calibration, checkpoint.family, aggregation.batch, aggregation.sequence, config.score.depth
     )
-    return Scores(ranking, tally)
+    return Scores(ranking, calibration)
 
 
 def _iterated(
@@ -259,12 +261,16 @@ def _iterated(
                 [(temporary, Cut(checkpoint.architecture, keep, every))],
                 5_000_000_000,
             )
-        tally = run(folder, replace(measures, influence=(), losses=()), indices, save=False)
+        calibration = run(folder, replace(measures, influence=(), losses=()), indices, save=False)
         found = rankings(
-            tally, family, config.score.aggregation.batch, config.score.aggregation.sequence, "none"
+            calibration,
+            family,
+            config.score.aggregation.batch,
+            config.score.aggregation.sequence,
+            "none",
         )
         for axis, values in found.items():
             now, alive = spread(family, sizes, keep, axis, values)
             ranking[axis] = outranked(ranking[axis], now, alive)
         discard(folder)
-    return Scores(ranking, replace(scores.tally, sums={}), scores.greedy)
+    return Scores(ranking, replace(scores.calibration, sums={}), scores.greedy)

@@ -63,12 +63,12 @@ def merge_sums(left: CalibrationSums, right: CalibrationSums) -> CalibrationSums
 
 
 def rankings(
-    tally: CalibrationSums, family: Family, batch: str, sequence: str, depth: str
+    calibration: CalibrationSums, family: Family, batch: str, sequence: str, depth: str
 ) -> dict[str, Tensor]:
     """Scores of every axis from the sums.
 
     Args:
-        tally: the sums.
+        calibration: the sums.
         family: the model's table.
         batch: aggregation over samples.
         sequence: aggregation over positions; one that was summed.
@@ -79,12 +79,12 @@ def rankings(
         places where the axis is read ([P1] section 2.2), the others one per layer (and expert).
     """
     ranking = {}
-    for (axis, how), sums in tally.sums.items():
+    for (axis, how), sums in calibration.sums.items():
         if how == sequence:
             scores = over_batch(sums, batch)
             ranking[axis] = scores.sum((0, 1)) if family.axes[axis].scope == "model" else scores
-    if (depth, 1) in tally.depth:
-        ranking["layers"] = block_importance(depth, tally.depth[depth, 1])
+    if (depth, 1) in calibration.depth:
+        ranking["layers"] = block_importance(depth, calibration.depth[depth, 1])
     return ranking
 
 

@@ -154,12 +154,12 @@ def _perform(
         device = _device(job.device, ranks)
         recipe = digest([checkpoint.fingerprint, groups, asdict(job.measures), sorted(job.removed)])
         savings = LayerwiseCheckpoint(job.state / f"layers-{ranks.rank}", recipe, job.save_seconds)
-        tally = streamed(
+        calibration = streamed(
             checkpoint, job.samples, groups, job.measures, device, job.budget, job.state, job.removed,
             progress, savings,
         )  # fmt: skip
         savings.clear()
-        return tally
+        return calibration
     idle = max(map(len, job.groups)) - len(groups) if job.sharded else 0
     saved = time.monotonic()
 
@@ -176,10 +176,10 @@ def _perform(
     )
 
 
-def _save(target: Path, tally: CalibrationSums) -> None:
+def _save(target: Path, calibration: CalibrationSums) -> None:
     """Writes sums so that a reader finds the old ones or the new ones, whole."""
     with replacing_folder(target) as fresh:
-        write_scores(fresh, Scores({}, tally))
+        write_scores(fresh, Scores({}, calibration))
 
 
 def load_partial(state: Path) -> CalibrationSums:
@@ -189,7 +189,7 @@ def load_partial(state: Path) -> CalibrationSums:
     once.
     """
     places = [standing(path) for path in replaced_in(state, "part-*") if path.suffix != ".new"]
-    parts = [read_scores(path).tally for path in places if path is not None]
+    parts = [read_scores(path).calibration for path in places if path is not None]
     found = CalibrationSums()
     for part in sorted(parts, key=lambda part: -len(part.samples)):
         if not set(part.samples) & set(found.samples):
@@ -197,9 +197,9 @@ def load_partial(state: Path) -> CalibrationSums:
     return found
 
 
-def save_partial(state: Path, tally: CalibrationSums) -> None:
+def save_partial(state: Path, calibration: CalibrationSums) -> None:
     """Saves the sums of an earlier run in one file, in the place of its parts."""
-    _save(state / "part-all", tally)
+    _save(state / "part-all", calibration)
     for path in replaced_in(state, "part-*"):
         if path.name != "part-all":
             clear(path)

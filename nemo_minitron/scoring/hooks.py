@@ -1,7 +1,4 @@
-"""torch hooks: sums the activations at a family's taps while a model runs forward.
-
-Shape suffixes: B samples, S positions, U units, H hidden channels, T tokens, E experts.
-"""
+"""torch hooks: sums the activations at a family's taps while a model runs forward."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -234,7 +231,7 @@ class Recorder:
         ]:
             del self._inputs[old]
 
-    def tally(self) -> CalibrationSums:
+    def sums(self) -> CalibrationSums:
         """The sums of all layers, on the CPU; the caller adds the samples' fingerprints."""
         sums: dict[tuple[str, str], Moments] = {}
         for axis, layers in self.places.items():

@@ -1,8 +1,5 @@
 """Importance of a model's units from activations ([P1] section 2.2).
 
-Shape suffixes: B samples, S positions, U units, T tokens, E experts, L layers; ``x_BSU`` has the
-shape [samples, positions, units].
-
 An activation score is two aggregations, first over the positions of each sample, then over samples.
 What is kept between batches are the sums over samples of the first aggregation and of its square:
 they merge associatively, so that any split of the samples over batches, ranks, machines or resumed

@@ -67,8 +67,8 @@ def greedy(
         if metric == "task":
             importance = block_importance("task", tasks(run.lead, 1, frozenset(order)))
         else:
-            tally = run(checkpoint.folder, measures, indices, frozenset(order), save=False)
-            importance = block_importance(metric, tally.depth[metric, 1])
+            calibration = run(checkpoint.folder, measures, indices, frozenset(order), save=False)
+            importance = block_importance(metric, calibration.depth[metric, 1])
 
 
 def with_tasks(
@@ -76,8 +76,8 @@ def with_tasks(
 ) -> Scores:
     """Ranks layers, and blocks of them, by a task's accuracy without them ([P2] section 3)."""
     layers = checkpoint.architecture.sizes["layers"]
-    depth: dict[tuple[str, int], DepthSums] = dict(scores.tally.depth)
+    depth: dict[tuple[str, int], DepthSums] = dict(scores.calibration.depth)
     for length in block_lengths(config, layers):
         depth["task", length] = tasks(lead, length, frozenset())
     ranking = {**scores.ranking, "layers": block_importance("task", depth["task", 1])}
-    return Scores(ranking, replace(scores.tally, depth=depth))
+    return Scores(ranking, replace(scores.calibration, depth=depth))

@@ -42,29 +42,29 @@ class LayerwiseCheckpoint:
         self._folder, self._recipe, self._seconds = folder, recipe, seconds
         self._last, self._cost = time.monotonic(), 0.0
 
-    def load(self, shelf: HiddenStateStore) -> tuple[int, CalibrationSums]:
-        """Fills the shelf; gives the position of the next layer, 0 where there is nothing, and the sums."""
+    def load(self, store: HiddenStateStore) -> tuple[int, CalibrationSums]:
+        """Fills the store; gives the position of the next layer, 0 where there is nothing, and the sums."""
         folder = standing(self._folder)
         if folder is not None and (stamp := folder / _STAMP).is_file():
             found = read_json(stamp, _Stamp)
             if found["recipe"] == self._recipe:
                 for path in folder.glob("*.hidden"):
-                    shelf.put(key_of(path.stem), read_tensors(path)["hidden"])
-                return int(found["next"]), read_scores(folder).tally
+                    store.put(key_of(path.stem), read_tensors(path)["hidden"])
+                return int(found["next"]), read_scores(folder).calibration
         return 0, CalibrationSums()
 
-    def save(self, shelf: HiddenStateStore, following: int, tally: CalibrationSums) -> None:
+    def save(self, store: HiddenStateStore, following: int, calibration: CalibrationSums) -> None:
         """Saves if it is time; saving takes at most a tenth of the time."""
         waited = time.monotonic() - self._last
         if self._seconds is None or waited < max(self._seconds, 9 * self._cost):
             return
         started = time.monotonic()
         with replacing_folder(self._folder) as fresh:
-            for key in shelf.keys():  # noqa: SIM118 (a HiddenStateStore is no mapping)
+            for key in store.keys():  # noqa: SIM118 (a HiddenStateStore is no mapping)
                 save_file(
-                    {"hidden": shelf.get(key).contiguous()}, fresh / f"{file_name(key)}.hidden"
+                    {"hidden": store.get(key).contiguous()}, fresh / f"{file_name(key)}.hidden"
                 )
-            write_scores(fresh, Scores({}, tally))
+            write_scores(fresh, Scores({}, calibration))
             write_json(fresh / _STAMP, {"recipe": self._recipe, "next": following})
         self._last, self._cost = time.monotonic(), time.monotonic() - started
 

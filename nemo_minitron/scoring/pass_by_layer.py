@@ -6,8 +6,6 @@ would: transformers does what it does for any model (renamed and fused tensors, 
 family needs code here. Embedding, final norm and head stay in memory, every byte of the checkpoint
 is read once. The hidden states of all batches wait between two layers in memory, and beyond a
 budget on disk.
-
-Shape suffixes: B samples, S positions, H hidden channels.
 """
 
 import gc
@@ -148,13 +146,13 @@ class _Pass:
     def __init__(
         self,
         loader: _OneLayer,
-        shelf: HiddenStateStore,
+        store: HiddenStateStore,
         batches: Sequence[Batch],
         measures: Measures,
         removed: frozenset[int],
         progress: Callable[[int], None],
     ) -> None:
-        self.loader, self.shelf, self.batches, self.measures = loader, shelf, batches, measures
+        self.loader, self.store, self.batches, self.measures = loader, store, batches, measures
         self.progress = progress
         self.family = loader.checkpoint.family
         self.layers = loader.checkpoint.architecture.sizes["layers"]
@@ -163,14 +161,14 @@ class _Pass:
 
     def run(self, savings: LayerwiseCheckpoint | None, check: bool) -> CalibrationSums:
         """Takes all batches through layer after layer."""
-        start, found = savings.load(self.shelf) if savings is not None else (0, CalibrationSums())
+        start, found = savings.load(self.store) if savings is not None else (0, CalibrationSums())
         if start:
             print(f"scoring goes on at layer {self.kept[start]}", flush=True)
         self.progress(start * sum(batch.tokens_BS.numel() for batch in self.batches))
         for position, layer in enumerate(self.kept[start:], start):
             found = self._layer(layer, found, check)
             if savings is not None and layer != self.kept[-1]:
-                savings.save(self.shelf, position + 1, found)
+                savings.save(self.store, position + 1, found)
         return found
 
     def _layer(self, layer: int, found: CalibrationSums, check: bool) -> CalibrationSums:
@@ -187,7 +185,7 @@ class _Pass:
                     self.progress(batch.tokens_BS.numel())
             if layer == self.kept[-1]:
                 self._finish(model, detour)
-            return _joined(found, recorder.tally(), layer, here, self.layers)
+            return _joined(found, recorder.sums(), layer, here, self.layers)
 
     def _advance(
         self,
@@ -200,23 +198,23 @@ class _Pass:
         layer: int,
     ) -> None:
         """Takes a batch through a layer: for the whole model, and for each model without a block."""
-        decoder, shelf = decoder_of(model, self.family), self.shelf
+        decoder, store = decoder_of(model, self.family), self.store
         recorder.mask, recorder.paused, detour.catch = batch.mask_BS, False, True
         if layer != self.kept[0]:
-            detour.inject = {here: shelf.get((None, number)).to(self.loader.device)}
+            detour.inject = {here: store.get((None, number)).to(self.loader.device)}
         decoder(**batch.inputs())
         before, after = detour.inputs[here], detour.output
         assert before is not None and after is not None
         recorder.paused = True
         for block in self.losses.blocks:
             if block[0] == layer:  # the model without this block goes on from here behind it
-                shelf.put((block, number), before)
+                store.put((block, number), before)
             elif block[0] < layer and layer not in block:
-                detour.inject = {here: shelf.get((block, number)).to(self.loader.device)}
+                detour.inject = {here: store.get((block, number)).to(self.loader.device)}
                 decoder(**batch.inputs())
                 assert detour.output is not None
-                shelf.put((block, number), detour.output)
-        shelf.put((None, number), after)
+                store.put((block, number), detour.output)
+        store.put((None, number), after)
         detour.output, detour.inject, detour.inputs[here] = None, {}, None
 
     def _finish(self, model: Any, detour: LayerControl) -> None:
@@ -227,7 +225,7 @@ class _Pass:
         for number, batch in enumerate(self.batches):
             fed = batch.to(self.loader.device)
             for block in [None, *self.losses.blocks]:
-                detour.inject = {0: self.shelf.get((block, number)).to(self.loader.device)}
+                detour.inject = {0: self.store.get((block, number)).to(self.loader.device)}
                 hidden_BSH = hidden_states(model, self.family, **fed.arguments())
                 self.losses.add(block, loss_sum(model, self.family, hidden_BSH, fed.labels_BS))
 

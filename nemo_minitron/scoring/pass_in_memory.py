@@ -1,7 +1,4 @@
-"""A scoring pass over a model in memory, and the loss without layers.
-
-Shape suffixes: B samples, S positions, H hidden channels, T tokens.
-"""
+"""A scoring pass over a model in memory, and the loss without layers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -161,10 +158,10 @@ def in_memory(
     done: dict[int, str] = {}
     fingerprints = samples.fingerprints()
 
-    def tally() -> CalibrationSums:
+    def sums() -> CalibrationSums:
         if not done:
             return CalibrationSums()
-        found = recorder.tally()
+        found = recorder.sums()
         return replace(found, depth={**found.depth, **losses.depth()}, samples=dict(done))
 
     if samples.positions_NS is not None:
@@ -174,12 +171,12 @@ def in_memory(
             batch = samples.batch(group).to(device)
             _read(model, recorder, detour, batch, losses, removed)
             done |= {index: fingerprints[index] for index in group}
-            report(tally, batch.tokens_BS.numel())
+            report(sums, batch.tokens_BS.numel())
         recorder.idle = True
         for _ in range(idle):
             uncounted = Losses(layers, measures.losses, removed)
             _read(model, recorder, detour, samples.batch([0]).to(device), uncounted, removed)
-    return tally()
+    return sums()
 
 
 def _read(

@@ -63,9 +63,9 @@ class Runner:
         tokens = len(indices) * (self.samples.tokens_NS.shape[1] - 1)
         started = time.monotonic()
         with bar("scoring", _tokens(job, folder)) as advance:
-            tally = self.lead.run(job, advance)
+            calibration = self.lead.run(job, advance)
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + time.monotonic() - started
-        return tally
+        return calibration
 
     def _choose(self, folder: Path, measures: "Measures") -> tuple[bool, str]:
         """Whether to stream, and why."""

@@ -30,13 +30,13 @@ class Scores:
     Attributes:
         ranking: axis name to scores, float64: [units] for scope ``model`` and for ``layers``,
             [layers, units] or [layers, experts, units] else.
-        tally: the sums behind them, and the samples they are over; empty for the baselines.
+        calibration: the sums behind them, and the samples they are over; empty for the baselines.
         greedy: layers in the order in which greedy removal took them; empty where it was not asked
             for.
     """
 
     ranking: dict[str, Tensor]
-    tally: CalibrationSums = field(default_factory=CalibrationSums)
+    calibration: CalibrationSums = field(default_factory=CalibrationSums)
     greedy: tuple[int, ...] = ()
 
 
@@ -50,13 +50,14 @@ def write_scores(folder: Path, scores: Scores) -> None:
     tensors = {
         f"ranking.{axis}": value.double().contiguous() for axis, value in scores.ranking.items()
     }
-    tensors |= _tensors(scores.tally)
+    tensors |= _tensors(scores.calibration)
     if scores.greedy:
         tensors["greedy"] = torch.tensor(scores.greedy)
     save_file(tensors, folder / FILE)
-    if scores.tally.samples:
+    if scores.calibration.samples:
         write_json(
-            folder / SAMPLES, {str(index): name for index, name in scores.tally.samples.items()}
+            folder / SAMPLES,
+            {str(index): name for index, name in scores.calibration.samples.items()},
         )
 
 
@@ -119,13 +120,13 @@ def check_scores(folder: Path, scores: Scores, family: Family, sizes: Mapping[st
         raise ValueError(f"{path}: damaged: greedy: expected layers, each once; {remedy(path)}")
 
 
-def _tensors(tally: CalibrationSums) -> dict[str, Tensor]:
-    tensors = {f"routed.{axis}": counts.contiguous() for axis, counts in tally.routed.items()}
-    for (axis, how), sums in tally.sums.items():
+def _tensors(calibration: CalibrationSums) -> dict[str, Tensor]:
+    tensors = {f"routed.{axis}": counts.contiguous() for axis, counts in calibration.routed.items()}
+    for (axis, how), sums in calibration.sums.items():
         tensors[f"sums.{axis}.{how}.total"] = sums.total.contiguous()
         tensors[f"sums.{axis}.{how}.squares"] = sums.squares.contiguous()
         tensors[f"sums.{axis}.{how}.samples"] = torch.tensor(sums.samples)
-    for (metric, length), depth in tally.depth.items():
+    for (metric, length), depth in calibration.depth.items():
         tensors[f"depth.{metric}.{length}.total"] = depth.total.contiguous()
         tensors[f"depth.{metric}.{length}.base"] = torch.tensor(depth.base, dtype=torch.float64)
         tensors[f"depth.{metric}.{length}.count"] = torch.tensor(depth.count)

@@ -42,11 +42,11 @@ def recipe(config: Config) -> Recipe:
     inputs = [input_artifact(workspace.root, "pruned", "prune"), *training_inputs(config)]
     if settings.teacher_logits == "cache":
         inputs.append(input_artifact(workspace.root, "logits", "logits"))
-        callbacks, dress = _cached(config, pruned, divergence, inside)
+        callbacks, wrap_samples = _cached(config, pruned, divergence, inside)
     else:
         teacher, teacher_input = distillation_teacher(config)
         inputs.append(teacher_input)
-        callbacks, dress = _online(config, teacher, pruned, divergence, inside)
+        callbacks, wrap_samples = _online(config, teacher, pruned, divergence, inside)
 
     def start() -> tuple[Any, dict[str, Any], Path]:
         import torch
@@ -59,7 +59,11 @@ def recipe(config: Config) -> Recipe:
     section = {**asdict(settings), **dict.fromkeys(elsewhere), "trainer": {}, "optim": {}}
     section["live_teacher"] = settings.live_teacher is not None  # wherever it lies
     role = Role(
-        lambda: tokenizer_of(pruned), start, lambda: read_config(pruned), callbacks, dress=dress
+        lambda: tokenizer_of(pruned),
+        start,
+        lambda: read_config(pruned),
+        callbacks,
+        wrap_samples=wrap_samples,
     )
     return training_recipe(workspace.student, "student", config, section, inputs, role)
 
@@ -149,7 +153,7 @@ def _cached(
         weights = LossWeights(settings.kl, settings.ce, divergence)
         return [CachedDistillation(cache, weights, settings.chunk_tokens, vocabulary)]
 
-    def dress(samples: Any, validation: Any) -> tuple[Any, Any]:
+    def wrap_samples(samples: Any, validation: Any) -> tuple[Any, Any]:
         """The samples with their rows in the cache, refused where these are of others."""
         from nemo_minitron.training.sampler import Numbered
 
@@ -161,7 +165,7 @@ def _cached(
             )
         return Numbered(samples), Numbered(validation, cache.facts["validation"])
 
-    return callbacks, dress
+    return callbacks, wrap_samples
 
 
 def _check_cache(config: Config, where: str) -> None:

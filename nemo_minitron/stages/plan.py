@@ -71,13 +71,13 @@ def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:
     going = layers - plan.layers
     if plan.layer_choice == "contiguous" and going > 1:
         blocks = (config.score.depth, going)
-        if blocks not in scores.tally.depth:
+        if blocks not in scores.calibration.depth:
             raise ValueError(
                 f"plan.layer_choice=contiguous: the scores measured no blocks of {going} layers by "
                 f"{config.score.depth}; run score with score.blocks=[{going}]"
             )
         return kept_layers(
-            layers, contiguous(block_importance(blocks[0], scores.tally.depth[blocks]), going)
+            layers, contiguous(block_importance(blocks[0], scores.calibration.depth[blocks]), going)
         )
     if plan.layer_choice == "greedy":
         if len(scores.greedy) < going:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from nemo_minitron.stages.recipe import Recipe
 from nemo_minitron.stages.result import Result
-from nemo_minitron.workspace.accelerator_lock import ENDING_SECONDS, in_use, turn
+from nemo_minitron.workspace.accelerator_lock import ENDING_SECONDS, hold_accelerator, in_use
 from nemo_minitron.workspace.build import make
 from nemo_minitron.workspace.command_log import note_command
 from nemo_minitron.workspace.condition import condition
-from nemo_minitron.workspace.locks import alone, locked
+from nemo_minitron.workspace.locks import hold_stage, locked
 from nemo_minitron.workspace.manifest import fingerprint
 from nemo_minitron.workspace.resumable import make_resumable
 
@@ -52,7 +52,7 @@ def run_alone(
     name: str,
     config: "Config",
     before: Sequence[str] = (),
-    told: Callable[[Result], None] = lambda result: None,
+    on_result: Callable[[Result], None] = lambda result: None,
 ) -> Result | None:
     """Runs a stage as the only one in its workspace and on its accelerator, with the ranks of torchrun.
 
@@ -60,7 +60,7 @@ def run_alone(
         name: the stage.
         config: the whole configuration.
         before: stages that rank 0 brings up to date first.
-        told: called with their results.
+        on_result: called with their results.
 
     Returns:
         What came of it; None on the ranks beside rank 0, which share the work and report nothing.
@@ -71,11 +71,11 @@ def run_alone(
         return None
     patience = config.launch.grace + ENDING_SECONDS
     with (
-        alone(Path(config.workspace), patience),
+        hold_stage(Path(config.workspace), patience),
         in_use(accelerator_of(config.launch, name), patience),
     ):
         for each in before:
-            told(run_stage(each, config))
+            on_result(run_stage(each, config))
         if name not in SEVERAL:
             return run_stage(name, config)
         from nemo_minitron.models.ranks import join
@@ -88,7 +88,7 @@ def run_by_hand(
     config: "Config",
     words: list[str],
     before: Sequence[str],
-    told: Callable[[Result], None],
+    on_result: Callable[[Result], None],
 ) -> Result | None:
     """The same for a stage that no flow has started: what a flow would hold is held here, too.
 
@@ -97,14 +97,14 @@ def run_by_hand(
         config: the whole configuration.
         words: the command line, to be noted.
         before: as for ``run_alone``.
-        told: as for ``run_alone``.
+        on_result: as for ``run_alone``.
     """
     if _is_follower():
         return run_alone(name, config)
     workspace = Path(config.workspace)
-    with locked(workspace), turn(accelerator_of(config.launch, name), name):
+    with locked(workspace), hold_accelerator(accelerator_of(config.launch, name), name):
         note_command(workspace, words)
-        return run_alone(name, config, before, told)
+        return run_alone(name, config, before, on_result)
 
 
 def accelerator_of(launch: "LaunchConfig", stage: str) -> str | None:

@@ -84,7 +84,7 @@ def _write_plots(folder: Path, scores: Scores) -> None:
     pictures = importance_maps(scores.ranking)
     measured = {
         name: block_importance(name[0], sums)
-        for name, sums in scores.tally.depth.items()
+        for name, sums in scores.calibration.depth.items()
         if len(sums.total) > 1
     }
     if len(measured) > 1:  # of single layers alone the axis' own picture shows it
@@ -193,7 +193,7 @@ def _earlier(target: Path, config: Config, teacher: Input) -> CalibrationSums:
         calibration.get("packing") == config.data.calibration.packing
     )
     try:
-        return read_scores(target).tally if same and packing else CalibrationSums()
+        return read_scores(target).calibration if same and packing else CalibrationSums()
     except ValueError:  # damaged: all is scored anew
         return CalibrationSums()
 
@@ -258,9 +258,9 @@ def _summary(config: Config, scores: Scores, outcome: list[Outcome]) -> Summary:
             ", ".join(map(str, extremes.get("least", []))), ", ".join(map(str, extremes.get("most", []))),
         ))  # fmt: skip
     headline = f"{config.score.importance} importance of {len(rows)} axes"
-    if scores.tally.samples:
-        headline += f" from {len(scores.tally.samples):,} samples"
-        facts["samples"] = len(scores.tally.samples)
+    if scores.calibration.samples:
+        headline += f" from {len(scores.calibration.samples):,} samples"
+        facts["samples"] = len(scores.calibration.samples)
     if scores.greedy:
         facts["greedy"] = list(scores.greedy)
     notes: list[str] = []

@@ -39,7 +39,7 @@ class Role:
         callbacks: gives the Lightning callbacks.
         prepare: called first.
         shape: gives config.json of the model that is trained, without loading it.
-        dress: what becomes of the training and the validation samples before they are read.
+        wrap_samples: what becomes of the training and the validation samples before they are read.
     """
 
     tokenizer: Callable[[], Any]
@@ -47,7 +47,10 @@ class Role:
     shape: Callable[[], Mapping[str, Any]]
     callbacks: Callable[[], list[Any]] = list
     prepare: Callable[[], None] = lambda: None
-    dress: Callable[[Any, Any], tuple[Any, Any]] = lambda samples, validation: (samples, validation)
+    wrap_samples: Callable[[Any, Any], tuple[Any, Any]] = lambda samples, validation: (
+        samples,
+        validation,
+    )
 
 
 SKIPPED = "skipped.json"
@@ -203,15 +206,15 @@ def _launched() -> dict[str, Any]:
 def _train(
     config: Config, section: Mapping[str, Any], role: Role, state: Path, ranks: Ranks
 ) -> Any:
-    from nemo_minitron.plugin.trainer import Recipe, train
+    from nemo_minitron.plugin.trainer import TrainingSettings, train
     from nemo_minitron.training.loss_guard import BadStep
 
     trainer = section["trainer"]
     tokenizer = role.tokenizer()
     needed = samples_for(config, trainer, section["batch_size"])
     samples = training_samples(config, tokenizer, needed, ranks)
-    samples, validation = role.dress(samples, validation_samples(config, tokenizer))
-    recipe = Recipe(
+    samples, validation = role.wrap_samples(samples, validation_samples(config, tokenizer))
+    settings = TrainingSettings(
         trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"],
         _options(config.training),
     )  # fmt: skip
@@ -224,7 +227,7 @@ def _train(
                 model,
                 hf_config,
                 files,
-                recipe,
+                settings,
                 samples,
                 validation,
                 state,

@@ -1,6 +1,6 @@
 """Signals during a training.
 
-SIGTERM and SIGUSR1: it saves behind the step at hand and ends, to be run again. Ctrl-C ends it at
+SIGTERM and SIGUSR1: it finishes the current step, saves and ends, to be run again. Ctrl-C ends it at
 once, and where Python drops the exception (raised while an object is being destroyed), behind the
 step.
 """

@@ -1,7 +1,7 @@
 """Batches in an order that depends on the seed and on how much was consumed, nothing else.
 
 Because of that a resumed run needs no state of the loader: the step in the checkpoint says which
-    batch is next.
+batch is next.
 """
 
 import itertools

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_minitron.losses.fused_linear_loss import LossTerms
+from nemo_minitron.losses.fused_linear_loss import LossResult
 from nemo_minitron.losses.wide_matmul import sum_dtype
 
 
@@ -28,7 +28,7 @@ class LearnedTokens:
         self._terms: list[dict[str, Tensor]] = []
         self._step: tuple[Tensor, dict[str, Tensor]] | None = None
 
-    def note(self, terms: LossTerms) -> None:
+    def note(self, terms: LossResult) -> None:
         """Keeps the terms of the micro-batch whose ``share`` was asked for last."""
         self._terms.append(terms.named())
 

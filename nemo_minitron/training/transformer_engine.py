@@ -1,7 +1,7 @@
 """Transformer Engine: its linear layers and norms in the place of a model's, and products in FP8.
 
 The layers that take over hold the very parameters of those they replace, under the same names. So
-optimiser and checkpoints see the same model, and ``Exchange.undone`` is the Hugging Face model
+optimiser and checkpoints see the same model, and ``LayerReplacement.undone`` is the Hugging Face model
 again.
 """
 
@@ -50,7 +50,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class Kit:
+class ReplacementLayers:
     """Functions that make the replacing layers.
 
     Attributes:
@@ -101,14 +101,14 @@ def norm_formula(module: nn.Module) -> Norm | None:
     return None
 
 
-class Exchange:
+class LayerReplacement:
     """Replaces layers of a model, and restores them.
 
     Attributes:
         linears, norms: how many were exchanged.
     """
 
-    def __init__(self, model: Any, family: Family, kit: Kit) -> None:
+    def __init__(self, model: Any, family: Family, kit: ReplacementLayers) -> None:
         """Replaces what can be replaced inside the model's layers; embedding and head stay."""
         self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         self.linears = self.norms = 0
@@ -117,7 +117,9 @@ class Exchange:
                 for name, child in list(parent.named_children()):
                     self._exchange(parent, name, child, kit)
 
-    def _exchange(self, parent: nn.Module, name: str, child: nn.Module, kit: Kit) -> None:
+    def _exchange(
+        self, parent: nn.Module, name: str, child: nn.Module, kit: ReplacementLayers
+    ) -> None:
         if type(child) is nn.Linear:
             if child.in_features % _MULTIPLE or child.out_features % _MULTIPLE:
                 return
@@ -147,7 +149,7 @@ class Exchange:
                 setattr(parent, name, new)
 
 
-def transformer_engine(fp8: bool) -> Kit:
+def transformer_engine(fp8: bool) -> ReplacementLayers:
     """Transformer Engine's layers.
 
     Args:
@@ -186,4 +188,6 @@ def transformer_engine(fp8: bool) -> Kit:
         return new
 
     autocast = getattr(te, "autocast", None) or te.fp8_autocast  # renamed in 2.8
-    return Kit(linear, norm, lambda: autocast(enabled=True) if fp8 else contextlib.nullcontext())
+    return ReplacementLayers(
+        linear, norm, lambda: autocast(enabled=True) if fp8 else contextlib.nullcontext()
+    )

@@ -69,7 +69,7 @@ def in_use(accelerator: str | None, patience: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def turn(accelerator: str | None, name: str) -> Iterator[None]:
+def hold_accelerator(accelerator: str | None, name: str) -> Iterator[None]:
     """Holds the accelerator, where there is one, as a flow does: waits for others, however long they take."""
     if accelerator is None:
         yield

@@ -167,7 +167,7 @@ _PATIENCE = 120.0
 
 
 @contextlib.contextmanager
-def alone(workspace: Path, patience: float = _PATIENCE) -> Iterator[None]:
+def hold_stage(workspace: Path, patience: float = _PATIENCE) -> Iterator[None]:
     """Holds the workspace for the one stage that works in it, in whatever process that is.
 
     A flow holds the workspace too; but when a flow is killed its stage needs a moment to save and

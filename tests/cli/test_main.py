@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -332,7 +333,20 @@ def test_every_key_is_documented(capsys):
     for name, item, _ in describe(Config):
         assert item.metadata["help"], name
     assert main(["run", "--keys"]) == 0
-    assert "distill.temperature: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert re.search(r"^distill\.temperature: .*; more than 0$", printed, re.MULTILINE)
+    assert re.search(r"^distill\.divergence: .* \(one of: forward_kl, ", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_reader_that_has_enough_is_no_failure(lines):
+    command = [sys.executable, "-m", "nemo_minitron", "run", "--keys"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    for _ in range(lines):
+        process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 1
 
 
 def test_artifacts_of_another_model_are_not_mixed(capsys, tmp_path, scored, workspace):

@@ -53,15 +53,15 @@ def test_continuations_are_the_most_likely_tokens_one_after_the_other(pair):
 
 def test_the_loss_on_a_continuation_is_that_of_its_tokens_alone(pair):
     (model, other), family = pair
-    prompts_BP, ids_BN = tokens(3, 6), tokens(3, 5).flip(0)
+    prompts_BP, ids_BS = tokens(3, 6), tokens(3, 5).flip(0)
     with frozen(model):
-        found = loss_of(model, family, prompts_BP, ids_BN)
-        logits = model(torch.cat([prompts_BP, ids_BN], 1)).logits[:, 5:-1]
+        found = loss_of(model, family, prompts_BP, ids_BS)
+        logits = model(torch.cat([prompts_BP, ids_BS], 1)).logits[:, 5:-1]
     assert found == pytest.approx(
-        float(F.cross_entropy(logits.flatten(0, 1), ids_BN.flatten())), rel=1e-5
+        float(F.cross_entropy(logits.flatten(0, 1), ids_BS.flatten())), rel=1e-5
     )
     with frozen(other):
-        assert loss_of(other, family, prompts_BP, ids_BN) != pytest.approx(found, rel=1e-3)
+        assert loss_of(other, family, prompts_BP, ids_BS) != pytest.approx(found, rel=1e-3)
 
 
 def test_held_out_text_against_whole_logits(pair):

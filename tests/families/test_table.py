@@ -39,18 +39,18 @@ def test_taps_and_modules_are_those_of_the_installed_transformers(tmp_path, name
                 model.get_submodule(family.modules["decoder"])(
                     input_ids=torch.arange(24).view(2, 12), use_cache=False
                 )
-            tally = recorder.tally()
+            calibration = recorder.sums()
             prunable = {axis for axis in family.prunable if axis in present}
             groups = {family.axes[axis].within for axis in prunable} - {None}
             # every axis that a plan can cut has a score of its own, or its group's
-            assert {axis for axis, _ in tally.sums} == prunable - groups - {"layers"}
-            for (axis, _), sums in tally.sums.items():
+            assert {axis for axis, _ in calibration.sums} == prunable - groups - {"layers"}
+            for (axis, _), sums in calibration.sums.items():
                 assert sums.total.shape[-1] == sizes[axis], axis
                 if family.axes[axis].scope != "model":
                     assert sums.total.shape == score_shape(family, sizes, axis)
                     seen = sums.total.flatten(1).sum(-1).nonzero().flatten().tolist()
                     assert seen == present[axis], axis
-            assert tally.depth["block_influence", 1].count == 24
+            assert calibration.depth["block_influence", 1].count == 24
 
 
 def edited(tmp_path, change, name="llama"):

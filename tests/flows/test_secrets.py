@@ -290,7 +290,7 @@ def test_what_is_published_is_text_and_masked(server, played, tmp_path, monkeypa
 def test_a_failure_keeps_its_kind_and_loses_its_credentials_in_tracebacks_too(
     server, played, tmp_path
 ):
-    from nemo_minitron.flows.withheld import flow
+    from nemo_minitron.flows.masked_failures import flow
 
     def cause():
         try:

@@ -328,7 +328,7 @@ def test_a_job_on_several_nodes_meets_at_its_first():
 
 
 def test_before_its_time_is_up_a_job_saves(trained, queue):
-    """SIGTERM goes to the batch shell alone, as sbatch's --signal=B:TERM@120 sends it."""
+    """SIGTERM goes to the batch shell hold_stage, as sbatch's --signal=B:TERM@120 sends it."""
     workspace, call = trained
     jobs = queue / "jobs"
     words = (*SLURM, "trainer.max_steps=100000",
@@ -448,14 +448,14 @@ def test_a_stage_whose_flow_is_gone_keeps_its_accelerator(trained, tmp_path, mon
 
 
 def test_two_stages_never_work_in_one_workspace(trained):
-    from nemo_minitron.workspace.locks import alone
+    from nemo_minitron.workspace.locks import hold_stage
 
     workspace, call = trained
-    imports = "from pathlib import Path; from nemo_minitron.workspace.locks import alone"
-    holder = held(imports, f"alone(Path({str(workspace)!r}))")
+    imports = "from pathlib import Path; from nemo_minitron.workspace.locks import hold_stage"
+    holder = held(imports, f"hold_stage(Path({str(workspace)!r}))")
     with (
         pytest.raises(ValueError, match="a stage of an earlier run is still at work"),
-        alone(workspace, 0.2),
+        hold_stage(workspace, 0.2),
     ):
         pass
     threading.Timer(0.5, holder.stdin.close).start()

@@ -83,8 +83,8 @@ def aggregate(x, samples, batch, sequence):
 def test_every_axis_against_the_formula(tmp_path, name, batch, sequence):
     folder, samples = make_model(tmp_path / "m", name), padded()
     caught, model = by_hand(folder, samples)
-    tally = score(folder, samples)
-    found = rankings(tally, families()[name], batch, sequence, "block_influence")
+    calibration = score(folder, samples)
+    found = rankings(calibration, families()[name], batch, sequence, "block_influence")
 
     def same(result, x):
         expected = aggregate(x, samples, batch, sequence)
@@ -104,10 +104,10 @@ def test_every_axis_against_the_formula(tmp_path, name, batch, sequence):
 def test_block_influence_of_layers_and_of_blocks(tmp_path):
     folder, samples = make_model(tmp_path / "m", "llama"), padded()
     caught, _ = by_hand(folder, samples)
-    tally = score(folder, samples)
+    calibration = score(folder, samples)
     mask = samples.valid_NS[:, :-1]
     for length, blocks in ((1, 3), (2, 2)):
-        sums = tally.depth["block_influence", length]
+        sums = calibration.depth["block_influence", length]
         assert len(sums.total) == blocks
         for i in range(blocks):
             pair = caught[f"{i}.in"].double(), caught[f"{i + length - 1}.out"].double()
@@ -121,13 +121,15 @@ def test_block_influence_of_layers_and_of_blocks(tmp_path):
 def test_neurons_before_their_activation(tmp_path):
     folder, samples = make_model(tmp_path / "m", "nemotron"), padded()
     caught, _ = by_hand(folder, samples)
-    tally = score(folder, samples, replace(ALL, pre_activation=True))
+    calibration = score(folder, samples, replace(ALL, pre_activation=True))
     for i in range(3):
         expected = aggregate(caught[f"{i}.up_proj"], samples, "l2", "mean")
-        assert torch.allclose(over_batch(tally.sums["ffn", "mean"], "l2")[i], expected, rtol=1e-4)
+        assert torch.allclose(
+            over_batch(calibration.sums["ffn", "mean"], "l2")[i], expected, rtol=1e-4
+        )
     assert not torch.allclose(
         over_batch(score(folder, samples).sums["ffn", "mean"], "l2"),
-        over_batch(tally.sums["ffn", "mean"], "l2"),
+        over_batch(calibration.sums["ffn", "mean"], "l2"),
         rtol=0.01,
     )
 
@@ -136,7 +138,7 @@ def test_neurons_before_their_activation(tmp_path):
 def test_experts_and_their_neurons_against_the_formula(tmp_path, sequence):
     folder, samples = tiny_model(families()["mixtral"], {}, tmp_path / "m"), padded()
     caught, model = by_hand(folder, samples)
-    tally = score(folder, samples)
+    calibration = score(folder, samples)
     mask = samples.valid_NS[:, :-1]
     for i, layer in enumerate(model.requires_grad_(False).model.layers):
         x = caught[f"{i}.mlp"]
@@ -149,13 +151,13 @@ def test_experts_and_their_neurons_against_the_formula(tmp_path, sequence):
             given = neurons @ layer.mlp.experts.down_proj[expert].T
             share = (weights * (chosen == expert)).sum(-1)
             came = (chosen == expert).any(-1)
-            assert int(tally.routed["experts"][i, expert]) == int((came & mask).sum())
+            assert int(calibration.routed["experts"][i, expert]) == int((came & mask).sum())
             norm = (given * share[..., None]).norm(dim=-1)[..., None]
             expected = aggregate(norm.detach(), samples, "l2", sequence)[0]
-            found = over_batch(tally.sums["experts", sequence], "l2")[i, expert]
+            found = over_batch(calibration.sums["experts", sequence], "l2")[i, expert]
             assert float(found) == pytest.approx(float(expected), rel=1e-3)
             expected = aggregate((neurons * came[..., None]).detach(), samples, "l2", sequence)
-            found = over_batch(tally.sums["expert_ffn", sequence], "l2")[i, expert]
+            found = over_batch(calibration.sums["expert_ffn", sequence], "l2")[i, expert]
             assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -180,7 +182,7 @@ def test_mamba_heads_channels_and_state_against_the_formula(tmp_path):
             attention_mask=samples.valid_NS[:, :-1].long(),
             use_cache=False,
         )
-    tally = score(folder, samples)
+    calibration = score(folder, samples)
     for i in (0, 2, 3):
         out = caught[i, "out"].unflatten(-1, (8, 6))  # 8 heads of 6 channels
         state = caught[i, "in"][..., 96:136].unflatten(
@@ -191,10 +193,10 @@ def test_mamba_heads_channels_and_state_against_the_formula(tmp_path):
             ("mamba_head_dim", out.norm(dim=-2)),
             ("mamba_state", state.norm(dim=-2)),
         ):
-            found = over_batch(tally.sums[axis, "mean"], "l2")[i]
+            found = over_batch(calibration.sums[axis, "mean"], "l2")[i]
             assert torch.allclose(found, aggregate(values, samples, "l2", "mean"), rtol=1e-3), axis
     assert (
-        over_batch(tally.sums["mamba_heads", "mean"], "l2")[1].abs().max() == 0
+        over_batch(calibration.sums["mamba_heads", "mean"], "l2")[1].abs().max() == 0
     )  # the attention layer
 
 

@@ -37,10 +37,10 @@ def loss_of(folder, samples):
 def test_loss_without_layers_is_that_of_the_cut_model(tmp_path, name):
     family = families()[name]
     folder, samples = tiny_model(family, family.proofs[0], tmp_path / "m"), padded()
-    tally = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, DEPTH)
+    calibration = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, DEPTH)
     whole = loss_of(folder, samples)
     for length in (1, 2):
-        sums = tally.depth["lm_loss", length]
+        sums = calibration.depth["lm_loss", length]
         assert sums.base / sums.count == pytest.approx(whole, abs=1e-4)
         for first, rise in enumerate(block_importance("lm_loss", sums).tolist()):
             kept = tuple(layer for layer in range(4) if not first <= layer < first + length)
@@ -51,16 +51,17 @@ def test_loss_without_layers_is_that_of_the_cut_model(tmp_path, name):
 def test_with_layers_gone_already(tmp_path):
     folder, samples = make_model(tmp_path / "m", "llama"), padded()
     checkpoint, gone = open_checkpoint(folder), frozenset({1})
-    for tally in (
+    for calibration in (
         in_memory(load_model(folder), checkpoint, samples, GROUPS, DEPTH, gone),
         streamed(checkpoint, samples, GROUPS, DEPTH, torch.device("cpu"), 10**9, tmp_path, gone),
     ):
-        sums = tally.depth["lm_loss", 1]
+        sums = calibration.depth["lm_loss", 1]
         assert sums.base / sums.count == pytest.approx(
-            loss_of(stream(folder, tmp_path / f"one{id(tally)}", {}, (0, 2)), samples), abs=1e-4
+            loss_of(stream(folder, tmp_path / f"one{id(calibration)}", {}, (0, 2)), samples),
+            abs=1e-4,
         )
         assert sums.total[1] == torch.inf
-        alone = loss_of(stream(folder, tmp_path / f"two{id(tally)}", {}, (2,)), samples)
+        alone = loss_of(stream(folder, tmp_path / f"two{id(calibration)}", {}, (2,)), samples)
         assert float(sums.total[0]) / sums.count == pytest.approx(alone, abs=1e-4)
 
 
@@ -73,9 +74,9 @@ def test_an_identity_layer_costs_nothing(tmp_path):
         tensors[f"model.layers.1.{name}.weight"].zero_()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     measures = Measures(("mean",), influence=(1,), losses=(1,))
-    tally = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, measures)
+    calibration = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, measures)
     for metric in ("block_influence", "lm_loss"):
-        importance = block_importance(metric, tally.depth[metric, 1])
+        importance = block_importance(metric, calibration.depth[metric, 1])
         assert float(importance[1]) == pytest.approx(0, abs=1e-6)
         assert importance.abs().argmin() == 1
 
@@ -178,9 +179,9 @@ def test_packed_documents_do_not_see_each_other(tmp_path, name):
 
 def test_the_loss_of_several_lengths_shares_one_base(tmp_path):
     folder, samples = make_model(tmp_path / "m", "llama"), padded()
-    tally = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, DEPTH)
+    calibration = in_memory(load_model(folder), open_checkpoint(folder), samples, GROUPS, DEPTH)
     one = in_memory(
         load_model(folder), open_checkpoint(folder), samples, GROUPS, replace(DEPTH, losses=(1,))
     )
-    assert torch.equal(tally.depth["lm_loss", 1].total, one.depth["lm_loss", 1].total)
-    assert tally.depth["lm_loss", 1].base == tally.depth["lm_loss", 2].base
+    assert torch.equal(calibration.depth["lm_loss", 1].total, one.depth["lm_loss", 1].total)
+    assert calibration.depth["lm_loss", 1].base == calibration.depth["lm_loss", 2].base

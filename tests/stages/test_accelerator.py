@@ -184,7 +184,7 @@ def test_every_family_is_scored_and_taught(tmp_path, monkeypatch, name):
     for place, device in (("here", torch.device("cpu")), ("there", DEVICE)):
         with accelerator.accelerator():
             model = load_model(folder, torch.float32, device)
-            tally = in_memory(
+            calibration = in_memory(
                 model,
                 checkpoint,
                 padded(),
@@ -197,7 +197,7 @@ def test_every_family_is_scored_and_taught(tmp_path, monkeypatch, name):
         losses = [
             line["loss"] for line in read_log(tmp_path / place / "metrics.jsonl") if "loss" in line
         ]
-        found.append(({key: sums.total for key, sums in tally.sums.items()}, losses))
+        found.append(({key: sums.total for key, sums in calibration.sums.items()}, losses))
     (ours, our_losses), (theirs, their_losses) = found
     assert set(ours) == set(theirs)
     for key, value in ours.items():

@@ -37,14 +37,14 @@ def score(place, words, *more):
 
 def same(found, expected, rtol=1e-6):
     """All sums and rankings, to rounding."""
-    assert found.tally.samples == expected.tally.samples
-    assert set(found.tally.sums) == set(expected.tally.sums)
-    assert set(found.tally.depth) == set(expected.tally.depth)
-    for key, sums in expected.tally.sums.items():
-        assert torch.allclose(found.tally.sums[key].squares, sums.squares, rtol=rtol), key
-    for key, sums in expected.tally.depth.items():
-        assert found.tally.depth[key].count == sums.count
-        assert torch.allclose(found.tally.depth[key].total, sums.total, rtol=rtol), key
+    assert found.calibration.samples == expected.calibration.samples
+    assert set(found.calibration.sums) == set(expected.calibration.sums)
+    assert set(found.calibration.depth) == set(expected.calibration.depth)
+    for key, sums in expected.calibration.sums.items():
+        assert torch.allclose(found.calibration.sums[key].squares, sums.squares, rtol=rtol), key
+    for key, sums in expected.calibration.depth.items():
+        assert found.calibration.depth[key].count == sums.count
+        assert torch.allclose(found.calibration.depth[key].total, sums.total, rtol=rtol), key
     for axis, ranking in expected.ranking.items():
         assert torch.allclose(found.ranking[axis], ranking, rtol=1e-4, atol=1e-7), axis
     return True
@@ -53,11 +53,11 @@ def same(found, expected, rtol=1e-6):
 def test_parts_scored_apart_merge_to_the_whole(capsys, tmp_path, words):
     words = [*words, "score.depth=lm_loss", "score.blocks=[2]"]
     whole = score(tmp_path / "whole", words)
-    assert len(whole.tally.samples) == 11
+    assert len(whole.calibration.samples) == 11
     parts = []
     for part in ("1/3", "2/3", "3/3"):
         place = tmp_path / part[0]
-        parts.append(set(score(place, words, f"score.shard={part}").tally.samples))
+        parts.append(set(score(place, words, f"score.shard={part}").calibration.samples))
     assert set.union(*parts) == set(range(11)) and sum(map(len, parts)) == 11
     merge = [f"workspace={tmp_path / 'sum'}", *words]
     capsys.readouterr()
@@ -89,7 +89,7 @@ def test_more_samples_add_to_what_is_there(capsys, tmp_path, words):
     assert f"{4 * 16} tokens in" in result["headline"]
     grown = read_scores(tmp_path / "grown" / "scores")
     assert same(grown, score(tmp_path / "whole", words))
-    assert grown.tally.samples.items() > small.tally.samples.items()
+    assert grown.calibration.samples.items() > small.calibration.samples.items()
     capsys.readouterr()
     # another aggregation is another ranking of the same sums: nothing is run
     assert (
@@ -220,7 +220,7 @@ def test_layers_ranked_by_a_task(tmp_path, teacher, corpus):
         "score.tasks=[held_out_choice]", "score.task_limit=20",
     ]  # fmt: skip
     scores = score(tmp_path / "ws", words, "plan.layers=1", "plan.layer_choice=greedy")
-    sums = scores.tally.depth["task", 1]
+    sums = scores.calibration.depth["task", 1]
     assert 0 <= sums.base <= 1 and ((sums.total >= 0) & (sums.total <= 1)).all()
     assert torch.allclose(scores.ranking["layers"], sums.base - sums.total)
     assert len(set(scores.greedy)) == 2

@@ -7,7 +7,7 @@ from nemo_minitron.families import families
 from nemo_minitron.losses.fused_linear_loss import LossWeights
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
-from nemo_minitron.plugin.trainer import Options, Recipe, newest_checkpoint, train
+from nemo_minitron.plugin.trainer import Options, TrainingSettings, newest_checkpoint, train
 from tests.support.processes import until
 from tests.support.runs import started
 
@@ -48,7 +48,7 @@ def recipe(steps, options=None, **trainer):
         "enable_model_summary": False, "num_sanity_val_steps": 0, "val_check_interval": 2,
         "check_val_every_n_epoch": None,
     }  # fmt: skip
-    return Recipe({**settings, **trainer}, OPTIM, EXP, 4, 0, options or Options())
+    return TrainingSettings({**settings, **trainer}, OPTIM, EXP, 4, 0, options or Options())
 
 
 def tokens(count=40, length=17, seed=0):

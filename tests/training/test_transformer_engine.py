@@ -16,9 +16,9 @@ from nemo_minitron.proofs.tiny_models import tiny_model
 from nemo_minitron.training.loss_guard import BadStep
 from nemo_minitron.training.transformer_engine import (
     EXTRA_STATE,
-    Exchange,
-    Kit,
+    LayerReplacement,
     Norm,
+    ReplacementLayers,
     norm_formula,
     transformer_engine,
 )
@@ -55,7 +55,7 @@ def kit(norms=True):
     def linear(old):
         return Scaled(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
 
-    return Kit(linear, norm, contextlib.nullcontext)
+    return ReplacementLayers(linear, norm, contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("name", sorted(families()))
@@ -76,7 +76,7 @@ def test_every_familys_norms_are_known_and_its_layers_exchanged_without_a_trace(
     for tap in (tap for tap in family.taps["hidden"] if tap.side == "output"):
         with contextlib.suppress(AttributeError):  # a hybrid's layers differ
             assert norm_formula(model.get_submodule(fill(tap.module, {index: 0}))) is not None
-    exchange = Exchange(model, family, kit())
+    exchange = LayerReplacement(model, family, kit())
     assert exchange.norms >= len(layers_of(model, family))
     with torch.no_grad():
         assert torch.allclose(model(tokens).logits, before, atol=1e-4)
@@ -106,7 +106,7 @@ def test_what_listens_to_a_layer_listens_to_its_successor():
     layer = model.model.layers[0]
     layer.input_layernorm.register_forward_hook(lambda *_: heard.append("norm"))
     layer.mlp.up_proj.register_forward_pre_hook(lambda *_: heard.append("linear"))
-    Exchange(model, families()["llama"], kit())
+    LayerReplacement(model, families()["llama"], kit())
     assert isinstance(layer.mlp.up_proj, Scaled)
     model(torch.arange(4)[None])
     assert heard == ["norm", "linear"]
@@ -130,7 +130,7 @@ class Give(Callback):
     """Gives the model a kit, as ``training.transformer_engine`` does where that can run."""
 
     def setup(self, trainer, pl_module, stage):
-        pl_module.kit = kit(norms=False)
+        pl_module.replacement_layers = kit(norms=False)
 
 
 def test_a_training_with_other_layers_resumes_and_ends_as_the_same_hugging_face_model(tmp_path):

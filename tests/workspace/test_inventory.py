@@ -11,14 +11,12 @@ import time
 
 import pytest
 
-from nemo_minitron.data import training_samples
-from nemo_minitron.data.token_cache import IDS, cached_tokens
+from nemo_minitron.data.token_cache import cached_tokens
 from nemo_minitron.models.causal_lm import load_tokenizer
 from nemo_minitron.workspace.artifacts import ARTIFACTS, input_artifact, verify
 from nemo_minitron.workspace.build import make, set_aside
 from nemo_minitron.workspace.command_log import COMMANDS, note_command
 from nemo_minitron.workspace.inventory import (
-    BESIDE,
     KEPT,
     LOCKS,
     Item,
@@ -581,6 +579,4 @@ def test_a_removal_that_is_killed_is_ended_by_the_next(tmp_path):
 
 
 def test_names_agree_with_those_who_write_there():
-    assert training_samples.FOLDER in BESIDE
-    assert BESIDE[training_samples.FOLDER][0] == IDS
     assert set(LOCKS) < set(TRACES)

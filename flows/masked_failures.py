@@ -52,7 +52,7 @@ def flow(
 
 
 @contextmanager
-def words_withheld(stored: bool) -> Iterator[None]:
+def masked_failures(stored: bool) -> Iterator[None]:
     """Masks what leaves the block as an exception.
 
     Args:
@@ -72,7 +72,7 @@ def _guarded(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with words_withheld(stored=True):
+        with masked_failures(stored=True):
             given = signature.bind(*args, **kwargs).arguments
             plain = {
                 name: value.model_dump() if isinstance(value, BaseModel) else value
