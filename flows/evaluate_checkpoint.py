@@ -1,9 +1,9 @@
 """The evaluation of one checkpoint as a flow of its own, for instance every night of the newest export."""
 
-import json
 from pathlib import Path
 
 from nemo_minitron.evaluation.gate import LINEAGE
+from nemo_minitron.evaluation.report_types import Lineage
 from nemo_minitron.flows.compress import run_name, run_stages, workspace_wait_seconds
 from nemo_minitron.flows.forms import Launch, cli_words, composed
 from nemo_minitron.flows.masked_failures import flow
@@ -11,6 +11,7 @@ from nemo_minitron.launch.launcher import hold_workspace
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.command_log import note_command
+from nemo_minitron.workspace.typed_json import read_json
 
 
 @flow(name="evaluate_checkpoint", flow_run_name=run_name)
@@ -70,14 +71,14 @@ def teacher_of(export: Path) -> tuple[str, str | None]:
         ValueError: it names none that can be found from here.
     """
     path = export / LINEAGE
-    stages = json.loads(path.read_text(encoding="utf-8"))["stages"] if path.is_file() else []
-    made = next((stage for stage in stages if stage["kind"] == "teacher"), None)
-    if made is None:
+    lineage = read_json(path, Lineage) if path.is_file() else {}
+    made = next((each for each in lineage.get("stages", []) if each["kind"] == "teacher"), None)
+    if made is None or len(made["inputs"]) != 1:
         raise ValueError(f"teacher: {export} has no {LINEAGE} that names one; give it")
     (source,) = made["inputs"]
-    if source["finished"] is not None:  # a folder of the workspace that it was made in
+    if source.finished is not None:  # a folder of the workspace that it was made in
         raise ValueError(f"teacher: {export} was made from a model of its own run; give its folder")
-    found, revision = str(source["path"]), made["config"]["revision"]
+    found, revision = source.path, made["config"].get("revision")
     if "${" in f"{found}{revision}":  # which would be resolved, with this machine's environment
         raise ValueError(
             f"teacher: {path} names {plain(found, 80)!r}, which is no folder and no hub id; give it"

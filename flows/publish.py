@@ -7,7 +7,6 @@ tasks and files, messages) is text in it, not markup.
 
 import contextlib
 import contextvars
-import json
 import re
 import sys
 import threading
@@ -27,6 +26,7 @@ from prefect.events import emit_event
 
 from nemo_minitron.evaluation.gate import GATE_COLUMNS, LINEAGE, GateError
 from nemo_minitron.evaluation.report import PAGE, markdown
+from nemo_minitron.evaluation.report_types import Lineage
 from nemo_minitron.launch.launcher import Call
 from nemo_minitron.security import plain_text
 from nemo_minitron.security.masking import masked, masked_values
@@ -34,6 +34,7 @@ from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace import progress
 from nemo_minitron.workspace.manifest import read_manifest
 from nemo_minitron.workspace.pictures import inline, pictures_in
+from nemo_minitron.workspace.typed_json import read_json
 
 GATE_EVENT = "nemo_minitron.gate.failed"
 """Event for automations: a student was too weak to be exported."""
@@ -154,10 +155,10 @@ def gate(workspace: Path, error: GateError) -> None:
 
 def lineage(export: Path) -> str:
     """The way from a final export back to its source and data, as Markdown."""
-    found: dict[str, Any] = json.loads((export / LINEAGE).read_text(encoding="utf-8"))
+    found = read_json(export / LINEAGE, Lineage)
     rows = []
-    for made in reversed(found["stages"]):
-        sources = [f"{item['path']} {item['fingerprint'][:12]}" for item in made["inputs"]]
+    for made in reversed(found.get("stages", [])):
+        sources = [f"{item.path} {item.fingerprint[:12]}" for item in made["inputs"]]
         revision = made["config"].get("revision")
         at = [f"revision {revision}"] if revision else []
         rows.append((made["kind"], made["fingerprint"][:12], ", ".join([*sources, *at])))

@@ -2,6 +2,8 @@
 
 from typing import Any, TypedDict
 
+from nemo_minitron.workspace.manifest import Input
+
 
 class Case(TypedDict):
     """Speed at one batch and length of prompt."""
@@ -123,7 +125,17 @@ class Results(TypedDict):
     measured_on: dict[str, Any]
 
 
+class Made(TypedDict):
+    """An artifact that an export came from."""
+
+    kind: str
+    config: dict[str, Any]
+    inputs: list[Input]
+    fingerprint: str
+
+
 class Lineage(TypedDict, total=False):
-    """minitron.json, as far as a gate reads it."""
+    """minitron.json, as far as it is read again."""
 
     results: Results
+    stages: list[Made]

@@ -68,11 +68,24 @@ class Architecture:
         check_counts(self.family, found, self.where)
         return found
 
+    def _check_every(self, axis: Axis, count: int) -> None:
+        """Refuses units of a kind that the table does not describe."""
+        for unit in range(count if axis.every is not None else 0):
+            assert axis.every is not None and axis.index is not None
+            if not evaluate(axis.every, {**self.values, axis.index: unit}):
+                entries = {
+                    key: self.config[key][unit] for key in axis.lists if self.config.get(key)
+                }
+                named = ", ".join(f"{key}[{unit}] {word!r:.40}" for key, word in entries.items())
+                raise ValueError(
+                    f"{self.where}: {axis.index} {unit}: no kind that {self.family.model_type} has: {named}"
+                )
+
     def check_lists(self) -> None:
-        """Refuses lists with an entry per unit that do not fit the number of units.
+        """Refuses lists with an entry per unit that do not fit the number of units, or name an unknown kind.
 
         Raises:
-            ValueError: one does not; the message names its key.
+            ValueError: one does; the message names its key.
         """
         for name, axis in self.family.axes.items():
             for key in axis.lists:
@@ -82,6 +95,7 @@ class Architecture:
                 raise ValueError(
                     f"{self.where}: {plain(key, 80)} should list {count} {name}, found {entries!r:.80}"
                 )
+            self._check_every(axis, self.sizes[name])
 
     def _size(self, axis: Axis) -> int:
         present = [key for key in axis.config if key in self.values]

@@ -41,6 +41,8 @@ class Axis:
             nothing.
         indices: config keys that list unit numbers; the value is an expression that says which
             belong.
+        every: expression of the placeholder that holds for each unit of a model that the table
+            describes, or None.
         after: config values that hold once the axis was cut and its lists are spelled out.
         inexact: why removing a unit of zeros changes the output, or None where it does not.
     """
@@ -54,6 +56,7 @@ class Axis:
     index: str | None = None
     lists: Mapping[str, str | None] = field(default_factory=dict)
     indices: Mapping[str, str] = field(default_factory=dict)
+    every: str | None = None
     after: Mapping[str, Any] = field(default_factory=dict)
     inexact: str | None = None
 
@@ -269,6 +272,8 @@ def _axis(name: str, entry: Mapping[str, Any], spelled: Callable[[str], str]) ->
     }
     if "or" in values:
         values["fallback"] = str(values.pop("or"))
+    if "every" in values:
+        values["every"] = spelled(str(values["every"]))
     for key in ("lists", "indices"):
         entries = values.get(key, {})
         values[key] = {item: text and spelled(str(text)) for item, text in entries.items()}

@@ -281,6 +281,30 @@ def cut_config(cut: Cut) -> dict[str, Any]:
     return {**written, **axis.after}
 
 
+def pattern_notes(source: Architecture, layers: Sequence[int]) -> list[str]:
+    """Advice on lists per layer that follow the family's own pattern no longer, once layers were dropped.
+
+    transformers reads the list; programs that compute the pattern from a constant instead, as llama.cpp
+    does for Gemma 2 and 3, gpt-oss and SmolLM3, would give some layers the wrong kind without a word.
+    """
+    axis, placeholder = source.family.axes["layers"], source.family.layer
+    lines = []
+    for key, meaning in axis.lists.items():
+        if meaning is None:
+            continue
+        every = [
+            evaluate(meaning, {**source.values, placeholder: i})
+            for i in range(source.sizes["layers"])
+        ]
+        entries = source.config.get(key) or every
+        if [entries[layer] for layer in layers] != every[: len(layers)]:
+            lines.append(
+                f"{key}: its pattern is that of the kept layers now; a program that computes it instead of "
+                "reading the list, as llama.cpp does for Gemma 2 and 3, gpt-oss, SmolLM3, runs another model"
+            )
+    return lines
+
+
 _EVERYWHERE = ("layer_types", "mlp_layer_types")
 """Lists with an entry per layer that transformers reads in the config.json of every family."""
 _NO_LAYERS = re.compile(r"_token_ids?$|^architectures$|^id2label$|^_")

@@ -1,6 +1,6 @@
 """plan: from scores and target sizes to the units that stay."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
@@ -10,7 +10,7 @@ from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import alignment
 from nemo_minitron.pruning.plan_file import Plan, make_plan, read_plan, write_plan
 from nemo_minitron.pruning.select import contiguous, kept_layers, scattered, select_units
-from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.slice import Cut, pattern_notes
 from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores, target_sizes
 from nemo_minitron.scoring.depth import block_importance
 from nemo_minitron.scoring.scores_file import Scores, check_scores, read_scores
@@ -55,7 +55,14 @@ def recipe(config: Config) -> Recipe:
     if settings.get("layer_choice") == "contiguous":
         settings["depth"] = config.score.depth
     folder = workspace.plan
-    return Recipe(folder, "plan", settings, inputs, build, lambda: _summary(read_plan(folder)))
+
+    def summary() -> Summary:
+        plan = read_plan(folder)
+        of = pattern_notes(checkpoint.architecture, plan.layers_kept)
+        found = _summary(plan)
+        return replace(found, notes=(*found.notes, *of))
+
+    return Recipe(folder, "plan", settings, inputs, build, summary)
 
 
 def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:

@@ -166,7 +166,7 @@ def _detail(found: Condition) -> str:
 
 def _last_step(path: Path) -> str:
     steps = [line["step"] for line in training_log.read_log(path)]
-    return f"step {max(steps)}" if steps else ""
+    return f"logged up to step {max(steps)}" if steps else ""
 
 
 def _held(lock: Path) -> bool:

@@ -115,6 +115,18 @@ def test_a_list_per_layer_that_does_not_fit_is_named_by_size(tmp_path, capsys, p
     assert "hybrid_override_pattern should list 8 layers, found" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("key", "kinds", "found"),
+    [("hybrid_override_pattern", "MX*-", "'X'"), ("layers_block_type", ["mamba", 5, "attention", "mlp"], "5")],
+)  # fmt: skip
+def test_a_layer_of_a_kind_that_nobody_knows_is_not_counted_as_empty(
+    tmp_path, capsys, key, kinds, found
+):
+    model = tiny_config(families()["nemotron_h"], {key: kinds})
+    assert main(["size", str(written(tmp_path, {**model, "num_hidden_layers": 4}))]) == 2
+    assert f"layer 1: no kind that nemotron_h has: {key}[1] {found}\n" in capsys.readouterr().err
+
+
 def test_size_still_answers_for_more_layers_than_a_list_has(tmp_path):
     model = tiny_config(families()["gemma2"], {"layer_types": ["full_attention"] * 4})
     assert main(["size", str(written(tmp_path, model)), "layers=6"]) == 0

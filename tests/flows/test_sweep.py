@@ -148,3 +148,6 @@ def test_a_checkpoint_is_measured_against_the_teacher_that_its_lineage_names(
         evaluate_checkpoint(**{**call, "checkpoint": str(own)}, overrides=small)
     with pytest.raises(ValueError, match=r"has no minitron\.json that names one"):
         evaluate_checkpoint(**{**call, "checkpoint": str(finished[0] / "pruned")}, overrides=small)
+    (own / "minitron.json").write_text('{"stages": [{"kind": "teacher", "inputs": 5}]}')
+    with pytest.raises(ValueError, match=r"minitron\.json: damaged: stages\[0\]"):
+        evaluate_checkpoint(**{**call, "checkpoint": str(own)}, overrides=small)

@@ -108,3 +108,27 @@ def test_what_transformers_would_refuse_ends_the_plan_with_its_whole_reason(
     assert code == 2 and "would not load the result" in said, said
     assert "short_factor field must have length 2" in said or "must have length 1, got 2" in said
     assert not (tmp_path / "w" / "plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "kept", "told"),
+    [
+        ("gemma2", {"num_hidden_layers": 4}, "1,2", "layer_types: its pattern"),
+        ("gemma2", {"num_hidden_layers": 4}, "0,1", None),
+        ("gemma2", {"num_hidden_layers": 4}, "2,3", None),
+        ("smollm3", {"num_hidden_layers": 8}, "1,2,3,4,5,6,7", "no_rope_layers: its pattern"),
+        ("llama", {}, "1,3", None),
+    ],
+)
+def test_the_plan_says_where_the_pattern_of_layers_is_no_longer_the_familys(
+    tmp_path, capsys, name, changes, kept, told
+):
+    source = tiny_model(families()[name], changes, tmp_path / "m")
+    layers = read_config(source)["num_hidden_layers"]
+    gone = [i for i in range(layers) if str(i) not in kept.split(",")]
+    words = [f"workspace={tmp_path / 'ws'}", f"source.model={source}", f"plan.drop_layers={gone}"]
+    assert main(["plan", *words]) == 0
+    printed = capsys.readouterr()
+    found = printed.out + printed.err
+    assert ("its pattern is that of the kept layers" in found) is (told is not None)
+    assert told is None or told in found

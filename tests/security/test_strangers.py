@@ -190,7 +190,8 @@ def test_an_exports_lineage_does_not_read_the_environment(tmp_path):
     entry = {
         "kind": "teacher",
         "config": {"revision": None},
-        "inputs": [{"path": "o/${oc.env:HOME}", "finished": None}],
+        "inputs": [{"path": "o/${oc.env:HOME}", "fingerprint": "f", "finished": None}],
+        "fingerprint": "f",
     }
     write_json(tmp_path / "minitron.json", {"stages": [entry]})
     with pytest.raises(ValueError, match="no folder and no hub id"):

@@ -254,7 +254,7 @@ def test_what_a_killed_process_leaves_is_unfinished_and_says_its_last_step(tmp_p
         "student",
         "unfinished",
         None,
-        "step 120",
+        "logged up to step 120",
     )
     assert first.bytes == weight(tmp_path / "student") > 500
     assert (second.name, second.state, second.bytes, second.detail) == (
