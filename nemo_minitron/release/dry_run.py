@@ -21,8 +21,8 @@ from nemo_minitron.models.config_trial import config_object
 from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.security.plain_text import plain
 
-LARGEST = 20_000_000
-"""Parameters of a model that is still made in a second or so; a larger one is not tried."""
+LARGEST = 200_000_000
+"""Parameters of a model that is tried within seconds and 2 GB of memory; a larger one is not."""
 
 
 def check_builds(folder: Path, model: Architecture) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.atomic import discard
 from nemo_minitron.workspace.build import STAMP, building, refuse_unknown_folder, set_aside
-from nemo_minitron.workspace.condition import condition, flaws
+from nemo_minitron.workspace.condition import condition, damage, flaws
 from nemo_minitron.workspace.layout import STATE, aside_in, manifest_in, result_in, state_in
 from nemo_minitron.workspace.manifest import (
     Input,
@@ -54,10 +54,19 @@ def make_resumable(
 
     Returns:
         Whether it had to be built.
+
+    Raises:
+        ValueError: it is there, is to be kept, and a file of it is not what it was.
     """
     expected = fingerprint(kind, config, inputs)
-    if condition(folder, expected, inputs).state == "done":
+    found = condition(folder, expected, inputs)
+    if found.state == "done":
         return False
+    if keep and found.manifest is not None and (flaw := damage(folder, found.manifest)) is not None:
+        raise ValueError(
+            f"{folder}: a finished training, and {flaw}; put that file back as it was, or remove the folder "
+            "to train anew"
+        )
     refuse_unknown_folder(folder)
     started = now()
     state = _make_room(folder, {"recipe": _recipe(expected, inputs), **config}, keep)

@@ -101,8 +101,21 @@ def test_what_a_training_finished_outlives_other_settings_and_comes_back_with_it
     )  # its input was made anew
     assert made and len(set_aside(folder)) == 2
     assert "student: made from other inputs; that is kept in" in capsys.readouterr().err
-    (folder / "log").unlink()  # what is damaged is not kept
-    assert student(folder, 3, "four") and len(set_aside(folder)) == 2
+
+
+@pytest.mark.parametrize("lr", [1, 2])
+def test_a_finished_training_that_is_damaged_is_not_trained_over(tmp_path, lr):
+    folder = tmp_path / "student"
+    assert student(folder, 1, "one")
+    (folder / "log").write_text("a line by hand")
+    with pytest.raises(
+        ValueError, match=r"student: a finished training, and log has 14 bytes, expected 3; put"
+    ):
+        student(folder, lr, "anew")
+    (folder / "log").unlink()
+    with pytest.raises(ValueError, match=r"and log is missing; put .* or remove the folder"):
+        student(folder, lr, "anew")
+    assert (folder / "hf" / "weights").read_text() == "one"
 
 
 def test_a_training_whose_manifest_or_recipe_is_damaged_is_neither_moved_nor_removed(tmp_path):
