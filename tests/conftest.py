@@ -1,5 +1,6 @@
 """Real, tiny parts for the tests: models with every weight at unit scale, a trained tokenizer, text."""
 
+import gc
 import os
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -28,6 +29,12 @@ hypothesis.settings.load_profile("any_machine")
 def pytest_configure(config: pytest.Config) -> None:
     # as a plugin, for fixtures of the whole session belong to no folder
     config.pluginmanager.register(left_behind)
+
+
+def pytest_collection_finish() -> None:
+    # libraries and tests stay; to look for garbage among all of them takes a quarter of a second
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

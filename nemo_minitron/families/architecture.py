@@ -70,8 +70,9 @@ class Architecture:
 
     def _check_every(self, axis: Axis, count: int) -> None:
         """Refuses units of a kind that the table does not describe."""
-        for unit in range(count if axis.every is not None else 0):
-            assert axis.every is not None and axis.index is not None
+        if axis.every is None or axis.index is None:
+            return
+        for unit in range(count):
             if not evaluate(axis.every, {**self.values, axis.index: unit}):
                 entries = {
                     key: self.config[key][unit] for key in axis.lists if self.config.get(key)
