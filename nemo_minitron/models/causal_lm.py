@@ -210,9 +210,15 @@ def decoder_of(model: Any, family: Family) -> nn.Module:
 
 def layers_of(model: Any, family: Family) -> list[nn.Module]:
     """The layers of a causal LM, in order."""
+    return list(layer_list(model, family).children())
+
+
+def layer_list(model: Any, family: Family) -> nn.Module:
+    """The module of a causal LM whose children are its layers."""
     path = next(tap.module for tap in family.taps["layers"])
     holder, _, _ = path.rpartition(".")
-    return list(model.get_submodule(holder).children())
+    module: nn.Module = model.get_submodule(holder)
+    return module
 
 
 def head_of(model: Any) -> Tensor:

@@ -1,8 +1,8 @@
 """NeMo model transforms: callables ``nn.Module -> nn.Module`` that prune a model in memory by a plan.
 
 They read the same family table and call the same ``pruning.slice`` as the streaming stage, so that
-both give the same weights. The module is changed **in place** (NeMo 2.x ignores what a transform
-returns) and returned.
+both give the same weights. The module is changed **in place**, its parameters included, and returned:
+an optimiser that holds them already trains the pruned ones.
 """
 
 from collections.abc import Mapping
@@ -14,30 +14,51 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from nemo_minitron.families import architecture_of
+from nemo_minitron.models.causal_lm import layer_list
+from nemo_minitron.models.reshape import reshape
 from nemo_minitron.pruning.plan_file import Plan, read_plan
 from nemo_minitron.pruning.select import Keep
 from nemo_minitron.pruning.slice import Cut, cut_tensor, pieces
 
 
 class Pruning:
-    """Prunes width and depth by a plan."""
+    """Prunes width and depth by a plan.
 
-    def __init__(self, plan: Plan | Path | str) -> None:
-        """Takes a plan, or the folder of one."""
+    The Hugging Face model keeps its modules and parameters as objects, and all that was set on them:
+    hooks, ``requires_grad``, dtypes, gradient checkpointing, attention implementation, generation
+    config. A model that the plan has pruned already is left as it is.
+    """
+
+    def __init__(self, plan: Plan | Path | str, at: str | None = None) -> None:
+        """Takes a plan, or the folder of one.
+
+        Args:
+            plan: what stays.
+            at: path of the Hugging Face model in the module that is called with, such as ``llm``;
+                None: the only one in it.
+        """
         self.plan = plan if isinstance(plan, Plan) else read_plan(Path(plan))
+        self.at = at
 
     def __call__(self, module: nn.Module) -> nn.Module:
         """Prunes the Hugging Face model that ``module`` is or wraps.
 
         Raises:
-            ValueError: there is none, or the plan was made for another model.
+            ValueError: there is none, or more than one, or the plan was made for another model;
+                adapters are attached to it, or it has no output head.
         """
-        model = _hf_model(module)
+        model = causal_lm_in(module, self.at)
         source = architecture_of(model.config.to_dict(), type(model).__name__)
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(model).__name__} has no output head; expected a causal LM, as "
+                f"{source.family.architecture}"
+            )
         sizes = source.sizes
-        planned = {axis: self.plan.before[axis] for axis in self.axes}
-        found = {axis: sizes[axis] for axis in self.axes}
+        planned, found = self._of_axes(self.plan.before), self._of_axes(sizes)
         if found != planned:
+            if found == self._of_axes(self.result):
+                return module
             raise ValueError(f"the plan was made for sizes {planned}, the model has {found}")
         cut = Cut(source, self.keep, self.layers)
         state = _stored_state(model)
@@ -46,9 +67,16 @@ class Pruning:
             for piece in pieces(cut, list(state))
         }
         pruned = _build(model, cut.result.config, pruned_state)
-        pruned.train(model.training)
-        model.__dict__ = pruned.__dict__
+        reshape(model, pruned, layer_list(model, source.family), self.layers)
         return module
+
+    def _of_axes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        return {axis: sizes[axis] for axis in self.axes}
+
+    @property
+    def result(self) -> Mapping[str, int]:
+        """The sizes that a pruned model has."""
+        return self.plan.after
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -74,6 +102,11 @@ class WidthPruning(Pruning):
         """All layers of the source model."""
         return tuple(range(self.plan.before["layers"]))
 
+    @property
+    def result(self) -> Mapping[str, int]:
+        """The plan's widths, and all layers."""
+        return {**self.plan.after, "layers": self.plan.before["layers"]}
+
 
 class DepthPruning(Pruning):
     """Drops the layers of a plan and leaves their width as it is.
@@ -92,11 +125,48 @@ class DepthPruning(Pruning):
         return {}
 
 
-def _hf_model(module: nn.Module) -> Any:
-    for candidate in module.modules():
-        if isinstance(candidate, transformers.PreTrainedModel):
-            return candidate
-    raise ValueError(f"{type(module).__name__} holds no Hugging Face model")
+def causal_lm_in(module: nn.Module, at: str | None = None) -> Any:
+    """The Hugging Face model that a module is or holds.
+
+    Args:
+        module: the module.
+        at: path of the model in it; None: the only one.
+
+    Raises:
+        ValueError: there is none at that path, or more than one; or adapters are attached to it.
+    """
+    holder = type(module).__name__
+    if at is not None:
+        try:
+            module = module.get_submodule(at)
+        except AttributeError as error:
+            raise ValueError(f"{holder} has no module {at!r}") from error
+    found = hugging_face_models(module)
+    if not found:
+        raise ValueError(f"{holder} holds no Hugging Face model" + (f" at {at!r}" if at else ""))
+    if len(found) > 1:
+        names = ", ".join(found)
+        raise ValueError(
+            f"{holder} holds {len(found)} Hugging Face models ({names}); say which one, as in "
+            f"at={next(iter(found))!r}"
+        )
+    if any(type(part).__module__.partition(".")[0] == "peft" for part in module.modules()):
+        raise ValueError(
+            f"{holder} holds a model with adapters (PEFT); merge them first (merge_and_unload), and attach "
+            "new ones to what is pruned"
+        )
+    (model,) = found.values()
+    return model
+
+
+def hugging_face_models(module: nn.Module) -> dict[str, Any]:
+    """The Hugging Face models in a module by their paths, without those that are a part of another one."""
+    found: dict[str, Any] = {}
+    for name, part in module.named_modules():
+        inside = any(name.startswith(f"{other}.") or other == "" for other in found)
+        if isinstance(part, transformers.PreTrainedModel) and not inside:
+            found[name] = part
+    return found
 
 
 def _stored_state(model: Any) -> dict[str, Tensor]:
@@ -121,9 +191,9 @@ def _build(model: Any, config: Mapping[str, Any], state: dict[str, Tensor]) -> A
     hf_config = type(model.config).from_dict(dict(config))
     built, info = type(model).from_pretrained(
         None, config=hf_config, state_dict=state, dtype=model.dtype, output_loading_info=True,
-        trust_remote_code=False,
+        trust_remote_code=False, attn_implementation=model.config._attn_implementation,
     )  # fmt: skip
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys")}
     if any(wrong.values()):
         raise ValueError(f"the pruned {type(model).__name__} does not load strictly: {wrong}")
-    return built.to(model.device)
+    return built
