@@ -33,8 +33,8 @@ $(VENV)/.done: setup.cfg pyproject.toml
 demo: setup
 	$(BIN)/minitron run --config-name demo
 
-# tiny models are faster with one thread each, and several tests at a time
-WORKERS ?= 2
+# tiny models are faster with one thread each, and several tests at a time; many of them wait for processes
+WORKERS ?= 3
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=25
 
 test: setup

@@ -29,7 +29,7 @@ from nemo_minitron.models.causal_lm import head_of, hidden_states, load_model, l
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.run import run_stage
-from nemo_minitron.training.sampler import ConsumedSampler
+from nemo_minitron.training.sampler import ConsumedSampler, Schedule
 
 CACHE = ["distill.teacher_logits=cache"]
 WAYS: dict[str, list[str]] = {
@@ -117,7 +117,9 @@ def taught_by_peer(seed: int, steps: int, arguments: dict[str, float]) -> dict[s
     size = config.distill.batch_size
     tokenizer = load_tokenizer(Path(config.workspace) / "pruned")
     samples = training_samples(config, tokenizer, steps * size, Ranks())
-    order = ConsumedSampler(len(samples), size, steps, lambda: 0, 0, 1, config.distill.seed)
+    order = ConsumedSampler(
+        len(samples), size, lambda: Schedule(0, steps, steps), config.distill.seed
+    )
     batches = [{"input_ids": torch.stack([samples[row] for row in rows])} for rows in order]
     warmup = config.optim["sched"]["warmup_steps"] / steps
     distill_model(

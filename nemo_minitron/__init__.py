@@ -10,4 +10,33 @@ L layers; E experts; U units of an axis: channels, heads, neurons; R heads of a 
 O output and I input channels of a weight; 1 an axis kept after a sum.
 """
 
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "MinitronModel": "plugin.model",
+    "Pruning": "plugin.transforms",
+    "WidthPruning": "plugin.transforms",
+    "DepthPruning": "plugin.transforms",
+    "ModelTransform": "plugin.model_transform",
+    "KnowledgeDistillation": "plugin.knowledge_distillation",
+    "Student": "plugin.hooked_student",
+    "LossWeights": "losses.fused_linear_loss",
+    "Divergence": "losses.divergences",
+}
+"""What stays where it is between versions, by the module that holds it: docs/nemo.md."""
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what is public when it is asked for: importing the package alone takes no time."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return sorted(__all__)

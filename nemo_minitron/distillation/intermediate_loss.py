@@ -24,8 +24,8 @@ class IntermediateLoss:
     def __init__(
         self,
         weights: IntermediateWeights,
-        teacher: Any,
-        teacher_family: Family,
+        teacher: tuple[Any, Family],
+        student: tuple[Any, Family],
         pl_module: Any,
         kept_H: Tensor | None = None,
     ) -> None:
@@ -33,9 +33,9 @@ class IntermediateLoss:
 
         Args:
             weights: what is compared.
-            teacher: the teacher.
-            teacher_family: its table.
-            pl_module: the student's ``MinitronModel``.
+            teacher: the teacher and its family.
+            student: the student and its family.
+            pl_module: the student's module.
             kept_H: the teacher's channel that each channel of the student was, where it was pruned
                 from it: with them the projection begins; None: with random weights.
 
@@ -45,18 +45,16 @@ class IntermediateLoss:
         """
         self.weights, self._pl_module = weights, pl_module
         theirs, ours = zip(*weights.layers, strict=True)
-        student = pl_module.model
-        models = (
-            Architecture(teacher_family, teacher.config.to_dict()),
-            Architecture(pl_module.family, student.config.to_dict()),
-        )
-        self._teacher = Captures(teacher, models[0], weights.terms, theirs)
-        self._student = Captures(student, models[1], weights.terms, ours)
+        models = [
+            Architecture(family, model.config.to_dict()) for model, family in (teacher, student)
+        ]
+        self._teacher = Captures(teacher[0], models[0], weights.terms, theirs)
+        self._student = Captures(student[0], models[1], weights.terms, ours)
         resolve = (self._teacher.resolve, self._student.resolve)
         self._pairs = [(resolve[0](one), resolve[1](other)) for one, other in weights.layers]
         widths = models[0].sizes["hidden"], models[1].sizes["hidden"]
         if widths[0] != widths[1] and set(weights.terms) != {"attention"}:
-            pl_module.projection = _projection(widths, kept_H, next(pl_module.model.parameters()))
+            pl_module.projection = _projection(widths, kept_H, next(student[0].parameters()))
 
     @staticmethod
     def release(pl_module: nn.Module) -> None:

@@ -236,7 +236,11 @@ def hidden_states(model: Any, family: Family, tokens_BS: Tensor, **more: Any) ->
     """
     arguments = {"input_ids": tokens_BS, "use_cache": False, **more}
     decode = getattr(model, ENTRY, None) or decoder_of(model, family)
-    hidden: Tensor = decode(**arguments).last_hidden_state
+    return divided(model, family, decode(**arguments).last_hidden_state)
+
+
+def divided(model: Any, family: Family, hidden: Tensor) -> Tensor:
+    """The decoder's last hidden states as the head gets them where the family divides its logits."""
     divisor = getattr(model.config, family.logits["divide"]) if "divide" in family.logits else 1
     return hidden if divisor == 1 else hidden / divisor
 

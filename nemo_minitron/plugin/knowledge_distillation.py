@@ -1,8 +1,9 @@
 """The callback that distils from a teacher's logits and, where configured, its hidden states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from nemo_minitron.distillation.intermediate_loss import IntermediateLoss
 from nemo_minitron.distillation.parallel_loss import linear_loss
 from nemo_minitron.distillation.teacher_logits import TeacherLogits
-from nemo_minitron.families import Family
+from nemo_minitron.families import Family, family_of
 from nemo_minitron.losses.fused_linear_loss import (
     LossResult,
     LossWeights,
@@ -21,16 +22,27 @@ from nemo_minitron.losses.fused_linear_loss import (
 )
 from nemo_minitron.losses.intermediate import IntermediateWeights, balance
 from nemo_minitron.losses.projection import Projection
-from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, softcap_of
-from nemo_minitron.plugin.model import MinitronModel
+from nemo_minitron.models.causal_lm import (
+    frozen,
+    head_of,
+    hidden_states,
+    load_model,
+    softcap_of,
+)
+from nemo_minitron.plugin.hooked_student import HookedStudent, Student
+from nemo_minitron.plugin.model import MinitronModel, Objective
+from nemo_minitron.plugin.model_transform import ModelTransform
 from nemo_minitron.training.strategies import shard
 from nemo_minitron.training.transformer_engine import LayerReplacement
 
 
 class KnowledgeDistillation(Callback):
-    """Trains the model against a frozen teacher by logits ([P1] section 3).
+    """Trains a model against a frozen teacher by logits ([P1] section 3).
 
-    The teacher is no part of the trained module: it is in no checkpoint and no optimiser.
+    The student is a ``MinitronModel``, or the Hugging Face model in any LightningModule whose
+    ``training_step`` runs it once, with ``input_ids``. The teacher is no part of the trained module:
+    it is in no checkpoint and no optimiser. Where there is a ``ModelTransform``, it is applied first,
+    in whatever order the callbacks stand. When the trainer is done, the module's own loss is back.
 
     Attributes:
         teacher: a Hugging Face causal LM; its vocabulary is the student's.
@@ -49,16 +61,42 @@ class KnowledgeDistillation(Callback):
     def __init__(
         self,
         teacher: Any,
-        family: Family,
-        weights: LossWeights,
+        family: Family | None = None,
+        weights: LossWeights | None = None,
         chunk_tokens: int | None = None,
         vocabulary: int | None = None,
         intermediate: IntermediateWeights | None = None,
         kept_H: Tensor | None = None,
         place: str = "device",
+        student: Student | None = None,
     ) -> None:
+        """Takes the teacher.
+
+        Args:
+            teacher: the model, or its folder.
+            family: its family; None: by its configuration.
+            weights: the mix of the losses; None: forward KL alone.
+            chunk_tokens: see the class.
+            vocabulary: see the class.
+            intermediate: see the class.
+            kept_H: see the class.
+            place: see the class.
+            student: how a module is distilled that is no ``MinitronModel``; None: the only Hugging
+                Face model in it, whose loss is replaced.
+
+        Raises:
+            ValueError: an unknown place, or a folder that holds no model that can be loaded.
+        """
+        if place not in ("device", "shard", "cpu"):
+            raise ValueError(f"place: expected device, shard or cpu, found {place!r}")
+        if isinstance(teacher, str | Path):
+            teacher = load_model(Path(teacher), dtype="auto")
         self.teacher = teacher.eval().requires_grad_(False)
-        self.family, self.weights, self.chunk_tokens = family, weights, chunk_tokens
+        self.family = family_of(teacher.config.to_dict()) if family is None else family
+        self.weights = LossWeights() if weights is None else weights
+        self.chunk_tokens, self._student = chunk_tokens, student or Student()
+        self._hooked: HookedStudent | None = None
+        self._before: Objective | None = None
         self.vocabulary, self.intermediate, self.kept_H = vocabulary, intermediate, kept_H
         self.place = place
         self._copy: Tensor | None = None
@@ -71,21 +109,38 @@ class KnowledgeDistillation(Callback):
         self._listens, self._sums = False, [0.0, 0.0]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes over the model's objective.
+        """Takes over the model's objective, or the module's loss.
 
         Raises:
-            ValueError: the vocabularies differ, and nothing says how much of them is padding.
+            ValueError: the vocabularies differ, and nothing says how much of them is padding; which
+                model is the student cannot be told.
         """
-        assert isinstance(pl_module, MinitronModel), type(pl_module)
-        ours, theirs = head_of(pl_module.model).shape[0], head_of(self.teacher).shape[0]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelTransform):
+                callback.setup(trainer, pl_module, stage)
+        if isinstance(pl_module, MinitronModel):
+            self._before, pl_module.objective = pl_module.objective, self.objective
+            student = (pl_module.model, pl_module.family)
+        else:
+            self._hooked = HookedStudent(pl_module, self._student, self.objective)
+            student = (self._hooked.model, self._hooked.family)
+        ours, theirs = head_of(student[0]).shape[0], head_of(self.teacher).shape[0]
         if ours != theirs and self.vocabulary is None:
+            self._release(pl_module)
             raise ValueError(f"vocabulary: the teacher has {theirs} entries, the student {ours}")
         if self.intermediate is not None and stage == "fit":
             self._inside = IntermediateLoss(
-                self.intermediate, self.teacher, self.family, pl_module, self.kept_H
+                self.intermediate, (self.teacher, self.family), student, pl_module, self.kept_H
             )
-        pl_module.objective = self.objective
         self._strategy = trainer.strategy
+
+    def _release(self, pl_module: LightningModule) -> None:
+        if self._hooked is not None:
+            self._hooked.release()
+            self._hooked = None
+        if self._before is not None:
+            assert isinstance(pl_module, MinitronModel)
+            pl_module.objective, self._before = self._before, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Moves the teacher to the student's device, or splits it over the ranks as the student is.
@@ -93,7 +148,12 @@ class KnowledgeDistillation(Callback):
         Raises:
             ValueError: it is to be split, and the student is not.
         """
-        assert isinstance(pl_module, MinitronModel)
+        if not isinstance(pl_module, MinitronModel):
+            if self.place == "shard":
+                raise ValueError("place='shard': only a sharded MinitronModel shares its ranks")
+            if self.place != "cpu":
+                self.teacher.to(pl_module.device)
+            return
         self._mesh, self._compiled, self._products = (
             pl_module.device_mesh, pl_module.compiled, pl_module.products
         )  # fmt: skip
@@ -137,12 +197,13 @@ class KnowledgeDistillation(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The first validation measures the teacher too."""
-        pl_module.facts.clear()
+        if isinstance(pl_module, MinitronModel):
+            pl_module.facts.clear()
         self._listens = self.teacher_loss is None and not trainer.sanity_checking
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the teacher's loss for the log."""
-        if self._listens and self._sums[1]:
+        if self._listens and self._sums[1] and isinstance(pl_module, MinitronModel):
             self.teacher_loss = self._sums[0] / self._sums[1]
             pl_module.facts["teacher_val_loss"] = self.teacher_loss
         self._listens = False
@@ -156,10 +217,15 @@ class KnowledgeDistillation(Callback):
         self.teacher_loss = state_dict["teacher_loss"]
 
     def objective(
-        self, student: Projection, labels_T: Tensor, tokens_BS: Tensor, rows_B: Tensor | None = None
+        self,
+        student: Projection,
+        labels_T: Tensor,
+        tokens_BS: Tensor,
+        rows_B: Tensor | None = None,
+        **more: Any,
     ) -> LossResult:
         """Divergence from the teacher on the same tokens; shapes as in ``plugin.model.Objective``."""
-        teacher = self._teacher_on(tokens_BS, student.hidden_TH.device)
+        teacher = self._teacher_on(tokens_BS, student.hidden_TH.device, more)
         if self._listens:
             counted = int((labels_T >= 0).sum())
             self._sums[0] += float(cross_entropy(teacher, labels_T).ce) * counted
@@ -176,7 +242,9 @@ class KnowledgeDistillation(Callback):
         more = {"intermediate": inside.detach(), "alpha": alpha}
         return replace(terms, loss=terms.loss + alpha * inside, more=more)
 
-    def _teacher_on(self, tokens_BS: Tensor, device: torch.device) -> Projection:
+    def _teacher_on(
+        self, tokens_BS: Tensor, device: torch.device, more: Mapping[str, Any]
+    ) -> Projection:
         """The teacher's hidden states [batch x positions, hidden] and head, where the loss is."""
         at = next(self.teacher.parameters()).device
         with (
@@ -184,9 +252,12 @@ class KnowledgeDistillation(Callback):
             frozen(self.teacher),
             self._products() if at.type != "cpu" else nullcontext(),
         ):
-            hidden_TG = hidden_states(self.teacher, self.family, tokens_BS.to(at)).flatten(0, 1)
+            there = {name: value.to(at) for name, value in more.items()}
+            hidden_BSG = hidden_states(self.teacher, self.family, tokens_BS.to(at), **there)
         return Projection(
-            hidden_TG.to(device), self._head(device), softcap_of(self.teacher, self.family)
+            hidden_BSG.flatten(0, 1).to(device),
+            self._head(device),
+            softcap_of(self.teacher, self.family),
         )
 
     def _alpha(self, logits_loss: Tensor, inside: Tensor) -> Tensor:
@@ -200,8 +271,15 @@ class KnowledgeDistillation(Callback):
         return balance(means[0], means[1])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes away what only the training needed."""
+        """Takes away what only the training needed; the module's own loss is back."""
         IntermediateLoss.release(pl_module)
+        self._release(pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """The same where the training fails: Lightning calls no ``teardown`` then."""
+        self._release(pl_module)
 
 
 class CachedDistillation(Callback):
@@ -223,14 +301,32 @@ class CachedDistillation(Callback):
     ) -> None:
         self.cache, self.weights, self.chunk_tokens = cache, weights, chunk_tokens
         self.vocabulary = vocabulary
+        self._before: Objective | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Takes over the model's objective."""
-        assert isinstance(pl_module, MinitronModel), type(pl_module)
-        pl_module.objective = self.objective
+        """Takes over the model's objective.
+
+        Raises:
+            ValueError: the module is no ``MinitronModel``: only its samples have numbers.
+        """
+        if not isinstance(pl_module, MinitronModel):
+            raise ValueError(
+                f"CachedDistillation: expected a MinitronModel, found {type(pl_module).__name__}"
+            )
+        self._before, pl_module.objective = pl_module.objective, self.objective
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the model its own objective back."""
+        if self._before is not None and isinstance(pl_module, MinitronModel):
+            pl_module.objective, self._before = self._before, None
 
     def objective(
-        self, student: Projection, labels_T: Tensor, tokens_BS: Tensor, rows_B: Tensor | None = None
+        self,
+        student: Projection,
+        labels_T: Tensor,
+        tokens_BS: Tensor,
+        rows_B: Tensor | None = None,
+        **more: Any,
     ) -> LossResult:
         """Divergence from the cached logits; shapes as in ``plugin.model.Objective``."""
         assert rows_B is not None

@@ -26,22 +26,20 @@ from nemo_minitron.models.causal_lm import (
     save_model,
 )
 from nemo_minitron.plugin.nemo_archive import (
+    ANY_SUBCLASS,
+    TARGET,
     as_stored,
     check_archive,
     check_restored,
     damage,
     dtypes_of,
     file_name,
+    followed,
     make_cfg,
 )
+from nemo_minitron.plugin.own_loaders import OwnLoaders
+from nemo_minitron.training.batches import as_batch
 from nemo_minitron.training.loss_guard import gradient_norm
-from nemo_minitron.training.sampler import (
-    ConsumedSampler,
-    as_samples,
-    packed_tokens,
-    train_loader,
-    validation_loader,
-)
 from nemo_minitron.training.strategies import gathered, shard
 from nemo_minitron.training.token_weighting import LearnedTokens, labels_of
 from nemo_minitron.training.transformer_engine import (
@@ -50,30 +48,13 @@ from nemo_minitron.training.transformer_engine import (
     ReplacementLayers,
 )
 
-Objective = Callable[[Projection, Tensor, Tensor, Tensor | None], LossResult]
+Objective = Callable[..., LossResult]
 """From hidden states [tokens, hidden] and head [vocabulary, hidden], labels [tokens], token ids
-[batch, positions] and the samples' numbers [batch], if they have some, to the loss."""
+[batch, positions] and the samples' numbers [batch], if they have some, to the loss; further arguments
+of the decoder, such as ``attention_mask``, come by name."""
 
 
-def followed(before: Architecture, now: Architecture) -> dict[str, Any]:
-    """A config.json with the sizes, and what it lists per unit, of the model in memory.
-
-    transformers does not keep every spelling of a list (Nemotron-H's ``hybrid_override_pattern``
-    becomes ``layers_block_type``): one that it has dropped stays as it is while it still fits.
-    """
-    changed = dict(before.resized(now.sizes).config)
-    for name, axis in before.family.axes.items():
-        held = [key for key in (*axis.lists, *axis.indices) if key in changed]
-        lost = [key for key in held if key not in now.config]
-        changed |= {key: now.config[key] for key in held if key not in lost}
-        if lost and before.sizes[name] != now.sizes[name]:
-            other = {key: now.config[key] for key in axis.lists if key in now.config}
-            assert other, f"{lost}: transformers keeps no spelling of it"
-            changed = {key: value for key, value in changed.items() if key not in lost} | other
-    return changed
-
-
-class MinitronModel(ModelPT):
+class MinitronModel(OwnLoaders, ModelPT):
     """A Hugging Face causal LM with NeMo's configuration, optimisers, exp_manager and ``.nemo`` archives.
 
     The model's ``cfg`` holds:
@@ -83,9 +64,10 @@ class MinitronModel(ModelPT):
     archives;
     * ``dtypes``: optional, dtypes to the names of parameters that are stored in them;
     * ``optim``: a NeMo optimiser and scheduler;
-    * ``train_ds``, ``validation_ds``: optional, ``paths``, ``exclude``, ``format``, ``text_key``,
-      ``sequence_length``, ``samples``, ``seed``, ``batch_size`` and ``tokenizer`` (a model's
-      folder).
+    * ``train_ds``, ``validation_ds``, ``test_ds``: optional, see ``plugin.data_sets.DataSet``; of the
+      last two each entry of ``paths`` is a set of its own, with a name.
+
+    Batches of one's own loaders may have any of the shapes of ``training.batches.as_batch``.
 
     It minimises cross-entropy; the ``KnowledgeDistillation`` callback replaces ``objective``.
 
@@ -93,7 +75,7 @@ class MinitronModel(ModelPT):
         model: the Hugging Face model.
         objective: from hidden states to the loss.
         facts: numbers that belong into the log beside every validation.
-        kit: layers of another engine that the model's are exchanged for; None: its own.
+        replacement_layers: layers of another engine that the model's are exchanged for; None: its own.
         compiled: whether the loss is compiled.
     """
 
@@ -108,6 +90,9 @@ class MinitronModel(ModelPT):
         if self._is_model_being_restored():  # by whatever call of NeMo's
             check_restored(cfg, "model_config.yaml")
         super().__init__(cfg=cfg, trainer=trainer)
+        with open_dict(self._cfg):
+            self._cfg.target = TARGET if type(self) is MinitronModel else ANY_SUBCLASS
+        self.cfg = self._cfg  # NeMo's setter, which hands it on to the hyperparameters
         hf_config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(hf_config, dict)
         self.family = family_of(hf_config, "hf_config")
@@ -120,7 +105,7 @@ class MinitronModel(ModelPT):
         self._replacement: LayerReplacement | None = None
         self.compiled = False
         self.side_files: dict[str, bytes] = {}
-        for name, path in (self.cfg.files or {}).items():
+        for name, path in (self.cfg.get("files") or {}).items():
             source = self.register_artifact(f"files.{name}", path)
             self.side_files[file_name(name)] = Path(source).read_bytes()
 
@@ -139,9 +124,13 @@ class MinitronModel(ModelPT):
             optim: NeMo optimiser and scheduler.
             dtype: dtype of the trained weights; ``auto``: as they are stored, which an archive
                 keeps.
-            **rest: ``trainer``, and further entries of ``cfg``.
+            **rest: ``trainer``, and further entries of ``cfg``; data sets without a ``tokenizer``
+                take the folder's.
         """
         folder, trainer = Path(folder), rest.pop("trainer", None)
+        for name in ("train_ds", "validation_ds", "test_ds"):
+            if rest.get(name) is not None:
+                rest[name] = {"tokenizer": str(folder), **rest[name]}
         model = load_model(folder, dtype=dtype).train()
         rest |= {"dtypes": dtypes_of(model)} if dtype == "auto" else {}
         return cls(make_cfg(read_config(folder), folder, optim, **rest), trainer, model)
@@ -168,59 +157,6 @@ class MinitronModel(ModelPT):
     def list_available_models(cls) -> None:
         """No models are registered with NVIDIA's catalogue."""
         return None
-
-    def setup_training_data(self, train_data_config: DictConfig) -> None:
-        """Builds the training loader from ``cfg.train_ds``."""
-        tokens_NS = packed_tokens(train_data_config, "train_ds")
-        self.use_training_samples(tokens_NS, train_data_config.batch_size, train_data_config.seed)
-
-    def setup_validation_data(self, val_data_config: DictConfig) -> None:
-        """Builds the validation loader from ``cfg.validation_ds``."""
-        self.use_validation_samples(
-            packed_tokens(val_data_config, "validation_ds"), val_data_config.batch_size
-        )
-
-    def setup_multiple_validation_data(self, val_data_config: DictConfig) -> None:
-        """Sets up one validation set; NeMo's own method would make one of every entry of ``paths``."""
-        self._update_dataset_config(dataset_name="validation", config=val_data_config)
-        self.setup_validation_data(val_data_config)
-
-    def use_training_samples(
-        self,
-        given: Any,
-        batch_size: int,
-        seed: int,
-        skipped: frozenset[int] = frozenset(),
-        tensor_parallel: int = 1,
-    ) -> None:
-        """Trains on packed samples: a data set of them, or a Tensor of shape [samples, positions + 1].
-
-        ``skipped`` are steps of the order that ``seed`` draws which are left out. Ranks that share
-        the work of one model by tensor parallelism read the same samples.
-        """
-        trainer, samples = self._trainer, as_samples(given)
-        world = max(1, trainer.world_size // tensor_parallel)
-        per_step = trainer.accumulate_grad_batches
-        batches = len(samples) // (batch_size * world)
-        if trainer.max_steps > 0:
-            batches = trainer.max_steps * per_step
-        sampler = ConsumedSampler(
-            samples=len(samples),
-            batch_size=batch_size,
-            batches=batches,
-            consumed=lambda: trainer.global_step * per_step,
-            rank=trainer.global_rank // tensor_parallel,
-            world=world,
-            seed=seed,
-            skipped=frozenset(
-                step * per_step + part for step in skipped for part in range(per_step)
-            ),
-        )
-        self._train_dl = train_loader(samples, sampler)
-
-    def use_validation_samples(self, given: Any, batch_size: int) -> None:
-        """Validates on packed samples: a data set of them, or a Tensor of shape [samples, positions + 1]."""
-        self._validation_dl = validation_loader(as_samples(given), batch_size)
 
     def configure_model(self) -> None:
         """Exchanges layers, and splits the model over the ranks that the strategy has laid out as a mesh."""
@@ -262,10 +198,13 @@ class MinitronModel(ModelPT):
                 if not key.endswith(EXTRA_STATE) and key not in tied
             }
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Last hidden states: [batch, positions] token ids to [batch, positions, hidden]."""
+    def forward(self, tokens_BS: Tensor, **more: Any) -> Tensor:
+        """Last hidden states: [batch, positions] token ids to [batch, positions, hidden].
+
+        ``more`` are further arguments of the decoder, such as ``attention_mask``.
+        """
         with self.products():
-            return hidden_states(self.model, self.family, tokens_BS)
+            return hidden_states(self.model, self.family, tokens_BS, **more)
 
     def products(self) -> contextlib.AbstractContextManager[Any]:
         """The context of the layers' matrix products: FP8 if Transformer Engine is set so."""
@@ -279,23 +218,22 @@ class MinitronModel(ModelPT):
         """Puts the Hugging Face model's own layers back during the block."""
         return contextlib.nullcontext() if self._replacement is None else self._replacement.undone()
 
-    def evaluate_objective(self, batch: Tensor | Sequence[Tensor]) -> LossResult:
-        """The objective on one batch of packed samples, Tensor of shape [batch, positions + 1].
-
-        Their numbers, Tensor of shape [batch], come with them where the data set gives any.
-
-        Negative entries ~id are read, and not learned: as labels they do not count.
-        """
-        batch_BS, rows_B = (batch, None) if isinstance(batch, Tensor) else batch
-        tokens_BS, labels_BS = (
-            torch.where(batch_BS < 0, ~batch_BS, batch_BS)[:, :-1],
-            batch_BS[:, 1:],
+    def evaluate_objective(self, batch: Any) -> LossResult:
+        """The objective on one batch, in any of the shapes that ``training.batches.as_batch`` takes."""
+        given = as_batch(batch)
+        hidden_TH = self(given.tokens_BS, **given.more).flatten(0, 1)
+        student = projection_of(self.model, self.family, hidden_TH)
+        return self.objective(
+            student, given.labels_BS.flatten(), given.tokens_BS, given.rows_B, **given.more
         )
-        student = projection_of(self.model, self.family, self(tokens_BS).flatten(0, 1))
-        return self.objective(student, labels_BS.flatten(), tokens_BS, rows_B)
 
     def cross_entropy(
-        self, student: Projection, labels_T: Tensor, tokens_BS: Tensor, rows_B: Tensor | None = None
+        self,
+        student: Projection,
+        labels_T: Tensor,
+        tokens_BS: Tensor,
+        rows_B: Tensor | None = None,
+        **more: Any,
     ) -> LossResult:
         """The objective of pretraining and teacher correction: mean cross-entropy with the next token."""
         shard, student, _ = sharded(self.device_mesh, student)
@@ -315,19 +253,56 @@ class MinitronModel(ModelPT):
         self.learned.weigh(self, self._trainer.strategy)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Logs means over the validation set: cross-entropy and divergence from the teacher."""
+        """Logs means over a validation set: cross-entropy and divergence from the teacher.
+
+        ``val_loss`` is that of the first set; where there are several, each has one under its name.
+        """
+        names = getattr(self, "_validation_names", None)
+        self._measure(batch, "val", dataloader_idx, names)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same for test sets: ``test_loss`` and, of a distillation, ``test_divergence``."""
+        names = getattr(self, "_test_names", None)
+        self._measure(batch, "test", dataloader_idx, names)
+
+    def _measure(self, batch: Any, kind: str, number: int, names: Sequence[str] | None) -> None:
         terms = self.evaluate_objective(batch)
         how = {
             "on_epoch": True,
             "sync_dist": True,
             "batch_size": int((labels_of(batch) >= 0).sum()),
+            "add_dataloader_idx": False,
         }
-        self.log("val_loss", terms.ce, prog_bar=True, **how)
-        if "divergence" in terms.named():
-            self.log("val_divergence", terms.divergence, **how)
+        prefixes = [""] if number == 0 else []
+        if number or names is not None:
+            prefixes.append(f"{number}_" if names is None else names[number])
+        for prefix in prefixes:
+            self.log(f"{prefix}{kind}_loss", terms.ce, prog_bar=prefix == "", **how)
+            if "divergence" in terms.named():
+                self.log(f"{prefix}{kind}_divergence", terms.divergence, **how)
 
     def on_validation_epoch_end(self, sync_metrics: bool = False) -> None:
         """Does nothing: ``validation_step`` logs means already."""
+
+    def on_test_epoch_end(self) -> None:
+        """Does nothing: ``test_step`` logs means already."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int, unused: int = 0) -> int | None:
+        """Logs ``learning_rate`` and ``global_step``, as NeMo's models do."""
+        rate = self._trainer.optimizers[0].param_groups[0]["lr"]
+        step = float(self._trainer.global_step)
+        self.log_dict({"learning_rate": rate, "global_step": step}, batch_size=1)
+        answer: int | None = super().on_train_batch_start(batch, batch_idx, unused)
+        return answer
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Writes the shape that the model has now into the checkpoint, so that it loads as it is."""
+        super().on_save_checkpoint(checkpoint)
+        self.follow_model()
+        stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if stored is not None:
+            with open_dict(stored["cfg"]):
+                stored["cfg"]["hf_config"] = self.cfg.hf_config
 
     def follow_model(self) -> None:
         """Writes the sizes that the model has now into ``cfg.hf_config``: a transform may have pruned it."""

@@ -9,19 +9,27 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
+from nemo.core.classes.common import ALLOWED_TARGET_PREFIXES
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_minitron.checkpoints.dtypes import TORCH
 from nemo_minitron.checkpoints.side_files import is_side_file, side_files, side_name
+from nemo_minitron.families import Architecture
 from nemo_minitron.security.links import refuse_link
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.atomic import replacing
 
 CARD = "README.md"
-TARGET = "nemo.core.classes.modelPT.ModelPT"
-"""NeMo restores only targets inside its own packages; of this one, it takes the subclass that is asked to."""
+TARGET = "nemo_minitron.plugin.model.MinitronModel"
+"""What an archive says it is of, so that ``ModelPT.restore_from`` finds the class, too."""
+ANY_SUBCLASS = "nemo.core.classes.modelPT.ModelPT"
+"""The same of a class of somebody's own: NeMo takes the subclass whose ``restore_from`` is called."""
+if (
+    TARGET not in ALLOWED_TARGET_PREFIXES
+):  # NeMo restores what is listed there, and has no other way in
+    ALLOWED_TARGET_PREFIXES.append(TARGET)
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH.values()}
 
 
@@ -37,7 +45,7 @@ def make_cfg(
         refuse_link(path, folder or path.parent)
     present = [] if folder is None else [*side_files(folder), *card]
     files = {_file_key(side_name(path, folder or path.parent)): str(path) for path in present}
-    cfg = OmegaConf.create({"target": TARGET, "hf_config": hf_config, "files": files, **rest})
+    cfg = OmegaConf.create({"hf_config": hf_config, "files": files, **rest})
     if optim is not None:
         with open_dict(cfg):
             cfg.optim = OmegaConf.create(optim)
@@ -51,6 +59,24 @@ def _file_key(name: str) -> str:
 def file_name(key: str) -> str:
     """The file name that an entry of ``cfg.files`` means."""
     return key.replace("__dot__", ".")
+
+
+def followed(before: Architecture, now: Architecture) -> dict[str, Any]:
+    """A config.json with the sizes, and what it lists per unit, of the model in memory.
+
+    transformers does not keep every spelling of a list (Nemotron-H's ``hybrid_override_pattern``
+    becomes ``layers_block_type``): one that it has dropped stays as it is while it still fits.
+    """
+    changed = dict(before.resized(now.sizes).config)
+    for name, axis in before.family.axes.items():
+        held = [key for key in (*axis.lists, *axis.indices) if key in changed]
+        lost = [key for key in held if key not in now.config]
+        changed |= {key: now.config[key] for key in held if key not in lost}
+        if lost and before.sizes[name] != now.sizes[name]:
+            other = {key: now.config[key] for key in axis.lists if key in now.config}
+            assert other, f"{lost}: transformers keeps no spelling of it"
+            changed = {key: value for key, value in changed.items() if key not in lost} | other
+    return changed
 
 
 def dtypes_of(model: Any) -> dict[str, list[str]]:
@@ -207,7 +233,7 @@ def _check_targets(raw: dict[Any, Any], where: str) -> None:
     Raises:
         ValueError: it does.
     """
-    if raw.get("target", TARGET) != TARGET:
+    if raw.get("target", TARGET) not in (TARGET, ANY_SUBCLASS):
         raise ValueError(f"{where}: target: expected {TARGET}, found {plain(raw['target'], 80)!r}")
     other = next((key for key in ("model", "cls", "params") if key in raw), None)
     if other is not None:

@@ -6,31 +6,81 @@ batch is next.
 
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-
-from nemo_minitron.data.documents import find_text
-from nemo_minitron.data.windows import pack
-from nemo_minitron.models.causal_lm import load_tokenizer
+from torch.utils.data import DataLoader, DistributedSampler
 
 
-class ConsumedSampler(Sampler[list[int]]):
+@dataclass(frozen=True)
+class Schedule:
+    """Which batches come next.
+
+    Attributes:
+        start: batches that have been consumed.
+        stop: where the loader's pass ends: the whole training, or the epoch.
+        length: batches of a whole pass, also those consumed before.
+        rank, world: this rank's place among the data-parallel ranks.
+        epoch_samples: samples of all ranks after which the order is drawn anew; None: all there are.
+    """
+
+    start: int
+    stop: int
+    length: int
+    rank: int = 0
+    world: int = 1
+    epoch_samples: int | None = None
+
+
+def schedule_of(trainer: Any, samples: int, batch_size: int, tensor_parallel: int = 1) -> Schedule:
+    """Where a training stands, by what its trainer was told.
+
+    Without ``max_epochs`` one pass of the loader is the whole training of ``max_steps``. With it a
+    pass is an epoch: all whole batches of the samples, or what ``limit_train_batches`` leaves of them.
+
+    Args:
+        trainer: Lightning's Trainer, or None before there is one.
+        samples: samples in the data set.
+        batch_size: samples per batch and rank.
+        tensor_parallel: ranks that read the same samples.
+
+    Raises:
+        ValueError: there are too few samples for one batch of all ranks.
+    """
+    world = 1 if trainer is None else max(1, trainer.world_size // tensor_parallel)
+    rank = 0 if trainer is None else trainer.global_rank // tensor_parallel
+    epoch = samples // (batch_size * world)
+    if trainer is None:
+        return Schedule(0, epoch, epoch)
+    per_step = trainer.accumulate_grad_batches
+    if trainer.max_epochs in (None, -1) and trainer.max_steps > 0:
+        length = trainer.max_steps * per_step
+        return Schedule(trainer.global_step * per_step, length, length, rank, world)
+    limit = trainer.limit_train_batches
+    epoch = min(epoch, limit) if isinstance(limit, int) else int(epoch * limit)
+    if epoch < 1:
+        raise ValueError(
+            f"train_ds: {samples} samples are too few for a batch of {batch_size} on each of {world} ranks"
+        )
+    # the last step of an epoch may be of fewer micro-batches
+    epochs, rest = divmod(trainer.global_step, -(-epoch // per_step))
+    start = epochs * epoch + min(rest * per_step, epoch)
+    return Schedule(start, (epochs + 1) * epoch, epoch, rank, world, epoch * batch_size * world)
+
+
+class ConsumedSampler(DistributedSampler[list[int]]):
     """Indices of each batch of this rank, from the first batch that has not been consumed.
 
-    Every pass over the samples is a permutation of its own.
+    Every pass over the samples is a permutation of its own. It splits the samples over ranks by
+    itself; Lightning leaves alone what is a ``DistributedSampler``.
 
     Attributes:
         samples: samples in the data set.
-        batch_size: samples per batch and rank.
-        batches: batches of the whole training, for ``len``: also those consumed before.
-        consumed: gives the batches that have been consumed, asked when iteration begins.
-        rank, world: this rank's place among the data-parallel ranks.
-        seed: seed of the permutations.
+        micro_batch_size: samples per batch and rank; NeMo's schedulers ask for it.
+        schedule: gives what comes next; asked when iteration begins.
+        order_seed: seed of the permutations; None: the samples come in their own order.
         skipped: batches of that order which are left out; those behind them move up.
     """
 
@@ -38,32 +88,37 @@ class ConsumedSampler(Sampler[list[int]]):
         self,
         samples: int,
         batch_size: int,
-        batches: int,
-        consumed: Callable[[], int],
-        rank: int,
-        world: int,
-        seed: int,
+        schedule: Callable[[], Schedule],
+        seed: int | None,
         skipped: frozenset[int] = frozenset(),
     ) -> None:
-        self.samples, self.batch_size, self.batches = samples, batch_size, batches
-        self.consumed, self.rank, self.world, self.seed = consumed, rank, world, seed
-        self.skipped = skipped
+        self.samples, self.micro_batch_size, self.schedule = samples, batch_size, schedule
+        self.order_seed, self.skipped = seed, skipped
 
     def __len__(self) -> int:
-        return self.batches
+        return self.schedule().length
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order, known = [], -1
-        for batch in kept_batches(self.consumed(), self.batches, self.skipped):
-            first = (batch * self.world + self.rank) * self.batch_size
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: the order follows from what was consumed."""
+
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+        at = self.schedule()
+        order, known, each = [], -1, at.epoch_samples or self.samples
+        for batch in kept_batches(at.start, at.stop, self.skipped):
+            first = (batch * at.world + at.rank) * self.micro_batch_size
             indices = []
-            for position in range(first, first + self.batch_size):
-                turn, place = divmod(position, self.samples)
-                if turn != known:
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
-                    order, known = torch.randperm(self.samples, generator=generator).tolist(), turn
-                indices.append(order[place])
+            for position in range(first, first + self.micro_batch_size):
+                epoch, number = divmod(position, each)
+                if epoch != known:
+                    order, known = self._order(epoch), epoch
+                indices.append(order[number])
             yield indices
+
+    def _order(self, epoch: int) -> list[int]:
+        if self.order_seed is None:
+            return list(range(self.samples))
+        generator = torch.Generator().manual_seed(self.order_seed * 1_000_003 + epoch)
+        return torch.randperm(self.samples, generator=generator).tolist()
 
 
 def kept_batches(start: int, stop: int, skipped: frozenset[int]) -> Iterator[int]:
@@ -93,14 +148,17 @@ def as_samples(given: Any) -> Any:
     return PackedSamples(given) if isinstance(given, Tensor) else given
 
 
-def train_loader(samples: Any, sampler: ConsumedSampler) -> DataLoader[Tensor]:
-    """Loader of training batches, Tensor of shape [batch, positions + 1]."""
-    return DataLoader(samples, batch_sampler=sampler)
+def train_loader(samples: Any, sampler: ConsumedSampler, **how: Any) -> DataLoader[Tensor]:
+    """Loader of training batches, Tensor of shape [batch, positions + 1]; ``how``: its further arguments."""
+    loader = DataLoader(samples, batch_sampler=sampler, **how)
+    # a loader forbids the assignment; Lightning asks here whether the samples are split over ranks
+    loader.__dict__["sampler"] = sampler
+    return loader
 
 
-def validation_loader(samples: Any, batch_size: int) -> DataLoader[Tensor]:
+def validation_loader(samples: Any, batch_size: int, **how: Any) -> DataLoader[Tensor]:
     """Loader of validation batches in order, Tensor of shape [batch, positions + 1]."""
-    return DataLoader(samples, batch_size=batch_size)
+    return DataLoader(samples, batch_size=batch_size, **how)
 
 
 class Numbered(torch.utils.data.Dataset[tuple[Tensor, int]]):
@@ -115,11 +173,3 @@ class Numbered(torch.utils.data.Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.samples[index], self.first + index
-
-
-def packed_tokens(cfg: DictConfig, where: str) -> Tensor:
-    """The samples of a ``train_ds`` or ``validation_ds``, Tensor of shape [samples, positions + 1]."""
-    paths = [cfg.paths] if isinstance(cfg.paths, str) else list(cfg.paths)
-    texts = find_text(paths, list(cfg.exclude), cfg.format, cfg.text_key, where)
-    own = load_tokenizer(Path(cfg.tokenizer))
-    return pack(texts, own, cfg.sequence_length, cfg.samples, cfg.seed).samples

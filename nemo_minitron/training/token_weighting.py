@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.losses.fused_linear_loss import LossResult
 from nemo_minitron.losses.wide_matmul import sum_dtype
+from nemo_minitron.training.batches import as_batch
 
 
 class LearnedTokens:
@@ -44,7 +45,7 @@ class LearnedTokens:
         """Share of a micro-batch's tokens that are learned, by which its objective is to be multiplied.
 
         Args:
-            batch: packed samples, Tensor of shape [batch, positions + 1], or that and more.
+            batch: see ``training.batches.as_batch``.
         """
         labels_BS = labels_of(batch)
         self.last = (labels_BS >= 0).sum()
@@ -71,5 +72,5 @@ class LearnedTokens:
 
 
 def labels_of(batch: Any) -> Tensor:
-    """Next-token ids of packed samples, [batch, positions]; negative where a token is only read."""
-    return (batch if isinstance(batch, Tensor) else batch[0])[:, 1:]
+    """Next-token ids of a batch, [batch, positions]; negative where a token is only read."""
+    return as_batch(batch).labels_BS

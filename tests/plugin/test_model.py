@@ -36,7 +36,7 @@ from nemo_minitron.proofs.tiny_models import tiny_model
 from nemo_minitron.pruning.plan_file import Plan
 from nemo_minitron.training.loss_guard import BadStep, Spikes
 from nemo_minitron.training.preemption import Preempted
-from nemo_minitron.training.sampler import ConsumedSampler
+from nemo_minitron.training.sampler import ConsumedSampler, Schedule
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.models import logits, make_model
 from tests.support.nemo_training import EXP, OPTIM, recipe, run, tokens
@@ -285,10 +285,11 @@ def test_nemo_config_sets_up_data_by_itself(teacher, corpus):
 
 def test_the_sampler_depends_on_seed_and_consumption_alone():
     def batches(consumed, rank=0, world=1, size=2):
-        return list(ConsumedSampler(10, size, 20, lambda: consumed, rank, world, 7))
+        schedule = Schedule(consumed, 20, 20, rank, world)
+        return list(ConsumedSampler(10, size, lambda: schedule, 7))
 
     assert batches(0)[6:] == batches(6)
-    assert len(ConsumedSampler(10, 2, 20, lambda: 6, 0, 1, 7)) == 20
+    assert len(ConsumedSampler(10, 2, lambda: Schedule(6, 20, 20), 7)) == 20
     assert sorted(i for batch in batches(0)[:5] for i in batch) == list(range(10))
     assert batches(0)[:5] != batches(0)[5:10]
     # two ranks together see what one rank of twice the batch sees

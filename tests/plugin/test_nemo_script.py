@@ -1,0 +1,354 @@
+"""A user's own script: trainer, epochs, data sets, batches, archives, callbacks; and the examples as they stand."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from nemo.core.classes import ModelPT
+from omegaconf import OmegaConf
+from torch.nn import functional as F
+
+import nemo_minitron
+from nemo_minitron import (
+    KnowledgeDistillation,
+    LossWeights,
+    MinitronModel,
+    ModelTransform,
+    Pruning,
+    Student,
+)
+from nemo_minitron.cli.main import main
+from nemo_minitron.losses.intermediate import IntermediateWeights
+from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.plugin.data_sets import data_set
+from tests.plugin.test_transforms import plan_for
+from tests.support.models import logits, make_model
+
+ROOT = Path(__file__).parents[2]
+OPTIM = {"name": "adamw", "lr": 1e-3, "sched": {"name": "CosineAnnealing", "warmup_steps": 2}}
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+}
+
+
+def trained(teacher, corpus, trainer, callbacks=(), **cfg):
+    """A model after a fit, 26 samples in batches of 4: 6 batches an epoch."""
+    lightning = Trainer(
+        **{**QUIET, "enable_model_summary": False}, **trainer, callbacks=list(callbacks)
+    )
+    data = {"paths": str(corpus), "sequence_length": 16, "samples": 26, "batch_size": 4}
+    model = MinitronModel.from_hf(
+        teacher, **{"optim": OPTIM, "train_ds": data, **cfg}, trainer=lightning
+    )
+    lightning.fit(model)
+    return model, lightning
+
+
+@pytest.mark.parametrize("optim", [OPTIM, {"name": "adamw", "lr": 1e-3}])
+@pytest.mark.parametrize(
+    ("trainer", "steps"),
+    [
+        ({"max_epochs": 3}, 18),
+        ({"max_epochs": 3, "max_steps": 100}, 18),
+        ({"max_epochs": 3, "max_steps": 7}, 7),
+        ({"max_epochs": 3, "accumulate_grad_batches": 4}, 6),
+        ({"max_epochs": 2, "limit_train_batches": 4}, 8),
+        ({"max_steps": 7}, 7),
+    ],
+)
+def test_three_epochs_are_three_times_the_data(teacher, corpus, trainer, steps, optim):
+    from lightning.pytorch import Callback
+
+    class Seen(Callback):
+        def on_train_batch_start(self, trainer, module, batch, number):
+            rows.setdefault(trainer.current_epoch, []).extend(map(tuple, batch.tolist()))
+
+    rows: dict[int, list[tuple[int, ...]]] = {}
+    _, lightning = trained(teacher, corpus, trainer, [Seen()], optim=optim)
+    assert lightning.global_step == steps
+    if trainer == {"max_epochs": 3}:
+        assert [len(set(rows[epoch])) for epoch in range(3)] == [24, 24, 24]
+        assert rows[0] != rows[1]  # drawn anew
+    assert {"learning_rate", "global_step"} <= set(lightning.callback_metrics)
+
+
+def test_several_validation_sets_have_a_loader_and_a_name_each(teacher, corpus):
+    files = [str(corpus / f"doc{i:02d}.txt") for i in range(2)]
+    sets = {"paths": files, "sequence_length": 16, "samples": 8}
+    model, lightning = trained(
+        teacher, corpus, {"max_steps": 2}, validation_ds=sets, test_ds={**sets, "name": ["one", "other"]}
+    )  # fmt: skip
+    found = {name: float(value) for name, value in lightning.callback_metrics.items()}
+    assert found["val_loss"] == found["doc00_val_loss"] != found["doc01_val_loss"]
+    (tested,) = {
+        json.dumps(row, sort_keys=True) for row in [lightning.test(model, verbose=False)[0]]
+    }
+    tested = {**json.loads(tested), **{k: float(v) for k, v in lightning.callback_metrics.items()}}
+    assert tested["test_loss"] == tested["one_test_loss"] != tested["other_test_loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_sise": 4}, "train_ds.batch_sise: unknown; here: batch_size"),
+        ({"micro_batch_size": 4}, "train_ds.micro_batch_size: unknown; here: batch_size"),
+        ({"is_tarred": True}, "train_ds.is_tarred: unknown; known are paths, tokenizer"),
+        ({"paths": None}, "train_ds.paths: missing"),
+        ({"batch_size": 0}, "train_ds.batch_size: expected a whole number of at least 1, found 0"),
+        ({"num_workers": "two"}, "train_ds.num_workers: expected a whole number"),
+        ({"shuffle": "yes"}, "train_ds.shuffle: expected true or false, found 'yes'"),
+    ],
+)
+def test_a_data_set_s_keys_are_honoured_or_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        data_set({"paths": "p", "tokenizer": "t", **changes}, "train_ds")
+
+
+def test_order_and_workers_are_as_they_were_asked_for(teacher, corpus):
+    data = {
+        "paths": str(corpus),
+        "sequence_length": 16,
+        "samples": 8,
+        "batch_size": 4,
+        "shuffle": False,
+    }
+    model = MinitronModel.from_hf(
+        teacher, train_ds={**data, "num_workers": 1}
+    )  # and without a trainer
+    loader = model.train_dataloader()
+    assert loader.num_workers == 1 and len(loader) == 2
+    assert [list(rows) for rows in loader.batch_sampler] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match="train_ds: 26 samples are too few for a batch of 32"):
+        trained(
+            teacher, corpus, {"max_epochs": 1}, train_ds={**data, "samples": 26, "batch_size": 32}
+        )
+
+
+def test_batches_of_transformers_are_read_and_weighed_as_there(teacher):
+    model = MinitronModel.from_hf(teacher)
+    ids = torch.randint(0, 300, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # on the left: what is masked must not be seen
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[1, 4] = -100
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    expected = load_model(teacher).train()(**batch).loss
+    found = model.evaluate_objective(batch)
+    assert torch.allclose(found.loss, expected, rtol=1e-5)
+    without = model.evaluate_objective({"input_ids": ids, "labels": labels}).loss
+    assert not torch.allclose(without, expected, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"expected token ids .* found \['ids'\]"):
+        model.evaluate_objective({"ids": ids})
+
+
+def test_archives_and_checkpoints_of_a_script_restore(teacher, corpus, tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    _, plan = plan_for(make_model(tmp_path / "m", "llama", vocab_size=300))
+    keeper = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    lightning = Trainer(
+        **{**QUIET, "enable_checkpointing": True}, max_steps=2, callbacks=[keeper, ModelTransform()]
+    )
+    data = {"paths": str(corpus), "tokenizer": str(teacher), "sequence_length": 16, "samples": 8}
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    cfg = OmegaConf.create(
+        {"hf_config": config, "optim": OPTIM, "train_ds": data}
+    )  # as in a YAML file
+    model = MinitronModel(cfg, lightning)
+    model.model_transform = Pruning(plan)
+    lightning.fit(model)
+    model.save_to(str(tmp_path / "x.nemo"))
+    expected = model.model.state_dict()
+    again = [
+        MinitronModel.restore_from(str(tmp_path / "x.nemo"), map_location="cpu"),
+        ModelPT.restore_from(str(tmp_path / "x.nemo"), map_location="cpu"),
+        MinitronModel.load_from_checkpoint(keeper.last_model_path, map_location="cpu"),
+    ]
+    for other in again:
+        state = other.model.state_dict()
+        assert type(other) is MinitronModel and state.keys() == expected.keys()
+        assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+class Own(MinitronModel):
+    """A class of the user's."""
+
+
+def test_a_subclass_restores_as_itself(teacher, tmp_path):
+    Own.from_hf(teacher).save_to(str(tmp_path / "own.nemo"))
+    assert type(Own.restore_from(str(tmp_path / "own.nemo"), map_location="cpu")) is Own
+
+
+class Tuning(LightningModule):
+    def __init__(self, folder, runs=1):
+        super().__init__()
+        self.llm, self.runs = load_model(folder).train(), runs
+
+    def training_step(self, batch, _):
+        for _ in range(self.runs):
+            loss = self.llm(**batch).loss
+        return {"loss": loss, "mine": 1}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader([BATCH], batch_size=None)
+
+
+BATCH = {
+    "input_ids": torch.arange(24).reshape(2, 12) * 7 % 96,
+    "attention_mask": torch.ones(2, 12, dtype=int),
+}
+BATCH["attention_mask"][0, :4] = 0
+BATCH["labels"] = BATCH["input_ids"].masked_fill(BATCH["attention_mask"] == 0, -100)
+
+
+def divergence(teacher, student):
+    """The textbook's, over the tokens that are learned."""
+    learned = BATCH["labels"][:, 1:] != -100
+    rows = [
+        model(**{k: BATCH[k] for k in ("input_ids", "attention_mask")}).logits[:, :-1]
+        for model in (teacher, student)
+    ]
+    p, q = (F.log_softmax(row[learned].double(), -1) for row in rows)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("loss", ["replace", "add"])
+def test_a_module_of_one_s_own_is_distilled(tmp_path, loss, order):
+    folder = make_model(tmp_path / "m", "llama")
+    _, plan = plan_for(folder)
+    module = Tuning(folder)
+    module.model_transform = Pruning(plan)
+    other = load_model(folder).train()
+    Pruning(plan)(other)
+    expected = divergence(load_model(folder), other)
+    ce = float(other(**BATCH).loss)
+    inside = IntermediateWeights(("hidden",), layers=((-1, -1),))
+    distillation = KnowledgeDistillation(folder, student=Student(loss=loss))
+    lightning = Trainer(**QUIET, max_steps=1, callbacks=[ModelTransform(), distillation][::order])
+    step = module.training_step
+    lightning.fit(module)
+    found = {name: float(value) for name, value in lightning.callback_metrics.items()}
+    assert found["kd_divergence"] == pytest.approx(expected, rel=1e-4)
+    assert found["kd_loss"] == pytest.approx(expected, rel=1e-4)
+    assert "training_step" not in vars(module) and module.training_step == step
+    assert not module.llm._forward_pre_hooks and not module.llm.model._forward_hooks
+    expected += ce if loss == "add" else 0
+    with torch.no_grad():  # SGD's one step shows the gradient's loss
+        total = divergence(load_model(folder), other) + (
+            float(other(**BATCH).loss) if loss == "add" else 0
+        )
+    assert total == pytest.approx(expected, rel=1e-4)
+    changed = [
+        n for n, p in module.llm.named_parameters() if not torch.equal(p, other.get_parameter(n))
+    ]
+    assert changed
+    again = KnowledgeDistillation(folder, intermediate=inside)
+    Trainer(**QUIET, max_steps=1, callbacks=[again]).fit(module)
+    assert not hasattr(module, "projection")
+
+
+def test_without_labels_all_that_is_read_is_learned(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    module, plain = Tuning(folder), {"input_ids": BATCH["input_ids"]}
+    module.training_step = lambda batch, _: module.llm(**batch).logits.sum()
+    module.train_dataloader = lambda: torch.utils.data.DataLoader([plain], batch_size=None)
+    student = load_model(make_model(tmp_path / "other", "llama", seed=3))
+    module.llm = student
+    rows = [
+        F.log_softmax(m(**plain).logits[:, :-1].detach().double(), -1)
+        for m in (load_model(folder), student)
+    ]
+    expected = float((rows[0].exp() * (rows[0] - rows[1])).sum(-1).mean())
+    lightning = Trainer(**QUIET, max_steps=1, callbacks=[KnowledgeDistillation(folder)])
+    lightning.fit(module)
+    assert float(lightning.callback_metrics["kd_loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_cannot_be_distilled_is_said_in_a_sentence(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    for module, message in (
+        (
+            Tuning(folder, runs=2),
+            "the training_step of Tuning ran its LlamaForCausalLM 2 times, expected once",
+        ),
+        (Tuning(folder, runs=1), "vocabulary: the teacher has 96 entries, the student 300"),
+    ):
+        if "vocabulary" in message:
+            module.llm = load_model(make_model(tmp_path / "other", "llama", vocab_size=300))
+        with pytest.raises(ValueError, match=message):
+            Trainer(**QUIET, max_steps=1, callbacks=[KnowledgeDistillation(folder)]).fit(module)
+        assert "training_step" not in vars(module)
+    nothing = Tuning(folder)
+    nothing.llm = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match="KnowledgeDistillation: Tuning holds no Hugging Face model"
+    ):
+        Trainer(**QUIET, max_steps=1, callbacks=[KnowledgeDistillation(folder)]).fit(nothing)
+
+
+def test_after_a_distillation_a_model_has_its_own_objective_back(teacher, corpus):
+    distillation = KnowledgeDistillation(teacher, weights=LossWeights(1.0, 0.5))
+    model, lightning = trained(teacher, corpus, {"max_steps": 1}, [distillation])
+    assert "train_divergence" in lightning.callback_metrics
+    assert model.objective == model.cross_entropy
+    after = Trainer(**QUIET, max_steps=1)
+    after.fit(model)
+    assert "train_divergence" not in after.callback_metrics
+
+
+def test_everything_public_is_there_and_costs_nothing_until_it_is_asked_for():
+    for name in nemo_minitron.__all__:
+        assert getattr(nemo_minitron, name) is not None
+    assert set(nemo_minitron.__all__) <= set(dir(nemo_minitron))
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        nemo_minitron.Nothing  # noqa: B018
+    code = "import sys, nemo_minitron; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_examples_run_as_the_page_says(teacher, corpus, tmp_path, monkeypatch):
+    words = [
+        f"workspace={tmp_path / 'run'}",
+        f"source.model={teacher}",
+        "score.importance=magnitude",
+    ]
+    assert main(["score", *words]) == 0 and main(["plan", *words, "plan.ffn=20"]) == 0
+    plan, page = tmp_path / "run" / "plan", (ROOT / "docs" / "nemo.md").read_text()
+    given = [
+        f"hf_folder={teacher}", f"model.train_ds.paths={corpus}", "model.train_ds.sequence_length=16",
+        "+model.train_ds.samples=8", f"model.validation_ds.paths={corpus}", "model.validation_ds.sequence_length=16",
+        "model.validation_ds.samples=8", f"exp_manager.exp_dir={tmp_path / 'exp'}", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+    assert "python examples/prune_and_distil.py" in page and "python examples/train.py" in page
+    command = [sys.executable, "examples/prune_and_distil.py", f"plan={plan}", *given]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (archive,) = (tmp_path / "exp").rglob("student.nemo")
+    assert (
+        json.loads((archive.parent / "hf" / "config.json").read_text())["intermediate_size"] == 20
+    )
+    code = "import sys; from nemo_minitron import MinitronModel; MinitronModel.restore_from(sys.argv[1], map_location='cpu')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(archive)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sys, "argv", ["own_module.py", str(teacher), str(plan), str(tmp_path / "out")]
+    )
+    runpy.run_path(str(ROOT / "examples" / "own_module.py"), run_name="__main__")
+    assert torch.isfinite(logits(tmp_path / "out")).all()
+    for name in ("train.py", "own_module.py"):
+        compile((ROOT / "examples" / name).read_text(), name, "exec")
