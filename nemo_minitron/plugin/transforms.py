@@ -49,7 +49,7 @@ class Pruning:
         """
         model = causal_lm_in(module, self.at)
         source = architecture_of(model.config.to_dict(), type(model).__name__)
-        if model.get_output_embeddings() is None:
+        if model.base_model is model:
             raise ValueError(
                 f"{type(model).__name__} has no output head; expected a causal LM, as "
                 f"{source.family.architecture}"
@@ -62,6 +62,13 @@ class Pruning:
             raise ValueError(f"the plan was made for sizes {planned}, the model has {found}")
         cut = Cut(source, self.keep, self.layers)
         state = _stored_state(model)
+        lost = next((name for name, _, _ in source.tensors() if name not in state), None)
+        if lost is not None:
+            raise ValueError(
+                f"{type(model).__name__}: {lost} is not in the model; a module that keeps it elsewhere, as "
+                "those of NeMo's speechlm2 keep the embedding, has to put it back before the model is "
+                "pruned, and to cut what reads the model's width"
+            )
         pruned_state = {
             piece.name: cut_tensor(state[piece.source], piece, sizes)
             for piece in pieces(cut, list(state))

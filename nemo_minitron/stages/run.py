@@ -113,7 +113,18 @@ def accelerator_of(launch: "LaunchConfig", stage: str) -> str | None:
 
 
 def _is_follower() -> bool:
-    """Whether torchrun started this process beside another, its rank 0, which holds the workspace."""
+    """Whether torchrun started this process beside another, its rank 0, which holds the workspace.
+
+    Raises:
+        ValueError: srun started it beside others, and torchrun did not: one would work, alone.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks.isdigit() and int(tasks) > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"srun starts {tasks} processes that know nothing of each other; start one on each node, and let "
+            "it start the ranks: srun --ntasks-per-node=1 torchrun --nproc-per-node=gpu ... -m nemo_minitron "
+            "(docs/scale.md), or launch.kind=slurm"
+        )
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and int(os.environ.get("RANK", "0")) > 0
 
 

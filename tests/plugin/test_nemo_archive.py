@@ -79,7 +79,7 @@ ATTACKS = {
     "a class with arguments": (
         lambda c, o: {**c, "cls": TOKENIZER, "params": {"pretrained_model_name": str(o)}}, "cls: no entry of an archive",
     ),
-    "another class": (lambda c, o: {**c, "target": "torch.nn.Identity"}, "target: expected nemo.core"),
+    "another class": (lambda c, o: {**c, "target": "torch.nn.Identity"}, "target: expected nemo_minitron.plugin.model.MinitronModel"),
     "a call when it is trained": (
         lambda c, o: {**c, "optim": {"name": "adamw", "sched": {"args": {"_target_": TOKENIZER}}}}, "is not called",
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.core.classes import ModelPT
 from omegaconf import OmegaConf
 from torch.nn import functional as F
@@ -65,8 +65,6 @@ def trained(teacher, corpus, trainer, callbacks=(), **cfg):
     ],
 )
 def test_three_epochs_are_three_times_the_data(teacher, corpus, trainer, steps, optim):
-    from lightning.pytorch import Callback
-
     class Seen(Callback):
         def on_train_batch_start(self, trainer, module, batch, number):
             rows.setdefault(trainer.current_epoch, []).extend(map(tuple, batch.tolist()))
@@ -78,6 +76,29 @@ def test_three_epochs_are_three_times_the_data(teacher, corpus, trainer, steps, 
         assert [len(set(rows[epoch])) for epoch in range(3)] == [24, 24, 24]
         assert rows[0] != rows[1]  # drawn anew
     assert {"learning_rate", "global_step"} <= set(lightning.callback_metrics)
+
+
+class Ranks(Callback):
+    """Notes what each rank reads."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer, module, batch, number):
+        with (self.folder / f"{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps([trainer.current_epoch, batch.tolist()]) + "\n")
+
+
+def test_two_devices_need_no_flag_and_share_the_samples(teacher, corpus, tmp_path):
+    trainer = {"max_epochs": 2, "devices": 2, "strategy": "ddp_fork"}
+    trained(teacher, corpus, trainer, [Ranks(tmp_path)])
+    seen = {(rank, epoch): set() for rank in range(2) for epoch in range(2)}
+    for rank in range(2):
+        for line in (tmp_path / f"{rank}.jsonl").read_text().splitlines():
+            epoch, batch = json.loads(line)
+            seen[rank, epoch] |= set(map(tuple, batch))
+    assert {len(rows) for rows in seen.values()} == {12}
+    assert all(len(seen[0, epoch] | seen[1, epoch]) == 24 for epoch in range(2))
 
 
 def test_several_validation_sets_have_a_loader_and_a_name_each(teacher, corpus):

@@ -236,6 +236,18 @@ def test_which_model_is_meant_is_never_guessed(tmp_path):
         Pruning(plan)(load_model(folder).model)
 
 
+def test_an_embedding_that_was_moved_out_is_named(tmp_path):
+    folder = make_model(tmp_path / "m", "llama", tie_word_embeddings=False)
+    _, plan = plan_for(folder)
+    module = Module(folder)
+    module.embed_tokens = module.llm.model.embed_tokens  # as NeMo's SALM does
+    del module.llm.model.embed_tokens
+    with pytest.raises(
+        ValueError, match=r"model\.embed_tokens\.weight is not in the model; a module"
+    ):
+        Pruning(plan)(module)
+
+
 def test_a_transform_that_leaves_an_early_optimiser_with_dead_weights_is_found_out(tmp_path):
     folder = make_model(tmp_path / "m", "llama")
     module = Module(folder, early=True)
