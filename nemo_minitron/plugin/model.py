@@ -1,6 +1,7 @@
 """A causal LM of any supported family as a NeMo model, for pretraining, correction and distillation."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,6 @@ from nemo_minitron.training.loss_guard import gradient_norm
 from nemo_minitron.training.strategies import gathered, shard
 from nemo_minitron.training.token_weighting import LearnedTokens, labels_of
 from nemo_minitron.training.transformer_engine import (
-    EXTRA_STATE,
     LayerReplacement,
     ReplacementLayers,
 )
@@ -162,6 +162,8 @@ class MinitronModel(OwnLoaders, ModelPT):
         """Exchanges layers, and splits the model over the ranks that the strategy has laid out as a mesh."""
         if self.replacement_layers is not None and self._replacement is None:
             self._replacement = LayerReplacement(self.model, self.family, self.replacement_layers)
+            if self._trainer is None or self._trainer.is_global_zero:
+                print(f"training.transformer_engine: {self._replacement}", file=sys.stderr)
         if self.device_mesh is None or self._sharded:
             return
         self._sharded = True
@@ -192,11 +194,7 @@ class MinitronModel(OwnLoaders, ModelPT):
                 for name, parameter in self.model.named_parameters(remove_duplicate=False)
                 if first.setdefault(id(parameter), name) != name
             ]  # gathered twice, they would be stored twice
-            self._gathered = {
-                key: value
-                for key, value in whole.items()
-                if not key.endswith(EXTRA_STATE) and key not in tied
-            }
+            self._gathered = {key: value for key, value in whole.items() if key not in tied}
 
     def forward(self, tokens_BS: Tensor, **more: Any) -> Tensor:
         """Last hidden states: [batch, positions] token ids to [batch, positions, hidden].
@@ -317,7 +315,16 @@ class MinitronModel(OwnLoaders, ModelPT):
                 self.cfg.hf_config = changed
 
     def save_to(self, save_path: str) -> None:
-        """Writes a ``.nemo`` archive of the model as it is now."""
+        """Writes a ``.nemo`` archive of the model as it is now.
+
+        Raises:
+            ValueError: the model is split over ranks, none of which has all of it.
+        """
+        if self._sharded:
+            raise ValueError(
+                "save_to: the model is split over ranks; gather() and save_hf(folder) write it, and "
+                "MinitronModel.from_hf(folder).save_to(path) an archive"
+            )
         self.follow_model()
         with self._own_layers():
             super().save_to(save_path)

@@ -104,14 +104,21 @@ def norm_formula(module: nn.Module) -> Norm | None:
 class LayerReplacement:
     """Replaces layers of a model, and restores them.
 
+    The parameters belong to the layers that are in place: those that are not hold none, so that
+    weights which are split over ranks afterwards are not kept whole beside. What the new layers
+    would store beside their parameters (FP8 scales, which a step makes anew) is left out of every
+    state dict: Transformer Engine 2.16 and later refuses to read it back, and a sharded checkpoint
+    cannot, because its size changes.
+
     Attributes:
         linears, norms: how many were exchanged.
+        left: linear layers that were not, because FP8 does not take their widths.
     """
 
     def __init__(self, model: Any, family: Family, kit: ReplacementLayers) -> None:
         """Replaces what can be replaced inside the model's layers; embedding and head stay."""
         self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
-        self.linears = self.norms = 0
+        self.linears = self.norms = self.left = 0
         for layer in layers_of(model, family):
             for parent in list(layer.modules()):
                 for name, child in list(parent.named_children()):
@@ -122,6 +129,7 @@ class LayerReplacement:
     ) -> None:
         if type(child) is nn.Linear:
             if child.in_features % _MULTIPLE or child.out_features % _MULTIPLE:
+                self.left += 1
                 return
             new, self.linears = kit.linear(child), self.linears + 1
         else:
@@ -130,8 +138,9 @@ class LayerReplacement:
             if norm is None or norm.layer != (getattr(child, "bias", None) is not None):
                 return
             new, self.norms = kit.norm(child, norm), self.norms + 1
-        for key, parameter in child.named_parameters(recurse=False):
-            setattr(new, key, parameter)
+        _hand_over(child, new)
+        new.register_state_dict_post_hook(_forget_extra_state)
+        new.register_load_state_dict_post_hook(_miss_no_extra_state)
         for key in _HOOKS:  # of losses on hidden states, which listen to this place
             setattr(new, key, getattr(child, key))
         self._places.append((parent, name, child, new))
@@ -140,13 +149,39 @@ class LayerReplacement:
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
         """The model as it was, with the parameters as they are now."""
-        for parent, name, old, _ in self._places:
+        for parent, name, old, new in self._places:
+            _hand_over(new, old)
             setattr(parent, name, old)
         try:
             yield
         finally:
-            for parent, name, _, new in self._places:
+            for parent, name, old, new in self._places:
+                _hand_over(old, new)
                 setattr(parent, name, new)
+
+    def __str__(self) -> str:
+        """What was exchanged, in words."""
+        text = f"{self.linears} linear layers and {self.norms} norms exchanged"
+        if self.left:
+            text += (
+                f"; {self.left} linear layers stay: their widths are no multiples of {_MULTIPLE}"
+            )
+        return text
+
+
+def _hand_over(one: nn.Module, other: nn.Module) -> None:
+    """Gives a layer's parameters to the other."""
+    for key, parameter in list(one.named_parameters(recurse=False)):
+        other.register_parameter(key, parameter)
+        one.register_parameter(key, None)
+
+
+def _forget_extra_state(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+    state.pop(f"{prefix}{EXTRA_STATE}", None)
+
+
+def _miss_no_extra_state(_: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(EXTRA_STATE)]
 
 
 def transformer_engine(fp8: bool) -> ReplacementLayers:

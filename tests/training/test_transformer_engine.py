@@ -1,6 +1,7 @@
 """Layers exchanged for another engine's. Transformer Engine needs CUDA: here torch's own layers take over."""
 
 import contextlib
+import copy
 import importlib.util
 
 import pytest
@@ -15,7 +16,6 @@ from nemo_minitron.plugin.trainer import Options
 from nemo_minitron.proofs.tiny_models import tiny_model
 from nemo_minitron.training.loss_guard import BadStep
 from nemo_minitron.training.transformer_engine import (
-    EXTRA_STATE,
     LayerReplacement,
     Norm,
     ReplacementLayers,
@@ -27,13 +27,19 @@ from tests.support.nemo_training import run
 
 
 class Scaled(nn.Linear):
-    """A linear layer with something beside its parameters in the state, as Transformer Engine's have."""
+    """A linear layer with something beside its parameters in the state, which grows, as Transformer Engine's."""
+
+    seen = 0
+
+    def forward(self, x):
+        self.seen += 1
+        return super().forward(x)
 
     def get_extra_state(self):
-        return torch.ones(3)
+        return torch.ones(self.seen)
 
     def set_extra_state(self, state):
-        assert torch.equal(state, torch.ones(3))
+        raise RuntimeError("Refusing to load pickled state")  # as 2.16 and later
 
 
 class Formula(nn.Module):
@@ -48,8 +54,8 @@ class Formula(nn.Module):
 
 def kit(norms=True):
     def norm(old, formula):
-        if not norms:
-            return old
+        if not norms:  # one of its own class, so that the results are the same to the byte
+            return copy.deepcopy(old)
         return Formula(formula, old.weight.shape[0], formula.layer)
 
     def linear(old):
@@ -80,7 +86,8 @@ def test_every_familys_norms_are_known_and_its_layers_exchanged_without_a_trace(
     assert exchange.norms >= len(layers_of(model, family))
     with torch.no_grad():
         assert torch.allclose(model(tokens).logits, before, atol=1e-4)
-    assert {key for key in model.state_dict() if not key.endswith(EXTRA_STATE)} == keys
+    assert set(model.state_dict()) == keys
+    model.load_state_dict(model.state_dict(), strict=True)
     with exchange.undone():
         assert set(model.state_dict()) == keys
         with torch.no_grad():
@@ -112,6 +119,21 @@ def test_what_listens_to_a_layer_listens_to_its_successor():
     assert heard == ["norm", "linear"]
 
 
+def test_a_split_model_is_not_kept_whole_beside_and_comes_back_as_it_is():
+    """What FSDP2 does: other parameters take the places of the new layers'."""
+    model = load_model_in_memory()
+    whole = sum(p.numel() for p in model.parameters())
+    exchange = LayerReplacement(model, families()["llama"], kit())
+    held = [old for _, _, old, _ in exchange._places]
+    assert not any(list(old.parameters()) for old in held)
+    layer = model.model.layers[0].mlp
+    layer.up_proj.weight = nn.Parameter(torch.full_like(layer.up_proj.weight, 2.0))
+    with exchange.undone():
+        assert type(layer.up_proj) is nn.Linear and bool((layer.up_proj.weight == 2).all())
+        assert sum(p.numel() for p in model.parameters()) == whole
+    assert isinstance(layer.up_proj, Scaled) and bool((layer.up_proj.weight == 2).all())
+
+
 def load_model_in_memory():
     from nemo_minitron.models.causal_lm import new_model
     from tests.support.models import SIZES
@@ -133,11 +155,15 @@ class Give(Callback):
         pl_module.replacement_layers = kit(norms=False)
 
 
-def test_a_training_with_other_layers_resumes_and_ends_as_the_same_hugging_face_model(tmp_path):
+def test_a_training_with_other_layers_resumes_and_ends_as_the_same_hugging_face_model(
+    tmp_path, capfd
+):
     wide = {"hidden_size": 48, "intermediate_size": 32, "head_dim": 16}
     folder = make_model(tmp_path / "m", "llama", **wide)
     plain = run(folder, tmp_path / "plain", 6)
     given = run(folder, tmp_path / "given", 6, [Give()])
+    said = capfd.readouterr().err
+    assert "21 linear layers and 6 norms exchanged\n" in said
     assert any(isinstance(module, Scaled) for module in given.modules())
     outs = []
     for name, model in (("plain", plain), ("given", given)):
