@@ -11,6 +11,8 @@ import time
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -266,6 +268,23 @@ def test_a_file_that_is_not_utf_8_gets_a_note_and_json_is_refused(tmp_path, caps
     (tmp_path / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "Grüße"}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.jsonl, row \d: the file is not UTF-8"):
         list(documents(found([tmp_path / "latin.jsonl"])))
+
+
+def test_a_long_value_that_many_rows_share_is_in_memory_once_at_a_time(tmp_path):
+    value = "x" * 4_000_000
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 64), pa.array([value, "y"]))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 5_000
+    code = (
+        "import pathlib, sys, pyarrow\nfrom nemo_minitron.data.row_files import parquet_rows\n"
+        "rows = sum(1 for _ in parquet_rows(pathlib.Path(sys.argv[1]), 'data'))\n"
+        "print(rows, pyarrow.default_memory_pool().max_memory())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.parquet")], capture_output=True, check=True
+    )
+    rows, most = map(int, done.stdout.split())
+    assert rows == 128 and most < 10 * len(value)
 
 
 @pytest.mark.parametrize("name", ["cut.txt.zst", "rows.jsonl", "rows.parquet"])
