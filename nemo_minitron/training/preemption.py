@@ -1,12 +1,14 @@
 """Signals during a training.
 
-SIGTERM and SIGUSR1: it finishes the current step, saves and ends, to be run again. Ctrl-C ends it at
-once, and where Python drops the exception (raised while an object is being destroyed), behind the
-step.
+SIGTERM and SIGUSR1, or the end of its time: it finishes the current step, saves and ends, to be run
+again. Ctrl-C ends it at once, and where Python drops the exception (raised while an object is being
+destroyed), behind the step.
 """
 
 import signal
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,26 +21,32 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(RuntimeError):
-    """A training was stopped by a signal, and has saved its state."""
+    """A training was stopped by a signal or the end of its time, and has saved its state."""
 
 
 class Preemption(Callback):
     """Saves and stops at the end of the step during which a signal came, without a validation.
 
+    NeMo's own limit of a run's time saves only where ``save_last`` is set, so that it would lose the
+    steps behind the last checkpoint.
+
     Attributes:
         folder: where checkpoints lie.
-        received: name of the signal that came, or None.
+        limit: how long a run may train, as if a signal came then; None: as long as it takes.
+        received: name of the signal that came, or of the key that limits the time, or None.
         interrupted: whether Ctrl-C was pressed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, limit: timedelta | None = None) -> None:
+        self.folder, self.limit = folder, limit
         self.received: str | None = None
+        self._started = time.monotonic()
         self.interrupted = False
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals, from Lightning too; only a process' main thread can."""
+        self._started = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
             own = signal.getsignal(signal.SIGINT)
@@ -55,7 +63,7 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves and stops, on all ranks together, where one of them got a signal; between steps only.
+        """Saves and stops, on all ranks together, where it is due on one of them; between steps only.
 
         Raises:
             Preempted: the step that was saved, and how to resume.
@@ -65,6 +73,11 @@ class Preemption(Callback):
             raise KeyboardInterrupt
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        if (
+            self.limit is not None
+            and time.monotonic() - self._started >= self.limit.total_seconds()
+        ):
+            self.received = self.received or "exp_manager.max_time_per_run"
         came = self.received is not None
         if trainer.world_size > 1:
             came = trainer.strategy.reduce_boolean_decision(came, all=False)
@@ -77,7 +90,7 @@ class Preemption(Callback):
             trainer.save_checkpoint(path)
             NeMoModelCheckpoint.remove_checkpoint_unfinished_marker(path, barrier_before=True)
         raise Preempted(
-            f"stopped by {self.received or 'a signal on another rank'} at step {trainer.global_step} of "
+            f"stopped by {self.received or 'another rank'} at step {trainer.global_step} of "
             f"{trainer.max_steps}, which is saved; run it again to go on"
         )
 
