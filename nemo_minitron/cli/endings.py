@@ -15,7 +15,7 @@ from types import FrameType
 INTERRUPTED = 1
 """Exit status after Ctrl-C."""
 TERMINATED = 128 + signal.SIGTERM
-"""Exit status after SIGTERM, as shells tell it."""
+"""Exit status after SIGTERM, as shells tell it, and where a training's ``max_time_per_run`` is over."""
 
 
 class Terminated(KeyboardInterrupt):

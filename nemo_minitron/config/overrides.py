@@ -252,7 +252,9 @@ def check_overrides(config: Mapping[str, Any]) -> None:
         if config["training"]["parallel"] == "shard":
             _check_shard(section, trainer)
     if config["training"]["parallel"] == "shard":
-        _check_archives(config["exp_manager"])
+        _check_archives(config["exp_manager"], "parallel=shard, whose weights are in parts")
+    if config["training"]["ema_decay"] is not None:
+        _check_archives(config["exp_manager"], "ema_decay, whose average comes out later")
 
 
 def _check_epochs(key: str, epochs: Any, config: Mapping[str, Any]) -> None:
@@ -275,12 +277,12 @@ def _check_shard(section: str, trainer: Mapping[str, Any]) -> None:
         )
 
 
-def _check_archives(settings: Mapping[str, Any]) -> None:
+def _check_archives(settings: Mapping[str, Any], other: str) -> None:
     for name in ("save_nemo_on_train_end", "always_save_nemo"):
         if _at(settings, f"checkpoint_callback_params.{name}"):
             raise ValueError(
-                f"exp_manager.checkpoint_callback_params.{name}: not with training.parallel=shard, whose "
-                "weights are in parts; use export.nemo=true"
+                f"exp_manager.checkpoint_callback_params.{name}: not with training.{other}; use "
+                "export.nemo=true"
             )
 
 
