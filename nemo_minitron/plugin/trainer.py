@@ -166,7 +166,7 @@ def train(
         ValueError: NeMo, Lightning or a callback refuses a setting, or the checkpoint holds more
             than data.
         BadStep: a step that must not be taken; with it in ``skipped``, another call resumes.
-        Preempted: a signal came, or ``max_time_per_run`` is over; another call resumes.
+        Preempted, TimeOver: a signal came, ``max_time_per_run`` is over; another call resumes.
     """
     silence_third_parties()
     check_trainer(settings.trainer)

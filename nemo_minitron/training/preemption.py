@@ -16,12 +16,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.utils.callbacks import NeMoModelCheckpoint
 
+TIME = "exp_manager.max_time_per_run"
+"""The key that limits how long a run trains."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What batch systems send before they end a job (Slurm: --signal; torchrun dies of USR1)."""
 
 
 class Preempted(RuntimeError):
-    """A training was stopped by a signal or the end of its time, and has saved its state."""
+    """A training was stopped by a signal, and has saved its state."""
+
+
+class TimeOver(Preempted):
+    """The time is over that a run may train, and it has saved its state: another try would be another run."""
 
 
 class Preemption(Callback):
@@ -66,22 +72,18 @@ class Preemption(Callback):
         """Saves and stops, on all ranks together, where it is due on one of them; between steps only.
 
         Raises:
-            Preempted: the step that was saved, and how to resume.
+            Preempted, TimeOver: the step that was saved, and how to resume.
             KeyboardInterrupt: Ctrl-C was pressed, and came to nothing.
         """
         if self.interrupted:
             raise KeyboardInterrupt
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if (
-            self.limit is not None
-            and time.monotonic() - self._started >= self.limit.total_seconds()
-        ):
-            self.received = self.received or "exp_manager.max_time_per_run"
-        came = self.received is not None
-        if trainer.world_size > 1:
-            came = trainer.strategy.reduce_boolean_decision(came, all=False)
-        if not came or trainer.global_step >= trainer.max_steps:
+        over = self.limit is not None and _on_any_rank(
+            trainer, time.monotonic() - self._started >= self.limit.total_seconds()
+        )
+        came = _on_any_rank(trainer, self.received is not None)
+        if not (came or over) or trainer.global_step >= trainer.max_steps:
             return
         path = self.folder / f"step={trainer.global_step}.ckpt"
         if not path.exists():
@@ -89,9 +91,10 @@ class Preemption(Callback):
             NeMoModelCheckpoint.set_checkpoint_unfinished_marker(path, barrier_after=True)
             trainer.save_checkpoint(path)
             NeMoModelCheckpoint.remove_checkpoint_unfinished_marker(path, barrier_before=True)
-        raise Preempted(
-            f"stopped by {self.received or 'another rank'} at step {trainer.global_step} of "
-            f"{trainer.max_steps}, which is saved; run it again to go on"
+        cause = (self.received or "a signal on another rank") if came else TIME
+        raise (Preempted if came else TimeOver)(
+            f"stopped by {cause} at step {trainer.global_step} of {trainer.max_steps}, which is saved; run "
+            "it again to go on"
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -100,3 +103,10 @@ class Preemption(Callback):
             if number != signal.SIGINT or signal.getsignal(number) == self._interrupt:
                 signal.signal(number, handler)
         self._before = {}
+
+
+def _on_any_rank(trainer: Trainer, here: bool) -> bool:
+    if trainer.world_size == 1:
+        return here
+    found: bool = trainer.strategy.reduce_boolean_decision(here, all=False)
+    return found
