@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from nemo_minitron.plugin.experiment import keep_logs
 from nemo_minitron.plugin.trainer import newest_checkpoint
-from nemo_minitron.training.preemption import Preempted
+from nemo_minitron.training.preemption import Preempted, TimeOver
 from tests.support.models import make_model
 from tests.support.nemo_training import EXP, run
 
@@ -91,3 +91,13 @@ def test_where_files_cannot_have_two_names_logs_are_copied(tmp_path, folder, mon
     monkeypatch.setattr(os, "link", refuse)
     keep_logs(tmp_path / "state", tmp_path / "student")
     assert (tmp_path / "student" / "logs" / "wandb" / "run").read_text() == "a run"
+
+
+def test_a_signal_and_the_end_of_its_time_are_told_apart(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(EXP, "max_time_per_run", {"days": 1})
+    with pytest.raises(Preempted, match="stopped by SIGTERM at step 2 of 3") as stopped:
+        run(folder, tmp_path / "state", 3, [Stop(2)])
+    assert not isinstance(stopped.value, TimeOver)  # a flow may try that again
+    monkeypatch.setitem(EXP, "max_time_per_run", {"microseconds": 1})
+    with pytest.raises(TimeOver, match=r"stopped by exp_manager\.max_time_per_run at step 1 of 3"):
+        run(folder, tmp_path / "other", 3)

@@ -53,12 +53,13 @@ def test_what_loggers_write_and_archives_outlive_the_stage(start, capsys):
             "+exp_manager.wandb_logger_kwargs={project: p, offline: true}"]  # fmt: skip
     try:
         assert main(["distill", *words, *more]) == 0
+        (run,) = logs.glob("wandb/offline-run-*/run-*.wandb")
+        size = run.stat().st_size
     finally:
         wandb.teardown()  # its process works for all runs of this one
     assert len(list(logs.glob("events.out.tfevents.*"))) == 2  # of both runs
-    (run,) = logs.glob("wandb/offline-run-*/run-*.wandb")
-    size = run.stat().st_size
-    assert size and sorted(path.name for path in logs.rglob("*.ckpt")) == []
+    assert run.stat().st_size == size > 0  # it was whole already
+    assert sorted(path.name for path in logs.rglob("*.ckpt")) == []
     restored = MinitronModel.restore_from(str(logs / "mine.nemo"))
     for name, tensor in weights(place).items():
         assert torch.equal(restored.model.state_dict()[name], tensor), name
