@@ -8,6 +8,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from nemo_minitron.plugin.experiment import keep_logs
+from nemo_minitron.plugin.live_teacher import Publishing, snapshots
 from nemo_minitron.plugin.trainer import newest_checkpoint
 from nemo_minitron.training.preemption import Preempted, TimeOver
 from tests.support.models import make_model
@@ -52,7 +53,8 @@ def test_a_training_that_was_interrupted_stops_early_where_it_would_have(
 ):
     monkeypatch.setitem(EXP, "create_early_stopping_callback", True)
     monkeypatch.setitem(EXP, "early_stopping_callback_params", {"patience": 2, "min_delta": 100.0})
-    run(folder, tmp_path / "straight", 9)
+    run(folder, tmp_path / "straight", 9, [Publishing(tmp_path / "live", 100)])
+    assert snapshots(tmp_path / "live") == [6]  # its end, too
     with pytest.raises(Preempted):
         run(folder, tmp_path / "parts", 9, [Stop(5)])
     assert newest_checkpoint(tmp_path / "parts" / "nemo" / "checkpoints").name == "step=5.ckpt"
