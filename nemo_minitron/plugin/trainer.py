@@ -7,8 +7,9 @@ import inspect
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ class TrainingSettings:
         batch_size: samples per micro-batch and device.
         seed: seed of the sample order.
         options: the rest.
+        started: when the run began, by ``time.monotonic``: what ``max_time_per_run`` counts from, also
+            where a bad step has made the training begin once more.
     """
 
     trainer: Mapping[str, Any]
@@ -100,6 +103,7 @@ class TrainingSettings:
     batch_size: int
     seed: int
     options: Options = Options()
+    started: float = field(default_factory=time.monotonic)
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
@@ -274,7 +278,7 @@ def _watch(
     )
     limit = settings.exp_manager.get("max_time_per_run")
     allowed = None if limit is None else duration("exp_manager.max_time_per_run", limit)
-    trainer.callbacks.append(Preemption(checkpoints_in(state), allowed))
+    trainer.callbacks.append(Preemption(checkpoints_in(state), allowed, settings.started))
 
 
 def forward_flops(model: Any, family: Family, positions: int) -> int:

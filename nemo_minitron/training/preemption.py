@@ -38,21 +38,23 @@ class Preemption(Callback):
 
     Attributes:
         folder: where checkpoints lie.
-        limit: how long a run may train, as if a signal came then; None: as long as it takes.
-        received: name of the signal that came, or of the key that limits the time, or None.
+        limit: how long a run may take, as if a signal came then; None: as long as it takes.
+        started: when the run began, by ``time.monotonic``.
+        received: name of the signal that came, or None.
         interrupted: whether Ctrl-C was pressed.
     """
 
-    def __init__(self, folder: Path, limit: timedelta | None = None) -> None:
+    def __init__(
+        self, folder: Path, limit: timedelta | None = None, started: float | None = None
+    ) -> None:
         self.folder, self.limit = folder, limit
+        self.started = time.monotonic() if started is None else started
         self.received: str | None = None
-        self._started = time.monotonic()
         self.interrupted = False
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes over the signals, from Lightning too; only a process' main thread can."""
-        self._started = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
             own = signal.getsignal(signal.SIGINT)
@@ -80,7 +82,7 @@ class Preemption(Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         over = self.limit is not None and _on_any_rank(
-            trainer, time.monotonic() - self._started >= self.limit.total_seconds()
+            trainer, time.monotonic() - self.started >= self.limit.total_seconds()
         )
         came = _on_any_rank(trainer, self.received is not None)
         if not (came or over) or trainer.global_step >= trainer.max_steps:

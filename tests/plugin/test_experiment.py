@@ -3,16 +3,20 @@
 import json
 import os
 import signal
+import time
+from dataclasses import replace
 
 import pytest
 from lightning.pytorch import Callback
 
+from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.plugin.experiment import keep_logs
 from nemo_minitron.plugin.live_teacher import Publishing, snapshots
-from nemo_minitron.plugin.trainer import newest_checkpoint
+from nemo_minitron.plugin.trainer import newest_checkpoint, train
 from nemo_minitron.training.preemption import Preempted, TimeOver
 from tests.support.models import make_model
-from tests.support.nemo_training import EXP, run
+from tests.support.nemo_training import EXP, recipe, run, tokens
 
 
 class Stop(Callback):
@@ -100,6 +104,7 @@ def test_a_signal_and_the_end_of_its_time_are_told_apart(tmp_path, folder, monke
     with pytest.raises(Preempted, match="stopped by SIGTERM at step 2 of 3") as stopped:
         run(folder, tmp_path / "state", 3, [Stop(2)])
     assert not isinstance(stopped.value, TimeOver)  # a flow may try that again
-    monkeypatch.setitem(EXP, "max_time_per_run", {"microseconds": 1})
+    long_ago = replace(recipe(3), started=time.monotonic() - 24 * 3600)
+    model, config = load_model(folder), read_config(folder)
     with pytest.raises(TimeOver, match=r"stopped by exp_manager\.max_time_per_run at step 1 of 3"):
-        run(folder, tmp_path / "other", 3)
+        train(model, config, folder, long_ago, tokens(), tokens(8), tmp_path / "other")
