@@ -155,7 +155,7 @@ def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
         return Cancelled(
             message=f"{call.name}: the run is cancelled; started again, it goes on from here"
         )
-    if kind == failures.STOPPED:
+    if kind in (failures.STOPPED, failures.OVER):
         raise TerminationSignal(15) from error
     if kind == failures.SLOW:
         return Failed(name="TimedOut", message=masked(str(error)))

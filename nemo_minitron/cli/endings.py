@@ -15,7 +15,7 @@ from types import FrameType
 INTERRUPTED = 1
 """Exit status after Ctrl-C."""
 TERMINATED = 128 + signal.SIGTERM
-"""Exit status after SIGTERM, as shells tell it."""
+"""Exit status after SIGTERM, as shells tell it, and where a training's ``max_time_per_run`` is over."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -52,13 +52,23 @@ def ended_by(error: BaseException) -> tuple[str, int] | None:
     the cause somewhere in its chain.
     """
     chain = list(_chain(error))
-    saved = next((str(each) for each in chain if type(each).__name__ == "Preempted"), None)
+    saved = next((_saved(each) for each in chain if _has_saved(each)), None)
     by_signal = any(type(each).__name__ in ("Terminated", "TerminationSignal") for each in chain)
     if saved is not None or by_signal:
         return saved or "ended by SIGTERM; run it again to go on", TERMINATED
     if any(isinstance(each, KeyboardInterrupt) for each in chain):
         return "interrupted; run it again to go on", INTERRUPTED
     return None
+
+
+def _has_saved(error: BaseException) -> bool:
+    """Whether it is ``training.preemption``'s; of a stage in a process of its own, that its time was over."""
+    kind = getattr(error, "kind", None)
+    return type(error).__name__ in ("Preempted", "TimeOver") or kind == "time over"
+
+
+def _saved(error: BaseException) -> str:
+    return str(error).removeprefix("TimeOver: ")  # as another process has told it
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -19,6 +19,7 @@ import nemo_minitron
 from nemo_minitron.config.bounds import check, check_handed_on
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.option import describe
+from nemo_minitron.config.overrides import check_overrides, ours, why_not
 from nemo_minitron.config.words import as_typed, check_file, unreadable
 from nemo_minitron.families import use_tables
 
@@ -70,7 +71,9 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         merged = OmegaConf.merge(OmegaConf.structured(Config), values)
         config = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(unreadable(overrides) or _explain(error, name, own)) from error
+        raise ValueError(
+            unreadable(overrides) or _named_otherwise(overrides) or _explain(error, name, own)
+        ) from error
     except (TypeError, AttributeError, AssertionError, RecursionError) as error:
         # Hydra's own, where an override puts something else in the place of a section
         raise ValueError(f"cannot be composed: {' '.join(overrides)}") from error
@@ -82,6 +85,16 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
     return _checked(config)
 
 
+def _named_otherwise(overrides: list[str]) -> str | None:
+    """One line on the first override that NeMo's scripts have, and this command line calls otherwise."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    named = ((key, ours(key)) for key in keys)
+    return next(
+        (f"{key}: no such configuration key; here it is {other}" for key, other in named if other),
+        None,
+    )
+
+
 def _explain(error: Exception, name: str, folder: Path) -> str:
     """One line: what is wrong and, for a key that is not known, which known ones are near."""
     text = str(error)
@@ -89,6 +102,8 @@ def _explain(error: Exception, name: str, folder: Path) -> str:
     cause = deeper if isinstance(deeper, OmegaConfBaseException) else error
     full_key = getattr(cause, "full_key", None)
     wanted = re.search(r"Could not (?:override|append to|delete from)[^'\n]*'([^']+)'", text)
+    if wanted and text.startswith("Could not append"):
+        return f"{wanted[1]}: is there already; write {wanted[1]}=... without +, or ++ for either"
     if wanted:
         return _unknown_key(wanted.group(1))
     if re.search(r"Key '[^']+' (?:is not in struct|not in)", text) and full_key:
@@ -124,6 +139,8 @@ def _unknown_key(key: str) -> str:
     if key in known:
         return f"{key}: its entries are added one by one, as in +{key}.NAME=VALUE"
     section = next((name for name in OPEN if key.startswith(f"{name}.")), None)
+    if section and (reason := why_not(key)):
+        return f"{key}: {reason}"
     if section:
         hint = f"; {section} is handed on as it is: write +{key}=... to add a key"
     return f"{key}: no such configuration key{hint}"
@@ -151,6 +168,7 @@ def _check_values(config: Config) -> None:
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
         check(name, item.metadata["bounds"], value)
     check_handed_on(as_dict(config))
+    check_overrides(as_dict(config))
 
 
 def as_dict(config: Config) -> dict[str, Any]:

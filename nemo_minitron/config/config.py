@@ -48,7 +48,9 @@ class Config:
     track: TrackConfig = field(default_factory=TrackConfig)
     trainer: dict[str, Any] = option({}, "arguments of Lightning's Trainer")
     optim: dict[str, Any] = option({}, "NeMo optimiser and scheduler")
-    exp_manager: dict[str, Any] = option({}, "NeMo's exp_manager; its folders are set by the stage")
+    exp_manager: dict[str, Any] = option(
+        {}, "NeMo's exp_manager; its folders are set by the stage (docs/nemo.md)"
+    )
 
 
 def workspace_of(config: Config) -> Path:

@@ -25,9 +25,10 @@ def markdown() -> str:
         lines.append(f"| `{name}` | `{shown}` | {meaning(item)} |")
     lines += [
         "",
-        "`trainer`, `optim` and `exp_manager` are handed to Lightning and NeMo as they are; their defaults",
+        "`trainer`, `optim` and `exp_manager` are handed to Lightning and NeMo; their defaults",
         "lie in `configs/config.yaml`, and further keys are added with `+`,",
-        "as in `+trainer.limit_val_batches=2`.",
+        "as in `+trainer.limit_val_batches=2`. What a stage decides itself is refused by name:",
+        "[each key](nemo.md#overrides-of-the-command-line).",
     ]
     return "\n".join(lines) + "\n"
 

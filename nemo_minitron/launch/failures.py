@@ -10,15 +10,15 @@ from typing import Any
 from nemo_minitron.evaluation.gate import GateError
 from nemo_minitron.security.masking import masked, masked_values
 
-MISTAKE, GATE, MEMORY, TRANSIENT, LOST, STOPPED, SLOW, FAILED = (
-    "mistake", "gate", "memory", "transient", "lost", "stopped", "time limit", "failed",
+MISTAKE, GATE, MEMORY, TRANSIENT, LOST, STOPPED, OVER, SLOW, FAILED = (
+    "mistake", "gate", "memory", "transient", "lost", "stopped", "time over", "time limit", "failed",
 )  # fmt: skip
 """Kinds of failure.
 
 mistake: the user's, nothing will change it; gate: the student is too weak; memory: there was too
 little, a smaller micro-batch may do; transient: the network's and the machine's passing moods;
-lost: a process died or fell silent; stopped: somebody asked it to stop; time limit: it took longer
-than allowed; failed: all else.
+lost: a process died or fell silent; stopped: somebody asked it to stop; time over: it has trained as
+long as one run may, and saved; time limit: it took longer than allowed; failed: all else.
 """
 
 AGAIN = (MEMORY, TRANSIENT, LOST)
@@ -62,11 +62,10 @@ def kind_of(error: BaseException) -> str:
         return GATE
     if isinstance(error, ValueError):  # what the stages raise for what the user can put right
         return MISTAKE
-    if (
-        type(error).__name__ == "Preempted"
-    ):  # training.preemption: not imported, for it would import NeMo
-        return STOPPED
-    if isinstance(error, KeyboardInterrupt):
+    # training.preemption's: not imported, for it would import NeMo
+    if type(error).__name__ == "TimeOver":
+        return OVER
+    if type(error).__name__ == "Preempted" or isinstance(error, KeyboardInterrupt):
         return STOPPED
     for each in _chain(error):
         if _is_memory(each):

@@ -43,9 +43,16 @@ class Publishing(Callback):
     ) -> None:
         """Publishes after a step that is due."""
         step = trainer.global_step
-        if step == self._step or (step % self.every and step != trainer.max_steps):
-            return
-        self._step = step
+        if step != self._step and (step % self.every == 0 or step == trainer.max_steps):
+            self._publish(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Publishes what a training that ends before its last step comes to."""
+        if trainer.global_step != self._step:
+            self._publish(trainer, pl_module)
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = step = trainer.global_step
         assert isinstance(pl_module, MinitronModel)
         pl_module.gather()
         if trainer.is_global_zero:

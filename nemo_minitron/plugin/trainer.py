@@ -6,39 +6,54 @@ Lightning's Trainer, exp_manager for checkpoints and loggers, resumable at any t
 import inspect
 import os
 import re
-import shutil
+import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, Timer, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nemo.utils.callbacks import NeMoModelCheckpoint
-from nemo.utils.exp_manager import exp_manager
-from omegaconf import OmegaConf
+from lightning.pytorch.utilities.model_summary import summarize
 
+from nemo_minitron.config.overrides import duration, refuse_exp_manager, refuse_trainer
 from nemo_minitron.families import Architecture, Family
 from nemo_minitron.models.causal_lm import layers_of
+from nemo_minitron.plugin.experiment import (
+    end_loggers,
+    manage,
+    newest_checkpoint,
+    profiler,
+    step_of,
+)
 from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.nemo_archive import make_cfg
 from nemo_minitron.plugin.third_party_logging import silence_third_parties
 from nemo_minitron.pruning.cost import model_size
-from nemo_minitron.security.masking import masked
 from nemo_minitron.training.averaging import Averaging
 from nemo_minitron.training.callbacks import ExactResume, TrainingLog
-from nemo_minitron.training.checkpoint_safety import checkpoints_as_data, keep_checkpoints_inside
+from nemo_minitron.training.checkpoint_safety import checkpoints_as_data
 from nemo_minitron.training.loss_guard import LossGuard, Spikes
 from nemo_minitron.training.preemption import Preemption
 from nemo_minitron.training.sampler import as_samples
 from nemo_minitron.training.strategies import sharding_strategy
 from nemo_minitron.training.transformer_engine import transformer_engine
-from nemo_minitron.workspace import training_log
-from nemo_minitron.workspace.layout import checkpoints_in, metrics_in, nemo_in
+from nemo_minitron.workspace.layout import checkpoints_in, metrics_in
+from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.training_log import STOPPED
 
-_STEP = re.compile(r"step=(\d+)")
+__all__ = [
+    "Options",
+    "TrainingSettings",
+    "check_trainer",
+    "forward_flops",
+    "newest_checkpoint",
+    "step_of",
+    "train",
+]
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,8 @@ class TrainingSettings:
         batch_size: samples per micro-batch and device.
         seed: seed of the sample order.
         options: the rest.
+        started: when the run began, by ``time.monotonic``: what ``max_time_per_run`` counts from, also
+            where a bad step has made the training begin once more.
     """
 
     trainer: Mapping[str, Any]
@@ -86,14 +103,15 @@ class TrainingSettings:
     batch_size: int
     seed: int
     options: Options = Options()
+    started: float = field(default_factory=time.monotonic)
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Refuses what Lightning's Trainer would not take.
+    """Refuses what Lightning's Trainer would not take, and what a training decides itself.
 
     Raises:
-        ValueError: an unknown key, no positive ``max_steps``, or devices for which nobody started
-            processes.
+        ValueError: an unknown key, one that would be ignored, no positive ``max_steps``, or devices
+            for which nobody started processes.
     """
     known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
     unknown = sorted(set(trainer) - known)
@@ -104,6 +122,7 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
         raise ValueError(
             f"trainer.{unknown[0]}: Lightning's Trainer has no such argument; nearest: {', '.join(near)}"
         )
+    refuse_trainer(trainer)
     steps = trainer["max_steps"] if "max_steps" in trainer else None
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"trainer.max_steps: expected a positive whole number, found {steps!r}")
@@ -130,6 +149,9 @@ def train(
 ) -> MinitronModel:
     """Trains a model; resumes from the newest checkpoint in ``state`` if there is one.
 
+    Where Lightning ends it before ``max_steps`` (early stopping, ``max_time``, ``max_epochs``),
+    ``stopped.json`` in ``state`` says at which step, and by what.
+
     Args:
         hf_model: a Hugging Face causal LM in the dtype to train in.
         hf_config: its config.json.
@@ -148,11 +170,13 @@ def train(
         ValueError: NeMo, Lightning or a callback refuses a setting, or the checkpoint holds more
             than data.
         BadStep: a step that must not be taken; with it in ``skipped``, another call resumes.
+        Preempted, TimeOver: a signal came, ``max_time_per_run`` is over; another call resumes.
     """
     silence_third_parties()
     check_trainer(settings.trainer)
+    refuse_exp_manager(settings.exp_manager)
     try:
-        trainer = _trainer(settings, callbacks)
+        trainer = _trainer(settings, callbacks, state)
         model = MinitronModel(
             make_cfg(hf_config, files, dict(settings.optim)), trainer, hf_model.train()
         )
@@ -162,12 +186,14 @@ def train(
         parts = settings.options.tensor_parallel
         model.use_training_samples(samples, settings.batch_size, settings.seed, skipped, parts)
         model.use_validation_samples(validation, settings.batch_size)
-        _manage(trainer, settings, state)
+        manage(trainer, settings.exp_manager, state)
         model.setup_optimization()  # once now, so that wrong arguments show before anything runs
     except (MisconfigurationException, TypeError) as error:
         raise ValueError(_refusal(error, settings)) from error
+    if settings.trainer.get("enable_model_summary") and trainer.is_global_zero:
+        print(summarize(model), file=sys.stderr)  # Lightning would log it, and its log is silent
     with checkpoints_as_data(newest_checkpoint(checkpoints_in(state))):
-        _fit(trainer, model)
+        _fit(trainer, model, state)
     model.gather()
     return model
 
@@ -184,24 +210,50 @@ def _refusal(error: Exception, settings: TrainingSettings) -> str:
     return f"trainer, optim, exp_manager: {first}"
 
 
-def _fit(trainer: Trainer, model: MinitronModel) -> None:
+def _fit(trainer: Trainer, model: MinitronModel, state: Path) -> None:
     try:
         trainer.fit(model)
     except MisconfigurationException as error:
         raise ValueError(f"trainer, exp_manager: {str(error).splitlines()[0]}") from error
-    if trainer.global_step < trainer.max_steps:
-        raise RuntimeError(
-            f"training stopped at step {trainer.global_step} of {trainer.max_steps} (time limit, early "
-            "stopping); its checkpoint stays, run it again to go on"
-        )
+    finally:
+        end_loggers(trainer)
+    early = trainer.global_step < trainer.max_steps
+    ended = {"step": trainer.global_step, "reason": _ended_by(trainer)} if early else None
+    if trainer.is_global_zero:
+        (state / STOPPED).unlink(missing_ok=True)
+        if ended is not None:
+            write_json(state / STOPPED, ended)
 
 
-def _trainer(settings: TrainingSettings, callbacks: Sequence[Callback]) -> Trainer:
+def _ended_by(trainer: Trainer) -> str:
+    """What has ended a training before its last step, in words.
+
+    Raises:
+        RuntimeError: nothing that is known to.
+    """
+    timers = [each.time_remaining() for each in trainer.callbacks if isinstance(each, Timer)]
+    if any(left is not None and left <= 0 for left in timers):
+        return "trainer.max_time"
+    watched = [each.monitor for each in trainer.callbacks if isinstance(each, EarlyStopping)]
+    if trainer.should_stop and watched:
+        return f"early stopping on {watched[0]}"
+    epochs = trainer.max_epochs or -1
+    if 0 < epochs <= trainer.fit_loop.epoch_progress.current.processed:
+        return f"trainer.max_epochs={epochs}"
+    raise RuntimeError(
+        f"training stopped at step {trainer.global_step} of {trainer.max_steps}; its checkpoint stays, run "
+        "it again to go on"
+    )
+
+
+def _trainer(settings: TrainingSettings, callbacks: Sequence[Callback], state: Path) -> Trainer:
     arguments, options = dict(settings.trainer), settings.options
+    arguments["profiler"] = profiler(arguments.get("profiler"), state)
     bar = [TQDMProgressBar(refresh_rate=10)] if arguments.get("enable_progress_bar", True) else []
     average = [] if options.ema_decay is None else [Averaging(options.ema_decay)]
     guards = [ExactResume(settings.seed, options.tensor_parallel), LossGuard(options.spikes)]
-    # logger, checkpoints and their folders are exp_manager's; the sampler knows its ranks itself
+    # logger, checkpoints and their folders are exp_manager's; the sampler knows its ranks itself:
+    # another value has been refused
     fixed = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}
     if options.shard:
         fixed["strategy"] = sharding_strategy(options.tensor_parallel)
@@ -224,7 +276,9 @@ def _watch(
     trainer.callbacks.append(
         TrainingLog(metrics_in(state), every, tokens, flops, settings.options.peak_tflops)
     )
-    trainer.callbacks.append(Preemption(checkpoints_in(state)))
+    limit = settings.exp_manager.get("max_time_per_run")
+    allowed = None if limit is None else duration("exp_manager.max_time_per_run", limit)
+    trainer.callbacks.append(Preemption(checkpoints_in(state), allowed, settings.started))
 
 
 def forward_flops(model: Any, family: Family, positions: int) -> int:
@@ -261,74 +315,3 @@ def _apply(options: Options, model: MinitronModel) -> None:
     if options.compile:
         for layer in layers_of(model.model, model.family):
             layer.compile()
-
-
-def _manage(trainer: Trainer, settings: TrainingSettings, state: Path) -> None:
-    """Hands checkpoints and loggers to NeMo's exp_manager.
-
-    Raises:
-        ValueError: exp_manager does not know a key.
-    """
-    if settings.exp_manager.get("ema", {}).get("enable"):
-        raise ValueError(
-            "exp_manager.ema: its average never becomes the result; use training.ema_decay"
-        )
-    folder = nemo_in(state)
-    newest = newest_checkpoint(checkpoints_in(state))
-    if trainer.is_global_zero and newest is not None:
-        _tidy(checkpoints_in(state), settings.exp_manager.get("checkpoint_callback_params") or {})
-    # a validation that was due behind the checkpoint, and did not come to its end, is made up for
-    validated = [
-        line["step"] for line in training_log.read_log(metrics_in(state)) if "val_loss" in line
-    ]
-    manager = {
-        "disable_validation_on_resume": newest is None or step_of(newest) in validated,
-        **settings.exp_manager,
-        # NeMo's, which it adds on GPUs, would take our signals, save nothing and end with exit
-        # status 0
-        "create_preemption_callback": False,
-        "explicit_log_dir": str(folder),
-        "resume_from_checkpoint": None if newest is None else str(newest),
-    }
-    from omegaconf.errors import ConfigKeyError
-
-    try:
-        exp_manager(trainer, OmegaConf.create(manager))
-    except ConfigKeyError as error:
-        raise ValueError(f"exp_manager: {str(error).splitlines()[0]}") from error
-    keep_checkpoints_inside(trainer, checkpoints_in(state))
-    words = folder / "cmd-args.log"  # NeMo notes the command line as it is
-    if trainer.is_global_zero and words.is_file():
-        replaced = masked(words.read_text(encoding="utf-8", errors="replace"))
-        words.write_text(replaced, encoding="utf-8")
-
-
-def _tidy(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Removes finished checkpoints that the next one would have removed if the training had not stopped.
-
-    What is saved on a signal no callback keeps count of; and NeMo forgets sharded ones when it
-    resumes.
-    """
-    most = settings.get("save_top_k")
-    if settings.get("monitor") != "step" or not isinstance(most, int) or most < 1:
-        return  # it is not the newest that are to be kept
-    for path in sorted(_finished(folder), key=step_of)[:-most]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _finished(folder: Path) -> list[Path]:
-    return [
-        path
-        for path in folder.glob("*.ckpt")
-        if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)
-    ]
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The finished checkpoint with the highest step in its name, or None."""
-    return max(_finished(folder), key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name; -1 where there is none."""
-    return int(match.group(1)) if (match := _STEP.search(checkpoint.name)) else -1

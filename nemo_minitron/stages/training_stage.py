@@ -97,17 +97,15 @@ def training_recipe(
     """
     resolved, decides = _resolved(config, section)
 
-    def prepare() -> None:
-        from nemo_minitron.plugin.trainer import (
-            check_trainer,
-        )  # NeMo's import takes seconds: only where due
+    def check() -> None:
+        # NeMo's import takes seconds: only where due
+        from nemo_minitron.plugin.trainer import check_trainer
 
         check_trainer(resolved["trainer"])
-        role.prepare()
 
     def build(state: Path, target: Path, ranks: Ranks) -> None:
         """Trains, all ranks together, and writes what came of it."""
-        ranks.first(prepare)
+        ranks.first(role.prepare)
         trained = _train(config, resolved, role, state, ranks)
         if ranks.rank == 0:
             _write(trained, state, target)
@@ -116,16 +114,19 @@ def training_recipe(
         notes = length_notes(config, role.shape(), "train", "validation")
         return Summary(last_losses(folder), notes=notes)
 
-    return Recipe(folder, kind, decides, inputs, build, summary, resumable=True, keep=True)
+    return Recipe(folder, kind, decides, inputs, build, summary, check, resumable=True, keep=True)
 
 
 def _write(trained: Any, state: Path, target: Path) -> None:
     """Writes what came of a training."""
     model_in(target).mkdir()
     trained.save_hf(model_in(target))
+    from nemo_minitron.plugin.experiment import keep_logs
+
+    keep_logs(state, target)
     log = metrics_in(state)
     training_log.write_csv(training_log.read_log(log), target / training_log.TABLE)
-    for name in (log.name, SKIPPED, training_log.TEACHERS):
+    for name in (log.name, SKIPPED, training_log.TEACHERS, training_log.STOPPED):
         if (state / name).is_file():
             (target / name).write_bytes((state / name).read_bytes())
 
@@ -146,8 +147,19 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
         "batch_size": samples_a_step,
         "training": _deciding(config.training),
         "train": sampling(config.data.train),
+        **_early_stopping(config.exp_manager, trainer),
     }
     return resolved, decides
+
+
+def _early_stopping(manager: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """What may end the training early, and when it looks; nothing where nothing may."""
+    if not manager.get("create_early_stopping_callback"):
+        return {}
+    looks = {name: trainer.get(name) for name in ("val_check_interval", "limit_val_batches")}
+    if isinstance(looks["val_check_interval"], int):  # in steps, however many devices there are
+        looks["val_check_interval"] /= trainer.get("accumulate_grad_batches") or 1
+    return {"early_stopping": {**(manager.get("early_stopping_callback_params") or {}), **looks}}
 
 
 def _deciding(training: TrainingConfig) -> dict[str, Any]:
@@ -163,10 +175,18 @@ def _deciding(training: TrainingConfig) -> dict[str, Any]:
 
 
 def resolved_trainer(config: Config, changes: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """``trainer`` with torchrun's devices, and steps by ``training``, but for what the stage itself says."""
+    """``trainer`` with torchrun's devices, and steps by ``training``, but for what the stage itself says.
+
+    ``max_epochs`` counts passes over ``data.train.samples``: the steps end with the last of them,
+    and the schedule with the steps.
+    """
     trainer = {**merged(config.trainer, changes), **_launched()}
     if config.training.max_tokens is not None and changes.get("max_steps") is None:
         trainer["max_steps"] = _steps(config, trainer, batch_size)
+    if (trainer.get("max_epochs") or -1) > 0 and config.data.train.samples is not None:
+        read = trainer["max_epochs"] * config.data.train.samples
+        steps = max(1, read // _samples_a_step(config, trainer, batch_size))
+        trainer["max_steps"] = min(steps, trainer["max_steps"] or steps)
     if config.training.validate_every is not None and changes.get("val_check_interval") is None:
         per_step = trainer.get("accumulate_grad_batches") or 1
         trainer["val_check_interval"] = config.training.validate_every * per_step
@@ -280,17 +300,19 @@ def last_losses(folder: Path) -> str:
     validated = [line for line in lines if "val_loss" in line][-1:]
     manifest = read_manifest(folder)
     assert manifest is not None
-    steps = _max_steps(manifest)  # the log has lines of some steps only
+    steps, of, ended = _max_steps(manifest), "", ""  # the log has lines of some steps only
+    if (stop := training_log.read_stop(folder)) is not None:
+        steps, of, ended = stop["step"], f" of {steps}", f", ended by {stop['reason']}"
     left_out = f", {len(skips)} left out ({SKIPPED})" if (skips := _skips(folder)) else ""
     told = "".join(
         f", held-out loss {line['val_loss']:.4f}"
         + (f" at step {line['step']}" if line["step"] != steps else "")
         for line in validated
     )
-    return f"{steps} steps{left_out}{told}"
+    return f"{steps}{of} steps{ended}{left_out}{told}"
 
 
 def _max_steps(manifest: Manifest) -> int:
-    """Steps of a training that is finished: it ends with the last of them, or fails."""
+    """Steps that a training was to take: it ends with the last of them, fails, or notes where it ended."""
     steps: int = manifest.config["trainer"]["max_steps"]
     return steps

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from nemo_minitron.workspace.condition import condition, damage, flaws, in_words
-from nemo_minitron.workspace.layout import ARTIFACTS, ASIDE, MANIFEST, Workspace, manifest_in
+from nemo_minitron.workspace.layout import ARTIFACTS, ASIDE, LOGS, MANIFEST, Workspace, manifest_in
 from nemo_minitron.workspace.manifest import Input, Output, fingerprint, hash_file, read_manifest
 from nemo_minitron.workspace.typed_json import remedy
 
@@ -124,7 +124,7 @@ def verify(folder: Path) -> list[str]:
     listed = {output.file for output in manifest.outputs} | {MANIFEST}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in listed and not name.startswith(ASIDE):
+        if path.is_file() and name not in listed and not name.startswith((ASIDE, f"{LOGS}/")):
             problems.append(f"{path}: not in the manifest")
     if manifest.fingerprint != fingerprint(manifest.kind, manifest.config, manifest.inputs):
         problems.append(

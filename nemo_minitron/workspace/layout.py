@@ -46,6 +46,9 @@ MODEL = "hf"
 """Sub-folder of an artifact that was trained: the model, a Hugging Face folder."""
 METRICS = "metrics.jsonl"
 """In an artifact that was trained, and in its state while it is made: the log of the training."""
+LOGS = "logs"
+"""Sub-folder of an artifact that was trained with what loggers wrote, which the user may do with as they
+like; and of a workspace with what stages printed."""
 TOKENS = "tokens"
 """Sub-folder of a workspace with its texts as token ids, one folder per text and tokenizer."""
 IDS = "tokens.bin"
@@ -71,7 +74,7 @@ MEMORY = ".memory.json"
 _OUTCOME, _PROGRESS, _SLURM = ".outcome.json", ".progress.json", ".slurm.json"
 
 
-FOLDERS = (*ARTIFACTS, TOKENS, LIVE, UNPACKED, RESULTS, ".launch", "logs", "rounds", "variants")
+FOLDERS = (*ARTIFACTS, TOKENS, LIVE, UNPACKED, RESULTS, ".launch", LOGS, "rounds", "variants")
 """Entries of a workspace that are folders."""
 FILES = (
     LOCK, STAGE_LOCK, HOLDER, COMMANDS, VERDICT, MEMORY, "search.json", "sweep.json", "pareto.png",
@@ -283,7 +286,7 @@ class Workspace:
 
     def log(self, stage: str) -> Path:
         """What a stage in processes of its own has printed."""
-        return self.root / "logs" / f"{stage}.log"
+        return self.root / LOGS / f"{stage}.log"
 
 
 def outcome_of_job(noted: Path) -> Path:
@@ -324,6 +327,11 @@ def model_in(folder: Path) -> Path:
 def metrics_in(folder: Path) -> Path:
     """The log of a training, in its artifact or its state."""
     return folder / METRICS
+
+
+def logs_in(folder: Path) -> Path:
+    """What loggers wrote of a training, and its archives; beside the artifact's own files."""
+    return folder / LOGS
 
 
 def plots_in(folder: Path) -> Path:

@@ -14,7 +14,15 @@ from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.atomic import discard
 from nemo_minitron.workspace.build import STAMP, building, refuse_unknown_folder, set_aside
 from nemo_minitron.workspace.condition import condition, damage, flaws
-from nemo_minitron.workspace.layout import STATE, aside_in, manifest_in, result_in, state_in
+from nemo_minitron.workspace.layout import (
+    LOGS,
+    STATE,
+    aside_in,
+    logs_in,
+    manifest_in,
+    result_in,
+    state_in,
+)
 from nemo_minitron.workspace.manifest import (
     Input,
     Manifest,
@@ -78,7 +86,7 @@ def make_resumable(
         discard(folder / child.name) if child.is_dir() else None
         child.replace(folder / child.name)
     discard(result_in(folder))
-    without = (STATE, *(path.name for path in set_aside(folder)))
+    without = (STATE, LOGS, *(path.name for path in set_aside(folder)))
     write_manifest(folder, kind, config, inputs, started, without=without)
     discard(state)
     return True
@@ -91,7 +99,7 @@ def _make_room(folder: Path, recipe: dict[str, Any], keep: bool) -> Path | None:
     """
     for aside in () if manifest_in(folder).exists() else set_aside(folder):  # of a killed run
         if (manifest := read_manifest(aside)) is not None:
-            _move(manifest, folder, aside)
+            _put_aside(manifest, folder, aside)
     if keep:
         _keep_finished(folder, recipe)
     _keep_state(folder, recipe)
@@ -103,6 +111,7 @@ def _make_room(folder: Path, recipe: dict[str, Any], keep: bool) -> Path | None:
     manifest = read_manifest(aside)
     if manifest is not None and _whole(aside, manifest):
         _move(manifest, aside, folder)
+        _move_logs(aside, folder)  # last: what is killed before it goes back, logs and all
         manifest_in(aside).replace(manifest_in(folder))
         discard(aside)
         return None
@@ -137,7 +146,7 @@ def _keep_finished(folder: Path, recipe: Mapping[str, Any]) -> None:
     manifest_in(folder).replace(
         manifest_in(aside)
     )  # first: what is killed behind it, the next run completes
-    _move(manifest, folder, aside)
+    _put_aside(manifest, folder, aside)
 
 
 def _keep_state(folder: Path, recipe: Mapping[str, Any]) -> None:
@@ -165,6 +174,18 @@ def _say(
     why = f"with other settings ({changes})" if changes else "from other inputs"
     text = f"{folder.name}: {how} {why}; that is kept in {kept}; minitron clean{level} removes it"
     print(plain(text), file=sys.stderr)
+
+
+def _put_aside(manifest: Manifest, folder: Path, aside: Path) -> None:
+    """Moves an artifact aside, its logs first: they are its own while a file of it is still to be moved."""
+    if any(not (aside / output.file).exists() for output in manifest.outputs):
+        _move_logs(folder, aside)
+    _move(manifest, folder, aside)
+
+
+def _move_logs(source: Path, target: Path) -> None:
+    if logs_in(source).is_dir() and not logs_in(target).exists():
+        logs_in(source).replace(logs_in(target))
 
 
 def _move(manifest: Manifest, source: Path, target: Path) -> None:

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from nemo_minitron.workspace.layout import METRICS
-from nemo_minitron.workspace.typed_json import read_lines
+from nemo_minitron.workspace.typed_json import read_json, read_lines
 
 FILE = METRICS
 TABLE = "metrics.csv"
 TEACHERS = "teachers.json"
 """Beside the log of a distillation with a live teacher: [{"step": .., "snapshot": ..}, ...], which snapshot
 teaches from which step on (0-based)."""
+
+STOPPED = "stopped.json"
+"""Beside the log of a training that ended before ``trainer.max_steps``: {"step": .., "reason": ..}."""
 
 
 class _Values(TypedDict, total=False):
@@ -24,6 +27,20 @@ class _Values(TypedDict, total=False):
 
 class _Line(_Values):
     step: int
+
+
+class Stop(TypedDict):
+    """Where a training ended before its last step, and by what."""
+
+    step: int
+    reason: str
+
+
+def read_stop(folder: Path) -> Stop | None:
+    """Where the training in a folder ended early; None: it took all of its steps."""
+    path = folder / STOPPED
+    found: Stop | None = read_json(path, Stop) if path.is_file() else None
+    return found
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,9 @@
 import pytest
 
 from nemo_minitron.cli.endings import Terminated, ended_by
+from nemo_minitron.launch import failures
+from nemo_minitron.launch.failures import failure_from_json, failure_to_json
+from nemo_minitron.training.preemption import Preempted, TimeOver
 
 
 def raised_while(cause, error):
@@ -29,3 +32,12 @@ def test_a_cause_is_found_behind_another_one():
 
 def test_a_failure_that_nobody_caused_is_one():
     assert ended_by(raised_while(KeyError("x"), ValueError("y"))) is None
+
+
+def test_a_training_whose_time_is_over_ends_like_one_that_was_preempted_wherever_it_ran():
+    over = TimeOver("stopped by exp_manager.max_time_per_run at step 3")
+    told = failure_from_json("distill", failure_to_json(over))  # of a process of its own
+    assert told.kind == failures.OVER not in failures.AGAIN
+    for error in (over, told, raised_while(told, RuntimeError("the flow ends"))):
+        assert ended_by(error) == ("stopped by exp_manager.max_time_per_run at step 3", 143)
+    assert failures.kind_of(Preempted("by a signal")) == failures.STOPPED

@@ -19,6 +19,7 @@ from nemo_minitron.families import families
 from nemo_minitron.losses.divergences import Divergence
 from nemo_minitron.losses.fused_linear_loss import LossWeights
 from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.plugin.experiment import manage
 from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.model_transform import ModelTransform
@@ -26,7 +27,6 @@ from nemo_minitron.plugin.nemo_archive import nemo_archive
 from nemo_minitron.plugin.trainer import (
     Options,
     _apply,
-    _manage,
     check_trainer,
     newest_checkpoint,
     train,
@@ -423,7 +423,7 @@ def test_nemo_leaves_the_signals_to_us_on_a_gpu_too(tmp_path, monkeypatch):
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    _manage(trainer, recipe(1), tmp_path)
+    manage(trainer, recipe(1).exp_manager, tmp_path)
     assert "PreemptionCallback" not in [type(callback).__name__ for callback in trainer.callbacks]
 
 

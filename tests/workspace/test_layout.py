@@ -48,6 +48,7 @@ def test_what_is_there_once_per_stage_variant_or_text():
         layout.model_in(workspace.student): "run/student/hf",
         layout.metrics_in(workspace.student): "run/student/metrics.jsonl",
         layout.plots_in(workspace.scores): "run/scores/plots",
+        layout.logs_in(workspace.student): "run/student/logs",
         layout.checkpoints_in(
             layout.state_in(workspace.student)
         ): "run/student/state/nemo/checkpoints",

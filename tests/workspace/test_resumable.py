@@ -71,6 +71,8 @@ def trained(text):
         (target / "hf").mkdir()
         (target / "hf" / "weights").write_text(text)
         (target / "log").write_text(text)
+        (target / "logs" / "wandb").mkdir(parents=True)
+        (target / "logs" / "wandb" / "run").write_text(text)
 
     return build
 
@@ -101,6 +103,18 @@ def test_what_a_training_finished_outlives_other_settings_and_comes_back_with_it
     )  # its input was made anew
     assert made and len(set_aside(folder)) == 2
     assert "student: made from other inputs; that is kept in" in capsys.readouterr().err
+
+
+def test_logs_are_the_users_to_do_with_as_they_like(tmp_path):
+    folder = tmp_path / "student"
+    assert student(folder, 1, "one")
+    assert {output.file for output in read_manifest(folder).outputs} == {"hf/weights", "log"}
+    (folder / "logs" / "wandb" / "run").unlink()
+    (folder / "logs" / "notes").write_text("of the user")
+    assert verify(folder) == [] and not student(folder, 1, None)
+    assert student(folder, 2, "two") and not student(folder, 1, None)
+    assert (folder / "logs" / "notes").read_text() == "of the user"
+    assert not (folder / "logs" / "wandb" / "run").exists()
 
 
 @pytest.mark.parametrize("lr", [1, 2])
@@ -177,5 +191,6 @@ def test_a_kill_while_things_are_moved_loses_nothing(tmp_path, monkeypatch, back
         for rate, text in ((2, "two"), (1, "one"), (2, "two")):
             assert not student(folder, rate, None), moves
             assert (folder / "hf" / "weights").read_text() == text and verify(folder) == []
+            assert (folder / "logs" / "wandb" / "run").read_text() == text, moves
         moves += 1
     assert moves > 5

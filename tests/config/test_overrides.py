@@ -1,0 +1,136 @@
+"""Every key of exp_manager and Trainer is honoured or refused by name: the table of docs/nemo.md, row by row."""
+
+import copy
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from lightning.pytorch import Trainer
+from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
+
+from nemo_minitron.config.bounds import check_handed_on
+from nemo_minitron.config.compose import as_dict, load_config
+from nemo_minitron.config.config import Config
+from nemo_minitron.config.option import describe
+from nemo_minitron.config.overrides import (
+    EXP_MANAGER,
+    NEMO_KEYS,
+    TRAINER,
+    check_overrides,
+    duration,
+)
+from nemo_minitron.plugin.trainer import check_trainer
+
+SAVED = "exp_manager.checkpoint_callback_params"
+
+
+def rows():
+    """Overrides of a case, and how the outcome begins."""
+    text = (Path(__file__).parents[2] / "docs" / "nemo.md").read_text()
+    (section,) = re.findall(
+        r"^## Overrides of the command line$(.*?)(?=^## |\Z)", text, re.M | re.S
+    )
+    for left, right in re.findall(r"^\| (`.*?) \| (.*?) \|$", section, re.M):
+        for case in re.split(r"(?<=`), (?=`)", left):
+            yield re.findall(r"`([^`]+)`", case), right.partition(":")[0]
+
+
+BASE = as_dict(load_config("config", []))
+
+
+def checked(overrides):
+    """What the composition of a configuration and the beginning of a training look at."""
+    config = copy.deepcopy(BASE)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        *sections, last = override.key_or_group.split(".")
+        place = config
+        for name in sections:
+            place = place.setdefault(name, {})
+        place[last] = override.value()
+    check_handed_on(config)
+    check_overrides(config)
+    check_trainer(config["trainer"])
+
+
+def test_every_override_of_the_table_becomes_what_it_says():
+    outcomes = {"honoured": 0, "refused": 0}
+    for overrides, outcome in rows():
+        key = overrides[0].partition("=")[0]
+        try:
+            checked(overrides)
+        except ValueError as error:
+            assert outcome == "refused", (overrides, error)
+            assert str(error).startswith(key.rpartition(".")[0]), (overrides, error)
+            assert "\n" not in str(error) and key.split(".")[-1] in str(error)
+        else:
+            assert outcome == "honoured", overrides
+        outcomes[outcome] += 1
+    assert min(outcomes.values()) > 20
+
+
+def test_the_table_has_every_key_that_nemo_and_lightning_have():
+    told = {overrides[0].partition("=")[0] for overrides, _ in rows()}
+    known = {f"trainer.{name}" for name in inspect.signature(Trainer.__init__).parameters}
+    known |= {f"exp_manager.{field.name}" for field in dataclasses.fields(ExpManagerConfig)}
+    known |= {f"{SAVED}.{field.name}" for field in dataclasses.fields(CallbackParams)}
+    known -= {"trainer.self", SAVED, "exp_manager.ema"}
+    assert known - told == set() and told - known == {"exp_manager.ema.enable"}
+    ruled = {f"trainer.{name}" for name in TRAINER} | {
+        f"exp_manager.{name}" for name in EXP_MANAGER
+    }
+    assert ruled <= told  # a rule of a key that they do not have refuses nothing
+
+
+@pytest.mark.parametrize("section", ["trainer", "pretrain.trainer", "correct.trainer"])
+def test_sections_of_a_stage_are_looked_at_too(section):
+    with pytest.raises(ValueError, match=rf"^{section}\.fast_dev_run: .*trainer\.max_steps=1"):
+        load_config("config", [f"++{section}.fast_dev_run=true"])
+    with pytest.raises(ValueError, match=rf"^{section}\.max_epochs: counts passes"):
+        load_config("config", [f"++{section}.max_epochs=2"])
+
+
+@pytest.mark.parametrize(
+    "value", ["1:00", 3600, "", {}, {"hours": -1}, {"hour": 1}, {"days": 10**12}, {"hours": "x"},
+              {"hours": float("nan")}, "00:00:00:00", None, ["00:01:00:00"]]
+)  # fmt: skip
+def test_what_is_no_duration_is_refused_by_name(value):
+    with pytest.raises(ValueError, match=r"^exp_manager\.key: expected 'DD:HH:MM:SS' in quotes"):
+        duration("exp_manager.key", value)
+    assert duration("", "01:02:03:04") == duration("", {"days": 1, "seconds": 7384})
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.optim.lr=1", "here it is optim.lr"),
+        ("+model.optim.sched.name=x", "here it is optim.sched.name"),
+        ("model.global_batch_size=8", "here it is distill.batch_size, times trainer.accumulate"),
+        ("model.micro_batch_size=8", "here it is distill.batch_size"),
+        ("++model.train_ds.paths=[x]", "here it is data.train.paths"),
+        ("name=x", "here it is workspace"),
+        ("exp_manager.name=x", "write +exp_manager.name=..."),
+        ("trainer.max_epochs=3", "write +trainer.max_epochs=..."),
+        ("exp_manager.exp_dir=x", "use workspace=FOLDER"),
+        ("+trainer.max_steps=3", "is there already; write trainer.max_steps=... without +"),
+        ("+exp_manager.name=a/b", "expected a file's name"),
+        (f"++{SAVED}.postfix=.ckpt", "expected a name's end of .nemo"),
+        (f"~{SAVED}", "filename: expected {step}, by which"),
+    ],
+)
+def test_a_key_that_is_called_otherwise_here_is_answered_with_the_one_to_use(override, told):
+    with pytest.raises(ValueError, match=re.escape(told)) as failed:
+        load_config("config", [override])
+    assert "\n" not in str(failed.value)
+
+
+def test_keys_that_are_named_instead_are_there():
+    known = {name for name, _, _ in describe(Config)}
+    for other in NEMO_KEYS.values():
+        assert re.match(r"[\w.]+", other)[0].rstrip(".") in {
+            *known,
+            "workspace",
+            "trainer.precision",
+        }

@@ -1,0 +1,110 @@
+"""NeMo's exp_manager around a training without a stage: its rhythm, how it ends, what is kept of it."""
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from lightning.pytorch import Callback
+
+from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.plugin.experiment import keep_logs
+from nemo_minitron.plugin.live_teacher import Publishing, snapshots
+from nemo_minitron.plugin.trainer import newest_checkpoint, train
+from nemo_minitron.training.preemption import Preempted, TimeOver
+from tests.support.models import make_model
+from tests.support.nemo_training import EXP, recipe, run, tokens
+
+
+class Stop(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_model(tmp_path / "m", "llama")
+
+
+def test_checkpoints_are_written_by_the_clock(tmp_path, folder, monkeypatch):
+    saved = EXP["checkpoint_callback_params"]
+    clock = {
+        "every_n_train_steps": None,
+        "save_top_k": -1,
+        "train_time_interval": {"milliseconds": 1},
+    }
+    monkeypatch.setitem(EXP, "checkpoint_callback_params", {**saved, **clock})
+    run(folder, tmp_path / "often", 3)
+    clock["train_time_interval"] = "00:01:00:00"
+    monkeypatch.setitem(EXP, "checkpoint_callback_params", {**saved, **clock})
+    run(folder, tmp_path / "never", 3)
+    found = [
+        sorted(path.name for path in (tmp_path / name).rglob("*.ckpt"))
+        for name in ("often", "never")
+    ]
+    assert found == [["step=1.ckpt", "step=2.ckpt", "step=3.ckpt"], []]
+
+
+def test_a_training_that_was_interrupted_stops_early_where_it_would_have(
+    tmp_path, folder, monkeypatch
+):
+    monkeypatch.setitem(EXP, "create_early_stopping_callback", True)
+    monkeypatch.setitem(EXP, "early_stopping_callback_params", {"patience": 2, "min_delta": 100.0})
+    run(folder, tmp_path / "straight", 9, [Publishing(tmp_path / "live", 100)])
+    assert snapshots(tmp_path / "live") == [6]  # its end, too
+    with pytest.raises(Preempted):
+        run(folder, tmp_path / "parts", 9, [Stop(5)])
+    assert newest_checkpoint(tmp_path / "parts" / "nemo" / "checkpoints").name == "step=5.ckpt"
+    run(folder, tmp_path / "parts", 9)
+    for name in ("straight", "parts"):
+        stop = json.loads((tmp_path / name / "stopped.json").read_text())
+        assert stop == {"step": 6, "reason": "early stopping on val_loss"}
+    monkeypatch.setitem(EXP, "create_early_stopping_callback", False)
+    run(folder, tmp_path / "parts", 9)  # killed before its artifact was there, and asked for more
+    assert not (tmp_path / "parts" / "stopped.json").exists()
+
+
+def test_a_profile_and_copied_files_are_kept_and_what_nobody_asked_for_is_not(
+    tmp_path, folder, monkeypatch, capsys
+):
+    (tmp_path / "notes.txt").write_text("of the user")
+    monkeypatch.setitem(EXP, "files_to_copy", [str(tmp_path / "notes.txt")])
+    state, target = tmp_path / "state", tmp_path / "student"
+    run(folder, state, 1, profiler="simple", enable_model_summary=True)
+    assert "Trainable params" in capsys.readouterr().err
+    (state / "nemo" / "link").symlink_to(tmp_path / "notes.txt")
+    keep_logs(state, target)
+    kept = {path.name: path for path in (target / "logs").iterdir()}
+    assert set(kept) == {"notes.txt", "fit-profile.txt"}
+    assert "run_training_batch" in kept["fit-profile.txt"].read_text()
+    with pytest.raises(ValueError, match=r"trainer\.profiler: expected one of simple, advanced"):
+        run(folder, state, 1, profiler="xyz")
+
+
+def test_where_files_cannot_have_two_names_logs_are_copied(tmp_path, folder, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    (tmp_path / "state" / "nemo" / "wandb").mkdir(parents=True)
+    (tmp_path / "state" / "nemo" / "wandb" / "run").write_text("a run")
+    monkeypatch.setattr(os, "link", refuse)
+    keep_logs(tmp_path / "state", tmp_path / "student")
+    assert (tmp_path / "student" / "logs" / "wandb" / "run").read_text() == "a run"
+
+
+def test_a_signal_and_the_end_of_its_time_are_told_apart(tmp_path, folder, monkeypatch):
+    monkeypatch.setitem(EXP, "max_time_per_run", {"days": 1})
+    with pytest.raises(Preempted, match="stopped by SIGTERM at step 2 of 3") as stopped:
+        run(folder, tmp_path / "state", 3, [Stop(2)])
+    assert not isinstance(stopped.value, TimeOver)  # a flow may try that again
+    long_ago = replace(recipe(3), started=time.monotonic() - 24 * 3600)
+    model, config = load_model(folder), read_config(folder)
+    with pytest.raises(TimeOver, match=r"stopped by exp_manager\.max_time_per_run at step 1 of 3"):
+        train(model, config, folder, long_ago, tokens(), tokens(8), tmp_path / "other")
