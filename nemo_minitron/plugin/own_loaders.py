@@ -60,20 +60,21 @@ class OwnLoaders:
         seed: int | None,
         skipped: frozenset[int] = frozenset(),
         tensor_parallel: int = 1,
+        whole: bool = False,
         **how: Any,
     ) -> None:
         """Trains on packed samples: a data set of them, or a Tensor of shape [samples, positions + 1].
 
         ``skipped`` are steps of the order that ``seed`` draws which are left out. Ranks that share
         the work of one model by tensor parallelism read the same samples. The trainer may be given
-        later. ``how``: further arguments of the ``DataLoader``.
+        later. ``whole``: see ``schedule_of``. ``how``: further arguments of the ``DataLoader``.
         """
         samples = as_samples(given)
         per_step = 1 if self._trainer is None else self._trainer.accumulate_grad_batches
         sampler = ConsumedSampler(
             len(samples),
             batch_size,
-            lambda: schedule_of(self._trainer, len(samples), batch_size, tensor_parallel),
+            lambda: schedule_of(self._trainer, len(samples), batch_size, tensor_parallel, whole),
             seed,
             frozenset(step * per_step + part for step in skipped for part in range(per_step)),
         )

@@ -184,7 +184,9 @@ def train(
         _watch(trainer, model, settings, samples.positions, state)
         _apply(settings.options, model)
         parts = settings.options.tensor_parallel
-        model.use_training_samples(samples, settings.batch_size, settings.seed, skipped, parts)
+        model.use_training_samples(
+            samples, settings.batch_size, settings.seed, skipped, parts, whole=True
+        )
         model.use_validation_samples(validation, settings.batch_size)
         manage(trainer, settings.exp_manager, state)
         model.setup_optimization()  # once now, so that wrong arguments show before anything runs

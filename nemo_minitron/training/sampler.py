@@ -34,7 +34,9 @@ class Schedule:
     epoch_samples: int | None = None
 
 
-def schedule_of(trainer: Any, samples: int, batch_size: int, tensor_parallel: int = 1) -> Schedule:
+def schedule_of(
+    trainer: Any, samples: int, batch_size: int, tensor_parallel: int = 1, whole: bool = False
+) -> Schedule:
     """Where a training stands, by what its trainer was told.
 
     Without ``max_epochs`` one pass of the loader is the whole training of ``max_steps``. With it a
@@ -45,6 +47,7 @@ def schedule_of(trainer: Any, samples: int, batch_size: int, tensor_parallel: in
         samples: samples in the data set.
         batch_size: samples per batch and rank.
         tensor_parallel: ranks that read the same samples.
+        whole: whether a pass is the whole training in any case; ``ExactResume`` counts on it.
 
     Raises:
         ValueError: there are too few samples for one batch of all ranks.
@@ -55,7 +58,7 @@ def schedule_of(trainer: Any, samples: int, batch_size: int, tensor_parallel: in
     if trainer is None:
         return Schedule(0, epoch, epoch)
     per_step = trainer.accumulate_grad_batches
-    if trainer.max_epochs in (None, -1) and trainer.max_steps > 0:
+    if (whole or trainer.max_epochs in (None, -1)) and trainer.max_steps > 0:
         length = trainer.max_steps * per_step
         return Schedule(trainer.global_step * per_step, length, length, rank, world)
     limit = trainer.limit_train_batches
