@@ -90,8 +90,14 @@ class Ranks(Callback):
 
 
 def test_two_devices_need_no_flag_and_share_the_samples(teacher, corpus, tmp_path):
-    trainer = {"max_epochs": 2, "devices": 2, "strategy": "ddp_fork"}
-    trained(teacher, corpus, trainer, [Ranks(tmp_path)])
+    code = (
+        "import sys; from pathlib import Path; from tests.plugin.test_nemo_script import Ranks, trained\n"
+        "trainer = {'max_epochs': 2, 'devices': 2, 'strategy': 'ddp_fork'}\n"
+        "trained(Path(sys.argv[1]), Path(sys.argv[2]), trainer, [Ranks(Path(sys.argv[3]))])"
+    )  # in a process of its own: autograd has no threads there yet, which do not survive a fork
+    command = [sys.executable, "-c", code, str(teacher), str(corpus), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     seen = {(rank, epoch): set() for rank in range(2) for epoch in range(2)}
     for rank in range(2):
         for line in (tmp_path / f"{rank}.jsonl").read_text().splitlines():
