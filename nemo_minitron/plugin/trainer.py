@@ -180,10 +180,9 @@ def train(
         model = MinitronModel(
             make_cfg(hf_config, files, dict(settings.optim)), trainer, hf_model.train()
         )
-        samples = as_samples(samples)
+        samples, parts = as_samples(samples), settings.options.tensor_parallel
         _watch(trainer, model, settings, samples.positions, state)
         _apply(settings.options, model)
-        parts = settings.options.tensor_parallel
         model.use_training_samples(
             samples, settings.batch_size, settings.seed, skipped, parts, whole=True
         )
