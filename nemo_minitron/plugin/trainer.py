@@ -184,7 +184,7 @@ def train(
         _watch(trainer, model, settings, samples.positions, state)
         _apply(settings.options, model)
         model.use_training_samples(
-            samples, settings.batch_size, settings.seed, skipped, parts, whole=True
+            samples, settings.batch_size, settings.seed, skipped, parts, True
         )
         model.use_validation_samples(validation, settings.batch_size)
         manage(trainer, settings.exp_manager, state)
