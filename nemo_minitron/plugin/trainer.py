@@ -167,8 +167,7 @@ def train(
         The trained model.
 
     Raises:
-        ValueError: NeMo, Lightning or a callback refuses a setting, or the checkpoint holds more
-            than data.
+        ValueError: a setting is refused, or the checkpoint holds more than data.
         BadStep: a step that must not be taken; with it in ``skipped``, another call resumes.
         Preempted, TimeOver: a signal came, ``max_time_per_run`` is over; another call resumes.
     """
@@ -184,7 +183,7 @@ def train(
         _watch(trainer, model, settings, samples.positions, state)
         _apply(settings.options, model)
         model.use_training_samples(
-            samples, settings.batch_size, settings.seed, skipped, parts, True
+            samples, settings.batch_size, settings.seed, skipped, parts, whole=True
         )
         model.use_validation_samples(validation, settings.batch_size)
         manage(trainer, settings.exp_manager, state)
