@@ -41,6 +41,7 @@ from nemo_minitron.plugin.nemo_archive import (
 from nemo_minitron.plugin.own_loaders import OwnLoaders
 from nemo_minitron.training.batches import as_batch
 from nemo_minitron.training.loss_guard import gradient_norm
+from nemo_minitron.training.sampler import ConsumedSampler
 from nemo_minitron.training.strategies import gathered, shard
 from nemo_minitron.training.token_weighting import LearnedTokens, labels_of
 from nemo_minitron.training.transformer_engine import (
@@ -292,6 +293,20 @@ class MinitronModel(OwnLoaders, ModelPT):
         self.log_dict({"learning_rate": rate, "global_step": step}, batch_size=1)
         answer: int | None = super().on_train_batch_start(batch, batch_idx, unused)
         return answer
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counts the batches of every step that was taken as done: checkpoints are written behind steps.
+
+        Lightning 2.4 counts one too few, and would step too early where gradients are accumulated.
+        """
+        super().on_load_checkpoint(checkpoint)
+        sampler = getattr(self._train_dl, "batch_sampler", None)
+        if "loops" not in checkpoint or not isinstance(sampler, ConsumedSampler):
+            return
+        at = sampler.schedule(checkpoint["global_step"])
+        done = (at.start - 1) % at.length + 1 if at.start else 0  # of an epoch that is over: all
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        progress.update(dict.fromkeys(("ready", "started", "processed", "completed"), done))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Writes the shape that the model has now into the checkpoint, so that it loads as it is."""

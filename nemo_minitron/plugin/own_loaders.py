@@ -74,7 +74,9 @@ class OwnLoaders:
         sampler = ConsumedSampler(
             len(samples),
             batch_size,
-            lambda: schedule_of(self._trainer, len(samples), batch_size, tensor_parallel, whole),
+            lambda step=None: schedule_of(
+                self._trainer, len(samples), batch_size, tensor_parallel, whole, step
+            ),
             seed,
             frozenset(step * per_step + part for step in skipped for part in range(per_step)),
         )

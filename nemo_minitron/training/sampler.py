@@ -35,7 +35,12 @@ class Schedule:
 
 
 def schedule_of(
-    trainer: Any, samples: int, batch_size: int, tensor_parallel: int = 1, whole: bool = False
+    trainer: Any,
+    samples: int,
+    batch_size: int,
+    tensor_parallel: int = 1,
+    whole: bool = False,
+    step: int | None = None,
 ) -> Schedule:
     """Where a training stands, by what its trainer was told.
 
@@ -47,6 +52,7 @@ def schedule_of(
         samples: samples in the data set.
         batch_size: samples per batch and rank.
         tensor_parallel: ranks that read the same samples.
+        step: the step that it stands at; None: the trainer's.
         whole: whether a pass is the whole training in any case; ``ExactResume`` counts on it.
 
     Raises:
@@ -57,10 +63,10 @@ def schedule_of(
     epoch = samples // (batch_size * world)
     if trainer is None:
         return Schedule(0, epoch, epoch)
-    per_step = trainer.accumulate_grad_batches
+    per_step, step = trainer.accumulate_grad_batches, trainer.global_step if step is None else step
     if (whole or trainer.max_epochs in (None, -1)) and trainer.max_steps > 0:
         length = trainer.max_steps * per_step
-        return Schedule(trainer.global_step * per_step, length, length, rank, world)
+        return Schedule(step * per_step, length, length, rank, world)
     limit = trainer.limit_train_batches
     epoch = min(epoch, limit) if isinstance(limit, int) else int(epoch * limit)
     if epoch < 1:
@@ -68,7 +74,7 @@ def schedule_of(
             f"train_ds: {samples} samples are too few for a batch of {batch_size} on each of {world} ranks"
         )
     # the last step of an epoch may be of fewer micro-batches
-    epochs, rest = divmod(trainer.global_step, -(-epoch // per_step))
+    epochs, rest = divmod(step, -(-epoch // per_step))
     start = epochs * epoch + min(rest * per_step, epoch)
     return Schedule(start, (epochs + 1) * epoch, epoch, rank, world, epoch * batch_size * world)
 
@@ -82,7 +88,8 @@ class ConsumedSampler(DistributedSampler[list[int]]):
     Attributes:
         samples: samples in the data set.
         micro_batch_size: samples per batch and rank; NeMo's schedulers ask for it.
-        schedule: gives what comes next; asked when iteration begins.
+        schedule: gives what comes next, or came after a step that it is called with; asked when
+            iteration begins.
         order_seed: seed of the permutations; None: the samples come in their own order.
         skipped: batches of that order which are left out; those behind them move up.
     """
@@ -91,7 +98,7 @@ class ConsumedSampler(DistributedSampler[list[int]]):
         self,
         samples: int,
         batch_size: int,
-        schedule: Callable[[], Schedule],
+        schedule: Callable[..., Schedule],
         seed: int | None,
         skipped: frozenset[int] = frozenset(),
     ) -> None:

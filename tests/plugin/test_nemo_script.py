@@ -39,7 +39,7 @@ QUIET = {
 }
 
 
-def trained(teacher, corpus, trainer, callbacks=(), **cfg):
+def trained(teacher, corpus, trainer, callbacks=(), ckpt_path=None, **cfg):
     """A model after a fit, 26 samples in batches of 4: 6 batches an epoch."""
     lightning = Trainer(
         **{**QUIET, "enable_model_summary": False}, **trainer, callbacks=list(callbacks)
@@ -48,7 +48,7 @@ def trained(teacher, corpus, trainer, callbacks=(), **cfg):
     model = MinitronModel.from_hf(
         teacher, **{"optim": OPTIM, "train_ds": data, **cfg}, trainer=lightning
     )
-    lightning.fit(model)
+    lightning.fit(model, ckpt_path=ckpt_path)
     return model, lightning
 
 
@@ -379,3 +379,29 @@ def test_the_examples_run_as_the_page_says(teacher, corpus, tmp_path, monkeypatc
     assert torch.isfinite(logits(tmp_path / "out")).all()
     for name in ("train.py", "own_module.py"):
         compile((ROOT / "examples" / name).read_text(), name, "exec")
+
+
+class Stop(Callback):
+    """Saves behind a step, as exp_manager does, and ends the process's work there."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("accumulate", "step"), [(1, 8), (1, 6), (4, 3), (4, 2)])
+def test_a_training_of_epochs_goes_on_exactly_in_and_between_epochs(
+    teacher, corpus, tmp_path, accumulate, step
+):
+    trainer = {"max_epochs": 3, "accumulate_grad_batches": accumulate}
+    whole, lightning = trained(teacher, corpus, trainer)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        trained(teacher, corpus, trainer, [Stop(step, tmp_path / "x.ckpt")])
+    resumed, again = trained(teacher, corpus, trainer, ckpt_path=str(tmp_path / "x.ckpt"))
+    assert again.global_step == lightning.global_step
+    ours, theirs = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
