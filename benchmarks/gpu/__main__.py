@@ -1,0 +1,70 @@
+"""``python -m benchmarks.gpu PIECE ...``: measures on a GPU, prints a table, writes benchmarks/results/gpu-PIECE-*.json.
+
+Every number is a ratio to a reference in the same run. ``--try`` runs the same code on the CPU with
+tiny sizes, to see that it works before a GPU is at hand.
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import sys
+from dataclasses import asdict
+
+import torch
+
+from benchmarks.duel import RESULTS
+from benchmarks.gpu.clock import Row
+
+PIECES = {
+    "loss": "the fused loss against its four matrix products and whole logits",
+    "step": "an 8B-shaped teacher and a 4B-shaped student, with loss and heads and without",
+    "train": "minitron distill against a hand-written loop in plain PyTorch",
+    "score": "minitron score against the plain forward pass",
+    "teacher": "a teacher in fp8 and int8 against bf16",
+    "te": "trainings by engine: plain, mixed, FSDP2, compiled, Transformer Engine",
+    "profile": "what a training step spends its time on",
+}
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    lines = [f"{'':<44} {'ms':>10} {'ratio':>7} {'GiB':>7}"]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        gib = "" if row.gib is None else f"{row.gib:.2f}"
+        lines.append(
+            f"{row.what:<44} {row.milliseconds:>10.1f} {ratio:>7} {gib:>7}  {row.note}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs the pieces that are named; all of them where none is."""
+    listed = "\n".join(f"  {name:<8} {what}" for name, what in PIECES.items())
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pieces", nargs="*", metavar="PIECE", choices=[*PIECES, []])
+    parser.add_argument("--try", dest="tiny", action="store_true")
+    arguments = parser.parse_args()
+    if not arguments.tiny and not torch.cuda.is_available():
+        print("benchmarks.gpu: no CUDA device here; --try runs it on the CPU", file=sys.stderr)
+        return 2
+    card = "cpu" if arguments.tiny else torch.cuda.get_device_name()
+    date = datetime.date.today().isoformat()
+    tables = []
+    for piece in arguments.pieces or PIECES:
+        rows = importlib.import_module(f"benchmarks.gpu.{piece}").rows(arguments.tiny)
+        tables.append(f"{piece}: {PIECES[piece]} ({card})\n{table(rows)}")
+        if not arguments.tiny:
+            found = {"card": card, "date": date, "torch": torch.__version__}
+            RESULTS.mkdir(exist_ok=True)
+            path = RESULTS / f"gpu-{piece}-{card.replace(' ', '-')}.json"
+            path.write_text(json.dumps({**found, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    print("\n\n".join(tables))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
