@@ -61,7 +61,9 @@ def main() -> int:
             found = {"card": card, "date": date, "torch": torch.__version__}
             RESULTS.mkdir(exist_ok=True)
             path = RESULTS / f"gpu-{piece}-{card.replace(' ', '-')}.json"
-            path.write_text(json.dumps({**found, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+            path.write_text(
+                json.dumps({**found, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+            )
     print("\n\n".join(tables))
     return 0
 

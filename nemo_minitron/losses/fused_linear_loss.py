@@ -14,16 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.losses.loss_terms import CROSS_ENTROPY, ByAutograd, ByHand, Term
+from nemo_minitron.losses.loss_terms import (
+    CROSS_ENTROPY,
+    ByAutograd,
+    ByHand,
+    ByKernel,
+    Term,
+    kernels_for,
+)
 from nemo_minitron.losses.loss_terms import LossWeights as LossWeights
-from nemo_minitron.losses.projection import Projection, softcap_slope
+from nemo_minitron.losses.projection import Projection
 from nemo_minitron.losses.sparse_targets import SparseTargets
 from nemo_minitron.losses.vocabulary_parallel import Sharded, VocabularyShard
-from nemo_minitron.losses.wide_matmul import add_products, scaled, sum_dtype, wide_dtype
+from nemo_minitron.losses.wide_matmul import (
+    add_products,
+    scaled,
+    sum_dtype,
+    wide_dtype,
+    writes_fresh,
+)
 
 CHUNK_BYTES, CPU_CHUNK_BYTES = 384 * 2**20, 96 * 2**20
-"""Memory for one chunk of one model's logits in float32, on an accelerator and on the CPU; all that a chunk
-needs is about three times as much. The larger it is, the less often the heads are read."""
+"""Memory for one chunk of one model's logits in float32, on accelerators but CUDA's, and on the CPU; all that
+a chunk needs is about three times as much. The larger it is, the less often the heads are read."""
+CUDA_BYTES = 512 * 2**20
+"""Memory for logits and their gradients on CUDA, beside what the head's gradient takes when it is finished:
+that is not there yet while the logits are."""
+GROUP = 4
+"""Chunks whose gradients are multiplied together on CUDA: the head's is read and written once for them.
+Their gradients by the logits are in the products' precision, a fourth of what both models' logits take."""
 LEAST_ROWS = 80
 """Tokens of a chunk that keep matrix products busy."""
 CHUNKS = 10
@@ -39,6 +58,24 @@ def chunk_rows(tokens: int, entries: int, device: torch.device, buffers: int = 1
     size = CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES
     fitting = min(tokens, size // (4 * entries * buffers))
     return max(1, min(fitting, max(LEAST_ROWS, -(-tokens // CHUNKS))))
+
+
+def cuda_rows(tokens: int, head_VH: Tensor, models: int, buffers: int) -> tuple[int, int]:
+    """Tokens of a chunk, and of a group of chunks, on CUDA.
+
+    Args:
+        tokens: of all chunks.
+        head_VH: the student's head.
+        models: whose logits exist.
+        buffers: tensors of the logits' size for each model.
+    """
+    entries, size = head_VH.shape[0], head_VH.element_size()
+    budget = CUDA_BYTES + size * head_VH.numel()
+    most = max(1, budget // (entries * (4 * models * buffers + size * GROUP)))
+    groups = -(-tokens // (GROUP * most))
+    chunk = -(-tokens // (GROUP * max(1, groups)))
+    chunk = -(-chunk // 128) * 128 if most >= 128 else chunk  # whole tiles of the matrix products
+    return max(1, min(chunk, tokens)), max(1, min(GROUP * chunk, tokens))
 
 
 @dataclass(frozen=True)
@@ -111,8 +148,8 @@ def fused_linear_loss(
     """
     if teacher is None and weights.kl != 0:
         raise ValueError("a divergence needs a teacher")
-    term = _term(weights, teacher, shard, compiled)
     student = student.counted(vocabulary).as_autocast()
+    term = _term(weights, teacher, shard, compiled, student.head_VH)
     entries, device = student.head_VH.shape[0], student.head_VH.device
     if isinstance(teacher, Projection):
         teacher = teacher.counted(vocabulary).detached().as_autocast()
@@ -120,18 +157,42 @@ def fused_linear_loss(
             raise ValueError(
                 f"vocabulary: teacher has {teacher.head_VH.shape[0]} entries, student {entries}"
             )
+    teacher = None if weights.kl == 0 else teacher
     valid_T = labels_T >= 0
-    labels_T, student = labels_T[valid_T], student[valid_T]
-    teacher = None if teacher is None or weights.kl == 0 else teacher[valid_T]
-    most = entries if shard is None else shard.largest or entries
-    chunk = chunk_tokens or chunk_rows(len(labels_T), most, device, term.buffers)
+    count: int | Tensor = valid_T.sum()  # stays where it is: the host need not know it
+    if not term.skips:
+        labels_T, student = labels_T[valid_T], student[valid_T]
+        teacher, count = None if teacher is None else teacher[valid_T], len(labels_T)
+    rows = _rows(len(labels_T), student.head_VH, teacher, term, shard, chunk_tokens)
     wants = torch.is_grad_enabled() and (
         student.hidden_TH.requires_grad or student.head_VH.requires_grad
     )
-    inputs = _LossInputs(labels_T, weights, teacher, student.softcap, term, chunk, wants, shard)
+    inputs = _LossInputs(
+        labels_T, count, weights, teacher, student.softcap, term, rows, wants, shard
+    )
     with torch.autocast(device.type, enabled=False):
         loss, divergence, ce = _FusedLinearLoss.apply(student.hidden_TH, student.head_VH, inputs)
     return LossResult(loss, divergence.detach(), ce.detach())
+
+
+def _rows(
+    tokens: int,
+    head_VH: Tensor,
+    teacher: Projection | SparseTargets | None,
+    term: Term,
+    shard: VocabularyShard | None,
+    chunk_tokens: int | None,
+) -> tuple[int, int]:
+    """Tokens of a chunk and of a group of chunks, see ``GROUP``."""
+    if chunk_tokens is not None:
+        return chunk_tokens, chunk_tokens
+    entries = head_VH.shape[0] if shard is None else shard.largest or head_VH.shape[0]
+    if head_VH.device.type == "cuda":
+        models = 2 if isinstance(teacher, Projection) else 1
+        widest_VH = head_VH.new_empty(1, 1).expand(entries, head_VH.shape[1])
+        return cuda_rows(tokens, widest_VH, models, term.buffers)
+    chunk = chunk_rows(tokens, entries, head_VH.device, term.buffers)
+    return chunk, chunk
 
 
 def _term(
@@ -139,13 +200,16 @@ def _term(
     teacher: Projection | SparseTargets | None,
     shard: VocabularyShard | None,
     compiled: bool,
+    head_VH: Tensor,
 ) -> Term:
     """What evaluates a chunk."""
+    kernels = kernels_for(head_VH.device, head_VH.dtype)
     if shard is not None:
-        return Sharded(weights, shard)
-    if weights.divergence.name == "forward_kl" and not isinstance(teacher, SparseTargets):
-        return ByHand(weights, compiled)
-    return ByAutograd(weights, compiled)
+        return Sharded(weights, shard, kernels)
+    taught = teacher if weights.kl else None
+    if isinstance(taught, SparseTargets) or weights.divergence.name != "forward_kl":
+        return ByAutograd(weights, compiled)
+    return ByHand(weights, compiled) if kernels is None else ByKernel(weights, kernels)
 
 
 @dataclass(frozen=True)
@@ -153,24 +217,64 @@ class _LossInputs:
     """What the chunk loop works with, besides the two tensors that get gradients.
 
     Attributes:
-        labels_T: ids of the valid tokens, to which everything else is reduced too.
+        labels_T: next-token ids.
+        count: tokens that count: those of a label that is not negative; where the term does not skip
+            others, there are none.
         weights: the mix.
         teacher: None where the loss needs none.
         softcap: the student's.
         term: evaluates a chunk.
-        chunk: tokens of one.
+        rows: tokens of a chunk, and of a group of chunks.
         wants_gradient: whether gradients are made.
         shard: see ``fused_linear_loss``.
     """
 
     labels_T: Tensor
+    count: int | Tensor
     weights: LossWeights
     teacher: Projection | SparseTargets | None
     softcap: float | None
     term: Term
-    chunk: int
+    rows: tuple[int, int]
     wants_gradient: bool
     shard: VocabularyShard | None
+
+
+def _written(head_VH: Tensor, tokens: int) -> bool:
+    """Whether the first product is written over what is in its sum, see ``add_products``."""
+    return tokens > 0 and writes_fresh(head_VH)
+
+
+class _Places:
+    """Memory that all chunks use: new memory for each would cost more than the arithmetic.
+
+    Attributes:
+        student, teacher: of their logits, Tensor of shape [tokens of a chunk, vocabulary]; None: there
+            is no teacher with logits.
+        grads: of the gradients by the student's logits, [tokens of a group, vocabulary], on CUDA in
+            the dtype of the products; None: they take the place of the logits.
+    """
+
+    def __init__(self, student: Projection, inputs: _LossInputs) -> None:
+        entries, tokens = student.head_VH.shape[0], len(student.hidden_TH)
+        chunk, group = (min(rows, tokens) for rows in inputs.rows)
+        cuda = student.head_VH.device.type == "cuda"
+        # rows that begin at multiples of 16 bytes, whatever the vocabulary
+        width = -(-entries // 64) * 64 if cuda else entries
+
+        def place(rows: int, dtype: torch.dtype) -> Tensor:
+            return student.hidden_TH.new_empty((rows, width), dtype=dtype)[:, :entries]
+
+        dtype = student.hidden_TH.dtype
+        self.student = place(chunk, wide_dtype(dtype))
+        taught = isinstance(inputs.teacher, Projection)
+        self.teacher = place(chunk, wide_dtype(dtype)) if taught else None
+        apart = inputs.wants_gradient and (cuda or inputs.term.skips)
+        self.grads = place(group, dtype if cuda else wide_dtype(dtype)) if apart else None
+
+    def gradient(self, part: slice, first: int) -> Tensor | None:
+        """That of some tokens, of a group that begins at ``first``."""
+        return None if self.grads is None else self.grads[part.start - first : part.stop - first]
 
 
 class _FusedLinearLoss(torch.autograd.Function):
@@ -186,38 +290,36 @@ class _FusedLinearLoss(torch.autograd.Function):
             wide_dtype(student_TH.dtype),
         )
         tokens, total = len(student_TH), student_TH.new_zeros(2, dtype=sum_dtype(student_TH.device))
-        grad_TH = torch.zeros_like(student_TH, dtype=wide) if inputs.wants_gradient else None
-        grad_VH = torch.zeros_like(head_VH, dtype=wide) if inputs.wants_gradient else None
-        # both models' logits have their place for all chunks: new memory would cost more than the
-        # arithmetic
-        shape = (min(inputs.chunk, tokens), head_VH.shape[0])
-        student_place = student_TH.new_empty(shape, dtype=wide)
-        teacher_place = (
-            torch.empty_like(student_place) if isinstance(inputs.teacher, Projection) else None
-        )
-        for start in range(0, tokens, inputs.chunk):
-            part = slice(start, start + inputs.chunk)
-            student_CV = student[part].logits(student_place)
-            taught_C = None if inputs.teacher is None else inputs.teacher[part]
-            teacher_CV = (
-                taught_C.logits(teacher_place) if isinstance(taught_C, Projection) else taught_C
-            )
-            # before the term overwrites the logits
-            slope_CV = (
-                None if student.softcap is None else softcap_slope(student_CV, student.softcap)
-            )
-            sums, grad_CV = inputs.term(
-                student_CV, teacher_CV, inputs.labels_T[part], inputs.wants_gradient
-            )
-            total += sums
+        wants, (chunk, group) = inputs.wants_gradient, inputs.rows
+        grad_TH = torch.zeros_like(student_TH, dtype=wide) if wants else None
+        fresh = torch.empty_like if _written(head_VH, tokens) else torch.zeros_like
+        grad_VH = fresh(head_VH, dtype=wide) if wants else None
+        places = _Places(student, inputs)
+        for first in range(0, tokens, group):
+            whole = slice(first, min(first + group, tokens))
+            for start in range(first, whole.stop, chunk):
+                part = slice(start, min(start + chunk, whole.stop))
+                taught = None if inputs.teacher is None else inputs.teacher[part]
+                sums, grad_CV = inputs.term(
+                    student[part].raw_logits(places.student),
+                    taught.raw_logits(places.teacher) if isinstance(taught, Projection) else taught,
+                    inputs.labels_T[part],
+                    wants,
+                    places.gradient(part, first),
+                )
+                total += sums
+            grad_CV = places.gradient(whole, first) if places.grads is not None else grad_CV
             if grad_CV is not None and grad_TH is not None:
-                grad_CV = grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
-                add_products(grad_CV, student_TH[part], head_VH, grad_TH[part], grad_VH)
-        kl, ce = (total / max(tokens, 1)).to(wide)
+                add_products(
+                    grad_CV, student_TH[whole], head_VH, grad_TH[whole], grad_VH, first == 0
+                )
+        count = inputs.count
+        least = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+        kl, ce = (total / least).to(wide)
         if grad_TH is not None and grad_VH is not None:
             whole_TH = grad_TH if inputs.shard is None else inputs.shard.reduce(grad_TH, "sum")
             ctx.save_for_backward(whole_TH, grad_VH)
-            ctx.tokens, ctx.dtypes = max(tokens, 1), (student_TH.dtype, head_VH.dtype)
+            ctx.count, ctx.dtypes = least, (student_TH.dtype, head_VH.dtype)
         if inputs.teacher is None:
             loss, kl = inputs.weights.ce * ce, torch.full_like(kl, float("nan"))
         else:
@@ -232,5 +334,5 @@ class _FusedLinearLoss(torch.autograd.Function):
         # the mean is taken here, in float32 and together with the scale that float16 training puts
         # on the loss: divided by the number of tokens before, most of its gradients would round to
         # zero
-        scale = grad_loss.to(grad_TH.dtype) / ctx.tokens
+        scale = grad_loss.to(grad_TH.dtype) / ctx.count
         return scaled(grad_TH, scale, ctx.dtypes[0]), scaled(grad_VH, scale, ctx.dtypes[1]), None

@@ -1,19 +1,25 @@
 """Divergence and cross-entropy of one chunk of logits, and the gradient of their mix by the student's.
 
-A term is what the chunk loop of ``fused_linear_loss`` calls: ``ByHand`` for forward KL,
-``ByAutograd`` for any other divergence, ``vocabulary_parallel.Sharded`` for forward KL where ranks
-share the vocabulary.
+A term is what the chunk loop of ``fused_linear_loss`` calls: ``ByKernel`` for forward KL on a GPU,
+``ByHand`` for it elsewhere, ``ByAutograd`` for any other divergence, ``vocabulary_parallel.Sharded``
+for forward KL where ranks share the vocabulary.
 """
 
 import functools
+import os
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.losses.divergences import Divergence
+from nemo_minitron.losses.projection import Logits
 from nemo_minitron.losses.sparse_targets import SparseTargets, sparse_divergence
 from nemo_minitron.losses.wide_matmul import sum_dtype
 
@@ -49,7 +55,15 @@ class ChunkTerms(NamedTuple):
 
 
 class Term(Protocol):
-    """Divergence and cross-entropy of a chunk."""
+    """Divergence and cross-entropy of a chunk.
+
+    Attributes:
+        skips: whether tokens whose label is negative may be among them, and count for nothing.
+    """
+
+    @property
+    def skips(self) -> bool:
+        """See the class."""
 
     @property
     def buffers(self) -> int:
@@ -57,25 +71,127 @@ class Term(Protocol):
 
     def __call__(
         self,
-        student_CV: Tensor,
-        teacher_CV: Tensor | SparseTargets | None,
+        student: Logits,
+        teacher: Logits | SparseTargets | None,
         labels_C: Tensor,
         wants_gradient: bool,
+        place_CV: Tensor | None = None,
         /,
     ) -> ChunkTerms:
         """Evaluates one chunk; the logits may be overwritten.
 
         Args:
-            student_CV: logits, Tensor of shape [tokens of the chunk, vocabulary].
-            teacher_CV: the teacher's, same shape, or what is known of them; None: cross-entropy
-                only.
+            student: logits, [tokens of the chunk, vocabulary].
+            teacher: the teacher's, same shape, or what is known of them; None: cross-entropy only.
             labels_C: next-token ids, Tensor of shape [tokens of the chunk].
             wants_gradient: whether the gradient is made.
+            place_CV: takes it, in its dtype; None: wherever it comes to lie.
         """
 
 
+class Eager(ABC):
+    """A term made of torch's operations, for tokens that all count."""
+
+    skips = False
+
+    def __call__(
+        self,
+        student: Logits,
+        teacher: Logits | SparseTargets | None,
+        labels_C: Tensor,
+        wants_gradient: bool,
+        place_CV: Tensor | None = None,
+    ) -> ChunkTerms:
+        """See ``Term``."""
+        student_CV, slope_CV = student.capped_(), None
+        if wants_gradient and student.cap is not None:  # before the term overwrites the logits
+            slope_CV = student.slope()
+        teacher_CV = teacher.capped_() if isinstance(teacher, Logits) else teacher
+        sums, grad_CV = self.evaluate(student_CV, teacher_CV, labels_C, wants_gradient)
+        if grad_CV is not None and slope_CV is not None:
+            grad_CV = grad_CV.mul_(slope_CV)
+        if grad_CV is not None and place_CV is not None:
+            grad_CV = place_CV.copy_(grad_CV)
+        return ChunkTerms(sums, grad_CV)
+
+    @abstractmethod
+    def evaluate(
+        self,
+        student_CV: Tensor,
+        teacher_CV: Tensor | SparseTargets | None,
+        labels_C: Tensor,
+        wants_gradient: bool,
+    ) -> ChunkTerms:
+        """Evaluates one chunk from logits under their softcaps; see ``Term``."""
+
+
+def kernels_for(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """Triton's kernels for logits in float32 on a GPU; None where there are none.
+
+    Triton's own ``TRITON_INTERPRET=1`` runs them on the CPU, which shows that they are right.
+    """
+    if dtype == torch.float64:
+        return None
+    if device.type == "cuda":
+        return _triton_kernels()
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return _triton_kernels() if interpreted else None
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    """The kernels' module, if Triton is there and can build one here (it needs a C compiler)."""
+    if find_spec("triton") is None:
+        return None
+    try:
+        from nemo_minitron.losses import kernels
+
+        kernels.check("cuda" if torch.cuda.is_available() else "cpu")
+    except Exception as error:  # whatever Triton and its compiler raise
+        line = (str(error).splitlines() or [""])[0]
+        print(
+            f"losses: Triton is installed and builds no kernel here ({type(error).__name__}: {line}); the "
+            "loss runs as torch's operations, which takes longer",
+            file=sys.stderr,
+        )
+        return None
+    return kernels
+
+
 @dataclass(frozen=True)
-class ByHand:
+class ByKernel:
+    """Forward KL and cross-entropy by Triton's kernels, softcaps among them.
+
+    Attributes:
+        weights: the mix; its divergence is forward KL, where there is a teacher.
+        kernels: the module.
+    """
+
+    weights: LossWeights
+    kernels: ModuleType
+    buffers: int = 1
+    skips: bool = True
+
+    def __call__(
+        self,
+        student: Logits,
+        teacher: Logits | SparseTargets | None,
+        labels_C: Tensor,
+        wants_gradient: bool,
+        place_CV: Tensor | None = None,
+    ) -> ChunkTerms:
+        """See ``Term``."""
+        assert not isinstance(teacher, SparseTargets)
+        grad_CV = None
+        if wants_gradient:
+            grad_CV = torch.empty_like(student.raw_CV) if place_CV is None else place_CV
+        chunk = self.kernels.Chunk(student, teacher, labels_C, self.weights)
+        terms_C2 = chunk.terms(grad_CV)
+        return ChunkTerms(terms_C2.sum(0, dtype=sum_dtype(terms_C2.device)), grad_CV)
+
+
+@dataclass(frozen=True)
+class ByHand(Eager):
     """Forward KL and cross-entropy, differentiated by hand in the place of the logits.
 
     Attributes:
@@ -88,7 +204,7 @@ class ByHand:
     compiled: bool = False
     buffers: int = 1
 
-    def __call__(
+    def evaluate(
         self,
         student_CV: Tensor,
         teacher_CV: Tensor | SparseTargets | None,
@@ -114,7 +230,7 @@ class ByHand:
 
 
 @dataclass(frozen=True)
-class ByAutograd:
+class ByAutograd(Eager):
     """Any divergence, and any from sparse targets, differentiated by autograd; cross-entropy by hand.
 
     Attributes:
@@ -127,7 +243,7 @@ class ByAutograd:
     compiled: bool = False
     buffers: int = 3
 
-    def __call__(
+    def evaluate(
         self,
         student_CV: Tensor,
         teacher_CV: Tensor | SparseTargets | None,
@@ -137,10 +253,10 @@ class ByAutograd:
         """See ``Term``."""
         by_hand = ByHand(self.weights, self.compiled)
         if teacher_CV is None:
-            return by_hand(student_CV, None, labels_C, wants_gradient)
+            return by_hand.evaluate(student_CV, None, labels_C, wants_gradient)
         value, grad_CV = self._divergence(student_CV, teacher_CV, wants_gradient)
         wants_more = wants_gradient and self.weights.ce != 0
-        sums, more_CV = by_hand(student_CV, None, labels_C, wants_more)
+        sums, more_CV = by_hand.evaluate(student_CV, None, labels_C, wants_more)
         if grad_CV is not None and more_CV is not None:
             grad_CV += more_CV
         return ChunkTerms(torch.stack([value, sums[1]]), grad_CV)

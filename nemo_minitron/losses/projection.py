@@ -43,19 +43,49 @@ class Projection:
         low = torch.get_autocast_dtype(device)
         return replace(self, hidden_TH=self.hidden_TH.to(low), head_VH=self.head_VH.to(low))
 
-    def logits(self, place_CV: Tensor | None = None) -> Tensor:
-        """Logits, Tensor of shape [tokens, vocabulary], float32 (float64 of float64), under the softcap.
+    def raw_logits(self, place_CV: Tensor | None = None) -> "Logits":
+        """Logits before the softcap, [tokens, vocabulary], float32 (float64 of float64).
 
         Args:
             place_CV: its first rows take the result; None: new memory.
         """
-        logits_TV = wide_linear(self.hidden_TH, self.head_VH, place_CV)
-        return logits_TV if self.softcap is None else softcap_(logits_TV, self.softcap)
+        return Logits(wide_linear(self.hidden_TH, self.head_VH, place_CV), self.softcap)
+
+    def logits(self) -> Tensor:
+        """Logits under the softcap, Tensor of shape [tokens, vocabulary], float32 (float64 of float64)."""
+        return self.raw_logits().capped_()
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """Logits before their softcap.
+
+    Attributes:
+        raw_CV: Tensor of shape [tokens, vocabulary].
+        cap: the softcap, or None.
+    """
+
+    raw_CV: Tensor
+    cap: float | None = None
+
+    def capped_(self) -> Tensor:
+        """The logits, in their place."""
+        return self.raw_CV if self.cap is None else softcap_(self.raw_CV, self.cap)
+
+    def slope(self) -> Tensor:
+        """Derivative by the raw logits, once they have been capped in place."""
+        assert self.cap is not None
+        return softcap_slope(self.raw_CV, self.cap)
 
 
 def softcap_(logits_TV: Tensor, cap: float) -> Tensor:
     """C tanh(x / c) in the place of the logits x."""
     return logits_TV.div_(cap).tanh_().mul_(cap)
+
+
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """The logits under a softcap, if there is one."""
+    return logits if cap is None else softcap_(logits.clone(), cap)
 
 
 def softcap_slope(capped_TV: Tensor, cap: float) -> Tensor:

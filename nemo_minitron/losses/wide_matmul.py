@@ -49,26 +49,36 @@ def wide_linear(hidden_CH: Tensor, weight_VH: Tensor, place_CV: Tensor | None = 
 
 
 def add_products(
-    grad_CV: Tensor, hidden_CH: Tensor, weight_VH: Tensor, sum_CH: Tensor, sum_VH: Tensor | None
+    grad_CV: Tensor,
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    sum_CH: Tensor,
+    sum_VH: Tensor | None,
+    fresh: bool = False,
 ) -> None:
     """Both gradients of a linear map, added to ``sum_CH`` and ``sum_VH`` in place.
 
     Args:
-        grad_CV: gradient by its results, Tensor of shape [rows, vocabulary], of the sums' dtype.
+        grad_CV: gradient by its results, Tensor of shape [rows, vocabulary], of the sums' dtype (on
+            CUDA of the operands').
         hidden_CH: what it was given, [rows, hidden].
         weight_VH: its weight, [vocabulary, hidden].
         sum_CH: takes grad @ weight; float32 (float64 for float64 operands).
         sum_VH: takes grad transposed @ hidden; likewise. None: not wanted.
+        fresh: whether nothing has been added to ``sum_VH``, which is zero then, or, where
+            ``writes_fresh``, anything.
     """
-    if not _is_low(hidden_CH.dtype):
+    if writes_fresh(hidden_CH):
+        low_CV = grad_CV.to(hidden_CH.dtype)
+        torch.addmm(sum_CH, low_CV, weight_VH, out_dtype=torch.float32, out=sum_CH)
+        if sum_VH is not None and fresh:
+            torch.mm(low_CV.T, hidden_CH, out_dtype=torch.float32, out=sum_VH)
+        elif sum_VH is not None:
+            torch.addmm(sum_VH, low_CV.T, hidden_CH, out_dtype=torch.float32, out=sum_VH)
+    elif not _is_low(hidden_CH.dtype):
         sum_CH.addmm_(grad_CV, weight_VH)
         if sum_VH is not None:
             sum_VH.addmm_(grad_CV.T, hidden_CH)
-    elif hidden_CH.device.type in WIDENS:
-        low_CV = grad_CV.to(hidden_CH.dtype)
-        torch.addmm(sum_CH, low_CV, weight_VH, out_dtype=torch.float32, out=sum_CH)
-        if sum_VH is not None:
-            torch.addmm(sum_VH, low_CV.T, hidden_CH, out_dtype=torch.float32, out=sum_VH)
     else:
         wide_CH = hidden_CH.float()
         with _as_stored(hidden_CH.dtype):
@@ -76,6 +86,11 @@ def add_products(
                 sum_CH.addmm_(grad_CV[:, rows], weight_VH[rows].float())
                 if sum_VH is not None:
                     sum_VH[rows].addmm_(grad_CV[:, rows].T, wide_CH)
+
+
+def writes_fresh(operand: Tensor) -> bool:
+    """Whether the first of a sum's products is written, not added: nothing needs to be zero before."""
+    return operand.device.type in WIDENS and _is_low(operand.dtype)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

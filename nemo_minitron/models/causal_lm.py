@@ -151,7 +151,7 @@ def load_layers(folder: Path, family: Family, tensors: Mapping[str, Tensor]) -> 
     return loaded.eval()
 
 
-def new_model(config: Mapping[str, Any], seed: int) -> Any:
+def new_model(config: Mapping[str, Any], seed: int, where: str = "pretrain.model") -> Any:
     """A causal LM with random weights.
 
     Norms whose stored weight is an offset from one (LayerNorm1P) start at zero, so that their gain
@@ -160,11 +160,12 @@ def new_model(config: Mapping[str, Any], seed: int) -> Any:
     Args:
         config: a config.json, ``model_type`` included.
         seed: seed of the weights.
+        where: what an error message calls the config.
 
     Raises:
         ValueError: the family is not known, or transformers refuses the config.
     """
-    family = family_of(config, "pretrain.model")
+    family = family_of(config, where)
     torch.manual_seed(seed)
     try:
         entries = {key: value for key, value in config.items() if key != "model_type"}
@@ -173,9 +174,7 @@ def new_model(config: Mapping[str, Any], seed: int) -> Any:
             trust_remote_code=False,
         ).float()
     except Exception as error:  # transformers raises whatever its validators raise
-        raise ValueError(
-            f"pretrain.model: transformers refuses this config: {reason(error)}"
-        ) from error
+        raise ValueError(f"{where}: transformers refuses this config: {reason(error)}") from error
     if family.zero_centred_norms:
         with torch.no_grad():
             for name, parameter in model.named_parameters():

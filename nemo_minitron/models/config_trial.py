@@ -20,8 +20,10 @@ def config_object(config: Mapping[str, Any]) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """What a library says of a config.json, on one line, without the names of Python's exceptions."""
-    return plain(re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", str(error)), 400)
+    """What a library says of a config.json, on one line, without the names that only Python knows."""
+    said = re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", str(error))
+    said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", said).replace("NoneType", "null")
+    return plain(said, 400)
 
 
 def check_config_loads(config: Mapping[str, Any], where: str) -> None:

@@ -97,7 +97,9 @@ class MinitronModel(OwnLoaders, ModelPT):
         hf_config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(hf_config, dict)
         self.family = family_of(hf_config, "hf_config")
-        self.model = as_stored(new_model(hf_config, seed=0), self.cfg) if model is None else model
+        if model is None:
+            model = as_stored(new_model(hf_config, 0, "hf_config"), self.cfg)
+        self.model = model
         self.objective: Objective = self.cross_entropy
         self.facts: dict[str, float] = {}
         self._sharded, self._gathered = False, None

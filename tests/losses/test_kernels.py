@@ -1,0 +1,48 @@
+"""The kernels of the loss, and how many tokens they take at a time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_minitron.losses.fused_linear_loss import cuda_rows
+from nemo_minitron.losses.loss_terms import kernels_for
+
+CASES = Path(__file__).with_name("interpreted_kernels.py")
+
+
+def test_the_kernels_are_right_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(CASES),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    found = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_the_cpu_has_no_kernels():
+    assert kernels_for(torch.device("cpu"), torch.float32) is None
+
+
+def test_chunks_on_cuda_fit_the_memory_and_their_gradients_meet_few_times():
+    """Qwen 2.5's vocabulary, hidden 4096: with the logits of both models in float32 the gradients need no room of their own."""
+    head_VH = torch.empty(151_936, 4096, dtype=torch.bfloat16, device="meta")
+    chunk, group = cuda_rows(8192, head_VH, 2, 1)
+    held = 151_936 * (8 * chunk + 2 * group)
+    assert held <= 2 * head_VH.numel() + 640 * 2**20
+    assert -(-8192 // group) == 3 and chunk % 128 == 0
+    assert cuda_rows(5, head_VH, 2, 1) == (5, 5)
+    small_VH = torch.empty(512, 64, dtype=torch.float32, device="meta")
+    assert cuda_rows(3000, small_VH, 2, 1)[1] == 3000
