@@ -4,7 +4,8 @@ The logits of 4096 tokens at a vocabulary of 256000 take 4.2 GB in float32, for 
 much again for their gradient. Because the loss is a scalar, its gradient with respect to the logits
 is known as soon as the logits are: it is turned into the gradients of hidden states and head chunk
 by chunk **in the forward pass**, so that one chunk of logits exists at a time and nothing is
-recomputed. Four matrix products a chunk, as many as the naive way.
+recomputed. Four matrix products a chunk, as many as the naive way. On CUDA a Triton kernel makes sums
+and gradients (``kernels.py``), and the products that give the gradients take several chunks at once.
 """
 
 from collections.abc import Mapping
@@ -131,7 +132,7 @@ def fused_linear_loss(
         weights: the mix.
         teacher: the teacher's, [tokens, teacher hidden]; or of each token what is known of it; or
             None.
-        chunk_tokens: tokens per chunk; None: as ``chunk_rows`` says.
+        chunk_tokens: tokens per chunk; None: as ``chunk_rows`` and ``cuda_rows`` say.
         vocabulary: entries of both heads that count, where they are padded to different sizes;
             None: all.
         shard: where ranks share the vocabulary, what this rank's rows of both heads stand for: the
@@ -150,13 +151,8 @@ def fused_linear_loss(
         raise ValueError("a divergence needs a teacher")
     student = student.counted(vocabulary).as_autocast()
     term = _term(weights, teacher, shard, compiled, student.head_VH)
-    entries, device = student.head_VH.shape[0], student.head_VH.device
     if isinstance(teacher, Projection):
-        teacher = teacher.counted(vocabulary).detached().as_autocast()
-        if teacher.head_VH.shape[0] != entries:
-            raise ValueError(
-                f"vocabulary: teacher has {teacher.head_VH.shape[0]} entries, student {entries}"
-            )
+        teacher = _comparable(teacher.counted(vocabulary), student)
     teacher = None if weights.kl == 0 else teacher
     valid_T = labels_T >= 0
     count: int | Tensor = valid_T.sum()  # stays where it is: the host need not know it
@@ -170,9 +166,17 @@ def fused_linear_loss(
     inputs = _LossInputs(
         labels_T, count, weights, teacher, student.softcap, term, rows, wants, shard
     )
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(student.head_VH.device.type, enabled=False):
         loss, divergence, ce = _FusedLinearLoss.apply(student.hidden_TH, student.head_VH, inputs)
     return LossResult(loss, divergence.detach(), ce.detach())
+
+
+def _comparable(teacher: Projection, student: Projection) -> Projection:
+    """The teacher without gradients, if it has as many entries as the student."""
+    found, expected = teacher.head_VH.shape[0], student.head_VH.shape[0]
+    if found != expected:
+        raise ValueError(f"vocabulary: teacher has {found} entries, student {expected}")
+    return teacher.detached().as_autocast()
 
 
 def _rows(
