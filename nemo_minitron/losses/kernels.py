@@ -168,6 +168,15 @@ def _gradient_of_part(
 
 
 @triton.jit
+def _no_gradient(grad, first, V, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros for a part of a row that does not count."""
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, COLUMNS, BLOCK):
+        column = first + start + lanes
+        tl.store(grad + column, tl.zeros([BLOCK], grad.dtype.element_ty), mask=column < V)
+
+
+@triton.jit
 def _terms_kernel(
     student, teacher, labels, grad, terms, sums, counters, rows, V,
     student_stride, teacher_stride, grad_stride,
@@ -226,11 +235,7 @@ def _terms_kernel(
                         WANTED, SUMS,
                     )  # fmt: skip
                 elif WANTED:
-                    lanes = tl.arange(0, BLOCK)
-                    nothing = tl.zeros([BLOCK], grad.dtype.element_ty)
-                    for start in range(0, COLUMNS, BLOCK):
-                        column = first + start + lanes
-                        tl.store(grad + wide * grad_stride + column, nothing, mask=column < V)
+                    _no_gradient(grad + wide * grad_stride, first, V, COLUMNS, BLOCK)
         piece = tl.atomic_add(counters + rows, 1)
 
 
