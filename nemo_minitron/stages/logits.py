@@ -68,8 +68,13 @@ def recipe(config: Config) -> Recipe:
         notes = length_notes(config, read_config(teacher), "train", "validation")
         return Summary(_headline(facts), facts=dict(facts), notes=notes)
 
+    def check() -> None:
+        from nemo_minitron.models.int8 import check_teacher
+
+        check_teacher(config.distill.teacher_dtype, config.trainer["accelerator"])
+
     inputs = [teacher_input, *training_inputs(config)]
-    return Recipe(folder, "logits", decides, inputs, build, summary, resumable=True)
+    return Recipe(folder, "logits", decides, inputs, build, summary, check, resumable=True)
 
 
 def _also(path: Path, target: Path) -> None:
