@@ -230,3 +230,18 @@ def test_devices_without_the_product_are_refused(monkeypatch):
         check_device(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     check_device(torch.device("cuda"))
+
+
+def test_a_card_without_the_product_is_refused_before_anything_is_read(
+    capsys, monkeypatch, tmp_path, words_often
+):
+    words = [f"workspace={tmp_path}/w", *words_often, "trainer.max_steps=1"]
+    assert main(["prune", *words]) == 0
+    words += ["distill.teacher_dtype=fp8", "trainer.accelerator=auto"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    for stage, more in (("distill", []), ("logits", ["distill.teacher_logits=cache"])):
+        assert main([stage, *words, *more]) == 2
+        assert "found A100 of 8.0" in capsys.readouterr().err
+    assert not (tmp_path / "w" / "tokens").exists()
