@@ -47,7 +47,7 @@ def _one_kernel() -> Callable[[Tensor], Quantised]:
     return compiled
 
 
-def _quantised(x_TI: Tensor) -> Quantised:
+def quantised(x_TI: Tensor) -> Quantised:
     """``quantise_rows``, compiled on a GPU; inside of what is compiled anyway, a part of it."""
     if torch.compiler.is_compiling() or not x_TI.is_cuda or x_TI.shape[0] < _FEW:
         return quantise_rows(x_TI)
@@ -70,7 +70,7 @@ class SharedInput:
         held, version = self._held, _version(x)
         if held is not None and held[0]() is x and held[1] == version:
             return held[2]
-        made = _quantised(x.reshape(-1, x.shape[-1]))
+        made = quantised(x.reshape(-1, x.shape[-1]))
         self._held = (weakref.ref(x, self._forget), version, made)
         return made
 
@@ -122,7 +122,7 @@ class Fp8Linear(nn.Module):
         if torch.is_autocast_enabled(place):
             dtype = torch.get_autocast_dtype(place)
         if self._shared is None or torch.compiler.is_compiling():
-            x_TI, scale_T1 = _quantised(x.reshape(-1, self.in_features))
+            x_TI, scale_T1 = quantised(x.reshape(-1, self.in_features))
         else:
             x_TI, scale_T1 = self._shared.quantised(x)
         product_TO = self._product(x_TI, scale_T1).to(dtype)

@@ -105,10 +105,8 @@ def test_projections_of_one_input_quantise_it_once(monkeypatch, tmp_path):
     folder = make_model(tmp_path / "m", "llama", **FITTING)
     teacher, family = load_teacher(folder, "fp8"), families()["llama"]
     seen = []
-    whole = fp8._quantised
-    monkeypatch.setattr(
-        fp8, "_quantised", lambda x_TI: (seen.append(x_TI.shape[1]), whole(x_TI))[1]
-    )
+    whole = fp8.quantised
+    monkeypatch.setattr(fp8, "quantised", lambda x_TI: (seen.append(x_TI.shape[1]), whole(x_TI))[1])
     with frozen(teacher):
         hidden_states(teacher, family, torch.arange(20)[None])
     assert seen == [32, 64, 32, 48] * 3  # queries, keys and values; output; gate and up; down
