@@ -110,8 +110,6 @@ def _fp8(model: Any, device: str) -> Any:
 
 
 def _offload(model: Any, device: str) -> Any:
-    model.cpu()
-    free()
     Offloaded(model, FAMILY, torch.device(device))
     return model
 

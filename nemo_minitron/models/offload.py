@@ -65,7 +65,7 @@ class Offloaded:
         Page-locked memory comes in powers of two: a matrix may take up to twice its bytes.
 
         Args:
-            model: a frozen causal LM in the machine's memory.
+            model: a frozen causal LM, wherever it lies.
             family: its table.
             device: where it is to compute.
         """
@@ -146,7 +146,7 @@ def _matrices(layer: nn.Module, pinned: bool) -> list[_Matrix]:
         if tensor.dim() < 2:  # small, and what a pass may change
             continue
         if id(tensor) not in found:
-            data = tensor.detach().contiguous()
+            data = tensor.detach().cpu().contiguous()
             kept = _as(tensor, data.pin_memory() if pinned else data)
             found[id(tensor)] = _Matrix(kept, -(-end // _ALIGNED) * _ALIGNED)
             end = found[id(tensor)].end

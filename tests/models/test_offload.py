@@ -114,3 +114,18 @@ def test_another_teacher_takes_the_place_of_one_in_memory(tmp_path):
     assert torch.equal(states(first, family), states(second, family))
     distillation._settle(CPU)  # a second fit leaves it where it is
     assert torch.equal(states(first, family), states(second, family))
+
+
+def test_the_logits_of_a_teacher_in_memory_are_written_too(monkeypatch, tmp_path, words_often):
+    made, whole = [], Offloaded.__init__
+    monkeypatch.setattr(Offloaded, "__init__", lambda *given: made.append(whole(*given)))
+    for place in ("device", "offload"):
+        words = [f"workspace={tmp_path}/{place}", *words_often, "distill.teacher_logits=cache"]
+        assert main(["prune", *words]) == 0
+        assert main(["logits", *words, f"distill.teacher_place={place}"]) == 0
+    assert len(made) == 1
+    parts = sorted((tmp_path / "device" / "logits").glob("part-*"))
+    assert parts and all(
+        part.read_bytes() == (tmp_path / "offload" / "logits" / part.name).read_bytes()
+        for part in parts
+    )
