@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nemo_minitron.security.plain_text import plain
+
 KEY = "distill.teacher_dtype=fp8"
 MULTIPLE = 16
 """What the product asks of both sizes of a weight."""
@@ -33,16 +35,17 @@ def quantise_rows(x_TI: Tensor) -> Quantised:
 
 
 @functools.cache
-def _one_kernel() -> Callable[[Tensor], Quantised]:
+def one_kernel(device: str) -> Callable[[Tensor], Quantised]:
     """``quantise_rows`` as one kernel; step by step, which is slower, where nothing compiles."""
     compiled: Callable[[Tensor], Quantised] = torch.compile(quantise_rows, dynamic=True)
-    tried = torch.ones(2 * _FEW, MULTIPLE, device="cuda")
+    tried = torch.ones(2 * _FEW, MULTIPLE, device=device)
     torch._dynamo.mark_static(tried, 1)
     try:
         compiled(tried)
     except Exception as error:  # whatever compilers raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        print(f"{KEY}: no compiled kernel here ({first}); slower", file=sys.stderr)
+        cause = getattr(error, "inner_exception", error)
+        said = f"{type(cause).__name__}: {plain(cause, 200)}"
+        print(f"{KEY}: no compiled kernel here, and slower without one ({said})", file=sys.stderr)
         return quantise_rows
     return compiled
 
@@ -52,7 +55,7 @@ def quantised(x_TI: Tensor) -> Quantised:
     if torch.compiler.is_compiling() or not x_TI.is_cuda or x_TI.shape[0] < _FEW:
         return quantise_rows(x_TI)
     torch._dynamo.mark_static(x_TI, 1)  # one kernel for each width, whatever the number of rows
-    return _one_kernel()(x_TI)
+    return one_kernel(x_TI.device.type)(x_TI)
 
 
 class SharedInput:

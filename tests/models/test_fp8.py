@@ -1,6 +1,7 @@
 """A teacher whose projections are multiplied in eight bits; the CPU computes what a card would."""
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -80,25 +81,37 @@ def test_shapes_and_autocast_are_those_of_a_linear_layer():
     assert small(torch.ones(3, 64)[:, ::1].T.contiguous().T).shape == (3, 48)  # in another order
 
 
-def test_what_is_compiled_is_the_same_and_one_kernel_serves_any_number_of_rows():
+def test_what_is_compiled_is_the_same():
     small = Fp8Linear(linear(torch.bfloat16), SharedInput())
     x_TI = torch.randn(20, 64, dtype=torch.bfloat16)
     with torch.inference_mode():
         whole = torch.compile(small, backend="eager", fullgraph=True)
         assert torch.equal(whole(x_TI), small(x_TI))
-    compiled = []
+
+
+def test_one_kernel_serves_any_number_of_rows_and_none_where_nothing_compiles(capsys, monkeypatch):
+    compiled, whole = [], torch.compile
 
     def count(graph, _):
         compiled.append(graph)
         return graph.forward
 
-    kernel = torch.compile(quantise_rows, dynamic=True, backend=count)
+    def fail(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(whole, backend=count))
+    kernel = fp8.one_kernel.__wrapped__("cpu")
     for width in (32, 64):
         for rows in (20, 33, 64, width):
             x_TI = torch.randn(rows, width)
             torch._dynamo.mark_static(x_TI, 1)
-            kernel(x_TI)
-    assert len(compiled) == 2
+            for found, expected in zip(kernel(x_TI), quantise_rows(x_TI), strict=True):
+                assert torch.equal(found.float(), expected.float())
+    assert len(compiled) == 3 and not capsys.readouterr().err  # one of them to see that it works
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(whole, backend=fail))
+    assert fp8.one_kernel.__wrapped__("cpu") is quantise_rows
+    assert "slower without one (RuntimeError: no compiler)" in capsys.readouterr().err
 
 
 def test_projections_of_one_input_quantise_it_once(monkeypatch, tmp_path):
