@@ -59,15 +59,17 @@ class DistillConfig:
     )
     teacher_place: str = option(
         "device",
-        "where the teacher runs: on the student's device, split over the ranks as the student is "
-        "(training.parallel=shard), or on the CPU",
-        ("device", "shard", "cpu"),
+        "where the teacher lies and runs: on the student's device, split over the ranks as the student is "
+        "(training.parallel=shard), in the machine's memory with its layers copied to the device one by one "
+        "while it runs there (offload), or wholly on the CPU",
+        ("device", "shard", "offload", "cpu"),
     )
     teacher_dtype: str | None = option(
         None,
-        "dtype of the teacher's weights; int8: eight bits for its projections, with a scale per output "
-        "channel; null: as they are stored",
-        ("float32", "bfloat16", "float16", "int8"),
+        "dtype of the teacher's weights; int8: eight bits for its projections, which saves memory and takes "
+        "time; fp8: projections multiplied in eight bits, which saves both and needs a CUDA device of "
+        "compute capability 8.9 or more; null: as they are stored",
+        ("float32", "bfloat16", "float16", "int8", "fp8"),
     )
     teacher_logits: str = option(
         "online",

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.families import Family, family_of
-from nemo_minitron.models.causal_lm import layers_of, load_model
+from nemo_minitron.models.causal_lm import layers_of, load_model, pick_device
+from nemo_minitron.models.fp8 import KEY, MULTIPLE, check_device, fp8_layers
 
 
 class Int8Linear(nn.Module):
@@ -16,7 +17,7 @@ class Int8Linear(nn.Module):
 
     w = s q with s = max |w| / 127 over a row. The product runs on q in the input's dtype (bfloat16
     holds every whole number up to 256) and is scaled afterwards, so that only the int8 weight lies
-    in memory.
+    in memory. It saves memory, and costs time: the weight is converted for every product.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -56,27 +57,71 @@ def load_teacher(folder: Path, dtype: str | None, device: torch.device | None = 
 
     Args:
         folder: model folder.
-        dtype: of its weights: a name of torch's, or ``int8`` (see ``Int8Linear``); None: as they
-            are stored.
+        dtype: of its weights: a name of torch's, ``int8`` (see ``Int8Linear``) or ``fp8`` (see
+            ``Fp8Linear``; all else is bfloat16); None: as they are stored.
         device: where it goes; None: the CPU.
 
     Raises:
-        ValueError: it does not load strictly.
+        ValueError: it does not load strictly, or the device has no product in fp8.
     """
-    if dtype != "int8":
+    if dtype == "fp8":
+        check_device(device or torch.device("cpu"))
+        model = load_model(folder, "bfloat16")
+    elif dtype == "int8":
+        model = load_model(folder)
+    else:
         return load_model(folder, dtype or "auto", device)
-    model = quantise(load_model(folder), family_of(read_config(folder)))
+    model = quantise(model, family_of(read_config(folder)), dtype)
     return model.to(device or torch.device("cpu"))
 
 
-def quantise(model: Any, family: Family) -> Any:
-    """Puts ``Int8Linear`` in the place of the linear layers inside a model's layers; embedding and head stay.
+def quantise(model: Any, family: Family, dtype: str = "int8") -> Any:
+    """Puts layers of eight bits in the place of the linear layers inside a model's layers.
 
-    Experts that lie in one tensor stay too.
+    One after the other, so that there is never a second copy. Embedding and head stay, and so do
+    experts that lie in one tensor, and under fp8 layers of sizes that it does not take.
+
+    Args:
+        model: a causal LM.
+        family: its table.
+        dtype: ``int8`` or ``fp8``.
     """
     for layer in layers_of(model, family):
         for parent in list(layer.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(parent, name, Int8Linear(child))
+            linears = _linears(parent)
+            new = fp8_layers if dtype == "fp8" else _int8_layers
+            for name, child in zip(linears, new(list(linears.values())), strict=True):
+                setattr(parent, name, child)
     return model
+
+
+def check_teacher(dtype: str | None, accelerator: str) -> None:
+    """Refuses a dtype of a teacher that the device of a training has no product for, before it loads.
+
+    Args:
+        dtype: see ``load_teacher``.
+        accelerator: ``trainer.accelerator``.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if dtype == "fp8":
+        check_device(pick_device("cpu" if accelerator == "cpu" else "auto"))
+
+
+def left_out(model: Any, family: Family) -> str | None:
+    """Says of a model in fp8 how many linear layers inside its layers are not; None: they all are."""
+    modules = [module for layer in layers_of(model, family) for module in layer.modules()]
+    count = sum(len(_linears(module)) for module in modules)
+    if count == 0:
+        return None
+    what = f"{count} linear layers stay" if count > 1 else "one linear layer stays"
+    return f"{KEY}: {what} in bfloat16: no multiples of {MULTIPLE} wide"
+
+
+def _linears(parent: nn.Module) -> dict[str, nn.Linear]:
+    return {name: child for name, child in parent.named_children() if type(child) is nn.Linear}
+
+
+def _int8_layers(linears: list[nn.Linear]) -> list[nn.Module]:
+    return [Int8Linear(linear) for linear in linears]

@@ -29,6 +29,7 @@ from nemo_minitron.models.causal_lm import (
     load_model,
     softcap_of,
 )
+from nemo_minitron.models.offload import Offloaded
 from nemo_minitron.plugin.hooked_student import HookedStudent, Student
 from nemo_minitron.plugin.model import MinitronModel, Objective
 from nemo_minitron.plugin.model_transform import ModelTransform
@@ -53,8 +54,8 @@ class KnowledgeDistillation(Callback):
             sizes; None: all.
         intermediate: losses on hidden states besides; None: none.
         kept_H: see ``IntermediateLoss``.
-        place: where the teacher runs: the student's ``device``, ``shard`` (split over ranks), or
-            ``cpu``.
+        place: where the teacher runs: the student's ``device``, ``shard`` (split over ranks),
+            ``offload`` (on the device, from the machine's memory: ``models/offload.py``), or ``cpu``.
         teacher_loss: its cross-entropy on the validation samples, once it has been measured.
     """
 
@@ -87,8 +88,8 @@ class KnowledgeDistillation(Callback):
         Raises:
             ValueError: an unknown place, or a folder that holds no model that can be loaded.
         """
-        if place not in ("device", "shard", "cpu"):
-            raise ValueError(f"place: expected device, shard or cpu, found {place!r}")
+        if place not in ("device", "shard", "offload", "cpu"):
+            raise ValueError(f"place: expected device, shard, offload or cpu, found {place!r}")
         if isinstance(teacher, str | Path):
             teacher = load_model(Path(teacher), dtype="auto")
         self.teacher = teacher.eval().requires_grad_(False)
@@ -99,6 +100,7 @@ class KnowledgeDistillation(Callback):
         self._before: Objective | None = None
         self.vocabulary, self.intermediate, self.kept_H = vocabulary, intermediate, kept_H
         self.place = place
+        self._offloaded: Offloaded | None = None
         self._copy: Tensor | None = None
         self._inside: IntermediateLoss | None = None
         self._strategy: Any = None
@@ -151,13 +153,12 @@ class KnowledgeDistillation(Callback):
         if not isinstance(pl_module, MinitronModel):
             if self.place == "shard":
                 raise ValueError("place='shard': only a sharded MinitronModel shares its ranks")
-            if self.place != "cpu":
-                self.teacher.to(pl_module.device)
+            self._settle(pl_module.device)
             return
         self._mesh, self._compiled, self._products = (
             pl_module.device_mesh, pl_module.compiled, pl_module.products
         )  # fmt: skip
-        if pl_module.replacement_layers is not None and self.place != "cpu":
+        if pl_module.replacement_layers is not None and self.place in ("device", "shard"):
             LayerReplacement(self.teacher, self.family, pl_module.replacement_layers)
         if self.place == "shard":
             if pl_module.device_mesh is None:
@@ -166,8 +167,15 @@ class KnowledgeDistillation(Callback):
                 )
             self.teacher.to(pl_module.device)
             shard(self.teacher, self.family, pl_module.device_mesh)
-        elif self.place != "cpu":
-            self.teacher.to(pl_module.device)
+        else:
+            self._settle(pl_module.device)
+
+    def _settle(self, device: torch.device) -> None:
+        """Brings the teacher to where it runs, if that is this rank alone."""
+        if self.place == "device":
+            self.teacher.to(device)
+        elif self.place == "offload" and self._offloaded is None:
+            self._offloaded = Offloaded(self.teacher, self.family, device)
 
     def _head(self, device: torch.device) -> Tensor:
         """The teacher's head on the loss's device; a kept copy if the teacher is on another device."""
@@ -190,6 +198,8 @@ class KnowledgeDistillation(Callback):
         wrong = [name for name in new if name not in ours or ours[name].shape != new[name].shape]
         if wrong:
             raise ValueError(f"the new teacher is another model than the first: {wrong[0]} differs")
+        if self._offloaded is not None:
+            self._offloaded.wait()
         with torch.no_grad():
             for name, tensor in ours.items():
                 tensor.copy_(new[name])

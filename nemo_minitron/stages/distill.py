@@ -1,9 +1,11 @@
 """distill: the pruned model learns from the teacher's logits ([P1] section 3)."""
 
 import contextlib
+import os
 import re
+import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,16 @@ def recipe(config: Config) -> Recipe:
         callbacks,
         wrap_samples=wrap_samples,
     )
-    return training_recipe(workspace.student, "student", config, section, inputs, role)
+    made = training_recipe(workspace.student, "student", config, section, inputs, role)
+
+    def check() -> None:
+        from nemo_minitron.models.int8 import check_teacher
+
+        if settings.teacher_logits == "online":
+            check_teacher(settings.teacher_dtype, config.trainer["accelerator"])
+        made.check()
+
+    return replace(made, check=check)
 
 
 Teaching = tuple[Callable[[], list[Any]], Callable[[Any, Any], tuple[Any, Any]]]
@@ -82,17 +93,7 @@ def _online(
     """The teacher runs beside the student."""
     settings = config.distill
     vocabulary = shared_vocabulary(teacher, pruned)
-    if settings.teacher_place == "shard" and config.training.parallel != "shard":
-        raise ValueError(
-            "distill.teacher_place=shard: needs training.parallel=shard, found replicate"
-        )
-    if settings.teacher_place == "shard" and (
-        settings.live_teacher or settings.teacher_dtype == "int8"
-    ):
-        raise ValueError(
-            "distill.teacher_place=shard: neither with distill.live_teacher nor with teacher_dtype=int8; use "
-            "device or cpu"
-        )
+    _check_place(settings, config.training.parallel)
     if config.training.tensor_parallel > 1 and inside is not None and "attention" in inside.terms:
         raise ValueError(
             "distill.intermediate.terms: attention compares whole queries, keys and values, and "
@@ -107,7 +108,7 @@ def _online(
         """The distillation, and what exchanges its teacher; loads the teacher."""
         from nemo_minitron.families import family_of
         from nemo_minitron.losses.fused_linear_loss import LossWeights
-        from nemo_minitron.models.int8 import load_teacher
+        from nemo_minitron.models.int8 import left_out, load_teacher
         from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
         from nemo_minitron.plugin.live_teacher import LiveTeacher
 
@@ -118,8 +119,12 @@ def _online(
         def load(folder: Path) -> Any:
             return load_teacher(folder, settings.teacher_dtype)
 
+        model = load(teacher)
+        left = left_out(model, family) if settings.teacher_dtype == "fp8" else None
+        if left is not None and os.environ.get("RANK", "0") == "0":
+            print(left, file=sys.stderr)
         distillation = KnowledgeDistillation(
-            load(teacher), family, weights, settings.chunk_tokens, vocabulary, inside, kept_H,
+            model, family, weights, settings.chunk_tokens, vocabulary, inside, kept_H,
             settings.teacher_place,
         )  # fmt: skip
         if settings.live_teacher is None:
@@ -128,6 +133,30 @@ def _online(
         return [distillation, LiveTeacher(Path(settings.live_teacher), state, distillation, load)]
 
     return callbacks, lambda samples, validation: (samples, validation)
+
+
+def _check_place(settings: DistillConfig, parallel: str) -> None:
+    """Refuses a place for the teacher that does not go with its other settings.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if settings.teacher_place == "shard" and parallel != "shard":
+        raise ValueError(
+            "distill.teacher_place=shard: needs training.parallel=shard, found replicate"
+        )
+    if settings.teacher_place == "shard" and (
+        settings.live_teacher or settings.teacher_dtype in ("int8", "fp8")
+    ):
+        raise ValueError(
+            "distill.teacher_place=shard: neither with distill.live_teacher nor with teacher_dtype=int8 or "
+            "fp8; use device or cpu (fp8: device or offload)"
+        )
+    if settings.teacher_place == "cpu" and settings.teacher_dtype == "fp8":
+        raise ValueError(
+            "distill.teacher_place=cpu: the CPU has no product in fp8; use teacher_place=device or offload, "
+            "or teacher_dtype=int8 or bfloat16"
+        )
 
 
 def _cached(

@@ -1,6 +1,7 @@
 """logits: runs the teacher once over what distillation will read, and keeps a few entries per token."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,13 @@ def recipe(config: Config) -> Recipe:
         notes = length_notes(config, read_config(teacher), "train", "validation")
         return Summary(_headline(facts), facts=dict(facts), notes=notes)
 
+    def check() -> None:
+        from nemo_minitron.models.int8 import check_teacher
+
+        check_teacher(config.distill.teacher_dtype, config.trainer["accelerator"])
+
     inputs = [teacher_input, *training_inputs(config)]
-    return Recipe(folder, "logits", decides, inputs, build, summary, resumable=True)
+    return Recipe(folder, "logits", decides, inputs, build, summary, check, resumable=True)
 
 
 def _also(path: Path, target: Path) -> None:
@@ -102,7 +108,6 @@ def _teach(
     from nemo_minitron.distillation.teacher_logits_pass import Kept, teach
     from nemo_minitron.families import family_of
     from nemo_minitron.models.causal_lm import pick_device
-    from nemo_minitron.models.int8 import load_teacher
 
     settings = config.distill.cache
     tokenizer = tokenizer_of(source)
@@ -120,7 +125,7 @@ def _teach(
     ]
     device = pick_device("cpu" if config.trainer["accelerator"] == "cpu" else "auto")
     device = torch.device("cuda", ranks.local) if device.type == "cuda" else device
-    model = load_teacher(teacher, config.distill.teacher_dtype, device) if due else None
+    model = _load(config, teacher, device, ranks) if due else None
     with bar("teacher", sum(len(parts[n][1]) for n in due) * samples.positions) as advance:
         for number in due:
             given, rows = parts[number]
@@ -141,6 +146,23 @@ def _teach(
         "tokens": len(samples) * samples.positions, "bytes_per_token": each,
         "mass": _mean_mass(state, len(parts)),
     }  # fmt: skip
+
+
+def _load(config: Config, folder: Path, device: Any, ranks: Ranks) -> Any:
+    """The teacher, computing on the device."""
+    from nemo_minitron.families import family_of
+    from nemo_minitron.models.int8 import left_out, load_teacher
+    from nemo_minitron.models.offload import Offloaded
+
+    settings, family = config.distill, family_of(read_config(folder))
+    offload = settings.teacher_place == "offload"
+    model = load_teacher(folder, settings.teacher_dtype, None if offload else device)
+    left = left_out(model, family) if settings.teacher_dtype == "fp8" else None
+    if left is not None and ranks.rank == 0:
+        print(left, file=sys.stderr)
+    if offload:
+        Offloaded(model, family, device)
+    return model
 
 
 def _cut(rows: int, size: int) -> list[range]:

@@ -138,6 +138,7 @@ def test_every_way_to_score(both, words):
     [
         ([*INSIDE, "distill.divergence=jsd", "distill.ce=0.5", "training.ema_decay=0.9"], 1e-4),
         ([*INSIDE, "distill.teacher_place=cpu", "distill.teacher_dtype=int8", "trainer.gradient_clip_val=0.5"], 1e-3),
+        ([*INSIDE, "distill.teacher_place=offload"], 1e-4),
         (["training.activation_checkpointing=true", "distill.divergence=topk_kl",
           "distill.top_k=8", "trainer.accumulate_grad_batches=2"], 2e-2),
         (["trainer.precision=bf16-true", "distill.divergence=reverse_kl", "distill.temperature=2"], 2e-2),
