@@ -6,7 +6,7 @@
 # make fuzz    thousands of damaged inputs: no traceback, nothing outside the workspace, nothing that hangs
 # make bench   speed and memory against references, as ratios
 # make paper   toy-scale counterparts of the papers' claims, several seeds (slow)
-# make gpu     checks and measurements on a GPU
+# make gpu     checks and measurements on a GPU; PIECES=loss for one of them (python -m benchmarks.gpu --help)
 
 PYTHON ?= python3
 VENV := .venv
@@ -79,7 +79,7 @@ paper: setup
 	$(BIN)/python -m benchmarks.paper
 
 gpu: setup
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu $(PIECES)
 
 docs: setup
 	$(BIN)/python -m nemo_minitron.config.reference > docs/configuration.md

@@ -21,7 +21,7 @@ PIECES = {
     "step": "an 8B-shaped teacher and a 4B-shaped student, with loss and heads and without",
     "train": "minitron distill against a hand-written loop in plain PyTorch",
     "score": "minitron score against the plain forward pass",
-    "teacher": "a teacher in fp8 and int8 against bf16",
+    "teacher": "a teacher in fp8, in int8 and in the machine's memory against bf16",
     "te": "trainings by engine: plain, mixed, FSDP2, compiled, Transformer Engine",
     "profile": "what a training step spends its time on",
 }

@@ -1,32 +1,13 @@
 """A distillation step of large models with random weights: what the loss and the heads add to the rest."""
 
-from typing import Any
-
 import torch
 
 from benchmarks.gpu.clock import OUT_OF_MEMORY, Row, device_of, measure
+from benchmarks.gpu.shapes import LLAMA_4B, LLAMA_8B, TINY, random_model
 from nemo_minitron.families import families
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, layers_of
-
-LLAMA_8B = {
-    "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "max_position_embeddings": 8192, "tie_word_embeddings": False,
-}  # fmt: skip
-LLAMA_4B = {**LLAMA_8B, "hidden_size": 3072, "intermediate_size": 9216}
-TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
-
-
-def random_model(config: dict[str, Any], device: str) -> Any:
-    """A model with random weights in bf16, made on the device."""
-    import transformers
-
-    settings = transformers.AutoConfig.for_model(**config)
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
 
 
 def rows(tiny: bool) -> list[Row]:

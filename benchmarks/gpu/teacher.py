@@ -12,19 +12,13 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.clock import Row, device_of, measure, rows_of
+from benchmarks.gpu.shapes import LLAMA_8B, TINY, random_model
 from nemo_minitron.families import families
 from nemo_minitron.models.causal_lm import free, frozen, hidden_states, layers_of
 from nemo_minitron.models.fp8 import Fp8Linear, quantise_rows, quantised
 from nemo_minitron.models.int8 import quantise
 from nemo_minitron.models.offload import Offloaded
 
-LLAMA_8B = {
-    "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "max_position_embeddings": 8192, "tie_word_embeddings": False,
-}  # fmt: skip
-TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
 FAMILY = families()["llama"]
 AIM = "aim 0.65"
 
@@ -76,7 +70,7 @@ def _teachers(tiny: bool, device: str, shape: dict[str, Any], batch: int, length
     exact: torch.Tensor | None = None
     for name, prepare in TEACHERS.items():
         before = _allocated(device)
-        model = prepare(_random_model(shape, device), device)
+        model = prepare(random_model(shape, device).eval().requires_grad_(False), device)
         weights = (_allocated(device) - before) / 2**30
         results: list[torch.Tensor] = []
         run = _pass(model, tokens_BS.to(device), results)
@@ -120,17 +114,6 @@ TEACHERS: dict[str, Callable[[Any, str], Any]] = {
     "int8": _int8,
     "bf16 in the machine's memory": _offload,
 }
-
-
-def _random_model(shape: dict[str, Any], device: str) -> Any:
-    """A model with random weights in bf16, made on the device; always the same."""
-    import transformers
-
-    torch.manual_seed(0)
-    settings = transformers.AutoConfig.for_model(**shape)
-    with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
-    return model.eval().requires_grad_(False)
 
 
 def _pass(model: Any, tokens_BS: torch.Tensor, results: list[torch.Tensor]) -> Callable[[], None]:
