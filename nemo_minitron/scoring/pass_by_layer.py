@@ -221,6 +221,7 @@ class _Pass:
         if layer != self.kept[0]:
             detour.inject = {here: store.get((None, number)).to(self.loader.device)}
         decoder(**batch.inputs())
+        recorder.keep()
         before, after = detour.inputs[here], detour.output
         assert before is not None and after is not None
         recorder.paused = True

@@ -170,6 +170,7 @@ def in_memory(
         for group in groups:
             batch = samples.batch(group).to(device)
             _read(model, recorder, detour, batch, losses, removed)
+            recorder.keep()
             done |= {index: fingerprints[index] for index in group}
             report(sums, batch.tokens_BS.numel())
         recorder.idle = True
