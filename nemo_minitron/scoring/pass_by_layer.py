@@ -247,6 +247,7 @@ class _Pass:
                 detour.inject = {0: self.store.get((block, number)).to(self.loader.device)}
                 hidden_BSH = hidden_states(model, self.family, **fed.arguments())
                 self.losses.add(block, loss_sum(model, self.family, hidden_BSH, fed.labels_BS))
+            self.losses.keep()
 
 
 def _joined(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_minitron.losses.wide_matmul import NARROW, widened
+from nemo_minitron.losses.wide_matmul import sum_dtype, widened
 from nemo_minitron.scoring.importance import Moments, finished, moments
 
 Key = tuple[str, str]
@@ -101,7 +101,8 @@ class RunningSums:
         places, first = sorted(found), next(iter(found.values()))
         if key not in self._known:
             units = first.shape[2:] if partial else first.shape[1:]
-            home = torch.device("cpu") if first.device.type in NARROW else first.device
+            wide = sum_dtype(first.device) == torch.float64
+            home = first.device if wide else torch.device("cpu")
             zeros = [
                 torch.zeros(len(places), *units, dtype=torch.float64, device=home) for _ in range(2)
             ]
