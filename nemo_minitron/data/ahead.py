@@ -2,13 +2,13 @@
 
 import queue
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
 _WAIT = 0.1
-"""Seconds after which a full queue's thread looks whether it is still needed."""
+"""Seconds after which a thread that may not go on looks whether it is still needed."""
 
 
 def ahead(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
@@ -19,11 +19,12 @@ def ahead(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
 
     Args:
         items: makes the items; runs in the thread. What it raises is raised here, in its place.
-        depth: items that wait; one more is being made.
+        depth: items that are being made or wait, at most, beside the caller's.
     """
-    ready: _Queue = queue.Queue(depth)
-    left = threading.Event()
-    thread = threading.Thread(target=_work, args=(items, ready, left), name="ahead", daemon=True)
+    ready: _Queue = queue.SimpleQueue()
+    room, left = threading.Semaphore(depth), threading.Event()
+    work = (iter(items), ready, room, left)
+    thread = threading.Thread(target=_work, args=work, name="ahead", daemon=True)
     thread.start()
     try:
         while True:
@@ -32,8 +33,9 @@ def ahead(items: Iterable[Item], depth: int = 2) -> Generator[Item, None, None]:
                 return
             if error is not None:
                 raise error
+            room.release()
             yield item
-            item = None  # the caller's alone now: the next may need its memory
+            item = None  # the next may need its memory
     finally:
         left.set()
         thread.join()
@@ -43,27 +45,17 @@ class _End(Exception):
     """Nothing more comes."""
 
 
-_Queue = queue.Queue[tuple[Any, BaseException | None]]
+_Queue = queue.SimpleQueue[tuple[Any, BaseException | None]]
 
 
-def _work(items: Iterable[Any], ready: _Queue, left: threading.Event) -> None:
+def _work(
+    items: Iterator[Any], ready: _Queue, room: threading.Semaphore, left: threading.Event
+) -> None:
     try:
-        for item in items:
-            if not _put(ready, left, item, None):
-                return
-            del item
+        while not left.is_set():
+            if room.acquire(timeout=_WAIT):
+                ready.put((next(items), None))
+    except StopIteration:
+        ready.put((None, _End()))
     except BaseException as error:  # whatever it is, the caller is the one to tell
-        _put(ready, left, None, error)
-    else:
-        _put(ready, left, None, _End())
-
-
-def _put(ready: _Queue, left: threading.Event, item: Any, error: BaseException | None) -> bool:
-    """Puts an item into the queue; False: nobody takes it any more."""
-    while not left.is_set():
-        try:
-            ready.put((item, error), timeout=_WAIT)
-        except queue.Full:
-            continue
-        return True
-    return False
+        ready.put((None, error))
