@@ -217,7 +217,8 @@ class _Pass:
         """The weights of the layers that are left; the next is read while one computes, if memory allows."""
         read = self.loader.reads(self.kept[start:])
         outside, layer = layer_bytes(self.loader.checkpoint)
-        roomy = available_bytes(torch.device("cpu")) > outside + 3 * layer
+        # beside the next layer, freed memory that the allocator keeps takes about as much again
+        roomy = available_bytes(torch.device("cpu")) > 4 * (outside + layer)
         yield from ahead(read, 1) if roomy else read
 
     def _layer(self, weights: _Weights, found: CalibrationSums, check: bool) -> CalibrationSums:

@@ -114,7 +114,7 @@ class Runner:
         outside, layer = layer_bytes(checkpoint)
         return True, (
             f"score.streaming: on, for the model needs about {_gigabytes(needed)} and {_gigabytes(free)} are "
-            f"free; one layer at a time needs {_gigabytes(outside + 2 * layer)} and activations"
+            f"free; one layer at a time needs {_gigabytes(outside + layer)} and activations"
         )
 
 
