@@ -50,7 +50,12 @@ class ScoreConfig:
         "rounds of score and cut on the way to the plan's widths; 1: score the whole model once",
         bounds=Bounds(least=1, most=1_000),
     )
-    batch_size: int = option(8, "samples per forward pass", bounds=Bounds(least=1, most=16_384))
+    batch_size: int | str = option(
+        "auto",
+        "samples per forward pass, fewer where a GPU's memory runs out; auto: what takes 60% of its free "
+        "memory, up to 65,536 tokens, and 8 on a CPU, layer by layer and with score.parallel=shard",
+        bounds=Bounds(least=1, most=16_384),
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...")
     seed: int = option(0, "seed of the random baseline", bounds=ANY_SEED)
     streaming: str = option(

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,14 @@ class Samples:
             result.append(digester.hexdigest()[:16])
         return result
 
+    def batches(
+        self, groups: Sequence[Sequence[int]], device: torch.device
+    ) -> Iterator[tuple[Sequence[int], "Batch"]]:
+        """Batches of groups of samples, and the groups, where a device takes them from."""
+        for group in groups:
+            made = self.batch(group)
+            yield group, made.pinned() if device.type == "cuda" else made
+
     def batch(self, indices: Sequence[int]) -> "Batch":
         """A batch of samples, in the form that a model reads."""
         chosen = list(indices)
@@ -83,11 +91,22 @@ class Batch:
     positions_BS: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
-        parts = (self.tokens_BS, self.labels_BS, self.mask_BS, self.positions_BS)
-        moved = [None if part is None else part.to(device) for part in parts]
-        assert moved[0] is not None and moved[1] is not None
-        return Batch(moved[0], moved[1], moved[2], moved[3])
+        """The same on a device; a GPU is not waited for."""
+        return self._each(lambda part: part.to(device, non_blocking=device.type == "cuda"))
+
+    def pinned(self) -> "Batch":
+        """The same in memory that a GPU copies from while it computes."""
+        return self._each(Tensor.pin_memory)
+
+    def part(self, start: int, stop: int) -> "Batch":
+        """Some of its samples."""
+        return self._each(lambda part: part[start:stop])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        mask_BS, positions_BS = (
+            None if part is None else change(part) for part in (self.mask_BS, self.positions_BS)
+        )
+        return Batch(change(self.tokens_BS), change(self.labels_BS), mask_BS, positions_BS)
 
     def inputs(self) -> dict[str, Any]:
         """Arguments of a decoder's forward pass."""

@@ -15,6 +15,7 @@ from nemo_minitron.evaluation.held_out_tasks import MADE_HERE, write_held_out_ta
 from nemo_minitron.evaluation.lm_eval import run_task
 from nemo_minitron.models.causal_lm import frozen, load_tokenizer
 from nemo_minitron.models.layer_control import LayerControl
+from nemo_minitron.scoring.batch_size import samples_at_once
 from nemo_minitron.scoring.depth import DepthSums
 from nemo_minitron.scoring.pass_in_memory import blocks_of
 
@@ -35,7 +36,7 @@ def task_sums(
         return accuracy_without(
             lead.model(checkpoint.folder, config.score.device), checkpoint, config.score.tasks,
             config.evaluate.task_dir, lambda: plain(documents(validation_text(config))),
-            config.score.task_limit, config.score.batch_size, length, removed,
+            config.score.task_limit, samples_at_once(config.score.batch_size), length, removed,
         )  # fmt: skip
 
     return measure

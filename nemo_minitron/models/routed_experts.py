@@ -67,14 +67,30 @@ def _forward(
     out_TH = torch.zeros_like(
         hidden_TH, dtype=torch.promote_types(hidden_TH.dtype, weight_TK.dtype)
     )
-    for expert in range(experts):
-        token_T, place_T = torch.where(index_TK == expert)
+    for expert, (token_T, place_T) in enumerate(_routes(index_TK, experts)):
         inner_TU = _linear(module, first, expert, hidden_TH[token_T])
         neurons_TU = _activated(module, inner_TU) if gated else module.act_fn(inner_TU)
         given_TH = _linear(module, second, expert, neurons_TU) * weight_TK[token_T, place_T, None]
         out_TH.index_add_(0, token_T, given_TH.to(out_TH.dtype))
         visit(Visit(expert, experts, token_T, neurons_TU, given_TH))
     return out_TH.to(hidden_TH.dtype)
+
+
+def _routes(index_TK: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:
+    """For each expert the tokens that came to it, ascending, and the place of the expert among theirs.
+
+    How many came to each decides the shapes of what follows, so the device is waited for: once a
+    layer, for all experts.
+    """
+    known = (index_TK >= 0) & (index_TK < experts)
+    owner_N = index_TK.where(known, index_TK.new_full((), experts)).flatten()
+    order_N = owner_N.argsort(stable=True)
+    count_E = (owner_N[:, None] == torch.arange(experts, device=owner_N.device)).sum(0)
+    token_N, place_N = order_N // index_TK.shape[1], order_N % index_TK.shape[1]
+    counts = count_E.tolist()
+    rest = len(order_N) - sum(counts)
+    parts = zip(token_N.split([*counts, rest]), place_N.split([*counts, rest]), strict=True)
+    return list(parts)[:experts]
 
 
 def _activated(module: nn.Module, inner_TU: Tensor) -> Tensor:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_minitron.losses.wide_matmul import sum_dtype
-
 METRICS = ("block_influence", "lm_loss", "task")
 
 
@@ -50,13 +48,11 @@ def block_importance(metric: str, sums: DepthSums) -> Tensor:
     return -change if metric == "task" else change
 
 
-def cosine_sum(before_BSH: Tensor, after_BSH: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, int]:
-    """Sum over valid tokens of cos(x_i, x_{i+n}), a scalar (``sum_dtype``), and their number."""
+def cosines(before_BSH: Tensor, after_BSH: Tensor) -> Tensor:
+    """cos(x_i, x_{i+n}) at every position, float32, Tensor of shape [samples, positions]."""
     before_BSH, after_BSH = before_BSH.float(), after_BSH.float()
     norms_BS = torch.linalg.vector_norm(before_BSH, dim=-1) * torch.linalg.vector_norm(
         after_BSH, dim=-1
     )
-    cosine_BS = (before_BSH * after_BSH).sum(-1) / norms_BS.clamp(min=1e-12)
-    if mask_BS is not None:
-        cosine_BS = cosine_BS[mask_BS]
-    return cosine_BS.to(sum_dtype(cosine_BS.device)).sum(), cosine_BS.numel()
+    cosine_BS: Tensor = (before_BSH * after_BSH).sum(-1) / norms_BS.clamp(min=1e-12)
+    return cosine_BS

@@ -15,6 +15,7 @@ from nemo_minitron.data.calibration_samples import Samples
 from nemo_minitron.families import Family
 from nemo_minitron.models.causal_lm import decoder_of, layers_of, load_model, pick_device
 from nemo_minitron.models.ranks import Ranks
+from nemo_minitron.scoring.batch_size import fitting
 from nemo_minitron.scoring.calibration_sums import CalibrationSums, merge_sums
 from nemo_minitron.scoring.hooks import Measures
 from nemo_minitron.scoring.layerwise_checkpoint import LayerwiseCheckpoint
@@ -97,6 +98,20 @@ class Leader:
     def model(self, folder: Path, device: str) -> Any:
         """A model in memory, for other uses than a pass."""
         return self._models.get(folder, device, False)
+
+    def fitting(
+        self,
+        folder: Path,
+        device: str,
+        samples: Samples,
+        indices: Sequence[int],
+        measures: Measures,
+    ) -> tuple[int, str]:
+        """How many samples a GPU reads at once, tried on this rank's; and a line that says so."""
+        share = indices[:: self.ranks.size]
+        return fitting(
+            self.model(folder, device), open_checkpoint(folder), samples, share, measures
+        )
 
 
 class _Models:

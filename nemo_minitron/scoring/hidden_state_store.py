@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,20 +25,34 @@ class HiddenStateStore:
         self._left, self._folder = budget, folder
         self._memory: dict[Stream, Tensor] = {}
         self._disk: dict[Stream, Path] = {}
+        self._copying: torch.device | None = None
 
     def put(self, key: Stream, tensor: Tensor) -> None:
         """Stores a tensor; it replaces one with the same key."""
         self.drop(key)
         if tensor.nbytes <= self._left:
             self._left -= tensor.nbytes
-            self._memory[key] = tensor.cpu()
+            self._memory[key] = self._beside(tensor)
             return
         path = self._folder / f"{file_name(key)}.safetensors"
         save_file({"hidden": tensor.cpu().contiguous()}, path)
         self._disk[key] = path
 
+    def _beside(self, tensor: Tensor) -> Tensor:
+        """The tensor on the CPU; a GPU is not waited for, and copies it when it comes to that."""
+        if tensor.device.type != "cuda":
+            return tensor.cpu()
+        self._copying = tensor.device
+        here = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return here.copy_(tensor, non_blocking=True)
+
+    def wait(self) -> None:
+        """Waits until a GPU has copied what is stored: before the CPU reads it."""
+        if self._copying is not None:
+            torch.cuda.synchronize(self._copying)
+
     def get(self, key: Stream) -> Tensor:
-        """A tensor, by key."""
+        """A tensor, by key; the GPU that stored it may take it at once, the CPU behind ``wait``."""
         return self._memory[key] if key in self._memory else load_file(self._disk[key])["hidden"]
 
     def drop(self, key: Stream) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,10 @@ from nemo_minitron.families.grammar import Dim, extent, segments
 from nemo_minitron.models.module_hooks import on_tap
 from nemo_minitron.models.routed_experts import Visit, watched
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
-from nemo_minitron.scoring.depth import DepthSums, cosine_sum
-from nemo_minitron.scoring.importance import Moments, merge, moments, over_routed, over_sequence
+from nemo_minitron.scoring.depth import DepthSums, cosines
+from nemo_minitron.scoring.fused import kernels_for
+from nemo_minitron.scoring.importance import Moments, over_routed, over_sequence
+from nemo_minitron.scoring.running_sums import RunningSums
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Measures:
 
 class Recorder:
     """Sums of a forward pass over calibration samples, for every tapped axis.
+
+    What a forward pass shows waits until ``keep`` adds it, or ``discard`` forgets it. No hook waits
+    for the device: none reads a number from it, and none selects by a mask.
 
     Attributes:
         mask: positions that count in the coming forward pass, Tensor of shape [samples, positions],
@@ -73,12 +77,21 @@ class Recorder:
         self.places = {axis: layers for axis, layers in where.items() if layers}
         self.mask: Tensor | None = None
         self.paused = self.idle = False
-        self._sums: dict[tuple[str, str, int, int], Moments] = {}
-        self._routed: dict[tuple[str, int], Tensor] = {}
-        self._depth: dict[tuple[int, int], list[Any]] = {}
+        self._sums = RunningSums()
         self._inputs: dict[int, Tensor] = {}
         self._samples_positions = torch.Size()
         self._now: dict[str, dict[str, list[Tensor]]] = {}
+        self._came: list[Tensor] = []
+
+    def keep(self) -> None:
+        """Adds what the forward passes since the last time have shown."""
+        self._inputs = {}
+        self._sums.keep(self.mask, self._samples_positions[1] if self._samples_positions else 0)
+
+    def discard(self) -> None:
+        """Forgets it: the batch comes again."""
+        self._inputs = {}
+        self._sums.discard()
 
     def _where(self, axis: str, present: Mapping[str, list[int]]) -> Sequence[int]:
         return (
@@ -140,9 +153,11 @@ class Recorder:
             return
         if x_BSU.dim() == 2:  # some modules get their tokens as one list
             x_BSU = x_BSU.unflatten(0, self._samples_positions)
-        values = over_sequence(self._units(axis, dim, x_BSU), self.mask, self.measures.sequence)
-        for how, value_BU in values.items():
-            self._add(axis, how, layer, tap, moments(value_BU))
+        value_BSU = self._units(axis, dim, x_BSU)
+        fused = kernels_for(value_BSU)
+        read = over_sequence if fused is None else fused.sequence_sums
+        for how, value in read(value_BSU, self.mask, self.measures.sequence).items():
+            self._sums.add((axis, how), (layer, tap), value, partial=fused is not None)
 
     def _units(self, axis: str, dim: Dim, x_BSU: Tensor) -> Tensor:
         """One number per unit: where a unit is a vector (a head), its L2 norm ([P1] section 2.2)."""
@@ -166,11 +181,6 @@ class Recorder:
         whole: Tensor = torch.linalg.vector_norm(torch.stack(parts).float(), dim=0)
         return whole
 
-    def _add(self, axis: str, how: str, layer: int, tap: int, batch: Moments) -> None:
-        key = (axis, how, layer, tap)
-        known = self._sums.get(key)
-        self._sums[key] = batch if known is None else merge(known, batch)
-
     def _visit(self, layer: int, axes: Sequence[str], visit: Visit) -> None:
         """Sums what one expert did: its neurons, and the norm of what it gave, weighted by its router."""
         if self.paused:
@@ -178,37 +188,35 @@ class Recorder:
         samples, positions = self._samples_positions
         if visit.expert == 0:
             self._now = {axis: {how: [] for how in self.measures.sequence} for axis in axes}
-            self._routed.setdefault(
-                ("experts", layer), torch.zeros(visit.experts, dtype=torch.int64)
-            )
-        token_T = visit.token_T
-        count_B = torch.full((samples,), positions, device=token_T.device)
-        neurons_TU, given_TH = visit.neurons_TU, visit.weighted_TH
-        if self.mask is not None:
-            counts_T = self.mask.flatten()[token_T]
-            token_T, neurons_TU, given_TH = (
-                token_T[counts_T],
-                neurons_TU[counts_T],
-                given_TH[counts_T],
-            )
+            self._came = []
+        sample_T = visit.token_T // positions
+        if self.mask is None:
+            count_B = torch.full((samples,), positions, device=sample_T.device)
+            self._came.append(torch.full((), len(sample_T), device=sample_T.device))
+        else:
+            valid_T = self.mask.flatten()[visit.token_T]
+            sample_T = sample_T.where(valid_T, sample_T.new_full((), samples))
             count_B = self.mask.sum(1)
-        self._routed["experts", layer][visit.expert] += len(token_T)
-        sample_T = token_T // positions
+            self._came.append(valid_T.sum())
         for axis in axes:
             if axis == "experts":
-                x_TU = torch.linalg.vector_norm(given_TH, dim=-1, keepdim=True, dtype=torch.float32)
+                x_TU = torch.linalg.vector_norm(
+                    visit.weighted_TH, dim=-1, keepdim=True, dtype=torch.float32
+                )
             else:
-                x_TU = neurons_TU
+                x_TU = visit.neurons_TU
             for how, value_BU in over_routed(
                 x_TU, sample_T, count_B, self.measures.sequence
             ).items():
                 self._now[axis][how].append(value_BU)
-        if visit.expert == visit.experts - 1:
-            for axis, hows in self._now.items():
-                for how, values in hows.items():
-                    value_BEU = torch.stack(values, 1)
-                    value_BEU = value_BEU[..., 0] if axis == "experts" else value_BEU
-                    self._add(axis, how, layer, 0, moments(value_BEU))
+        if visit.expert < visit.experts - 1:
+            return
+        self._sums.add_routed("experts", layer, torch.stack(self._came))
+        for axis, hows in self._now.items():
+            for how, values in hows.items():
+                value_BEU = torch.stack(values, 1)
+                value_BEU = value_BEU[..., 0] if axis == "experts" else value_BEU
+                self._sums.add((axis, how), (layer, 0), value_BEU)
 
     def _enter(self, layer: int, x_BSH: Tensor) -> None:
         self._samples_positions = x_BSH.shape[:2]
@@ -221,9 +229,10 @@ class Recorder:
         for length in self.measures.influence:
             first = layer - length + 1
             if first in self._inputs:
-                total, tokens = cosine_sum(self._inputs[first], x_BSH, self.mask)
-                known = self._depth.setdefault((first, length), [0.0, 0])
-                known[0], known[1] = known[0] + total, known[1] + tokens
+                before_BSH = self._inputs[first]
+                fused = kernels_for(before_BSH)
+                read = cosines if fused is None else fused.cosines
+                self._sums.add_cosines((first, length), read(before_BSH, x_BSH))
         for old in [
             old
             for old in self._inputs
@@ -233,45 +242,42 @@ class Recorder:
 
     def sums(self) -> CalibrationSums:
         """The sums of all layers, on the CPU; the caller adds the samples' fingerprints."""
+        self.keep()
         sums: dict[tuple[str, str], Moments] = {}
         for axis, layers in self.places.items():
             for how in self.measures.sequence:
                 sums[axis, how] = self._stacked(axis, how, layers)
         routed: dict[str, Tensor] = {}
-        for (axis, layer), counts in self._routed.items():
+        for (axis, layer), counts in self._sums.routed().items():
             routed.setdefault(
                 axis, torch.zeros(self.sizes["layers"], len(counts), dtype=torch.int64)
             )
             routed[axis][layer] = counts
         depth: dict[tuple[str, int], DepthSums] = {}
+        found, tokens = self._sums.cosines(), int(self._sums.tokens)
         for length in self.measures.influence:
-            blocks = self.sizes["layers"] - length + 1
-            found = [
-                (i, *self._depth[i, length]) for i in range(blocks) if (i, length) in self._depth
-            ]
-            total = torch.zeros(blocks, dtype=torch.float64)
-            for first, cosines, _ in found:
-                total[first] = float(cosines)
-            depth["block_influence", length] = DepthSums(total, 0.0, found[0][2] if found else 0)
+            total = torch.zeros(self.sizes["layers"] - length + 1, dtype=torch.float64)
+            for (first, long), cosine in found.items():
+                if long == length:
+                    total[first] = cosine
+            measured = any(long == length for _, long in found)
+            depth["block_influence", length] = DepthSums(total, 0.0, tokens if measured else 0)
         return CalibrationSums(sums, routed, depth)
 
     def _stacked(self, axis: str, how: str, layers: Sequence[int]) -> Moments:
-        taps = range(len(self._taps(axis)) if self.family.axes[axis].scope == "model" else 1)
-        total = squares = None
-        samples = 0
-        for layer in layers:
-            places = [self._sums[axis, how, layer, tap] for tap in taps]
-            one = [
-                torch.stack([getattr(p, part) for p in places]).cpu()
-                for part in ("total", "squares")
-            ]
-            one = one if self.family.axes[axis].scope == "model" else [part[0] for part in one]
-            if total is None or squares is None:
-                shape = (self.sizes["layers"], *one[0].shape)
-                total, squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
-                samples = places[0].samples
-            total[layer], squares[layer] = one
-        assert total is not None and squares is not None, (
-            f"no activation reached the taps of {axis}"
+        whole = self.family.axes[axis].scope == "model"
+        taps = len(self._taps(axis)) if whole else 1
+        found, samples = self._sums.moments((axis, how))
+        assert len(found) == taps * len(layers), (
+            f"{len(found)} of {taps * len(layers)} taps of {axis} got activations"
         )
-        return Moments(samples, total, squares)
+        units = next(iter(found.values()))[0].shape
+        shape = (self.sizes["layers"], taps, *units)
+        total, squares = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+        for place, one in found.items():
+            total[place], squares[place] = one
+        return (
+            Moments(samples, total, squares)
+            if whole
+            else Moments(samples, total[:, 0], squares[:, 0])
+        )

@@ -64,7 +64,7 @@ def over_routed(
 
     Args:
         x_TU: activations of the tokens that came to the expert, Tensor of shape [tokens, units].
-        sample_T: the sample that each token belongs to, int64.
+        sample_T: the sample that each token belongs to, int64; their number where it does not count.
         count_B: valid positions of every sample.
         hows: any of ``AGGREGATIONS``.
 
@@ -73,22 +73,39 @@ def over_routed(
     """
     x_TU = widened(x_TU)  # var is a difference of sums here
     sample_T, count_B = sample_T.to(x_TU.device), count_B.to(x_TU.device)
-    zero_BU = torch.zeros(len(count_B), x_TU.shape[1], dtype=torch.float64, device=x_TU.device)
+    samples = len(count_B)
+    zero_BU = torch.zeros(samples + 1, x_TU.shape[1], dtype=torch.float64, device=x_TU.device)
     count_B1 = count_B.double().clamp(min=1)[:, None]
     result = {}
     for how in hows:
         if how == "mean":
-            value_BU = zero_BU.index_add(0, sample_T, x_TU.abs()) / count_B1
+            value_BU = zero_BU.index_add(0, sample_T, x_TU.abs())[:samples] / count_B1
         else:
-            value_BU = zero_BU.index_add(0, sample_T, x_TU.square())
+            value_BU = zero_BU.index_add(0, sample_T, x_TU.square())[:samples]
             if how == "l2":
                 value_BU = value_BU.sqrt()
             else:
                 assert how == "var", how
-                mean_BU = zero_BU.index_add(0, sample_T, x_TU) / count_B1
+                mean_BU = zero_BU.index_add(0, sample_T, x_TU)[:samples] / count_B1
                 value_BU = (value_BU / count_B1 - mean_BU.square()).clamp(min=0)
         result[how] = value_BU.float()
     return result
+
+
+def finished(part_PBKU: Tensor, how: str, count: int | Tensor) -> Tensor:
+    """An aggregation over positions, from sums over parts of the positions.
+
+    Args:
+        part_PBKU: sums of |x| for ``mean``, of x^2 for ``l2``, of (x - mean)^2 for ``var``; float32
+            of shape [places, samples, parts, units].
+        how: one of ``AGGREGATIONS``.
+        count: positions that count in every sample, or in each: Tensor of shape [samples, 1].
+
+    Returns:
+        Tensor of shape [places, samples, units], float32.
+    """
+    total_PBU = part_PBKU.sum(2)
+    return total_PBU.sqrt() if how == "l2" else total_PBU / count
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class LayerwiseCheckpoint:
         if self._seconds is None or waited < max(self._seconds, 9 * self._cost):
             return
         started = time.monotonic()
+        store.wait()
         with replacing_folder(self._folder) as fresh:
             for key in store.keys():  # noqa: SIM118 (a HiddenStateStore is no mapping)
                 save_file(

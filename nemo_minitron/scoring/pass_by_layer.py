@@ -11,9 +11,9 @@ budget on disk.
 import gc
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor
 from nemo_minitron.checkpoints.hf_config import both_spellings
+from nemo_minitron.data.ahead import ahead
 from nemo_minitron.data.calibration_samples import Batch, Samples
 from nemo_minitron.families import Architecture
 from nemo_minitron.models.causal_lm import decoder_of, frozen, hidden_states, load_layers
+from nemo_minitron.models.free_memory import available_bytes
 from nemo_minitron.models.layer_control import LayerControl
 from nemo_minitron.pruning.slice import Cut, pieces
 from nemo_minitron.scoring.calibration_sums import CalibrationSums, place
@@ -32,7 +34,7 @@ from nemo_minitron.scoring.hidden_state_store import HiddenStateStore
 from nemo_minitron.scoring.hooks import Measures, Recorder
 from nemo_minitron.scoring.importance import Moments, merge
 from nemo_minitron.scoring.layerwise_checkpoint import LayerwiseCheckpoint
-from nemo_minitron.scoring.pass_in_memory import Losses, check_isolation, loss_sum
+from nemo_minitron.scoring.pass_in_memory import Block, Losses, check_isolation, loss_sum
 
 
 def layer_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -48,6 +50,16 @@ def layer_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
     return outside, max(layers)
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """A layer, the layers of the model that it is loaded in, that model, and its weights."""
+
+    layer: int
+    layers: tuple[int, ...]
+    architecture: Architecture
+    tensors: dict[str, Tensor]
+
+
 class _OneLayer:
     """Loads one layer at a time as a model of its own."""
 
@@ -56,9 +68,12 @@ class _OneLayer:
         self.present = checkpoint.architecture.present
         self._kept: dict[str, Tensor] = {}
 
-    @contextmanager
-    def loaded(self, layer: int) -> Iterator[tuple[Any, LayerControl, int, Architecture]]:
-        """The model, control over its layers, the layer's number in it, and its architecture."""
+    def reads(self, layers: Sequence[int]) -> Iterator[_Weights]:
+        """The weights of one layer after the other, each in memory of its own."""
+        for layer in layers:
+            yield self._read(layer)
+
+    def _read(self, layer: int) -> _Weights:
         family = self.checkpoint.family
         company = {
             self.present[axis][0]
@@ -67,8 +82,6 @@ class _OneLayer:
         }  # layers without which the architecture does not run; they are left out of the computation
         layers = tuple(sorted({layer, *company}))
         cut = Cut(self.checkpoint.architecture, {}, layers)
-        config = both_spellings(cut.result.config)
-        (self.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         tensors = {}
         placeholder = family.layer
         for piece in pieces(cut, list(self.checkpoint.entries)):
@@ -77,17 +90,27 @@ class _OneLayer:
             if piece.source in self._kept:
                 tensors[piece.name] = self._kept[piece.source]
                 continue
-            tensors[piece.name] = load_tensor(self.checkpoint, piece.source)
+            read = load_tensor(self.checkpoint, piece.source)
+            tensors[piece.name] = read.pin_memory() if self.device.type == "cuda" else read
             if stays:
                 self._kept[piece.source] = tensors[piece.name]
-        model = load_layers(self.folder, family, tensors).to(self.device)
-        del tensors
+        return _Weights(layer, layers, cut.result, tensors)
+
+    @contextmanager
+    def loaded(self, weights: _Weights) -> Iterator[tuple[Any, LayerControl, int]]:
+        """The model of a layer's weights, control over its layers, and the layer's number in it."""
+        family, layers = self.checkpoint.family, weights.layers
+        config = both_spellings(weights.architecture.config)
+        (self.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        model = load_layers(self.folder, family, weights.tensors)
+        weights.tensors.clear()
+        model = model.to(self.device, non_blocking=self.device.type == "cuda")
         detour = LayerControl(model, family)
-        here = layers.index(layer)
+        here = layers.index(weights.layer)
         detour.skip = frozenset(range(len(layers))) - {here}
         try:
             with frozen(model), detour.attached():
-                yield model, detour, here, cut.result
+                yield model, detour, here
         finally:
             del model, detour
             gc.collect()  # hooks and modules refer to each other
@@ -147,7 +170,7 @@ def streamed(
     with tempfile.TemporaryDirectory(dir=spill) as name:
         (Path(name) / "model").mkdir()
         loader = _OneLayer(checkpoint, device, Path(name) / "model")
-        batches = [samples.batch(group) for group in groups]
+        batches = [batch for _, batch in samples.batches(groups, device)]
         one = _Pass(
             loader, HiddenStateStore(budget, Path(name)), batches, measures, removed, progress
         )
@@ -182,19 +205,29 @@ class _Pass:
         if start:
             print(f"scoring goes on at layer {self.kept[start]}", flush=True)
         self.progress(start * sum(batch.tokens_BS.numel() for batch in self.batches))
-        with _only_new_garbage():
-            for position, layer in enumerate(self.kept[start:], start):
-                found = self._layer(layer, found, check)
+        with _only_new_garbage(), closing(self._weights(start)) as read:
+            for position, weights in enumerate(read, start):
+                layer = weights.layer
+                found = self._layer(weights, found, check)
                 if savings is not None and layer != self.kept[-1]:
                     savings.save(self.store, position + 1, found)
         return found
 
-    def _layer(self, layer: int, found: CalibrationSums, check: bool) -> CalibrationSums:
+    def _weights(self, start: int) -> Generator[_Weights, None, None]:
+        """The weights of the layers that are left; the next is read while one computes, if memory allows."""
+        read = self.loader.reads(self.kept[start:])
+        outside, layer = layer_bytes(self.loader.checkpoint)
+        # beside the next layer, freed memory that the allocator keeps takes about as much again
+        roomy = available_bytes(torch.device("cpu")) > 4 * (outside + layer)
+        yield from ahead(read, 1) if roomy else read
+
+    def _layer(self, weights: _Weights, found: CalibrationSums, check: bool) -> CalibrationSums:
         """Takes all batches through one layer, and frees it."""
-        with self.loader.loaded(layer) as (model, detour, here, architecture):
+        layer = weights.layer
+        with self.loader.loaded(weights) as (model, detour, here):
             if check:
                 check_isolation(model, self.family)
-            recorder = Recorder(architecture, self.measures, only=[here])
+            recorder = Recorder(weights.architecture, self.measures, only=[here])
             with recorder.attached(model):
                 for number, batch in enumerate(self.batches):
                     self._advance(
@@ -219,8 +252,9 @@ class _Pass:
         decoder, store = decoder_of(model, self.family), self.store
         recorder.mask, recorder.paused, detour.catch = batch.mask_BS, False, True
         if layer != self.kept[0]:
-            detour.inject = {here: store.get((None, number)).to(self.loader.device)}
+            detour.inject = {here: self._stored(None, number)}
         decoder(**batch.inputs())
+        recorder.keep()
         before, after = detour.inputs[here], detour.output
         assert before is not None and after is not None
         recorder.paused = True
@@ -228,12 +262,17 @@ class _Pass:
             if block[0] == layer:  # the model without this block goes on from here behind it
                 store.put((block, number), before)
             elif block[0] < layer and layer not in block:
-                detour.inject = {here: store.get((block, number)).to(self.loader.device)}
+                detour.inject = {here: self._stored(block, number)}
                 decoder(**batch.inputs())
                 assert detour.output is not None
                 store.put((block, number), detour.output)
         store.put((None, number), after)
         detour.output, detour.inject, detour.inputs[here] = None, {}, None
+
+    def _stored(self, block: Block | None, number: int) -> Tensor:
+        """Hidden states that waited, on the device; a GPU is not waited for."""
+        device = self.loader.device
+        return self.store.get((block, number)).to(device, non_blocking=device.type == "cuda")
 
     def _finish(self, model: Any, detour: LayerControl) -> None:
         """Final norm, head and loss of all that has come through the last layer."""
@@ -243,9 +282,10 @@ class _Pass:
         for number, batch in enumerate(self.batches):
             fed = batch.to(self.loader.device)
             for block in [None, *self.losses.blocks]:
-                detour.inject = {0: self.store.get((block, number)).to(self.loader.device)}
+                detour.inject = {0: self._stored(block, number)}
                 hidden_BSH = hidden_states(model, self.family, **fed.arguments())
                 self.losses.add(block, loss_sum(model, self.family, hidden_BSH, fed.labels_BS))
+            self.losses.keep()
 
 
 def _joined(

@@ -1,6 +1,8 @@
 """A scoring pass over a model in memory, and the loss without layers."""
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -8,10 +10,12 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.data.ahead import ahead
 from nemo_minitron.data.calibration_samples import Batch, Samples
 from nemo_minitron.families import Family
 from nemo_minitron.losses.fused_linear_loss import cross_entropy
-from nemo_minitron.models.causal_lm import decoder_of, frozen, hidden_states, projection_of
+from nemo_minitron.losses.wide_matmul import widened
+from nemo_minitron.models.causal_lm import decoder_of, free, frozen, hidden_states, projection_of
 from nemo_minitron.models.layer_control import LayerControl
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.depth import DepthSums
@@ -31,8 +35,8 @@ def blocks_of(layers: int, length: int, removed: frozenset[int]) -> list[Block]:
 
 def loss_sum(
     model: Any, family: Family, hidden_BSH: Tensor, labels_BS: Tensor
-) -> tuple[float, int]:
-    """Cross-entropy in nats summed over the labels that count, and their number.
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats summed over the labels that count, float64, and their number: two scalars.
 
     Args:
         model: the causal LM.
@@ -43,8 +47,9 @@ def loss_sum(
     terms = cross_entropy(
         projection_of(model, family, hidden_BSH.flatten(0, 1)), labels_BS.flatten()
     )
-    count = int((labels_BS >= 0).sum())
-    return float(terms.ce) * count, count
+    mean = widened(terms.ce)
+    count = (labels_BS >= 0).sum().to(mean.device)
+    return mean * count, count
 
 
 def check_isolation(model: Any, family: Family) -> None:
@@ -80,25 +85,41 @@ class Losses:
     def __init__(self, layers: int, lengths: Sequence[int], removed: frozenset[int]) -> None:
         self.layers, self.lengths = layers, lengths
         self.blocks = [block for length in lengths for block in blocks_of(layers, length, removed)]
-        self.without = dict.fromkeys(self.blocks, 0.0)
-        self.base, self.count = 0.0, 0
+        zero = torch.zeros((), dtype=torch.float64)
+        self._sums: dict[Block | None, Tensor] = dict.fromkeys([None, *self.blocks], zero)
+        self._count = self._next_count = torch.zeros((), dtype=torch.int64)
+        self.discard()
 
-    def add(self, block: Block | None, loss: tuple[float, int]) -> None:
-        """Adds a batch's loss without a block; None: of the whole model."""
+    def add(self, block: Block | None, loss: tuple[Tensor, Tensor]) -> None:
+        """A batch's loss without a block; None: of the whole model. It waits for ``keep``."""
+        known = self._sums[block]
+        self._next[block] = (known if known.device == loss[0].device else known.to(loss[0])) + loss[
+            0
+        ]
         if block is None:
-            self.base, self.count = self.base + loss[0], self.count + loss[1]
-        else:
-            self.without[block] += loss[0]
+            self._next_count = loss[1] + self._count
+
+    def keep(self) -> None:
+        """Adds what waits."""
+        self._sums |= self._next
+        self._count = self._next_count
+        self.discard()
+
+    def discard(self) -> None:
+        """Forgets it: the batch comes again."""
+        self._next: dict[Block | None, Tensor] = {}
+        self._next_count = self._count
 
     def depth(self) -> dict[tuple[str, int], DepthSums]:
         """The sums by block length; infinite for blocks that were not measured."""
         result = {}
+        read = {block: float(loss) for block, loss in self._sums.items()}
         for length in self.lengths:
             total = torch.full((self.layers - length + 1,), torch.inf, dtype=torch.float64)
-            for block, loss in self.without.items():
+            for block in self.blocks:
                 if len(block) == length:
-                    total[block[0]] = loss
-            result["lm_loss", length] = DepthSums(total, self.base, self.count)
+                    total[block[0]] = read[block]
+            result["lm_loss", length] = DepthSums(total, read[None], int(self._count))
         return result
 
 
@@ -149,52 +170,96 @@ def in_memory(
             make as many as the others.
         report: called after each batch.
     """
-    family, layers = checkpoint.family, checkpoint.architecture.sizes["layers"]
-    recorder = Recorder(checkpoint.architecture, measures)
-    losses = Losses(layers, measures.losses, removed)
+    one = _Pass(model, checkpoint, measures, removed)
     device = next(model.parameters()).device
-    detour = LayerControl(model, family)
-    detour.skip = removed
     done: dict[int, str] = {}
     fingerprints = samples.fingerprints()
 
     def sums() -> CalibrationSums:
         if not done:
             return CalibrationSums()
-        found = recorder.sums()
-        return replace(found, depth={**found.depth, **losses.depth()}, samples=dict(done))
+        found = one.recorder.sums()
+        return replace(found, depth={**found.depth, **one.losses.depth()}, samples=dict(done))
 
     if samples.positions_NS is not None:
-        check_isolation(model, family)
-    with frozen(model), detour.attached(), recorder.attached(model):
-        for group in groups:
-            batch = samples.batch(group).to(device)
-            _read(model, recorder, detour, batch, losses, removed)
+        check_isolation(model, checkpoint.family)
+    with (
+        frozen(model),
+        one.detour.attached(),
+        one.recorder.attached(model),
+        closing(ahead(samples.batches(groups, device))) as batches,
+    ):
+        for group, batch in batches:
+            one.take(batch, device)
             done |= {index: fingerprints[index] for index in group}
             report(sums, batch.tokens_BS.numel())
-        recorder.idle = True
+        one.recorder.idle = True
         for _ in range(idle):
-            uncounted = Losses(layers, measures.losses, removed)
-            _read(model, recorder, detour, samples.batch([0]).to(device), uncounted, removed)
+            one.read(samples.batch([0]).to(device))
+            one.discard()
     return sums()
 
 
-def _read(
-    model: Any,
-    recorder: Recorder,
-    detour: LayerControl,
-    batch: Batch,
-    losses: Losses,
-    removed: frozenset[int],
-) -> None:
-    """Takes one batch through the model, recorded, and through it without each block."""
-    family = recorder.family
-    recorder.mask, recorder.paused = batch.mask_BS, recorder.idle
-    if not losses.blocks:
-        decoder_of(model, family)(**batch.inputs())
-        return
-    detour.catch = True
-    hidden_BSH = hidden_states(model, family, **batch.arguments())
-    losses.add(None, loss_sum(model, family, hidden_BSH, batch.labels_BS))
-    recorder.paused = True
-    losses_without(model, family, detour, batch, losses, removed)
+class _Pass:
+    """A model that batches are taken through, and what they add up to."""
+
+    def __init__(
+        self, model: Any, checkpoint: Checkpoint, measures: Measures, removed: frozenset[int]
+    ) -> None:
+        family, layers = checkpoint.family, checkpoint.architecture.sizes["layers"]
+        self.model, self.removed = model, removed
+        self.recorder = Recorder(checkpoint.architecture, measures)
+        self.losses = Losses(layers, measures.losses, removed)
+        self.detour = LayerControl(model, family)
+        self._most = sys.maxsize
+        # of a model that is sharded over ranks all must make the same forward passes
+        self._divides = not hasattr(next(model.parameters()), "full_tensor")
+
+    def take(self, batch: Batch, device: torch.device) -> None:
+        """Takes a batch through the model; in halves where memory runs out, and so all that follow."""
+        start, samples = 0, len(batch.tokens_BS)
+        while start < samples:
+            stop = min(start + self._most, samples)
+            if self._fits(batch.part(start, stop).to(device)):
+                start = stop
+                continue
+            self._most = (stop - start + 1) // 2
+            free()
+            print(
+                f"score.batch_size: memory does not suffice for {stop - start} samples at once; "
+                f"it goes on with {self._most}",
+                flush=True,
+            )
+
+    def _fits(self, batch: Batch) -> bool:
+        """Takes a batch that is on the device through the model, all of it or, out of memory, nothing."""
+        try:
+            self.read(batch)
+            self.recorder.keep()
+            self.losses.keep()
+        except torch.OutOfMemoryError:
+            if not self._divides or len(batch.tokens_BS) == 1:
+                raise
+            self.discard()
+            return False
+        return True
+
+    def discard(self) -> None:
+        """Forgets what the last batch has shown."""
+        self.recorder.discard()
+        self.losses.discard()
+        self.detour.inputs, self.detour.output = [None] * len(self.detour.inputs), None
+
+    def read(self, batch: Batch) -> None:
+        """Takes one batch through the model, recorded, and through it without each block."""
+        recorder, detour = self.recorder, self.detour
+        family = recorder.family
+        recorder.mask, recorder.paused = batch.mask_BS, recorder.idle
+        detour.skip, detour.inject, detour.catch = self.removed, {}, bool(self.losses.blocks)
+        if not self.losses.blocks:
+            decoder_of(self.model, family)(**batch.inputs())
+            return
+        hidden_BSH = hidden_states(self.model, family, **batch.arguments())
+        self.losses.add(None, loss_sum(self.model, family, hidden_BSH, batch.labels_BS))
+        recorder.paused = True
+        losses_without(self.model, family, detour, batch, self.losses, self.removed)

@@ -44,13 +44,12 @@ class Runner:
 
         score = self.config.score
         streaming, note = self._choose(folder, measures)
-        if note and note not in self.notes:
-            self.notes.append(note)
-            print(note, flush=True)
+        self._tell(note)
+        size = self._samples(folder, measures, indices, streaming)
         job = PassRequest(
             folder,
             self.samples,
-            split_batches(indices, score.batch_size, self.lead.ranks.size),
+            split_batches(indices, size, self.lead.ranks.size),
             measures,
             removed,
             score.device,
@@ -67,10 +66,31 @@ class Runner:
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + time.monotonic() - started
         return calibration
 
+    def _tell(self, note: str) -> None:
+        if note and note not in self.notes:
+            self.notes.append(note)
+            print(note, flush=True)
+
+    def _samples(
+        self, folder: Path, measures: "Measures", indices: Sequence[int], streaming: bool
+    ) -> int:
+        """Samples of each forward pass."""
+        from nemo_minitron.models.causal_lm import pick_device
+        from nemo_minitron.scoring.batch_size import samples_at_once
+
+        score = self.config.score
+        tried = score.batch_size == "auto" and pick_device(score.device).type == "cuda"
+        if not tried or streaming or score.parallel == "shard" or not indices:
+            return samples_at_once(score.batch_size)
+        size, note = self.lead.fitting(folder, score.device, self.samples, indices, measures)
+        self._tell(note)
+        return size
+
     def _choose(self, folder: Path, measures: "Measures") -> tuple[bool, str]:
         """Whether to stream, and why."""
         from nemo_minitron.models.causal_lm import pick_device
         from nemo_minitron.models.free_memory import available_bytes
+        from nemo_minitron.scoring.batch_size import samples_at_once
         from nemo_minitron.scoring.pass_by_layer import layer_bytes
 
         score = self.config.score
@@ -80,7 +100,7 @@ class Runner:
         sizes = checkpoint.architecture.sizes
         weights = sum(entry.size for entry in checkpoint.entries.values())
         width = max(entry.width for entry in checkpoint.entries.values())
-        tokens = score.batch_size * self.samples.tokens_NS.shape[1]
+        tokens = samples_at_once(score.batch_size) * self.samples.tokens_NS.shape[1]
         kept = sizes["layers"] if measures.losses or len(measures.influence) > 1 else 0
         widest = max(sizes[axis] for axis in ("ffn", "expert_ffn", "hidden") if axis in sizes)
         needed = weights + tokens * width * ((8 + kept) * sizes["hidden"] + 4 * widest)

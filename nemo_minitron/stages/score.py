@@ -17,6 +17,7 @@ from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.select import score_shape
 from nemo_minitron.pruning.target_sizes import explicit_targets, target_sizes
 from nemo_minitron.scoring.activation_scores import Outcome, Prepared, by_activation, prepare
+from nemo_minitron.scoring.batch_size import samples_at_once
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.depth import block_importance
 from nemo_minitron.scoring.importance import AGGREGATIONS, concentration, random_scores
@@ -145,6 +146,7 @@ def _check(config: Config, checkpoint: Checkpoint) -> None:
         ValueError: an unknown aggregation, or choices that exclude each other.
     """
     score = config.score
+    samples_at_once(score.batch_size)
     unknown = [how for how in score.aggregation.also if how not in AGGREGATIONS]
     if unknown:
         raise ValueError(

@@ -7,7 +7,7 @@ import torch
 
 from nemo_minitron.families import families
 from nemo_minitron.pruning.select import group_scores
-from nemo_minitron.scoring.depth import cosine_sum
+from nemo_minitron.scoring.depth import cosines
 from nemo_minitron.scoring.importance import (
     AGGREGATIONS,
     concentration,
@@ -97,15 +97,10 @@ def test_a_group_is_the_norm_of_its_heads():
     assert group_scores(torch.tensor([[3.0, 4.0, 0.0, 2.0]]), 2).tolist() == [[5.0, 2.0]]
 
 
-def test_block_influence_is_zero_for_an_identity_and_ignores_padding():
+def test_block_influence_is_zero_for_an_identity():
     x = torch.randn(2, 4, 8)
-    total, tokens = cosine_sum(x, x, None)
-    assert tokens == 8
-    assert 1 - float(total) / tokens == pytest.approx(0, abs=1e-6)
-    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
-    other = torch.where(mask[..., None], x, -x)
-    total, tokens = cosine_sum(x, other, mask)
-    assert (tokens, round(float(total) / tokens, 5)) == (3, 1.0)
+    found = cosines(x, torch.cat([x[:1], -x[1:]]))
+    assert torch.allclose(found, torch.tensor([[1.0] * 4, [-1.0] * 4]), atol=1e-6)
 
 
 def test_magnitude_of_a_unit_is_the_norm_of_its_weights():

@@ -121,6 +121,18 @@ def test_streaming_refuses_what_needs_all_layers_at_once(tmp_path):
         )
 
 
+def test_a_layer_that_cannot_be_read_ahead_is_told_by_name(tmp_path):
+    checkpoint = open_checkpoint(make_model(tmp_path / "m", "llama"))
+    path, last = tmp_path / "m" / "model.safetensors", "model.layers.2.mlp.up_proj.weight"
+    entry = checkpoint.entries[last]
+    entries = {**checkpoint.entries, last: replace(entry, start=path.stat().st_size - 10)}
+    checkpoint, read = replace(checkpoint, entries=entries), []
+    with pytest.raises(ValueError, match=r"model\.safetensors: ends early, in model\.layers\.2"):
+        streamed(checkpoint, padded(), GROUPS, Measures(), torch.device("cpu"), 10**9, tmp_path,
+                 progress=read.append)  # fmt: skip
+    assert sum(read) == 2 * 4 * 12  # both layers before it had been computed
+
+
 def test_layer_bytes_are_those_on_disk(tmp_path):
     checkpoint = open_checkpoint(make_model(tmp_path / "m", "llama"))
     outside, layer = layer_bytes(checkpoint)
