@@ -1,6 +1,7 @@
 """Which activations are summed by kernels that read them once."""
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -41,7 +42,9 @@ def _kernels(device: torch.device) -> Kernels | None:
     except Exception as error:  # whatever Triton and its compiler raise
         said = next(iter(str(error).splitlines()), "")[:200]
         print(
-            f"score: without Triton's kernels, slower ({type(error).__name__}: {said})", flush=True
+            f"score: without Triton's kernels, slower ({type(error).__name__}: {said})",
+            file=sys.stderr,
+            flush=True,
         )
         return None
     return triton_kernels
