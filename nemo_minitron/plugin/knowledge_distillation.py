@@ -32,6 +32,7 @@ from nemo_minitron.models.causal_lm import (
 from nemo_minitron.plugin.hooked_student import HookedStudent, Student
 from nemo_minitron.plugin.model import MinitronModel, Objective
 from nemo_minitron.plugin.model_transform import ModelTransform
+from nemo_minitron.training.compilation import Compiled
 from nemo_minitron.training.strategies import shard
 from nemo_minitron.training.transformer_engine import LayerReplacement
 
@@ -105,6 +106,7 @@ class KnowledgeDistillation(Callback):
         self._mesh: Any = None
         self._products: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._compiled = False
+        self._fast: Compiled | None = None
         self.teacher_loss: float | None = None
         self._listens, self._sums = False, [0.0, 0.0]
 
@@ -168,6 +170,8 @@ class KnowledgeDistillation(Callback):
             shard(self.teacher, self.family, pl_module.device_mesh)
         elif self.place != "cpu":
             self.teacher.to(pl_module.device)
+        if self._compiled and self.place != "cpu" and self._fast is None:
+            self._fast = Compiled(self.teacher, self.family, "teacher")
 
     def _head(self, device: torch.device) -> Tensor:
         """The teacher's head on the loss's device; a kept copy if the teacher is on another device."""
@@ -249,7 +253,8 @@ class KnowledgeDistillation(Callback):
         at = next(self.teacher.parameters()).device
         with (
             torch.no_grad(),
-            frozen(self.teacher),
+            # compiled code has no need of inference mode, and not every torch compiles in it
+            frozen(self.teacher) if self._fast is None else nullcontext(),
             self._products() if at.type != "cpu" else nullcontext(),
         ):
             there = {name: value.to(at) for name, value in more.items()}
@@ -273,6 +278,9 @@ class KnowledgeDistillation(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes away what only the training needed; the module's own loss is back."""
         IntermediateLoss.release(pl_module)
+        if self._fast is not None:
+            self._fast.undo()
+            self._fast = None
         self._release(pl_module)
 
     def on_exception(

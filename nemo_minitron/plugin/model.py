@@ -40,6 +40,7 @@ from nemo_minitron.plugin.nemo_archive import (
 )
 from nemo_minitron.plugin.own_loaders import OwnLoaders
 from nemo_minitron.training.batches import as_batch
+from nemo_minitron.training.compilation import Compiled
 from nemo_minitron.training.loss_guard import gradient_norm
 from nemo_minitron.training.sampler import ConsumedSampler
 from nemo_minitron.training.strategies import gathered, shard
@@ -77,7 +78,7 @@ class MinitronModel(OwnLoaders, ModelPT):
         objective: from hidden states to the loss.
         facts: numbers that belong into the log beside every validation.
         replacement_layers: layers of another engine that the model's are exchanged for; None: its own.
-        compiled: whether the loss is compiled.
+        compiled: whether layers and loss are compiled while the model is trained.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None, model: Any = None) -> None:
@@ -105,6 +106,7 @@ class MinitronModel(OwnLoaders, ModelPT):
         self.replacement_layers: ReplacementLayers | None = None
         self._replacement: LayerReplacement | None = None
         self.compiled = False
+        self._compiled_layers: Compiled | None = None
         self.side_files: dict[str, bytes] = {}
         for name, path in (self.cfg.get("files") or {}).items():
             source = self.register_artifact(f"files.{name}", path)
@@ -171,6 +173,25 @@ class MinitronModel(OwnLoaders, ModelPT):
         shard(self.model, self.family, self.device_mesh)
         if hasattr(self, "projection"):  # of a distillation by hidden states
             fully_shard(self.projection, mesh=self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        """Compiles the layers, where it is asked for."""
+        super().on_fit_start()
+        if self.compiled and self._compiled_layers is None:
+            self._compiled_layers = Compiled(self.model, self.family, "student")
+            if self._trainer.is_global_zero:
+                print(
+                    f"training.compile: {self._compiled_layers}; the first step takes longer",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    def on_fit_end(self) -> None:
+        """Gives the layers their own code back."""
+        super().on_fit_end()
+        if self._compiled_layers is not None:
+            self._compiled_layers.undo()
+            self._compiled_layers = None
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
