@@ -39,6 +39,11 @@ class FastOnGpus:
                     flush=True,
                 )
 
+    def compiles_loss(self) -> bool:
+        """Whether the loss is compiled: not where the layers have shown that nothing can be."""
+        layers = self._compiled_layers
+        return self.compiled and not (layers is not None and layers.failed)
+
     def on_fit_end(self) -> None:
         """Gives the layers their own code back."""
         super().on_fit_end()  # type: ignore[misc]

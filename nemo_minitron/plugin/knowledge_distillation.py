@@ -22,6 +22,7 @@ from nemo_minitron.losses.fused_linear_loss import (
 )
 from nemo_minitron.losses.intermediate import IntermediateWeights, balance
 from nemo_minitron.losses.projection import Projection
+from nemo_minitron.models.autocast_weights import round_products
 from nemo_minitron.models.causal_lm import (
     frozen,
     head_of,
@@ -35,6 +36,9 @@ from nemo_minitron.plugin.model_transform import ModelTransform
 from nemo_minitron.training.compilation import Compiled
 from nemo_minitron.training.strategies import shard
 from nemo_minitron.training.transformer_engine import LayerReplacement
+
+_PRODUCTS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Precisions of Lightning's Trainer, and the dtype that autocast rounds the operands of products to."""
 
 
 class KnowledgeDistillation(Callback):
@@ -105,7 +109,7 @@ class KnowledgeDistillation(Callback):
         self._strategy: Any = None
         self._mesh: Any = None
         self._products: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._compiled = False
+        self._compiles_loss: Callable[[], bool] = lambda: False
         self._fast: Compiled | None = None
         self.teacher_loss: float | None = None
         self._listens, self._sums = False, [0.0, 0.0]
@@ -156,8 +160,8 @@ class KnowledgeDistillation(Callback):
             if self.place != "cpu":
                 self.teacher.to(pl_module.device)
             return
-        self._mesh, self._compiled, self._products = (
-            pl_module.device_mesh, pl_module.compiled, pl_module.products
+        self._mesh, self._compiles_loss, self._products = (
+            pl_module.device_mesh, pl_module.compiles_loss, pl_module.products
         )  # fmt: skip
         if pl_module.replacement_layers is not None and self.place != "cpu":
             LayerReplacement(self.teacher, self.family, pl_module.replacement_layers)
@@ -170,7 +174,10 @@ class KnowledgeDistillation(Callback):
             shard(self.teacher, self.family, pl_module.device_mesh)
         elif self.place != "cpu":
             self.teacher.to(pl_module.device)
-        if self._compiled and self.place != "cpu" and self._fast is None:
+        at = next(self.teacher.parameters()).device
+        if at.type != "cpu" and str(trainer.precision) in _PRODUCTS:
+            round_products(self.teacher, self.family, _PRODUCTS[str(trainer.precision)])
+        if pl_module.compiled and self.place != "cpu" and self._fast is None:
             self._fast = Compiled(self.teacher, self.family, "teacher")
 
     def _head(self, device: torch.device) -> Tensor:
@@ -236,7 +243,7 @@ class KnowledgeDistillation(Callback):
             self._sums[1] += counted
         terms = linear_loss(
             self._mesh, student, labels_T, self.weights, teacher, chunk_tokens=self.chunk_tokens,
-            vocabulary=self.vocabulary, compiled=self._compiled,
+            vocabulary=self.vocabulary, compiled=self._compiles_loss(),
         )  # fmt: skip
         if self._inside is None:
             return terms

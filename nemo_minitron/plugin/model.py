@@ -240,7 +240,7 @@ class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
     ) -> LossResult:
         """The objective of pretraining and teacher correction: mean cross-entropy with the next token."""
         shard, student, _ = sharded(self.device_mesh, student)
-        return cross_entropy(student, labels_T, shard=shard, compiled=self.compiled)
+        return cross_entropy(student, labels_T, shard=shard, compiled=self.compiles_loss())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One micro-batch: the loss to differentiate, weighed by its learned tokens; its terms are logged."""

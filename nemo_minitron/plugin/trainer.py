@@ -313,5 +313,9 @@ def _apply(options: Options, model: MinitronModel, device: torch.device) -> None
         model.replacement_layers = transformer_engine(options.transformer_engine == "fp8")
     alone = options.transformer_engine == "off" and options.tensor_parallel == 1
     model.compiled = is_compiled(options.compile, device, alone)
+    if (
+        model.compiled
+    ):  # validation then runs what training has compiled, where no gradient is wanted
+        model.trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
     if options.activation_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -44,6 +44,7 @@ class Compiled:
     Attributes:
         layers: those that are compiled. Others have routed experts, whose products have other sizes in
             every step, or hooks inside.
+        failed: whether one of them could not be.
     """
 
     def __init__(self, model: Any, family: Family, whose: str, backend: Any = "inductor") -> None:
@@ -64,7 +65,7 @@ class Compiled:
             for number, layer in enumerate(layers)
             if number not in routed and not _is_hooked_inside(layer)
         ]
-        self._whose, self._failed = whose, False
+        self._whose, self.failed = whose, False
         _allow_graphs(self.layers)
         for layer in self.layers:
             layer.forward = self._compiled(layer.forward, backend)  # type: ignore[assignment]
@@ -82,12 +83,12 @@ class Compiled:
         fast = torch.compile(forward, dynamic=False, backend=backend)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self._failed:
+            if self.failed:
                 return forward(*args, **kwargs)
             try:
                 return fast(*args, **kwargs)
             except TorchDynamoException as error:
-                self._failed = True
+                self.failed = True
                 told = " ".join(str(error).split()[:40])
                 print(
                     f"training.compile: the {self._whose}'s layers cannot be compiled and run as they are: "

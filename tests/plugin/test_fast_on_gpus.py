@@ -7,9 +7,12 @@ pytest.importorskip("nemo")
 
 from lightning.pytorch import Trainer
 
+from nemo_minitron.losses.intermediate import IntermediateWeights
+from nemo_minitron.plugin.fast_on_gpus import FastOnGpus
 from nemo_minitron.plugin.model import MinitronModel
+from nemo_minitron.plugin.trainer import Options
 from tests.support.models import make_model
-from tests.support.nemo_training import OPTIM
+from tests.support.nemo_training import OPTIM, distillation, run
 
 CUDA = torch.device("cuda", 0)
 
@@ -58,3 +61,40 @@ def test_a_checkpoint_of_another_machine_does_not_choose(folder):
         checkpoint = {"optimizer_states": [{"param_groups": [{"fused": saved}]}]}
         model.choose_kernels(checkpoint)
         assert checkpoint["optimizer_states"][0]["param_groups"][0]["fused"] is chosen
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """The layers are compiled for the debugger, not for the processor; the loss is not."""
+    whole = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **how: whole(f, **{**how, "backend": "aot_eager"})
+    )
+    monkeypatch.setattr(FastOnGpus, "compiles_loss", lambda self: False)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", ["plain", "checkpointing", "intermediate"])
+def test_a_distillation_whose_layers_are_compiled_learns_the_same(
+    tmp_path, folder, quickly, capsys, way
+):
+    teacher, found = make_model(tmp_path / "teacher", "llama", seed=1), []
+    inside = IntermediateWeights(("hidden",), layers=((1, 1),)) if way == "intermediate" else None
+    for compiles in ("on", "off"):
+        options = Options(way == "checkpointing", compiles)
+        learns = distillation(teacher, inside)
+        found.append(run(folder, tmp_path / compiles, 4, [learns], options=options))
+        for model in (found[-1].model, learns.teacher):  # nothing is left behind
+            assert not any("forward" in vars(layer) for layer in model.model.layers)
+    for name, value in found[1].model.state_dict().items():
+        torch.testing.assert_close(found[0].model.state_dict()[name], value, rtol=1e-4, atol=1e-4)
+    told = capsys.readouterr().err
+    layers = len(found[0].model.model.layers)
+    compiled = layers - 1 if way == "intermediate" else layers
+    assert f"training.compile: compiles {compiled} of {layers} layers of the student" in told
+    assert (
+        told.count("training.compile") == 1
+        and torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    )
