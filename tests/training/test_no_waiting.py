@@ -42,7 +42,7 @@ class Waits(TorchDispatchMode):
             there
             and (name.startswith(WAITS) or by_mask or (leaves and not kwargs.get("non_blocking")))
         ) or (comes and not kwargs.get("non_blocking")):
-            self.found.add(name + _where())
+            self.found.add(f"{name} at {_where()}")
         return func(*args, **kwargs)
 
 
@@ -85,4 +85,6 @@ def test_nothing_is_waited_for(tmp_path, way, family):
     with accelerator.accelerator():
         run(student, tmp_path / "state", 4, [*callbacks, watching], accelerator=NAME, strategy=NAME,
             log_every_n_steps=10, val_check_interval=4, gradient_clip_val=1.0)  # fmt: skip
-    assert watching.steps == 1 and not watching.waits.found, sorted(watching.waits.found)
+    assert watching.steps == 1
+    if watching.waits.found:
+        pytest.fail("\n".join(["the host waits for", *sorted(watching.waits.found)]), pytrace=False)
