@@ -56,6 +56,11 @@ class FastOnGpus:
         given = self.cfg.get("optim") if optim_config is None else optim_config
         fused = {"fused": True} if self._is_fused(given or {}) else {}
         super().setup_optimization(optim_config, {**fused, **(optim_kwargs or {})})  # type: ignore[misc]
+        if self._trainer is not None and self._trainer.precision != "16-mixed":
+            # it scales no loss, but Lightning would refuse to clip the gradients of an optimiser that could
+            optimizer = getattr(self, "_optimizer", None)
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                optimizer._step_supports_amp_scaling = False
 
     def _is_fused(self, optim: Any) -> bool:
         trainer, name = self._trainer, optim.get("name")

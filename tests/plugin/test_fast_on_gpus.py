@@ -63,6 +63,16 @@ def test_a_checkpoint_of_another_machine_does_not_choose(folder):
         assert checkpoint["optimizer_states"][0]["param_groups"][0]["fused"] is chosen
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_gradients_are_clipped_for_one_kernel_too(tmp_path, folder, monkeypatch, precision):
+    monkeypatch.setitem(OPTIM, "fused", True)
+    fused = run(folder, tmp_path / "fused", 4, gradient_clip_val=0.1, precision=precision)
+    monkeypatch.delitem(OPTIM, "fused")
+    plain = run(folder, tmp_path / "plain", 4, gradient_clip_val=0.1, precision=precision)
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(fused.model.state_dict()[name], value, rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture
 def quickly(monkeypatch):
     """The layers are compiled for the debugger, not for the processor; the loss is not."""
