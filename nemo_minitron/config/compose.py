@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import re
 import sysconfig
 from pathlib import Path
@@ -147,10 +148,21 @@ def _unknown_key(key: str) -> str:
 
 
 def _checked(config: Config) -> Config:
+    _take_synonyms(config)
     _check_values(config)
     if config.families.path is not None:
         use_tables(config.families.path)
     return config
+
+
+def _take_synonyms(config: Config) -> None:
+    for name, item, _ in describe(Config):
+        *sections, key = name.split(".")
+        synonyms = item.metadata["synonyms"]
+        if synonyms:
+            section = functools.reduce(getattr, sections, config)
+            value = str(getattr(section, key))
+            setattr(section, key, synonyms.get(value.lower(), value))
 
 
 def _check_values(config: Config) -> None:

@@ -12,6 +12,7 @@ def option(
     choices: tuple[str, ...] | None = None,
     least: float | None = None,
     bounds: Bounds | None = None,
+    synonyms: dict[str, str] | None = None,
 ) -> Any:
     """A documented configuration key.
 
@@ -21,8 +22,15 @@ def option(
         choices: the texts it takes, where they are few.
         least: the smallest number it takes.
         bounds: the numbers it takes, where there is more to say; of a list or dictionary, each of them.
+        synonyms: words in small letters that stand for one of the choices, YAML's truth values among
+            them.
     """
-    metadata = {"help": text, "choices": choices, "bounds": bounds or Bounds(least)}
+    metadata = {
+        "help": text,
+        "choices": choices,
+        "bounds": bounds or Bounds(least),
+        "synonyms": synonyms or {},
+    }
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

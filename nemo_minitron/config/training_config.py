@@ -36,8 +36,13 @@ class TrainingConfig:
     activation_checkpointing: bool = option(
         False, "keep no activations inside layers, compute them again in the backward pass"
     )
-    compile: bool = option(
-        False, "torch.compile the layers, and what the loss computes between its matrix products"
+    compile: str = option(
+        "auto",
+        "torch.compile the layers of student and teacher, and what the loss computes between its matrix "
+        "products; auto: on CUDA where Triton is installed, without Transformer Engine and tensor "
+        "parallelism; true and false stand for on and off",
+        ("auto", "on", "off"),
+        synonyms={"true": "on", "false": "off"},
     )
     transformer_engine: str = option(
         "off",

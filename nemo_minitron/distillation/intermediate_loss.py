@@ -104,7 +104,10 @@ class IntermediateLoss:
 
 
 def _mean(loss_T: Tensor, valid_T: Tensor) -> Tensor:
-    return loss_T[valid_T].sum() / valid_T.sum().clamp_min(1)
+    if loss_T.device.type == "cpu":
+        return loss_T[valid_T].sum() / valid_T.sum().clamp_min(1)
+    # an accelerator would tell the host first how many these are
+    return torch.where(valid_T, loss_T, 0).sum() / valid_T.sum().clamp_min(1)
 
 
 def _projection(widths: tuple[int, int], kept_H: Tensor | None, like: Tensor) -> nn.Linear:

@@ -89,17 +89,20 @@ class LossResult:
             detached; NaN without a teacher, or where it has no weight.
         ce: mean cross-entropy over valid tokens (nats), detached.
         more: further terms by name, detached.
+        taught: whether there is a divergence.
     """
 
     loss: Tensor
     divergence: Tensor
     ce: Tensor
     more: Mapping[str, Tensor] = field(default_factory=dict)
+    taught: bool = True
 
     def named(self) -> dict[str, Tensor]:
         """Terms by name, detached scalars; those that this training has."""
         known = {"loss": self.loss.detach(), "ce": self.ce, **self.more}
-        return known if torch.isnan(self.divergence) else {**known, "divergence": self.divergence}
+        # not asked of the number: the host would wait for the device
+        return {**known, "divergence": self.divergence} if self.taught else known
 
 
 def cross_entropy(
@@ -168,7 +171,7 @@ def fused_linear_loss(
     )
     with torch.autocast(student.head_VH.device.type, enabled=False):
         loss, divergence, ce = _FusedLinearLoss.apply(student.hidden_TH, student.head_VH, inputs)
-    return LossResult(loss, divergence.detach(), ce.detach())
+    return LossResult(loss, divergence.detach(), ce.detach(), taught=teacher is not None)
 
 
 def _comparable(teacher: Projection, student: Projection) -> Projection:
@@ -211,9 +214,11 @@ def _term(
     if shard is not None:
         return Sharded(weights, shard, kernels)
     taught = teacher if weights.kl else None
+    # to find the tokens that count, the host would have to wait for an accelerator
+    skips = head_VH.device.type != "cpu"
     if isinstance(taught, SparseTargets) or weights.divergence.name != "forward_kl":
-        return ByAutograd(weights, compiled)
-    return ByHand(weights, compiled) if kernels is None else ByKernel(weights, kernels)
+        return ByAutograd(weights, compiled, skips)
+    return ByHand(weights, compiled, skips) if kernels is None else ByKernel(weights, kernels)
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,7 @@ class Term(Protocol):
 
 
 class Eager(ABC):
-    """A term made of torch's operations, for tokens that all count."""
-
-    skips = False
+    """A term made of torch's operations."""
 
     def __call__(
         self,
@@ -198,10 +196,12 @@ class ByHand(Eager):
         weights: the mix; its divergence is forward KL, where there is a teacher.
         compiled: torch.compile makes kernels of it (Triton on a GPU): the same numbers but for
             rounding.
+        skips: see ``Term``.
     """
 
     weights: LossWeights
     compiled: bool = False
+    skips: bool = False
     buffers: int = 1
 
     def evaluate(
@@ -215,7 +215,9 @@ class ByHand(Eager):
         assert not isinstance(teacher_CV, SparseTargets)
         grad_CV = student_CV if wants_gradient else None
         if self.compiled:  # passes over the chunk without a temporary: no need of blocks
-            sums = _compiled_terms()(student_CV, teacher_CV, labels_C, self.weights, wants_gradient)
+            sums = _compiled_terms()(
+                student_CV, teacher_CV, labels_C, self.weights, wants_gradient, self.skips
+            )
             return ChunkTerms(sums, grad_CV)
         rows, entries = student_CV.shape
         room = CPU_BLOCK_BYTES if student_CV.device.type == "cpu" else BLOCK_BYTES
@@ -224,7 +226,12 @@ class ByHand(Eager):
         for block in (slice(start, start + size) for start in range(0, rows, size)):
             teacher_NV = None if teacher_CV is None else teacher_CV[block]
             sums += _block_terms_(
-                student_CV[block], teacher_NV, labels_C[block], self.weights, wants_gradient
+                student_CV[block],
+                teacher_NV,
+                labels_C[block],
+                self.weights,
+                wants_gradient,
+                self.skips,
             )
         return ChunkTerms(sums, grad_CV)
 
@@ -236,11 +243,13 @@ class ByAutograd(Eager):
     Attributes:
         weights: the mix.
         compiled: of the cross-entropy, see ``ByHand``.
+        skips: see ``Term``.
         buffers: with what autograd keeps.
     """
 
     weights: LossWeights
     compiled: bool = False
+    skips: bool = False
     buffers: int = 3
 
     def evaluate(
@@ -251,10 +260,11 @@ class ByAutograd(Eager):
         wants_gradient: bool,
     ) -> ChunkTerms:
         """See ``Term``."""
-        by_hand = ByHand(self.weights, self.compiled)
+        by_hand = ByHand(self.weights, self.compiled, self.skips)
         if teacher_CV is None:
             return by_hand.evaluate(student_CV, None, labels_C, wants_gradient)
-        value, grad_CV = self._divergence(student_CV, teacher_CV, wants_gradient)
+        valid_C = labels_C >= 0 if self.skips else None
+        value, grad_CV = self._divergence(student_CV, teacher_CV, valid_C, wants_gradient)
         wants_more = wants_gradient and self.weights.ce != 0
         sums, more_CV = by_hand.evaluate(student_CV, None, labels_C, wants_more)
         if grad_CV is not None and more_CV is not None:
@@ -262,16 +272,21 @@ class ByAutograd(Eager):
         return ChunkTerms(torch.stack([value, sums[1]]), grad_CV)
 
     def _divergence(
-        self, student_CV: Tensor, teacher_CV: Tensor | SparseTargets, wants_gradient: bool
+        self,
+        student_CV: Tensor,
+        teacher_CV: Tensor | SparseTargets,
+        valid_C: Tensor | None,
+        wants_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Sum over the chunk, and its weighted gradient by the student's logits."""
         divergence = self.weights.divergence
         with torch.enable_grad():
             leaf_CV = student_CV.detach().requires_grad_(wants_gradient)
             if isinstance(teacher_CV, SparseTargets):
-                value = sparse_divergence(teacher_CV, leaf_CV, divergence.temperature).sum()
+                value_C = sparse_divergence(teacher_CV, leaf_CV, divergence.temperature)
             else:
-                value = divergence(teacher_CV, leaf_CV).sum()
+                value_C = divergence(teacher_CV, leaf_CV)
+            value = _counted(value_C, valid_C).sum()
             grad_CV = torch.autograd.grad(value, leaf_CV)[0] if wants_gradient else None
         value = value.detach().to(sum_dtype(student_CV.device))
         return value, None if grad_CV is None else grad_CV.mul_(self.weights.kl)
@@ -283,6 +298,7 @@ def _block_terms_(
     labels_N: Tensor,
     weights: LossWeights,
     wants_gradient: bool,
+    skips: bool = False,
 ) -> Tensor:
     """Sums of forward KL and cross-entropy, Tensor of shape [2]; the student's logits become the gradient.
 
@@ -292,19 +308,19 @@ def _block_terms_(
     formula in
     float64: tests/losses/test_fused_linear_loss.py, ``test_values_and_gradients``.
     """
-    tau, column, wide = (
-        weights.divergence.temperature,
-        labels_N[:, None],
-        sum_dtype(student_NV.device),
-    )
+    tau, wide, valid_N1 = weights.divergence.temperature, sum_dtype(student_NV.device), None
+    column = labels_N[:, None]
+    if skips:
+        valid_N1, column = column >= 0, column.clamp(min=0)
     student_NV -= student_NV.amax(-1, keepdim=True)
     picked_N1 = student_NV.gather(1, column)
+    minus_N1 = _counted(picked_N1.new_full(column.shape, -weights.ce), valid_N1)
     if teacher_NV is None:
         total_N1 = student_NV.exp_().sum(-1, keepdim=True)
-        ce = (total_N1.log() - picked_N1).to(wide).sum()
+        ce = _counted(total_N1.log() - picked_N1, valid_N1).to(wide).sum()
         if wants_gradient:
-            student_NV *= weights.ce / total_N1
-            student_NV.scatter_add_(1, column, picked_N1.new_full(column.shape, -weights.ce))
+            student_NV *= _counted(weights.ce / total_N1, valid_N1)
+            student_NV.scatter_add_(1, column, minus_N1)
         return torch.stack([torch.zeros_like(ce), ce])
     teacher_NV -= teacher_NV.amax(-1, keepdim=True)
     own_NV, own_N1 = None, None  # the student's at temperature 1, if that is another
@@ -317,17 +333,23 @@ def _block_terms_(
     total_p_N1 = teacher_NV.exp_().sum(-1, keepdim=True)
     total_q_N1 = student_NV.exp_().sum(-1, keepdim=True)
     mean_gap_N1 = gap_NV.mul_(teacher_NV).sum(-1, keepdim=True) / total_p_N1
-    kl = (mean_gap_N1 - total_p_N1.log() + total_q_N1.log()).to(wide).sum() * tau**2
-    ce = ((total_q_N1 if own_N1 is None else own_N1).log() - picked_N1).to(wide).sum()
+    kl_N1 = _counted(mean_gap_N1 - total_p_N1.log() + total_q_N1.log(), valid_N1)
+    ce_N1 = (total_q_N1 if own_N1 is None else own_N1).log() - picked_N1
+    kl, ce = kl_N1.to(wide).sum() * tau**2, _counted(ce_N1, valid_N1).to(wide).sum()
     if wants_gradient:
         by_q = weights.kl * tau + (weights.ce if own_N1 is None else 0.0)
-        student_NV *= by_q / total_q_N1
-        student_NV.addcmul_(teacher_NV, weights.kl * tau / total_p_N1, value=-1)
+        student_NV *= _counted(by_q / total_q_N1, valid_N1)
+        student_NV.addcmul_(teacher_NV, _counted(weights.kl * tau / total_p_N1, valid_N1), value=-1)
         if weights.ce != 0:
             if own_NV is not None and own_N1 is not None:
-                student_NV.addcmul_(own_NV, weights.ce / own_N1)
-            student_NV.scatter_add_(1, column, picked_N1.new_full(column.shape, -weights.ce))
+                student_NV.addcmul_(own_NV, _counted(weights.ce / own_N1, valid_N1))
+            student_NV.scatter_add_(1, column, minus_N1)
     return torch.stack([kl, ce])
+
+
+def _counted(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Zeros where a token does not count; None: all do."""
+    return values if valid is None else torch.where(valid, values, 0)
 
 
 @functools.cache

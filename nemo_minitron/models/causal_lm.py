@@ -24,6 +24,7 @@ from nemo_minitron.checkpoints.unsupported_weights import (
 from nemo_minitron.families import Family, family_of
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.config_trial import reason
+from nemo_minitron.models.positions_in_order import positions_in_order
 from nemo_minitron.security.links import refuse_links
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
@@ -235,7 +236,8 @@ def hidden_states(model: Any, family: Family, tokens_BS: Tensor, **more: Any) ->
     """
     arguments = {"input_ids": tokens_BS, "use_cache": False, **more}
     decode = getattr(model, ENTRY, None) or decoder_of(model, family)
-    return divided(model, family, decode(**arguments).last_hidden_state)
+    with positions_in_order(tokens_BS, more):
+        return divided(model, family, decode(**arguments).last_hidden_state)
 
 
 def divided(model: Any, family: Family, hidden: Tensor) -> Tensor:

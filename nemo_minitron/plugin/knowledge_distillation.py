@@ -22,6 +22,7 @@ from nemo_minitron.losses.fused_linear_loss import (
 )
 from nemo_minitron.losses.intermediate import IntermediateWeights, balance
 from nemo_minitron.losses.projection import Projection
+from nemo_minitron.models.autocast_weights import round_products
 from nemo_minitron.models.causal_lm import (
     frozen,
     head_of,
@@ -33,8 +34,12 @@ from nemo_minitron.models.offload import Offloaded
 from nemo_minitron.plugin.hooked_student import HookedStudent, Student
 from nemo_minitron.plugin.model import MinitronModel, Objective
 from nemo_minitron.plugin.model_transform import ModelTransform
+from nemo_minitron.training.compilation import Compiled
 from nemo_minitron.training.strategies import shard
 from nemo_minitron.training.transformer_engine import LayerReplacement
+
+_PRODUCTS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Precisions of Lightning's Trainer, and the dtype that autocast rounds the operands of products to."""
 
 
 class KnowledgeDistillation(Callback):
@@ -106,7 +111,8 @@ class KnowledgeDistillation(Callback):
         self._strategy: Any = None
         self._mesh: Any = None
         self._products: Callable[[], AbstractContextManager[Any]] = nullcontext
-        self._compiled = False
+        self._compiles_loss: Callable[[], bool] = lambda: False
+        self._fast: Compiled | None = None
         self.teacher_loss: float | None = None
         self._listens, self._sums = False, [0.0, 0.0]
 
@@ -155,8 +161,8 @@ class KnowledgeDistillation(Callback):
                 raise ValueError("place='shard': only a sharded MinitronModel shares its ranks")
             self._settle(pl_module.device)
             return
-        self._mesh, self._compiled, self._products = (
-            pl_module.device_mesh, pl_module.compiled, pl_module.products
+        self._mesh, self._compiles_loss, self._products = (
+            pl_module.device_mesh, pl_module.compiles_loss, pl_module.products
         )  # fmt: skip
         if pl_module.replacement_layers is not None and self.place in ("device", "shard"):
             LayerReplacement(self.teacher, self.family, pl_module.replacement_layers)
@@ -169,6 +175,12 @@ class KnowledgeDistillation(Callback):
             shard(self.teacher, self.family, pl_module.device_mesh)
         else:
             self._settle(pl_module.device)
+        at = next(self.teacher.parameters()).device
+        if self.place in ("device", "shard") and at.type != "cpu":
+            if str(trainer.precision) in _PRODUCTS:
+                round_products(self.teacher, self.family, _PRODUCTS[str(trainer.precision)])
+        if pl_module.compiled and self.place in ("device", "shard") and self._fast is None:
+            self._fast = Compiled(self.teacher, self.family, "teacher")
 
     def _settle(self, device: torch.device) -> None:
         """Brings the teacher to where it runs, if that is this rank alone."""
@@ -242,7 +254,7 @@ class KnowledgeDistillation(Callback):
             self._sums[1] += counted
         terms = linear_loss(
             self._mesh, student, labels_T, self.weights, teacher, chunk_tokens=self.chunk_tokens,
-            vocabulary=self.vocabulary, compiled=self._compiled,
+            vocabulary=self.vocabulary, compiled=self._compiles_loss(),
         )  # fmt: skip
         if self._inside is None:
             return terms
@@ -259,7 +271,8 @@ class KnowledgeDistillation(Callback):
         at = next(self.teacher.parameters()).device
         with (
             torch.no_grad(),
-            frozen(self.teacher),
+            # compiled code has no need of inference mode, and not every torch compiles in it
+            frozen(self.teacher) if self._fast is None else nullcontext(),
             self._products() if at.type != "cpu" else nullcontext(),
         ):
             there = {name: value.to(at) for name, value in more.items()}
@@ -283,6 +296,9 @@ class KnowledgeDistillation(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes away what only the training needed; the module's own loss is back."""
         IntermediateLoss.release(pl_module)
+        if self._fast is not None:
+            self._fast.undo()
+            self._fast = None
         self._release(pl_module)
 
     def on_exception(

@@ -26,6 +26,7 @@ from nemo_minitron.models.causal_lm import (
     projection_of,
     save_model,
 )
+from nemo_minitron.plugin.fast_on_gpus import FastOnGpus
 from nemo_minitron.plugin.nemo_archive import (
     ANY_SUBCLASS,
     TARGET,
@@ -40,10 +41,10 @@ from nemo_minitron.plugin.nemo_archive import (
 )
 from nemo_minitron.plugin.own_loaders import OwnLoaders
 from nemo_minitron.training.batches import as_batch
-from nemo_minitron.training.loss_guard import gradient_norm
+from nemo_minitron.training.loss_guard import gradient_norm, settle
 from nemo_minitron.training.sampler import ConsumedSampler
 from nemo_minitron.training.strategies import gathered, shard
-from nemo_minitron.training.token_weighting import LearnedTokens, labels_of
+from nemo_minitron.training.token_weighting import LearnedTokens
 from nemo_minitron.training.transformer_engine import (
     LayerReplacement,
     ReplacementLayers,
@@ -55,7 +56,7 @@ Objective = Callable[..., LossResult]
 of the decoder, such as ``attention_mask``, come by name."""
 
 
-class MinitronModel(OwnLoaders, ModelPT):
+class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
     """A Hugging Face causal LM with NeMo's configuration, optimisers, exp_manager and ``.nemo`` archives.
 
     The model's ``cfg`` holds:
@@ -77,7 +78,6 @@ class MinitronModel(OwnLoaders, ModelPT):
         objective: from hidden states to the loss.
         facts: numbers that belong into the log beside every validation.
         replacement_layers: layers of another engine that the model's are exchanged for; None: its own.
-        compiled: whether the loss is compiled.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None, model: Any = None) -> None:
@@ -106,7 +106,6 @@ class MinitronModel(OwnLoaders, ModelPT):
         self.learned = LearnedTokens()
         self.replacement_layers: ReplacementLayers | None = None
         self._replacement: LayerReplacement | None = None
-        self.compiled = False
         self.side_files: dict[str, bytes] = {}
         for name, path in (self.cfg.get("files") or {}).items():
             source = self.register_artifact(f"files.{name}", path)
@@ -189,7 +188,12 @@ class MinitronModel(OwnLoaders, ModelPT):
             )
 
     def gather(self) -> None:
-        """Brings a sharded model's weights together on rank 0, for ``save_hf``; all ranks call it."""
+        """Brings a sharded model's weights together on rank 0, for ``save_hf``; all ranks call it.
+
+        Raises:
+            BadStep: the weights are those of a step that must not have been taken.
+        """
+        settle(self._trainer)
         if self._sharded:
             whole, first = gathered(self.model), dict[int, str]()
             tied = [
@@ -238,14 +242,15 @@ class MinitronModel(OwnLoaders, ModelPT):
     ) -> LossResult:
         """The objective of pretraining and teacher correction: mean cross-entropy with the next token."""
         shard, student, _ = sharded(self.device_mesh, student)
-        return cross_entropy(student, labels_T, shard=shard, compiled=self.compiled)
+        return cross_entropy(student, labels_T, shard=shard, compiled=self.compiles_loss())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One micro-batch: the loss to differentiate, weighed by its learned tokens; its terms are logged."""
-        terms = self.evaluate_objective(batch)
+        given = as_batch(batch)
+        terms = self.evaluate_objective(given)
         named = {f"train_{name}": value for name, value in terms.named().items()}
-        self.log_dict(named, batch_size=len(labels_of(batch)))
-        self.last_terms, share = terms, self.learned.share(batch)
+        self.log_dict(named, batch_size=len(given.tokens_BS))
+        self.last_terms, share = terms, self.learned.share(given)
         self.learned.note(terms)
         return terms.loss * share
 
@@ -267,11 +272,12 @@ class MinitronModel(OwnLoaders, ModelPT):
         self._measure(batch, "test", dataloader_idx, names)
 
     def _measure(self, batch: Any, kind: str, number: int, names: Sequence[str] | None) -> None:
-        terms = self.evaluate_objective(batch)
+        given = as_batch(batch)
+        terms = self.evaluate_objective(given)
         how = {
             "on_epoch": True,
             "sync_dist": True,
-            "batch_size": int((labels_of(batch) >= 0).sum()),
+            "batch_size": int((given.labels_BS >= 0).sum()),
             "add_dataloader_idx": False,
         }
         prefixes = [""] if number == 0 else []
@@ -291,8 +297,10 @@ class MinitronModel(OwnLoaders, ModelPT):
     def on_train_batch_start(self, batch: Any, batch_idx: int, unused: int = 0) -> int | None:
         """Logs ``learning_rate`` and ``global_step``, as NeMo's models do."""
         rate = self._trainer.optimizers[0].param_groups[0]["lr"]
-        step = float(self._trainer.global_step)
-        self.log_dict({"learning_rate": rate, "global_step": step}, batch_size=1)
+        values = {"learning_rate": rate, "global_step": self._trainer.global_step}
+        # tensors on the CPU: Lightning would bring numbers to the device, and wait until they are
+        # there
+        self.log_dict({name: torch.tensor(float(v)) for name, v in values.items()}, batch_size=1)
         answer: int | None = super().on_train_batch_start(batch, batch_idx, unused)
         return answer
 
@@ -302,6 +310,7 @@ class MinitronModel(OwnLoaders, ModelPT):
         Lightning 2.4 counts one too few, and would step too early where gradients are accumulated.
         """
         super().on_load_checkpoint(checkpoint)
+        self.choose_kernels(checkpoint)
         sampler = getattr(self._train_dl, "batch_sampler", None)
         if "loops" not in checkpoint or not isinstance(sampler, ConsumedSampler):
             return
@@ -336,7 +345,9 @@ class MinitronModel(OwnLoaders, ModelPT):
 
         Raises:
             ValueError: the model is split over ranks, none of which has all of it.
+            BadStep: the weights are those of a step that must not have been taken.
         """
+        settle(self._trainer)
         if self._sharded:
             raise ValueError(
                 "save_to: the model is split over ranks; gather() and save_hf(folder) write it, and "

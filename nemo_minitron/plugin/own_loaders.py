@@ -80,8 +80,13 @@ class OwnLoaders:
             seed,
             frozenset(step * per_step + part for step in skipped for part in range(per_step)),
         )
-        self._train_dl = train_loader(samples, sampler, **how)
+        self._train_dl = train_loader(samples, sampler, **{**self._for_device(), **how})
 
     def use_validation_samples(self, given: Any, batch_size: int) -> None:
         """Validates on packed samples: a data set of them, or a Tensor of shape [samples, positions + 1]."""
-        self._validation_dl = validation_loader(as_samples(given), batch_size)
+        self._validation_dl = validation_loader(as_samples(given), batch_size, **self._for_device())
+
+    def _for_device(self) -> dict[str, Any]:
+        """Batches in memory that CUDA reads while the host goes on."""
+        trainer = self._trainer
+        return {"pin_memory": trainer is not None and trainer.strategy.root_device.type == "cuda"}

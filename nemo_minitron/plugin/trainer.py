@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,7 +21,6 @@ from lightning.pytorch.utilities.model_summary import summarize
 
 from nemo_minitron.config.overrides import duration, refuse_exp_manager, refuse_trainer
 from nemo_minitron.families import Architecture, Family
-from nemo_minitron.models.causal_lm import layers_of
 from nemo_minitron.plugin.experiment import (
     end_loggers,
     manage,
@@ -36,6 +36,7 @@ from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.training.averaging import Averaging
 from nemo_minitron.training.callbacks import ExactResume, TrainingLog
 from nemo_minitron.training.checkpoint_safety import checkpoints_as_data
+from nemo_minitron.training.compilation import is_compiled
 from nemo_minitron.training.loss_guard import LossGuard, Spikes
 from nemo_minitron.training.preemption import Preemption
 from nemo_minitron.training.sampler import as_samples
@@ -62,7 +63,8 @@ class Options:
 
     Attributes:
         activation_checkpointing: whether layers keep no activations, and compute them again.
-        compile: whether layers are compiled.
+        compile: whether layers and loss are compiled: ``on``, ``off``, or ``auto`` (see
+            ``training.compilation``).
         ema_decay: of the moving average that takes the weights' place; None: there is none.
         spikes: losses that are as bad as those that are not finite.
         peak_tflops: see ``TrainingLog``.
@@ -73,7 +75,7 @@ class Options:
     """
 
     activation_checkpointing: bool = False
-    compile: bool = False
+    compile: str = "off"
     ema_decay: float | None = None
     spikes: Spikes = Spikes()
     peak_tflops: float | None = None
@@ -181,7 +183,7 @@ def train(
         )
         samples, parts = as_samples(samples), settings.options.tensor_parallel
         _watch(trainer, model, settings, samples.positions, state)
-        _apply(settings.options, model)
+        _apply(settings.options, model, trainer.strategy.root_device)
         model.use_training_samples(
             samples, settings.batch_size, settings.seed, skipped, parts, whole=True
         )
@@ -286,7 +288,7 @@ def forward_flops(model: Any, family: Family, positions: int) -> int:
     return model_size(Architecture(family, model.config.to_dict()), positions).flops_per_token
 
 
-def _apply(options: Options, model: MinitronModel) -> None:
+def _apply(options: Options, model: MinitronModel, device: torch.device) -> None:
     """Prepares the layers of the model that is trained, and its loss.
 
     Raises:
@@ -309,9 +311,11 @@ def _apply(options: Options, model: MinitronModel) -> None:
                 "on, or no checkpointing"
             )
         model.replacement_layers = transformer_engine(options.transformer_engine == "fp8")
-    model.compiled = options.compile
+    alone = options.transformer_engine == "off" and options.tensor_parallel == 1
+    model.compiled = is_compiled(options.compile, device, alone)
+    if (
+        model.compiled
+    ):  # validation then runs what training has compiled, where no gradient is wanted
+        model.trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
     if options.activation_checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    if options.compile:
-        for layer in layers_of(model.model, model.family):
-            layer.compile()

@@ -36,11 +36,13 @@ def as_batch(given: Any) -> Batch:
             read and not learned; a pair of them and their numbers; or a mapping as transformers'
             collators make it: ``input_ids`` and, where there are some, ``attention_mask``,
             ``position_ids`` and ``labels`` (with -100 where nothing is learned; without them what
-            the mask lets be read is learned), each [batch, positions].
+            the mask lets be read is learned), each [batch, positions]. A ``Batch`` stays what it is.
 
     Raises:
         ValueError: it is none of these.
     """
+    if isinstance(given, Batch):
+        return given
     if isinstance(given, Tensor):
         return _packed(given)
     if isinstance(given, Mapping) and isinstance(given.get("input_ids"), Tensor):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_minitron.training.loss_guard import settle
 from nemo_minitron.workspace.progress import note
 from nemo_minitron.workspace.training_log import read_log
 
@@ -109,6 +110,7 @@ class TrainingLog(Callback):
         seconds = time.monotonic() - self._clock[1]
         speed = (step - self._clock[0]) * self.tokens_per_step / max(seconds, 1e-9)
         self._clock = (step, time.monotonic())
+        settle(trainer)
         terms = pl_module.learned.means(trainer.strategy)
         if not trainer.is_global_zero:
             return

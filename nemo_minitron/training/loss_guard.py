@@ -1,4 +1,4 @@
-"""Guards of a training: a loss that is not finite, or a spike, never reaches the weights."""
+"""Guards of a training: a loss that is not finite, or a spike, never reaches the weights that are kept."""
 
 import math
 import statistics
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from nemo_minitron.training.late_reads import LateRead
 
 
 class BadStep(FloatingPointError):
@@ -37,7 +39,11 @@ class Spikes:
 
 
 class LossGuard(Callback):
-    """Looks at the loss and the gradient of every step before the weights do.
+    """Looks at the loss and the gradient of every step: on the CPU before the weights do.
+
+    An accelerator has them later than the host asks. There a step is judged before the next one is
+    taken, and before anything is saved, logged or validated: what a bad one did to the weights is lost
+    with them, and the training goes on from a checkpoint, if at all.
 
     Under several ranks all of them come to the same verdict: it rests on means over them, and on
     gradients, which they share.
@@ -47,6 +53,7 @@ class LossGuard(Callback):
         self.spikes = spikes or Spikes()
         self._losses: deque[float] = deque(maxlen=self.spikes.window)
         self._micro: list[torch.Tensor] = []
+        self._waiting: tuple[int, LateRead] | None = None
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes the loss of a micro-batch."""
@@ -61,34 +68,76 @@ class LossGuard(Callback):
         """Judges a step (gradients not under float16, which may see infinity and copes by itself).
 
         Raises:
-            BadStep: it must not be taken.
+            BadStep: it, or on an accelerator the one before it, must not be taken.
         """
+        self.settle()
         total, tokens = trainer.strategy.reduce(torch.stack(self._micro).sum(0), reduce_op="sum")
         self._micro = []
-        loss = float(total / tokens.clamp_min(1))
-        if not math.isfinite(loss):
-            raise BadStep(trainer.global_step, f"the loss is {loss}")
+        found = [total / tokens.clamp_min(1)]
         if trainer.precision not in ("16-mixed", "16-true"):
-            norm = float(gradient_norm(pl_module))
-            if not math.isfinite(norm):
-                raise BadStep(trainer.global_step, f"the gradient is {norm}")
+            found.append(gradient_norm(pl_module))
+        if total.device.type == "cpu":
+            self._judge(trainer.global_step, *map(float, found))
+        else:
+            numbers = torch.stack([number.float() for number in found])
+            self._waiting = (trainer.global_step, LateRead(numbers))
+
+    def settle(self) -> None:
+        """Judges the step that still waits for it.
+
+        Raises:
+            BadStep: it must not have been taken.
+        """
+        if self._waiting is not None:
+            (step, numbers), self._waiting = self._waiting, None
+            self._judge(step, *numbers.values())
+
+    def _judge(self, step: int, loss: float, norm: float = 0.0) -> None:
+        if not math.isfinite(loss):
+            raise BadStep(step, f"the loss is {loss}")
+        if not math.isfinite(norm):
+            raise BadStep(step, f"the gradient is {norm}")
         if self.spikes.factor is not None and len(self._losses) == self.spikes.window:
             usual = statistics.median(self._losses)
             if loss > self.spikes.factor * usual:
                 raise BadStep(
-                    trainer.global_step,
+                    step,
                     f"the loss is {loss:.4g}, a spike: the last {self.spikes.window} steps had "
                     f"{usual:.4g} in the median",
                 )
         self._losses.append(loss)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """No bad weights are validated."""
+        self.settle()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judges the last step."""
+        self.settle()
+
     def state_dict(self) -> dict[str, Any]:
-        """The losses that a resumed training measures spikes by."""
+        """The losses that a resumed training measures spikes by; nothing bad is saved.
+
+        Raises:
+            BadStep: the last step must not have been taken.
+        """
+        self.settle()
         return {"losses": list(self._losses)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes them over."""
         self._losses.extend(state_dict["losses"])
+
+
+def settle(trainer: Trainer | None) -> None:
+    """Judges the step that still waits for it, on all ranks: whoever writes weights or losses asks first.
+
+    Raises:
+        BadStep: it must not have been taken.
+    """
+    for callback in [] if trainer is None else trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LossGuard):
+            callback.settle()
 
 
 def gradient_norm(module: torch.nn.Module) -> torch.Tensor:

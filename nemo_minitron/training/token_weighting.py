@@ -47,7 +47,7 @@ class LearnedTokens:
         Args:
             batch: see ``training.batches.as_batch``.
         """
-        labels_BS = labels_of(batch)
+        labels_BS = as_batch(batch).labels_BS
         self.last = (labels_BS >= 0).sum()
         self._counts.append(torch.stack([self.last, torch.full_like(self.last, labels_BS.numel())]))
         return self.last / labels_BS.numel()
@@ -64,13 +64,19 @@ class LearnedTokens:
             for name in self._terms[0]
         }
         self._step, self._counts, self._terms = (counts[0].to(wide), sums), [], []
-        learned, tokens = strategy.reduce(counts, reduce_op="sum").tolist()
+        whole = strategy.reduce(counts, reduce_op="sum")
+        gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
+        if whole.device.type != "cpu":
+            _scale(gradients, (whole[1] / whole[0].clamp_min(1)).float())
+            return
+        learned, tokens = whole.tolist()
         if 0 < learned < tokens:
-            for parameter in module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(tokens / learned)
+            for gradient in gradients:
+                gradient.mul_(tokens / learned)
 
 
-def labels_of(batch: Any) -> Tensor:
-    """Next-token ids of a batch, [batch, positions]; negative where a token is only read."""
-    return as_batch(batch).labels_BS
+@torch.no_grad()
+def _scale(gradients: list[Tensor], factor: Tensor) -> None:
+    """Gradients times a number that the host does not know yet; those of no learned token are zero."""
+    here = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in gradients]
+    torch._foreach_mul_(here, factor)

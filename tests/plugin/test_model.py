@@ -416,7 +416,7 @@ def test_an_average_in_bfloat16_moves_by_thousandths(tmp_path):
 
 def test_an_average_of_weights_in_parts_is_refused():
     with pytest.raises(ValueError, match=r"training\.ema_decay: not with training\.parallel=shard"):
-        _apply(Options(ema_decay=0.9, shard=True), None)
+        _apply(Options(ema_decay=0.9, shard=True), None, torch.device("cpu"))
 
 
 def test_nemo_leaves_the_signals_to_us_on_a_gpu_too(tmp_path, monkeypatch):
@@ -476,7 +476,7 @@ def test_activation_checkpointing_and_compiling_change_nothing_but_cost(tmp_path
         run(folder, tmp_path / "checked", 3, options=Options(activation_checkpointing=True))
     )
     assert all(torch.equal(value, checked[name]) for name, value in plain.items())
-    compiled = weights(run(folder, tmp_path / "compiled", 3, options=Options(compile=True)))
+    compiled = weights(run(folder, tmp_path / "compiled", 3, options=Options(compile="on")))
     assert all(torch.allclose(value, compiled[name], atol=1e-4) for name, value in plain.items())
     assert not all(
         torch.equal(value, compiled[name]) for name, value in plain.items()
