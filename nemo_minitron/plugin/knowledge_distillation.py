@@ -175,11 +175,12 @@ class KnowledgeDistillation(Callback):
             shard(self.teacher, self.family, pl_module.device_mesh)
         else:
             self._settle(pl_module.device)
+        if self.place not in ("device", "shard"):
+            return
         at = next(self.teacher.parameters()).device
-        if self.place in ("device", "shard") and at.type != "cpu":
-            if str(trainer.precision) in _PRODUCTS:
-                round_products(self.teacher, self.family, _PRODUCTS[str(trainer.precision)])
-        if pl_module.compiled and self.place in ("device", "shard") and self._fast is None:
+        if at.type != "cpu" and str(trainer.precision) in _PRODUCTS:
+            round_products(self.teacher, self.family, _PRODUCTS[str(trainer.precision)])
+        if pl_module.compiled and self._fast is None:
             self._fast = Compiled(self.teacher, self.family, "teacher")
 
     def _settle(self, device: torch.device) -> None:

@@ -94,6 +94,10 @@ class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
         with open_dict(self._cfg):
             self._cfg.target = TARGET if type(self) is MinitronModel else ANY_SUBCLASS
         self.cfg = self._cfg  # NeMo's setter, which hands it on to the hyperparameters
+        if not isinstance(self.cfg.get("hf_config"), DictConfig):
+            raise ValueError(
+                f"hf_config: expected a model's config.json, found {self.cfg.get('hf_config')}"
+            )
         hf_config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(hf_config, dict)
         self.family = family_of(hf_config, "hf_config")

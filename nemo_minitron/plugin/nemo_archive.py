@@ -200,6 +200,10 @@ def check_restored(cfg: DictConfig, where: str, members: Collection[str] | None 
     raw = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(raw, dict)
     _check_targets(raw, where)
+    if not isinstance(raw.get("hf_config"), dict):
+        raise ValueError(
+            f"{where}: hf_config: expected the model's config.json, found {plain(raw.get('hf_config'), 80)}"
+        )
     files = raw.get("files") or {}
     if not isinstance(files, dict):
         raise ValueError(f"{where}: files: expected names of files, found {plain(files, 80)}")

@@ -1,35 +1,16 @@
 """The kernels of the loss, and how many tokens they take at a time."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from nemo_minitron.losses.fused_linear_loss import cuda_rows
 from nemo_minitron.losses.loss_terms import kernels_for
-
-CASES = Path(__file__).with_name("interpreted_kernels.py")
+from tests.support.kernels import run_interpreted
 
 
 def test_the_kernels_are_right_in_tritons_interpreter():
-    pytest.importorskip("triton")
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(CASES),
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-    ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    found = subprocess.run(words, env=environment, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout + found.stderr
+    run_interpreted(Path(__file__).with_name("interpreted_kernels.py"))
 
 
 def test_the_cpu_has_no_kernels():

@@ -1,74 +1,15 @@
-"""Triton's kernels against PyTorch's operations: in Triton's interpreter, or on a GPU where there is one."""
+"""The kernels of the scoring pass."""
 
-import importlib
-import importlib.util
-import sys
+from pathlib import Path
 
-import pytest
 import torch
 
-from nemo_minitron import scoring
 from nemo_minitron.scoring import fused
-from nemo_minitron.scoring.depth import cosines
-from nemo_minitron.scoring.importance import AGGREGATIONS, finished, over_sequence
-
-NAME = "nemo_minitron.scoring.triton_kernels"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.support.kernels import run_interpreted
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":  # Triton looks at this while it is imported
-            patch.setenv("TRITON_INTERPRET", "1")
-        sys.modules.pop(NAME, None)
-        module = importlib.import_module(NAME)
-        try:
-            module.sequence_sums(torch.ones(1, 2, 4, device=DEVICE), None, ("mean",))
-        except Exception as error:  # Triton 3.6 and numpy 2.4
-            if "only 0-dimensional arrays" not in str(error):
-                raise
-            pytest.skip("Triton's interpreter does not know this numpy")
-        yield module
-    sys.modules.pop(NAME, None)
-    vars(scoring).pop("triton_kernels", None)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("shape", [(3, 130, 9), (1, 64, 64), (2, 300, 80)])
-def test_sums_over_positions(kernels, shape, masked, dtype):
-    torch.manual_seed(0)
-    x_BSU = (torch.randn(shape) + torch.arange(shape[2]) / 4).to(DEVICE, dtype)
-    mask_BS = None
-    count = shape[1]
-    if masked:
-        mask_BS = torch.rand(shape[:2], device=DEVICE) < 0.7
-        mask_BS[0, 70:] = mask_BS[-1] = False  # whole blocks, and a whole sample
-        x_BSU = x_BSU.masked_fill(~mask_BS[..., None], torch.nan)
-        count = mask_BS.sum(1, keepdim=True).clamp(min=1)
-    expected = over_sequence(x_BSU, mask_BS, AGGREGATIONS)
-    for hows in (AGGREGATIONS, ("mean",), ("l2",), ("var",)):
-        found = kernels.sequence_sums(x_BSU, mask_BS, hows)
-        assert set(found) == set(hows)
-        for how, part_BKU in found.items():
-            value_BU = finished(part_BKU[None], how, count)[0]
-            torch.testing.assert_close(value_BU, expected[how], rtol=1e-5, atol=1e-5)
-    across_BSU = x_BSU.transpose(1, 2).contiguous().transpose(1, 2)  # units are not side by side
-    again = kernels.sequence_sums(across_BSU, mask_BS, ("mean",))["mean"]
-    torch.testing.assert_close(again, kernels.sequence_sums(x_BSU, mask_BS, ("mean",))["mean"])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_cosines_of_hidden_states(kernels, dtype):
-    torch.manual_seed(0)
-    before_BSH, after_BSH = torch.randn(2, 3, 37, 96, device=DEVICE, dtype=dtype)
-    after_BSH[0, 0] = 0
-    torch.testing.assert_close(
-        kernels.cosines(before_BSH, after_BSH), cosines(before_BSH, after_BSH), rtol=1e-5, atol=1e-6
-    )
+def test_the_kernels_are_right_in_tritons_interpreter():
+    run_interpreted(Path(__file__).with_name("interpreted_kernels.py"))
 
 
 def test_kernels_that_do_not_run_cost_speed_only(capsys):
@@ -76,5 +17,5 @@ def test_kernels_that_do_not_run_cost_speed_only(capsys):
     for _ in range(2):  # there is no Triton, or no numbers there
         assert fused._kernels(torch.device("meta")) is None
     fused._kernels.cache_clear()
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.startswith("score: without Triton's kernels, slower (") and said.count("\n") == 1
