@@ -84,7 +84,7 @@ def passes(checkpoint: Checkpoint, device: str, tiny: bool) -> list[Row]:
                 decoder(**samples.batch(group).to(torch.device(device)).inputs())
 
     def add(
-        what: str, run: Any, reference: float | None = None, repeats: int = 5, more: str = ""
+        what: str, run: Any, reference: float | None = None, repeats: int = 3, more: str = ""
     ) -> float:
         milliseconds, gib = measure(device, run, repeats)
         note = f"{1000 * count * positions / milliseconds:,.0f} tokens/s{more}"
@@ -101,25 +101,18 @@ def passes(checkpoint: Checkpoint, device: str, tiny: bool) -> list[Row]:
         told = f"{samples_at_once} samples at once"
         base = add(f"forward without head, {told}", lambda n=samples_at_once: plain(n))
         add(f"score, {told}", lambda n=samples_at_once: score(n), base, more=difference)
-        add(
-            f"score widths alone, {told}",
-            lambda n=samples_at_once: score(n, Measures(influence=())),
-            base,
-        )
-        add(f"score depth alone, {told}", lambda n=samples_at_once: score(n, Measures(())), base)
-        if samples_at_once == size:
-            add(
-                f"score mean, l2, var, {told}",
-                lambda n=size: score(n, Measures(("mean", "l2", "var"))),
-                base,
-            )
-            add(
-                f"score, PyTorch's operations, {told}",
-                lambda n=size: with_eager_sums(lambda: score(n)),
-                base,
-                2,
-            )
-            first = base
+        if samples_at_once != size:
+            break
+        kinds = {
+            "widths alone": Measures(influence=()),
+            "depth alone": Measures(()),
+            "mean, l2, var": Measures(("mean", "l2", "var")),
+        }
+        for kind, measures in kinds.items():
+            add(f"score {kind}, {told}", lambda m=measures: score(size, m), base)
+        slow = f"score, PyTorch's operations, {told}"
+        add(slow, lambda: with_eager_sums(lambda: score(size)), base, 2)
+        first = base
     model = None
     free()
 

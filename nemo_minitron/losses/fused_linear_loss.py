@@ -41,6 +41,9 @@ a chunk needs is about three times as much. The larger it is, the less often the
 CUDA_BYTES = 512 * 2**20
 """Memory for logits and their gradients on CUDA, beside what the head's gradient takes when it is finished:
 that is not there yet while the logits are."""
+FEW_CHUNKS, LARGE_BYTES = 16, 2 * 2**30
+"""More chunks than these only where they would take more than so much memory: with a small vocabulary each is
+short work, and the host must not spend longer on starting it."""
 GROUP = 4
 """Chunks whose gradients are multiplied together on CUDA: the head's is read and written once for them.
 Their gradients by the logits are in the products' precision, a fourth of what both models' logits take."""
@@ -72,7 +75,8 @@ def cuda_rows(tokens: int, head_VH: Tensor, models: int, buffers: int) -> tuple[
     """
     entries, size = head_VH.shape[0], head_VH.element_size()
     budget = CUDA_BYTES + size * head_VH.numel()
-    most = max(1, budget // (entries * (4 * models * buffers + size * GROUP)))
+    each = entries * (4 * models * buffers + size * GROUP)
+    most = max(1, budget // each, min(-(-tokens // FEW_CHUNKS), LARGE_BYTES // each))
     groups = -(-tokens // (GROUP * most))
     chunk = -(-tokens // (GROUP * max(1, groups)))
     chunk = -(-chunk // 128) * 128 if most >= 128 else chunk  # whole tiles of the matrix products

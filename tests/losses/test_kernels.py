@@ -25,5 +25,7 @@ def test_chunks_on_cuda_fit_the_memory_and_their_gradients_meet_few_times():
     assert held <= 2 * head_VH.numel() + 640 * 2**20
     assert -(-8192 // group) == 3 and chunk % 128 == 0
     assert cuda_rows(5, head_VH, 2, 1) == (5, 5)
+    smol_VH = torch.empty(49_152, 576, dtype=torch.bfloat16, device="meta")
+    assert cuda_rows(32_768, smol_VH, 2, 1) == (2048, 8192)
     small_VH = torch.empty(512, 64, dtype=torch.float32, device="meta")
     assert cuda_rows(3000, small_VH, 2, 1)[1] == 3000
