@@ -94,7 +94,7 @@ class Sharded(Eager):
     kernels: ModuleType | None = None
 
     @property
-    def skips(self) -> bool:  # type: ignore[override]
+    def skips(self) -> bool:
         """See ``Term``."""
         return self.kernels is not None
 
