@@ -27,16 +27,16 @@ PIECES = {
 }
 
 
+def line(row: Row) -> str:
+    """A row as text."""
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+    gib = "" if row.gib is None else f"{row.gib:.2f}"
+    return f"{row.what:<44} {row.milliseconds:>10.1f} {ratio:>7} {gib:>7}  {row.note}".rstrip()
+
+
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    lines = [f"{'':<44} {'ms':>10} {'ratio':>7} {'GiB':>7}"]
-    for row in rows:
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        gib = "" if row.gib is None else f"{row.gib:.2f}"
-        lines.append(
-            f"{row.what:<44} {row.milliseconds:>10.1f} {ratio:>7} {gib:>7}  {row.note}".rstrip()
-        )
-    return "\n".join(lines)
+    return "\n".join([f"{'':<44} {'ms':>10} {'ratio':>7} {'GiB':>7}", *map(line, rows)])
 
 
 def main() -> int:
@@ -55,16 +55,18 @@ def main() -> int:
     date = datetime.date.today().isoformat()
     tables = []
     for piece in arguments.pieces or PIECES:
-        rows = importlib.import_module(f"benchmarks.gpu.{piece}").rows(arguments.tiny)
+        rows: list[Row] = []
+        for row in importlib.import_module(f"benchmarks.gpu.{piece}").rows(arguments.tiny):
+            rows.append(row)  # written one by one: what has been measured is not lost
+            print(line(row), flush=True)
+            if not arguments.tiny:
+                found: dict[str, object] = {"card": card, "date": date, "torch": torch.__version__}
+                RESULTS.mkdir(exist_ok=True)
+                path = RESULTS / f"gpu-{piece}-{card.replace(' ', '-')}.json"
+                found |= {"rows": [asdict(each) for each in rows]}
+                path.write_text(json.dumps(found, indent=2) + "\n")
         tables.append(f"{piece}: {PIECES[piece]} ({card})\n{table(rows)}")
-        if not arguments.tiny:
-            found = {"card": card, "date": date, "torch": torch.__version__}
-            RESULTS.mkdir(exist_ok=True)
-            path = RESULTS / f"gpu-{piece}-{card.replace(' ', '-')}.json"
-            path.write_text(
-                json.dumps({**found, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
-            )
-    print("\n\n".join(tables))
+    print("", *tables, sep="\n\n")
     return 0
 
 

@@ -1,6 +1,6 @@
 """The fused loss: whether its gradients are right on this card, and its time against the four matrix products."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -143,12 +143,12 @@ def times(device: str, tokens: int, hidden: int, vocabulary: int) -> list[Row]:
     return [*rows_of(measured, "four products"), *rows_of(alone, "three products")]
 
 
-def rows(tiny: bool) -> list[Row]:
+def rows(tiny: bool) -> Iterator[Row]:
     """Errors, and times by size."""
     device = device_of(tiny)
-    found = errors(device)
+    yield from errors(device)
     for name, size in ({"64 x 32 x 1000": (64, 32, 1000)} if tiny else SIZES).items():
-        found += [Row(name, 0.0), *times(device, *size)]
+        yield Row(name, 0.0)
+        yield from times(device, *size)
         if not tiny:
             torch.cuda.empty_cache()
-    return found

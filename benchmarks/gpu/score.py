@@ -89,7 +89,7 @@ def passes(checkpoint: Checkpoint, device: str, tiny: bool) -> list[Row]:
         milliseconds, gib = measure(device, run, repeats)
         note = f"{1000 * count * positions / milliseconds:,.0f} tokens/s{more}"
         rows.append(Row(what, milliseconds, milliseconds / (reference or milliseconds), gib, note))
-        print(f"{rows[-1]}", flush=True)
+        print(f"{what}: {rows[-1].ratio:.2f}, {note}", flush=True)
         return milliseconds
 
     def score(size: int, measures: Measures = Measures()) -> CalibrationSums:  # noqa: B008 (frozen)

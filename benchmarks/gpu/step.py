@@ -1,5 +1,7 @@
 """A distillation step of large models with random weights: what the loss and the heads add to the rest."""
 
+from collections.abc import Iterator
+
 import torch
 
 from benchmarks.gpu.clock import OUT_OF_MEMORY, Row, device_of, measure
@@ -10,7 +12,7 @@ from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, layers_of
 
 
-def rows(tiny: bool) -> list[Row]:
+def rows(tiny: bool) -> Iterator[Row]:
     """bf16-true, AdamW, activation checkpointing, 16,384 tokens; layers as they are and compiled."""
     device, family = device_of(tiny), families()["llama"]
     shapes = [{**config, **(TINY if tiny else {})} for config in (LLAMA_8B, LLAMA_4B)]
@@ -37,17 +39,13 @@ def rows(tiny: bool) -> list[Row]:
         optimizer.step()
         optimizer.zero_grad()
 
-    found = []
     for compiled in (False, True):
         if compiled:
             for layer in [*layers_of(teacher, family), *layers_of(student, family)]:
                 layer.compile(dynamic=False)
         kind = "compiled layers" if compiled else "eager layers"
         base, _ = measure(device, lambda: step(False), 2)
+        yield Row(f"{kind}: without loss and heads", base, 1.0)
         whole, gib = measure(device, lambda: step(True), 2)
         speed = 0.0 if whole == OUT_OF_MEMORY else 1000 * samples * length / whole
-        found += [
-            Row(f"{kind}: without loss and heads", base, 1.0),
-            Row(f"{kind}: the whole step", whole, whole / base, gib, f"{speed:,.0f} tokens/s"),
-        ]
-    return found
+        yield Row(f"{kind}: the whole step", whole, whole / base, gib, f"{speed:,.0f} tokens/s")
