@@ -83,6 +83,11 @@ def cuda_rows(tokens: int, head_VH: Tensor, models: int, buffers: int) -> tuple[
     return max(1, min(chunk, tokens)), max(1, min(GROUP * chunk, tokens))
 
 
+def most_cuda_bytes(entries: int, hidden: int) -> int:
+    """The most that logits and their gradients take at a time on CUDA, with a head in 16 bits."""
+    return max(LARGE_BYTES, CUDA_BYTES + 2 * entries * hidden)
+
+
 @dataclass(frozen=True)
 class LossResult:
     """Result of one evaluation.
@@ -298,10 +303,10 @@ class _FusedLinearLoss(torch.autograd.Function):
         ctx: Any, student_TH: Tensor, head_VH: Tensor, inputs: _LossInputs
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, divergence and cross-entropy, scalars."""
-        student, wide = (
-            Projection(student_TH, head_VH, inputs.softcap),
-            wide_dtype(student_TH.dtype),
-        )
+        wide = wide_dtype(student_TH.dtype)
+        if inputs.term.skips:  # whatever is in their hidden states, times a gradient of zero
+            student_TH = student_TH.masked_fill((inputs.labels_T < 0)[:, None], 0)
+        student = Projection(student_TH, head_VH, inputs.softcap)
         tokens, total = len(student_TH), student_TH.new_zeros(2, dtype=sum_dtype(student_TH.device))
         wants, (chunk, group) = inputs.wants_gradient, inputs.rows
         grad_TH = torch.zeros_like(student_TH, dtype=wide) if wants else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from nemo_minitron.families import Architecture
 from nemo_minitron.families.grammar import row_axes
-from nemo_minitron.losses.fused_linear_loss import CHUNK_BYTES
+from nemo_minitron.losses.fused_linear_loss import most_cuda_bytes
 
 PRECISIONS = {"32-true": (4, 4), "bf16-mixed": (4, 2), "bf16-true": (2, 2)}
 """Bytes of a stored weight (its gradient and both moments of Adam are as large), and of an activation."""
@@ -116,7 +116,8 @@ def training_footprint(
         gathered=gathered,
         teacher=0 if teacher is None else _teacher(teacher, launch),
         activations=_activations(model, launch) * active,
-        loss=sizes["hidden"] * (launch.tokens * active + sizes["vocab"] * 4) + 3 * CHUNK_BYTES,
+        loss=sizes["hidden"] * (launch.tokens * active + sizes["vocab"] * 4)
+        + most_cuda_bytes(sizes["vocab"], sizes["hidden"]),
     )
 
 
