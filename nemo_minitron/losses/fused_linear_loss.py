@@ -236,8 +236,8 @@ class _LossInputs:
 
     Attributes:
         labels_T: next-token ids.
-        count: tokens that count: those of a label that is not negative; where the term does not skip
-            others, there are none.
+        count: tokens whose label is not negative: they count. A term that skips no others is given
+            no others.
         weights: the mix.
         teacher: None where the loss needs none.
         softcap: the student's.
@@ -304,9 +304,15 @@ class _FusedLinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, divergence and cross-entropy, scalars."""
         wide = wide_dtype(student_TH.dtype)
-        if inputs.term.skips:  # whatever is in their hidden states, times a gradient of zero
-            student_TH = student_TH.masked_fill((inputs.labels_T < 0)[:, None], 0)
         student = Projection(student_TH, head_VH, inputs.softcap)
+        teacher = inputs.teacher
+        if (
+            inputs.term.skips
+        ):  # what a token that does not count holds, a gradient of 0 would make NaN
+            silent_T1 = (inputs.labels_T < 0)[:, None]
+            student = student.without(silent_T1)
+            teacher = teacher.without(silent_T1) if isinstance(teacher, Projection) else teacher
+        student_TH = student.hidden_TH
         tokens, total = len(student_TH), student_TH.new_zeros(2, dtype=sum_dtype(student_TH.device))
         wants, (chunk, group) = inputs.wants_gradient, inputs.rows
         grad_TH = torch.zeros_like(student_TH, dtype=wide) if wants else None
@@ -317,7 +323,7 @@ class _FusedLinearLoss(torch.autograd.Function):
             whole = slice(first, min(first + group, tokens))
             for start in range(first, whole.stop, chunk):
                 part = slice(start, min(start + chunk, whole.stop))
-                taught = None if inputs.teacher is None else inputs.teacher[part]
+                taught = None if teacher is None else teacher[part]
                 sums, grad_CV = inputs.term(
                     student[part].raw_logits(places.student),
                     taught.raw_logits(places.teacher) if isinstance(taught, Projection) else taught,

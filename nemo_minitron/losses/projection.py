@@ -31,6 +31,10 @@ class Projection:
         """Without the entries that only pad the head; None: all of them count."""
         return self if vocabulary is None else replace(self, head_VH=self.head_VH[:vocabulary])
 
+    def without(self, silent_T1: Tensor) -> "Projection":
+        """Zeros in the place of some tokens' hidden states; a mask of shape [tokens, 1]."""
+        return replace(self, hidden_TH=self.hidden_TH.masked_fill(silent_T1, 0))
+
     def detached(self) -> "Projection":
         """The same, without gradients."""
         return replace(self, hidden_TH=self.hidden_TH.detach(), head_VH=self.head_VH.detach())

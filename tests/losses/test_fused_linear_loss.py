@@ -6,7 +6,8 @@ from torch.nn import functional
 
 from nemo_minitron.losses.divergences import DIVERGENCES, Divergence, forward_kl, topk_kl
 from nemo_minitron.losses.fused_linear_loss import LossWeights, cross_entropy, fused_linear_loss
-from nemo_minitron.losses.projection import Projection
+from nemo_minitron.losses.loss_terms import ByAutograd, ByHand
+from nemo_minitron.losses.projection import Logits, Projection
 
 TOKENS, VOCABULARY, HIDDEN, TEACHER = 37, 101, 16, 24
 
@@ -368,3 +369,25 @@ def test_entries_that_pad_a_vocabulary_count_for_nothing():
 def test_divergences_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
         Divergence(**settings)
+
+
+@pytest.mark.parametrize("ce", [0.0, 0.4])
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_terms_that_skip_tokens_are_those_of_the_tokens_that_count(name, ce, tau):
+    """On accelerators all tokens stay, so that the host need not know which count."""
+    draw = torch.Generator().manual_seed(0)
+    student_CV, teacher_CV = torch.randn(2, 9, 31, generator=draw, dtype=torch.float64)
+    labels_C = torch.randint(0, 31, (9,), generator=draw)
+    labels_C[::4] = -100
+    weights = LossWeights(0.7, ce, Divergence(name, temperature=tau, top_k=5))
+    kind, valid_C = ByHand if name == "forward_kl" else ByAutograd, labels_C >= 0
+
+    def terms(skips, rows):
+        pair = (Logits(logits_CV[rows].clone()) for logits_CV in (student_CV, teacher_CV))
+        return kind(weights, skips=skips)(*pair, labels_C[rows], True)
+
+    some, every = terms(False, valid_C), terms(True, slice(None))
+    torch.testing.assert_close(every.sums, some.sums)
+    torch.testing.assert_close(every.grad_CV[valid_C], some.grad_CV)
+    assert not every.grad_CV[~valid_C].any()
