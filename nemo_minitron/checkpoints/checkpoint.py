@@ -15,15 +15,23 @@ from torch import Tensor
 
 from nemo_minitron.checkpoints.dtypes import FLOATS, STORED, TORCH
 from nemo_minitron.checkpoints.headers import read_header, sample
-from nemo_minitron.checkpoints.hf_config import read_config
-from nemo_minitron.checkpoints.side_files import side_files, side_name
+from nemo_minitron.checkpoints.hf_config import read_config, read_whole_config
+from nemo_minitron.checkpoints.side_files import processor_files, side_files, side_name
 from nemo_minitron.checkpoints.unsupported_weights import (
     check_config,
     check_folder,
     check_names,
     check_renamed,
 )
-from nemo_minitron.families import Architecture, Family, architecture_of, find_row, own_tables
+from nemo_minitron.families import (
+    Architecture,
+    Family,
+    Wrapper,
+    architecture_of,
+    find_row,
+    own_tables,
+    wrapper_of,
+)
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.security.links import refuse_links
 from nemo_minitron.security.plain_text import plain
@@ -58,6 +66,23 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Surroundings:
+    """What a checkpoint holds around its causal LM: the other parts of a multimodal model.
+
+    Attributes:
+        wrapper: the table that says where the causal LM lies.
+        config: the whole model's config.json.
+        entries: the other parts' tensors, by their names on disk.
+        stored: names on disk of the causal LM's tensors.
+    """
+
+    wrapper: Wrapper
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    stored: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: config and headers, no weights.
 
@@ -68,12 +93,15 @@ class Checkpoint:
         fingerprint: SHA-256 of weight files' names, sizes and headers, of a sample of every
             tensor's bytes (two fine-tunes of one model differ in nothing else), config.json and
             side files.
+        around: the other parts where the causal LM is part of a multimodal model; its own tensors are
+            named as it would name them alone.
     """
 
     folder: Path
     architecture: Architecture
     entries: Mapping[str, Entry]
     fingerprint: str
+    around: Surroundings | None = None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -103,8 +131,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     check_folder(folder)
     refuse_links(folder)
-    config = read_config(folder)
+    whole, config = read_whole_config(folder), read_config(folder)
     model = architecture_of(config, str(folder / "config.json"))
+    check_config(folder, whole)
     check_config(folder, config)
     files = weight_files(folder)
     headers = {}
@@ -121,6 +150,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             entries[name] = Entry(
                 file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0]
             )
+    around, entries = _apart(folder, whole, entries)
     expected = _check_entries(folder, model, entries)
     _check_tied(folder, model, entries, expected)
     held = {
@@ -137,9 +167,38 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ]
         for file in files
     ]
-    sides = [[side_name(path, folder), hash_file(path)] for path in side_files(folder)]
+    beside = [*side_files(folder), *(processor_files(folder) if around else ())]
+    sides = [[side_name(path, folder), hash_file(path)] for path in beside]
     table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
-    return Checkpoint(folder, model, held, digest([stamp, config, sides, *table]))
+    return Checkpoint(folder, model, held, digest([stamp, whole, sides, *table]), around)
+
+
+def _apart(
+    folder: Path, whole: Mapping[str, Any], entries: Mapping[str, Entry]
+) -> tuple[Surroundings | None, dict[str, Entry]]:
+    """A multimodal model's other parts, and its causal LM's tensors under the names they have alone.
+
+    Raises:
+        ValueError: two tensors would have one name.
+    """
+    wrapper = wrapper_of(whole)
+    if wrapper is None:
+        return None, dict(entries)
+    inside: dict[str, str] = {}
+    others: dict[str, Entry] = {}
+    for stored, entry in entries.items():
+        name = wrapper.text_name(stored)
+        if name is None:
+            others[stored] = entry
+        elif name in inside:
+            raise ValueError(
+                f"{folder}: {plain(stored, 120)} and {plain(inside[name], 120)} are one tensor of the text "
+                "model"
+            )
+        else:
+            inside[name] = stored
+    around = Surroundings(wrapper, whole, others, tuple(inside.values()))
+    return around, {name: entries[stored] for name, stored in inside.items()}
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -292,21 +351,29 @@ def _equal_spans(
 
 
 def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """Reads one tensor into its own memory. The file is not mapped, so none of its pages stay resident.
+    """Reads one tensor into its own memory.
 
     Raises:
         ValueError: the file ends early.
     """
-    entry = checkpoint.entries[name]
+    return read_entry(checkpoint.folder, checkpoint.entries[name], name)
+
+
+def read_entry(folder: Path, entry: Entry, name: str) -> Tensor:
+    """Reads one tensor by its place. The file is not mapped, so none of its pages stay resident.
+
+    Raises:
+        ValueError: the file ends early.
+    """
     size = entry.size
     memory = torch.empty(size, dtype=torch.uint8)
-    with (checkpoint.folder / entry.file).open("rb", buffering=0) as file:
+    with (folder / entry.file).open("rb", buffering=0) as file:
         file.seek(entry.start)
         view, done = memory.numpy().data, 0
         while done < size:  # a read takes 2 GiB at most at a time
             count = file.readinto(view[done:])
             if not count:
-                raise ValueError(f"{checkpoint.folder / entry.file}: ends early, in {name}")
+                raise ValueError(f"{folder / entry.file}: ends early, in {plain(name, 120)}")
             done += count
     return memory.view(TORCH[entry.dtype]).reshape(entry.shape)
 

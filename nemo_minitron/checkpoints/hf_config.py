@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.set_aside import OUTPUTS
-from nemo_minitron.families import families
+from nemo_minitron.families import families, text_config, wrapper_of
 from nemo_minitron.security.plain_text import refuse_half_characters
 
 LARGEST, MOST_KEYS = 2**20, 2_000
@@ -14,7 +14,20 @@ LARGEST, MOST_KEYS = 2**20, 2_000
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json.
+    """The config.json of a folder's causal LM; of the text model alone, where others surround it.
+
+    Raises:
+        ValueError: see ``read_whole_config``; or the text model inside is not known.
+    """
+    config = read_whole_config(folder)
+    wrapper = wrapper_of(config)
+    if wrapper is None:
+        return config
+    return text_config(wrapper, config, str(folder / "config.json"))
+
+
+def read_whole_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json as it lies there.
 
     Raises:
         ValueError: the folder or the file is missing, or the file is no JSON object, or larger than

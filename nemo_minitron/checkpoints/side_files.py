@@ -23,6 +23,12 @@ TOKENIZER_FILES = (
     "spiece.model",
     "vocab.txt",
 )
+PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Files that say how a multimodal model's images are prepared; they belong to no causal LM."""
 TEMPLATES = "additional_chat_templates"
 """Folder in which transformers keeps chat templates that have names (``tool_use.jinja``)."""
 _LIKE_A_TOKENIZER = (
@@ -90,6 +96,18 @@ def side_files(folder: Path) -> list[Path]:
     found = [
         path for path in (*named, *terms) if path.is_file() and path.suffix.lower() not in _CODE
     ]
+    for path in found:
+        refuse_link(path, folder)
+    return found
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """Files that say how a multimodal model's images are prepared.
+
+    Raises:
+        ValueError: one is a link that leads out of the folder.
+    """
+    found = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
     for path in found:
         refuse_link(path, folder)
     return found

@@ -28,6 +28,10 @@ class ExportConfig:
     )
     tag: str | None = option(None, "tag that the upload gets")
     force: bool = option(False, "export although the quality gate failed; the model card says so")
+    text_only: bool = option(
+        False,
+        "of a multimodal source, export the text model alone as a causal LM, without the parts around it",
+    )
     nemo: bool = option(
         False, "also write the model as a .nemo archive, beside the export's folder"
     )

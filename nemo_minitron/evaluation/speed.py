@@ -202,7 +202,10 @@ def _warm_up(folder: Path) -> None:
     import torch
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    from nemo_minitron.checkpoints.hf_config import both_spellings, read_config
+    from nemo_minitron.models.config_trial import config_object
+
+    config = config_object(both_spellings(read_config(folder)))
     with torch.device("meta"):
         transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     torch.ones(512, 512) @ torch.ones(512, 512)

@@ -20,6 +20,13 @@ from nemo_minitron.families.table import (
     own_tables,
     use_tables,
 )
+from nemo_minitron.families.wrapper import (
+    Wrapper,
+    text_config,
+    with_text,
+    wrapper_of,
+    wrappers,
+)
 
 __all__ = [
     "Architecture",
@@ -28,6 +35,7 @@ __all__ = [
     "Fold",
     "Tap",
     "TensorRow",
+    "Wrapper",
     "architecture_of",
     "check_sizes",
     "evaluate",
@@ -38,5 +46,9 @@ __all__ = [
     "load_family",
     "own_tables",
     "parse_row",
+    "text_config",
     "use_tables",
+    "with_text",
+    "wrapper_of",
+    "wrappers",
 ]

@@ -29,8 +29,8 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         text += (
-            f". It wraps a text model ({inner.get('model_type')!r}) together with other towers: "
-            "save the text model alone as a causal LM first"
+            f". It wraps a text model ({inner.get('model_type')!r}) together with other towers in a way that "
+            "no table describes: save the text model alone as a causal LM first"
         )
     else:
         text += "; a table of your own can be given with families.path"

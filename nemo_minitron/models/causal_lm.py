@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -14,16 +15,21 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from nemo_minitron.checkpoints.hf_config import both_spellings, read_config
-from nemo_minitron.checkpoints.set_aside import OUTPUTS, generation_settings
+from nemo_minitron.checkpoints.checkpoint import load_tensor, open_checkpoint
+from nemo_minitron.checkpoints.hf_config import both_spellings, read_config, read_whole_config
+from nemo_minitron.checkpoints.set_aside import (
+    GENERATION_CONFIG,
+    OUTPUTS,
+    generation_settings,
+)
 from nemo_minitron.checkpoints.unsupported_weights import (
     check_config,
     check_folder,
     implementations,
 )
-from nemo_minitron.families import Family, family_of
+from nemo_minitron.families import Family, family_of, wrapper_of
 from nemo_minitron.losses.projection import Projection
-from nemo_minitron.models.config_trial import reason
+from nemo_minitron.models.config_trial import config_object, reason
 from nemo_minitron.models.positions_in_order import positions_in_order
 from nemo_minitron.security.links import refuse_links
 from nemo_minitron.security.plain_text import plain
@@ -72,9 +78,9 @@ def load_model(
     """
     check_folder(folder)
     refuse_links(folder)
-    config = read_config(folder)
+    config, whole = read_config(folder), read_whole_config(folder)
     check_config(folder, config)
-    for key, choice in implementations(config):
+    for key, choice in implementations(whole):
         if choice.startswith("flash_attention") and not any(map(find_spec, _FLASH)):
             # transformers would fetch a kernel from the hub in its place, where the package kernels
             # is
@@ -87,13 +93,16 @@ def load_model(
     if generation is not None:
         plainly["generation_config"] = transformers.GenerationConfig.from_dict(generation)
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **plainly,
-        )
+        if wrapper_of(whole) is None:
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **plainly,
+            )
+        else:
+            model, info = _text_model(folder, dtype, plainly)
     except (KeyError, AssertionError) as error:
         raise not_built(folder, config, error) from error
     wrong = {
@@ -106,6 +115,24 @@ def load_model(
             + "; ".join(f"{k}: {v[:3]}" for k, v in wrong.items() if v)
         )
     return model.to(device or torch.device("cpu")).eval()
+
+
+def _text_model(folder: Path, dtype: torch.dtype | str, plainly: Mapping[str, Any]) -> Any:
+    """The causal LM inside a multimodal model, and what was said while it was loaded."""
+    checkpoint = open_checkpoint(folder)
+    tensors = {name: load_tensor(checkpoint, name) for name in checkpoint.entries}
+    model, info = getattr(transformers, checkpoint.family.architecture).from_pretrained(
+        None, config=config_object(both_spellings(checkpoint.config)), state_dict=tensors, dtype=dtype,
+        output_loading_info=True, trust_remote_code=False, **plainly,
+    )  # fmt: skip
+    path = folder / GENERATION_CONFIG
+    if "generation_config" not in plainly and path.is_file():
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            model.generation_config = transformers.GenerationConfig.from_dict(settings)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}: no generation config: {plain(error, 200)}") from error
+    return model, info
 
 
 def not_built(folder: Path, config: Mapping[str, Any], error: Exception) -> ValueError:

@@ -70,12 +70,17 @@ def random_model(config: Mapping[str, Any], folder: Path, seed: int = 0) -> Path
     settings = transformers.AutoConfig.for_model(config["model_type"], **entries)
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    random_weights(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_weights(model: Any) -> None:
+    """Makes every weight random: vectors at unit scale, matrices at 0.3."""
     with torch.no_grad():
         for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values():
             scale = 1.0 if tensor.dim() == 1 else 0.3
             tensor.copy_(torch.randn(tensor.shape) * scale)
-    model.save_pretrained(folder)
-    return folder
 
 
 def permutation(model: Architecture, axes: Sequence[str], seed: int = 1) -> Keep:

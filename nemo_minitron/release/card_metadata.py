@@ -68,6 +68,7 @@ def model_card(
     licence: Mapping[str, str | list[str]],
     name: str,
     results: list[tuple[str, str, str, float]],
+    multimodal: bool = False,
 ) -> str:
     """A model card: front matter for the hub, then the text.
 
@@ -77,6 +78,7 @@ def model_card(
         licence: what ``licence_of`` takes over.
         name: title of the model.
         results: (task, data set, metric, value) for the model index.
+        multimodal: whether it reads images, too.
 
     Returns:
         The card's contents.
@@ -98,7 +100,7 @@ def model_card(
         base_model_relation="finetune" if named else None,
         **licence,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if multimodal else "text-generation",
         tags=["minitron", "pruning", "distillation"],
         model_name=plain(name),
         eval_results=evaluations or None,

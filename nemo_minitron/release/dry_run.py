@@ -5,6 +5,7 @@ training.
 """
 
 import itertools
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 import transformers
 
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES, copy_side_files
-from nemo_minitron.families import Architecture, check_sizes
+from nemo_minitron.families import Architecture, check_sizes, with_text
 from nemo_minitron.models.causal_lm import load_model, not_built
 from nemo_minitron.models.config_trial import config_object
 from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.slice_wrapper import check_surroundings
 from nemo_minitron.security.plain_text import plain
 
 LARGEST = 200_000_000
@@ -37,6 +40,37 @@ def check_builds(folder: Path, model: Architecture) -> None:
             _made(_config(_short(model)))
     except Exception as error:  # whatever transformers' validators and layers raise
         raise not_built(folder, model.config, error) from error
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Checks a multimodal model's other parts: their widths, and how many numbers transformers has of them.
+
+    Raises:
+        ValueError: they could not go into an export as they are.
+    """
+    check_surroundings(checkpoint)
+    around = checkpoint.around
+    assert around is not None, "check_surroundings has looked"
+    same = (
+        checkpoint.config
+    )  # ties written out: transformers' defaults are not always the model's own
+    written = with_text(around.wrapper, around.config, same, same, checkpoint.architecture.sizes)
+    try:
+        with torch.device("meta"):
+            whole = transformers.AutoModelForImageTextToText.from_config(
+                config_object(written), trust_remote_code=False
+            )
+    except Exception as error:  # whatever transformers' validators and layers raise
+        raise not_built(checkpoint.folder, around.config, error) from error
+    tensors = {id(tensor): tensor for tensor in whole.state_dict(keep_vars=True).values()}
+    asked = sum(tensor.numel() for tensor in tensors.values())
+    held = [*around.entries.values(), *checkpoint.entries.values()]
+    found = sum(math.prod(entry.shape) for entry in held)
+    if asked != found:
+        raise ValueError(
+            f"{checkpoint.folder}: holds {found:,} numbers, and {type(whole).__name__} of transformers "
+            f"{transformers.__version__} has {asked:,}; load it there and save it anew"
+        )
 
 
 def try_export(folder: Path, model: Architecture) -> None:

@@ -22,7 +22,7 @@ from nemo_minitron.evaluation.report import (
     written,
 )
 from nemo_minitron.pruning.plan_file import Plan
-from nemo_minitron.release.quickstart import QUICKSTART
+from nemo_minitron.release.quickstart import MULTIMODAL_QUICKSTART, QUICKSTART
 from nemo_minitron.security import plain_text
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.j2")
@@ -35,6 +35,7 @@ def card_text(
     report: Mapping[str, Any],
     failed: Sequence[tuple[str, str, str, str]] = (),
     licence: Mapping[str, str] | None = None,
+    multimodal: str | None = None,
 ) -> str:
     """Body of the card: what it is, quickstart, sizes, results, limits.
 
@@ -46,6 +47,7 @@ def card_text(
         failed: rows of the quality gate that did not hold.
         licence: what the source's card says of its licence that does not fit into this card's front
             matter.
+        multimodal: ``model_type`` of the multimodal model that it is part of, or None.
     """
     given, models = Path(source["given"]).expanduser(), report["models"]
     asked = any(row.get("tasks") for row in models.values())
@@ -66,7 +68,8 @@ def card_text(
         failed=failed,
         licence=licence,
         limit=report["measured_on"]["task_limit"] if asked else None,
-        quickstart=QUICKSTART,
+        quickstart=QUICKSTART if multimodal is None else MULTIMODAL_QUICKSTART,
+        multimodal=multimodal,
         table=markdown,
         sizes=_sizes(plan),
         columns=columns(report),

@@ -18,14 +18,19 @@ inputs = tokenizer("The", return_tensors="pt")
 outputs = model.generate(**inputs, max_length=50)
 print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
 
+MULTIMODAL_QUICKSTART = QUICKSTART.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
+"""The same with the class of a model that reads images, too."""
+
 _COMPARE = """
 import sys
+from transformers import AutoModelForCausalLM
 assert outputs.shape[1] > inputs["input_ids"].shape[1], "generate produced no token"
 dtype = getattr(torch, sys.argv[3])
-tokens = torch.arange(32)[None] % model.config.vocab_size
+tokens = torch.arange(32)[None] % model.config.get_text_config().vocab_size
 logits = []
-for folder in sys.argv[1:3]:
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+kinds = (Auto, AutoModelForCausalLM)  # of the export, and of the student
+for kind, folder in zip(kinds, sys.argv[1:3]):
+    loaded, info = kind.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, trust_remote_code=False
     )
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
@@ -36,21 +41,26 @@ assert not [name for name in sys.modules if name.startswith(("nemo", "lightning"
 """
 
 
-def check_in_clean_process(folder: Path, student: Path, dtype: str) -> None:
+def check_in_clean_process(
+    folder: Path, student: Path, dtype: str, multimodal: bool = False
+) -> None:
     """Runs the quickstart and compares logits, in a process that knows only torch and transformers.
 
     Args:
         folder: the export.
         student: the model that it was made from.
         dtype: what both are loaded in, as torch names it.
+        multimodal: whether the export has parts for images around the text model.
 
     Raises:
         RuntimeError: it fails; the message is the process' last words.
     """
+    shown = MULTIMODAL_QUICKSTART if multimodal else QUICKSTART
+    kind = "AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM"
     command = [
         sys.executable,
         "-c",
-        QUICKSTART + _COMPARE,
+        f"{shown}\n\nAuto = {kind}{_COMPARE}",
         str(folder.resolve()),
         str(student.resolve()),
         dtype,

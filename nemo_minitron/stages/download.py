@@ -38,9 +38,11 @@ def recipe(config: Config) -> Recipe:
             from nemo_minitron.release.hub_download import check_hashes
 
             check_hashes(folder)
-        from nemo_minitron.release.dry_run import check_builds
+        from nemo_minitron.release.dry_run import check_builds, check_whole
 
         check_builds(folder, checkpoint.architecture)
+        if checkpoint.around is not None:
+            check_whole(checkpoint)
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
             from nemo_minitron.models.causal_lm import load_tokenizer
 
@@ -135,6 +137,10 @@ def _finished(folder: Path) -> str | None:
 
 def _headline(checkpoint: Checkpoint) -> str:
     size = model_size(checkpoint.architecture)
+    inside = ""
+    if checkpoint.around is not None:
+        inside = f" inside {checkpoint.around.wrapper.model_type}"
     return (
-        f"{checkpoint.family.model_type}, {size.parameters:,} parameters, from {checkpoint.folder}"
+        f"{checkpoint.family.model_type}{inside}, {size.parameters:,} parameters, "
+        f"from {checkpoint.folder}"
     )

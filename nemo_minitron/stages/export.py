@@ -3,29 +3,27 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import (
     Checkpoint,
-    load_tensor,
     main_dtype,
     open_checkpoint,
 )
-from nemo_minitron.checkpoints.dtypes import DTYPES, STORED
+from nemo_minitron.checkpoints.dtypes import STORED
 from nemo_minitron.checkpoints.hf_config import both_spellings
-from nemo_minitron.checkpoints.shard_writer import Planned, write_weights
-from nemo_minitron.checkpoints.side_files import copy_side_files
+from nemo_minitron.checkpoints.side_files import copy_side_files, processor_files
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.evaluation.gate import LINEAGE, gate_of, judge, raise_if_failed
 from nemo_minitron.evaluation.report import read_report
 from nemo_minitron.families import find_row
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.plan_file import read_plan
+from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.slice_wrapper import CutSurroundings, write_causal_lm, write_whole
 from nemo_minitron.release.model_card import card_text
 from nemo_minitron.release.quickstart import check_in_clean_process
 from nemo_minitron.stages.inputs import read_source, source_folder
@@ -90,16 +88,17 @@ def run(config: Config) -> Result:
     checkpoint, student = open_checkpoint(source), model_in(workspace.student)
     dtype = config.export.dtype or main_dtype(checkpoint)
     dtypes = {} if config.export.dtype else _row_dtypes(checkpoint)
+    around = _surroundings(config, workspace, checkpoint)
     settings = {**asdict(config.export), "dtype": dtype, "failed": failed}
     for name in ("push_to_hub", "public", "revision", "tag", "force", "nemo"):
         del settings[name]
+    if around is not None or checkpoint.around is None:
+        del settings["text_only"]
 
     def build(temporary: Path) -> dict[str, str]:
         """Writes model, card and lineage, and tries them; returns the weights' hashes."""
-        check_bytes(
-            workspace.student
-        )  # they are read anyway, and get a manifest that vouches for them
-        hashes = _write_model(student, temporary, dtype, dtypes, config.export.shard_size)
+        check_bytes(workspace.student)  # read anyway, and vouched for by the new manifest
+        hashes = _write_model(student, temporary, dtype, dtypes, config, around)
         copy_side_files(source, temporary)
         card = _card(config, workspace, temporary, source, failed)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -108,7 +107,7 @@ def run(config: Config) -> Result:
 
             write_eval_results(temporary, report)
         write_json(temporary / LINEAGE, _lineage(workspace, report))
-        check_in_clean_process(temporary, student, dtype)
+        check_in_clean_process(temporary, student, dtype, around is not None)
         return hashes
 
     folder = workspace.export
@@ -151,29 +150,45 @@ def _row_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
     return {pattern: counts.most_common(1)[0][0] for pattern, counts in found.items()}
 
 
+def _surroundings(
+    config: Config, workspace: Workspace, source: Checkpoint
+) -> CutSurroundings | None:
+    """What lies around a multimodal source's text model, cut along; None: that model alone goes out."""
+    if source.around is None or config.export.text_only:
+        return None
+    plan = read_plan(workspace.plan)
+    return CutSurroundings(source, Cut(source.architecture, plan.keep, plan.layers_kept))
+
+
 def _write_model(
-    student: Path, folder: Path, dtype: str, dtypes: Mapping[str, str], shard_bytes: int
+    student: Path,
+    folder: Path,
+    dtype: str,
+    dtypes: Mapping[str, str],
+    config: Config,
+    around: CutSurroundings | None,
 ) -> dict[str, str]:
-    """Streams the student's weights into the export, cast to its dtype; rows in ``dtypes`` to their own."""
+    """Streams the student's weights into the export, cast to its dtype; rows in ``dtypes`` to their own.
+
+    What lies around the causal LM keeps the source's dtypes, unless ``export.dtype`` is set.
+    """
     checkpoint = open_checkpoint(student)
-    read = partial(load_tensor, checkpoint)
 
     def of(name: str) -> torch.dtype:
         match = find_row(checkpoint.family, name)
         return _DTYPES[dtype if match is None else dtypes.get(match[0].pattern, dtype)]
 
-    planned = [
-        Planned(name, DTYPES[of(name)], entry.shape) for name, entry in checkpoint.entries.items()
-    ]
-
-    def cast(name: str) -> Tensor:
-        return read(name).to(of(name))
-
-    hashes = write_weights(folder, planned, cast, shard_bytes)
-    write_json(
-        folder / "config.json",
-        both_spellings({**checkpoint.config, "dtype": dtype, "torch_dtype": dtype}),
-    )
+    told = {"dtype": dtype, "torch_dtype": dtype}
+    shard_bytes = config.export.shard_size
+    if around is None:
+        hashes = write_causal_lm(checkpoint, folder, of, shard_bytes)
+        write_json(folder / "config.json", both_spellings({**checkpoint.config, **told}))
+    else:
+        other = None if config.export.dtype is None else _DTYPES[dtype]
+        hashes = write_whole(checkpoint, around, folder, of, other, shard_bytes)
+        write_json(folder / "config.json", {**around.config(checkpoint.architecture), **told})
+        for path in processor_files(around.source):
+            (folder / path.name).write_bytes(path.read_bytes())
     copy_side_files(student, folder)
     return hashes
 
@@ -215,7 +230,9 @@ def _card(
     plan = read_plan(workspace.plan)
     pointer = read_source(workspace)
     from_hub = pointer.revision is not None
-    size = model_size(open_checkpoint(folder).architecture)
+    written = open_checkpoint(folder)
+    size, around = model_size(written.architecture), written.around
+    whole = None if around is None else around.wrapper.model_type
     origin = (
         workspace.root.resolve().name if config.source.model is None else Path(pointer.given).name
     )
@@ -241,11 +258,12 @@ def _card(
     else:
         licence, untaken = licence_of(source)
     return model_card(
-        card_text(name, asdict(pointer), plan, report, failed, untaken),
+        card_text(name, asdict(pointer), plan, report, failed, untaken, whole),
         base_model=pointer.given if from_hub else None,
         licence=licence,
         name=name,
         results=results,
+        multimodal=whole is not None,
     )
 
 
