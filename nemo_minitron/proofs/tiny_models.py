@@ -140,7 +140,7 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
             if placeholder in units:
                 if units[placeholder] in which.tolist():
                     tensor.zero_()
-            elif (row.dims[0], axis) != (((axis,),), "experts"):
+            elif (row.dims[:1], axis) != ((((axis,),),), "experts"):
                 for position, dim in enumerate(row.dims):
                     tensor.index_fill_(position, _positions(dim, sizes, dying, which), 0)
     shutil.copytree(checkpoint.folder, folder)
@@ -193,7 +193,7 @@ def _deafen(family: Family, tensors: dict[str, Tensor], experts: Tensor) -> None
     for name, tensor in tensors.items():
         row, _ = find_row(family, name) or (None, {})
         assert row is not None, name
-        router = row.dims[0] == (("experts",),) and len(row.dims) <= 2
+        router = row.dims[:1] == ((("experts",),),) and len(row.dims) <= 2
         for position, dim in enumerate(row.dims):
             if dim == (("hidden",),):
                 channel: Callable[..., Tensor] = tensor.select(position, 0).fill_
