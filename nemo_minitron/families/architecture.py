@@ -100,11 +100,14 @@ class Architecture:
 
     def _size(self, axis: Axis) -> int:
         present = [key for key in axis.config if key in self.values]
-        if present:
+        computed = axis.size or (None if present else axis.fallback)
+        if axis.optional and present and not self.values[present[0]]:
+            return 1
+        if present and computed is None:
             size = self.values[present[0]]
-        elif axis.fallback is not None:
+        elif computed is not None:
             try:
-                size = evaluate(axis.fallback, self.values)
+                size = evaluate(computed, self.values)
             except ValueError as error:
                 raise ValueError(f"{self.where}: size of axis {axis.name}: {error}") from error
         else:
@@ -190,9 +193,13 @@ class Architecture:
         for name, axis in self.family.axes.items():
             keys = [key for key in axis.config if key in self.config]
             if not keys and name in self.present:
-                keys = [axis.config[0]]
+                keys = list(axis.config[:1])
+            if axis.optional and name not in self.present:
+                continue
             for key in keys:
                 written[key] = sizes[name]
+            if axis.size is not None:
+                written.update(axis.after)
         return Architecture(self.family, written, self.where)
 
     def check_layers(self, layers: Sequence[int], where: str) -> None:

@@ -2,7 +2,7 @@
 
 A row is a list of dimensions. Three operators only::
 
-    row     = dim+                              space: the next dimension
+    row     = dim+ | "scalar"                   space: the next dimension; a tensor without any
     dim     = axis | "(" product { "|" product } ")"   bar: concatenation along the dimension
     product = axis+                             parentheses: a product of axes, slowest first
     axis    = a declared name, or a number for a dimension that is always as long
@@ -24,7 +24,7 @@ Product = tuple[str, ...]
 Dim = tuple[Product, ...]
 """Products laid end to end along one dimension."""
 Row = tuple[Dim, ...]
-"""One ``Dim`` per dimension of the tensor."""
+"""One ``Dim`` per dimension of the tensor; none for a scalar."""
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|[1-9][0-9]*|[()|])")
 
@@ -42,6 +42,8 @@ def parse_row(text: str) -> Row:
         ValueError: the text does not follow the grammar; the message quotes it.
     """
     tokens = _tokens(text)
+    if tokens == ["scalar"]:
+        return ()
     dims: list[Dim] = []
     while tokens:
         token = tokens.pop(0)

@@ -21,6 +21,13 @@ OWN_TABLES = "MINITRON_FAMILIES"
 _INDEX = re.compile(r"\{(\w+)\}")
 
 
+def _shown(value: Any, silent: Mapping[str, Any]) -> str:
+    """A dataclass in words, without the fields that hold what ``silent`` says."""
+    every = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
+    told = (f"{k}={v!r}" for k, v in every.items() if k not in silent or v != silent[k])
+    return f"{type(value).__qualname__}({', '.join(told)})"
+
+
 @dataclass(frozen=True)
 class Axis:
     """One named axis of a family.
@@ -29,18 +36,23 @@ class Axis:
         name: the axis' name; the same in every family, also the key under ``plan`` and of
             ``minitron size``.
         config: keys of config.json that hold the size, first present wins; the first is written
-            where none was.
+            where none was. It may have none.
         scope: ``model`` where one ranking serves the whole model, else the placeholder whose every
             unit has a ranking of its own (``layer``, ``expert``).
         within: axis inside whose units this one is ranked (query heads inside their KV group).
         fallback: expression over config keys for the size where no key is present.
         fixed: never pruned.
+        optional: the key may say 0 or null, for a model without such units; the size counts as 1 then.
+        size: expression over config keys for the size where it is not what the key says; ``after``
+            holds wherever the key is written with the size itself.
+        follows: expression over axes that is the size in every plan.
         index: placeholder in tensor names that runs over this axis (``layer``), or None.
         lists: config keys with one entry per unit, cut with the axis; the value is an expression of
             the placeholder that says what a config without the key means, or None where it means
             nothing.
         indices: config keys that list unit numbers; the value is an expression that says which
             belong.
+        counts: config keys that count units; the value is an expression that says which.
         every: expression of the placeholder that holds for each unit of a model that the table
             describes, or None.
         after: config values that hold once the axis was cut and its lists are spelled out.
@@ -59,6 +71,14 @@ class Axis:
     every: str | None = None
     after: Mapping[str, Any] = field(default_factory=dict)
     inexact: str | None = None
+    counts: Mapping[str, str] = field(default_factory=dict)
+    optional: bool = False
+    size: str | None = None
+    follows: str | None = None
+
+    def __repr__(self) -> str:
+        """As generated, without newer attributes that say nothing: fingerprints of users' tables hold it."""
+        return _shown(self, {"counts": {}, "optional": False, "size": None, "follows": None})
 
 
 @dataclass(frozen=True)
@@ -225,6 +245,9 @@ def _family(table: Mapping[str, Any]) -> Family:
     for constraint, _, _ in rules:
         if names_in(constraint) - set(axes):
             raise ValueError(f"constraint {constraint!r} names axes that are not declared")
+    for axis in axes.values():
+        if axis.follows is not None and names_in(axis.follows) - set(axes):
+            raise ValueError(f"axis {axis.name}: follows axes that are not declared")
     return Family(
         model_type=table["model_type"],
         architecture=table["architecture"],
@@ -272,11 +295,15 @@ def _axis(name: str, entry: Mapping[str, Any], spelled: Callable[[str], str]) ->
     }
     if "or" in values:
         values["fallback"] = str(values.pop("or"))
-    if "every" in values:
-        values["every"] = spelled(str(values["every"]))
-    for key in ("lists", "indices"):
+    for key in {"every", "size"} & set(values):
+        values[key] = spelled(str(values[key]))
+    for key in ("lists", "indices", "counts"):
         entries = values.get(key, {})
         values[key] = {item: text and spelled(str(text)) for item, text in entries.items()}
+    if not values["config"] and "fallback" not in values:
+        raise ValueError(f"axis {name}: without keys of config.json it needs 'or'")
+    if not values["config"] and not values.get("fixed") and "follows" not in values:
+        raise ValueError(f"axis {name}: without keys of config.json it is fixed, or follows others")
     return Axis(name=name, **values)
 
 

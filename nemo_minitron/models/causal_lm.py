@@ -258,7 +258,7 @@ def head_of(model: Any) -> Tensor:
 def hidden_states(model: Any, family: Family, tokens_BS: Tensor, **more: Any) -> Tensor:
     """Input of the output projection: last hidden states, after the final norm.
 
-    Divided where the family divides its logits. [batch, positions] token ids to [batch, positions,
+    Divided or multiplied where the family does that to its logits. [batch, positions] token ids to [batch, positions,
     hidden]; ``more`` are further arguments of the decoder.
     """
     arguments = {"input_ids": tokens_BS, "use_cache": False, **more}
@@ -268,9 +268,11 @@ def hidden_states(model: Any, family: Family, tokens_BS: Tensor, **more: Any) ->
 
 
 def divided(model: Any, family: Family, hidden: Tensor) -> Tensor:
-    """The decoder's last hidden states as the head gets them where the family divides its logits."""
+    """The decoder's last hidden states as the head gets them where the family scales its logits."""
     divisor = getattr(model.config, family.logits["divide"]) if "divide" in family.logits else 1
-    return hidden if divisor == 1 else hidden / divisor
+    factor = getattr(model.config, family.logits["multiply"]) if "multiply" in family.logits else 1
+    hidden = hidden if divisor == 1 else hidden / divisor
+    return hidden if factor == 1 else hidden * factor
 
 
 def softcap_of(model: Any, family: Family) -> float | None:

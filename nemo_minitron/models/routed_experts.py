@@ -57,10 +57,12 @@ def _forward(
     module: nn.Module,
     visit: Callable[[Visit], None],
     hidden_TH: Tensor,
-    index_TK: Tensor,
-    weight_TK: Tensor,
+    index_TK: Tensor | None = None,
+    weight_TK: Tensor | None = None,
 ) -> Tensor:
     """Sum over experts of routing weight x expert(hidden), Tensor of shape [tokens, hidden]."""
+    if index_TK is None or weight_TK is None:
+        return _forward_weighted(module, visit, hidden_TH)
     gated = hasattr(module, "gate_up_proj")
     first, second = "gate_up_proj" if gated else "up_proj", "down_proj"
     experts = getattr(module, second).shape[0]
@@ -74,6 +76,25 @@ def _forward(
         out_TH.index_add_(0, token_T, given_TH.to(out_TH.dtype))
         visit(Visit(expert, experts, token_T, neurons_TU, given_TH))
     return out_TH.to(hidden_TH.dtype)
+
+
+def _forward_weighted(
+    module: nn.Module, visit: Callable[[Visit], None], hidden_NH: Tensor
+) -> Tensor:
+    """Experts that get every token, multiplied by its routing weight: of zeros where it is not theirs.
+
+    ``hidden_NH`` and the result hold all tokens for the first expert, then all for the second: Tensor
+    of shape [experts x tokens, hidden].
+    """
+    hidden_ETH = hidden_NH.unflatten(0, (module.down_proj.shape[0], -1))  # type: ignore[arg-type]
+    out_ETH = torch.zeros_like(hidden_ETH)
+    for expert, hidden_TH in enumerate(hidden_ETH):
+        token_T = hidden_TH.any(-1).nonzero()[:, 0]
+        neurons_TU = _activated(module, _linear(module, "gate_up_proj", expert, hidden_TH[token_T]))
+        given_TH = _linear(module, "down_proj", expert, neurons_TU)
+        out_ETH[expert, token_T] = given_TH
+        visit(Visit(expert, len(hidden_ETH), token_T, neurons_TU, given_TH))
+    return out_ETH.flatten(0, 1)
 
 
 def _routes(index_TK: Tensor, experts: int) -> list[tuple[Tensor, Tensor]]:

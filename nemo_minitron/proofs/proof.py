@@ -120,10 +120,10 @@ def _dead_units(checkpoint: Checkpoint, axis: str, work: Path) -> Finding:
         return Finding(axis, "dead units", True, reason)
     with tempfile.TemporaryDirectory(dir=work) as name:
         dead = Path(name) / "dead"
-        keep, layers = dead_copy(checkpoint, axis, dead)
         target = Path(name) / "cut"
         target.mkdir()
         try:
+            keep, layers = dead_copy(checkpoint, axis, dead)
             copy = described(open_checkpoint(dead), checkpoint.family)
             check_sizes(copy.family, Cut(copy.architecture, keep, tuple(layers)).after, axis)
         except ValueError as error:
@@ -138,11 +138,14 @@ def _dead_units(checkpoint: Checkpoint, axis: str, work: Path) -> Finding:
 def halved(
     family: Family, sizes: Mapping[str, int], axis: str, axes: Sequence[str]
 ) -> dict[str, int]:
-    """Targets with one axis halved, and as few other axes as the architecture's rules require."""
-    asked = list(axes) if axis == TOGETHER else [axis]
-    others = [name for name in axes if name not in asked and name != "layers"]
-    for extra in itertools.chain.from_iterable(itertools.combinations(others, n) for n in range(3)):
-        half = {name: sizes[name] // 2 for name in (*asked, *extra)}
+    """Targets with one axis halved, and as few other axes as the architecture's rules require.
+
+    All together: all but as few as these rules require.
+    """
+    others = [name for name in axes if name not in (axis, "layers")]
+    for some in itertools.chain.from_iterable(itertools.combinations(others, n) for n in range(3)):
+        asked = [name for name in axes if name not in some] if axis == TOGETHER else [axis, *some]
+        half = {name: sizes[name] // 2 for name in asked if family.axes[name].follows is None}
         try:
             targets = complete_targets(family, sizes, half)
             check_sizes(family, targets, axis)

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import SINGLE, Checkpoint
 from nemo_minitron.families import Architecture, Family, find_row
-from nemo_minitron.families.grammar import Dim, segments
-from nemo_minitron.pruning.select import Keep, score_shape
+from nemo_minitron.families.grammar import Dim, row_axes, segments
+from nemo_minitron.pruning.select import Keep, complete_targets, score_shape
 from nemo_minitron.pruning.slice import dim_index
 
 SIZES = {
     "hidden": 32, "ffn": 40, "heads": 8, "kv_heads": 2, "head_dim": 4, "vocab": 96, "layers": 4, "experts": 4,
-    "expert_ffn": 16, "shared_ffn": 28, "experts_per_token": 2, "expert_groups": 1, "mamba_heads": 8,
-    "mamba_groups": 2, "mamba_head_dim": 6, "mamba_state": 10, "conv_kernel": 4,
+    "expert_ffn": 16, "shared_ffn": 28, "experts_per_token": 2, "expert_groups": 1, "groups_per_token": 1,
+    "shared_experts": 1, "mamba_heads": 8,
+    "mamba_groups": 2, "mamba_head_dim": 6, "mamba_state": 10, "conv_kernel": 4, "linear_key_heads": 4,
+    "linear_value_heads": 8, "linear_key_dim": 6, "linear_value_dim": 10,
 }  # fmt: skip
 """Sizes of the tiny models. Grouped axes have several units per group, no two axes can be confused."""
 _TOKENS = {
@@ -38,7 +40,9 @@ def tiny_config(family: Family, changes: Mapping[str, Any]) -> dict[str, Any]:
         family: the table.
         changes: config values that replace those made from the table.
     """
-    sizes = {axis.config[0]: SIZES.get(name, 4) for name, axis in family.axes.items()}
+    sizes = {
+        axis.config[0]: SIZES.get(name, 4) for name, axis in family.axes.items() if axis.config
+    }
     return {"model_type": family.model_type, **sizes, "chunk_size": 8, **_TOKENS, **changes}
 
 
@@ -132,6 +136,9 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
 
     Returns:
         The units and the layers that live.
+
+    Raises:
+        ValueError: the axis' size follows from others.
     """
     family, sizes = checkpoint.family, checkpoint.architecture.sizes
     tensors, dead = load_file(checkpoint.folder / SINGLE), _dying(family, sizes, axis)
@@ -145,7 +152,7 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
             if placeholder in units:
                 if units[placeholder] in which.tolist():
                     tensor.zero_()
-            elif (row.dims[0], axis) != (((axis,),), "experts"):
+            elif axis != "experts" or (("experts",),) not in row.dims:
                 for position, dim in enumerate(row.dims):
                     tensor.index_fill_(position, _positions(dim, sizes, dying, which), 0)
     shutil.copytree(checkpoint.folder, folder)
@@ -161,7 +168,11 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
 
 
 def _dying(family: Family, sizes: Mapping[str, int], axis: str) -> dict[str, Tensor]:
-    """Half the units of an axis, and the units inside of them."""
+    """Half the units of an axis, the units inside of them, and of what follows its size.
+
+    Raises:
+        ValueError: the axis follows others' sizes itself.
+    """
     living = sizes[axis] // 2
     dead = {axis: torch.arange(living, sizes[axis])}
     group = family.axes[axis].within
@@ -175,6 +186,10 @@ def _dying(family: Family, sizes: Mapping[str, int], axis: str) -> dict[str, Ten
         if inner.within == axis:
             many = sizes[inner.name] // sizes[axis]
             dead[inner.name] = torch.arange(living * many, sizes[inner.name])
+    after = complete_targets(family, sizes, {axis: sizes[axis] - len(dead[axis])}, axis)
+    for name in family.prunable:
+        if family.axes[name].follows and after[name] < sizes[name]:
+            dead[name] = torch.arange(after[name], sizes[name])
     return dead
 
 
@@ -198,15 +213,13 @@ def _deafen(family: Family, tensors: dict[str, Tensor], experts: Tensor) -> None
     for name, tensor in tensors.items():
         row, _ = find_row(family, name) or (None, {})
         assert row is not None, name
-        router = row.dims[0] == (("experts",),) and len(row.dims) <= 2
         for position, dim in enumerate(row.dims):
             if dim == (("hidden",),):
                 channel: Callable[..., Tensor] = tensor.select(position, 0).fill_
                 channel(30.0 if "embed" in name else 1.0 if "norm" in name else 0.0)
-        if router:
-            tensor[experts] = 0.0
-            tensor[experts] = (
-                tensor[experts].index_fill_(-1, torch.tensor([0]), -1000.0)
-                if tensor.dim() > 1
-                else -100.0
-            )
+        axes = row_axes(row.dims)
+        if "experts" in axes and axes <= {"experts", "hidden"} and tensor.dim() <= 2:
+            place = next(i for i, dim in enumerate(row.dims) if dim == (("experts",),))
+            tensor.index_fill_(place, experts, 0.0 if "hidden" in axes else -100.0)
+            if "hidden" in axes:
+                tensor[experts] = tensor[experts].index_fill_(-1, torch.tensor([0]), -1000.0)

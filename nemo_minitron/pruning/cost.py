@@ -19,7 +19,8 @@ class Size:
         active: parameters that one token meets: of the routed experts only those it is sent to.
         flops_per_token: forward FLOPs of one token at the mean position of a context of ``context``
             tokens: two per active weight of every matrix product, and 4 x heads x head_dim per
-            attended position and attention layer. Convolutions and recurrences of Mamba layers
+            attended position and attention layer (latent attention: 2 x heads x lengths of a query
+            and a value head). Convolutions and recurrences of Mamba layers
             (about 3 % of theirs) are left out.
         kv_bytes_per_token: bytes that one token adds to the KV cache, keys and values, all
             attention layers.
@@ -84,17 +85,31 @@ def cost(
         if "vocab" not in axes:
             non_embedding += number * each
             matrix += number * met if len(shape) > 1 else 0
-    heads = counts.attention * sizes["head_dim"]
+    width, cached = _attention(sizes)
     head = sizes["vocab"] * sizes["hidden"]
     return Size(
         parameters=parameters,
         non_embedding=non_embedding,
         active=active,
-        flops_per_token=2 * (matrix + head) + 4 * sizes["heads"] * heads * (context // 2),
-        kv_bytes_per_token=2 * heads * sizes["kv_heads"] * cache_bytes,
+        flops_per_token=2 * (matrix + head) + counts.attention * 2 * width * (context // 2),
+        kv_bytes_per_token=counts.attention * cached * cache_bytes,
         context=context,
         cache_bytes=cache_bytes,
     )
+
+
+def _attention(sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Of one layer: numbers multiplied and summed for a pair of positions, and cached for a token.
+
+    Latent attention caches what keys and values of all heads are made of, and the part of the keys
+    that is rotated.
+    """
+    if "latent" in sizes:
+        return (
+            sizes["heads"] * (sizes["query_dim"] + sizes["value_dim"]),
+            sizes["latent"] + sizes["rotary_dim"],
+        )
+    return 2 * sizes["heads"] * sizes["head_dim"], 2 * sizes["kv_heads"] * sizes["head_dim"]
 
 
 def model_size(model: Architecture, context: int = 4096, cache_bytes: int = 2) -> Size:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nemo_minitron.families import Family
+from nemo_minitron.families import Family, evaluate
 
 Keep = dict[str, Tensor]
 """Axis name to the kept units, int64, ascending: shape [kept] for the axes of scope ``model``, [layers of the
@@ -55,6 +55,8 @@ def complete_targets(
 ) -> dict[str, int]:
     """Target size of every axis; an axis whose groups shrink keeps as many units in each group.
 
+    An axis that follows others has the size that they give it.
+
     Args:
         family: the model's table.
         sizes: the source model's axis sizes.
@@ -88,7 +90,23 @@ def complete_targets(
                 f"{where}.{name}: {targets[group]} {group} can keep at most {most} {name} "
                 f"({inside} in each group of the source), found {targets[name]}"
             )
-    return targets
+    complete = followed(family, targets)
+    for name in asked:
+        if complete[name] != asked[name]:
+            raise ValueError(
+                f"{where}.{name}: expected {complete[name]}, which is {family.axes[name].follows}, "
+                f"found {asked[name]}"
+            )
+    return complete
+
+
+def followed(family: Family, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes, with those that follow from others as these make them."""
+    complete = dict(sizes)
+    for name, axis in family.axes.items():
+        if axis.follows is not None:
+            complete[name] = evaluate(axis.follows, complete)
+    return complete
 
 
 def select_units(
@@ -115,6 +133,8 @@ def select_units(
     outer = {axis.within for axis in family.axes.values() if axis.within}
     for name in sorted(targets, key=lambda name: name not in outer):
         axis = family.axes[name]
+        if axis.fixed or (axis.follows is not None and name not in scores):
+            continue  # in no tensor, or in none of this model
         inner = [a.name for a in family.axes.values() if a.within == name]
         shrinks = targets[name] < sizes[name]
         if axis.within and (shrinks or axis.within in keep):

@@ -204,7 +204,7 @@ def default_choices(model: Architecture, share: float) -> dict[str, list[int]]:
     # embeddings shrink with r, matrices with its square
     flat = 1 - whole.non_embedding / whole.parameters
     ratio = 2 * share / (flat + math.sqrt(flat**2 + 4 * (1 - flat) * share))
-    axes = [name for name in model.prunable if name not in _STAY]
+    axes = [n for n in model.prunable if n not in _STAY and not model.family.axes[n].follows]
     grid = {name: _steps(family, sizes, name, ratio * _FLOOR.get(name, 1)) for name in axes}
     hidden, heads = (
         grid.get("hidden", []),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_minitron.families import Architecture, Family, TensorRow, evaluate, fill, find_row
 from nemo_minitron.families.grammar import Dim, extent, row_axes, row_shape, segments
-from nemo_minitron.pruning.select import Keep
+from nemo_minitron.pruning.select import Keep, followed
 from nemo_minitron.security.plain_text import plain
 
 
@@ -37,7 +37,7 @@ class Cut:
     def after(self) -> dict[str, int]:
         """Axis sizes of the result."""
         kept = {name: index.shape[-1] for name, index in self.keep.items()}
-        return {**self.before, **kept, "layers": len(self.layers)}
+        return followed(self.family, {**self.before, **kept, "layers": len(self.layers)})
 
     @cached_property
     def result(self) -> Architecture:
@@ -278,6 +278,9 @@ def cut_config(cut: Cut) -> dict[str, Any]:
     for key, meaning in axis.indices.items():
         belongs = [bool(evaluate(meaning, one)) for one in every]
         written[key] = [new for new, old in enumerate(cut.layers) if belongs[old]]
+    for key, meaning in axis.counts.items():
+        belongs = [bool(evaluate(meaning, one)) for one in every]
+        written[key] = sum(belongs[layer] for layer in cut.layers)
     return {**written, **axis.after}
 
 

@@ -31,6 +31,9 @@ def unit_squares(
         [extent of dimension 0, units] where dimension 0 is the axis whose units rank it each, or a
         scalar for the unit that the name names.
     """
+    if not row.dims:  # a scalar belongs to no unit but those that the name names
+        square = tensor.double().square()
+        return {family.indexed[name].name: square for name in units}
     sums: dict[str, Tensor] = {}
     first = row.dims[0]
     for block, begin in _row_blocks(tensor):

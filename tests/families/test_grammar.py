@@ -79,6 +79,13 @@ def test_numbers_are_dimensions_of_their_own():
     assert row_axes(parse_row("1 (ffn 2)")) == {"ffn"}
 
 
+def test_a_scalar_has_no_dimension():
+    assert parse_row("scalar") == ()
+    assert row_shape(parse_row("scalar"), {}) == ()
+    with pytest.raises(ValueError, match="row is empty"):
+        parse_row(" ")
+
+
 def test_a_name_without_value_is_named():
     with pytest.raises(ValueError, match="'heads' has no value"):
         evaluate("hidden / heads", {"hidden": 1})
