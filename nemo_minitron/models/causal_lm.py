@@ -258,8 +258,8 @@ def head_of(model: Any) -> Tensor:
 def hidden_states(model: Any, family: Family, tokens_BS: Tensor, **more: Any) -> Tensor:
     """Input of the output projection: last hidden states, after the final norm.
 
-    Divided or multiplied where the family does that to its logits. [batch, positions] token ids to [batch, positions,
-    hidden]; ``more`` are further arguments of the decoder.
+    Divided or multiplied where the family does that to its logits. [batch, positions] token ids to
+    [batch, positions, hidden]; ``more`` are further arguments of the decoder.
     """
     arguments = {"input_ids": tokens_BS, "use_cache": False, **more}
     decode = getattr(model, ENTRY, None) or decoder_of(model, family)
