@@ -2,8 +2,9 @@
 
 import contextlib
 import gc
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from nemo_minitron.checkpoints.unsupported_weights import (
 )
 from nemo_minitron.families import Family, family_of
 from nemo_minitron.losses.projection import Projection
-from nemo_minitron.models.config_trial import reason
+from nemo_minitron.models.config_trial import culprit, reason
 from nemo_minitron.models.positions_in_order import positions_in_order
 from nemo_minitron.security.links import refuse_links
 from nemo_minitron.security.plain_text import plain
@@ -74,14 +75,7 @@ def load_model(
     refuse_links(folder)
     config = read_config(folder)
     check_config(folder, config)
-    for key, choice in implementations(config):
-        if choice.startswith("flash_attention") and not any(map(find_spec, _FLASH)):
-            # transformers would fetch a kernel from the hub in its place, where the package kernels
-            # is
-            raise ValueError(
-                f"{folder / 'config.json'}: {key}={choice!r}, and flash-attn is not installed here; install "
-                "it, or remove the key"
-            )
+    check_attention(folder, config)
     plainly: dict[str, Any] = {key: key == "return_dict" for key in OUTPUTS if key in config}
     generation = generation_settings(folder)
     if generation is not None:
@@ -108,20 +102,51 @@ def load_model(
     return model.to(device or torch.device("cpu")).eval()
 
 
-def not_built(folder: Path, config: Mapping[str, Any], error: Exception) -> ValueError:
-    """What to tell of a model that transformers cannot build: file and key where the error names a value."""
-    said, version = str(error), f"transformers {transformers.__version__}"
-    keys = [
-        f"{plain(key, 80)}={plain(value, 80)!r}"
+def check_attention(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses an attention that is not installed here.
+
+    transformers would fetch a kernel from the hub in its place, where the package kernels is.
+
+    Raises:
+        ValueError: config.json asks for one.
+    """
+    for key, choice in implementations(config):
+        if choice.startswith("flash_attention") and not any(map(find_spec, _FLASH)):
+            raise ValueError(
+                f"{folder / 'config.json'}: {key}={choice!r}, and flash-attn is not installed here; install "
+                "it, or remove the key"
+            )
+
+
+def not_built(
+    folder: Path,
+    config: Mapping[str, Any],
+    error: Exception,
+    builds: Callable[[dict[str, Any]], bool] | None = None,
+) -> ValueError:
+    """What to tell of a model that transformers cannot build: file, and key where one is at fault.
+
+    Args:
+        folder: the model.
+        config: its config.json.
+        error: transformers' own.
+        builds: tries another config; None: the key is the one whose value the error names.
+    """
+    version = f"transformers {transformers.__version__}"
+    said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    words = [
+        (f"{plain(key, 80)}={plain(value, 80)!r}", value)
         for key, value in _entries(config)
-        if isinstance(value, str) and len(value) > 1 and repr(value) in said
+        if isinstance(value, str) and len(value) > 1
     ]
-    if keys and isinstance(error, KeyError):
-        return ValueError(f"{folder / 'config.json'}: {keys[0]} is unknown to {version}")
+    if isinstance(error, KeyError) and (unknown := [key for key, word in words if word == said]):
+        return ValueError(f"{folder / 'config.json'}: {unknown[0]} is unknown to {version}")
+    if builds is not None and (key := culprit(config, builds, error)) is not None:
+        return ValueError(f"{folder / 'config.json'}: {version} cannot build this model with {key}")
+    keys = [key for key, word in words if repr(word) in said]
     named = f" ({keys[0]})" if keys else ""
     return ValueError(
-        f"{folder / 'config.json'}: {version} cannot build this model{named}: "
-        f"{type(error).__name__}: {plain(error, 400)}"
+        f"{folder / 'config.json'}: {version} cannot build this model{named}: {reason(error)}"
     )
 
 
@@ -298,7 +323,8 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the tokenizer's backend raises
-        raise ValueError(f"{folder}: no usable tokenizer: {plain(error, 500)}") from error
+        said = _damaged(folder) or reason(error)
+        raise ValueError(f"{folder}: no usable tokenizer: {said}") from error
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest < 0:
         raise ValueError(
@@ -310,6 +336,29 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
             f"the model's vocabulary has {vocabulary} entries"
         )
     return tokenizer
+
+
+def _damaged(folder: Path) -> str | None:
+    """The file of a tokenizer that holds no JSON object, and what it holds instead."""
+    for name in _TOKENIZER_JSON:
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            return f"{name} is not valid JSON: {plain(error, 100)}"
+        if not isinstance(found, dict):
+            return f"{name} holds no JSON object"
+    return None
+
+
+_TOKENIZER_JSON = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @contextlib.contextmanager
