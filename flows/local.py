@@ -5,10 +5,14 @@ import contextlib
 import os
 import shlex
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from nemo_minitron.config.compose import as_dict
 from nemo_minitron.config.config import Config
@@ -44,10 +48,47 @@ def _existing(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        temporary = tempfile.mkdtemp(prefix="minitron-prefect-")
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        return Path(temporary)
+        return temporary_home()
     return folder
+
+
+def temporary_home() -> Path:
+    """A folder that lives as long as this process; those of processes that were killed are removed.
+
+    Its process holds a lock in it, which the system lets go with the process, whatever that dies of.
+    """
+    for other in Path(tempfile.gettempdir()).glob(f"{_TEMPORARY}*"):
+        _remove_abandoned(other)
+    folder = Path(tempfile.mkdtemp(prefix=_TEMPORARY))
+    lock = FileLock(folder / _HELD)
+    lock.acquire(timeout=0)
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not in a fork of it
+            lock.release()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+_TEMPORARY, _HELD = "minitron-prefect-", ".held"
+_MADE_SECONDS = 60.0
+"""A folder without a lock that is older than this is not just being made."""
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes a temporary home of this user's whose process is gone; anything else is left alone."""
+    with contextlib.suppress(OSError, Timeout):
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            return
+        if (folder / _HELD).is_file():
+            with FileLock(folder / _HELD, timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+        elif time.time() - found.st_mtime > _MADE_SECONDS:
+            folder.rmdir()  # killed as it was made: nothing is in it
 
 
 def run_here(config: Config, words: Sequence[str]) -> list[Result]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemo_minitron.checkpoints.dtypes import FLOATS, STORED, TORCH
 from nemo_minitron.checkpoints.headers import read_header, sample
-from nemo_minitron.checkpoints.hf_config import read_config, read_whole_config
+from nemo_minitron.checkpoints.hf_config import raw_config, read_config
 from nemo_minitron.checkpoints.side_files import processor_files, side_files, side_name
 from nemo_minitron.checkpoints.unsupported_weights import (
     check_config,
@@ -131,7 +131,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     check_folder(folder)
     refuse_links(folder)
-    whole, config = read_whole_config(folder), read_config(folder)
+    whole, config = raw_config(folder), read_config(folder)
     model = architecture_of(config, str(folder / "config.json"))
     check_config(folder, whole)
     check_config(folder, config)

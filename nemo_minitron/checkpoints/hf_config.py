@@ -17,16 +17,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The config.json of a folder's causal LM; of the text model alone, where others surround it.
 
     Raises:
-        ValueError: see ``read_whole_config``; or the text model inside is not known.
+        ValueError: see ``raw_config``; or the text model inside is not known.
     """
-    config = read_whole_config(folder)
+    config = raw_config(folder)
     wrapper = wrapper_of(config)
     if wrapper is None:
         return config
     return text_config(wrapper, config, str(folder / "config.json"))
 
 
-def read_whole_config(folder: Path) -> dict[str, Any]:
+def raw_config(folder: Path) -> dict[str, Any]:
     """Reads config.json as it lies there.
 
     Raises:

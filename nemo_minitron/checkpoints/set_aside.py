@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.config_values import tokens_beyond
 from nemo_minitron.security.plain_text import plain
 
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
@@ -42,17 +43,20 @@ def carried(name: str, content: bytes) -> bytes:
 
 
 def notes(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """What of a source is set aside: file and key, one line each."""
+    """What of a source is set aside, and tokens that its model does not have: file and key, one line each."""
     found = [("config.json", key, config[key]) for key in OUTPUTS if config.get(key) is _OTHER[key]]
+    beyond = tokens_beyond(config, config, "config.json")
     for name in (GENERATION_CONFIG, TOKENIZER_CONFIG):
         if (folder / name).is_file():
             content = (folder / name).read_bytes()
             found += [(name, key, json.loads(content)[key]) for key in _left_out(name, content)]
+            if name == GENERATION_CONFIG:
+                beyond += tokens_beyond(config, _settings(content), name)
     return [
         f"{name}: {key}={plain(json.dumps(value), 80)} is set aside: plain transformers code "
         "would fail with it"
         for name, key, value in found
-    ]
+    ] + beyond
 
 
 def generation_settings(folder: Path) -> dict[str, Any] | None:
@@ -73,18 +77,22 @@ def _left_out(name: str, content: bytes) -> dict[str, Any]:
     """Keys that are set aside, and what stands in the place of their value; None: nothing."""
     if name not in (GENERATION_CONFIG, TOKENIZER_CONFIG):
         return {}
-    try:
-        settings = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(settings, dict):
-        return {}
+    settings = _settings(content)
     if name == GENERATION_CONFIG:
         return dict(_of_generation(settings))
     inputs = settings.get("model_input_names")
     if isinstance(inputs, list) and not all(each in _INPUTS for each in inputs):
         return {"model_input_names": [each for each in inputs if each in _INPUTS]}
     return {}
+
+
+def _settings(content: bytes) -> dict[str, Any]:
+    """A file's settings; none of a file that holds none, which whoever needs them refuses."""
+    try:
+        settings = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _of_generation(settings: Mapping[str, Any]) -> Iterator[tuple[str, None]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.config_values import check_values
 from nemo_minitron.security.plain_text import plain
 
 _DEQUANTISE = (
@@ -50,7 +51,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a config.json that declares quantised weights, code on the hub, or a pad token that is none.
+    """Refuses a config.json that declares quantised weights, code on the hub, or values that are none.
 
     transformers takes ``attn_implementation: owner/kernel`` for a kernel, which it fetches and
     runs.
@@ -69,12 +70,7 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder / 'config.json'}: {key}={plain(value, 80)!r} is code on the hub, which is never "
                 "run; remove the key"
             )
-    pad, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
-    if type(pad) is int and type(vocabulary) is int and pad >= vocabulary > 0:
-        raise ValueError(
-            f"{folder / 'config.json'}: pad_token_id={pad} lies beyond vocab_size={vocabulary}, so that no "
-            "embedding can be made; set it to a token of the vocabulary, or to null"
-        )
+    check_values(folder, config)
     settings = config.get("quantization_config")
     if settings:
         method = (

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.data import megatron
-from nemo_minitron.data.compressed_files import note, text_chunks
+from nemo_minitron.data.compressed_files import COMPRESSED, note, text_chunks
 from nemo_minitron.data.document_types import (
     Document,
     LongText,
@@ -38,8 +38,7 @@ from nemo_minitron.workspace.manifest import digest
 
 _SHOWN = 5
 _WHOLE = 64 * 2**20
-_SUFFIXES = {"jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_SUFFIXES = {"jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet",)}
 HUB = "hf://"
 _ON_HUB = re.compile(
     r"hf://(?P<repository>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?"
@@ -317,7 +316,7 @@ def _format_of(path: Path) -> str:
         return "hf"
     if path.suffix == ".bin" and megatron.is_megatron(path):
         return "megatron"
-    name = path.name
-    for ending in _COMPRESSED:
+    name = path.name.lower()
+    for ending in COMPRESSED:
         name = name.removesuffix(ending)
     return next((kind for kind, endings in _SUFFIXES.items() if name.endswith(endings)), "text")

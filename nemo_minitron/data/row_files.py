@@ -264,7 +264,7 @@ def parquet_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
     datasets.disable_progress_bars()
 
     def rows() -> Iterator[Any]:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             if path.stat().st_size == 0:
                 return
             with pyarrow.parquet.ParquetFile(path) as file:

@@ -1,5 +1,6 @@
 """Samples for training: windows of the workspace's token caches."""
 
+import sys
 from typing import Any
 
 from nemo_minitron.config.config import Config, workspace_of
@@ -12,7 +13,7 @@ _CHEAP = 200_000_000
 """Tokens up to which ``windows.SPREAD`` times as many are made as a training needs."""
 
 
-def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) -> Any:
+def training_samples(config: Config, tokenizer: Any, needed: int, per_step: int, ranks: Any) -> Any:
     """Packed samples of ``data.train``, mapped from the workspace's token caches.
 
     Rank 0 makes what is not there yet, the others wait.
@@ -21,10 +22,11 @@ def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) ->
         config: the whole configuration.
         tokenizer: the tokenizer that packs.
         needed: samples that the training consumes; where there are fewer, they come again.
+        per_step: samples that one step takes, over all ranks.
         ranks: this process among those of torchrun.
 
     Raises:
-        ValueError: no text, or too little for ``data.train.samples``.
+        ValueError: no text, or too little for ``data.train.samples`` or for one step.
     """
     from nemo_minitron.data.token_cache import PackedTokens, places
 
@@ -40,6 +42,18 @@ def training_samples(config: Config, tokenizer: Any, needed: int, ranks: Any) ->
         raise ValueError(
             f"data.train.samples: expected {text.samples} samples of {text.sequence_length} tokens, the text "
             f"yields {len(found)}"
+        )
+    if len(found) < per_step:
+        raise ValueError(
+            f"data.train: a step takes {per_step:,} samples (batch_size, times accumulate_grad_batches and "
+            f"ranks), the text yields {len(found):,} of {text.sequence_length:,} tokens; use a smaller "
+            "batch_size, or more text"
+        )
+    if text.samples is None and needed >= 2 * len(found) and ranks.rank == 0:
+        print(
+            f"data.train: the text yields {len(found):,} samples of {text.sequence_length:,} tokens, each of "
+            f"which is read {needed / len(found):.1f} times",
+            file=sys.stderr,
         )
     samples = PackedTokens(streams, found, text.sequence_length)
     if text.learn_from == "answers":

@@ -124,7 +124,7 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
     ]
     shared = call.stage in (SEVERAL if settings.stages is None else settings.stages)
     if shared and settings.kind in ("torchrun", "slurm"):
-        command = _torchrun(settings, command)
+        command = _torchrun(settings, command, call.workspace.launched)
     if shared and settings.kind == "slurm":
         return _queued(call, command, on_line)
     clear(call.outcome)
@@ -195,8 +195,8 @@ def limit_of(settings: LaunchConfig, name: str) -> float | None:
     return settings.time_limit if own is None else own
 
 
-def _torchrun(settings: LaunchConfig, command: list[str]) -> list[str]:
-    """The command, started once per process and node."""
+def _torchrun(settings: LaunchConfig, command: list[str], folder: Path) -> list[str]:
+    """The command, started once per process and node; torchrun's own files lie in a folder that goes."""
     processes = settings.processes or _gpus()
     nodes = settings.slurm.nodes if settings.kind == "slurm" else 1
     start = [
@@ -205,6 +205,7 @@ def _torchrun(settings: LaunchConfig, command: list[str]) -> list[str]:
         "torch.distributed.run",
         f"--nnodes={nodes}",
         f"--nproc-per-node={processes}",
+        f"--log-dir={folder.absolute()}",
     ]
     if nodes == 1:
         start.append("--standalone")

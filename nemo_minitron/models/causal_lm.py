@@ -4,7 +4,7 @@ import contextlib
 import gc
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from nemo_minitron.checkpoints.checkpoint import load_tensor, open_checkpoint
-from nemo_minitron.checkpoints.hf_config import both_spellings, read_config, read_whole_config
-from nemo_minitron.checkpoints.set_aside import (
-    GENERATION_CONFIG,
-    OUTPUTS,
-    generation_settings,
-)
+from nemo_minitron.checkpoints.hf_config import both_spellings, raw_config, read_config
+from nemo_minitron.checkpoints.set_aside import OUTPUTS, generation_settings
 from nemo_minitron.checkpoints.unsupported_weights import (
     check_config,
     check_folder,
@@ -29,8 +24,9 @@ from nemo_minitron.checkpoints.unsupported_weights import (
 )
 from nemo_minitron.families import Family, family_of, wrapper_of
 from nemo_minitron.losses.projection import Projection
-from nemo_minitron.models.config_trial import config_object, reason
+from nemo_minitron.models.config_trial import culprit, reason
 from nemo_minitron.models.positions_in_order import positions_in_order
+from nemo_minitron.models.read_here import load_read_here
 from nemo_minitron.security.links import refuse_links
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
@@ -78,16 +74,9 @@ def load_model(
     """
     check_folder(folder)
     refuse_links(folder)
-    config, whole = read_config(folder), read_whole_config(folder)
+    config, whole = read_config(folder), raw_config(folder)
     check_config(folder, config)
-    for key, choice in implementations(whole):
-        if choice.startswith("flash_attention") and not any(map(find_spec, _FLASH)):
-            # transformers would fetch a kernel from the hub in its place, where the package kernels
-            # is
-            raise ValueError(
-                f"{folder / 'config.json'}: {key}={choice!r}, and flash-attn is not installed here; install "
-                "it, or remove the key"
-            )
+    check_attention(folder, whole)
     plainly: dict[str, Any] = {key: key == "return_dict" for key in OUTPUTS if key in config}
     generation = generation_settings(folder)
     if generation is not None:
@@ -102,7 +91,7 @@ def load_model(
                 **plainly,
             )
         else:
-            model, info = _text_model(folder, dtype, plainly)
+            model, info = load_read_here(folder, dtype, plainly)
     except (KeyError, AssertionError) as error:
         raise not_built(folder, config, error) from error
     wrong = {
@@ -117,38 +106,51 @@ def load_model(
     return model.to(device or torch.device("cpu")).eval()
 
 
-def _text_model(folder: Path, dtype: torch.dtype | str, plainly: Mapping[str, Any]) -> Any:
-    """The causal LM inside a multimodal model, and what was said while it was loaded."""
-    checkpoint = open_checkpoint(folder)
-    tensors = {name: load_tensor(checkpoint, name) for name in checkpoint.entries}
-    model, info = getattr(transformers, checkpoint.family.architecture).from_pretrained(
-        None, config=config_object(both_spellings(checkpoint.config)), state_dict=tensors, dtype=dtype,
-        output_loading_info=True, trust_remote_code=False, **plainly,
-    )  # fmt: skip
-    path = folder / GENERATION_CONFIG
-    if "generation_config" not in plainly and path.is_file():
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            model.generation_config = transformers.GenerationConfig.from_dict(settings)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: no generation config: {plain(error, 200)}") from error
-    return model, info
+def check_attention(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuses an attention that is not installed here.
+
+    transformers would fetch a kernel from the hub in its place, where the package kernels is.
+
+    Raises:
+        ValueError: config.json asks for one.
+    """
+    for key, choice in implementations(config):
+        if choice.startswith("flash_attention") and not any(map(find_spec, _FLASH)):
+            raise ValueError(
+                f"{folder / 'config.json'}: {key}={choice!r}, and flash-attn is not installed here; install "
+                "it, or remove the key"
+            )
 
 
-def not_built(folder: Path, config: Mapping[str, Any], error: Exception) -> ValueError:
-    """What to tell of a model that transformers cannot build: file and key where the error names a value."""
-    said, version = str(error), f"transformers {transformers.__version__}"
-    keys = [
-        f"{plain(key, 80)}={plain(value, 80)!r}"
+def not_built(
+    folder: Path,
+    config: Mapping[str, Any],
+    error: Exception,
+    builds: Callable[[dict[str, Any]], bool] | None = None,
+) -> ValueError:
+    """What to tell of a model that transformers cannot build: file, and key where one is at fault.
+
+    Args:
+        folder: the model.
+        config: its config.json.
+        error: transformers' own.
+        builds: tries another config; None: the key is the one whose value the error names.
+    """
+    version = f"transformers {transformers.__version__}"
+    said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    words = [
+        (f"{plain(key, 80)}={plain(value, 80)!r}", value)
         for key, value in _entries(config)
-        if isinstance(value, str) and len(value) > 1 and repr(value) in said
+        if isinstance(value, str) and len(value) > 1
     ]
-    if keys and isinstance(error, KeyError):
-        return ValueError(f"{folder / 'config.json'}: {keys[0]} is unknown to {version}")
+    if isinstance(error, KeyError) and (unknown := [key for key, word in words if word == said]):
+        return ValueError(f"{folder / 'config.json'}: {unknown[0]} is unknown to {version}")
+    if builds is not None and (key := culprit(config, builds, error)) is not None:
+        return ValueError(f"{folder / 'config.json'}: {version} cannot build this model with {key}")
+    keys = [key for key, word in words if repr(word) in said]
     named = f" ({keys[0]})" if keys else ""
     return ValueError(
-        f"{folder / 'config.json'}: {version} cannot build this model{named}: "
-        f"{type(error).__name__}: {plain(error, 400)}"
+        f"{folder / 'config.json'}: {version} cannot build this model{named}: {reason(error)}"
     )
 
 
@@ -327,7 +329,8 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever the tokenizer's backend raises
-        raise ValueError(f"{folder}: no usable tokenizer: {plain(error, 500)}") from error
+        said = _damaged(folder) or reason(error)
+        raise ValueError(f"{folder}: no usable tokenizer: {said}") from error
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest < 0:
         raise ValueError(
@@ -339,6 +342,29 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
             f"the model's vocabulary has {vocabulary} entries"
         )
     return tokenizer
+
+
+def _damaged(folder: Path) -> str | None:
+    """The file of a tokenizer that holds no JSON object, and what it holds instead."""
+    for name in _TOKENIZER_JSON:
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            return f"{name} is not valid JSON: {plain(error, 100)}"
+        if not isinstance(found, dict):
+            return f"{name} holds no JSON object"
+    return None
+
+
+_TOKENIZER_JSON = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """transformers: tries a config.json on the class that would read it, before anything is cut or trained."""
 
+import itertools
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,42 @@ def config_object(config: Mapping[str, Any]) -> Any:
 
 def reason(error: Exception) -> str:
     """What a library says of a config.json, on one line, without the names that only Python knows."""
-    said = re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", str(error))
+    # a KeyError's own text is its message in quotes
+    given = error.args[0] if isinstance(error, KeyError) and error.args else error
+    said = re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", str(given))
     said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", said).replace("NoneType", "null")
-    return plain(said, 400)
+    return plain(said, 400) or type(error).__name__
+
+
+_PYTHON = re.compile(
+    r"object (has|is|does|cannot)|has no (attribute|setter)|not supported between|update sequence"
+    r"|unexpected keyword|invalid data type|indices must be"
+)
+
+
+def culprit(
+    settings: Mapping[str, Any], works: Callable[[dict[str, Any]], bool], error: Exception
+) -> str | None:
+    """The key without which settings work, its value, and why where that is more than Python's own words.
+
+    Args:
+        settings: what fails.
+        works: tries other settings.
+        error: the failure.
+
+    Returns:
+        None where the fault is not that of one key.
+    """
+    for key, value in itertools.islice(settings.items(), _TRIED):
+        if works({other: settings[other] for other in settings if other != key}):
+            why = reason(error)
+            said = "" if _PYTHON.search(why) else f": {why}"
+            return f"{plain(key, 80)}={plain(json.dumps(value), 80)}{said}"
+    return None
+
+
+_TRIED = 100
+"""Keys that are tried; real files have some fifty."""
 
 
 def check_config_loads(config: Mapping[str, Any], where: str) -> None:

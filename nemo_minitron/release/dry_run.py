@@ -5,6 +5,7 @@ training.
 """
 
 import itertools
+import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,13 @@ import transformers
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.checkpoints.hf_config import both_spellings
+from nemo_minitron.checkpoints.set_aside import GENERATION_CONFIG, TOKENIZER_CONFIG
 from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES, copy_side_files
-from nemo_minitron.families import Architecture, check_sizes, with_text
-from nemo_minitron.models.causal_lm import load_model, not_built
-from nemo_minitron.models.config_trial import config_object
+from nemo_minitron.families import Architecture, architecture_of, check_sizes, with_text
+from nemo_minitron.models.causal_lm import check_attention, load_model, not_built
+from nemo_minitron.models.config_trial import config_object, culprit, reason
 from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.pruning.slice_wrapper import check_surroundings
-from nemo_minitron.security.plain_text import plain
 
 LARGEST = 200_000_000
 """Parameters of a model that is tried within seconds and 2 GB of memory; a larger one is not."""
@@ -35,11 +36,21 @@ def check_builds(folder: Path, model: Architecture) -> None:
         ValueError: transformers refuses the config.json; the message names its key where the error
             does.
     """
+    check_attention(folder, model.config)
     try:
         with torch.device("meta"):
             _made(_config(_short(model)))
     except Exception as error:  # whatever transformers' validators and layers raise
-        raise not_built(folder, model.config, error) from error
+        raise not_built(folder, model.config, error, _builds) from error
+
+
+def _builds(config: dict[str, Any]) -> bool:
+    try:
+        with torch.device("meta"):
+            _made(_config(_short(architecture_of(config))))
+    except Exception:
+        return False
+    return True
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
@@ -51,9 +62,8 @@ def check_whole(checkpoint: Checkpoint) -> None:
     check_surroundings(checkpoint)
     around = checkpoint.around
     assert around is not None, "check_surroundings has looked"
-    same = (
-        checkpoint.config
-    )  # ties written out: transformers' defaults are not always the model's own
+    # ties written out: transformers' defaults are not always the model's own
+    same = checkpoint.config
     written = with_text(around.wrapper, around.config, same, same, checkpoint.architecture.sizes)
     try:
         with torch.device("meta"):
@@ -96,15 +106,47 @@ def try_export(folder: Path, model: Architecture) -> None:
             raise not_built(folder, model.config, error) from error
         copy_side_files(folder, work)
         try:
-            loaded = load_model(work)
-            loaded.save_pretrained(work / "again")  # as a student is saved: with these settings
-            if any((work / file).is_file() for file in TOKENIZER_FILES):
-                _generate(loaded, work)
+            _try_folder(work)
         except Exception as error:
             raise ValueError(
-                f"{folder}: an export with this generation_config.json and this tokenizer would not "
-                f"work with plain transformers: {type(error).__name__}: {plain(error, 400)}"
+                f"{_blamed(folder, work, error)}; an export would not work with plain transformers"
             ) from error
+
+
+def _try_folder(work: Path) -> None:
+    loaded = load_model(work)
+    loaded.save_pretrained(work / "again")  # as a student is saved: with these settings
+    if any((work / file).is_file() for file in TOKENIZER_FILES):
+        _generate(loaded, work)
+
+
+def _blamed(folder: Path, work: Path, error: Exception) -> str:
+    """File and key that keep a small model in ``work`` from working, as far as one key does."""
+    for name in (GENERATION_CONFIG, TOKENIZER_CONFIG, "config.json"):
+        path = work / name
+        if not path.is_file():
+            continue
+        content = path.read_bytes()
+
+        def works(settings: dict[str, Any], path: Path = path) -> bool:
+            path.write_text(json.dumps(settings), encoding="utf-8")
+            try:
+                _try_folder(work)
+            except Exception:
+                return False
+            return True
+
+        try:
+            settings = json.loads(content)
+        except (ValueError, RecursionError) as damage:
+            return f"{folder / name}: {reason(damage)}"
+        if not isinstance(settings, dict):
+            return f"{folder / name}: expected a JSON object"
+        key = culprit(settings, works, error)
+        path.write_bytes(content)
+        if key is not None:
+            return f"{folder / name}: {key}"
+    return f"{folder}: its settings or its tokenizer: {reason(error)}"
 
 
 def _config(model: Architecture) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.artifacts import check_file, input_artifact
 from nemo_minitron.workspace.layout import Workspace, model_in
 from nemo_minitron.workspace.manifest import Input
@@ -96,9 +97,10 @@ def distillation_teacher(config: Config) -> tuple[Path, Input]:
 
 
 def shared_vocabulary(teacher: Path, student: Path) -> int | None:
-    """Entries of both vocabularies that count, where they are padded to different sizes; None: all.
+    """Entries of both vocabularies that count, where one has others beside them; None: all.
 
-    Teacher and student must speak of the same tokens: their tokenizers' files are compared.
+    Teacher and student must speak of the same tokens: their tokenizers' files are compared. Tokens
+    that the teacher alone has, behind all of the student's, do no harm: no text holds them.
 
     Raises:
         ValueError: they do not.
@@ -110,9 +112,17 @@ def shared_vocabulary(teacher: Path, student: Path) -> int | None:
     ours, theirs = read_config(student)["vocab_size"], read_config(teacher)["vocab_size"]
     if ours == theirs and tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student):
         return None
-    entries = load_tokenizer(student).get_vocab()
-    if load_tokenizer(teacher).get_vocab() != entries:
-        raise ValueError(
-            f"distill.teacher: {teacher} gives its token ids other meanings than the pruned model's tokenizer"
-        )
-    return None if ours == theirs else max(entries.values()) + 1
+    entries, others = load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab()
+    shared = max(entries.values()) + 1
+    for token in sorted(entries.keys() | others.keys()):
+        own, other = entries.get(token), others.get(token)
+        if own != other and (own is not None or other is None or other < shared):
+            raise ValueError(
+                f"distill.teacher: {teacher} gives its token ids other meanings than the pruned model's "
+                f"tokenizer: {plain(token, 40)!r} is {_id(other)} there, and {_id(own)} here"
+            )
+    return None if ours == theirs and len(others) == len(entries) else shared
+
+
+def _id(number: int | None) -> str:
+    return "no token" if number is None else str(number)

@@ -27,6 +27,7 @@ from nemo_minitron.stages.logit_cache import asked_for
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.stages.training_stage import (
     resolved_trainer,
+    samples_a_step,
     samples_for,
     tokenizer_of,
     training_inputs,
@@ -111,7 +112,9 @@ def _teach(
 
     settings = config.distill.cache
     tokenizer = tokenizer_of(source)
-    samples = training_samples(config, tokenizer, needed, ranks)
+    trainer = resolved_trainer(config, {}, config.distill.batch_size)
+    per_step = samples_a_step(config, trainer, config.distill.batch_size)
+    samples = training_samples(config, tokenizer, needed, per_step, ranks)
     validation_NS = validation_samples(config, tokenizer)
     hf_config = read_config(teacher)
     size = vocabulary or hf_config["vocab_size"]

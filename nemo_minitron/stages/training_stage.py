@@ -140,11 +140,11 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
         "trainer": trainer,
         "optim": optim,
     }
-    samples_a_step = _samples_a_step(config, trainer, section["batch_size"])
+    step = samples_a_step(config, trainer, section["batch_size"])
     decides = {
         **resolved,
         "trainer": deciding(trainer),
-        "batch_size": samples_a_step,
+        "batch_size": step,
         "training": _deciding(config.training),
         "train": sampling(config.data.train),
         **_early_stopping(config.exp_manager, trainer),
@@ -185,7 +185,7 @@ def resolved_trainer(config: Config, changes: Mapping[str, Any], batch_size: int
         trainer["max_steps"] = _steps(config, trainer, batch_size)
     if (trainer.get("max_epochs") or -1) > 0 and config.data.train.samples is not None:
         read = trainer["max_epochs"] * config.data.train.samples
-        steps = max(1, read // _samples_a_step(config, trainer, batch_size))
+        steps = max(1, read // samples_a_step(config, trainer, batch_size))
         trainer["max_steps"] = min(steps, trainer["max_steps"] or steps)
     if config.training.validate_every is not None and changes.get("val_check_interval") is None:
         per_step = trainer.get("accumulate_grad_batches") or 1
@@ -195,12 +195,12 @@ def resolved_trainer(config: Config, changes: Mapping[str, Any], batch_size: int
 
 def samples_for(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
     """Samples that a training reads: ``data.train.samples``, or as many as its steps take."""
-    return config.data.train.samples or trainer["max_steps"] * _samples_a_step(
+    return config.data.train.samples or trainer["max_steps"] * samples_a_step(
         config, trainer, batch_size
     )
 
 
-def _samples_a_step(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
+def samples_a_step(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
     """Over all ranks: what decides the weights, however many ranks there are to share it."""
     ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.training.tensor_parallel
     accumulate = trainer["accumulate_grad_batches"] if "accumulate_grad_batches" in trainer else 1
@@ -209,7 +209,7 @@ def _samples_a_step(config: Config, trainer: Mapping[str, Any], batch_size: int)
 
 def _steps(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
     """Steps that take ``training.max_tokens`` tokens, rounded up."""
-    tokens = _samples_a_step(config, trainer, batch_size) * config.data.train.sequence_length
+    tokens = samples_a_step(config, trainer, batch_size) * config.data.train.sequence_length
     assert config.training.max_tokens is not None
     return -(-config.training.max_tokens // tokens)
 
@@ -232,7 +232,8 @@ def _train(
     trainer = section["trainer"]
     tokenizer = role.tokenizer()
     needed = samples_for(config, trainer, section["batch_size"])
-    samples = training_samples(config, tokenizer, needed, ranks)
+    per_step = samples_a_step(config, trainer, section["batch_size"])
+    samples = training_samples(config, tokenizer, needed, per_step, ranks)
     samples, validation = role.wrap_samples(samples, validation_samples(config, tokenizer))
     settings = TrainingSettings(
         trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"],

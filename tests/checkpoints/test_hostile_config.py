@@ -9,6 +9,7 @@ from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.cli.main import main
 from nemo_minitron.families import architecture_of, families
+from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.proofs.tiny_models import tiny_config
 from nemo_minitron.pruning.cost import model_size
 
@@ -97,6 +98,43 @@ def test_a_pad_token_beyond_the_vocabulary_is_named_when_the_model_is_opened(
         open_checkpoint(folder)
     written(folder, {**read_config(folder), "pad_token_id": -1})
     open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"torch_dtype": "auto"}, "torch_dtype: expected a dtype such as bfloat16, found 'auto'"),
+        ({"dtype": 5}, "dtype: expected a dtype such as bfloat16, found '5'"),
+        ({"attention_dropout": 1.0}, "attention_dropout: expected at least 0 and less than 1, found 1.0"),
+        ({"attention_dropout": -0.1}, "attention_dropout: expected at least 0 and less than 1"),
+    ],
+)  # fmt: skip
+def test_a_value_that_only_a_training_would_break_on_is_refused_when_the_model_is_opened(
+    model_folder, values, message
+):
+    folder = model_folder()
+    written(folder, {**read_config(folder), **values})
+    for reads in (open_checkpoint, load_model):
+        with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+            reads(folder)
+
+
+def test_one_setting_with_two_values_would_be_two_models_and_is_refused(model_folder):
+    """transformers 5 reads rope_parameters, 4.57 rope_theta; an export would hold both."""
+    folder = model_folder()
+    config = read_config(folder)
+    written(folder, {**config, "rope_theta": 5e5})
+    with pytest.raises(
+        ValueError, match=r"rope_theta=500000\.0, and rope_theta=10000\.0 in rope_p"
+    ):
+        open_checkpoint(folder)
+    written(folder, {**config, "rope_theta": 10000})
+    open_checkpoint(folder)
+    folder = model_folder("qwen3_moe", "experts", num_experts=4, moe_intermediate_size=8)
+    config = {key: value for key, value in read_config(folder).items() if "experts" not in key}
+    written(folder, {**config, "num_experts": 4, "num_local_experts": 8, "num_experts_per_tok": 2})
+    with pytest.raises(ValueError, match=r"several names \(num_experts=4, num_local_experts=8\)"):
+        open_checkpoint(folder)
 
 
 def test_a_config_file_in_the_place_of_its_folder_is_told_so(model_folder, tmp_path, capsys):

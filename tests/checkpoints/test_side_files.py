@@ -115,7 +115,7 @@ def test_what_is_wrong_in_config_is_not_called_the_tokenizers_fault(source, tmp_
     )
     assert main(["download", f"source.model={source}", f"workspace={tmp_path / 'w'}"]) == 2
     said = capsys.readouterr().err
-    assert "config.json: transformers" in said and "(torch_dtype='auto')" in said, said
+    assert "config.json: torch_dtype: expected a dtype" in said and "tokenizer" not in said, said
     assert "no usable tokenizer" not in said
 
 
@@ -123,4 +123,14 @@ def test_why_a_tokenizer_does_not_load_is_told_in_full(source):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "hidden_size": 20}))
     with pytest.raises(ValueError, match=r"no usable tokenizer: .*hidden.*multiple of"):
+        load_tokenizer(source)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "special_tokens_map.json", "added_tokens.json"])
+def test_a_damaged_file_of_a_tokenizer_is_named(source, name, content):
+    (source / name).write_text(content)
+    with pytest.raises(
+        ValueError, match=rf"no usable tokenizer: {name} (holds no|is not valid) JSON"
+    ):
         load_tokenizer(source)

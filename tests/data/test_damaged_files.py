@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 
 import numpy as np
@@ -75,6 +76,51 @@ def test_whole_zst_files_of_several_frames_are_read(tmp_path):
     ]
     (tmp_path / "a.txt.zst").write_bytes(b"".join(frames))
     assert list(documents(found([tmp_path]))) == ["one two three"]
+
+
+@pytest.mark.parametrize("kind", PACKERS)
+def test_a_damaged_stream_behind_others_is_not_taken_for_their_end(tmp_path, kind):
+    """As pbzip2 and 'cat' write them: Python's readers take what they cannot read for padding."""
+    whole = [PACKERS[kind](part) for part in (b"one ", b"two ", b"three")]
+    path = tmp_path / f"a.txt.{kind}"
+    path.write_bytes(b"".join(whole))
+    assert list(documents(found([path]))) == ["one two three"]
+    damaged = bytes([whole[1][0] ^ 0xFF]) + whole[1][1:]
+    for rest in (damaged + whole[2], whole[1] + b"garbage", whole[1] + whole[2][:7]):
+        path.write_bytes(whole[0] + rest)
+        with pytest.raises(ValueError, match=rf"a\.txt\.{kind} is damaged or cut short"):
+            list(documents(found([path])))
+    path.write_bytes(whole[0] + bytes(5000))  # padding of zeros holds nothing
+    if kind != "zst":
+        assert list(documents(found([path]))) == ["one "]
+
+
+def test_of_an_archive_with_several_files_none_is_left_out_in_silence(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as archive:
+        archive.writestr("__MACOSX/._a.jsonl", b"\0")
+        archive.writestr("folder/", b"")
+        archive.writestr("folder/a.jsonl", '{"text": "one"}\n')
+    assert list(documents(found([tmp_path]))) == ["one"]
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "a") as archive:
+        archive.writestr("b.jsonl", '{"text": "two"}\n')
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl\.zip is damaged .*of 2 files, expected one; un"
+    ):
+        list(documents(found([tmp_path])))
+
+
+@pytest.mark.parametrize(
+    "name", ["a.JSONL", "a.ndjson", "a.Json.GZ", "a.jsonl.zip", "a.jsonl.lzma"]
+)
+def test_rows_are_not_read_as_text_because_of_how_a_name_is_written(tmp_path, name):
+    row = b'{"text": "one"}\n'
+    packed = {".GZ": gzip.compress(row), ".lzma": lzma.compress(row, lzma.FORMAT_ALONE)}
+    path = tmp_path / name
+    path.write_bytes(packed.get(path.suffix, row))
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a", row)
+    assert list(documents(found([path]))) == ["one"]
 
 
 def test_one_of_many_shards_is_named_and_so_is_its_row(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nemo_minitron.checkpoints.hf_config import read_config, read_whole_config
+from nemo_minitron.checkpoints.hf_config import read_config, raw_config
 from nemo_minitron.families import architecture_of, with_text, wrapper_of, wrappers
 from nemo_minitron.families.wrapper import load_wrapper
 from nemo_minitron.models.config_trial import config_object
@@ -75,7 +75,7 @@ def test_the_text_model_of_a_published_config_has_its_published_size(name, tmp_p
     config, parameters = PUBLISHED[name]
     alone = read_config(stored(tmp_path, config))
     assert model_size(architecture_of(alone)).parameters == parameters
-    assert read_whole_config(tmp_path) == config
+    assert raw_config(tmp_path) == config
     assert "mrope_section" not in json.dumps(alone)
     config_object(alone)  # transformers reads it as a causal LM's
 

@@ -115,8 +115,12 @@ def test_the_users_mistakes_come_back_as_such(trained, tmp_path, monkeypatch):
     assert failure.value.kind == failures.SLOW and "launch.time_limit" in str(failure.value)
 
 
-def test_several_processes_under_torchrun_and_one_of_them_dies(trained, finished):
+def test_several_processes_under_torchrun_and_one_of_them_dies(
+    trained, finished, tmp_path, monkeypatch
+):
     workspace, call = trained
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     words = ("launch.kind=torchrun", "launch.processes=2", "distill.batch_size=2")
 
     def kill_the_last():
@@ -138,6 +142,8 @@ def test_several_processes_under_torchrun_and_one_of_them_dies(trained, finished
         read_manifest(workspace / "student").fingerprint
         == read_manifest(finished[0] / "student").fingerprint
     )
+    # torchrun makes a folder of its own in each start, and removes none
+    assert not list((tmp_path / "temporary").glob("torchelastic*"))
 
 
 @pytest.fixture

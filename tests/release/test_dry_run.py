@@ -79,7 +79,15 @@ def test_side_files_with_nothing_to_set_aside_stay_byte_for_byte(source, tmp_pat
     [
         ("config.json", {"hidden_act": "nope"}, "config.json: hidden_act='nope' is unknown to transformers"),
         ("config.json", {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}}, "config.json: rope_type='nope' is unknown to"),
-        ("generation_config.json", {"cache_implementation": "nope"}, "generation_config.json and this tokenizer would not work"),
+        ("config.json", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "Missing required keys in `rope_parameters`"),
+        ("config.json", {"_attn_implementation": "flash_attention_2"}, "_attn_implementation='flash_attention_2', and flash-attn is not"),
+        ("config.json", {"attn_implementation": 5}, "cannot build this model with attn_implementation=5\n"),
+        ("config.json", {"id2label": "nope"}, 'cannot build this model with id2label="nope"\n'),
+        ("config.json", {"hidden_act": None}, "cannot build this model with hidden_act=null: "),
+        ("config.json", {"quantization_config": {}}, "config.json: quantization_config={}: "),
+        ("generation_config.json", {"cache_implementation": "nope"}, 'generation_config.json: cache_implementation="nope": Invalid'),
+        ("generation_config.json", {"eos_token_id": "x"}, 'generation_config.json: eos_token_id="x"; an export would not'),
+        ("tokenizer_config.json", {"model_max_length": "x"}, 'tokenizer_config.json: model_max_length="x"; an export would not'),
         ("config.json", {"pad_token_id": 300}, "config.json: pad_token_id=300 lies beyond vocab_size=300"),
     ],
 )  # fmt: skip
@@ -88,7 +96,9 @@ def test_what_stops_an_export_ends_the_download_with_file_and_key(
 ):
     change(source / file, **values)
     assert main(["download", f"source.model={source}", f"workspace={tmp_path / 'w'}"]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1, said
+    assert not any(word in said for word in ("Error", "object has", "NoneType", "<class")), said
     assert not (tmp_path / "w" / "teacher").exists()
 
 
@@ -99,6 +109,14 @@ def test_the_download_tells_what_is_set_aside(source, tmp_path, capsys):
     assert "generation_config.json: return_dict_in_generate=true is set aside" in " ".join(
         said.split()
     )
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id"])
+def test_the_download_tells_of_special_tokens_that_the_model_does_not_have(source, file, key):
+    change(source / file, **{key: [7, 300] if key == "eos_token_id" else 300})
+    (said,) = notes(source, read_config(source))
+    assert said.startswith(f"{file}: {key}=300 lies beyond vocab_size=300: the model can neither")
 
 
 @pytest.mark.parametrize(

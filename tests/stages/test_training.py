@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import resource
 import time
 
@@ -184,3 +185,27 @@ def test_a_budget_of_tokens_sets_the_steps_and_the_schedule(tmp_path, words_ofte
     lines = [line for line in read_log(place / "student" / "metrics.jsonl") if "loss" in line]
     assert lines[-1]["step"] == 16 and lines[-1]["tokens"] == 512
     assert lines[-1]["lr"] < 0.2 * max(line["lr"] for line in lines)
+
+
+def test_a_step_of_more_samples_than_the_text_yields_is_refused_at_once(tmp_path, words, capsys):
+    """Also by 'minitron logits', whose pass would be for nothing."""
+    place = f"workspace={tmp_path / 'ws'}"
+    assert main(["prune", place, *words]) == 0
+    many = [*words, "data.train.samples=40", "distill.batch_size=16"]
+    for stage in ("distill", "logits"):
+        capsys.readouterr()
+        said = refused(capsys, stage, place, *many, "trainer.accumulate_grad_batches=4")
+        assert "data.train: a step takes 64 samples (batch_size, times accumulate_" in said
+        assert "the text yields 40 of 16 tokens; use a smaller batch_size" in said
+
+
+def test_text_that_is_read_again_and_again_is_said_so(tmp_path, words, capsys):
+    (tmp_path / "short.txt").write_text("the model reads a file and writes the answer. " * 15)
+    words = [*words, f"data.train.paths=[{tmp_path / 'short.txt'}]", "data.train.samples=null"]
+    words += ["data.holdout=0.2", "data.validation.samples=4", f"workspace={tmp_path / 'ws'}"]
+    assert main(["prune", *words]) == 0
+    assert main(["distill", *words]) == 0
+    said = capsys.readouterr().err
+    assert re.search(
+        r"the text yields \d\d samples of 16 tokens, each of which is read \d\.\d times", said
+    ), said
