@@ -2,6 +2,9 @@
 
 import gc
 import os
+import shutil
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +63,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[.
     def fill(name: str, build: Callable[[Path], None]) -> Path:
         with FileLock(shared / f"{name}.lock"):
             if not (shared / f"{name}.done").exists():
+                shutil.rmtree(shared / name, ignore_errors=True)  # of one that failed at it
                 (shared / name).mkdir()
                 build(shared / name)
                 (shared / f"{name}.done").touch()
@@ -137,9 +141,25 @@ def finished(once: Callable[..., Path], teacher: Path, corpus: Path) -> tuple[Pa
 
 
 @pytest.fixture(scope="session")
-def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def prefect_home(once: Callable[..., Path]) -> Path:
+    """A home of Prefect's with an empty database, to be copied: making its tables takes as long as a server."""
+
+    def make(folder: Path) -> None:
+        words = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
+        subprocess.run(
+            words, env={**os.environ, "PREFECT_HOME": str(folder)}, check=True, capture_output=True
+        )
+
+    return once("prefect-home", make)
+
+
+@pytest.fixture(scope="session")
+def real_server(
+    tmp_path_factory: pytest.TempPathFactory, prefect_home: Path
+) -> Iterator[dict[str, str]]:
     """A Prefect server with SQLite, on loopback: the environment of those who talk to it."""
-    home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    home = shutil.copytree(prefect_home, tmp_path_factory.mktemp("prefect") / "home")
+    port = free_port()
     environment = {
         **os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2", "PREFECT_WORKER_QUERY_SECONDS": "1",

@@ -19,7 +19,7 @@ from tests.support.two_ranks import curve, weights
 
 
 def test_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, words_often):
-    words = [*words_often, "trainer.max_steps=600", "distill.intermediate.terms=[hidden]",
+    words = [*words_often, "trainer.max_steps=400", "distill.intermediate.terms=[hidden]",
              "distill.intermediate.layers=['-1:-1']", "training.spike_factor=50"]  # fmt: skip
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for place in (straight, killed):
@@ -30,7 +30,7 @@ def test_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, words_often
         log = state / "metrics.jsonl"
         return log.read_text().count('"loss"') if log.is_file() else 0
 
-    for number in range(10):
+    for number in range(7):
         process, aim = started("distill", f"workspace={killed}", *words), steps()
         if number % 4:  # some in the start, most in the training
             aim += draw.randint(1, 40)
@@ -53,7 +53,7 @@ def test_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, words_often
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, words_often):
-    words = [*words_often, "trainer.max_steps=250"]
+    words = [*words_often, "trainer.max_steps=120"]
     straight, full = tmp_path / "straight", tmp_path / "full"
     for place in (straight, full):
         assert main(["prune", f"workspace={place}", *words]) == 0
