@@ -1,5 +1,6 @@
 """Real, tiny parts for the tests: models with every weight at unit scale, a trained tokenizer, text."""
 
+import contextlib
 import gc
 import os
 import shutil
@@ -15,7 +16,8 @@ import pytest
 import transformers
 from filelock import FileLock
 
-from tests.support import left_behind
+from nemo_minitron.cli.main import main
+from tests.support import left_behind, runs
 from tests.support.forks import MARK
 from tests.support.models import WORDS, make_model
 from tests.support.processes import free_port, running, until
@@ -107,15 +109,22 @@ def teacher(once: Callable[..., Path], tokenizer_folder: Path) -> Path:
 
 
 @pytest.fixture
-def words(teacher: Path, corpus: Path) -> list[str]:
+def words(once: Callable[..., Path], teacher: Path, corpus: Path) -> list[str]:
     """Overrides of a training of six steps."""
-    return [
+    words = [
         f"source.model={teacher}", f"data.train.paths=[{corpus}]", "data.train.sequence_length=16",
         "data.validation.sequence_length=16", "data.validation.samples=16", "data.train.samples=96",
         "score.importance=magnitude", "plan.ffn=20", "trainer.max_steps=6", "trainer.val_check_interval=3",
         "trainer.accelerator=cpu", "optim.sched.warmup_steps=1", "trainer.log_every_n_steps=1",
         "distill.ce=0.1", "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
     ]  # fmt: skip
+
+    def score(folder: Path) -> None:
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            assert main(["score", f"workspace={folder / 'run'}", *words]) == 0
+
+    runs.scored[:] = [once("scored", score) / "run"]
+    return words
 
 
 @pytest.fixture
@@ -162,9 +171,14 @@ def real_server(
     port = free_port()
     environment = {
         **os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2", "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "4", "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_SERVER_SERVICES_SCHEDULER_DEPLOYMENT_BATCH_SIZE": "10", "PREFECT_RUNNER_POLL_FREQUENCY": "1",
         "PREFECT_CLI_PROMPT": "false", "PREFECT_LOGGING_LEVEL": "INFO",
+        # it computes while nobody asks it, in each test process for as long as all tests take: what they do without
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false", "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_CLEANUP_RECONCILER_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_REPOSSESSOR_ENABLED": "false",
     }  # fmt: skip
     words = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
 

@@ -98,7 +98,7 @@ def permutations(
     alone: bool = True,
     before: Tensor | None = None,
 ) -> Iterator[Finding]:
-    """Permutes every axis alone, then all together: the logits must stay as they were (``before``, where known)."""
+    """Permutes every axis alone, then all together: the logits must stay as they were, ``before``."""
     if before is None:
         before = logits_of(checkpoint.folder)
     for label, moved in [*((axis, [axis]) for axis in axes if alone), (TOGETHER, list(axes))]:

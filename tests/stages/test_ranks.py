@@ -15,7 +15,7 @@ from nemo_minitron.training.strategies import tensor_plan
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.models import make_model
 from tests.support.processes import until
-from tests.support.runs import kill_group, minitron, refused, started
+from tests.support.runs import kill_group, minitron, prune, refused, started
 from tests.support.two_ranks import curve, on_two_ranks, torchrun, two_ranks, weights
 
 SHARD = "training.parallel=shard"
@@ -44,7 +44,7 @@ def test_two_ranks_have_the_loss_curve_of_one(
     words = [*words, *[word for word in more if word.startswith(("plan", "distill.intermediate"))]]
     more = [*more, f"distill.batch_size={batch_size}"]
     for place in (one, two):
-        assert main(["prune", f"workspace={place}", *words]) == 0
+        prune(place, *words)
     assert main(["distill", f"workspace={one}", *words, "distill.batch_size=4"]) == 0
     done = on_two_ranks("distill", f"workspace={two}", *words, *more)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -69,7 +69,7 @@ def test_a_sharded_training_goes_on_with_another_number_of_ranks(tmp_path, words
     words = [*words, "trainer.max_steps=30", "trainer.val_check_interval=30", SHARD]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for place in (straight, killed):
-        assert main(["prune", f"workspace={place}", *words]) == 0
+        prune(place, *words)
     assert main(["distill", f"workspace={straight}", *words[:-1], "distill.batch_size=4"]) == 0
     ranks = two_ranks("distill", f"workspace={killed}", *words, "distill.batch_size=2")
     checkpoints = killed / "student" / "state" / "nemo" / "checkpoints"
@@ -120,7 +120,7 @@ def test_what_tensor_parallelism_cannot_split_is_refused(tmp_path, family, parts
         tensor_plan(Architecture(families()[family], config), parts)
 
 
-SAME = ["trainer.max_steps=80", "trainer.val_check_interval=80", "distill.batch_size=2",
+SAME = ["trainer.max_steps=50", "trainer.val_check_interval=50", "distill.batch_size=2",
         "trainer.accumulate_grad_batches=2"]  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def straight(once, words):
     """A training of two ranks that nothing interrupts."""
 
     def train(folder):
-        assert main(["prune", f"workspace={folder}", *words, *SAME]) == 0
+        prune(folder, *words, *SAME)
         assert on_two_ranks("distill", f"workspace={folder}", *words, *SAME).returncode == 0
 
     return once("straight-on-two-ranks", train)
@@ -137,7 +137,7 @@ def straight(once, words):
 
 def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words, straight):
     words, killed = [*words, *SAME], tmp_path / "killed"
-    assert main(["prune", f"workspace={killed}", *words]) == 0
+    prune(killed, *words)
     ranks = two_ranks("distill", f"workspace={killed}", *words)
     checkpoints = killed / "student" / "state" / "nemo" / "checkpoints"
     until(
@@ -160,7 +160,7 @@ def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words, straight):
 def test_a_signal_saves_the_step_and_ends(tmp_path, words, straight, ranks, number):
     words = [*words, *SAME, "exp_manager.checkpoint_callback_params.every_n_train_steps=1000"]
     stopped = tmp_path / "stopped"
-    assert main(["prune", f"workspace={stopped}", *words]) == 0
+    prune(stopped, *words)
 
     arguments = ("distill", f"workspace={stopped}", *words)
     process = started(*arguments) if ranks == 1 else subprocess.Popen(
@@ -177,14 +177,14 @@ def test_a_signal_saves_the_step_and_ends(tmp_path, words, straight, ranks, numb
     assert not (stopped / "student" / "manifest.json").exists()
     (saved,) = (stopped / "student" / "state" / "nemo" / "checkpoints").glob("*.ckpt")
     step = int(saved.stem.removeprefix("step="))
-    assert step == read_log(log)[-1]["step"] and 5 < step < 80
+    assert step == read_log(log)[-1]["step"] and 5 < step < 50
     if ranks == 1:
         assert (
-            f"stopped by {signal.Signals(number).name} at step {step} of 80, which is saved" in err
+            f"stopped by {signal.Signals(number).name} at step {step} of 50, which is saved" in err
         )
         straight = tmp_path / "straight"
         for place in (stopped, straight):
-            assert main(["prune", f"workspace={place}", *words]) == 0
+            prune(place, *words)
             assert main(["distill", f"workspace={place}", *words]) == 0
     else:
         done = on_two_ranks("distill", f"workspace={stopped}", *words)
