@@ -1,6 +1,7 @@
 # make setup   the environment in .venv, with everything that demo and tests need
 # make demo    the main job: trains a small teacher, compresses it, exports it (minutes)
-# make test    all tests
+# make test    all tests; the costly ones with the families that stand for all kinds of tables
+# make families  the costly ones with all other families: proofs under every configuration, scoring, distilling
 # make oldest  the families' proofs on the oldest transformers admitted
 # make consumers  exports in the hands of others, also of transformers 4.57
 # make fuzz    thousands of damaged inputs: no traceback, nothing outside the workspace, nothing that hangs
@@ -18,7 +19,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test oldest consumers fuzz bench paper gpu docs readme clean
+.PHONY: setup demo test families oldest consumers fuzz bench paper gpu docs readme clean
 
 setup: $(VENV)/.done
 
@@ -40,6 +41,12 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist workste
 test: setup
 	$(PYTEST)
 
+# tests/support/chosen_families.py says which are chosen for 'make test', and why
+families: setup
+	FAMILIES=others $(PYTEST) tests/proofs tests/scoring/test_passes.py tests/stages/test_accelerator.py \
+		tests/plugin/test_knowledge_distillation.py tests/training/test_compilation.py \
+		-k "every_proof or bites or table_in_the_docs or layer_by_layer or every_family"
+
 .oldest/.done: $(VENV)/.done
 	$(BIN)/python -m pip install -q --no-deps --target .oldest --upgrade transformers==5.0.0 "tokenizers<=0.23.0" "huggingface-hub>=1.4,<2"
 	touch $@
@@ -48,8 +55,8 @@ test: setup
 	$(BIN)/python -m pip install -q --no-deps --target .consumers --upgrade "transformers==4.57.*" "tokenizers<=0.23.0" "huggingface-hub<1"
 	touch $@
 
-# the proofs of all families on the oldest transformers that setup.cfg admits; that proofs bite, and scoring layer by
-# layer, is seen of all of them in 'make test'
+# the proofs of all families on the oldest transformers that setup.cfg admits, under the configurations that 'make test'
+# takes; that proofs bite, and scoring layer by layer, is seen there and in 'make families'
 oldest: .oldest/.done
 	PYTHONPATH=.oldest $(PYTEST) tests/families tests/proofs tests/pruning/test_select_slice.py tests/scoring/test_passes.py \
 		-k "not (layer_by_layer or bites) or llama or gpt_oss"

@@ -17,9 +17,7 @@ os.environ.update(
 )
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-if (
-    "PREFECT_HOME" not in os.environ
-):  # the first process of a session; its workers inherit the folder
+if "PREFECT_HOME" not in os.environ:  # the first process; workers inherit the folder
     _HOME, _OWNER = tempfile.mkdtemp(prefix="minitron-tests-prefect-"), os.getpid()
     os.environ["PREFECT_HOME"] = _HOME
     atexit.register(lambda: os.getpid() == _OWNER and shutil.rmtree(_HOME, ignore_errors=True))

@@ -1,7 +1,11 @@
 """Real, tiny parts for the tests: models with every weight at unit scale, a trained tokenizer, text."""
 
+import contextlib
 import gc
 import os
+import shutil
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +16,8 @@ import pytest
 import transformers
 from filelock import FileLock
 
-from tests.support import left_behind
+from nemo_minitron.cli.main import main
+from tests.support import left_behind, runs
 from tests.support.forks import MARK
 from tests.support.models import WORDS, make_model
 from tests.support.processes import free_port, running, until
@@ -60,6 +65,7 @@ def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[.
     def fill(name: str, build: Callable[[Path], None]) -> Path:
         with FileLock(shared / f"{name}.lock"):
             if not (shared / f"{name}.done").exists():
+                shutil.rmtree(shared / name, ignore_errors=True)  # of one that failed at it
                 (shared / name).mkdir()
                 build(shared / name)
                 (shared / f"{name}.done").touch()
@@ -103,15 +109,22 @@ def teacher(once: Callable[..., Path], tokenizer_folder: Path) -> Path:
 
 
 @pytest.fixture
-def words(teacher: Path, corpus: Path) -> list[str]:
+def words(once: Callable[..., Path], teacher: Path, corpus: Path) -> list[str]:
     """Overrides of a training of six steps."""
-    return [
+    words = [
         f"source.model={teacher}", f"data.train.paths=[{corpus}]", "data.train.sequence_length=16",
         "data.validation.sequence_length=16", "data.validation.samples=16", "data.train.samples=96",
         "score.importance=magnitude", "plan.ffn=20", "trainer.max_steps=6", "trainer.val_check_interval=3",
         "trainer.accelerator=cpu", "optim.sched.warmup_steps=1", "trainer.log_every_n_steps=1",
         "distill.ce=0.1", "exp_manager.checkpoint_callback_params.every_n_train_steps=2",
     ]  # fmt: skip
+
+    def score(folder: Path) -> None:
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            assert main(["score", f"workspace={folder / 'run'}", *words]) == 0
+
+    runs.scored[:] = [once("scored", score) / "run"]
+    return words
 
 
 @pytest.fixture
@@ -137,14 +150,35 @@ def finished(once: Callable[..., Path], teacher: Path, corpus: Path) -> tuple[Pa
 
 
 @pytest.fixture(scope="session")
-def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def prefect_home(once: Callable[..., Path]) -> Path:
+    """A home of Prefect's with an empty database, to be copied: making its tables takes as long as a server."""
+
+    def make(folder: Path) -> None:
+        words = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"]
+        subprocess.run(
+            words, env={**os.environ, "PREFECT_HOME": str(folder)}, check=True, capture_output=True
+        )
+
+    return once("prefect-home", make)
+
+
+@pytest.fixture(scope="session")
+def real_server(
+    tmp_path_factory: pytest.TempPathFactory, prefect_home: Path
+) -> Iterator[dict[str, str]]:
     """A Prefect server with SQLite, on loopback: the environment of those who talk to it."""
-    home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    home = shutil.copytree(prefect_home, tmp_path_factory.mktemp("prefect") / "home")
+    port = free_port()
     environment = {
         **os.environ, "PREFECT_HOME": str(home), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2", "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "4", "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PREFECT_SERVER_SERVICES_SCHEDULER_DEPLOYMENT_BATCH_SIZE": "10", "PREFECT_RUNNER_POLL_FREQUENCY": "1",
         "PREFECT_CLI_PROMPT": "false", "PREFECT_LOGGING_LEVEL": "INFO",
+        # it computes while nobody asks it, in each test process for as long as all tests take: what they do without
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false", "PREFECT_SERVER_SERVICES_FOREMAN_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_CLEANUP_RECONCILER_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_REPOSSESSOR_ENABLED": "false",
     }  # fmt: skip
     words = ["prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
 

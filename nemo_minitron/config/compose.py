@@ -37,6 +37,12 @@ OPEN = ("trainer", "optim", "exp_manager", "pretrain.model", "pretrain.trainer",
 """Sections that take any key with ``+``: what they hold is checked by those they are handed to."""
 
 
+@functools.cache
+def _schema() -> Any:
+    """The sections and the types of their keys; making it takes longer than what it is merged with."""
+    return OmegaConf.structured(Config)
+
+
 def load_config(name: str, overrides: list[str], folder: str | None = None) -> Config:
     """Composes a configuration.
 
@@ -54,7 +60,8 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
             wrong type or out of range, an unknown configuration.
     """
     OmegaConf.register_new_resolver("stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
-    ConfigStore.instance().store(name="schema", node=Config)
+    if "schema.yaml" not in ConfigStore.instance().repo:
+        ConfigStore.instance().store(name="schema", node=Config)
     own = Path(folder or CONFIGS).expanduser().resolve()
     if not own.is_dir():
         raise ValueError(f"--config-dir: no such folder: {own}")
@@ -69,8 +76,7 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         values = OmegaConf.to_container(
             composed
         )  # without its schema, or keys added with + would pass
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(
             unreadable(overrides) or _named_otherwise(overrides) or _explain(error, name, own)
@@ -195,7 +201,7 @@ def from_dict(values: dict[str, Any]) -> Config:
         ValueError: an unknown key or a value of the wrong type.
     """
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error, "parameters", CONFIGS)) from error
     assert isinstance(config, Config)

@@ -1,5 +1,6 @@
 """What a configuration key is: a dataclass field that documents itself."""
 
+import functools
 from dataclasses import field, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -36,7 +37,8 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-def describe(section: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+@functools.cache
+def describe(section: Any, prefix: str = "") -> tuple[tuple[str, Any, Any], ...]:
     """All keys below a section as (dotted name, dataclass field, section class)."""
     rows: list[tuple[str, Any, Any]] = []
     hints = get_type_hints(section)
@@ -45,7 +47,7 @@ def describe(section: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
             rows += describe(hints[item.name], f"{prefix}{item.name}.")
         else:
             rows.append((f"{prefix}{item.name}", item, section))
-    return rows
+    return tuple(rows)
 
 
 def meaning(item: Any) -> str:

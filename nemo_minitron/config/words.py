@@ -4,6 +4,7 @@
 or letters of any language. In Hydra's grammar such words need quotes; here they get them.
 """
 
+import functools
 import re
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -20,12 +21,13 @@ _HYDRA_S_OWN = ("'", '"', "[", "{")
 """What a value begins with that is quoted, a list or a section."""
 
 
-def _keys(*types: Any) -> set[str]:
-    return {
+@functools.cache
+def _keys(*types: Any) -> frozenset[str]:
+    return frozenset(
         name
         for name, item, section in describe(Config)
         if get_type_hints(section)[item.name] in types
-    }
+    )
 
 
 def as_typed(override: str) -> str:

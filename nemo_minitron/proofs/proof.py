@@ -92,10 +92,15 @@ def described(checkpoint: Checkpoint, family: Family) -> Checkpoint:
 
 
 def permutations(
-    checkpoint: Checkpoint, axes: Sequence[str], work: Path, alone: bool = True
+    checkpoint: Checkpoint,
+    axes: Sequence[str],
+    work: Path,
+    alone: bool = True,
+    before: Tensor | None = None,
 ) -> Iterator[Finding]:
-    """Permutes every axis alone, then all together: the logits must stay as they were."""
-    before = logits_of(checkpoint.folder)
+    """Permutes every axis alone, then all together: the logits must stay as they were, ``before``."""
+    if before is None:
+        before = logits_of(checkpoint.folder)
     for label, moved in [*((axis, [axis]) for axis in axes if alone), (TOGETHER, list(axes))]:
         keep = permutation(checkpoint.architecture, moved)
         with tempfile.TemporaryDirectory(dir=work) as target:

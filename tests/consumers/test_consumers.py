@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from nemo_minitron.checkpoints.hf_config import both_spellings, read_config
 from nemo_minitron.families import families
@@ -110,15 +111,14 @@ def test_the_cards_quickstart_runs_on_transformers_4_57(export):
 
 def test_names_are_ready_for_eight_bits(export):
     """bitsandbytes and torchao replace ``nn.Linear`` by module name: every matrix must be one, unfused."""
-    code = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-linear = {name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-assert all(module.weight.dim() == 2 for name, module in model.named_modules() if name in linear)
-print(len([name for name in linear if name.startswith("model.layers.0.")]))
-"""
-    assert int(alone(code, export)) == 7
+    model = transformers.AutoModelForCausalLM.from_pretrained(export)
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert all(module.weight.dim() == 2 for module in linear.values())
+    assert len([name for name in linear if name.startswith("model.layers.0.")]) == 7
 
 
 def test_its_config_says_what_engines_ask_for(export):

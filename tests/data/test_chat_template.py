@@ -360,7 +360,7 @@ def test_a_process_that_does_not_start_says_why(speaking, tmp_path, monkeypatch)
 
 def test_threads_have_processes_of_their_own_and_may_end_before_them(speaking):
     tokenizer = speaking(CHATML)
-    talks = [[{"role": "user", "content": f"{i} " * 3000}] for i in range(100)]
+    talks = [[{"role": "user", "content": f"{i} " * 3000}] for i in range(40)]
     texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
     expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     streams = [tokenised(iter(talks), copy.deepcopy(tokenizer), "x") for _ in range(2)]

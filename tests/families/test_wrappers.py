@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nemo_minitron.checkpoints.hf_config import read_config, raw_config
+from nemo_minitron.checkpoints.hf_config import raw_config, read_config
 from nemo_minitron.families import architecture_of, with_text, wrapper_of, wrappers
 from nemo_minitron.families.wrapper import load_wrapper
 from nemo_minitron.models.config_trial import config_object

@@ -156,8 +156,8 @@ def kind():
 
 
 @pytest.fixture
-def long(kind, real_server, worker, finished, tmp_path, teacher, corpus):
-    """A run under the worker that trains until it is ended, at work."""
+def begun(kind, real_server, worker, finished, tmp_path, teacher, corpus):
+    """A run under the worker that will train until it is ended."""
     from prefect.states import Cancelled
 
     workspace = shutil.copytree(finished[0], tmp_path / "long")
@@ -170,13 +170,20 @@ def long(kind, real_server, worker, finished, tmp_path, teacher, corpus):
              "exp_manager.checkpoint_callback_params.every_n_train_steps=50"]  # fmt: skip
     run = started_by_hand(real_server, "compress/long", {"overrides": words})
     try:
-        until(lambda: len(logged(workspace)) > 60 or state_of(real_server, run).is_final())
-        assert not state_of(real_server, run).is_final(), worker.log.read_text()[-3000:]
         yield workspace, run
     finally:
         over = Cancelled(message="the test has ended")  # nobody starts it again
         ask(real_server, lambda client: client.set_flow_run_state(run.id, over, force=True))
         end(psutil.Process(worker.pid).children(recursive=True), 0)
+
+
+@pytest.fixture
+def long(real_server, worker, begun):
+    """The same, at work."""
+    workspace, run = begun
+    until(lambda: len(logged(workspace)) > 60 or state_of(real_server, run).is_final())
+    assert not state_of(real_server, run).is_final(), worker.log.read_text()[-3000:]
+    return workspace, run
 
 
 def processes(word):
@@ -214,12 +221,10 @@ def until_it_ends_or(condition, environment, run, seconds):
     return False
 
 
-@pytest.mark.parametrize("kind", ["subprocess", "inline"])
-def test_cancelling_saves_and_ends_the_training_within_seconds(kind, real_server, long):
+def cancelled(real_server, workspace, run):
+    """Cancels a run that trains: it saves, ends within seconds, and has not crashed."""
     from prefect.states import Cancelling
 
-    workspace, run = long
-    assert bool(processes(str(workspace))) == (kind == "subprocess")
     before = saved(workspace)
     ask(real_server, lambda client: client.set_flow_run_state(run.id, Cancelling()))
     until(lambda: not processes(str(workspace)), 40)
@@ -227,18 +232,25 @@ def test_cancelling_saves_and_ends_the_training_within_seconds(kind, real_server
     assert state_of(real_server, run).is_cancelled()
     states = ask(real_server, lambda client: client.read_flow_run_states(run.id))
     assert not any(state.is_crashed() for state in states), states  # which would wake somebody up
-    assert (
-        saved(workspace) > before and saved(workspace) >= logged(workspace)[-1]["step"]
-    )  # nothing lost
+    # nothing is lost
+    assert saved(workspace) > before and saved(workspace) >= logged(workspace)[-1]["step"]
     assert read_manifest(workspace / "student") is None
 
 
-def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed_until_it_is_killed(
+@pytest.mark.parametrize("kind", ["inline"])
+def test_cancelling_saves_and_ends_the_training_within_seconds(real_server, long):
+    workspace, run = long
+    assert not processes(str(workspace))
+    cancelled(real_server, workspace, run)
+
+
+def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed_until_it_is_cancelled(
     real_server, worker, long
 ):
     from prefect.states import Suspended
 
     workspace, run = long
+    assert processes(str(workspace))
     ask(
         real_server,
         lambda client: client.set_flow_run_state(run.id, Suspended(timeout_seconds=600)),
@@ -260,7 +272,12 @@ def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed_until_it_is_
     ), worker.log.read_text()[-3000:]
     steps = [row["step"] for row in logged(workspace)]
     assert steps == list(range(1, len(steps) + 1))  # and not from its beginning
-    # killed, it is crashed, and takes its stage along
+    cancelled(real_server, workspace, run)
+
+
+def test_a_flow_that_is_killed_is_crashed_and_takes_its_stage_along(real_server, worker, begun):
+    workspace, run = begun
+    until(lambda: processes(str(workspace)) or state_of(real_server, run).is_final())
     (flow,) = flows_of(worker)
     flow.send_signal(signal.SIGKILL)
     until(lambda: state_of(real_server, run).is_final(), 60)

@@ -98,7 +98,7 @@ def test_a_process_of_its_own_makes_the_same_artifact_and_a_crash_is_its_own(tra
     assert hashes(workspace / "student") == hashes(finished[0] / "student")
     log = (workspace / "logs" / "distill.log").read_text()
     assert log.count("distill: process ") == 2 and log.count("distill: 12 steps") == 1
-    assert launch(call("launch.kind=subprocess"), print).made is False
+    assert launch(call("launch.kind=inline"), print).made is False
 
 
 def test_the_users_mistakes_come_back_as_such(trained, tmp_path, monkeypatch):
@@ -163,23 +163,25 @@ SLURM = (
 )
 
 
-def test_a_slurm_job_that_is_requeued_goes_on_and_its_flow_waits(trained, queue):
+def test_a_slurm_job_outlives_its_flow_is_requeued_and_goes_on(trained, queue, tmp_path):
     workspace, call = trained
-    long = ("trainer.max_steps=150", "trainer.val_check_interval=150")
+    long = ("trainer.max_steps=100", "trainer.val_check_interval=100")
     assert launch(call(*long), print).made
     straight = hashes(workspace / "student")
     shutil.rmtree(workspace / "student")
+    killed_at_its_job(launched(call(*SLURM, *long), tmp_path / "values.json"), workspace)
     heard: list[str] = []
     requeuer = when(
         lambda: steps(workspace) >= 6, lambda: slurm.main(queue, "scontrol", ["requeue", "1"])
     )
-    result = launch(call(*SLURM, *long), heard.append)
+    result = launch(call(*SLURM, *long), heard.append)  # another flow finds the job, and waits
     requeuer.join()
     assert (queue / "jobs" / "1.requeued").exists()  # while it was at work
     log = (workspace / "logs" / "distill.log").read_text()
-    assert log.count("distill: process ") == 2 and log.count("distill: 150 steps") == 1
-    assert result.headline.startswith("150 steps") and hashes(workspace / "student") == straight
-    assert heard[0] == "Slurm job 1 submitted" and "Slurm job 1: RUNNING" in heard
+    assert log.count("distill: process ") == 2 and log.count("distill: 100 steps") == 1
+    assert result.headline.startswith("100 steps") and hashes(workspace / "student") == straight
+    assert heard[0] == "Slurm job 1 is this stage's already; waiting for it"
+    assert "Slurm job 1: RUNNING" in heard
     assert len(list((queue / "jobs").glob("*.sh"))) == 1
     text = (queue / "jobs" / "1.sh").read_text()
     for line in (
@@ -189,15 +191,6 @@ def test_a_slurm_job_that_is_requeued_goes_on_and_its_flow_waits(trained, queue)
         "#SBATCH --job-name=minitron-distill",
     ):
         assert line in text.splitlines()
-
-
-def test_a_flow_that_was_killed_finds_its_job_again(trained, queue, tmp_path):
-    workspace, call = trained
-    killed_at_its_job(launched(call(*SLURM), tmp_path / "values.json"), workspace)
-    heard: list[str] = []
-    assert launch(call(*SLURM), heard.append).made
-    assert heard[0] == "Slurm job 1 is this stage's already; waiting for it"
-    assert len(list((queue / "jobs").glob("*.sh"))) == 1
 
 
 class Told(Exception):
@@ -343,10 +336,12 @@ def test_before_its_time_is_up_a_job_saves(trained, queue):
         lambda: steps(workspace) >= 6,
         lambda: os.kill(int((jobs / "1.pid").read_text()), signal.SIGTERM),
     )
+    heard: list[str] = []
     with pytest.raises(StageError) as failure:
-        launch(call(*words), print)
+        launch(call(*words), heard.append)
     killer.join()
     assert failure.value.kind in failures.AGAIN
+    assert heard[0] == "Slurm job 1 submitted" and "Slurm job 1: RUNNING" in heard
     saved = [
         int(path.stem.split("=")[1].split("-")[0])
         for path in (workspace / "student" / "state").rglob("step=*.ckpt")
@@ -361,8 +356,8 @@ def launched(call: Call, values: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def killed_at_its_job(flow, workspace: Path) -> None:
-    """Kills a flow as soon as the number of its job is written down."""
+def until_its_job_is_noted(flow, workspace: Path) -> None:
+    """Waits until the number of a flow's job is written down."""
     papers = workspace / ".launch" / "distill.slurm.json"
 
     def noted() -> bool:
@@ -370,6 +365,11 @@ def killed_at_its_job(flow, workspace: Path) -> None:
 
     until(lambda: flow.poll() is not None or noted(), every=0.05)
     assert flow.poll() is None  # it waits for the job
+
+
+def killed_at_its_job(flow, workspace: Path) -> None:
+    """Kills a flow as soon as the number of its job is written down."""
+    until_its_job_is_noted(flow, workspace)
     flow.kill()
     flow.wait()
 
@@ -473,8 +473,7 @@ def test_ending_a_flow_in_good_order_cancels_its_job(trained, queue, tmp_path):
     workspace, call = trained
     long = ("trainer.max_steps=100000", "trainer.val_check_interval=50000")
     flow = launched(call(*SLURM, *long), tmp_path / "values.json")
-    until(lambda: flow.poll() is not None or steps(workspace) >= 6, every=0.05)
-    assert flow.poll() is None
+    until_its_job_is_noted(flow, workspace)
     flow.send_signal(signal.SIGINT)
     assert flow.wait(30) != 0
     assert (queue / "jobs" / "1.cancelled").exists()

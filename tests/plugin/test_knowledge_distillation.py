@@ -16,6 +16,7 @@ from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.trainer import newest_checkpoint
 from nemo_minitron.workspace.training_log import read_log
+from tests.support.chosen_families import CHOSEN
 from tests.support.models import make_model
 from tests.support.nemo_training import ALL, distillation, run
 
@@ -70,7 +71,7 @@ def test_fused_projections_are_taken_apart(tmp_path):
     assert whole.shape[-1] == model.model.layers[0].self_attn.qkv_proj.out_features
 
 
-@pytest.mark.parametrize("name", sorted(families()))
+@pytest.mark.parametrize("name", CHOSEN)
 def test_every_family_distils_by_hidden_states(tmp_path, name):
     teacher = make_model(tmp_path / "teacher", name, seed=1)
     attended = Architecture(families()[name], read_config(teacher)).present["heads"][0]

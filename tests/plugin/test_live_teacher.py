@@ -14,6 +14,7 @@ from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.live_teacher import LiveTeacher, snapshots
 from tests.support.models import logits, make_model
 from tests.support.nemo_training import run
+from tests.support.runs import prune
 from tests.support.two_ranks import weights
 
 
@@ -40,7 +41,7 @@ def test_a_correction_publishes_and_a_distillation_takes_it_over(tmp_path, words
         (live, f"distill.live_teacher={first}/live"),
         (still, f"distill.teacher={corrected}"),
     ):
-        assert main(["prune", f"workspace={place}", *words]) == 0
+        prune(place, *words)
         assert main(["distill", f"workspace={place}", more, *words]) == 0
     assert json.loads((live / "student" / "teachers.json").read_text()) == [
         {"step": 0, "snapshot": 6}

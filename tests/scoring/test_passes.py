@@ -16,6 +16,7 @@ from nemo_minitron.scoring.hooks import Measures
 from nemo_minitron.scoring.importance import AGGREGATIONS
 from nemo_minitron.scoring.pass_by_layer import layer_bytes, streamed
 from nemo_minitron.scoring.pass_in_memory import check_isolation, in_memory
+from tests.support.chosen_families import CHOSEN
 from tests.support.models import INSTALLED, make_model, stream
 from tests.support.text_samples import padded
 
@@ -81,7 +82,7 @@ def test_an_identity_layer_costs_nothing(tmp_path):
         assert importance.abs().argmin() == 1
 
 
-@pytest.mark.parametrize("name", sorted(INSTALLED))
+@pytest.mark.parametrize("name", CHOSEN)
 def test_layer_by_layer_gives_the_scores_of_the_model_in_memory(tmp_path, name):
     family = families()[name]
     samples = padded()

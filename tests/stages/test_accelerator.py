@@ -29,6 +29,7 @@ from nemo_minitron.stages.run import run_stage
 from nemo_minitron.workspace.training_log import read_log
 from tests.support import accelerator
 from tests.support.accelerator import DEVICE, NAME
+from tests.support.chosen_families import CHOSEN
 from tests.support.models import make_model
 from tests.support.nemo_training import ALL, distillation
 from tests.support.nemo_training import run as trained
@@ -44,6 +45,7 @@ THERE = [
 SMALL = [
     "evaluate.speed=false", "evaluate.prompts=2", "evaluate.written_tokens=4", "evaluate.task_limit=8"
 ]  # fmt: skip
+FEW = ["trainer.max_steps=4", "trainer.val_check_interval=4"]
 INSIDE = [
     "distill.intermediate.terms=[embedding,hidden,mlp_input,attention]", "distill.intermediate.relation_heads=2",
     "distill.intermediate.layers=['-1:-1']",
@@ -104,7 +106,7 @@ def test_refuses_to_mix_as_a_gpu_does():
 
 
 def test_scores_cuts_trains_and_evaluates_as_on_the_cpu(both):
-    here, there = both(["download", "score", "plan", "prune", "distill", "evaluate"], *SMALL)
+    here, there = both(["download", "score", "plan", "prune", "distill", "evaluate"], *SMALL, *FEW)
     for name, value in scores(here).items():
         torch.testing.assert_close(scores(there)[name], value, rtol=1e-4, atol=1e-5)
     assert curve(there, "loss", "val_loss") == pytest.approx(
@@ -151,7 +153,7 @@ def test_every_way_to_distil(both, pruned, monkeypatch, words, tolerance, widens
         pytest.skip("float32 stays as it is")
     if widens:
         monkeypatch.setattr(wide_matmul, "WIDENS", {NAME})
-    here, there = both(["distill"], *words, start=pruned)
+    here, there = both(["distill"], *FEW, *words, start=pruned)
     found, expected = curve(there, "loss", "val_loss"), curve(here, "loss", "val_loss")
     assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
 
@@ -159,7 +161,7 @@ def test_every_way_to_distil(both, pruned, monkeypatch, words, tolerance, widens
 def test_without_float64(both, pruned, monkeypatch):
     monkeypatch.setattr(accelerator, "narrow", True)
     monkeypatch.setattr(wide_matmul, "NARROW", {NAME})
-    here, there = both(["distill", "evaluate"], *SMALL, *INSIDE, start=pruned)
+    here, there = both(["distill", "evaluate"], *SMALL, *FEW, *INSIDE, start=pruned)
     assert curve(there, "loss", "val_loss") == pytest.approx(
         curve(here, "loss", "val_loss"), rel=1e-4
     )
@@ -173,7 +175,7 @@ def test_scores_without_float64(both, monkeypatch):
         torch.testing.assert_close(scores(there)[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(families()))
+@pytest.mark.parametrize("name", CHOSEN)
 def test_every_family_is_scored_and_taught(tmp_path, monkeypatch, name):
     monkeypatch.setattr(accelerator, "narrow", True)  # the least that a device can do
     monkeypatch.setattr(wide_matmul, "NARROW", {NAME})

@@ -12,7 +12,7 @@ from nemo_minitron.distillation import teacher_logits
 from nemo_minitron.distillation.teacher_logits import TeacherLogits
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.processes import until
-from tests.support.runs import ended, refused
+from tests.support.runs import ended, prune, refused
 from tests.support.two_ranks import torchrun, weights  # noqa: F401
 
 CACHE = "distill.teacher_logits=cache"
@@ -65,7 +65,7 @@ def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypa
     small = "import sys; from nemo_minitron.distillation import teacher_logits as t; t.PART_BYTES = 16 * 6 * 2 * 4; "
     run = small + "from nemo_minitron.cli.main import main; sys.exit(main(sys.argv[1:]))"
     for place in (straight, killed, ranks):
-        assert main(["prune", f"workspace={place}", *words]) == 0
+        prune(place, *words)
     assert main(["logits", f"workspace={straight}", *words]) == 0
     command = [sys.executable, "-c", run, "logits", f"workspace={killed}", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

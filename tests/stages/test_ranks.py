@@ -1,11 +1,9 @@
 """Training on two ranks over gloo: the loss curve of one rank with as many samples a step, resumed after a kill."""
 
-import contextlib
 import json
 import signal
 import subprocess
 
-import psutil
 import pytest
 import torch
 
@@ -17,16 +15,8 @@ from nemo_minitron.training.strategies import tensor_plan
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.models import make_model
 from tests.support.processes import until
-from tests.support.runs import kill_group, minitron, refused, started
+from tests.support.runs import kill_group, minitron, prune, refused, started
 from tests.support.two_ranks import curve, on_two_ranks, torchrun, two_ranks, weights
-
-
-def kill_all(number):
-    """As when a machine fails: torchrun's ranks have sessions of their own and outlive it otherwise."""
-    for process in [psutil.Process(number), *psutil.Process(number).children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
 
 SHARD = "training.parallel=shard"
 INSIDE = ["distill.intermediate.terms=[hidden,attention]", "distill.intermediate.layers=['-1:-1']",
@@ -37,7 +27,6 @@ INSIDE = ["distill.intermediate.terms=[hidden,attention]", "distill.intermediate
     ("batch_size", "more", "tied"),
     [
         (2, [], False),
-        (2, [SHARD], False),
         (2, [SHARD], True),
         (2, [SHARD, *INSIDE], False),
         (4, [SHARD, "training.tensor_parallel=2", "plan.kv_heads=2"], False),
@@ -55,7 +44,7 @@ def test_two_ranks_have_the_loss_curve_of_one(
     words = [*words, *[word for word in more if word.startswith(("plan", "distill.intermediate"))]]
     more = [*more, f"distill.batch_size={batch_size}"]
     for place in (one, two):
-        assert main(["prune", f"workspace={place}", *words]) == 0
+        prune(place, *words)
     assert main(["distill", f"workspace={one}", *words, "distill.batch_size=4"]) == 0
     done = on_two_ranks("distill", f"workspace={two}", *words, *more)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -77,10 +66,10 @@ def test_two_ranks_have_the_loss_curve_of_one(
 
 
 def test_a_sharded_training_goes_on_with_another_number_of_ranks(tmp_path, words):
-    words = [*words, "trainer.max_steps=40", "trainer.val_check_interval=40", SHARD]
+    words = [*words, "trainer.max_steps=30", "trainer.val_check_interval=30", SHARD]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for place in (straight, killed):
-        assert main(["prune", f"workspace={place}", *words]) == 0
+        prune(place, *words)
     assert main(["distill", f"workspace={straight}", *words[:-1], "distill.batch_size=4"]) == 0
     ranks = two_ranks("distill", f"workspace={killed}", *words, "distill.batch_size=2")
     checkpoints = killed / "student" / "state" / "nemo" / "checkpoints"
@@ -131,25 +120,34 @@ def test_what_tensor_parallelism_cannot_split_is_refused(tmp_path, family, parts
         tensor_plan(Architecture(families()[family], config), parts)
 
 
-def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words):
-    words = [
-        *words,
-        "trainer.max_steps=60",
-        "distill.batch_size=2",
-        "trainer.val_check_interval=60",
-    ]
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    for place in (straight, killed):
-        assert main(["prune", f"workspace={place}", *words]) == 0
-    assert on_two_ranks("distill", f"workspace={straight}", *words).returncode == 0
-    process = subprocess.Popen(
-        torchrun("distill", f"workspace={killed}", *words), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+SAME = ["trainer.max_steps=50", "trainer.val_check_interval=50", "distill.batch_size=2",
+        "trainer.accumulate_grad_batches=2"]  # fmt: skip
+
+
+@pytest.fixture
+def straight(once, words):
+    """A training of two ranks that nothing interrupts."""
+
+    def train(folder):
+        prune(folder, *words, *SAME)
+        assert on_two_ranks("distill", f"workspace={folder}", *words, *SAME).returncode == 0
+
+    return once("straight-on-two-ranks", train)
+
+
+def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words, straight):
+    words, killed = [*words, *SAME], tmp_path / "killed"
+    prune(killed, *words)
+    ranks = two_ranks("distill", f"workspace={killed}", *words)
     checkpoints = killed / "student" / "state" / "nemo" / "checkpoints"
-    until(lambda: process.poll() is not None or any(checkpoints.glob("*step=1?.ckpt")), every=0.01)
-    kill_all(process.pid)
-    process.wait()
+    until(
+        lambda: (
+            any(rank.poll() is not None for rank in ranks) or any(checkpoints.glob("*step=1?.ckpt"))
+        ),
+        every=0.01,
+    )
+    for rank in ranks:
+        kill_group(rank)
     assert not (killed / "student" / "manifest.json").exists()
     done = on_two_ranks("distill", f"workspace={killed}", *words)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -159,13 +157,10 @@ def test_two_ranks_killed_go_on_bit_for_bit(tmp_path, words):
 
 
 @pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
-def test_a_signal_saves_the_step_and_ends(tmp_path, words, ranks, number):
-    words = [*words, "trainer.max_steps=120", "distill.batch_size=2", "trainer.val_check_interval=120",
-             "trainer.accumulate_grad_batches=2",
-             "exp_manager.checkpoint_callback_params.every_n_train_steps=1000"]  # fmt: skip
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    for place in (straight, stopped):
-        assert main(["prune", f"workspace={place}", *words]) == 0
+def test_a_signal_saves_the_step_and_ends(tmp_path, words, straight, ranks, number):
+    words = [*words, *SAME, "exp_manager.checkpoint_callback_params.every_n_train_steps=1000"]
+    stopped = tmp_path / "stopped"
+    prune(stopped, *words)
 
     arguments = ("distill", f"workspace={stopped}", *words)
     process = started(*arguments) if ranks == 1 else subprocess.Popen(
@@ -182,14 +177,17 @@ def test_a_signal_saves_the_step_and_ends(tmp_path, words, ranks, number):
     assert not (stopped / "student" / "manifest.json").exists()
     (saved,) = (stopped / "student" / "state" / "nemo" / "checkpoints").glob("*.ckpt")
     step = int(saved.stem.removeprefix("step="))
-    assert step == read_log(log)[-1]["step"] and 5 < step < 120
+    assert step == read_log(log)[-1]["step"] and 5 < step < 50
     if ranks == 1:
         assert (
-            f"stopped by {signal.Signals(number).name} at step {step} of 120, which is saved" in err
+            f"stopped by {signal.Signals(number).name} at step {step} of 50, which is saved" in err
         )
-    run = minitron if ranks == 1 else on_two_ranks
-    for place in (stopped, straight):
-        done = run("distill", f"workspace={place}", *words)
+        straight = tmp_path / "straight"
+        for place in (stopped, straight):
+            prune(place, *words)
+            assert main(["distill", f"workspace={place}", *words]) == 0
+    else:
+        done = on_two_ranks("distill", f"workspace={stopped}", *words)
         assert done.returncode == 0, done.stderr[-2000:]
     for name, tensor in weights(straight).items():
         assert torch.equal(weights(stopped)[name], tensor), name

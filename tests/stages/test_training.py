@@ -15,23 +15,23 @@ from nemo_minitron.plugin.trainer import newest_checkpoint, step_of
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.nemo_training import killed_behind_a_checkpoint
 from tests.support.processes import until
-from tests.support.runs import refused, started
+from tests.support.runs import prune, refused, started
 from tests.support.two_ranks import curve, weights
 
 
 def test_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, words_often):
-    words = [*words_often, "trainer.max_steps=600", "distill.intermediate.terms=[hidden]",
+    words = [*words_often, "trainer.max_steps=400", "distill.intermediate.terms=[hidden]",
              "distill.intermediate.layers=['-1:-1']", "training.spike_factor=50"]  # fmt: skip
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for place in (straight, killed):
-        assert main(["prune", f"workspace={place}", *words]) == 0
+        prune(place, *words)
     state, draw, saved = killed / "student" / "state", random.Random(0), []
 
     def steps():
         log = state / "metrics.jsonl"
         return log.read_text().count('"loss"') if log.is_file() else 0
 
-    for number in range(10):
+    for number in range(7):
         process, aim = started("distill", f"workspace={killed}", *words), steps()
         if number % 4:  # some in the start, most in the training
             aim += draw.randint(1, 40)
@@ -54,10 +54,10 @@ def test_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, words_often
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, words_often):
-    words = [*words_often, "trainer.max_steps=250"]
+    words = [*words_often, "trainer.max_steps=120"]
     straight, full = tmp_path / "straight", tmp_path / "full"
     for place in (straight, full):
-        assert main(["prune", f"workspace={place}", *words]) == 0
+        prune(place, *words)
     folder = full / "student" / "state" / "nemo" / "checkpoints"
     good = killed_behind_a_checkpoint(full, *words)
     content = good.read_bytes()
@@ -180,7 +180,7 @@ def test_what_is_split_cannot_be_compared(capsys, tmp_path, words_often):
 def test_a_budget_of_tokens_sets_the_steps_and_the_schedule(tmp_path, words_often):
     words = [*words_often, "training.max_tokens=500"]  # 500 / (2 x 16) = 15.6
     place = tmp_path / "ws"
-    assert main(["prune", f"workspace={place}", *words]) == 0
+    prune(place, *words)
     assert main(["distill", f"workspace={place}", *words]) == 0
     lines = [line for line in read_log(place / "student" / "metrics.jsonl") if "loss" in line]
     assert lines[-1]["step"] == 16 and lines[-1]["tokens"] == 512

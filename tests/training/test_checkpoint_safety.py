@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from nemo_minitron.cli.main import main
 from nemo_minitron.training.checkpoint_safety import DataReader, checkpoints_as_data
 from tests.support.nemo_training import killed_behind_a_checkpoint
+from tests.support.runs import prune
 
 
 class Bomb:
@@ -29,7 +30,7 @@ def killed(tmp_path, words_often):
     """A workspace whose distillation was killed behind its first checkpoint."""
     words = [*words_often, "trainer.max_steps=60", "trainer.enable_progress_bar=false"]
     place = tmp_path / "run"
-    assert main(["prune", f"workspace={place}", *words]) == 0
+    prune(place, *words)
     return place, words, killed_behind_a_checkpoint(place, *words)
 
 

@@ -1,0 +1,53 @@
+"""Which families, and which of their configurations, the costly tests take.
+
+A table is proven under each of its configurations, and what stands on tables (scoring, distilling) is tested with
+every family. That takes seconds for each, and more tables come. Tables are built of few kinds of parts, though: a row's
+axes, what an axis is ranked by, where an activation is read. So ``make test`` takes the fewest families that have every
+kind between them, all of their configurations, and of all others the first configuration, which proves each row that
+the family's models have by default. A table with a part of a new kind is chosen by itself. ``make families`` takes
+what is left, and CI runs both.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+
+from nemo_minitron.families import Family
+from tests.support.models import INSTALLED
+
+WHICH = os.environ.get("FAMILIES", "chosen")
+"""``chosen``, or ``others``: those that are not."""
+
+
+def kinds(family: Family) -> set[object]:
+    """The kinds of parts that a table is built of."""
+    found: set[object] = {(row.dims, len(row.placeholders)) for row in family.rows}
+    found |= {
+        (axis.name, axis.scope, axis.within, axis.inexact is not None, bool(axis.lists))
+        for axis in family.axes.values()
+    }
+    found |= {(name, tap.side, tap.dim) for name, taps in family.taps.items() for tap in taps}
+    found |= {("fold", fold.offset != 0) for fold in family.folds} | {tuple(family.logits)}
+    return found | {("norms", family.zero_centred_norms)}
+
+
+def cover(tables: Mapping[str, Family]) -> Iterator[str]:
+    """The fewest families, but for a few, that have every kind; Llama, the plainest, is the first."""
+    left = {name: kinds(family) for name, family in tables.items()}
+    best = "llama"
+    while left[best]:
+        yield best
+        covered = left[best]
+        left = {name: found - covered for name, found in left.items()}
+        best = max(sorted(left), key=lambda name: len(left[name]))
+
+
+_COVER = sorted(cover(INSTALLED))
+CHOSEN = sorted(INSTALLED.keys() - set(_COVER)) if WHICH == "others" else _COVER
+"""Families that the costly tests take."""
+CASES = [
+    (name, number)
+    for name, family in sorted(INSTALLED.items())
+    for number in range(len(family.proofs))
+    if name in CHOSEN or (number == 0 and WHICH != "others")
+]
+"""Families, and the numbers of the configurations under which they are proven."""
