@@ -286,6 +286,38 @@ def test_a_module_of_one_s_own_is_distilled(tmp_path, loss, order):
     assert not hasattr(module, "projection")
 
 
+class Validated(Tuning):
+    """With the shortest of signatures, and two validation sets, of which the second generates."""
+
+    def training_step(self, batch):
+        return self.llm(**batch).loss
+
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        self.log("mine", self.llm(**batch).loss)
+        if dataloader_idx == 1:
+            self.llm(**batch)
+
+    def val_dataloader(self):
+        rows = torch.utils.data.DataLoader([BATCH], batch_size=None)
+        return [rows, rows]
+
+
+def test_a_module_of_one_s_own_tells_its_divergence_at_every_validation(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    module = Validated(make_model(tmp_path / "other", "llama", seed=3))
+    before = module.validation_step
+    distillation = KnowledgeDistillation(folder)
+    lightning = Trainer(**QUIET, max_steps=1, num_sanity_val_steps=0, callbacks=[distillation])
+    with pytest.warns(UserWarning, match="validation_step of Validated does not run its Llama"):
+        lightning.fit(module)
+    found = float(lightning.callback_metrics["val_divergence"])
+    assert found == pytest.approx(divergence(load_model(folder), module.llm), rel=1e-4)
+    assert {"mine/dataloader_idx_0", "kd_loss"} <= set(lightning.callback_metrics)
+    assert not any("divergence" in name and "1" in name for name in lightning.callback_metrics)
+    assert distillation.teacher_loss is not None and distillation.teacher_loss > 0
+    assert module.validation_step == before and "validation_step" not in vars(module)
+
+
 def test_without_labels_all_that_is_read_is_learned(tmp_path):
     folder = make_model(tmp_path / "m", "llama")
     module, plain = Tuning(folder), {"input_ids": BATCH["input_ids"]}
