@@ -3,7 +3,6 @@
 Lightning's Trainer, exp_manager for checkpoints and loggers, resumable at any time.
 """
 
-import inspect
 import os
 import re
 import sys
@@ -115,15 +114,6 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
         ValueError: an unknown key, one that would be ignored, no positive ``max_steps``, or devices
             for which nobody started processes.
     """
-    known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
-    unknown = sorted(set(trainer) - known)
-    if unknown:
-        import difflib
-
-        near = difflib.get_close_matches(unknown[0], known, 3)
-        raise ValueError(
-            f"trainer.{unknown[0]}: Lightning's Trainer has no such argument; nearest: {', '.join(near)}"
-        )
     refuse_trainer(trainer)
     steps = trainer["max_steps"] if "max_steps" in trainer else None
     if not isinstance(steps, int) or steps < 1:

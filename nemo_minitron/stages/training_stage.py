@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from nemo_minitron.config.config import Config
+from nemo_minitron.config.handed_on import check_monitors, logged
 from nemo_minitron.config.training_config import TrainingConfig
 from nemo_minitron.data.mixtures import (
     sampling,
@@ -39,6 +40,7 @@ class Role:
         callbacks: gives the Lightning callbacks.
         prepare: called first.
         shape: gives config.json of the model that is trained, without loading it.
+        terms: terms of the loss beside cross-entropy (``config.handed_on.TAUGHT``).
         wrap_samples: what becomes of the training and the validation samples before they are read.
     """
 
@@ -47,6 +49,7 @@ class Role:
     shape: Callable[[], Mapping[str, Any]]
     callbacks: Callable[[], list[Any]] = list
     prepare: Callable[[], None] = lambda: None
+    terms: Sequence[str] = ()
     wrap_samples: Callable[[Any, Any], tuple[Any, Any]] = lambda samples, validation: (
         samples,
         validation,
@@ -98,6 +101,8 @@ def training_recipe(
     resolved, decides = _resolved(config, section)
 
     def check() -> None:
+        validates = resolved["trainer"].get("limit_val_batches") != 0
+        check_monitors(config.exp_manager, logged(role.terms, validates))
         # NeMo's import takes seconds: only where due
         from nemo_minitron.plugin.trainer import check_trainer
 
