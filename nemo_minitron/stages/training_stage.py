@@ -173,7 +173,7 @@ def _deciding(training: TrainingConfig) -> dict[str, Any]:
     Not what a bad loss does: whoever is stopped by one must be able to go on, and what was left out
     lies beside the weights.
     """
-    named = ("ema_decay", "transformer_engine")
+    named = ("ema_decay", "transformer_engine", "fp8_recipe")
     default = TrainingConfig()
     values = {name: getattr(training, name) for name in named}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
@@ -274,6 +274,7 @@ def _options(training: TrainingConfig) -> Any:
     return Options(
         training.activation_checkpointing, training.compile, training.ema_decay, spikes, training.peak_tflops,
         training.parallel == "shard", training.tensor_parallel, training.transformer_engine,
+        training.fp8_recipe,
     )  # fmt: skip
 
 
