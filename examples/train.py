@@ -14,6 +14,7 @@ def main(cfg: DictConfig) -> None:
     trainer = Trainer(**cfg.trainer)
     folder = exp_manager(trainer, cfg.exp_manager)
     model = MinitronModel.from_hf(cfg.hf_folder, trainer=trainer, **cfg.model)
+    model.maybe_init_from_pretrained_checkpoint(cfg)  # +init_from_nemo_model=other.nemo
     trainer.fit(model)
     model.save_to(str(folder / "model.nemo"))
 

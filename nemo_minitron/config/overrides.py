@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+from nemo_minitron.config import handed_on
+
 _Rules = dict[str, tuple[tuple[Any, ...], str]]
 """Key to the values, beside null, that say what is done anyway, and to what is said of others."""
 
@@ -187,8 +189,11 @@ def refuse_trainer(trainer: Mapping[str, Any], section: str = "trainer") -> None
     """Refuses arguments of Lightning's Trainer that a stage decides itself.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is one, or one that the Trainer does not have.
     """
+    handed_on.refuse_unknown(
+        section, trainer, handed_on.TRAINER, "Lightning's Trainer has no such argument"
+    )
     _refuse(section, trainer, TRAINER)
     if isinstance(strategy := _at(trainer, "strategy"), Mapping | list):
         raise ValueError(
@@ -203,8 +208,11 @@ def refuse_exp_manager(settings: Mapping[str, Any]) -> None:
     """Refuses what would take checkpoints and logs out of a stage's folder, or make them useless.
 
     Raises:
-        ValueError: there is such a key.
+        ValueError: there is such a key, or one that exp_manager does not know.
     """
+    handed_on.refuse_unknown(
+        "exp_manager", settings, handed_on.EXP_MANAGER, "NeMo's exp_manager has no such key"
+    )
     _refuse("exp_manager", settings, EXP_MANAGER)
     where, saved = "exp_manager.checkpoint_callback_params", "checkpoint_callback_params"
     if (limit := _at(settings, "max_time_per_run")) is not None:
@@ -245,6 +253,7 @@ def check_overrides(config: Mapping[str, Any]) -> None:
         ValueError: there is such a key; the message names it, and what to use instead.
     """
     refuse_exp_manager(config["exp_manager"])
+    handed_on.check_monitors(config["exp_manager"], handed_on.logged(handed_on.TAUGHT))
     for section in ("trainer", "pretrain.trainer", "correct.trainer"):
         trainer = _at(config, section)
         refuse_trainer(trainer, section)

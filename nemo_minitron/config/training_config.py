@@ -47,8 +47,15 @@ class TrainingConfig:
     transformer_engine: str = option(
         "off",
         "on: Transformer Engine's linear layers and norms in student and teacher; fp8: and their products in "
-        "FP8 (CUDA, pip install nemo-minitron[te])",
+        "FP8 (CUDA, pip install nemo-minitron[te]); not with compile=on",
         ("off", "on", "fp8"),
+    )
+    fp8_recipe: str = option(
+        "auto",
+        "how transformer_engine=fp8 scales, by the names of Transformer Engine's recipes: DelayedScaling, "
+        "Float8CurrentScaling, MXFP8BlockScaling (Blackwell), Float8BlockScaling (Hopper); auto: what it "
+        "takes by itself on the device",
+        ("auto", "delayed", "current", "mxfp8", "block"),
     )
     ema_decay: float | None = option(
         None,

@@ -226,9 +226,10 @@ class KnowledgeDistillation(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the teacher's loss for the log."""
-        if self._listens and self._sums[1] and isinstance(pl_module, MinitronModel):
+        if self._listens and self._sums[1]:
             self.teacher_loss = self._sums[0] / self._sums[1]
-            pl_module.facts["teacher_val_loss"] = self.teacher_loss
+            if isinstance(pl_module, MinitronModel):
+                pl_module.facts["teacher_val_loss"] = self.teacher_loss
         self._listens = False
 
     def state_dict(self) -> dict[str, Any]:

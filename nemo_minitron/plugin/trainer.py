@@ -3,7 +3,6 @@
 Lightning's Trainer, exp_manager for checkpoints and loggers, resumable at any time.
 """
 
-import inspect
 import os
 import re
 import sys
@@ -37,11 +36,12 @@ from nemo_minitron.training.averaging import Averaging
 from nemo_minitron.training.callbacks import ExactResume, TrainingLog
 from nemo_minitron.training.checkpoint_safety import checkpoints_as_data
 from nemo_minitron.training.compilation import is_compiled
+from nemo_minitron.training.fp8_recipes import check_tokens
 from nemo_minitron.training.loss_guard import LossGuard, Spikes
 from nemo_minitron.training.preemption import Preemption
 from nemo_minitron.training.sampler import as_samples
 from nemo_minitron.training.strategies import sharding_strategy
-from nemo_minitron.training.transformer_engine import transformer_engine
+from nemo_minitron.training.transformer_engine import ReplacementLayers, transformer_engine
 from nemo_minitron.workspace.layout import checkpoints_in, metrics_in
 from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.training_log import STOPPED
@@ -72,6 +72,7 @@ class Options:
         tensor_parallel: ranks that share the work on each sample; divides their number, and wants
             ``shard``.
         transformer_engine: ``off``; ``on``, its layers; ``fp8``, and their products in FP8.
+        fp8_recipe: how these are scaled; see ``training.fp8_recipes``.
     """
 
     activation_checkpointing: bool = False
@@ -82,6 +83,7 @@ class Options:
     shard: bool = False
     tensor_parallel: int = 1
     transformer_engine: str = "off"
+    fp8_recipe: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -115,15 +117,6 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
         ValueError: an unknown key, one that would be ignored, no positive ``max_steps``, or devices
             for which nobody started processes.
     """
-    known = set(inspect.signature(Trainer.__init__).parameters) - {"self"}
-    unknown = sorted(set(trainer) - known)
-    if unknown:
-        import difflib
-
-        near = difflib.get_close_matches(unknown[0], known, 3)
-        raise ValueError(
-            f"trainer.{unknown[0]}: Lightning's Trainer has no such argument; nearest: {', '.join(near)}"
-        )
     refuse_trainer(trainer)
     steps = trainer["max_steps"] if "max_steps" in trainer else None
     if not isinstance(steps, int) or steps < 1:
@@ -183,7 +176,7 @@ def train(
         )
         samples, parts = as_samples(samples), settings.options.tensor_parallel
         _watch(trainer, model, settings, samples.positions, state)
-        _apply(settings.options, model, trainer.strategy.root_device)
+        _apply(settings, model, trainer.strategy.root_device, samples, as_samples(validation))
         model.use_training_samples(
             samples, settings.batch_size, settings.seed, skipped, parts, whole=True
         )
@@ -198,6 +191,16 @@ def train(
         _fit(trainer, model, state)
     model.gather()
     return model
+
+
+def _check_fp8(
+    layers: ReplacementLayers, settings: TrainingSettings, samples: Any, validation: Any
+) -> None:
+    """Refuses batches whose tokens FP8 does not take, before a step is taken."""
+    if layers.fp8 is None:
+        return
+    rows = [min(settings.batch_size, len(validation)), len(validation) % settings.batch_size]
+    check_tokens(layers.fp8, settings.batch_size, samples.positions, rows, validation.positions)
 
 
 def _refusal(error: Exception, settings: TrainingSettings) -> str:
@@ -288,13 +291,20 @@ def forward_flops(model: Any, family: Family, positions: int) -> int:
     return model_size(Architecture(family, model.config.to_dict()), positions).flops_per_token
 
 
-def _apply(options: Options, model: MinitronModel, device: torch.device) -> None:
+def _apply(
+    settings: TrainingSettings,
+    model: MinitronModel,
+    device: torch.device,
+    samples: Any,
+    validation: Any,
+) -> None:
     """Prepares the layers of the model that is trained, and its loss.
 
     Raises:
         ValueError: Transformer Engine is not there, or cannot be had together with something else;
             an average of weights that are split.
     """
+    options = settings.options
     if options.ema_decay is not None and options.shard:
         raise ValueError(
             "training.ema_decay: not with training.parallel=shard, whose weights are in parts"
@@ -310,7 +320,13 @@ def _apply(options: Options, model: MinitronModel, device: torch.device) -> None
                 f"{where}=fp8: training.activation_checkpointing would compute again with other scales; use "
                 "on, or no checkpointing"
             )
-        model.replacement_layers = transformer_engine(options.transformer_engine == "fp8")
+        if options.compile == "on":
+            raise ValueError(
+                f"training.compile=on: not with {where}, whose layers torch does not compile; use auto"
+            )
+        fp8 = options.transformer_engine == "fp8"
+        model.replacement_layers = transformer_engine(fp8, options.fp8_recipe)
+        _check_fp8(model.replacement_layers, settings, samples, validation)
     alone = options.transformer_engine == "off" and options.tensor_parallel == 1
     model.compiled = is_compiled(options.compile, device, alone)
     if (

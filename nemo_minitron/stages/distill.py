@@ -65,6 +65,10 @@ def recipe(config: Config) -> Recipe:
         start,
         lambda: read_config(pruned),
         callbacks,
+        terms=[
+            *(["divergence"] if settings.kl else []),
+            *(["intermediate", "alpha"] if inside else []),
+        ],
         wrap_samples=wrap_samples,
     )
     made = training_recipe(workspace.student, "student", config, section, inputs, role)

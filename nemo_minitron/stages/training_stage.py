@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from nemo_minitron.config.config import Config
+from nemo_minitron.config.handed_on import check_monitors, logged
 from nemo_minitron.config.training_config import TrainingConfig
 from nemo_minitron.data.mixtures import (
     sampling,
@@ -39,6 +40,7 @@ class Role:
         callbacks: gives the Lightning callbacks.
         prepare: called first.
         shape: gives config.json of the model that is trained, without loading it.
+        terms: terms of the loss beside cross-entropy (``config.handed_on.TAUGHT``).
         wrap_samples: what becomes of the training and the validation samples before they are read.
     """
 
@@ -47,6 +49,7 @@ class Role:
     shape: Callable[[], Mapping[str, Any]]
     callbacks: Callable[[], list[Any]] = list
     prepare: Callable[[], None] = lambda: None
+    terms: Sequence[str] = ()
     wrap_samples: Callable[[Any, Any], tuple[Any, Any]] = lambda samples, validation: (
         samples,
         validation,
@@ -98,6 +101,8 @@ def training_recipe(
     resolved, decides = _resolved(config, section)
 
     def check() -> None:
+        validates = resolved["trainer"].get("limit_val_batches") != 0
+        check_monitors(config.exp_manager, logged(role.terms, validates))
         # NeMo's import takes seconds: only where due
         from nemo_minitron.plugin.trainer import check_trainer
 
@@ -168,7 +173,7 @@ def _deciding(training: TrainingConfig) -> dict[str, Any]:
     Not what a bad loss does: whoever is stopped by one must be able to go on, and what was left out
     lies beside the weights.
     """
-    named = ("ema_decay", "transformer_engine")
+    named = ("ema_decay", "transformer_engine", "fp8_recipe")
     default = TrainingConfig()
     values = {name: getattr(training, name) for name in named}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
@@ -270,6 +275,7 @@ def _options(training: TrainingConfig) -> Any:
     return Options(
         training.activation_checkpointing, training.compile, training.ema_decay, spikes, training.peak_tflops,
         training.parallel == "shard", training.tensor_parallel, training.transformer_engine,
+        training.fp8_recipe,
     )  # fmt: skip
 
 

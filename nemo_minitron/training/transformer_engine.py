@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nemo_minitron.families import Family
 from nemo_minitron.models.causal_lm import layers_of
+from nemo_minitron.training.fp8_recipes import Fp8Recipe, choose
 
 EXTRA_STATE = "_extra_state"
 """How names of what Transformer Engine keeps beside parameters end: scales of FP8, of no use to others."""
@@ -24,7 +25,7 @@ _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
-_MULTIPLE = 16  # what FP8 products ask of both dimensions
+_MULTIPLE = 16  # of both dimensions: what is exchanged without FP8, as with its most common recipes
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,18 @@ class ReplacementLayers:
         linear: of a linear layer.
         norm: of a norm and its formula.
         context: what the model's passes run under.
+        fp8: how the operands of products are scaled; None: they are not in FP8.
     """
 
     linear: Callable[[nn.Linear], nn.Module]
     norm: Callable[[nn.Module, Norm], nn.Module]
     context: Callable[[], contextlib.AbstractContextManager[Any]]
+    fp8: Fp8Recipe | None = None
+
+    @property
+    def multiple(self) -> int:
+        """What both widths of a linear layer have to be multiples of."""
+        return _MULTIPLE if self.fp8 is None else self.fp8.multiple
 
 
 def norm_formula(module: nn.Module) -> Norm | None:
@@ -119,6 +127,7 @@ class LayerReplacement:
         """Replaces what can be replaced inside the model's layers; embedding and head stay."""
         self._places: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         self.linears = self.norms = self.left = 0
+        self._kit = kit
         for layer in layers_of(model, family):
             for parent in list(layer.modules()):
                 for name, child in list(parent.named_children()):
@@ -128,7 +137,7 @@ class LayerReplacement:
         self, parent: nn.Module, name: str, child: nn.Module, kit: ReplacementLayers
     ) -> None:
         if type(child) is nn.Linear:
-            if child.in_features % _MULTIPLE or child.out_features % _MULTIPLE:
+            if child.in_features % kit.multiple or child.out_features % kit.multiple:
                 self.left += 1
                 return
             new, self.linears = kit.linear(child), self.linears + 1
@@ -162,10 +171,10 @@ class LayerReplacement:
     def __str__(self) -> str:
         """What was exchanged, in words."""
         text = f"{self.linears} linear layers and {self.norms} norms exchanged"
+        if self._kit.fp8 is not None:
+            text += f", products in FP8 ({self._kit.fp8.name})"
         if self.left:
-            text += (
-                f"; {self.left} linear layers stay: their widths are no multiples of {_MULTIPLE}"
-            )
+            text += f"; {self.left} linear layers stay: their widths are no multiples of {self._kit.multiple}"
         return text
 
 
@@ -184,26 +193,29 @@ def _miss_no_extra_state(_: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(EXTRA_STATE)]
 
 
-def transformer_engine(fp8: bool) -> ReplacementLayers:
+def transformer_engine(fp8: bool, recipe: str = "auto") -> ReplacementLayers:
     """Transformer Engine's layers.
 
     Args:
-        fp8: whether products run in FP8 (its default recipe for the card), or in the dtype that
-            they get.
+        fp8: whether products run in FP8, or in the dtype that they get.
+        recipe: how they are scaled then (``training.fp8_recipe``).
 
     Raises:
-        ValueError: it is not installed, or there is no GPU that could run it.
+        ValueError: it is not installed, there is no GPU that could run it, or none that has FP8 or
+            the recipe.
     """
     where = "training.transformer_engine"
     try:
         import transformer_engine.pytorch as te
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{where}: Transformer Engine is not usable here ({str(error).splitlines()[0]}); install it with "
+            f"{where}: Transformer Engine is not usable here ({told}); install it with "
             "pip install 'nemo-minitron[te]' on a machine with CUDA"
         ) from error
-    if not torch.cuda.is_available():
+    if not has_gpu():
         raise ValueError(f"{where}: Transformer Engine runs on CUDA devices, found none")
+    chosen, scaled = choose(te, recipe) if fp8 else (None, None)
 
     def linear(old: nn.Linear) -> nn.Module:
         weight = old.weight
@@ -222,7 +234,16 @@ def transformer_engine(fp8: bool) -> ReplacementLayers:
         )  # fmt: skip
         return new
 
-    autocast = getattr(te, "autocast", None) or te.fp8_autocast  # renamed in 2.8
-    return ReplacementLayers(
-        linear, norm, lambda: autocast(enabled=True) if fp8 else contextlib.nullcontext()
-    )
+    def context() -> contextlib.AbstractContextManager[Any]:
+        if not fp8:
+            return contextlib.nullcontext()
+        if hasattr(te, "autocast"):  # so called since 2.8
+            return te.autocast(enabled=True, recipe=scaled)  # type: ignore[no-any-return]
+        return te.fp8_autocast(enabled=True, fp8_recipe=scaled)  # type: ignore[no-any-return]
+
+    return ReplacementLayers(linear, norm, context, chosen)
+
+
+def has_gpu() -> bool:
+    """Whether there is a CUDA device."""
+    return torch.cuda.is_available()

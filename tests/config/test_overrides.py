@@ -4,13 +4,15 @@ import copy
 import dataclasses
 import inspect
 import re
+import typing
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch import Trainer
-from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig
+from nemo.utils.exp_manager import CallbackParams, EMAParams, ExpManagerConfig
 
+from nemo_minitron.config import handed_on
 from nemo_minitron.config.bounds import check_handed_on
 from nemo_minitron.config.compose import as_dict, load_config
 from nemo_minitron.config.config import Config
@@ -82,6 +84,39 @@ def test_the_table_has_every_key_that_nemo_and_lightning_have():
         f"exp_manager.{name}" for name in EXP_MANAGER
     }
     assert ruled <= told  # a rule of a key that they do not have refuses nothing
+
+
+def fields(config):
+    """Names of a dataclass of NeMo's, to those of the dataclasses in it."""
+    hints, found = typing.get_type_hints(config), {}
+    for field in dataclasses.fields(config):
+        inner = [t for t in typing.get_args(hints[field.name]) if dataclasses.is_dataclass(t)]
+        found[field.name] = fields(inner[0]) if inner else None
+    return found
+
+
+def test_the_known_keys_are_those_of_the_packages():
+    known = dict.fromkeys(inspect.signature(Trainer.__init__).parameters)
+    del known["self"]
+    assert known == handed_on.TRAINER
+    assert {**fields(ExpManagerConfig), "ema": fields(EMAParams)} == handed_on.EXP_MANAGER
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("+exp_manager.create_tensorbord_logger=true",
+         "exp_manager.create_tensorbord_logger: NeMo's exp_manager has no such key; nearest: create_tensorboard_logger"),
+        (f"+{SAVED}.save_topk=3", f"{SAVED}.save_topk: NeMo's exp_manager has no such key; nearest: save_top_k"),
+        ("+exp_manager.step_timing_kwargs={x: 3}", "step_timing_kwargs.x: NeMo's exp_manager has no such key; there "
+         "are: reduction, sync_cuda, buffer_size"),
+        ("+correct.trainer.max_stps=3", "correct.trainer.max_stps: Lightning's Trainer has no such argument; nearest: max_steps"),
+    ],
+)  # fmt: skip
+def test_a_key_that_nobody_knows_is_refused_before_anything_runs(override, told):
+    with pytest.raises(ValueError, match=re.escape(told)) as failed:
+        load_config("config", [override])
+    assert "\n" not in str(failed.value)
 
 
 @pytest.mark.parametrize("section", ["trainer", "pretrain.trainer", "correct.trainer"])

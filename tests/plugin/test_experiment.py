@@ -10,13 +10,16 @@ import pytest
 from lightning.pytorch import Callback
 
 from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.config.handed_on import logged
+from nemo_minitron.losses.fused_linear_loss import LossWeights
+from nemo_minitron.losses.intermediate import IntermediateWeights
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.plugin.experiment import keep_logs
 from nemo_minitron.plugin.live_teacher import Publishing, snapshots
 from nemo_minitron.plugin.trainer import newest_checkpoint, train
 from nemo_minitron.training.preemption import Preempted, TimeOver
 from tests.support.models import make_model
-from tests.support.nemo_training import EXP, recipe, run, tokens
+from tests.support.nemo_training import EXP, distillation, recipe, run, tokens
 
 
 class Stop(Callback):
@@ -108,3 +111,21 @@ def test_a_signal_and_the_end_of_its_time_are_told_apart(tmp_path, folder, monke
     model, config = load_model(folder), read_config(folder)
     with pytest.raises(TimeOver, match=r"stopped by exp_manager\.max_time_per_run at step 1 of 3"):
         train(model, config, folder, long_ago, tokens(), tokens(8), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("weights", "inside", "terms"),
+    [(None, None, ()), (LossWeights(), None, ("divergence",)), (LossWeights(0.0, 1.0), None, ()),
+     (LossWeights(), ("hidden",), ("divergence", "intermediate", "alpha"))],
+)  # fmt: skip
+def test_the_metrics_that_are_named_are_those_that_are_logged(tmp_path, weights, inside, terms):
+    folder, seen = make_model(tmp_path / "m", "llama"), []
+    inside = None if inside is None else IntermediateWeights(inside, layers=((0, 0),))
+    taught = [] if weights is None else [distillation(folder, inside, weights=weights)]
+
+    class Look(Callback):
+        def on_train_end(self, trainer, module):
+            seen.extend(trainer.callback_metrics)
+
+    run(folder, tmp_path / "state", 2, [*taught, Look()])
+    assert sorted(seen) == sorted(logged(terms))

@@ -1,7 +1,9 @@
 """A user's own script: trainer, epochs, data sets, batches, archives, callbacks; and the examples as they stand."""
 
 import json
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +288,38 @@ def test_a_module_of_one_s_own_is_distilled(tmp_path, loss, order):
     assert not hasattr(module, "projection")
 
 
+class Validated(Tuning):
+    """With the shortest of signatures, and two validation sets, of which the second generates."""
+
+    def training_step(self, batch):
+        return self.llm(**batch).loss
+
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        self.log("mine", self.llm(**batch).loss)
+        if dataloader_idx == 1:
+            self.llm(**batch)
+
+    def val_dataloader(self):
+        rows = torch.utils.data.DataLoader([BATCH], batch_size=None)
+        return [rows, rows]
+
+
+def test_a_module_of_one_s_own_tells_its_divergence_at_every_validation(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    module = Validated(make_model(tmp_path / "other", "llama", seed=3))
+    before = module.validation_step
+    distillation = KnowledgeDistillation(folder)
+    lightning = Trainer(**QUIET, max_steps=1, num_sanity_val_steps=0, callbacks=[distillation])
+    with pytest.warns(UserWarning, match="validation_step of Validated does not run its Llama"):
+        lightning.fit(module)
+    found = float(lightning.callback_metrics["val_divergence"])
+    assert found == pytest.approx(divergence(load_model(folder), module.llm), rel=1e-4)
+    assert {"mine/dataloader_idx_0", "kd_loss"} <= set(lightning.callback_metrics)
+    assert not any("divergence" in name and "1" in name for name in lightning.callback_metrics)
+    assert distillation.teacher_loss is not None and distillation.teacher_loss > 0
+    assert module.validation_step == before and "validation_step" not in vars(module)
+
+
 def test_without_labels_all_that_is_read_is_learned(tmp_path):
     folder = make_model(tmp_path / "m", "llama")
     module, plain = Tuning(folder), {"input_ids": BATCH["input_ids"]}
@@ -345,6 +379,65 @@ def test_everything_public_is_there_and_costs_nothing_until_it_is_asked_for():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def commands(name):
+    """The words of an example's command line on the page."""
+    page = (ROOT / "docs" / "nemo.md").read_text()
+    (text,) = re.findall(rf"^python (examples/{name}(?:.*\\\n)*.*)$", page, re.M)
+    return shlex.split(text.replace("\\\n", " "))
+
+
+def test_the_training_of_the_page_runs_as_it_stands_there(teacher, corpus, tmp_path, monkeypatch):
+    for name in ("examples", "nemo_minitron"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my-llama").symlink_to(teacher)
+    (tmp_path / "texts").symlink_to(corpus)
+    (tmp_path / "held-out").mkdir()
+    for name, source in zip("ab", sorted(corpus.glob("*.txt")), strict=False):
+        (tmp_path / "held-out" / f"{name}.txt").symlink_to(source)
+    other = make_model(tmp_path / "other", "llama", vocab_size=300, seed=7)
+    MinitronModel.from_hf(other).save_to(str(tmp_path / "other.nemo"))
+    small = ["model.train_ds.sequence_length=16", "+model.train_ds.samples=8", "model.validation_ds.sequence_length=16",
+             "model.validation_ds.samples=4", "trainer.accelerator=cpu", "+exp_manager.seconds_to_sleep=0"]  # fmt: skip
+    seen = {}
+
+    class Looked(Trainer):
+        def fit(self, model, *more, **named):
+            if "+init_from_nemo_model=other.nemo" in sys.argv:
+                seen["start"] = {k: v.clone() for k, v in model.model.state_dict().items()}
+            super().fit(model, *more, **named)
+            seen["names"] = set(self.callback_metrics)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lightning.pytorch.Trainer", Looked)
+    words = [*commands("train.py"), *small, "+init_from_nemo_model=other.nemo"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(words[0], run_name="__main__")
+    (archive,) = (tmp_path / "runs").rglob("model.nemo")
+    assert {"val_loss", "a_val_loss", "b_val_loss"} <= seen["names"]
+    expected = load_model(other, torch.float32).state_dict()
+    assert all(torch.equal(seen["start"][name], expected[name]) for name in expected)
+    trained = MinitronModel.restore_from(str(archive), map_location="cpu").model.state_dict()
+    assert not torch.equal(trained["lm_head.weight"], expected["lm_head.weight"])
+    (last,) = (tmp_path / "runs").rglob("*-last.ckpt")
+    assert torch.load(last, weights_only=False)["global_step"] == 6  # three epochs of two batches
+
+
+def test_another_model_s_archive_gives_its_weights_and_none_of_its_shape(teacher, tmp_path):
+    other = make_model(tmp_path / "other", "llama", vocab_size=300, seed=7)
+    MinitronModel.from_hf(other).save_to(str(tmp_path / "other.nemo"))
+    model = MinitronModel.from_hf(make_model(tmp_path / "m", "llama", vocab_size=300))
+    model.maybe_init_from_pretrained_checkpoint(
+        OmegaConf.create({"init_from_nemo_model": str(tmp_path / "other.nemo")})
+    )
+    expected, found = load_model(other, torch.float32).state_dict(), model.model.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    wide = make_model(tmp_path / "wide", "llama", vocab_size=300, intermediate_size=48)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        MinitronModel.from_hf(wide).maybe_init_from_pretrained_checkpoint(
+            OmegaConf.create({"init_from_nemo_model": str(tmp_path / "other.nemo")})
+        )
+
+
 def test_the_examples_run_as_the_page_says(teacher, corpus, tmp_path, monkeypatch):
     words = [
         f"workspace={tmp_path / 'run'}",
@@ -377,8 +470,6 @@ def test_the_examples_run_as_the_page_says(teacher, corpus, tmp_path, monkeypatc
     )
     runpy.run_path(str(ROOT / "examples" / "own_module.py"), run_name="__main__")
     assert torch.isfinite(logits(tmp_path / "out")).all()
-    for name in ("train.py", "own_module.py"):
-        compile((ROOT / "examples" / name).read_text(), name, "exec")
 
 
 class Stop(Callback):

@@ -88,6 +88,17 @@ def test_without_a_logger_an_artifact_is_what_it_was(start, capsys):
         told = refused(capsys, "distill", *words, wrong)  # before what is there gives way
         assert f"trainer.{wrong.split('.')[1].split('=')[0]}: " in told
     assert {path.name for path in (place / "student").iterdir()} == names
+    logged = "it logs val_loss, val_divergence, train_loss, train_ce, train_divergence, learning_rate, global_step"
+    early = ["exp_manager.create_early_stopping_callback=true"]
+    for more, told in (
+        ([*early, "exp_manager.early_stopping_callback_params.monitor=val_los"], "no 'val_los'; it logs val_loss"),
+        ([f"++{SAVED}.monitor=val_acc"], "no 'val_acc'; it logs val_loss"),
+        ([f"++{SAVED}.monitor=train_alpha"], f"no 'train_alpha'; {logged}, step, epoch"),
+        ([*early, "trainer.limit_val_batches=0"], "no 'val_loss'; it logs train_loss"),
+    ):  # fmt: skip
+        more = [f"++{word.removeprefix('++')}" for word in more]
+        assert told in refused(capsys, "distill", *words, *more)
+    assert {path.name for path in (place / "student").iterdir()} == names
 
 
 def test_early_stopping_ends_a_stage_with_a_result_of_its_own(start, capsys):

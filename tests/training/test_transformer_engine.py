@@ -14,6 +14,7 @@ from nemo_minitron.models.causal_lm import layers_of, load_model
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.trainer import Options
 from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.training.fp8_recipes import check_tokens
 from nemo_minitron.training.loss_guard import BadStep
 from nemo_minitron.training.transformer_engine import (
     LayerReplacement,
@@ -24,6 +25,7 @@ from nemo_minitron.training.transformer_engine import (
 )
 from tests.support.models import logits, make_model
 from tests.support.nemo_training import run
+from tests.support.transformer_engine import install
 
 
 class Scaled(nn.Linear):
@@ -217,3 +219,107 @@ def test_without_transformer_engine_one_line_says_so(tmp_path):
 def test_what_does_not_go_together_is_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(make_model(tmp_path / "m", "llama"), tmp_path / "s", 2, options=options)
+
+
+@pytest.mark.parametrize(
+    ("capability", "recipe", "message"),
+    [
+        ((8, 0), "auto", r"training.transformer_engine=fp8: .*cannot run it here \(Device compute capability 8.9 or "
+         r"higher required for FP8 execution\); use training.transformer_engine=on"),
+        ((9, 0), "mxfp8", r"training.fp8_recipe=mxfp8: .* \(Device compute capability 10.0 or higher"),
+        ((8, 9), "block", r"training.fp8_recipe=block: .* \(FP8 block scaled GEMM requires"),
+    ],
+)  # fmt: skip
+def test_what_a_card_has_not_is_refused_by_name(monkeypatch, capability, recipe, message):
+    install(monkeypatch, capability)
+    with pytest.raises(ValueError, match=message):
+        transformer_engine(True, recipe)
+    assert transformer_engine(False).fp8 is None  # the layers alone run there
+
+
+@pytest.mark.parametrize(
+    ("capability", "recipe", "expected"),
+    [((8, 9), "auto", ("delayed", 16)), ((10, 0), "auto", ("mxfp8", 32)), ((12, 0), "auto", ("current", 16)),
+     ((9, 0), "block", ("block", 128)), ((10, 0), "current", ("current", 16))],
+)  # fmt: skip
+@pytest.mark.parametrize("old", [False, True])
+def test_a_recipe_is_the_one_that_was_asked_for(monkeypatch, capability, recipe, expected, old):
+    device = install(monkeypatch, capability, old)
+    if old and recipe == "block":
+        with pytest.raises(ValueError, match=r"fp8_recipe=block: .* \(2.3.0 is too old\)"):
+            transformer_engine(True, recipe)
+        return
+    made = transformer_engine(True, recipe)
+    assert (made.fp8.name, made.multiple) == expected
+    with made.context():
+        assert device.recipe == made.fp8.kind
+    assert device.recipe is None
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 4}
+
+
+def test_a_training_in_fp8_exchanges_what_its_recipe_takes_and_no_more(
+    tmp_path, capfd, monkeypatch
+):
+    device = install(monkeypatch, (10, 0))
+    folder = make_model(tmp_path / "m", "llama", num_key_value_heads=1, **WIDE)
+    plain = run(folder, tmp_path / "plain", 2)
+    given = run(folder, tmp_path / "given", 2, options=Options(transformer_engine="fp8"))
+    said = capfd.readouterr().err
+    assert (
+        "15 linear layers and 6 norms exchanged, products in FP8 (mxfp8); 6 linear layers stay: their widths are "
+        "no multiples of 32" in said
+    )
+    assert device.seen == {"MXFP8BlockScaling"}
+    ours, theirs = plain.model.state_dict(), given.model.state_dict()
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(transformer_engine="fp8", fp8_recipe="block"),
+         r"fp8_recipe=block: a micro-batch has 4 x 16 = 64 tokens, expected a multiple of 128; change data.train"),
+        (Options(transformer_engine="on", compile="on"), "training.compile=on: not with training.transformer_engine"),
+    ],
+)  # fmt: skip
+def test_what_fp8_does_not_take_is_refused_before_the_first_step(
+    tmp_path, monkeypatch, options, message
+):
+    install(monkeypatch, (9, 0))
+    folder = make_model(tmp_path / "m", "llama", num_key_value_heads=1, **WIDE)
+    with pytest.raises(ValueError, match=message):
+        run(folder, tmp_path / "s", 2, options=options)
+
+
+@pytest.mark.parametrize(
+    ("name", "positions", "rows", "message"),
+    [
+        ("delayed", 4, [4], None), ("delayed", 4, [4, 2], None), ("delayed", 6, [4], "4 x 6 = 24 tokens, expected a multiple of 16"),
+        ("delayed", 4, [4, 1], "1 x 4 = 4 tokens, expected a multiple of 8; change data.validation"),
+        ("mxfp8", 8, [4, 2], "2 x 8 = 16 tokens, expected a multiple of 32"),
+    ],
+)  # fmt: skip
+def test_tokens_are_counted_by_the_rules_of_the_recipe(monkeypatch, name, positions, rows, message):
+    """Where they pass, the stand-in computes them; where they do not, it refuses."""
+    device = install(monkeypatch, (10, 0))
+    made = transformer_engine(True, name)
+    layer = made.linear(nn.Linear(64, 64)).to_empty(device="cpu")
+
+    def step():
+        with made.context():
+            layer(torch.zeros(4, positions, 64))
+            for count in rows:
+                with torch.no_grad():
+                    layer(torch.zeros(count, positions, 64))
+
+    if message is None:
+        check_tokens(made.fp8, 4, positions, rows, positions)
+        step()
+    else:
+        with pytest.raises(AssertionError, match="FP8 execution requires"):
+            step()
+        with pytest.raises(ValueError, match=message):
+            check_tokens(made.fp8, 4, positions, rows, positions)
+    assert device.seen == {made.fp8.kind}
