@@ -20,6 +20,7 @@ from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
 from nemo_minitron.launch.launcher import hold_workspace
 from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.serving import served
 from nemo_minitron.pruning.size_search import Candidate, candidates, default_choices, halving, rungs
 from nemo_minitron.pruning.target_sizes import explicit_targets
 from nemo_minitron.stages.inputs import teacher_folder
@@ -141,13 +142,12 @@ def _candidates(config: Config) -> list[Candidate]:
         raise ValueError(f"plan.{asked[0]}: either sizes or plan.budget.params, found both")
     folder, _ = teacher_folder(config)
     checkpoint = open_checkpoint(folder)
-    whole = getattr(model_size(checkpoint.architecture), budget.measure)
+    model = served(checkpoint.architecture, config.plan.serve)
+    whole = getattr(model_size(model), budget.measure)
     least, most = (round(budget.params * (1 + sign * budget.tolerance)) for sign in (-1, 1))
-    choices: Mapping[str, Any] = budget.choices or default_choices(
-        checkpoint.architecture, budget.params / whole
-    )
+    choices: Mapping[str, Any] = budget.choices or default_choices(model, budget.params / whole)
     return candidates(
-        checkpoint.architecture,
+        model,
         choices,
         least,
         most,

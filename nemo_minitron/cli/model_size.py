@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ def size(args: argparse.Namespace) -> int:
     from nemo_minitron.checkpoints.hf_config import read_config
     from nemo_minitron.families import architecture_of, check_sizes, use_tables
     from nemo_minitron.pruning.cost import model_size
+    from nemo_minitron.pruning.serving import check_serving, serving_notes
     from nemo_minitron.pruning.slice import Cut
 
-    own, wanted = split_own_tables(args.sizes)
+    own, words = split_own_tables(args.sizes)
+    serve, wanted = _split_serve(words)
     if own:
         use_tables(own)
     path = _config_folder(args.model)
@@ -33,6 +36,9 @@ def size(args: argparse.Namespace) -> int:
             )
         sizes[axis] = int(value)
     check_sizes(model.family, sizes, "size")
+    check_serving(model, sizes, serve, "size: serve")
+    for note in serving_notes(model, sizes, serve):
+        print(f"note: {note}", file=sys.stderr)
     if args.context < 1:
         raise ValueError(f"size: --context: expected at least 1, found {args.context}")
     if sizes["layers"] < model.sizes["layers"]:  # of unlike layers, the first
@@ -61,6 +67,14 @@ def size(args: argparse.Namespace) -> int:
     ]
     print_table(("", str(args.model)), tuple(rows))
     return 0
+
+
+def _split_serve(words: list[str]) -> tuple[list[str], list[str]]:
+    """The runtimes among a command's words (``serve=[gguf,tp:4]``), and the other words."""
+    prefix = "serve="
+    named = [word.removeprefix(prefix).strip("[]") for word in words if word.startswith(prefix)]
+    runtimes = [name.strip() for text in named for name in text.split(",") if name.strip()]
+    return runtimes, [word for word in words if not word.startswith(prefix)]
 
 
 def _config_folder(model: str) -> Path:

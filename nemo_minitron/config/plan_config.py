@@ -56,6 +56,11 @@ class PlanConfig:
     )
     mamba_state: int | None = option(None, "state size of the Mamba layers", least=1)
     layers: int | None = option(None, "layers", least=1)
+    serve: list[str] = option(
+        [],
+        "runtimes whose sizes a plan and a search keep to: gguf (rows of 256 for K-quants), fp8_block "
+        "(blocks of 128), tp:N (heads and neurons divided among N ranks)",
+    )
     drop_layers: list[int] | None = option(
         None, "0-based layers to drop, instead of plan.layers", least=0
     )

@@ -6,9 +6,14 @@ from typing import Any
 from nemo_minitron.config.plan_config import PlanConfig
 from nemo_minitron.families import Architecture, check_sizes
 from nemo_minitron.pruning.select import complete_targets
+from nemo_minitron.pruning.serving import check_serving
 
 _CHOICES = ("drop_layers", "layer_choice")
 """Keys of the plan that are no sizes."""
+
+
+_SEARCH = ("budget", "serve")
+"""Keys of the plan that say which sizes are wanted, and are none."""
 
 
 def explicit_targets(plan: PlanConfig) -> dict[str, Any]:
@@ -16,7 +21,7 @@ def explicit_targets(plan: PlanConfig) -> dict[str, Any]:
     return {
         name: value
         for name, value in asdict(plan).items()
-        if value is not None and name != "budget"
+        if value is not None and name not in _SEARCH
     }
 
 
@@ -52,6 +57,7 @@ def target_sizes(model: Architecture, plan: PlanConfig) -> dict[str, int]:
     if plan.drop_layers:
         targets["layers"] = sizes["layers"] - len(_checked_drop(plan, sizes["layers"]))
     check_sizes(family, targets, "plan")
+    check_serving(model, targets, plan.serve, "plan.serve")
     return targets
 
 

@@ -10,6 +10,7 @@ from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import alignment
 from nemo_minitron.pruning.plan_file import Plan, make_plan, read_plan, write_plan
 from nemo_minitron.pruning.select import contiguous, kept_layers, scattered, select_units
+from nemo_minitron.pruning.serving import serving_notes
 from nemo_minitron.pruning.slice import Cut, pattern_notes
 from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores, target_sizes
 from nemo_minitron.scoring.depth import block_importance
@@ -59,6 +60,7 @@ def recipe(config: Config) -> Recipe:
     def summary() -> Summary:
         plan = read_plan(folder)
         of = pattern_notes(checkpoint.architecture, plan.layers_kept)
+        of += serving_notes(checkpoint.architecture, plan.after, config.plan.serve)
         found = _summary(plan)
         return replace(found, notes=(*found.notes, *of))
 
