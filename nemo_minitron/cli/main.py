@@ -61,10 +61,19 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
     for name in ("run", *STAGES):
         command = commands.add_parser(name, help=_HELP[name], description=_HELP[name])
         command.add_argument(
-            "--config-name", default="config", metavar="NAME", help="configuration to start from"
+            "--config-name",
+            "-cn",
+            default="config",
+            metavar="NAME",
+            help="configuration to start from",
         )
         command.add_argument(
-            "--config-dir", metavar="DIR", help="folder with configurations of your own"
+            "--config-dir",
+            "--config-path",
+            "-cd",
+            "-cp",
+            metavar="DIR",
+            help="folder with configurations of your own",
         )
         command.add_argument(
             "--keys", action="store_true", help="print every configuration key and stop"

@@ -44,7 +44,11 @@ def add_parsers(commands: Any) -> None:
             "--flow", default="compress", help="compress, search, sweep or evaluate_checkpoint"
         )
         command.add_argument(
-            "--config-name", default="config", metavar="NAME", help="configuration to start from"
+            "--config-name",
+            "-cn",
+            default="config",
+            metavar="NAME",
+            help="configuration to start from",
         )
         command.add_argument("--cron", metavar="SCHEDULE", help="when, as in '0 2 * * *'")
         command.add_argument(

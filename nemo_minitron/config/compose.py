@@ -1,10 +1,12 @@
 """Hydra: from a configuration name and overrides to a checked ``Config``."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import re
 import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,9 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         values = OmegaConf.to_container(
             composed
         )  # without its schema, or keys added with + would pass
-        config = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
+        merged = OmegaConf.merge(_schema(), values)
+        with _nemo_s_resolvers():
+            config = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(
             unreadable(overrides) or _named_otherwise(overrides) or _explain(error, name, own)
@@ -90,6 +94,53 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         ) from error
     assert isinstance(config, Config)
     return _checked(config)
+
+
+def _gpu_name() -> str | None:
+    """As NeMo: a100 or h100 by the first card's compute capability; None for others, and without NVML."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+            major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+    return {8: "a100", 9: "h100"}.get(major)
+
+
+def multiply(x: Any, y: Any) -> Any:
+    """The product; an error of it tells its name."""
+    return x * y
+
+
+RESOLVERS: dict[str, Callable[..., Any]] = {
+    "multiply": multiply,
+    "sum": lambda x, y: x + y,
+    "gpu_name": _gpu_name,
+}
+"""What NeMo's scripts have in their configurations: ``${multiply:2,3}``."""
+
+
+@contextlib.contextmanager
+def _nemo_s_resolvers() -> Iterator[None]:
+    """Registers those of NeMo's that are not there, and takes them away again.
+
+    NeMo registers them when it is imported, which takes 10 to 20 seconds, and ``gpu_name`` only once.
+    """
+    missing = [name for name in RESOLVERS if not OmegaConf.has_resolver(name)]
+    for name in missing:
+        OmegaConf.register_new_resolver(name, RESOLVERS[name])
+    try:
+        yield
+    finally:
+        for name in missing:
+            OmegaConf.clear_resolver(name)
 
 
 def _named_otherwise(overrides: list[str]) -> str | None:

@@ -19,6 +19,20 @@ _OWN_FOLDER = (
     "a stage writes into its own folder, what loggers write into logs/ there; use workspace=FOLDER"
 )
 _NO_OBJECTS = "a command line holds no Python objects"
+_IN_A_SCRIPT = "any other is for a script with MinitronModel"
+OBSERVERS = (
+    "lightning.pytorch.callbacks.LearningRateMonitor",
+    "lightning.pytorch.callbacks.DeviceStatsMonitor",
+    "lightning.pytorch.callbacks.ModelSummary",
+    "lightning.pytorch.callbacks.RichModelSummary",
+    "lightning.pytorch.callbacks.RichProgressBar",
+    "nemo.collections.common.callbacks.LogEpochTimeCallback",
+    "nemo.collections.speechlm2.parts.nsight.NsightProfiling",
+)
+"""Callbacks that only look: no weight, no checkpoint and no end of a training depends on them."""
+
+STRATEGIES = ("lightning.pytorch.strategies.DDPStrategy",)
+"""Strategies with arguments of their own that keep the model whole on every rank."""
 
 TRAINER: _Rules = {
     "fast_dev_run": (
@@ -36,10 +50,6 @@ TRAINER: _Rules = {
     "use_distributed_sampler": (
         (False,),
         "the order of samples depends on the step alone, and every rank takes its share; leave it out",
-    ),
-    "callbacks": (
-        ([],),
-        f"{_NO_OBJECTS}; use keys of exp_manager and training, or MinitronModel in a script",
     ),
     "plugins": (
         ([],),
@@ -195,13 +205,36 @@ def refuse_trainer(trainer: Mapping[str, Any], section: str = "trainer") -> None
         section, trainer, handed_on.TRAINER, "Lightning's Trainer has no such argument"
     )
     _refuse(section, trainer, TRAINER)
-    if isinstance(strategy := _at(trainer, "strategy"), Mapping | list):
-        raise ValueError(
-            f"{section}.strategy: expected the name of one of Lightning's strategies, such as ddp, or "
-            f"training.parallel=shard for FSDP2, found {strategy!r}"
-        )
+    strategy, callbacks = _at(trainer, "strategy"), _at(trainer, "callbacks")
+    if strategy is not None and not isinstance(strategy, str):
+        other = "the name of one of Lightning's, such as ddp, training.parallel=shard for FSDP2, or"
+        _check_object(f"{section}.strategy", strategy, STRATEGIES, other)
+    if callbacks is not None and not isinstance(callbacks, list):
+        raise ValueError(f"{section}.callbacks: expected a list, found {callbacks!r}")
+    for number, callback in enumerate(callbacks or []):
+        other = f"a list, in which {_IN_A_SCRIPT}, of"
+        _check_object(f"{section}.callbacks[{number}]", callback, OBSERVERS, other)
     if (limit := _at(trainer, "max_time")) is not None:
         duration(f"{section}.max_time", limit)
+
+
+def _check_object(key: str, given: Any, known: tuple[str, ...], other: str) -> None:
+    """Refuses what NeMo would make of a ``_target_``, but for objects that are known to be harmless.
+
+    The target is the user's, by hand or in a configuration of theirs; what is known stays short,
+    because a stage resumes, and ends with an artifact, whatever is added to its trainer.
+    """
+    target = given.get("_target_") if isinstance(given, Mapping) else None
+    if target not in known:
+        raise ValueError(
+            f"{key}: expected {other} {{_target_: ...}} with one of {', '.join(known)}, found {given!r}"
+        )
+    waiting = [value for name, value in given.items() if name != "_target_"]
+    for value in waiting:  # grows while it is read
+        if isinstance(value, Mapping) and "_target_" in value:
+            raise ValueError(f"{key}: expected plain values beside _target_, found {value!r}")
+        waiting += [*value.values()] if isinstance(value, Mapping) else []
+        waiting += value if isinstance(value, list) else []
 
 
 def refuse_exp_manager(settings: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import warnings
 
 import nemo.utils.exp_manager
 from nemo.utils import logging as nemo_logging
+from nv_one_logger.api.one_logger_provider import OneLoggerProvider
 
 
 def silence_third_parties() -> None:
@@ -17,6 +18,9 @@ def silence_third_parties() -> None:
     # exp_manager asks git about the working folder, and git runs what the configuration of a
     # repository there says (core.fsmonitor); nor does the user's diff belong into a run's folder
     nemo.utils.exp_manager.get_git_hash = lambda: (False, "")
+    # NeMo's telemetry, which is sent nowhere, is on for rank 0 of several, and fails where a training
+    # begins once more in a process, as behind a bad step
+    OneLoggerProvider.instance().force_disable_logging()
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     known = (

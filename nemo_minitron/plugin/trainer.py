@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
+from nemo.core.classes.common import UnsafeTargetError
+from nemo.utils.trainer_utils import resolve_trainer_cfg
+from omegaconf import OmegaConf
 
 from nemo_minitron.config.overrides import duration, refuse_exp_manager, refuse_trainer
 from nemo_minitron.families import Architecture, Family
@@ -121,6 +125,7 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     steps = trainer["max_steps"] if "max_steps" in trainer else None
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"trainer.max_steps: expected a positive whole number, found {steps!r}")
+    _made(dict(trainer))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return  # torchrun has started a process for every device
     for key in ("devices", "num_nodes"):
@@ -254,7 +259,11 @@ def _ended_by(trainer: Trainer) -> str:
 def _trainer(settings: TrainingSettings, callbacks: Sequence[Callback], state: Path) -> Trainer:
     arguments, options = dict(settings.trainer), settings.options
     arguments["profiler"] = profiler(arguments.get("profiler"), state)
-    bar = [TQDMProgressBar(refresh_rate=10)] if arguments.get("enable_progress_bar", True) else []
+    own = _made(arguments)
+    bars = arguments.get("enable_progress_bar", True) and not any(
+        isinstance(callback, ProgressBar) for callback in own
+    )
+    bar = [TQDMProgressBar(refresh_rate=10)] if bars else []
     average = [] if options.ema_decay is None else [Averaging(options.ema_decay)]
     guards = [ExactResume(settings.seed, options.tensor_parallel), LossGuard(options.spikes)]
     # logger, checkpoints and their folders are exp_manager's; the sampler knows its ranks itself:
@@ -262,7 +271,29 @@ def _trainer(settings: TrainingSettings, callbacks: Sequence[Callback], state: P
     fixed = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}
     if options.shard:
         fixed["strategy"] = sharding_strategy(options.tensor_parallel)
-    return Trainer(**{**arguments, **fixed}, callbacks=[*callbacks, *guards, *average, *bar])
+    return Trainer(**{**arguments, **fixed}, callbacks=[*callbacks, *guards, *average, *own, *bar])
+
+
+def _made(arguments: dict[str, Any]) -> list[Callback]:
+    """The callbacks that NeMo makes of a configuration's ``_target_``; the strategy takes its place.
+
+    ``refuse_trainer`` has looked at both.
+
+    Raises:
+        ValueError: they do not take the arguments, or cannot be imported.
+    """
+    strategy, callbacks = arguments.get("strategy"), arguments.pop("callbacks", None)
+    given = {"callbacks": callbacks or []}
+    if isinstance(strategy, Mapping):
+        given["strategy"] = strategy
+    try:
+        resolved: dict[str, Any] = resolve_trainer_cfg(OmegaConf.create(given))
+    except (InstantiationException, UnsafeTargetError) as error:
+        told = " ".join(str(error).split()).partition(" full_key")[0]
+        raise ValueError(f"trainer.{', trainer.'.join(given)}: {told}") from error
+    made: list[Callback] = resolved.pop("callbacks")
+    arguments.update(resolved)
+    return made
 
 
 def _watch(

@@ -29,6 +29,7 @@ _NOT_DECIDING = (
     "log_every_n_steps",
     "profiler",
     "default_root_dir",
+    "callbacks",  # those that are let through only look
 )
 
 

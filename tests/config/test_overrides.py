@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import inspect
 import re
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch import Trainer
 from nemo.utils.exp_manager import CallbackParams, EMAParams, ExpManagerConfig
 
+from nemo_minitron.cli.main import main
 from nemo_minitron.config import handed_on
 from nemo_minitron.config.bounds import check_handed_on
 from nemo_minitron.config.compose import as_dict, load_config
@@ -169,3 +172,30 @@ def test_keys_that_are_named_instead_are_there():
             "workspace",
             "trainer.precision",
         }
+
+
+def test_nemo_s_resolvers_work_in_overrides_and_files_and_nemo_still_has_its_own(tmp_path):
+    own = tmp_path / "mine.yaml"
+    own.write_text("defaults: [config, _self_]\ndistill: {batch_size: '${multiply:2,3}'}\n")
+    given = ["trainer.max_steps=${sum:40,2}", "workspace=w-${gpu_name:}"]
+    config = load_config("mine", given, str(tmp_path))
+    assert (config.distill.batch_size, config.trainer["max_steps"]) == (6, 42)
+    assert config.workspace == "w-None"  # there is no card here
+    with pytest.raises(ValueError, match=r"cannot be resolved: .* missing"):
+        load_config("config", ["trainer.max_steps=${multiply:2}"])
+    code = (
+        "from nemo_minitron.config.compose import load_config\n"
+        "load_config('config', ['trainer.max_steps=${multiply:2,3}'])\n"
+        "import nemo.core.config.hydra_runner  # registers gpu_name, and does not where it is there\n"
+        "assert load_config('config', ['trainer.max_steps=${sum:2,3}']).trainer['max_steps'] == 5\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("words", [["-cn", "mine"], ["--config-name=mine"], ["-cn=mine"]])
+@pytest.mark.parametrize("folder", ["--config-path", "--config-dir", "-cp", "-cd"])
+def test_configurations_are_named_as_nemo_s_users_name_them(tmp_path, capsys, words, folder):
+    (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\ntrack: {experiment: mine}\n")
+    assert main(["distill", folder, str(tmp_path), *words, "--cfg"]) == 0
+    assert "experiment: mine" in capsys.readouterr().out

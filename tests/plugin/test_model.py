@@ -416,7 +416,8 @@ def test_an_average_in_bfloat16_moves_by_thousandths(tmp_path):
 
 def test_an_average_of_weights_in_parts_is_refused():
     with pytest.raises(ValueError, match=r"training\.ema_decay: not with training\.parallel=shard"):
-        _apply(Options(ema_decay=0.9, shard=True), None, torch.device("cpu"))
+        settings = recipe(1, Options(ema_decay=0.9, shard=True))
+        _apply(settings, None, torch.device("cpu"), None, None)
 
 
 def test_nemo_leaves_the_signals_to_us_on_a_gpu_too(tmp_path, monkeypatch):

@@ -134,3 +134,22 @@ def test_whichever_comes_first_ends_a_training(start, capsys, more, told):
     assert main(["distill", *words, *more]) == 0
     assert told in capsys.readouterr().out
     assert main(["verify", str(place)]) == 0
+
+
+def test_callbacks_and_a_strategy_of_a_configuration_are_made_as_nemo_makes_them(start, capsys):
+    pytest.importorskip("tensorboard")
+    place, words = start("made")
+    pytorch = "lightning.pytorch"
+    own = [f"+trainer.callbacks=[{{_target_: {pytorch}.callbacks.LearningRateMonitor, logging_interval: step}}]",
+           f"+trainer.strategy={{_target_: {pytorch}.strategies.DDPStrategy, find_unused_parameters: true}}",
+           "exp_manager.create_tensorboard_logger=true"]  # fmt: skip
+    own = [f"++{word.lstrip('+')}" for word in own]
+    assert main(["distill", *words, "trainer.max_steps=2", *own]) == 0
+    (events,) = (place / "student" / "logs").glob("events.out.tfevents.*")
+    assert b"lr-AdamW" in events.read_bytes()
+    capsys.readouterr()
+    assert main(["distill", *words, "trainer.max_steps=2"]) == 0  # they decide nothing
+    assert "already done" in capsys.readouterr().out
+    wrong = f"++trainer.callbacks=[{{_target_: {pytorch}.callbacks.LearningRateMonitor, often: 1}}]"
+    told = refused(capsys, "distill", *words, "trainer.max_steps=3", wrong)
+    assert "trainer.callbacks: Error in call to target" in told and "argument 'often'" in told

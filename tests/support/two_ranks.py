@@ -1,5 +1,6 @@
 """Trainings on two ranks, and what is compared of them."""
 
+import os
 import subprocess
 import sys
 
@@ -25,15 +26,29 @@ def weights(place):
     return load_file(place / "student" / "hf" / "model.safetensors")
 
 
-def two_ranks(*arguments):
-    """A command at work on two ranks, told of each other as torchrun would tell them."""
+def environments():
+    """Of two processes, what torchrun would tell them of each other."""
     shared = {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
-    return [
-        started(*arguments, env={**shared, "RANK": number, "LOCAL_RANK": number}) for number in "01"
-    ]
+    return [{**shared, "RANK": number, "LOCAL_RANK": number} for number in "01"]
+
+
+def two_ranks(*arguments):
+    """A command at work on two ranks."""
+    return [started(*arguments, env=environment) for environment in environments()]
+
+
+def module_on_two_ranks(*arguments, seconds=240):
+    """Runs ``python -m ARGUMENTS`` on two ranks, which have to end well."""
+    command = [sys.executable, "-m", *map(str, arguments)]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        for own in environments()
+    ]  # fmt: skip
+    done = _together(ranks, arguments, seconds)
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 def on_two_ranks(*arguments, seconds=120):
@@ -41,8 +56,10 @@ def on_two_ranks(*arguments, seconds=120):
 
     Where one fails the other is ended, as torchrun does: it would wait for it.
     """
-    ranks = two_ranks(*arguments)
+    return _together(two_ranks(*arguments), arguments, seconds)
 
+
+def _together(ranks, arguments, seconds):
     def over():
         codes = [rank.poll() for rank in ranks]
         return any(codes) or None not in codes
@@ -54,5 +71,6 @@ def on_two_ranks(*arguments, seconds=120):
         for rank in ranks:
             if rank.poll() is None:
                 kill_group(rank)
-    printed = ["".join(texts) for texts in zip(*(r.communicate() for r in ranks), strict=True)]
+    texts = zip(*(rank.communicate() for rank in ranks), strict=True)
+    printed = ["".join(text or "" for text in both) for both in texts]
     return subprocess.CompletedProcess(arguments, code, *printed)

@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import importlib.util
+import json
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from safetensors.torch import load_file
 from torch import nn
 
 from nemo_minitron.families import families, fill
@@ -26,6 +28,7 @@ from nemo_minitron.training.transformer_engine import (
 from tests.support.models import logits, make_model
 from tests.support.nemo_training import run
 from tests.support.transformer_engine import install
+from tests.support.two_ranks import module_on_two_ranks
 
 
 class Scaled(nn.Linear):
@@ -323,3 +326,24 @@ def test_tokens_are_counted_by_the_rules_of_the_recipe(monkeypatch, name, positi
         with pytest.raises(ValueError, match=message):
             check_tokens(made.fp8, 4, positions, rows, positions)
     assert device.seen == {made.fp8.kind}
+
+
+def test_two_ranks_keep_no_second_copy_and_write_what_they_have_trained(tmp_path):
+    """FSDP2 over gloo, stopped behind a checkpoint and gone on with."""
+    folder = make_model(tmp_path / "m", "llama", num_key_value_heads=1, **WIDE)
+    module_on_two_ranks("tests.support.sharded_layers", folder, tmp_path / "state", tmp_path)
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for rank in told:
+        assert rank["whole"] == [] and rank["fp8"] == ["DelayedScaling"]
+        assert rank["said"].startswith(
+            "save_to: the model is split over ranks; gather() and save_hf(folder)"
+        )
+    assert not list(tmp_path.glob("*.nemo"))
+    plain = run(folder, tmp_path / "plain", 6, accumulate_grad_batches=2).model.state_dict()
+    found, before = (
+        load_file(tmp_path / "hf" / "model.safetensors"),
+        load_model(folder).state_dict(),
+    )
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, plain[name], atol=1e-5), name
+    assert not any(torch.equal(found[name], before[name]) for name in found if "proj" in name)
