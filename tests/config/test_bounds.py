@@ -71,6 +71,18 @@ def test_numbers_that_lightning_and_nemo_would_break_on_are_refused_by_name(name
 @pytest.mark.parametrize(
     ("override", "line"),
     [
+        (
+            "trainer.accumulate_grad_batches=0",
+            "trainer.accumulate_grad_batches: expected at least 1",
+        ),
+        (
+            "trainer.val_check_interval=0",
+            "trainer.val_check_interval: expected more than 0, found 0",
+        ),
+        ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps: expected at least 1, found 0"),
+        ("distill.kl=nan", "distill.kl: expected at least 0, found nan"),
+        ("distill.batch_size=100000", "distill.batch_size: expected at most 16,384, found 100000"),
+        ("optim.lr=0", "optim.lr: expected more than 0, found 0"),
         ("optim.lr=abc", "optim.lr: expected a number, found 'abc'"),
         ("optim.lr=[0.1]", r"optim.lr: expected a number, found \[0.1\]"),
         ("optim.lr=nan", "optim.lr: expected a finite number, found nan"),
