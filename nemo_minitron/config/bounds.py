@@ -75,6 +75,19 @@ _OPTIM = {
     "sched.min_lr": Bounds(least=0),
     "sched.power": Bounds(above=0),
 }
+OPTIMISERS = (
+    "sgd", "adam", "adamw", "adadelta", "adamax", "adagrad", "rmsprop", "rprop", "novograd", "adafactor",
+    "adan", "lamb", "fused_adam", "distributed_fused_adam", "megatron_fused_adam",
+)  # fmt: skip
+"""Names that NeMo knows, the last four where Apex is installed."""
+SCHEDULES = (
+    "WarmupPolicy", "WarmupHoldPolicy", "SquareAnnealing", "CosineAnnealing", "NoamAnnealing",
+    "NoamHoldAnnealing", "WarmupHoldAnnealOneMinusSquareRoot", "WarmupHoldAnnealLinear", "WarmupAnnealing",
+    "InverseSquareRootAnnealing", "T5InverseSquareRootAnnealing", "SquareRootAnnealing",
+    "PolynomialDecayAnnealing", "PolynomialHoldDecayAnnealing", "StepLR", "ExponentialLR",
+    "ReduceLROnPlateau", "CyclicLR",
+)  # fmt: skip
+"""Names that NeMo knows."""
 HANDED_ON = {
     f"{section}{name}.{key}": bounds
     for section in ("", "pretrain.", "correct.")
@@ -84,15 +97,16 @@ HANDED_ON = {
 """Ranges of keys in sections that are handed to Lightning and NeMo, which take or break on any number."""
 
 
-def numbers(value: Any) -> Iterator[float]:
-    """The numbers in a key's value: itself, the entries of a list, the values of a dictionary."""
+def numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Name and value of the numbers in a key: itself, the entries of a list, those of a dictionary."""
     if isinstance(value, Mapping):
-        value = list(value.values())
-    for each in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(each, list | tuple):
-            yield from numbers(each)
-        elif isinstance(each, int | float) and not isinstance(each, bool):
-            yield each
+        for key, each in value.items():
+            yield from numbers(f"{name}.{key}", each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from numbers(name, each)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
 
 
 def check(name: str, bounds: Bounds, value: Any) -> None:
@@ -101,10 +115,10 @@ def check(name: str, bounds: Bounds, value: Any) -> None:
     Raises:
         ValueError: a number in it lies outside the range; the message names the key.
     """
-    for number in numbers(value):
+    for key, number in numbers(name, value):
         expected = bounds.broken_by(number)
         if expected is not None:
-            raise ValueError(f"{name}: expected {expected}, found {number!r}")
+            raise ValueError(f"{key}: expected {expected}, found {number!r}")
 
 
 def check_handed_on(sections: Mapping[str, Any]) -> None:
@@ -117,8 +131,9 @@ def check_handed_on(sections: Mapping[str, Any]) -> None:
         value: Any = sections
         for part in name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        if isinstance(value, str | bool):
-            raise ValueError(f"{name}: expected a number, found {value!r}")
+        if value is not None and not _is_as(name, value):
+            expected = "two numbers" if name.endswith(_PAIRS) else "a number"
+            raise ValueError(f"{name}: expected {expected}, found {value!r}")
         check(name, bounds, value)
     for section in ("", "pretrain.", "correct."):
         optim = sections
@@ -127,15 +142,31 @@ def check_handed_on(sections: Mapping[str, Any]) -> None:
         _check_optim(f"{section}optim", optim)
 
 
+_PAIRS = ".betas"
+
+
+def _is_as(name: str, value: Any) -> bool:
+    """Whether a value has the shape that its key takes: a number, or two."""
+    found = value if name.endswith(_PAIRS) else [value]
+    return (
+        isinstance(found, list)
+        and len(found) == (2 if name.endswith(_PAIRS) else 1)
+        and all(isinstance(each, int | float) and not isinstance(each, bool) for each in found)
+    )
+
+
 def _check_optim(name: str, optim: Mapping[str, Any]) -> None:
-    betas = optim.get("betas")
-    if isinstance(betas, list) and len(betas) != 2:
-        raise ValueError(f"{name}.betas: expected two numbers, found {betas!r}")
     if "sched" in optim and optim["sched"] is None:
         raise ValueError(
             f"{name}.sched: expected a section, found null; '~{name}.sched' removes it"
         )
-    given = {key for key, value in optim.get("sched", {}).items() if value is not None}
+    sched = optim.get("sched", {})
+    for key, section, known in (("name", optim, OPTIMISERS), ("sched.name", sched, SCHEDULES)):
+        if "name" in section and "_target_" not in section and section["name"] not in known:
+            raise ValueError(
+                f"{name}.{key}: expected one of {', '.join(known)}, found {section['name']!r:.60}"
+            )
+    given = {key for key, value in sched.items() if value is not None}
     for kind in ("warmup", "constant"):
         if given >= {f"{kind}_steps", f"{kind}_ratio"}:
             raise ValueError(

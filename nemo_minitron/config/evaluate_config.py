@@ -57,11 +57,15 @@ class EvaluateConfig:
     speed: bool = option(
         True, "measure tokens per second and peak memory, each model in a process of its own"
     )
-    speed_batches: list[int] = option([1, 8], "samples at a time in the speed measurement", least=1)
+    speed_batches: list[int] = option(
+        [1, 8], "samples at a time in the speed measurement", bounds=Bounds(least=1, most=2**14)
+    )
     prompt_tokens: int = option(
         256, "prompt length of the speed measurement", bounds=Bounds(least=1, most=2**20)
     )
-    contexts: list[int] = option([], "further prompt lengths of the speed measurement", least=1)
+    contexts: list[int] = option(
+        [], "further prompt lengths of the speed measurement", bounds=Bounds(least=1, most=2**20)
+    )
     new_tokens: int = option(
         64, "generated tokens of the speed measurement", bounds=Bounds(least=1, most=2**20)
     )

@@ -8,6 +8,7 @@ import fnmatch
 import functools
 import glob
 import hashlib
+import json
 import os
 import random
 import re
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_minitron.data import megatron
-from nemo_minitron.data.compressed_files import COMPRESSED, note, text_chunks
+from nemo_minitron.data.compressed_files import COMPRESSED, note, opened, text_chunks
 from nemo_minitron.data.document_types import (
     Document,
     LongText,
@@ -298,6 +299,9 @@ def _read(path: Path, texts: TextSet) -> Iterator[Document]:
     if kind == "megatron":
         yield from megatron.documents(path, texts.where)
     elif kind == "text":
+        if texts.format == "auto" and _holds_rows(path, texts.where):
+            kind = f"holds rows of JSON, and is read as text; {texts.where}.format=jsonl reads the rows"
+            note(path, texts.where, kind)
         found = text_document(lambda: text_chunks(path, texts.where))
         if found:
             yield found
@@ -308,6 +312,20 @@ def _read(path: Path, texts: TextSet) -> Iterator[Document]:
             yield document_of(row, texts.text_key, place)
 
 
+def _holds_rows(path: Path, where: str) -> bool:
+    """Whether a file that is read as text begins with a row of JSON, whatever its name."""
+    with opened(path, where) as file:
+        first = file.readline(_ROW)
+    if not first.lstrip().startswith(b"{"):
+        return False
+    try:
+        return isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+_ROW = 2**16
+"""Bytes of a first row at most, to be known for one."""
 _ROWS = {"hf": saved_rows, "jsonl": json_rows, "parquet": parquet_rows}
 
 

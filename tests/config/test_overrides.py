@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch import Trainer
+from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
+from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 from nemo.utils.exp_manager import CallbackParams, EMAParams, ExpManagerConfig
 
 from nemo_minitron.cli.main import main
 from nemo_minitron.config import handed_on
-from nemo_minitron.config.bounds import check_handed_on
+from nemo_minitron.config.bounds import OPTIMISERS, SCHEDULES, check_handed_on
 from nemo_minitron.config.compose import as_dict, load_config
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.option import describe
@@ -58,6 +60,11 @@ def checked(overrides):
     check_handed_on(config)
     check_overrides(config)
     check_trainer(config["trainer"])
+
+
+def test_every_optimiser_and_schedule_of_nemo_may_be_named():
+    assert set(AVAILABLE_OPTIMIZERS) <= set(OPTIMISERS)
+    assert set(AVAILABLE_SCHEDULERS) == set(SCHEDULES)
 
 
 def test_every_override_of_the_table_becomes_what_it_says():

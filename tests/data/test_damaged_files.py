@@ -123,6 +123,22 @@ def test_rows_are_not_read_as_text_because_of_how_a_name_is_written(tmp_path, na
     assert list(documents(found([path]))) == ["one"]
 
 
+def test_rows_that_are_read_as_text_are_said_so(tmp_path, capsys):
+    for name, text in (
+        ("part-0", '{"text": "a"}\n{"text": "b"}\n'),
+        ("b", "{a} of b"),
+        ("c", "{" * 9),
+    ):
+        (tmp_path / name).write_text(text)
+    assert len(list(documents(found([tmp_path])))) == 3
+    said = capsys.readouterr().err
+    assert (
+        said.count("\n") == 1 and "part-0 holds rows of JSON, and is read as text; data.tr" in said
+    )
+    assert list(documents(found([tmp_path / "part-0"], format="jsonl"))) == ["a", "b"]
+    assert not capsys.readouterr().err
+
+
 def test_one_of_many_shards_is_named_and_so_is_its_row(tmp_path):
     for number in range(40):
         row = json.dumps({"text": f"shard {number}"})
