@@ -1,11 +1,14 @@
 """Every number of the configuration has a range in which it means something, and is refused outside it."""
 
+import copy
+import functools
+from ast import literal_eval
 from typing import get_type_hints
 
 import pytest
 
 from nemo_minitron.config.bounds import HANDED_ON
-from nemo_minitron.config.compose import load_config
+from nemo_minitron.config.compose import as_dict, from_dict, load_config
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.option import describe
 
@@ -46,11 +49,30 @@ def override(name, value):
     return f"{name}=[{value}]" if "list" in kind else f"{name}={value}"
 
 
+@pytest.fixture(scope="module")
+def defaults():
+    return as_dict(load_config("config", []))
+
+
+def changed(values, override):
+    """A configuration as the flows take it, with one key changed: composing each with Hydra takes five times as long."""
+    name, _, value = override.partition("=")
+    *sections, key = name.split(".")
+    values = copy.deepcopy(values)
+    functools.reduce(lambda section, part: section[part], sections, values)[key] = literal_eval(
+        value
+    )
+    return values
+
+
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_number_outside_its_range_is_refused_by_name(name):
+def test_a_number_outside_its_range_is_refused_by_name(defaults, name):
     for value, expected in outside(NUMBERS[name]):
         with pytest.raises(ValueError, match=rf"^{name}[.\w]*: expected {expected}, found"):
-            load_config("config", [override(name, value)])
+            given = override(name, value)
+            if given.startswith("+"):
+                load_config("config", [given])
+            from_dict(changed(defaults, given))
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
@@ -61,11 +83,11 @@ def test_what_is_no_finite_number_is_refused(name, value):
 
 
 @pytest.mark.parametrize("name", HANDED_ON)
-def test_numbers_that_lightning_and_nemo_would_break_on_are_refused_by_name(name):
+def test_numbers_that_lightning_and_nemo_would_break_on_are_refused_by_name(defaults, name):
     for value, expected in outside(HANDED_ON[name]):
         given = f"[{value},0.5]" if name.endswith("betas") else value
         with pytest.raises(ValueError, match=f"^{name}: expected {expected}, found"):
-            load_config("config", [f"++{name}={given}"])
+            from_dict(changed(defaults, f"{name}={given}"))
 
 
 @pytest.mark.parametrize(
@@ -80,9 +102,9 @@ def test_numbers_that_lightning_and_nemo_would_break_on_are_refused_by_name(name
             "trainer.val_check_interval: expected more than 0, found 0",
         ),
         ("trainer.log_every_n_steps=0", "trainer.log_every_n_steps: expected at least 1, found 0"),
-        ("distill.kl=nan", "distill.kl: expected at least 0, found nan"),
+        ("score.batch_size=-1", "score.batch_size: expected at least "),
         ("distill.batch_size=100000", "distill.batch_size: expected at most 16,384, found 100000"),
-        ("optim.lr=0", "optim.lr: expected more than 0, found 0"),
+        ("++trainer.max_steps=-2", "trainer.max_steps: expected at least "),
         ("optim.lr=abc", "optim.lr: expected a number, found 'abc'"),
         ("optim.lr=[0.1]", r"optim.lr: expected a number, found \[0.1\]"),
         ("optim.lr=nan", "optim.lr: expected a finite number, found nan"),

@@ -43,7 +43,7 @@ def running(
                     continue
 
 
-def until(condition, seconds: float = 120, every: float = 0.2):
+def until(condition, seconds: float = 240, every: float = 0.2):
     """Waits until a condition gives something; returns it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
