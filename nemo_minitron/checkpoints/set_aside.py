@@ -11,8 +11,8 @@ from typing import Any
 from nemo_minitron.security.plain_text import plain
 
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
-OUTPUTS = ("output_hidden_states", "output_attentions", "return_dict")
-"""Keys of config.json that say in which form a forward pass returns what."""
+OUTPUTS = ("output_hidden_states", "output_attentions", "return_dict", "use_mtp")
+"""Keys of config.json that say in which form a forward pass returns what, and how ``generate`` drafts tokens."""
 GENERATION = (
     "return_dict_in_generate",  # generate returns no tensor of ids
     "output_hidden_states",
@@ -21,6 +21,7 @@ GENERATION = (
     "output_logits",
     "stop_strings",  # generate wants the tokenizer as a further argument
     "num_return_sequences",  # greedy search refuses more than one
+    "use_mtp",  # generate wants prediction layers, which are not carried
 )
 """Keys of generation_config.json that say so of ``generate``, or that it refuses without more arguments."""
 _INPUTS = ("input_ids", "attention_mask")
@@ -65,7 +66,12 @@ def generation_settings(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
-_OTHER = {"output_hidden_states": True, "output_attentions": True, "return_dict": False}
+_OTHER = {
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "return_dict": False,
+    "use_mtp": True,
+}
 """The values of ``OUTPUTS`` that are not transformers' own defaults."""
 
 
