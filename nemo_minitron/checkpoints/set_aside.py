@@ -12,8 +12,8 @@ from nemo_minitron.checkpoints.config_values import tokens_beyond
 from nemo_minitron.security.plain_text import plain
 
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
-OUTPUTS = ("output_hidden_states", "output_attentions", "return_dict")
-"""Keys of config.json that say in which form a forward pass returns what."""
+OUTPUTS = ("output_hidden_states", "output_attentions", "return_dict", "use_mtp")
+"""Keys of config.json that say in which form a forward pass returns what, and how ``generate`` drafts tokens."""
 GENERATION = (
     "return_dict_in_generate",  # generate returns no tensor of ids
     "output_hidden_states",
@@ -22,6 +22,7 @@ GENERATION = (
     "output_logits",
     "stop_strings",  # generate wants the tokenizer as a further argument
     "num_return_sequences",  # greedy search refuses more than one
+    "use_mtp",  # generate wants prediction layers, which are not carried
 )
 """Keys of generation_config.json that say so of ``generate``, or that it refuses without more arguments."""
 _INPUTS = ("input_ids", "attention_mask")
@@ -69,7 +70,12 @@ def generation_settings(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
-_OTHER = {"output_hidden_states": True, "output_attentions": True, "return_dict": False}
+_OTHER = {
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "return_dict": False,
+    "use_mtp": True,
+}
 """The values of ``OUTPUTS`` that are not transformers' own defaults."""
 
 

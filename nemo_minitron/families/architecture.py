@@ -91,7 +91,7 @@ class Architecture:
         for name, axis in self.family.axes.items():
             for key in axis.lists:
                 entries, count = self.config.get(key), self.sizes[name]
-                if entries is None or (isinstance(entries, list | str) and len(entries) == count):
+                if not entries or (isinstance(entries, list | str) and len(entries) == count):
                     continue
                 raise ValueError(
                     f"{self.where}: {plain(key, 80)} should list {count} {name}, found {entries!r:.80}"

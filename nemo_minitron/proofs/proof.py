@@ -220,6 +220,8 @@ def _round_trips(model: Any, work: Path) -> bool:
 def generates(model: Any, length: int = 6) -> bool:
     """Whether greedy generation with the KV cache picks what full forward passes pick."""
     tokens = _tokens(model.config.vocab_size)[:1]
+    end = model.generation_config.eos_token_id
+    ends = end if isinstance(end, list) else [] if end is None else [end]
     with torch.inference_mode():
         out = model.generate(
             tokens,
@@ -231,8 +233,9 @@ def generates(model: Any, length: int = 6) -> bool:
         )
         for end in range(tokens.shape[1], out.shape[1]):
             logits = model(out[:, :end], use_cache=False).logits[0, -1]
-            logits[1] = -torch.inf  # min_new_tokens forbids the end token
-            if logits.max() - logits[out[0, end]] > TOLERANCE * logits[2:].abs().max():
+            logits[ends] = -torch.inf  # min_new_tokens forbids the end tokens
+            seen = logits[logits.isfinite()]
+            if logits.max() - logits[out[0, end]] > TOLERANCE * seen.abs().max():
                 return False
     return bool(out.shape[1] == tokens.shape[1] + length)
 

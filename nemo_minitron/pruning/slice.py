@@ -265,10 +265,10 @@ def cut_config(cut: Cut) -> dict[str, Any]:
     placeholder = cut.family.layer
     every = [{**cut.source.values, placeholder: i} for i in range(cut.before["layers"])]
     for key, meaning in axis.lists.items():
-        entries = cut.source.config.get(key)
-        if entries is None and meaning is None:
+        entries = cut.source.config.get(key)  # an empty list says as little as none
+        if not entries and meaning is None:
             continue
-        if entries is None and meaning is not None:
+        if not entries and meaning is not None:
             entries = [evaluate(meaning, one) for one in every]
         assert isinstance(entries, list | str), "check_lists lets nothing else pass"
         chosen = [entries[layer] for layer in cut.layers]
