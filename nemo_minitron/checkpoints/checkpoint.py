@@ -1,5 +1,6 @@
 """Opens Hugging Face checkpoints without reading weights, and checks them against the family's table."""
 
+import errno
 import functools
 import itertools
 import json
@@ -10,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_minitron.checkpoints.dequantised import dequantised, quantisation_of
 from nemo_minitron.checkpoints.dtypes import FLOATS, STORED, TORCH
 from nemo_minitron.checkpoints.headers import read_header, sample
-from nemo_minitron.checkpoints.hf_config import read_config
+from nemo_minitron.checkpoints.hf_config import raw_config, read_config
 from nemo_minitron.checkpoints.side_files import side_files, side_name
+from nemo_minitron.checkpoints.tensor_rows import Entry, Files, fill_rows
 from nemo_minitron.checkpoints.unsupported_weights import (
     check_config,
     check_folder,
@@ -38,26 +42,6 @@ _BLOCK = 2**22
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a checkpoint: its file, safetensors dtype name, shape, and where its bytes start."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def width(self) -> int:
-        """Bytes of one number."""
-        return FLOATS[self.dtype]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.width * math.prod(self.shape)
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: config and headers, no weights.
 
@@ -68,12 +52,14 @@ class Checkpoint:
         fingerprint: SHA-256 of weight files' names, sizes and headers, of a sample of every
             tensor's bytes (two fine-tunes of one model differ in nothing else), config.json and
             side files.
+        stored_as: what its weights were before they are read as plain ones, in words; empty: plain.
     """
 
     folder: Path
     architecture: Architecture
     entries: Mapping[str, Entry]
     fingerprint: str
+    stored_as: str = ""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -103,9 +89,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     check_folder(folder)
     refuse_links(folder)
-    config = read_config(folder)
+    config, stored = read_config(folder), raw_config(folder)
     model = architecture_of(config, str(folder / "config.json"))
-    check_config(folder, config)
+    check_config(folder, stored)
+    quantisation = quantisation_of(folder, stored)
     files = weight_files(folder)
     headers = {}
     entries: dict[str, Entry] = {}
@@ -121,6 +108,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             entries[name] = Entry(
                 file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0]
             )
+    entries = dequantised(folder, quantisation, entries)
     expected = _check_entries(folder, model, entries)
     _check_tied(folder, model, entries, expected)
     held = {
@@ -139,7 +127,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     ]
     sides = [[side_name(path, folder), hash_file(path)] for path in side_files(folder)]
     table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
-    return Checkpoint(folder, model, held, digest([stamp, config, sides, *table]))
+    fingerprint = digest([stamp, stored, sides, *table])
+    words = "" if quantisation is None else quantisation.words
+    return Checkpoint(folder, model, held, fingerprint, words)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -269,11 +259,27 @@ def _check_tied(
 def _same_bytes(folder: Path, one: Entry, other: Entry) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
+    if one.decoder is not None or other.decoder is not None:
+        return _same_rows(folder, one, other)
     places = []
     for entry in (one, other):
         state = (folder / entry.file).stat()
         places.append((folder / entry.file, entry.start, state.st_size, state.st_mtime_ns))
     return _equal_spans(places[0], places[1], one.size)
+
+
+def _same_rows(folder: Path, one: Entry, other: Entry) -> bool:
+    """Whether two tensors of one shape hold the same numbers, of which some are made while they are read."""
+    step = max(1, _BLOCK // max(1, one.row_bytes))
+    with Files(folder) as files:
+        for begin in range(0, one.shape[0], step):
+            count = min(step, one.shape[0] - begin)
+            left, right = (np.empty(count * one.row_bytes, np.uint8) for _ in range(2))
+            fill_rows(files, one, begin, left)
+            fill_rows(files, other, begin, right)
+            if not np.array_equal(left, right):
+                return False
+    return True
 
 
 @functools.lru_cache(maxsize=16)
@@ -298,16 +304,14 @@ def load_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
         ValueError: the file ends early.
     """
     entry = checkpoint.entries[name]
-    size = entry.size
-    memory = torch.empty(size, dtype=torch.uint8)
-    with (checkpoint.folder / entry.file).open("rb", buffering=0) as file:
-        file.seek(entry.start)
-        view, done = memory.numpy().data, 0
-        while done < size:  # a read takes 2 GiB at most at a time
-            count = file.readinto(view[done:])
-            if not count:
-                raise ValueError(f"{checkpoint.folder / entry.file}: ends early, in {name}")
-            done += count
+    memory = torch.empty(entry.size, dtype=torch.uint8)
+    with Files(checkpoint.folder) as files:
+        try:
+            fill_rows(files, entry, 0, memory.numpy())
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise ValueError(f"{checkpoint.folder / entry.file}: ends early, in {name}") from error
     return memory.view(TORCH[entry.dtype]).reshape(entry.shape)
 
 

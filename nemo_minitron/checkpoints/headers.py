@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoints.dtypes import FLOATS
+from nemo_minitron.checkpoints.dtypes import BYTES
 from nemo_minitron.security.plain_text import plain, refuse_half_characters
 
 _SAMPLE = 512
@@ -80,7 +80,7 @@ def _span(name: str, item: Mapping[str, Any]) -> tuple[int, int]:
         raise ValueError(f"{name}: shape and offsets must be whole numbers")
     if not isinstance(item["dtype"], str):
         raise ValueError(f"{name}: dtype must be a name")
-    width = FLOATS.get(item["dtype"])
+    width = BYTES.get(item["dtype"])
     if end < begin or (width is not None and end - begin != width * math.prod(shape)):
         raise ValueError(
             f"{name}: {end - begin} bytes do not hold {item['dtype']} of shape {shape}"

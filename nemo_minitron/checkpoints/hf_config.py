@@ -11,10 +11,21 @@ from nemo_minitron.security.plain_text import refuse_half_characters
 
 LARGEST, MOST_KEYS = 2**20, 2_000
 """Bytes, and keys, of a config.json; those of real models have some thousand and some fifty."""
+QUANTISATION = ("quantization_config", "compression_config")
+"""Keys of config.json that declare quantised weights; the second is of older compressed-tensors."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Reads config.json.
+    """Reads config.json; what it says of quantised weights apart, which are read as plain ones.
+
+    Raises:
+        ValueError: see ``raw_config``.
+    """
+    return {key: value for key, value in raw_config(folder).items() if key not in QUANTISATION}
+
+
+def raw_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json as it is.
 
     Raises:
         ValueError: the folder or the file is missing, or the file is no JSON object, or larger than

@@ -14,7 +14,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from nemo_minitron.checkpoints.hf_config import both_spellings, read_config
+from nemo_minitron.checkpoints.dequantised import quantisation_of
+from nemo_minitron.checkpoints.hf_config import both_spellings, raw_config, read_config
 from nemo_minitron.checkpoints.set_aside import OUTPUTS, generation_settings
 from nemo_minitron.checkpoints.unsupported_weights import (
     check_config,
@@ -25,6 +26,7 @@ from nemo_minitron.families import Family, family_of
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.config_trial import reason
 from nemo_minitron.models.positions_in_order import positions_in_order
+from nemo_minitron.models.read_here import load_read_here
 from nemo_minitron.security.links import refuse_links
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
@@ -72,8 +74,10 @@ def load_model(
     """
     check_folder(folder)
     refuse_links(folder)
+    stored = raw_config(folder)
     config = read_config(folder)
-    check_config(folder, config)
+    check_config(folder, stored)
+    read_here = quantisation_of(folder, stored) is not None
     for key, choice in implementations(config):
         if choice.startswith("flash_attention") and not any(map(find_spec, _FLASH)):
             # transformers would fetch a kernel from the hub in its place, where the package kernels
@@ -87,12 +91,16 @@ def load_model(
     if generation is not None:
         plainly["generation_config"] = transformers.GenerationConfig.from_dict(generation)
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **plainly,
+        model, info = (
+            load_read_here(folder, dtype, plainly)
+            if read_here
+            else transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **plainly,
+            )
         )
     except (KeyError, AssertionError) as error:
         raise not_built(folder, config, error) from error
