@@ -17,6 +17,8 @@ from torch import Tensor
 
 from nemo_minitron.checkpoints.dequantised import dequantised, quantisation_of
 from nemo_minitron.checkpoints.dtypes import FLOATS, STORED, TORCH
+from nemo_minitron.checkpoints.gguf_file import types_of
+from nemo_minitron.checkpoints.gguf_weights import entries_of, is_gguf, pointed, stamp_of
 from nemo_minitron.checkpoints.headers import read_header, sample
 from nemo_minitron.checkpoints.hf_config import raw_config, read_config
 from nemo_minitron.checkpoints.side_files import side_files, side_name
@@ -92,7 +94,32 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config, stored = read_config(folder), raw_config(folder)
     model = architecture_of(config, str(folder / "config.json"))
     check_config(folder, stored)
-    quantisation = quantisation_of(folder, stored)
+    if is_gguf(folder):
+        gguf = pointed(folder)
+        entries, stamp = entries_of(folder, gguf, model), [stamp_of(gguf)]
+        words = f"GGUF, {types_of(list(gguf.tensors.values()))}"
+    else:
+        entries, stamp = _safetensors(folder)
+        quantisation = quantisation_of(folder, stored)
+        entries = dequantised(folder, quantisation, entries)
+        words = "" if quantisation is None else quantisation.words
+    expected = _check_entries(folder, model, entries)
+    _check_tied(folder, model, entries, expected)
+    held = {
+        name: entry
+        for name, entry in entries.items()
+        if name in expected or find_row(model.family, name) is None
+    }
+    # a GGUF file's tokenizer was made of it, by whatever version of transformers
+    own = [] if is_gguf(folder) else side_files(folder)
+    sides = [[side_name(path, folder), hash_file(path)] for path in own]
+    table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
+    fingerprint = digest([stamp, stored, sides, *table])
+    return Checkpoint(folder, model, held, fingerprint, words)
+
+
+def _safetensors(folder: Path) -> tuple[dict[str, Entry], list[Any]]:
+    """The stored tensors of a folder, and what tells its files from others."""
     files = weight_files(folder)
     headers = {}
     entries: dict[str, Entry] = {}
@@ -108,14 +135,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             entries[name] = Entry(
                 file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0]
             )
-    entries = dequantised(folder, quantisation, entries)
-    expected = _check_entries(folder, model, entries)
-    _check_tied(folder, model, entries, expected)
-    held = {
-        name: entry
-        for name, entry in entries.items()
-        if name in expected or find_row(model.family, name) is None
-    }
     stamp = [
         [
             file,
@@ -125,11 +144,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ]
         for file in files
     ]
-    sides = [[side_name(path, folder), hash_file(path)] for path in side_files(folder)]
-    table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
-    fingerprint = digest([stamp, stored, sides, *table])
-    words = "" if quantisation is None else quantisation.words
-    return Checkpoint(folder, model, held, fingerprint, words)
+    return entries, stamp
 
 
 def weight_files(folder: Path) -> list[str]:

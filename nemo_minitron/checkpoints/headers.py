@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,19 @@ def sample(path: Path, header: Mapping[str, Any]) -> str:
         path: a safetensors file.
         header: what ``read_header`` gave for it.
     """
+    with path.open("rb") as file:
+        start = 8 + struct.unpack("<Q", file.read(8))[0]
     spans = sorted(item["data_offsets"] for name, item in header.items() if name != "__metadata__")
+    return sample_of(path, [(start + begin, start + end) for begin, end in spans])
+
+
+def sample_of(path: Path, spans: Iterable[tuple[int, int]]) -> str:
+    """SHA-256 over some bytes from the middle of every span of a file, in hexadecimal."""
     digester = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        start = 8 + struct.unpack("<Q", file.read(8))[0]
         for begin, end in spans:
             middle = max(begin, (begin + end - _SAMPLE) // 2)
-            file.seek(start + middle)
+            file.seek(middle)
             digester.update(file.read(min(_SAMPLE, end - middle)))
     return digester.hexdigest()
 

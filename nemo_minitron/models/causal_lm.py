@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from nemo_minitron.checkpoints.dequantised import quantisation_of
+from nemo_minitron.checkpoints.gguf_weights import is_gguf
 from nemo_minitron.checkpoints.hf_config import both_spellings, raw_config, read_config
 from nemo_minitron.checkpoints.set_aside import OUTPUTS, generation_settings
 from nemo_minitron.checkpoints.unsupported_weights import (
@@ -77,7 +78,7 @@ def load_model(
     stored = raw_config(folder)
     config = read_config(folder)
     check_config(folder, stored)
-    read_here = quantisation_of(folder, stored) is not None
+    read_here = quantisation_of(folder, stored) is not None or is_gguf(folder)
     for key, choice in implementations(config):
         if choice.startswith("flash_attention") and not any(map(find_spec, _FLASH)):
             # transformers would fetch a kernel from the hub in its place, where the package kernels
