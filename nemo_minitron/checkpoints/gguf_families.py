@@ -19,7 +19,6 @@ from nemo_minitron.security.plain_text import plain
 _TABLE = Path(__file__).with_name("gguf_families.yaml")
 _PATTERNS = {"five_of_six": (6, 5), "every_second": (2, 1)}
 """Patterns of layers with a window: layer i has one where i modulo the first is below the second."""
-FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)

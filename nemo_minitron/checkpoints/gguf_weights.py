@@ -16,13 +16,9 @@ import numpy as np
 import torch
 
 from nemo_minitron.checkpoints.dtypes import TORCH
-from nemo_minitron.checkpoints.gguf_families import (
-    FACTORS,
-    Change,
-    dtype_of,
-    gguf_family,
-)
+from nemo_minitron.checkpoints.gguf_families import Change, dtype_of, gguf_family
 from nemo_minitron.checkpoints.gguf_file import Gguf, Stored, gguf_library, read_gguf
+from nemo_minitron.checkpoints.gguf_rope import FACTORS
 from nemo_minitron.checkpoints.headers import sample_of
 from nemo_minitron.checkpoints.tensor_rows import Block, Entry, Files, spans
 from nemo_minitron.families import Architecture
@@ -128,17 +124,9 @@ class GgufRows:
         out = torch.from_numpy(memory).view(TORCH[self.dtype]).reshape(-1, row)
         for begin, end in spans(len(out), row):
             rows = np.arange(first + begin, first + end)
-            values = torch.from_numpy(self._values(files, self._places(rows), row))
+            places = stored_places(rows, shape[0], self.change)
+            values = torch.from_numpy(self._values(files, places, row))
             out[begin:end] = (values - self.change.add).to(out.dtype)
-
-    def _places(self, rows: Any) -> Any:
-        """Where rows lie: row t d/2 + j of a head of d rows is stored as 2 j + t."""
-        if not self.change.interleave:
-            return rows
-        size = self.stored.shape[0] // self.change.interleave
-        head, inside = np.divmod(rows, size)
-        half, place = np.divmod(inside, size // 2)
-        return head * size + 2 * place + half
 
     def _values(self, files: Files, places: Any, row: int) -> Any:
         """Numbers of rows, float32 [rows, row]."""
@@ -160,6 +148,16 @@ class GgufRows:
             values = library.dequantize(memory, form).reshape(len(order), row)
             return np.ascontiguousarray(values[np.searchsorted(order, places)], np.float32)
         raise ValueError(f"{self.stored.file}: a tensor without rows of whole blocks")
+
+
+def stored_places(rows: Any, count: int, change: Change) -> Any:
+    """Where rows of a tensor of so many lie: row t d/2 + j of a head of d rows is stored as 2 j + t."""
+    if not change.interleave:
+        return rows
+    size = count // change.interleave
+    head, inside = np.divmod(rows, size)
+    half, place = np.divmod(inside, size // 2)
+    return head * size + 2 * place + half
 
 
 def stamp_of(gguf: Gguf) -> list[Any]:

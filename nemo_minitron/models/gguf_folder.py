@@ -1,21 +1,18 @@
 """transformers: a model's folder made of its GGUF file: config.json, tokenizer, a pointer to the weights."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import transformers
+import yaml
 
-from nemo_minitron.checkpoints.gguf_families import config_of
-from nemo_minitron.checkpoints.gguf_file import SUFFIX, Gguf, read_gguf
+from nemo_minitron.checkpoints.gguf_families import config_of, gguf_families
+from nemo_minitron.checkpoints.gguf_file import Gguf, gguf_library, read_gguf
 from nemo_minitron.checkpoints.gguf_weights import POINTER
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
-
-
-def is_gguf_file(path: Path) -> bool:
-    """Whether what the user names as a model is a GGUF file."""
-    return path.suffix == SUFFIX and path.is_file()
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
@@ -39,22 +36,48 @@ def write_gguf_folder(path: Path, folder: Path) -> None:
             makes no tokenizer of it.
     """
     gguf = read_gguf(path.resolve())
-    write_json(folder / "config.json", gguf_config(path))
-    _write_tokenizer(gguf, folder)
+    config = gguf_config(path)
+    write_json(folder / "config.json", config)
+    _write_tokenizer(gguf, config["model_type"], folder)
+    licence = gguf.metadata.get("general.license")
+    if isinstance(licence, str):  # where a model's folder names it, too
+        front = yaml.safe_dump({"license": licence})
+        (folder / "README.md").write_text(f"---\n{front}---\n", encoding="utf-8")
     write_json(folder / POINTER, {"file": gguf.files[0], "header": gguf.digest})
 
 
-def _write_tokenizer(gguf: Gguf, folder: Path) -> None:
+def _write_tokenizer(gguf: Gguf, model_type: str, folder: Path) -> None:
     if "tokenizer.ggml.tokens" not in gguf.metadata:
         return
     file = Path(gguf.files[0])
+    rows = gguf_families()[model_type].rows
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, trust_remote_code=False
-        )
+        with tempfile.TemporaryDirectory() as work:
+            if "tokenizer" in rows:
+                file = _renamed(gguf, rows["tokenizer"], Path(work) / "tokenizer.gguf")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, trust_remote_code=False
+            )
         tokenizer.save_pretrained(folder)
     except Exception as error:  # whatever transformers' conversion raises
         raise ValueError(
-            f"{file}: transformers {transformers.__version__} makes no tokenizer of it: "
+            f"{gguf.files[0]}: transformers {transformers.__version__} makes no tokenizer of it: "
             f"{type(error).__name__}: {plain(error, 300)}"
         ) from error
+
+
+def _renamed(gguf: Gguf, architecture: str, path: Path) -> Path:
+    """A file of the same metadata under another architecture, without tensors."""
+    library = gguf_library()
+    writer = library.GGUFWriter(path, architecture)
+    for key, field in library.GGUFReader(gguf.files[0]).fields.items():
+        if key.startswith(("GGUF.", "general.", "split.")):
+            continue
+        inner = field.types[1] if len(field.types) > 1 else None
+        name = key.replace(f"{gguf.architecture}.", f"{architecture}.", 1)
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    return path

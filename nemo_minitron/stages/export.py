@@ -1,5 +1,6 @@
 """export: the student as a Hugging Face folder that plain transformers loads, with a card and a proof."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from nemo_minitron.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from nemo_minitron.checkpoints.dtypes import DTYPES, STORED
+from nemo_minitron.checkpoints.gguf_file import SUFFIX
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.shard_writer import Planned, write_weights
 from nemo_minitron.checkpoints.side_files import copy_side_files
@@ -28,7 +30,7 @@ from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.release.model_card import card_text
 from nemo_minitron.release.quickstart import check_in_clean_process
-from nemo_minitron.stages.inputs import read_source, source_folder
+from nemo_minitron.stages.inputs import read_source, refuse_gguf, source_folder
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.artifacts import artifacts_in, check_bytes, input_artifact
 from nemo_minitron.workspace.build import make
@@ -88,11 +90,14 @@ def run(config: Config) -> Result:
         raise_if_failed(rows)
     source, _ = source_folder(config)
     checkpoint, student = open_checkpoint(source), model_in(workspace.student)
+    refuse_gguf(config, open_checkpoint(student))
     dtype = config.export.dtype or main_dtype(checkpoint)
     dtypes = {} if config.export.dtype else _row_dtypes(checkpoint)
     settings = {**asdict(config.export), "dtype": dtype, "failed": failed}
     for name in ("push_to_hub", "public", "revision", "tag", "force", "nemo"):
         del settings[name]
+    if not config.export.gguf:  # exports from before there was such a key stay good
+        del settings["gguf"], settings["gguf_pre"]
 
     def build(temporary: Path) -> dict[str, str]:
         """Writes model, card and lineage, and tries them; returns the weights' hashes."""
@@ -109,6 +114,7 @@ def run(config: Config) -> Result:
             write_eval_results(temporary, report)
         write_json(temporary / LINEAGE, _lineage(workspace, report))
         check_in_clean_process(temporary, student, dtype)
+        _write_gguf(config, workspace, temporary, source)
         return hashes
 
     folder = workspace.export
@@ -119,6 +125,17 @@ def run(config: Config) -> Result:
     if config.export.push_to_hub:
         headline += f"; uploaded: {_upload(config, folder)}"
     return Result("export", folder, made, headline)
+
+
+def _write_gguf(config: Config, workspace: Workspace, folder: Path, source: Path) -> None:
+    if config.export.gguf:
+        from nemo_minitron.release.card_metadata import licence_of
+        from nemo_minitron.release.gguf_export import write_gguf
+
+        name = re.sub(r"[^\w.-]+", "-", _name(config, workspace, folder))
+        licence = config.export.license or licence_of(source)[0].get("license")
+        named = licence if isinstance(licence, str) else None
+        write_gguf(folder, source, name, config.export.gguf, config.export.gguf_pre, named)
 
 
 def _nemo(export: Path, archive: Path) -> str:
@@ -215,11 +232,7 @@ def _card(
     plan = read_plan(workspace.plan)
     pointer = read_source(workspace)
     from_hub = pointer.revision is not None
-    size = model_size(open_checkpoint(folder).architecture)
-    origin = (
-        workspace.root.resolve().name if config.source.model is None else Path(pointer.given).name
-    )
-    name = config.export.name or f"{origin}-minitron-{_short(size.parameters)}"
+    name = _name(config, workspace, folder)
     results = [
         (
             "held-out perplexity",
@@ -247,6 +260,14 @@ def _card(
         name=name,
         results=results,
     )
+
+
+def _name(config: Config, workspace: Workspace, folder: Path) -> str:
+    """The model's name: the user's, or made of its source's and its size."""
+    size = model_size(open_checkpoint(folder).architecture)
+    given = Path(read_source(workspace).given)
+    origin = workspace.root.resolve().name if config.source.model is None else given.name
+    return config.export.name or f"{origin.removesuffix(SUFFIX)}-minitron-{_short(size.parameters)}"
 
 
 def _short(parameters: int) -> str:
