@@ -5,6 +5,7 @@ scoring and pruning stream (``checkpoints/tensor_rows.py``). So every stage sees
 and transformers needs neither a format's own package nor an accelerator.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def load_read_here(
     config = config_object({**both_spellings(checkpoint.config), **given})
     generation = settings.get("generation_config")
     if generation is None and (folder / GENERATION_CONFIG).is_file():
-        generation = transformers.GenerationConfig.from_pretrained(folder)
+        stored = json.loads((folder / GENERATION_CONFIG).read_text(encoding="utf-8"))
+        generation = transformers.GenerationConfig.from_dict(stored)
     tensors = {
         name: load_tensor(checkpoint, name)
         for name in checkpoint.entries
