@@ -1,5 +1,6 @@
 """transformers: a model's folder made of its GGUF file: config.json, tokenizer, a pointer to the weights."""
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -49,16 +50,20 @@ def write_gguf_folder(path: Path, folder: Path) -> None:
 def _write_tokenizer(gguf: Gguf, model_type: str, folder: Path) -> None:
     if "tokenizer.ggml.tokens" not in gguf.metadata:
         return
-    file = Path(gguf.files[0])
     rows = gguf_families()[model_type].rows
     try:
+        # in a folder of its own, since files of a tokenizer beside it would be read in its stead
         with tempfile.TemporaryDirectory() as work:
+            file = Path(work) / "tokenizer.gguf"
             if "tokenizer" in rows:
-                file = _renamed(gguf, rows["tokenizer"], Path(work) / "tokenizer.gguf")
+                _renamed(gguf, rows["tokenizer"], file)
+            else:
+                file.symlink_to(gguf.files[0])
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                file.parent, gguf_file=file.name, trust_remote_code=False
+                work, gguf_file=file.name, trust_remote_code=False
             )
-        tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        _leave_out(folder, gguf.tensors["token_embd.weight"].shape[0])
     except Exception as error:  # whatever transformers' conversion raises
         raise ValueError(
             f"{gguf.files[0]}: transformers {transformers.__version__} makes no tokenizer of it: "
@@ -66,7 +71,25 @@ def _write_tokenizer(gguf: Gguf, model_type: str, folder: Path) -> None:
         ) from error
 
 
-def _renamed(gguf: Gguf, architecture: str, path: Path) -> Path:
+def _leave_out(folder: Path, vocabulary: int) -> None:
+    """Takes out what transformers' classes add beyond the vocabulary: tokens that they have by default."""
+    path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    beyond = {token["content"] for token in content["added_tokens"] if token["id"] >= vocabulary}
+    if not beyond:
+        return
+    kept = [token for token in content["added_tokens"] if token["content"] not in beyond]
+    write_json(path, {**content, "added_tokens": kept})
+    named = json.loads(settings.read_text(encoding="utf-8"))
+    decoder = named.pop("added_tokens_decoder", {})
+    left = {key: value for key, value in named.items() if str(value) not in beyond}
+    if decoder:
+        there = {number: token for number, token in decoder.items() if int(number) < vocabulary}
+        left["added_tokens_decoder"] = there
+    write_json(settings, left)
+
+
+def _renamed(gguf: Gguf, architecture: str, path: Path) -> None:
     """A file of the same metadata under another architecture, without tensors."""
     library = gguf_library()
     writer = library.GGUFWriter(path, architecture)
@@ -80,4 +103,3 @@ def _renamed(gguf: Gguf, architecture: str, path: Path) -> Path:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    return path
