@@ -1,5 +1,6 @@
 """Opens Hugging Face checkpoints without reading weights, and checks them against the family's table."""
 
+import errno
 import functools
 import itertools
 import json
@@ -10,13 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_minitron.checkpoints.dequantised import dequantised, quantisation_of
 from nemo_minitron.checkpoints.dtypes import FLOATS, STORED, TORCH
+from nemo_minitron.checkpoints.gguf_file import types_of
+from nemo_minitron.checkpoints.gguf_weights import entries_of, is_gguf, pointed, stamp_of
 from nemo_minitron.checkpoints.headers import read_header, sample
 from nemo_minitron.checkpoints.hf_config import raw_config, read_config
 from nemo_minitron.checkpoints.side_files import processor_files, side_files, side_name
+from nemo_minitron.checkpoints.surroundings import Surroundings, apart
+from nemo_minitron.checkpoints.tensor_rows import Entry, Files, fill_rows
 from nemo_minitron.checkpoints.unsupported_weights import (
     check_config,
     check_folder,
@@ -26,11 +33,9 @@ from nemo_minitron.checkpoints.unsupported_weights import (
 from nemo_minitron.families import (
     Architecture,
     Family,
-    Wrapper,
     architecture_of,
     find_row,
     own_tables,
-    wrapper_of,
 )
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.security.links import refuse_links
@@ -46,43 +51,6 @@ _BLOCK = 2**22
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of a checkpoint: its file, safetensors dtype name, shape, and where its bytes start."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def width(self) -> int:
-        """Bytes of one number."""
-        return FLOATS[self.dtype]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.width * math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a checkpoint holds around its causal LM: the other parts of a multimodal model.
-
-    Attributes:
-        wrapper: the table that says where the causal LM lies.
-        config: the whole model's config.json.
-        entries: the other parts' tensors, by their names on disk.
-        stored: names on disk of the causal LM's tensors.
-    """
-
-    wrapper: Wrapper
-    config: Mapping[str, Any]
-    entries: Mapping[str, Entry]
-    stored: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: config and headers, no weights.
 
@@ -95,12 +63,14 @@ class Checkpoint:
             side files.
         around: the other parts where the causal LM is part of a multimodal model; its own tensors are
             named as it would name them alone.
+        stored_as: what its weights were before they are read as plain ones, in words; empty: plain.
     """
 
     folder: Path
     architecture: Architecture
     entries: Mapping[str, Entry]
     fingerprint: str
+    stored_as: str = ""
     around: Surroundings | None = None
 
     @property
@@ -131,10 +101,38 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     check_folder(folder)
     refuse_links(folder)
-    whole, config = raw_config(folder), read_config(folder)
+    config, stored = read_config(folder), raw_config(folder)
     model = architecture_of(config, str(folder / "config.json"))
-    check_config(folder, whole)
+    check_config(folder, stored)
     check_config(folder, config)
+    if is_gguf(folder):
+        gguf = pointed(folder)
+        entries, stamp = entries_of(folder, gguf, model), [stamp_of(gguf)]
+        words = f"GGUF, {types_of(list(gguf.tensors.values()))}"
+    else:
+        entries, stamp = _safetensors(folder)
+        quantisation = quantisation_of(folder, stored)
+        entries = dequantised(folder, quantisation, entries)
+        words = "" if quantisation is None else quantisation.words
+    around, entries = apart(folder, stored, entries)
+    expected = _check_entries(folder, model, entries)
+    _check_tied(folder, model, entries, expected)
+    held = {
+        name: entry
+        for name, entry in entries.items()
+        if name in expected or find_row(model.family, name) is None
+    }
+    # a GGUF file's tokenizer was made of it, by whatever version of transformers
+    own = [] if is_gguf(folder) else side_files(folder)
+    own += [] if around is None else processor_files(folder)
+    sides = [[side_name(path, folder), hash_file(path)] for path in own]
+    table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
+    fingerprint = digest([stamp, stored, sides, *table])
+    return Checkpoint(folder, model, held, fingerprint, words, around)
+
+
+def _safetensors(folder: Path) -> tuple[dict[str, Entry], list[Any]]:
+    """The stored tensors of a folder, and what tells its files from others."""
     files = weight_files(folder)
     headers = {}
     entries: dict[str, Entry] = {}
@@ -150,14 +148,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             entries[name] = Entry(
                 file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0]
             )
-    around, entries = _apart(folder, whole, entries)
-    expected = _check_entries(folder, model, entries)
-    _check_tied(folder, model, entries, expected)
-    held = {
-        name: entry
-        for name, entry in entries.items()
-        if name in expected or find_row(model.family, name) is None
-    }
     stamp = [
         [
             file,
@@ -167,38 +157,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ]
         for file in files
     ]
-    beside = [*side_files(folder), *(processor_files(folder) if around else ())]
-    sides = [[side_name(path, folder), hash_file(path)] for path in beside]
-    table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
-    return Checkpoint(folder, model, held, digest([stamp, whole, sides, *table]), around)
-
-
-def _apart(
-    folder: Path, whole: Mapping[str, Any], entries: Mapping[str, Entry]
-) -> tuple[Surroundings | None, dict[str, Entry]]:
-    """A multimodal model's other parts, and its causal LM's tensors under the names they have alone.
-
-    Raises:
-        ValueError: two tensors would have one name.
-    """
-    wrapper = wrapper_of(whole)
-    if wrapper is None:
-        return None, dict(entries)
-    inside: dict[str, str] = {}
-    others: dict[str, Entry] = {}
-    for stored, entry in entries.items():
-        name = wrapper.text_name(stored)
-        if name is None:
-            others[stored] = entry
-        elif name in inside:
-            raise ValueError(
-                f"{folder}: {plain(stored, 120)} and {plain(inside[name], 120)} are one tensor of the text "
-                "model"
-            )
-        else:
-            inside[name] = stored
-    around = Surroundings(wrapper, whole, others, tuple(inside.values()))
-    return around, {name: entries[stored] for name, stored in inside.items()}
+    return entries, stamp
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -328,11 +287,27 @@ def _check_tied(
 def _same_bytes(folder: Path, one: Entry, other: Entry) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
+    if one.decoder is not None or other.decoder is not None:
+        return _same_rows(folder, one, other)
     places = []
     for entry in (one, other):
         state = (folder / entry.file).stat()
         places.append((folder / entry.file, entry.start, state.st_size, state.st_mtime_ns))
     return _equal_spans(places[0], places[1], one.size)
+
+
+def _same_rows(folder: Path, one: Entry, other: Entry) -> bool:
+    """Whether two tensors of one shape hold the same numbers, of which some are made while they are read."""
+    step = max(1, _BLOCK // max(1, one.row_bytes))
+    with Files(folder) as files:
+        for begin in range(0, one.shape[0], step):
+            count = min(step, one.shape[0] - begin)
+            left, right = (np.empty(count * one.row_bytes, np.uint8) for _ in range(2))
+            fill_rows(files, one, begin, left)
+            fill_rows(files, other, begin, right)
+            if not np.array_equal(left, right):
+                return False
+    return True
 
 
 @functools.lru_cache(maxsize=16)
@@ -365,16 +340,14 @@ def read_entry(folder: Path, entry: Entry, name: str) -> Tensor:
     Raises:
         ValueError: the file ends early.
     """
-    size = entry.size
-    memory = torch.empty(size, dtype=torch.uint8)
-    with (folder / entry.file).open("rb", buffering=0) as file:
-        file.seek(entry.start)
-        view, done = memory.numpy().data, 0
-        while done < size:  # a read takes 2 GiB at most at a time
-            count = file.readinto(view[done:])
-            if not count:
-                raise ValueError(f"{folder / entry.file}: ends early, in {plain(name, 120)}")
-            done += count
+    memory = torch.empty(entry.size, dtype=torch.uint8)
+    with Files(folder) as files:
+        try:
+            fill_rows(files, entry, 0, memory.numpy())
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise ValueError(f"{folder / entry.file}: ends early, in {plain(name, 120)}") from error
     return memory.view(TORCH[entry.dtype]).reshape(entry.shape)
 
 

@@ -17,3 +17,13 @@ FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
 }  # fmt: skip
+
+
+QUANTISED = {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
+"""safetensors' names of the dtypes, of one byte each, that quantised weights are made of."""
+
+
+BYTES = {**FLOATS, **dict.fromkeys(QUANTISED, 1)}
+"""Bytes of one number of each dtype that is read here, of weights or of what they are made of."""

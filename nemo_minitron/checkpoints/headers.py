@@ -4,11 +4,11 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.checkpoints.dtypes import FLOATS
+from nemo_minitron.checkpoints.dtypes import BYTES
 from nemo_minitron.security.plain_text import plain, refuse_half_characters
 
 _SAMPLE = 512
@@ -62,13 +62,19 @@ def sample(path: Path, header: Mapping[str, Any]) -> str:
         path: a safetensors file.
         header: what ``read_header`` gave for it.
     """
+    with path.open("rb") as file:
+        start = 8 + struct.unpack("<Q", file.read(8))[0]
     spans = sorted(item["data_offsets"] for name, item in header.items() if name != "__metadata__")
+    return sample_of(path, [(start + begin, start + end) for begin, end in spans])
+
+
+def sample_of(path: Path, spans: Iterable[tuple[int, int]]) -> str:
+    """SHA-256 over some bytes from the middle of every span of a file, in hexadecimal."""
     digester = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        start = 8 + struct.unpack("<Q", file.read(8))[0]
         for begin, end in spans:
             middle = max(begin, (begin + end - _SAMPLE) // 2)
-            file.seek(start + middle)
+            file.seek(middle)
             digester.update(file.read(min(_SAMPLE, end - middle)))
     return digester.hexdigest()
 
@@ -80,7 +86,7 @@ def _span(name: str, item: Mapping[str, Any]) -> tuple[int, int]:
         raise ValueError(f"{name}: shape and offsets must be whole numbers")
     if not isinstance(item["dtype"], str):
         raise ValueError(f"{name}: dtype must be a name")
-    width = FLOATS.get(item["dtype"])
+    width = BYTES.get(item["dtype"])
     if end < begin or (width is not None and end - begin != width * math.prod(shape)):
         raise ValueError(
             f"{name}: {end - begin} bytes do not hold {item['dtype']} of shape {shape}"

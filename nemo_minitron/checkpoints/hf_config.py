@@ -11,19 +11,24 @@ from nemo_minitron.security.plain_text import refuse_half_characters
 
 LARGEST, MOST_KEYS = 2**20, 2_000
 """Bytes, and keys, of a config.json; those of real models have some thousand and some fifty."""
+QUANTISATION = ("quantization_config", "compression_config")
+"""Keys of config.json that declare quantised weights; the second is of older compressed-tensors."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a folder's causal LM; of the text model alone, where others surround it.
+    """The config.json of a folder's causal LM, whose weights are read as plain ones.
+
+    Without what it says of quantised weights; of the text model alone, where others surround it.
 
     Raises:
         ValueError: see ``raw_config``; or the text model inside is not known.
     """
-    config = raw_config(folder)
+    config = {key: value for key, value in raw_config(folder).items() if key not in QUANTISATION}
     wrapper = wrapper_of(config)
     if wrapper is None:
         return config
-    return text_config(wrapper, config, str(folder / "config.json"))
+    alone = text_config(wrapper, config, str(folder / "config.json"))
+    return {key: value for key, value in alone.items() if key not in QUANTISATION}
 
 
 def raw_config(folder: Path) -> dict[str, Any]:

@@ -8,19 +8,20 @@ from typing import Any
 from nemo_minitron.checkpoints.config_values import check_values
 from nemo_minitron.security.plain_text import plain
 
-_DEQUANTISE = (
+DEQUANTISE = (
     "dequantise it first: load it with transformers, model.dequantize(), "
     "save_pretrained in bfloat16"
 )
+"""What to do with quantised weights of a format that is not read here."""
 _KINDS = (
     (r"\.lora_[AB]\b|\.lora_(embedding|magnitude)|\.base_layer\.", "LoRA adapter weights",
      "merge the adapter first (peft: merge_and_unload) and save the merged model"),
     (r"weight_scale(_inv)?$|\.input_scale$|\.(k|v)_scale$|activation_scale$", "fp8 block or tensor scales",
-     _DEQUANTISE),
-    (r"\.(qweight|qzeros|g_idx|scales)$|weight_packed$|weight_zero_point$", "GPTQ/AWQ weights", _DEQUANTISE),
+     DEQUANTISE),
+    (r"\.(qweight|qzeros|g_idx|scales)$|weight_packed$|weight_zero_point$", "GPTQ/AWQ weights", DEQUANTISE),
     (r"\.(absmax|quant_map|nested_absmax|SCB|weight_format)$|quant_state", "bitsandbytes weights",
-     _DEQUANTISE),
-    (r"_proj_(blocks|scales)$", "mxfp4 blocks", _DEQUANTISE),
+     DEQUANTISE),
+    (r"_proj_(blocks|scales)$", "mxfp4 blocks", DEQUANTISE),
     (r"(^|\.)(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|mm_projector|image_newline|"
      r"vision_embed_tokens|sound_encoder)\b", "a vision or audio tower",
      "save the text model alone as a causal LM first"),
@@ -51,13 +52,13 @@ def check_folder(folder: Path) -> None:
 
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a config.json that declares quantised weights, code on the hub, or values that are none.
+    """Refuses a config.json that declares other weight files, code on the hub, or values that are none.
 
     transformers takes ``attn_implementation: owner/kernel`` for a kernel, which it fetches and
     runs.
 
     Raises:
-        ValueError: it does; the message names the method, or the key.
+        ValueError: it does; the message names the key.
     """
     if config.get("transformers_weights") is not None:
         raise ValueError(
@@ -71,14 +72,6 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
                 "run; remove the key"
             )
     check_values(folder, config)
-    settings = config.get("quantization_config")
-    if settings:
-        method = (
-            settings.get("quant_method", "quantised") if isinstance(settings, Mapping) else settings
-        )
-        raise ValueError(
-            f"{folder / 'config.json'}: weights are quantised ({method!s:.40}); {_DEQUANTISE}"
-        )
 
 
 def implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

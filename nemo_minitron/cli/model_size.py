@@ -14,8 +14,7 @@ from nemo_minitron.cli.tables import print_table
 
 def size(args: argparse.Namespace) -> int:
     """``minitron size``: what a model costs, from its config.json alone."""
-    from nemo_minitron.checkpoints.hf_config import read_config
-    from nemo_minitron.families import architecture_of, check_sizes, use_tables
+    from nemo_minitron.families import check_sizes, use_tables
     from nemo_minitron.pruning.cost import model_size
     from nemo_minitron.pruning.serving import check_serving, serving_notes
     from nemo_minitron.pruning.slice import Cut
@@ -24,8 +23,7 @@ def size(args: argparse.Namespace) -> int:
     serve, wanted = _split_serve(words)
     if own:
         use_tables(own)
-    path = _config_folder(args.model)
-    model = architecture_of(read_config(path), str(path / "config.json"))
+    model = _architecture(args.model)
     model.check_lists()
     sizes = dict(model.sizes)
     for text in wanted:
@@ -77,6 +75,21 @@ def _split_serve(words: list[str]) -> tuple[list[str], list[str]]:
     return runtimes, [word for word in words if not word.startswith(prefix)]
 
 
+def _architecture(model: str) -> Any:
+    """A model as its family's table and its config.json, or the metadata of its GGUF file, describe it."""
+    from nemo_minitron.checkpoints.hf_config import read_config
+    from nemo_minitron.families import architecture_of
+
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        from nemo_minitron.checkpoints.gguf_families import config_of
+        from nemo_minitron.checkpoints.gguf_file import read_gguf
+
+        return architecture_of(config_of(read_gguf(path), model), model)
+    folder = _config_folder(model)
+    return architecture_of(read_config(folder), str(folder / "config.json"))
+
+
 def _config_folder(model: str) -> Path:
     """Where a model's config.json lies; a hub model's is fetched."""
     path = Path(model).expanduser()
@@ -91,8 +104,6 @@ def _config_folder(model: str) -> Path:
 
 def _training_memory(args: argparse.Namespace, model: Any) -> dict[str, int]:
     """Bytes on each rank, by what they are for."""
-    from nemo_minitron.checkpoints.hf_config import read_config
-    from nemo_minitron.families import architecture_of
     from nemo_minitron.training.memory_estimate import Launch, training_footprint
 
     try:
@@ -104,6 +115,6 @@ def _training_memory(args: argparse.Namespace, model: Any) -> dict[str, int]:
         raise ValueError(f"size: --{error}") from error
     teacher = None
     if args.teacher:
-        teacher = architecture_of(read_config(_config_folder(args.teacher)), args.teacher)
+        teacher = _architecture(args.teacher)
     found = training_footprint(model, launch, teacher)
     return {**asdict(found), "total": found.total}

@@ -35,3 +35,12 @@ class ExportConfig:
     nemo: bool = option(
         False, "also write the model as a .nemo archive, beside the export's folder"
     )
+    gguf: list[str] = option(
+        [],
+        "GGUF files that are written beside the Hugging Face folder's files, by the type of their weights "
+        "(f32, f16, bf16, q8_0)",
+    )
+    gguf_pre: str | None = option(
+        None,
+        "llama.cpp's name of the tokenizer's pre-tokenizer; null: known by what the tokenizer does",
+    )

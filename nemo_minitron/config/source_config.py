@@ -10,7 +10,8 @@ class SourceConfig:
     """The model to compress."""
 
     model: str | None = option(
-        None, "hub id, local folder, or .nemo archive (of this package) of the model to compress"
+        None,
+        "hub id, local folder, GGUF file, or .nemo archive (of this package) of the model to compress",
     )
     revision: str | None = option(
         None,

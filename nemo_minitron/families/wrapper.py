@@ -21,7 +21,7 @@ TABLES = Path(__file__).parent / "wrappers"
 TEXT = "text_config"
 """Key of a multimodal model's config.json that holds the text model's configuration."""
 _SHARED = (
-    "dtype", "torch_dtype", "quantization_config", "bos_token_id", "eos_token_id", "pad_token_id",
+    "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 """Keys of the whole model's config.json that hold for the text model where its own part lacks them."""
 _KEYS = {

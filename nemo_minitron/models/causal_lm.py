@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from nemo_minitron.checkpoints.dequantised import quantisation_of
+from nemo_minitron.checkpoints.gguf_weights import is_gguf
 from nemo_minitron.checkpoints.hf_config import both_spellings, raw_config, read_config
 from nemo_minitron.checkpoints.set_aside import OUTPUTS, generation_settings
 from nemo_minitron.checkpoints.unsupported_weights import (
@@ -74,24 +76,31 @@ def load_model(
     """
     check_folder(folder)
     refuse_links(folder)
-    config, whole = read_config(folder), raw_config(folder)
+    stored, config = raw_config(folder), read_config(folder)
+    check_config(folder, stored)
     check_config(folder, config)
-    check_attention(folder, whole)
+    check_attention(folder, stored)
+    read_here = (
+        quantisation_of(folder, stored) is not None
+        or is_gguf(folder)
+        or wrapper_of(stored) is not None
+    )
     plainly: dict[str, Any] = {key: key == "return_dict" for key in OUTPUTS if key in config}
     generation = generation_settings(folder)
     if generation is not None:
         plainly["generation_config"] = transformers.GenerationConfig.from_dict(generation)
     try:
-        if wrapper_of(whole) is None:
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = (
+            load_read_here(folder, dtype, plainly)
+            if read_here
+            else transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 output_loading_info=True,
                 trust_remote_code=False,
                 **plainly,
             )
-        else:
-            model, info = load_read_here(folder, dtype, plainly)
+        )
     except (KeyError, AssertionError) as error:
         raise not_built(folder, config, error) from error
     wrong = {

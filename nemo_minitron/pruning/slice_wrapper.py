@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.checkpoints.checkpoint import Checkpoint, Entry, load_tensor, read_entry
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor, read_entry
 from nemo_minitron.checkpoints.dtypes import DTYPES, FLOATS, TORCH
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.shard_writer import Planned, write_weights
+from nemo_minitron.checkpoints.tensor_rows import Entry
 from nemo_minitron.families import Architecture, with_text
 from nemo_minitron.families.grammar import Dim
 from nemo_minitron.pruning.slice import Cut

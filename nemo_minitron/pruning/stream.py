@@ -4,8 +4,6 @@ One pass over the source serves any number of cuts. Memory holds a few blocks of
 megabytes (of one unit of dimension 0 where that is longer), whatever the size of model and tensors.
 """
 
-import errno
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_minitron.checkpoints.checkpoint import Checkpoint, Entry, open_checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.dtypes import TORCH
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.shard_writer import Block, Planned, ShardWriter, stored_order
 from nemo_minitron.checkpoints.side_files import copy_side_files
+from nemo_minitron.checkpoints.tensor_rows import Entry, Files, fill_rows
 from nemo_minitron.pruning.slice import Cut, Piece, cut_config, pieces, rescaled
 from nemo_minitron.workspace.manifest import write_json
 
@@ -93,17 +92,14 @@ def write_pruned(
             planned = _planned(checkpoint, survivors.values())
             writer = stack.enter_context(ShardWriter(folder, planned, shard_bytes))
             targets.append(_Target(survivors, writer))
-        files: dict[str, int] = {}
+        files = stack.enter_context(Files(checkpoint.folder))
         buffers = _Buffers(4), _Buffers(4)
         for name in order:
             entry = checkpoint.entries[name]
             wanted = [(target, target.pieces[name]) for target in targets if name in target.pieces]
             if not wanted or 0 in entry.shape:
                 continue
-            if entry.file not in files:
-                files[entry.file] = os.open(checkpoint.folder / entry.file, os.O_RDONLY)
-                stack.callback(os.close, files[entry.file])
-            for size in _stream(files[entry.file], entry, wanted, *buffers):
+            for size in _stream(files, entry, wanted, *buffers):
                 progress(size)
     for folder, cut in cuts:
         write_json(folder / "config.json", both_spellings(cut_config(cut)))
@@ -125,7 +121,7 @@ def _planned(checkpoint: Checkpoint, survivors: Any) -> list[Planned]:
 
 
 def _stream(
-    file: int,
+    files: Files,
     entry: Entry,
     wanted: list[tuple[_Target, Piece]],
     sources: _Buffers,
@@ -133,12 +129,12 @@ def _stream(
 ) -> Iterator[int]:
     """Cuts one tensor for every target that wants it; yields the bytes of each block written."""
     rows, *rest = entry.shape or (1,)
-    row_bytes = entry.width * int(np.prod(rest, dtype=np.int64))
-    for takers in _schedule([piece for _, piece in wanted], rows, max(1, BLOCK_BYTES // row_bytes)):
+    step = max(1, BLOCK_BYTES // entry.row_bytes)
+    for takers in _schedule([piece for _, piece in wanted], rows, step):
         needed = takers[0][1]
         if len(takers) > 1 or (np.diff(needed) <= 0).any():
             needed = np.unique(np.concatenate([index for _, index in takers]))
-        block = _read_rows(file, entry.start, row_bytes, needed, sources)
+        block = _read_rows(files, entry, needed, sources)
         values = block.view(_INTEGER[entry.width]).reshape(len(needed), *rest)
         for place, index in takers:
             target, piece = wanted[place]
@@ -201,18 +197,19 @@ def _rescaled(values: Block, piece: Piece, dtype: str) -> Block:
     return result
 
 
-def _read_rows(file: int, start: int, row_bytes: int, rows: Rows, buffers: _Buffers) -> Block:
+def _read_rows(files: Files, entry: Entry, rows: Rows, buffers: _Buffers) -> Block:
     """Reads ascending rows of a matrix; short gaps between them are read too, long ones are not.
 
     Shape [rows, row_bytes], uint8; where nothing was read along, the buffer itself.
     """
+    row_bytes = entry.row_bytes
     ends = np.flatnonzero((np.diff(rows) - 1) * row_bytes > GAP_BYTES)
     firsts = rows[np.concatenate([[0], ends + 1])]
     lengths = rows[np.concatenate([ends, [len(rows) - 1]])] - firsts + 1
     memory = buffers.next(int(lengths.sum()) * row_bytes)
     filled = 0
     for first, length in zip(firsts.tolist(), lengths.tolist(), strict=True):
-        _fill(file, start + first * row_bytes, memory[filled : filled + length * row_bytes])
+        fill_rows(files, entry, first, memory[filled : filled + length * row_bytes])
         filled += length * row_bytes
     block: Block = memory.reshape(-1, row_bytes)
     if len(block) == len(rows):
@@ -221,12 +218,3 @@ def _read_rows(file: int, start: int, row_bytes: int, rows: Rows, buffers: _Buff
     run = np.searchsorted(firsts, rows, side="right") - 1
     chosen: Block = block[before[run] + rows - firsts[run]]
     return chosen
-
-
-def _fill(file: int, start: int, memory: Block) -> None:
-    view, done = memoryview(memory.data), 0
-    while done < len(view):
-        count = os.preadv(file, [view[done:]], start + done)
-        if count == 0:
-            raise OSError(errno.EIO, f"a source file ends {len(view) - done} bytes early")
-        done += count

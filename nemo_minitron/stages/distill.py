@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.config.distill_config import DistillConfig, IntermediateConfig
@@ -17,7 +18,11 @@ from nemo_minitron.distillation.teacher_logits import TeacherLogits
 from nemo_minitron.losses.divergences import Divergence
 from nemo_minitron.losses.intermediate import IntermediateWeights
 from nemo_minitron.pruning.plan_file import read_plan
-from nemo_minitron.stages.inputs import distillation_teacher, shared_vocabulary
+from nemo_minitron.stages.inputs import (
+    distillation_teacher,
+    refuse_gguf,
+    shared_vocabulary,
+)
 from nemo_minitron.stages.logit_cache import asked_for
 from nemo_minitron.stages.recipe import Recipe
 from nemo_minitron.stages.training_stage import Role, tokenizer_of, training_inputs, training_recipe
@@ -42,6 +47,8 @@ def recipe(config: Config) -> Recipe:
         )
     pruned = workspace.pruned
     inputs = [input_artifact(workspace.root, "pruned", "prune"), *training_inputs(config)]
+    if config.export.gguf:
+        refuse_gguf(config, open_checkpoint(pruned))
     if settings.teacher_logits == "cache":
         inputs.append(input_artifact(workspace.root, "logits", "logits"))
         callbacks, wrap_samples = _cached(config, pruned, divergence, inside)

@@ -10,7 +10,13 @@ from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES, left_behind
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
-from nemo_minitron.stages.inputs import Source, read_source
+from nemo_minitron.stages.inputs import (
+    Source,
+    gguf_folder,
+    is_gguf_file,
+    read_source,
+    refuse_gguf,
+)
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.build import building
 from nemo_minitron.workspace.layout import Workspace, model_in
@@ -31,6 +37,9 @@ def recipe(config: Config) -> Recipe:
     # a folder of the workspace is pointed at from inside it, so that the workspace can move
     pointer = os.path.relpath(folder, workspace.root) if inside else str(folder.resolve())
     settings = {"revision": revision}
+    stored_as = {"stored_as": checkpoint.stored_as} if checkpoint.stored_as else {}
+    settings |= stored_as
+    refuse_gguf(config, checkpoint)
 
     def build(_state: Path, target: Path, _ranks: Ranks) -> None:
         """Checks what was fetched, and writes the pointer."""
@@ -48,8 +57,9 @@ def recipe(config: Config) -> Recipe:
 
             load_tokenizer(folder)
         _try(checkpoint)
-        source = Source(pointer, given, revision, config.source.revision)
-        write_json(target / workspace.source.name, asdict(source))
+        source = asdict(Source(pointer, given, revision, config.source.revision))
+        del source["stored_as"]
+        write_json(target / workspace.source.name, {**source, **stored_as})
 
     def summary() -> Summary:
         told = [*notes(folder, checkpoint.config)]
@@ -77,6 +87,8 @@ def _locate(config: Config, workspace: Workspace) -> tuple[Path, str | None, str
     local = Path(name).expanduser()
     if local.suffix == ".nemo" and local.is_file():
         return _unpacked(local, workspace), None, name
+    if is_gguf_file(local):
+        return gguf_folder(local, workspace), None, name
     if local.exists() or name.startswith((".", "/", "~")):
         return local, None, name
     from nemo_minitron.release.hub_download import download
@@ -137,10 +149,10 @@ def _finished(folder: Path) -> str | None:
 
 def _headline(checkpoint: Checkpoint) -> str:
     size = model_size(checkpoint.architecture)
-    inside = ""
-    if checkpoint.around is not None:
-        inside = f" inside {checkpoint.around.wrapper.model_type}"
+    stored = f" ({checkpoint.stored_as})" if checkpoint.stored_as else ""
+    around = checkpoint.around
+    inside = "" if around is None else f" inside {around.wrapper.model_type}"
     return (
-        f"{checkpoint.family.model_type}{inside}, {size.parameters:,} parameters, "
-        f"from {checkpoint.folder}"
+        f"{checkpoint.family.model_type}{inside}, {size.parameters:,} parameters, from "
+        f"{checkpoint.folder}{stored}"
     )

@@ -1,5 +1,6 @@
 """export: the student as a Hugging Face folder that plain transformers loads, with a card and a proof."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from nemo_minitron.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from nemo_minitron.checkpoints.dtypes import STORED
+from nemo_minitron.checkpoints.gguf_file import SUFFIX
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.side_files import copy_side_files, processor_files
 from nemo_minitron.config.config import Config, workspace_of
@@ -26,7 +28,7 @@ from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.pruning.slice_wrapper import CutSurroundings, write_causal_lm, write_whole
 from nemo_minitron.release.model_card import card_text
 from nemo_minitron.release.quickstart import check_in_clean_process
-from nemo_minitron.stages.inputs import read_source, source_folder
+from nemo_minitron.stages.inputs import read_source, refuse_gguf, source_folder
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.artifacts import artifacts_in, check_bytes, input_artifact
 from nemo_minitron.workspace.build import make
@@ -86,6 +88,7 @@ def run(config: Config) -> Result:
         raise_if_failed(rows)
     source, _ = source_folder(config)
     checkpoint, student = open_checkpoint(source), model_in(workspace.student)
+    refuse_gguf(config, open_checkpoint(student))
     dtype = config.export.dtype or main_dtype(checkpoint)
     dtypes = {} if config.export.dtype else _row_dtypes(checkpoint)
     around = _surroundings(config, workspace, checkpoint)
@@ -94,6 +97,8 @@ def run(config: Config) -> Result:
         del settings[name]
     if around is not None or checkpoint.around is None:
         del settings["text_only"]
+    if not config.export.gguf:  # exports from before there was such a key stay good
+        del settings["gguf"], settings["gguf_pre"]
 
     def build(temporary: Path) -> dict[str, str]:
         """Writes model, card and lineage, and tries them; returns the weights' hashes."""
@@ -108,6 +113,7 @@ def run(config: Config) -> Result:
             write_eval_results(temporary, report)
         write_json(temporary / LINEAGE, _lineage(workspace, report))
         check_in_clean_process(temporary, student, dtype, around is not None)
+        _write_gguf(config, workspace, temporary, source)
         return hashes
 
     folder = workspace.export
@@ -118,6 +124,17 @@ def run(config: Config) -> Result:
     if config.export.push_to_hub:
         headline += f"; uploaded: {_upload(config, folder)}"
     return Result("export", folder, made, headline)
+
+
+def _write_gguf(config: Config, workspace: Workspace, folder: Path, source: Path) -> None:
+    if config.export.gguf:
+        from nemo_minitron.release.card_metadata import licence_of
+        from nemo_minitron.release.gguf_export import write_gguf
+
+        name = re.sub(r"[^\w.-]+", "-", _name(config, workspace, folder))
+        licence = config.export.license or licence_of(source)[0].get("license")
+        named = licence if isinstance(licence, str) else None
+        write_gguf(folder, source, name, config.export.gguf, config.export.gguf_pre, named)
 
 
 def _nemo(export: Path, archive: Path) -> str:
@@ -230,13 +247,9 @@ def _card(
     plan = read_plan(workspace.plan)
     pointer = read_source(workspace)
     from_hub = pointer.revision is not None
-    written = open_checkpoint(folder)
-    size, around = model_size(written.architecture), written.around
+    name = _name(config, workspace, folder)
+    around = open_checkpoint(folder).around
     whole = None if around is None else around.wrapper.model_type
-    origin = (
-        workspace.root.resolve().name if config.source.model is None else Path(pointer.given).name
-    )
-    name = config.export.name or f"{origin}-minitron-{_short(size.parameters)}"
     results = [
         (
             "held-out perplexity",
@@ -265,6 +278,14 @@ def _card(
         results=results,
         multimodal=whole is not None,
     )
+
+
+def _name(config: Config, workspace: Workspace, folder: Path) -> str:
+    """The model's name: the user's, or made of its source's and its size."""
+    size = model_size(open_checkpoint(folder).architecture)
+    given = Path(read_source(workspace).given)
+    origin = workspace.root.resolve().name if config.source.model is None else given.name
+    return config.export.name or f"{origin.removesuffix(SUFFIX)}-minitron-{_short(size.parameters)}"
 
 
 def _short(parameters: int) -> str:

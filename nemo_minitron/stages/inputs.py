@@ -3,14 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nemo_minitron.checkpoints.gguf_file import SUFFIX
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.artifacts import check_file, input_artifact
+from nemo_minitron.workspace.build import building
 from nemo_minitron.workspace.layout import Workspace, model_in
-from nemo_minitron.workspace.manifest import Input
+from nemo_minitron.workspace.manifest import Input, digest
 from nemo_minitron.workspace.typed_json import read_json
+
+if TYPE_CHECKING:
+    from nemo_minitron.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -22,12 +27,14 @@ class Source:
         given: what the user called it.
         revision: its commit, where it is of the hub.
         asked: the revision that was asked for.
+        stored_as: what its weights are quantised to, or that they lie in GGUF files; empty: neither.
     """
 
     path: str
     given: str
     revision: str | None
     asked: str | None = None
+    stored_as: str = ""
 
 
 def read_source(workspace: Workspace) -> Source:
@@ -64,6 +71,40 @@ def source_folder(config: Config) -> tuple[Path, Input]:
     return workspace.root / read_source(workspace).path, item  # an absolute path stays as it is
 
 
+def is_gguf_file(path: Path) -> bool:
+    """Whether what the user names as a model is a GGUF file."""
+    return path.suffix == SUFFIX and path.is_file()
+
+
+def gguf_folder(file: Path, workspace: Workspace) -> Path:
+    """The folder of the model in a GGUF file, made once in the workspace; its weights stay in the file.
+
+    Raises:
+        ValueError: see ``write_gguf_folder``.
+    """
+    state = file.stat()
+    stamp = digest(["gguf", str(file.resolve()), state.st_size, state.st_mtime_ns])[:12]
+    folder = workspace.unpacked_model(stamp)
+    if not folder.is_dir():
+        from nemo_minitron.models.gguf_folder import write_gguf_folder
+
+        with building(folder) as temporary:
+            write_gguf_folder(file, temporary)
+    return folder
+
+
+def refuse_gguf(config: Config, checkpoint: "Checkpoint") -> None:
+    """Refuses ``export.gguf`` of a model that is not written as GGUF, before anything is trained.
+
+    Raises:
+        ValueError: its family or its tokenizer is not.
+    """
+    if config.export.gguf:
+        from nemo_minitron.release.gguf_export import check_gguf
+
+        check_gguf(checkpoint, config.export.gguf, config.export.gguf_pre)
+
+
 POSITIONS = "max_position_embeddings"
 """Key of config.json: how many positions a model was made for."""
 
@@ -93,6 +134,8 @@ def distillation_teacher(config: Config) -> tuple[Path, Input]:
     from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 
     folder = Path(config.distill.teacher)
+    if is_gguf_file(folder):
+        folder = gguf_folder(folder, Workspace(workspace_of(config)))
     return folder, Input(str(folder), open_checkpoint(folder).fingerprint)
 
 

@@ -113,8 +113,8 @@ def missing_shard(folder):
             "expected a positive whole number, found 'big'",
         ),
         (
-            lambda f: change_config(f, quantization_config={"quant_method": "fp8"}),
-            "quantised .fp8.; dequantise",
+            lambda f: change_config(f, quantization_config={"quant_method": "gptq"}),
+            "quantised .gptq.; dequantise",
         ),
         (truncate, "truncated: expected"),
         (drop_tensor, "1 tensors of family 'llama' are missing: model.layers.1.mlp.up_proj.weight"),
