@@ -261,7 +261,8 @@ def layer_list(model: Any, family: Family) -> nn.Module:
 
 def head_of(model: Any) -> Tensor:
     """The output projection's weight, shape [vocabulary, hidden]; the embedding's where they are tied."""
-    weight: Tensor = model.get_output_embeddings().weight
+    head = model.get_output_embeddings()  # None also where the embedding was taken out
+    weight: Tensor = (model.lm_head if head is None else head).weight
     # a weight that is sharded over ranks (tied to embeddings under FSDP2) is gathered
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_minitron.families import family_of
 from nemo_minitron.losses.fused_linear_loss import LossResult
 from nemo_minitron.models.causal_lm import decoder_of, divided, projection_of
+from nemo_minitron.plugin.speech_models import check_taught, is_speech_model
 from nemo_minitron.plugin.transforms import causal_lm_in
 from nemo_minitron.training.batches import IGNORED, as_batch
 
@@ -84,6 +85,9 @@ class HookedStudent:
         except ValueError as error:
             raise ValueError(f"{_WHERE}: {error}") from error
         self.family = family_of(self.model.config.to_dict(), type(self.model).__name__)
+        self._speech = settings.at is None and is_speech_model(pl_module)
+        if self._speech:
+            check_taught(pl_module)
         self._module, self._objective, self._settings = pl_module, objective, settings
         self._inputs: list[dict[str, Any]] = []
         self._hidden: list[Tensor] = []
@@ -93,19 +97,27 @@ class HookedStudent:
         ]
         self._listens, self._warned = False, False
         self._own: dict[str, Any] = {}
+        self._prepared: Mapping[str, Any] = {}
+        self._batch: Any = None
+        if self._speech:
+            self._wrap("prepare_inputs", self._note_prepared)
         self._wrap("training_step", self._training_step)
         for kind, name in _STEPS.items():
             if is_overridden(name, pl_module):
                 self._wrap(name, functools.partial(self._measuring_step, kind))
 
     def _wrap(self, name: str, step: Callable[..., Any]) -> None:
-        """Puts a step in the place of the module's, which gets that one and its arguments."""
+        """Puts a step in the place of the module's, which gets that one and its arguments.
+
+        A step that another one calls (``validation_step`` its ``training_step``) is that one's part.
+        """
         own = getattr(self._module, name)
         self._own[name] = self._module.__dict__.get(name)
 
         @functools.wraps(own)  # Lightning looks which arguments a step takes
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            return step(own, *args, **kwargs)
+            inside = self._listens and name in ("training_step", *_STEPS.values())
+            return own(*args, **kwargs) if inside else step(own, *args, **kwargs)
 
         if not inspect.ismethod(own):  # of which Lightning counts the first argument as self
             del wrapped.__wrapped__
@@ -135,6 +147,12 @@ class HookedStudent:
             output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
         )
 
+    def _note_prepared(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a speech model gives its LM, with the labels of its positions."""
+        self._batch = kwargs["batch"] if "batch" in kwargs else args[0]
+        self._prepared = own(*args, **kwargs)
+        return self._prepared
+
     def _heard(self, step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A step's own result; what it gives the model is noted."""
         self._inputs, self._hidden, self._listens = [], [], True
@@ -158,7 +176,8 @@ class HookedStudent:
     ) -> Any:
         """The same of a validation, whose result and log stay the module's."""
         result = self._heard(own, batch, *more, **named)
-        if len(self._inputs) != 1 or len(self._hidden) != 1 or "input_ids" not in self._inputs[0]:
+        heard = len(self._inputs) == 1 == len(self._hidden)
+        if not heard or not (self._speech or "input_ids" in self._inputs[0]):
             if not self._warned:
                 rank_zero_warn(
                     f"{_WHERE}: the {_STEPS[kind]} of {type(self._module).__name__} does not run its "
@@ -184,6 +203,8 @@ class HookedStudent:
             )
         (inputs,), (hidden_BSH,) = self._inputs, self._hidden
         self._inputs, self._hidden = [], []
+        if self._speech:
+            return self._speech_terms(hidden_BSH)
         if "input_ids" not in inputs:
             raise ValueError(
                 f"{_WHERE}: {step} gives its {type(self.model).__name__} no input_ids; the teacher has to "
@@ -200,6 +221,14 @@ class HookedStudent:
         labels_T = given.labels_BS.flatten()
         terms = self._objective(student, labels_T, given.tokens_BS, None, **given.more)
         return terms, int((labels_T >= 0).sum()) if name in _STEPS.values() else 0
+
+    def _speech_terms(self, hidden_BSH: Tensor) -> tuple[LossResult, int]:
+        """The same of a speech model, whose labels stand at the positions that predict them."""
+        labels_T = self._prepared["target_ids"].flatten()
+        hidden_TH = divided(self.model, self.family, hidden_BSH).flatten(0, 1)
+        student = projection_of(self.model, self.family, hidden_TH)
+        terms = self._objective(student, labels_T, None, None, batch=self._batch)
+        return terms, int((labels_T >= 0).sum())
 
 
 def _longer(name: str, value_BS: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from nemo_minitron.distillation.intermediate_loss import IntermediateLoss
 from nemo_minitron.distillation.parallel_loss import linear_loss
@@ -34,6 +34,7 @@ from nemo_minitron.models.offload import Offloaded
 from nemo_minitron.plugin.hooked_student import HookedStudent, Student
 from nemo_minitron.plugin.model import MinitronModel, Objective
 from nemo_minitron.plugin.model_transform import ModelTransform
+from nemo_minitron.plugin.speech_models import SpeechTeacher, is_speech_model
 from nemo_minitron.training.compilation import Compiled
 from nemo_minitron.training.strategies import shard
 from nemo_minitron.training.transformer_engine import LayerReplacement
@@ -79,7 +80,7 @@ class KnowledgeDistillation(Callback):
         """Takes the teacher.
 
         Args:
-            teacher: the model, or its folder.
+            teacher: the model, or its folder; of a speech model (NeMo's SALM), another one.
             family: its family; None: by its configuration.
             weights: the mix of the losses; None: forward KL alone.
             chunk_tokens: see the class.
@@ -97,6 +98,14 @@ class KnowledgeDistillation(Callback):
             raise ValueError(f"place: expected device, shard, offload or cpu, found {place!r}")
         if isinstance(teacher, str | Path):
             teacher = load_model(Path(teacher), dtype="auto")
+        self._speaker: SpeechTeacher | None = None
+        if isinstance(teacher, nn.Module) and is_speech_model(teacher):
+            self._speaker = SpeechTeacher(teacher)
+            teacher = self._speaker.model
+            if place != "device":
+                raise ValueError(
+                    f"place: a speech model teaches on its student's device, found {place!r}"
+                )
         self.teacher = teacher.eval().requires_grad_(False)
         self.family = family_of(teacher.config.to_dict()) if family is None else family
         self.weights = LossWeights() if weights is None else weights
@@ -132,6 +141,12 @@ class KnowledgeDistillation(Callback):
         else:
             self._hooked = HookedStudent(pl_module, self._student, self.objective)
             student = (self._hooked.model, self._hooked.family)
+        if is_speech_model(pl_module) != (self._speaker is not None):
+            self._release(pl_module)
+            raise ValueError(
+                "KnowledgeDistillation: a speech model of NeMo's speechlm2 is taught by a whole one, such as "
+                "copy.deepcopy(model) before it is pruned, and teaches no other"
+            )
         ours, theirs = head_of(student[0]).shape[0], head_of(self.teacher).shape[0]
         if ours != theirs and self.vocabulary is None:
             self._release(pl_module)
@@ -185,7 +200,9 @@ class KnowledgeDistillation(Callback):
 
     def _settle(self, device: torch.device) -> None:
         """Brings the teacher to where it runs, if that is this rank alone."""
-        if self.place == "device":
+        if self._speaker is not None:
+            self._speaker.module.to(device)
+        elif self.place == "device":
             self.teacher.to(device)
         elif self.place == "offload" and self._offloaded is None:
             self._offloaded = Offloaded(self.teacher, self.family, device)
@@ -244,12 +261,19 @@ class KnowledgeDistillation(Callback):
         self,
         student: Projection,
         labels_T: Tensor,
-        tokens_BS: Tensor,
+        tokens_BS: Tensor | None,
         rows_B: Tensor | None = None,
         **more: Any,
     ) -> LossResult:
-        """Divergence from the teacher on the same tokens; shapes as in ``plugin.model.Objective``."""
-        teacher = self._teacher_on(tokens_BS, student.hidden_TH.device, more)
+        """Divergence from the teacher on the same tokens; shapes as in ``plugin.model.Objective``.
+
+        A speech model's tokens are None, and ``batch`` is what it was given.
+        """
+        if self._speaker is not None:
+            teacher = self._speaker(self.family, more["batch"])
+        else:
+            assert tokens_BS is not None
+            teacher = self._teacher_on(tokens_BS, student.hidden_TH.device, more)
         if self._listens:
             counted = int((labels_T >= 0).sum())
             self._sums[0] += float(cross_entropy(teacher, labels_T).ce) * counted

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from nemo_minitron.plugin.transforms import hugging_face_models
+from nemo_minitron.plugin.speech_models import is_speech_model
+from nemo_minitron.plugin.transforms import Pruning, hugging_face_models
 
 
 class ModelTransform(Callback):
@@ -34,6 +35,10 @@ class ModelTransform(Callback):
             pl_module, "model_transform", None
         )
         if transform is None or self.applied:
+            return
+        if self.at is None and isinstance(transform, Pruning) and is_speech_model(pl_module):
+            transform(pl_module)  # what lies around the LM is cut, too
+            self.applied = True
             return
         name = self._name(pl_module)
         result = transform(getattr(pl_module, name))

@@ -16,9 +16,20 @@ from transformers.core_model_loading import revert_weight_conversion
 from nemo_minitron.families import architecture_of
 from nemo_minitron.models.causal_lm import layer_list
 from nemo_minitron.models.reshape import reshape
+from nemo_minitron.plugin.speech_models import (
+    check_around,
+    cut_along,
+    is_speech_model,
+    put_together,
+)
 from nemo_minitron.pruning.plan_file import Plan, read_plan
 from nemo_minitron.pruning.select import Keep
 from nemo_minitron.pruning.slice import Cut, cut_tensor, pieces
+
+_ADAPTERS = (
+    "{} holds a model with adapters (PEFT); merge them first (merge_and_unload), and attach new ones to "
+    "what is pruned"
+)
 
 
 class Pruning:
@@ -47,7 +58,26 @@ class Pruning:
             ValueError: there is none, or more than one, or the plan was made for another model;
                 adapters are attached to it, or it has no output head.
         """
-        model = causal_lm_in(module, self.at)
+        if self.at is None and is_speech_model(module):
+            return self._of_speech(module)
+        self._prune(causal_lm_in(module, self.at))
+        return module
+
+    def _of_speech(self, module: Any) -> nn.Module:
+        """One of NeMo's speech language models, with what reads or feeds the LM's hidden states."""
+        if any(type(part).__module__.partition(".")[0] == "peft" for part in module.modules()):
+            raise ValueError(_ADAPTERS.format(type(module).__name__))
+        hidden = module.embed_tokens.embedding_dim
+        with put_together(module) as model:
+            if "hidden" in self.keep:
+                check_around(module, hidden)
+            done = self._prune(model)
+        if done and "hidden" in self.keep:
+            cut_along(module, self.keep["hidden"], hidden)
+        return module
+
+    def _prune(self, model: Any) -> bool:
+        """Prunes a causal LM; False where it was pruned before."""
         source = architecture_of(model.config.to_dict(), type(model).__name__)
         if model.base_model is model:
             raise ValueError(
@@ -58,16 +88,16 @@ class Pruning:
         planned, found = self._of_axes(self.plan.before), self._of_axes(sizes)
         if found != planned:
             if found == self._of_axes(self.result):
-                return module
+                return False
             raise ValueError(f"the plan was made for sizes {planned}, the model has {found}")
         cut = Cut(source, self.keep, self.layers)
         state = _stored_state(model)
         lost = next((name for name, _, _ in source.tensors() if name not in state), None)
         if lost is not None:
             raise ValueError(
-                f"{type(model).__name__}: {lost} is not in the model; a module that keeps it elsewhere, as "
-                "those of NeMo's speechlm2 keep the embedding, has to put it back before the model is "
-                "pruned, and to cut what reads the model's width"
+                f"{type(model).__name__}: {lost} is not in the model; a module that keeps it elsewhere "
+                "(other than NeMo's speechlm2, which is given as a whole) has to put it back before the "
+                "model is pruned, and to cut what reads the model's width"
             )
         pruned_state = {
             piece.name: cut_tensor(state[piece.source], piece, sizes)
@@ -75,7 +105,7 @@ class Pruning:
         }
         pruned = _build(model, cut.result.config, pruned_state)
         reshape(model, pruned, layer_list(model, source.family), self.layers)
-        return module
+        return True
 
     def _of_axes(self, sizes: Mapping[str, int]) -> dict[str, int]:
         return {axis: sizes[axis] for axis in self.axes}
@@ -158,10 +188,7 @@ def causal_lm_in(module: nn.Module, at: str | None = None) -> Any:
             f"at={next(iter(found))!r}"
         )
     if any(type(part).__module__.partition(".")[0] == "peft" for part in module.modules()):
-        raise ValueError(
-            f"{holder} holds a model with adapters (PEFT); merge them first (merge_and_unload), and attach "
-            "new ones to what is pruned"
-        )
+        raise ValueError(_ADAPTERS.format(holder))
     (model,) = found.values()
     return model
 

@@ -240,7 +240,7 @@ def test_an_embedding_that_was_moved_out_is_named(tmp_path):
     folder = make_model(tmp_path / "m", "llama", tie_word_embeddings=False)
     _, plan = plan_for(folder)
     module = Module(folder)
-    module.embed_tokens = module.llm.model.embed_tokens  # as NeMo's SALM does
+    module.words = module.llm.model.embed_tokens  # as NeMo's SALM does, under another name
     del module.llm.model.embed_tokens
     with pytest.raises(
         ValueError, match=r"model\.embed_tokens\.weight is not in the model; a module"
