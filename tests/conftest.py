@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import os
 import shutil
 import subprocess
@@ -120,7 +121,7 @@ def words(once: Callable[..., Path], teacher: Path, corpus: Path) -> list[str]:
     ]  # fmt: skip
 
     def score(folder: Path) -> None:
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             assert main(["score", f"workspace={folder / 'run'}", *words]) == 0
 
     runs.scored[:] = [once("scored", score) / "run"]

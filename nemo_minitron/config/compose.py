@@ -45,6 +45,14 @@ def _schema() -> Any:
     return OmegaConf.structured(Config)
 
 
+def _store_schema() -> None:
+    """Puts the schema where Hydra looks for it, unless it is there; a host may keep another of its name."""
+    store = ConfigStore.instance()
+    there = store.repo.get("schema.yaml")
+    if there is None or OmegaConf.get_type(there.node) is not Config:
+        store.store(name="schema", node=Config)
+
+
 def load_config(name: str, overrides: list[str], folder: str | None = None) -> Config:
     """Composes a configuration.
 
@@ -62,8 +70,7 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
             wrong type or out of range, an unknown configuration.
     """
     OmegaConf.register_new_resolver("stdlib", lambda: sysconfig.get_paths()["stdlib"], replace=True)
-    if "schema.yaml" not in ConfigStore.instance().repo:
-        ConfigStore.instance().store(name="schema", node=Config)
+    _store_schema()
     own = Path(folder or CONFIGS).expanduser().resolve()
     if not own.is_dir():
         raise ValueError(f"--config-dir: no such folder: {own}")
