@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.hf_config import QUANTISATION
 from nemo_minitron.checkpoints.tensor_rows import Entry
 from nemo_minitron.families import Wrapper, wrapper_of
 from nemo_minitron.security.plain_text import plain
@@ -16,7 +17,7 @@ class Surroundings:
 
     Attributes:
         wrapper: the table that says where the causal LM lies.
-        config: the whole model's config.json.
+        config: the whole model's config.json, apart from what it says of quantised weights.
         entries: the other parts' tensors, by their names on disk.
         stored: names on disk of the causal LM's tensors.
     """
@@ -56,5 +57,6 @@ def apart(
             )
         else:
             inside[name] = stored
-    around = Surroundings(wrapper, whole, others, tuple(inside.values()))
+    config = {key: value for key, value in whole.items() if key not in QUANTISATION}
+    around = Surroundings(wrapper, config, others, tuple(inside.values()))
     return around, {name: entries[stored] for name, stored in inside.items()}

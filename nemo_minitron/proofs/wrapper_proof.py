@@ -110,7 +110,7 @@ def prove_wrapper(wrapper: Wrapper, kind: str) -> Iterator[Finding]:
         axes = [axis for axis in checkpoint.architecture.prunable if axis != "layers"]
         before = image_logits(source, wrapper)
         moved = permutation(checkpoint.architecture, axes)
-        after = image_logits(_cut(checkpoint, moved, work / "moved"), wrapper)
+        after = image_logits(cut_whole(checkpoint, moved, work / "moved"), wrapper)
         seen = not equal(before, image_logits(source, wrapper, seed=4))
         yield Finding(kind, WRAPPER_PROOFS[1], seen and equal(before, after))
         targets = halved(family, sizes, TOGETHER, checkpoint.architecture.prunable)
@@ -120,7 +120,7 @@ def prove_wrapper(wrapper: Wrapper, kind: str) -> Iterator[Finding]:
         }
         keep = select_units(family, scores, sizes, {a: targets[a] for a in axes})
         layers = tuple(range(sizes["layers"]))[1::2]
-        half = _cut(checkpoint, keep, work / "half", layers)
+        half = cut_whole(checkpoint, keep, work / "half", layers)
         yield Finding(kind, WRAPPER_PROOFS[2], bool(image_logits(half, wrapper).isfinite().all()))
 
 
@@ -141,7 +141,7 @@ def wrapper_table(chosen: Mapping[str, Wrapper]) -> tuple[Row, tuple[Row, ...], 
     return WRAPPER_COLUMNS, tuple(rows), sum("FAILS" in row for row in rows)
 
 
-def _cut(
+def cut_whole(
     checkpoint: Checkpoint, keep: Keep, folder: Path, layers: tuple[int, ...] | None = None
 ) -> Path:
     """A cut of text model and surroundings, put together again."""

@@ -1,12 +1,17 @@
 """The tables of multimodal models are proven, and a wrong one is found out."""
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from nemo_minitron.checkpoints.checkpoint import load_tensor, open_checkpoint
 from nemo_minitron.families import families, wrappers
 from nemo_minitron.families.grammar import parse_row
-from nemo_minitron.proofs.wrapper_proof import prove_wrapper
+from nemo_minitron.proofs.wrapper_proof import cut_whole, image_logits, prove_wrapper, tiny_whole
 
 CASES = [(name, kind) for name, wrapper in wrappers().items() for kind in wrapper.text]
 
@@ -37,6 +42,39 @@ def test_a_row_whose_dimensions_are_swapped_is_found_out():
     rows = tuple((pattern, parse_row("hidden any")) for pattern, _ in wrapper.rows)
     with pytest.raises(ValueError, match="hidden channels along dimension 0"):
         list(prove_wrapper(replace(wrapper, rows=rows), "gemma3_text"))
+
+
+def test_a_quantised_one_is_cut_into_plain_parts(tmp_path):
+    """As Ministral 3 is published: text model, towers and projector in FP8 with a scale each."""
+    wrapper = wrappers()["mistral3"]
+    plain = tiny_whole(wrapper, "mistral", tmp_path / "plain")
+    folder = shutil.copytree(plain, tmp_path / "fp8")
+    tensors, found = load_file(plain / "model.safetensors"), {}
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or "embed" in name:
+            found[name] = tensor
+            continue
+        scale = tensor.abs().max() / 448
+        found[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        found[f"{name}_scale_inv"] = scale
+        tensors[name] = (found[name].float() * scale).to(torch.bfloat16)
+    save_file(found, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    method = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": method}))
+    checkpoint = open_checkpoint(folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(load_tensor(checkpoint, name), tensors[f"language_model.{name}"])
+    keep = {"hidden": torch.arange(0, 32, 2)}
+    whole = cut_whole(checkpoint, keep, tmp_path / "half", (0, 2, 3))
+    assert "quantization_config" not in json.loads((whole / "config.json").read_text())
+    after = load_file(whole / "model.safetensors")
+    assert not [name for name in after if "scale" in name]
+    last = "multi_modal_projector.linear_2.weight"
+    assert after[last].shape == (16, 16) and after[last].dtype == torch.bfloat16
+    rows = (tensors[last][::2][:, None] == after[last][:, :1, None]).any(2).any(1)
+    assert rows.all()  # each row is made of the kept one's numbers
+    assert image_logits(whole, wrapper).isfinite().all()
 
 
 def test_channels_that_are_not_the_kept_ones_are_found_out():
