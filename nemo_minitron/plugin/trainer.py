@@ -114,6 +114,12 @@ class TrainingSettings:
     started: float = field(default_factory=time.monotonic)
 
 
+_SWITCHES = (
+    "benchmark", "detect_anomaly", "enable_model_summary", "enable_progress_bar", "inference_mode",
+    "sync_batchnorm",
+)  # fmt: skip
+
+
 def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Refuses what Lightning's Trainer would not take, and what a training decides itself.
 
@@ -122,6 +128,9 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
             for which nobody started processes.
     """
     refuse_trainer(trainer)
+    for key in _SWITCHES:  # a text would count as true, or end the training with an error of torch
+        if trainer.get(key) is not None and not isinstance(trainer[key], bool):
+            raise ValueError(f"trainer.{key}: expected true or false, found {trainer[key]!r}")
     steps = trainer["max_steps"] if "max_steps" in trainer else None
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"trainer.max_steps: expected a positive whole number, found {steps!r}")
@@ -188,7 +197,7 @@ def train(
         model.use_validation_samples(validation, settings.batch_size)
         manage(trainer, settings.exp_manager, state)
         model.setup_optimization()  # once now, so that wrong arguments show before anything runs
-    except (MisconfigurationException, TypeError) as error:
+    except (MisconfigurationException, ModuleNotFoundError, TypeError) as error:
         raise ValueError(_refusal(error, settings)) from error
     if settings.trainer.get("enable_model_summary") and trainer.is_global_zero:
         print(summarize(model), file=sys.stderr)  # Lightning would log it, and its log is silent

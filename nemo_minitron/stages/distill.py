@@ -141,6 +141,12 @@ def _online(
         if settings.live_teacher is None:
             return [distillation]
         state = state_in(Workspace(workspace_of(config)).student)
+        if not Path(settings.live_teacher).is_dir() and os.environ.get("RANK", "0") == "0":
+            print(
+                f"distill.live_teacher: {settings.live_teacher} is not there yet; until something is "
+                f"published in it, the teacher is {teacher}",
+                file=sys.stderr,
+            )
         return [distillation, LiveTeacher(Path(settings.live_teacher), state, distillation, load)]
 
     return callbacks, lambda samples, validation: (samples, validation)

@@ -67,6 +67,13 @@ def test_every_optimiser_and_schedule_of_nemo_may_be_named():
     assert set(AVAILABLE_SCHEDULERS) == set(SCHEDULES)
 
 
+@pytest.mark.parametrize("key", ["detect_anomaly", "enable_progress_bar", "inference_mode"])
+def test_a_switch_of_the_trainer_is_true_or_false(key):
+    check_trainer({**BASE["trainer"], key: False})
+    with pytest.raises(ValueError, match=f"trainer.{key}: expected true or false, found 'fasle'"):
+        check_trainer({**BASE["trainer"], key: "fasle"})
+
+
 def test_every_override_of_the_table_becomes_what_it_says():
     outcomes = {"honoured": 0, "refused": 0}
     for overrides, outcome in rows():

@@ -49,6 +49,15 @@ def test_a_correction_publishes_and_a_distillation_takes_it_over(tmp_path, words
     assert all(torch.equal(weights(live)[name], tensor) for name, tensor in weights(still).items())
 
 
+def test_a_folder_that_is_not_there_yet_is_said_so(capsys, tmp_path, words):
+    """It may come, and it may be a typing mistake, with which no teacher would ever change."""
+    words = [*words, f"workspace={tmp_path / 'w'}", "trainer.max_steps=1"]
+    assert main(["prune", *words]) == 0
+    assert main(["distill", *words, f"distill.live_teacher={tmp_path}/lvie"]) == 0
+    said = capsys.readouterr().err
+    assert f"distill.live_teacher: {tmp_path}/lvie is not there yet; until something is pub" in said
+
+
 def test_what_does_not_go_with_a_live_teacher_is_refused(capsys, tmp_path, words_often):
     assert main(["prune", f"workspace={tmp_path}/w", *words_often]) == 0
     shard = ["training.parallel=shard", "distill.teacher_place=shard"]

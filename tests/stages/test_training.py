@@ -202,7 +202,7 @@ def test_a_step_of_more_samples_than_the_text_yields_is_refused_at_once(tmp_path
 def test_text_that_is_read_again_and_again_is_said_so(tmp_path, words, capsys):
     (tmp_path / "short.txt").write_text("the model reads a file and writes the answer. " * 15)
     words = [*words, f"data.train.paths=[{tmp_path / 'short.txt'}]", "data.train.samples=null"]
-    words += ["data.holdout=0.2", "data.validation.samples=4", f"workspace={tmp_path / 'ws'}"]
+    words += ["data.holdout=0.2", "data.validation.samples=2", f"workspace={tmp_path / 'ws'}"]
     assert main(["prune", *words]) == 0
     assert main(["distill", *words]) == 0
     said = capsys.readouterr().err
