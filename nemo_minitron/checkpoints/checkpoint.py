@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,14 @@ from nemo_minitron.checkpoints.unsupported_weights import (
     check_names,
     check_renamed,
 )
-from nemo_minitron.families import Architecture, Family, architecture_of, find_row, own_tables
+from nemo_minitron.families import (
+    Architecture,
+    Family,
+    architecture_of,
+    find_row,
+    own_tables,
+    predicts,
+)
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.security.links import refuse_links
 from nemo_minitron.security.plain_text import plain
@@ -68,12 +75,14 @@ class Checkpoint:
         fingerprint: SHA-256 of weight files' names, sizes and headers, of a sample of every
             tensor's bytes (two fine-tunes of one model differ in nothing else), config.json and
             side files.
+        predictions: names of tensors of prediction layers (MTP), which are left out.
     """
 
     folder: Path
     architecture: Architecture
     entries: Mapping[str, Entry]
     fingerprint: str
+    predictions: tuple[str, ...] = ()
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -121,6 +130,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             entries[name] = Entry(
                 file, item["dtype"], tuple(item["shape"]), data + item["data_offsets"][0]
             )
+    layers = model.sizes["layers"]
+    predictions = tuple(name for name in entries if predicts(model.family, name, layers))
+    stored, entries = entries, {n: e for n, e in entries.items() if n not in set(predictions)}
+    _check_dtypes(folder, predictions, stored)
     expected = _check_entries(folder, model, entries)
     _check_tied(folder, model, entries, expected)
     held = {
@@ -139,7 +152,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     ]
     sides = [[side_name(path, folder), hash_file(path)] for path in side_files(folder)]
     table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
-    return Checkpoint(folder, model, held, digest([stamp, config, sides, *table]))
+    return Checkpoint(folder, model, held, digest([stamp, config, sides, *table]), predictions)
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -221,17 +234,24 @@ def _check_entries(
             f"{folder}: {len(unknown)} tensors {reason} of family {family.model_type!r}: "
             f"{plain(unknown[0], 200)}"
         )
+    _check_dtypes(folder, expected, entries)
     for name, shape in expected.items():
-        if entries[name].dtype not in FLOATS:
-            raise ValueError(
-                f"{folder}: {name} is stored as {plain(entries[name].dtype, 40)}; dequantise the model first"
-            )
         if entries[name].shape != shape:
             found = list(entries[name].shape)
             raise ValueError(
                 f"{folder}: {name}: config.json implies shape {list(shape)}, the file holds {found}"
             )
     return expected
+
+
+def _check_dtypes(folder: Path, names: Iterable[str], entries: Mapping[str, Entry]) -> None:
+    """Refuses tensors of numbers that are no floats."""
+    for name in names:
+        if entries[name].dtype not in FLOATS:
+            raise ValueError(
+                f"{folder}: {plain(name, 200)} is stored as {plain(entries[name].dtype, 40)}; "
+                "dequantise the model first"
+            )
 
 
 def _is_surplus(family: Family, name: str) -> bool:

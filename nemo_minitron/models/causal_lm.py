@@ -21,7 +21,7 @@ from nemo_minitron.checkpoints.unsupported_weights import (
     check_folder,
     implementations,
 )
-from nemo_minitron.families import Family, family_of
+from nemo_minitron.families import Family, families, family_of, predicts
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.config_trial import reason
 from nemo_minitron.models.positions_in_order import positions_in_order
@@ -100,12 +100,22 @@ def load_model(
         kind: sorted(map(str, info[kind]))
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
+    wrong["unexpected_keys"] = _without_predictions(config, wrong["unexpected_keys"])
     if any(wrong.values()):
         raise ValueError(
             f"{folder}: does not load strictly: "
             + "; ".join(f"{k}: {v[:3]}" for k, v in wrong.items() if v)
         )
     return model.to(device or torch.device("cpu")).eval()
+
+
+def _without_predictions(config: Mapping[str, Any], names: list[str]) -> list[str]:
+    """Tensors that a model does not take, without those of prediction layers: these are left out."""
+    family = families().get(str(config.get("model_type")))
+    layers = config.get("num_hidden_layers")
+    if family is None or not isinstance(layers, int):
+        return names
+    return [name for name in names if not predicts(family, name, layers)]
 
 
 def not_built(folder: Path, config: Mapping[str, Any], error: Exception) -> ValueError:
@@ -231,8 +241,8 @@ def head_of(model: Any) -> Tensor:
 def hidden_states(model: Any, family: Family, tokens_BS: Tensor, **more: Any) -> Tensor:
     """Input of the output projection: last hidden states, after the final norm.
 
-    Divided or multiplied where the family does that to its logits. [batch, positions] token ids to [batch, positions,
-    hidden]; ``more`` are further arguments of the decoder.
+    Divided or multiplied where the family does that to its logits. [batch, positions] token ids to
+    [batch, positions, hidden]; ``more`` are further arguments of the decoder.
     """
     arguments = {"input_ids": tokens_BS, "use_cache": False, **more}
     decode = getattr(model, ENTRY, None) or decoder_of(model, family)

@@ -49,7 +49,7 @@ class Pruning:
         """
         model = causal_lm_in(module, self.at)
         source = architecture_of(model.config.to_dict(), type(model).__name__)
-        if model.base_model is model:
+        if model.base_model is model and model.get_output_embeddings() is None:
             raise ValueError(
                 f"{type(model).__name__} has no output head; expected a causal LM, as "
                 f"{source.family.architecture}"

@@ -101,7 +101,7 @@ def missing_shard(folder):
         (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
         (
             lambda f: change_config(f, model_type="t5"),
-            "'t5' is not supported; supported families: gemma, .*llama, .*families.path",
+            "'t5' is not supported; supported families: .*gemma, .*llama, .*families.path",
         ),
         (
             lambda f: change_config(f, intermediate_size=41),

@@ -11,12 +11,14 @@ from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.proofs.proof import TOGETHER, generates, halved, logits_of
 from nemo_minitron.proofs.tiny_models import permutation, random_model
 from nemo_minitron.pruning.cost import model_size
-from nemo_minitron.pruning.select import select_units, score_shape
+from nemo_minitron.pruning.select import score_shape, select_units
 from nemo_minitron.scoring.importance import random_scores
 from tests.support.models import INSTALLED, stream
 from tests.support.real_configs import FOLDER, published, shrunk
 
-CONFIGS = {name: config for name, config in published().items() if config["model_type"] in INSTALLED}
+CONFIGS = {
+    name: config for name, config in published().items() if config["model_type"] in INSTALLED
+}
 MOST_USED = ("llama", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "mistral", "mixtral", "phi3",
              "gpt_oss", "nemotron", "nemotron_h")  # fmt: skip
 
@@ -57,7 +59,13 @@ def test_a_published_config_is_described_and_cut(tmp_path, name):
     after = open_checkpoint(cut)
     assert after.architecture.sizes == {**targets, "layers": len(layers)}
     known = {key for axis in family.axes.values() for key in (*axis.config, *axis.after)}
-    written = {*family.axes["layers"].lists, *family.axes["layers"].indices, *family.axes["layers"].counts}
+    written = {
+        *family.axes["layers"].lists,
+        *family.axes["layers"].indices,
+        *family.axes["layers"].counts,
+    }
     left_out = {"dtype", "torch_dtype", "auto_map", "use_mtp"}
     untouched = set(checkpoint.config) - known - written - left_out
-    assert {key: after.config[key] for key in untouched} == {k: checkpoint.config[k] for k in untouched}
+    assert {key: after.config[key] for key in untouched} == {
+        k: checkpoint.config[k] for k in untouched
+    }

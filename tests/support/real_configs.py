@@ -88,7 +88,9 @@ def _shrink_layers(model: Architecture, small: dict[str, Any], layers: int) -> N
     lists = {key: small[key] for key in axis.lists if small.get(key)}
     kinds = list(zip(*lists.values(), strict=False))
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
-    kept = sorted([*first, *(i for i in range(layers) if i not in first)][: max(layers, len(first))])
+    kept = sorted(
+        [*first, *(i for i in range(layers) if i not in first)][: max(layers, len(first))]
+    )
     count = len(kept)
     for key, value in small.items():  # a pattern that transformers counts out
         if not lists and key in PATTERNS and type(value) is int:
