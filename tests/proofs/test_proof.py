@@ -15,6 +15,7 @@ from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.proofs.proof import (
     PROOFS,
     TOGETHER,
+    counted,
     described,
     markdown,
     permutations,
@@ -34,7 +35,9 @@ def test_the_families_that_users_have_are_there():
     asked = {
         "llama", "mistral", "nemotron", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "mixtral",
         "qwen2_moe", "qwen3_moe", "granite", "olmo2", "smollm3", "stablelm", "starcoder2", "gpt_oss",
-        "nemotron_h",
+        "nemotron_h", "ministral3", "olmo3", "seed_oss", "exaone4", "hunyuan_v1_dense", "arcee", "glm4", "cohere2",
+        "apertus", "ernie4_5", "olmoe", "glm4_moe", "minimax_m2", "llama4_text", "granitemoehybrid", "deepseek_v3",
+        "lfm2", "falcon_h1", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
     }  # fmt: skip
     assert asked <= set(families())
 
@@ -64,6 +67,12 @@ def test_the_table_in_the_docs_is_what_was_found_here():
             name, family, [f for i in range(len(family.proofs)) for f in found(name, i)]
         )
     assert markdown(rows) in page, "run make docs"
+
+
+def test_families_and_published_configs_are_counted_in_the_docs():
+    root = Path(__file__).parents[2]
+    for page in (root / "README.md", root / "docs" / "families.md"):
+        assert counted(root) in page.read_text(encoding="utf-8"), "run make docs"
 
 
 @pytest.mark.parametrize("name", sorted(INSTALLED))
