@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from nemo_minitron.families import (
     architecture_of,
     find_row,
     own_tables,
+    predicts,
 )
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.security.links import refuse_links
@@ -64,6 +65,7 @@ class Checkpoint:
         around: the other parts where the causal LM is part of a multimodal model; its own tensors are
             named as it would name them alone.
         stored_as: what its weights were before they are read as plain ones, in words; empty: plain.
+        predictions: names of tensors of prediction layers (MTP), which are left out.
     """
 
     folder: Path
@@ -72,6 +74,7 @@ class Checkpoint:
     fingerprint: str
     stored_as: str = ""
     around: Surroundings | None = None
+    predictions: tuple[str, ...] = ()
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -105,16 +108,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     model = architecture_of(config, str(folder / "config.json"))
     check_config(folder, stored)
     check_config(folder, config)
-    if is_gguf(folder):
-        gguf = pointed(folder)
-        entries, stamp = entries_of(folder, gguf, model), [stamp_of(gguf)]
-        words = f"GGUF, {types_of(list(gguf.tensors.values()))}"
-    else:
-        entries, stamp = _safetensors(folder)
-        quantisation = quantisation_of(folder, stored)
-        entries = dequantised(folder, quantisation, entries)
-        words = "" if quantisation is None else quantisation.words
-    around, entries = apart(folder, stored, entries)
+    every, stamp, words = _stored(folder, stored, model)
+    around, every = apart(folder, stored, every)
+    layers = model.sizes["layers"]
+    predictions = tuple(name for name in every if predicts(model.family, name, layers))
+    _check_dtypes(folder, predictions, every)
+    entries = {name: entry for name, entry in every.items() if name not in set(predictions)}
     expected = _check_entries(folder, model, entries)
     _check_tied(folder, model, entries, expected)
     held = {
@@ -128,7 +127,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     sides = [[side_name(path, folder), hash_file(path)] for path in own]
     table = [] if model.family.model_type not in own_tables() else [repr(model.family)]
     fingerprint = digest([stamp, stored, sides, *table])
-    return Checkpoint(folder, model, held, fingerprint, words, around)
+    return Checkpoint(folder, model, held, fingerprint, words, around, predictions)
+
+
+def _stored(
+    folder: Path, config: Mapping[str, Any], model: Architecture
+) -> tuple[dict[str, Entry], list[Any], str]:
+    """A folder's tensors, what tells its files from others, and in words what its weights are stored as."""
+    if is_gguf(folder):
+        gguf = pointed(folder)
+        words = f"GGUF, {types_of(list(gguf.tensors.values()))}"
+        return entries_of(folder, gguf, model), [stamp_of(gguf)], words
+    entries, stamp = _safetensors(folder)
+    quantisation = quantisation_of(folder, config)
+    words = "" if quantisation is None else quantisation.words
+    return dequantised(folder, quantisation, entries), stamp, words
 
 
 def _safetensors(folder: Path) -> tuple[dict[str, Entry], list[Any]]:
@@ -239,17 +252,24 @@ def _check_entries(
             f"{folder}: {len(unknown)} tensors {reason} of family {family.model_type!r}: "
             f"{plain(unknown[0], 200)}"
         )
+    _check_dtypes(folder, expected, entries)
     for name, shape in expected.items():
-        if entries[name].dtype not in FLOATS:
-            raise ValueError(
-                f"{folder}: {name} is stored as {plain(entries[name].dtype, 40)}; dequantise the model first"
-            )
         if entries[name].shape != shape:
             found = list(entries[name].shape)
             raise ValueError(
                 f"{folder}: {name}: config.json implies shape {list(shape)}, the file holds {found}"
             )
     return expected
+
+
+def _check_dtypes(folder: Path, names: Iterable[str], entries: Mapping[str, Entry]) -> None:
+    """Refuses tensors of numbers that are no floats."""
+    for name in names:
+        if entries[name].dtype not in FLOATS:
+            raise ValueError(
+                f"{folder}: {plain(name, 200)} is stored as {plain(entries[name].dtype, 40)}; "
+                "dequantise the model first"
+            )
 
 
 def _is_surplus(family: Family, name: str) -> bool:

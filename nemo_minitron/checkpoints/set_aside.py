@@ -13,7 +13,7 @@ from nemo_minitron.security.plain_text import plain
 
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 OUTPUTS = ("output_hidden_states", "output_attentions", "return_dict", "use_mtp")
-"""Keys of config.json that say in which form a forward pass returns what, and how text is drafted."""
+"""Keys of config.json that say in which form a forward pass returns what, or how tokens are drafted."""
 GENERATION = (
     "return_dict_in_generate",  # generate returns no tensor of ids
     "output_hidden_states",

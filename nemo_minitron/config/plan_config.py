@@ -55,6 +55,12 @@ class PlanConfig:
         None, "channels of every Mamba head, the same in all heads of a layer", least=1
     )
     mamba_state: int | None = option(None, "state size of the Mamba layers", least=1)
+    linear_key_heads: int | None = option(
+        None, "key heads of gated delta nets (whole groups of value heads), per layer", least=1
+    )
+    linear_value_heads: int | None = option(
+        None, "value heads of gated delta nets, per layer", least=1
+    )
     layers: int | None = option(None, "layers", least=1)
     serve: list[str] = option(
         [],
@@ -69,4 +75,10 @@ class PlanConfig:
         "which layers go: the least important wherever they are (scattered, also null), the best block of "
         "consecutive ones, or one after the other with all others measured anew",
         ("scattered", "contiguous", "greedy"),
+    )
+    mtp: str | None = option(
+        None,
+        "multi-token prediction layers of the source: left out (drop, also null), or cut along (keep), which "
+        "is refused where no table describes them",
+        ("drop", "keep"),
     )

@@ -21,7 +21,8 @@ _TITLES = {
     "kv_heads": "KV heads", "experts": "experts",
     "expert_ffn": "experts' neurons", "shared_ffn": "shared expert's neurons",
     "mamba_heads": "Mamba heads", "mamba_groups": "Mamba groups", "mamba_head_dim": "Mamba head channels",
-    "mamba_state": "Mamba state channels",
+    "mamba_state": "Mamba state channels", "conv_channels": "channels of short convolutions",
+    "linear_key_heads": "delta nets' key heads", "linear_value_heads": "delta nets' value heads",
 }  # fmt: skip
 
 

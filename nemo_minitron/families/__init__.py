@@ -7,6 +7,7 @@ from nemo_minitron.families.architecture import (
     family_of,
     fill,
     find_row,
+    predicts,
 )
 from nemo_minitron.families.grammar import evaluate, parse_row
 from nemo_minitron.families.table import (
@@ -46,6 +47,7 @@ __all__ = [
     "load_family",
     "own_tables",
     "parse_row",
+    "predicts",
     "text_config",
     "use_tables",
     "with_text",

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -264,6 +265,18 @@ def fill(pattern: str, units: Mapping[str, int]) -> str:
     for name, unit in units.items():
         pattern = pattern.replace(f"{{{name}}}", str(unit))
     return pattern
+
+
+def predicts(family: Family, name: str, layers: int) -> bool:
+    """Whether a tensor of a model of so many layers belongs to a prediction layer behind them."""
+    for beginning in family.mtp:
+        head, placeholder, _ = beginning.partition(f"{{{family.layer}}}")
+        if not placeholder:
+            if name.startswith(beginning):
+                return True
+        elif (found := re.match(rf"{re.escape(head)}(\d{{1,9}})\.", name)) is not None:
+            return int(found[1]) >= layers
+    return False
 
 
 def find_row(family: Family, name: str) -> tuple[TensorRow, dict[str, int]] | None:

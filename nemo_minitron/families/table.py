@@ -149,8 +149,16 @@ class Family:
     proofs: tuple[Mapping[str, Any], ...] = ({},)
     since: str = "5.0"
     zero_centred_norms: bool = False
+    mtp: tuple[str, ...] = ()
+    """Beginnings of the names of prediction layers (MTP); ``{layer}`` stands for one beyond the model's."""
+    mtp_layers: tuple[str, ...] = ()
+    """Keys of config.json that count them."""
     conditional: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Constraints that hold for some models, and the condition on config keys under which they do."""
+
+    def __repr__(self) -> str:
+        """As generated, without newer attributes that say nothing; see ``Axis``."""
+        return _shown(self, {"mtp": (), "mtp_layers": ()})
 
     def for_config(self, config: Mapping[str, Any]) -> "Family":
         """The table of one model: its constraints are those that hold for this config.json.
@@ -191,7 +199,7 @@ class Family:
 
 _KEYS = {
     "model_type", "architecture", "axes", "defaults", "tensors", "ignored", "taps", "modules", "constraints",
-    "define", "fold", "logits", "needs", "proofs", "since", "zero_centred_norms",
+    "define", "fold", "logits", "mtp", "needs", "proofs", "since", "zero_centred_norms",
 }  # fmt: skip
 _AXIS_KEYS = {f.name for f in fields(Axis)} - {"name", "fallback"} | {"or"}
 
@@ -265,6 +273,8 @@ def _family(table: Mapping[str, Any]) -> Family:
         proofs=tuple(table.get("proofs", [{}])),
         since=str(table.get("since", "5.0")),
         zero_centred_norms=table.get("zero_centred_norms", False),
+        mtp=tuple(table.get("mtp", {}).get("tensors", [])),
+        mtp_layers=tuple(table.get("mtp", {}).get("layers", [])),
     )
 
 

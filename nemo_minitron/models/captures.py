@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nemo_minitron.families import Architecture, Tap
+from nemo_minitron.families import Architecture, Tap, TensorRow
 from nemo_minitron.families.grammar import segments
 from nemo_minitron.models.module_hooks import on_tap
 
@@ -45,6 +45,7 @@ class Captures:
         self._armed = False
         family = self._family = architecture.family
         self._sizes = architecture.sizes
+        self._architecture = architecture
         self._attention = architecture.present.get("heads", [])
         # activation checkpointing runs layers a second time, in the backward pass: not to be
         # captured
@@ -106,6 +107,7 @@ class Captures:
                 not inside
                 or not products
                 or not all({"heads", "kv_heads"} & set(p) for p in products)
+                or not self._has(row, layer)
             ):
                 continue
             # names in memory, which are other ones than on disk for some: the tap knows where a
@@ -114,6 +116,16 @@ class Captures:
             widths = [width for _, _, width in segments(products, self._sizes)]
             self._keep(model, Tap("output", module), ("attention", layer, number), widths)
             number += len(widths)
+        if not number:
+            raise ValueError(
+                f"layers: {self._family.model_type} makes queries, keys and values from latents: there are "
+                "no relations to compare"
+            )
+
+    def _has(self, row: TensorRow, layer: int) -> bool:
+        """Whether a layer has a row's tensor."""
+        names = self._architecture.names(row, self._architecture.one_of_each)
+        return any(units[self._family.layer] == layer for _, units in names)
 
     def _keep(
         self, model: nn.Module, tap: Tap, place: Place, widths: list[int] | None = None

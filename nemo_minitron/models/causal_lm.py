@@ -4,7 +4,7 @@ import contextlib
 import gc
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from nemo_minitron.checkpoints.unsupported_weights import (
     check_folder,
     implementations,
 )
-from nemo_minitron.families import Family, family_of, wrapper_of
+from nemo_minitron.families import Family, families, family_of, predicts, wrapper_of
 from nemo_minitron.losses.projection import Projection
-from nemo_minitron.models.config_trial import culprit, reason
+from nemo_minitron.models.config_trial import not_built, reason
 from nemo_minitron.models.positions_in_order import positions_in_order
 from nemo_minitron.models.read_here import load_read_here
 from nemo_minitron.security.links import refuse_links
@@ -107,12 +107,22 @@ def load_model(
         kind: sorted(map(str, info[kind]))
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
+    wrong["unexpected_keys"] = _without_predictions(config, wrong["unexpected_keys"])
     if any(wrong.values()):
         raise ValueError(
             f"{folder}: does not load strictly: "
             + "; ".join(f"{k}: {v[:3]}" for k, v in wrong.items() if v)
         )
     return model.to(device or torch.device("cpu")).eval()
+
+
+def _without_predictions(config: Mapping[str, Any], names: list[str]) -> list[str]:
+    """Tensors that a model does not take, without those of prediction layers: these are left out."""
+    family = families().get(str(config.get("model_type")))
+    layers = config.get("num_hidden_layers")
+    if family is None or not isinstance(layers, int):
+        return names
+    return [name for name in names if not predicts(family, name, layers)]
 
 
 def check_attention(folder: Path, config: Mapping[str, Any]) -> None:
@@ -129,48 +139,6 @@ def check_attention(folder: Path, config: Mapping[str, Any]) -> None:
                 f"{folder / 'config.json'}: {key}={choice!r}, and flash-attn is not installed here; install "
                 "it, or remove the key"
             )
-
-
-def not_built(
-    folder: Path,
-    config: Mapping[str, Any],
-    error: Exception,
-    builds: Callable[[dict[str, Any]], bool] | None = None,
-) -> ValueError:
-    """What to tell of a model that transformers cannot build: file, and key where one is at fault.
-
-    Args:
-        folder: the model.
-        config: its config.json.
-        error: transformers' own.
-        builds: tries another config; None: the key is the one whose value the error names.
-    """
-    version = f"transformers {transformers.__version__}"
-    said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    words = [
-        (f"{plain(key, 80)}={plain(value, 80)!r}", value)
-        for key, value in _entries(config)
-        if isinstance(value, str) and len(value) > 1
-    ]
-    if isinstance(error, KeyError) and (unknown := [key for key, word in words if word == said]):
-        return ValueError(f"{folder / 'config.json'}: {unknown[0]} is unknown to {version}")
-    if builds is not None and (key := culprit(config, builds, error)) is not None:
-        return ValueError(f"{folder / 'config.json'}: {version} cannot build this model with {key}")
-    keys = [key for key, word in words if repr(word) in said]
-    named = f" ({keys[0]})" if keys else ""
-    return ValueError(
-        f"{folder / 'config.json'}: {version} cannot build this model{named}: {reason(error)}"
-    )
-
-
-def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys and values of a configuration, at any depth."""
-    waiting: list[Any] = [config]
-    while waiting:  # not by recursion: a stranger's file may be nested deeply
-        for key, value in waiting.pop().items():
-            yield str(key), value
-            if isinstance(value, Mapping):
-                waiting.append(value)
 
 
 def load_layers(folder: Path, family: Family, tensors: Mapping[str, Tensor]) -> Any:

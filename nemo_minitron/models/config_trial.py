@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +77,45 @@ def check_config_loads(config: Mapping[str, Any], where: str) -> None:
             f"{where}: transformers {transformers.__version__} would not load the result: "
             f"{reason(error)}"
         ) from error
+
+
+def not_built(
+    folder: Path,
+    config: Mapping[str, Any],
+    error: Exception,
+    builds: Callable[[dict[str, Any]], bool] | None = None,
+) -> ValueError:
+    """What to tell of a model that transformers cannot build: file, and key where one is at fault.
+
+    Args:
+        folder: the model.
+        config: its config.json.
+        error: transformers' own.
+        builds: tries another config; None: the key is the one whose value the error names.
+    """
+    version = f"transformers {transformers.__version__}"
+    said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    words = [
+        (f"{plain(key, 80)}={plain(value, 80)!r}", value)
+        for key, value in _entries(config)
+        if isinstance(value, str) and len(value) > 1
+    ]
+    if isinstance(error, KeyError) and (unknown := [key for key, word in words if word == said]):
+        return ValueError(f"{folder / 'config.json'}: {unknown[0]} is unknown to {version}")
+    if builds is not None and (key := culprit(config, builds, error)) is not None:
+        return ValueError(f"{folder / 'config.json'}: {version} cannot build this model with {key}")
+    keys = [key for key, word in words if repr(word) in said]
+    named = f" ({keys[0]})" if keys else ""
+    return ValueError(
+        f"{folder / 'config.json'}: {version} cannot build this model{named}: {reason(error)}"
+    )
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a configuration, at any depth."""
+    waiting: list[Any] = [config]
+    while waiting:  # not by recursion: a stranger's file may be nested deeply
+        for key, value in waiting.pop().items():
+            yield str(key), value
+            if isinstance(value, Mapping):
+                waiting.append(value)

@@ -90,8 +90,9 @@ def _forward_weighted(
     out_ETH = torch.zeros_like(hidden_ETH)
     for expert, hidden_TH in enumerate(hidden_ETH):
         token_T = hidden_TH.any(-1).nonzero()[:, 0]
-        neurons_TU = _activated(module, _linear(module, "gate_up_proj", expert, hidden_TH[token_T]))
-        given_TH = _linear(module, "down_proj", expert, neurons_TU)
+        inner_TU = hidden_TH[token_T] @ module.gate_up_proj[expert]  # type: ignore[index, operator]
+        neurons_TU = _activated(module, inner_TU)
+        given_TH = neurons_TU @ module.down_proj[expert]  # type: ignore[index, operator]
         out_ETH[expert, token_T] = given_TH
         visit(Visit(expert, len(hidden_ETH), token_T, neurons_TU, given_TH))
     return out_ETH.flatten(0, 1)

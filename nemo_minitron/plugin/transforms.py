@@ -79,7 +79,7 @@ class Pruning:
     def _prune(self, model: Any) -> bool:
         """Prunes a causal LM; False where it was pruned before."""
         source = architecture_of(model.config.to_dict(), type(model).__name__)
-        if model.base_model is model:
+        if model.base_model is model and model.get_output_embeddings() is None:
             raise ValueError(
                 f"{type(model).__name__} has no output head; expected a causal LM, as "
                 f"{source.family.architecture}"

@@ -5,6 +5,7 @@ their usual constants a wrong row would survive.
 """
 
 import itertools
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
@@ -295,7 +297,21 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join([MARKS[0], made, "", *head, *lines, MARKS[1]])
 
 
+COUNTED = re.compile(r"\d+ families, \d+ published configurations")
+
+
+def counted(root: Path) -> str:
+    """How many families there are, and how many published config.json files prove them."""
+    files = (root / "tests" / "families" / "real_configs").glob("*.yaml")
+    configs = sum(len(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files)
+    return f"{len(families())} families, {configs} published configurations"
+
+
 def _write(page: Path) -> None:
+    root = page.resolve().parents[1]
+    for counts in (page, root / "README.md"):
+        said = COUNTED.sub(counted(root), counts.read_text(encoding="utf-8"))
+        counts.write_text(said, encoding="utf-8")
     text = page.read_text(encoding="utf-8")
     start, end = text.index(MARKS[0]), text.index(MARKS[1]) + len(MARKS[1])
     _, rows, failed = proof_table(families())

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from safetensors.torch import save_file
 
-from nemo_minitron.families import Architecture
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.families import Architecture, families
 from nemo_minitron.pruning.cost import Size, model_size
 from nemo_minitron.pruning.select import Keep
 from nemo_minitron.pruning.slice import Cut
@@ -30,6 +31,7 @@ class _Written(TypedDict):
     layers_dropped: tuple[int, ...]
     cost_before: Size
     cost_after: Size
+    mtp: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Plan:
         layers_dropped: those that go.
         cost_before, cost_after: parameters, FLOPs, KV bytes.
         keep: kept units of every axis that shrinks.
+        mtp: what becomes of prediction layers (MTP), in a sentence; empty where the model has none.
     """
 
     model_type: str
@@ -53,9 +56,21 @@ class Plan:
     cost_before: Size
     cost_after: Size
     keep: Keep
+    mtp: str = ""
 
 
-def make_plan(model: Architecture, keep: Keep, layers_kept: tuple[int, ...]) -> Plan:
+def mtp_note(checkpoint: Checkpoint) -> str:
+    """What becomes of a checkpoint's prediction layers, in a sentence; empty where it has none."""
+    names = checkpoint.predictions
+    if not names:
+        return ""
+    return (
+        f"{len(names)} tensors of multi-token prediction layers, as {plain(names[0], 120)}, are left out "
+        "(plan.mtp=drop)"
+    )
+
+
+def make_plan(model: Architecture, keep: Keep, layers_kept: tuple[int, ...], mtp: str = "") -> Plan:
     """Computes the model's cost before and after a cut."""
     before, pruned = model.sizes, Cut(model, keep, layers_kept).result
     dropped = tuple(layer for layer in range(before["layers"]) if layer not in layers_kept)
@@ -68,6 +83,7 @@ def make_plan(model: Architecture, keep: Keep, layers_kept: tuple[int, ...]) -> 
         cost_before=model_size(model),
         cost_after=model_size(pruned),
         keep=keep,
+        mtp=mtp,
     )
 
 
@@ -75,6 +91,8 @@ def write_plan(folder: Path, plan: Plan) -> None:
     """Writes ``plan.json`` and ``keep.safetensors``."""
     readable = asdict(plan)
     readable["keep"] = {axis: f"{KEEP}: {list(index.shape)}" for axis, index in plan.keep.items()}
+    if not plan.mtp:
+        del readable["mtp"]
     ratio = plan.cost_after.parameters / plan.cost_before.parameters
     write_json(folder / FILE, {**readable, "parameters_kept": round(ratio, 6)})
     save_file({axis: index.contiguous() for axis, index in plan.keep.items()}, folder / KEEP)
@@ -91,7 +109,7 @@ def read_plan(folder: Path) -> Plan:
         check_file(folder / name)
     raw = read_json(folder / FILE, _Written)
     keep = read_tensors(folder / KEEP)
-    plan = Plan(keep=keep, **{name: raw[name] for name in _Written.__annotations__})
+    plan = Plan(keep=keep, **{k: raw[k] for k in _Written.__annotations__ if k in raw})
     try:
         _check_layers(plan)
     except ValueError as error:
@@ -145,6 +163,9 @@ def _check_keep(plan: Plan) -> None:
         ValueError: they are not.
     """
     cut = {axis for axis in plan.before if plan.after[axis] != plan.before[axis]} - {"layers"}
+    family = families().get(plan.model_type)
+    if family is not None:  # what follows others may be in no tensor
+        cut -= {name for name, axis in family.axes.items() if axis.follows is not None}
     for axis in sorted(cut - plan.keep.keys()):
         raise ValueError(f"{plain(axis, 40)}: expected {plan.after[axis]} units, found none")
     for axis, index in plan.keep.items():

@@ -259,6 +259,7 @@ def cut_config(cut: Cut) -> dict[str, Any]:
     """
     cut.source.check_lists()
     written = dict(cut.source.resized(cut.after).config)
+    written.update({key: 0 for key in cut.family.mtp_layers if written.get(key)})  # left out
     axis = cut.family.axes["layers"]
     if len(cut.layers) == cut.before["layers"]:
         return written

@@ -8,7 +8,7 @@ from nemo_minitron.families import Architecture, check_sizes
 from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.pruning.serving import check_serving
 
-_CHOICES = ("drop_layers", "layer_choice")
+_CHOICES = ("drop_layers", "layer_choice", "mtp")
 """Keys of the plan that are no sizes."""
 
 

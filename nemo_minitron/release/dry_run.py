@@ -20,8 +20,8 @@ from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.set_aside import GENERATION_CONFIG, TOKENIZER_CONFIG
 from nemo_minitron.checkpoints.side_files import TOKENIZER_FILES, copy_side_files
 from nemo_minitron.families import Architecture, architecture_of, check_sizes, with_text
-from nemo_minitron.models.causal_lm import check_attention, load_model, not_built
-from nemo_minitron.models.config_trial import config_object, culprit, reason
+from nemo_minitron.models.causal_lm import check_attention, load_model
+from nemo_minitron.models.config_trial import config_object, culprit, not_built, reason
 from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.pruning.slice_wrapper import check_surroundings
 

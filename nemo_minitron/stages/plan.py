@@ -3,18 +3,19 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import alignment
-from nemo_minitron.pruning.plan_file import Plan, make_plan, read_plan, write_plan
-from nemo_minitron.pruning.select import contiguous, kept_layers, scattered, select_units
+from nemo_minitron.pruning.plan_file import Plan, make_plan, mtp_note, read_plan, write_plan
+from nemo_minitron.pruning.select import Keep, contiguous, kept_layers, scattered, select_units
 from nemo_minitron.pruning.serving import serving_notes
 from nemo_minitron.pruning.slice import Cut, pattern_notes
 from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores, target_sizes
 from nemo_minitron.scoring.depth import block_importance
 from nemo_minitron.scoring.scores_file import Scores, check_scores, read_scores
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.artifacts import input_artifact
@@ -33,6 +34,12 @@ def recipe(config: Config) -> Recipe:
     checkpoint = open_checkpoint(source)
     sizes = checkpoint.architecture.sizes
     targets = target_sizes(checkpoint.architecture, config.plan)
+    if config.plan.mtp == "keep" and checkpoint.predictions:
+        raise ValueError(
+            f"plan.mtp=keep: {source}: the {len(checkpoint.predictions)} tensors of prediction layers, as "
+            f"{plain(checkpoint.predictions[0], 120)}, cannot be cut along: no table of "
+            f"{checkpoint.family.model_type} describes them; use drop"
+        )
     inputs = [teacher]
     if needs_scores(config.plan):
         inputs.append(input_artifact(workspace.root, "scores", "score"))
@@ -50,7 +57,7 @@ def recipe(config: Config) -> Recipe:
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
         result = Cut(checkpoint.architecture, keep, tuple(layers)).result
         check_config_loads(both_spellings(result.config), "plan")
-        write_plan(temporary, make_plan(checkpoint.architecture, keep, tuple(layers)))
+        write_plan(temporary, _made(checkpoint, keep, tuple(layers)))
 
     settings = explicit_targets(config.plan)
     if settings.get("layer_choice") == "contiguous":
@@ -65,6 +72,10 @@ def recipe(config: Config) -> Recipe:
         return replace(found, notes=(*found.notes, *of))
 
     return Recipe(folder, "plan", settings, inputs, build, summary)
+
+
+def _made(checkpoint: Checkpoint, keep: Keep, layers: tuple[int, ...]) -> Plan:
+    return make_plan(checkpoint.architecture, keep, layers, mtp_note(checkpoint))
 
 
 def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:
@@ -118,5 +129,5 @@ def _summary(plan: Plan) -> Summary:
         "after": asdict(after),
         "layers_dropped": list(plan.layers_dropped),
     }
-    notes = tuple(alignment(plan.before, plan.after))
+    notes = (*alignment(plan.before, plan.after), *([plan.mtp] if plan.mtp else []))
     return Summary(headline, ("", "before", "after"), tuple(rows), facts, notes)

@@ -28,12 +28,14 @@ def with_head(folder, change=lambda head: head):
 
 
 def tied_model(name, folder):
-    return tiny_model(families()[name], {"tie_word_embeddings": True}, folder)
+    changes = {**families()[name].proofs[0], "tie_word_embeddings": True}
+    return tiny_model(families()[name], changes, folder)
 
 
 @pytest.mark.parametrize("name", TIED)
 def test_a_stored_head_equal_to_the_embedding_changes_nothing(tmp_path, name):
-    keep = {"hidden": torch.arange(0, 32, 2)}
+    bound = any("mamba_expand" in rule for rule in families()[name].constraints)
+    keep = {} if bound else {"hidden": torch.arange(0, 32, 2)}
     plain = stream(tied_model(name, tmp_path / "m"), tmp_path / "plain", keep)
     stored = stream(with_head(tmp_path / "m"), tmp_path / "stored", keep)
     assert (stored / SINGLE).read_bytes() == (plain / SINGLE).read_bytes()

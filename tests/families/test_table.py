@@ -17,8 +17,9 @@ from nemo_minitron.families import (
 )
 from nemo_minitron.families.table import OWN_TABLES, TABLES
 from nemo_minitron.models.causal_lm import load_model
-from nemo_minitron.proofs.tiny_models import tiny_model
-from nemo_minitron.pruning.select import score_shape
+from nemo_minitron.proofs.tiny_models import tiny_config, tiny_model
+from nemo_minitron.pruning.select import complete_targets, score_shape
+from nemo_minitron.pruning.slice import Cut, cut_config
 from nemo_minitron.scoring.hooks import Measures, Recorder
 from tests.support.models import INSTALLED, make_model
 from tests.support.runs import minitron
@@ -178,3 +179,53 @@ def test_tables_are_short_and_hold_one_family_each():
         table = yaml.safe_load(path.read_text())
         assert table["model_type"] == path.stem
         assert len(path.read_text().splitlines()) <= 100, path
+
+
+def test_a_table_reads_as_before_where_it_says_nothing_new():
+    """Fingerprints of users' own tables hold how these read."""
+    text = repr(families()["llama"])
+    assert not any(word in text for word in ("counts=", "optional=", "size=", "follows=", "mtp"))
+    assert "follows='expert_ffn * shared_experts'" in repr(families()["glm4_moe"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": []}, "axis ffn: without keys of config.json it needs 'or'"),
+        ({"config": [], "or": "hidden_size"}, "it is fixed, or follows others"),
+        ({"follows": "width"}, "axis ffn: follows axes that are not declared"),
+    ],
+)
+def test_an_axis_without_keys_says_where_its_size_comes_from(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_family(edited(tmp_path, lambda table: table["axes"]["ffn"].update(change)))
+
+
+def test_sizes_that_follow_others_are_written_and_checked():
+    family = families()["falcon_h1"]
+    model = Architecture(family, tiny_config(family, {"mamba_d_ssm": 48}))
+    targets = complete_targets(family, model.sizes, {"mamba_heads": 4})
+    assert targets["mamba_width"] == 24
+    assert model.resized(targets).config["mamba_d_ssm"] == 24
+    shared = families()["glm4_moe"]
+    sizes = Architecture(shared, tiny_config(shared, shared.proofs[0])).sizes
+    assert complete_targets(shared, sizes, {"expert_ffn": 8})["shared_ffn"] == 16
+    with pytest.raises(ValueError, match=r"plan.shared_ffn: expected 32, which is expert_ffn \* "):
+        complete_targets(shared, sizes, {"shared_ffn": 8})
+
+
+def test_lfm2_has_the_neurons_that_its_config_computes():
+    family = families()["lfm2"]
+    published = {"block_ff_dim": 12288, "hidden_size": 2048}  # of LFM2-1.2B
+    model = Architecture(family, {**tiny_config(family, family.proofs[0]), **published, "block_auto_adjust_ff_dim": True})  # fmt: skip
+    assert model.sizes["ffn"] == 8192
+    written = model.resized({**model.sizes, "ffn": 4096}).config
+    assert (written["intermediate_size"], written["block_auto_adjust_ff_dim"]) == (4096, False)
+
+
+def test_dense_first_layers_are_counted_anew():
+    family = families()["deepseek_v3"]
+    config = tiny_config(family, {**family.proofs[0], "first_k_dense_replace": 2})
+    assert (
+        cut_config(Cut(Architecture(family, config), {}, (1, 2, 3)))["first_k_dense_replace"] == 1
+    )

@@ -30,7 +30,7 @@ def states(model, family):
 @pytest.mark.parametrize("name", sorted(INSTALLED))
 def test_every_family_computes_the_same_to_the_bit_from_two_buffers(tmp_path, name, dtype):
     family = families()[name]
-    folder = tiny_model(family, {}, tmp_path / "m")
+    folder = tiny_model(family, family.proofs[0], tmp_path / "m")
     expected, model = load_teacher(folder, dtype), load_teacher(folder, dtype)
     offloaded = Offloaded(model, family, CPU)
     layers, ran = layers_of(model, family), []

@@ -71,9 +71,44 @@ def test_fused_projections_are_taken_apart(tmp_path):
     assert whole.shape[-1] == model.model.layers[0].self_attn.qkv_proj.out_features
 
 
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+FITTING = {
+    "deepseek_v3": {
+        **ROUTED,
+        "num_key_value_heads": 6,
+        "head_dim": 64,  # of what is rotated
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "glm4_moe": ROUTED,
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 6,
+        "mamba_n_groups": 2,
+    },
+    "qwen3_next": LINEAR,
+    "qwen3_5_text": LINEAR,
+    "qwen3_5_moe_text": LINEAR,
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+}
+"""What some families need beside the usual tiny sizes."""
+
+
 @pytest.mark.parametrize("name", CHOSEN)
 def test_every_family_distils_by_hidden_states(tmp_path, name):
-    teacher = make_model(tmp_path / "teacher", name, seed=1)
+    teacher = make_model(tmp_path / "teacher", name, seed=1, **FITTING.get(name, {}))
     attended = Architecture(families()[name], read_config(teacher)).present["heads"][0]
     weights = IntermediateWeights(ALL, layers=((attended, attended),), relation_heads=2)
     model = run(

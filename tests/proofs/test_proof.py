@@ -17,6 +17,7 @@ from nemo_minitron.proofs.proof import (
     PROOFS,
     TOGETHER,
     Finding,
+    counted,
     described,
     logits_of,
     markdown,
@@ -36,7 +37,9 @@ def test_the_families_that_users_have_are_there():
     asked = {
         "llama", "mistral", "nemotron", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "mixtral",
         "qwen2_moe", "qwen3_moe", "granite", "olmo2", "smollm3", "stablelm", "starcoder2", "gpt_oss",
-        "nemotron_h",
+        "nemotron_h", "ministral3", "olmo3", "seed_oss", "exaone4", "hunyuan_v1_dense", "arcee", "glm4", "cohere2",
+        "apertus", "ernie4_5", "olmoe", "glm4_moe", "minimax_m2", "llama4_text", "granitemoehybrid", "deepseek_v3",
+        "lfm2", "falcon_h1", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text",
     }  # fmt: skip
     assert asked <= set(families())
 
@@ -79,6 +82,12 @@ def test_the_table_in_the_docs_is_what_was_found_here(found):
         findings = [each for i in range(len(family.proofs)) for each in found(name, i)]
         rows = [row for row in shown if row[0] == name]
         assert rows == tabulate(name, family, findings), "run make docs"
+
+
+def test_families_and_published_configs_are_counted_in_the_docs():
+    root = Path(__file__).parents[2]
+    for page in (root / "README.md", root / "docs" / "families.md"):
+        assert counted(root) in page.read_text(encoding="utf-8"), "run make docs"
 
 
 @pytest.mark.parametrize("name", sorted(INSTALLED))

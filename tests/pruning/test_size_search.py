@@ -229,8 +229,14 @@ def tensor_by_tensor(model, context=4096, cache_bytes=2):
             matrix += met if len(shape) > 1 else 0
     attention = len(model.present.get("heads", []))
     flops = 2 * (matrix + sizes["vocab"] * sizes["hidden"])
-    flops += 4 * sizes["heads"] * sizes["head_dim"] * attention * (context // 2)
-    cache = 2 * attention * sizes["kv_heads"] * sizes["head_dim"] * cache_bytes
+    if "latent" in sizes:  # keys and values of all heads are made of it
+        pair = sizes["heads"] * (sizes["query_dim"] + sizes["value_dim"])
+        cached = sizes["latent"] + sizes["rotary_dim"]
+    else:
+        pair = 2 * sizes["heads"] * sizes["head_dim"]
+        cached = 2 * sizes["kv_heads"] * sizes["head_dim"]
+    flops += 2 * pair * attention * (context // 2)
+    cache = attention * cached * cache_bytes
     return Size(parameters, non_embedding, active, flops, cache, context, cache_bytes)
 
 
