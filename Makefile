@@ -4,6 +4,7 @@
 # make families  the costly ones with all other families: proofs under every configuration, scoring, distilling
 # make oldest  the families' proofs on the oldest transformers admitted
 # make consumers  exports in the hands of others, also of transformers 4.57
+# make nemo27  transforms, distillation and users' scripts on NeMo 2.7.3
 # make fuzz    thousands of damaged inputs: no traceback, nothing outside the workspace, nothing that hangs
 # make bench   speed and memory against references, as ratios
 # make paper   toy-scale counterparts of the papers' claims, several seeds (slow)
@@ -19,7 +20,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test families oldest consumers fuzz bench paper gpu docs readme clean
+.PHONY: setup demo test families oldest consumers nemo27 fuzz bench paper gpu docs readme clean
 
 setup: $(VENV)/.done
 
@@ -55,6 +56,10 @@ families: setup
 	$(BIN)/python -m pip install -q --no-deps --target .consumers --upgrade "transformers==4.57.*" "tokenizers<=0.23.0" "huggingface-hub<1"
 	touch $@
 
+.nemo27/.done: $(VENV)/.done
+	$(BIN)/python -m pip install -q --no-deps --target .nemo27 --upgrade nemo-toolkit==2.7.3 wget fiddle libcst
+	touch $@
+
 # the proofs of all families on the oldest transformers that setup.cfg admits, under the configurations that 'make test'
 # takes; that proofs bite, and scoring layer by layer, is seen there and in 'make families'
 oldest: .oldest/.done
@@ -64,6 +69,12 @@ oldest: .oldest/.done
 # exports must mean the same to transformers 4.57, which the package itself does not run on
 consumers: .consumers/.done
 	$(PYTEST) tests/consumers -k 4_57
+
+# what docs/nemo.md promises to users of NeMo 2.7.3; its own Megatron collections need packages that are not installed
+nemo27: .nemo27/.done
+	PYTHONPATH=$(CURDIR)/.nemo27 $(BIN)/python -c "import nemo; assert nemo.__version__ == '2.7.3', nemo.__version__"
+	PYTHONPATH=$(CURDIR)/.nemo27 $(PYTEST) tests/plugin/test_transforms.py tests/plugin/test_nemo_script.py \
+		tests/plugin/test_nemo_archive.py tests/plugin/test_speech_models.py
 
 # SEED and, of each kind, COUNT inputs: model folders, data files, files of a workspace, archives, command lines
 SEED ?= 1
@@ -97,4 +108,4 @@ readme: demo
 	$(BIN)/python -m benchmarks.readme
 
 clean:
-	rm -rf $(VENV) .oldest .consumers .prefect build *.egg-info
+	rm -rf $(VENV) .oldest .consumers .nemo27 .prefect build *.egg-info

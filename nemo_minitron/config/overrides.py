@@ -287,6 +287,12 @@ def check_overrides(config: Mapping[str, Any]) -> None:
     """
     refuse_exp_manager(config["exp_manager"])
     handed_on.check_monitors(config["exp_manager"], handed_on.logged(handed_on.TAUGHT))
+    training = config["training"]
+    if training["fp8_recipe"] != "auto" and training["transformer_engine"] != "fp8":
+        raise ValueError(
+            f"training.fp8_recipe={training['fp8_recipe']}: says how FP8 scales, and nothing runs in it; add "
+            "training.transformer_engine=fp8"
+        )
     for section in ("trainer", "pretrain.trainer", "correct.trainer"):
         trainer = _at(config, section)
         refuse_trainer(trainer, section)

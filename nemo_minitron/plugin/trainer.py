@@ -18,7 +18,6 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer, TQDMProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
-from nemo.core.classes.common import UnsafeTargetError
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import OmegaConf
 
@@ -297,7 +296,7 @@ def _made(arguments: dict[str, Any]) -> list[Callback]:
         given["strategy"] = strategy
     try:
         resolved: dict[str, Any] = resolve_trainer_cfg(OmegaConf.create(given))
-    except (InstantiationException, UnsafeTargetError) as error:
+    except InstantiationException as error:
         told = " ".join(str(error).split()).partition(" full_key")[0]
         raise ValueError(f"trainer.{', trainer.'.join(given)}: {told}") from error
     made: list[Callback] = resolved.pop("callbacks")

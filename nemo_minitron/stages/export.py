@@ -92,13 +92,7 @@ def run(config: Config) -> Result:
     dtype = config.export.dtype or main_dtype(checkpoint)
     dtypes = {} if config.export.dtype else _row_dtypes(checkpoint)
     around = _surroundings(config, workspace, checkpoint)
-    settings = {**asdict(config.export), "dtype": dtype, "failed": failed}
-    for name in ("push_to_hub", "public", "revision", "tag", "force", "nemo"):
-        del settings[name]
-    if around is not None or checkpoint.around is None:
-        del settings["text_only"]
-    if not config.export.gguf:  # exports from before there was such a key stay good
-        del settings["gguf"], settings["gguf_pre"]
+    settings = {**_settings(config, around is not None), "dtype": dtype, "failed": failed}
 
     def build(temporary: Path) -> dict[str, str]:
         """Writes model, card and lineage, and tries them; returns the weights' hashes."""
@@ -135,6 +129,16 @@ def _write_gguf(config: Config, workspace: Workspace, folder: Path, source: Path
         licence = config.export.license or licence_of(source)[0].get("license")
         named = licence if isinstance(licence, str) else None
         write_gguf(folder, source, name, config.export.gguf, config.export.gguf_pre, named)
+
+
+def _settings(config: Config, whole: bool) -> dict[str, Any]:
+    """What an export is made by; keys that ask for nothing are no part of it, so that older ones stay good."""
+    settings = asdict(config.export)
+    for name in ("push_to_hub", "public", "revision", "tag", "force", "nemo", "text_only"):
+        del settings[name]
+    if not config.export.gguf:
+        del settings["gguf"], settings["gguf_pre"]
+    return {**settings, "whole": True} if whole else settings
 
 
 def _nemo(export: Path, archive: Path) -> str:

@@ -213,3 +213,9 @@ def test_configurations_are_named_as_nemo_s_users_name_them(tmp_path, capsys, wo
     (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\ntrack: {experiment: mine}\n")
     assert main(["distill", folder, str(tmp_path), *words, "--cfg"]) == 0
     assert "experiment: mine" in capsys.readouterr().out
+
+
+def test_a_recipe_without_fp8_is_not_passed_over():
+    with pytest.raises(ValueError, match=r"fp8_recipe=current: .*transformer_engine=fp8"):
+        load_config("config", ["training.fp8_recipe=current", "training.transformer_engine=on"])
+    load_config("config", ["training.fp8_recipe=current", "training.transformer_engine=fp8"])
