@@ -132,7 +132,7 @@ def _write_gguf(config: Config, workspace: Workspace, folder: Path, source: Path
 
 
 def _settings(config: Config, whole: bool) -> dict[str, Any]:
-    """What an export is made by; keys that ask for nothing are no part of it, so that older ones stay good."""
+    """What an export is made by; without keys that ask for nothing, so that older ones stay good."""
     settings = asdict(config.export)
     for name in ("push_to_hub", "public", "revision", "tag", "force", "nemo", "text_only"):
         del settings[name]
