@@ -60,6 +60,8 @@ def _doubles(config: Mapping[str, Any]) -> Iterator[str]:
         )
     family = families().get(str(config.get("model_type")))
     for axis in family.axes.values() if family else ():
+        if axis.size is not None:  # its keys are no names of the size itself
+            continue
         found = {key: config[key] for key in axis.config if config.get(key) is not None}
         if any(value != next(iter(found.values())) for value in found.values()):
             named = ", ".join(f"{key}={plain(value, 40)}" for key, value in found.items())

@@ -56,10 +56,13 @@ def quantisation_of(folder: Path, config: Mapping[str, Any]) -> Quantisation | N
     Raises:
         ValueError: a format that is not read here; the message names it.
     """
+    path = folder / "config.json"
+    for key in QUANTISATION:
+        if config.get(key) is not None and not config[key]:
+            raise ValueError(f"{path}: {key}={config[key]!r}: declares no format; remove the key")
     settings = next((config[key] for key in QUANTISATION if config.get(key)), None)
     if settings is None:
         return None
-    path = folder / "config.json"
     if not isinstance(settings, Mapping):
         raise _refused(path, settings)
     method = settings.get("quant_method")

@@ -38,6 +38,21 @@ class Sharded(ModelParallelStrategy):
     torch >= 2.6 takes tensors only; and torch's, a pickle, in one in which it runs code.
     """
 
+    def setup_environment(self) -> None:
+        """Meets the other ranks; a rank alone listens on a port that the system chooses while it listens.
+
+        Lightning asks for a free port first and listens later: another process may have taken it.
+        """
+        port, alone = "MASTER_PORT", self.num_nodes * self.num_processes == 1
+        if not alone or port in os.environ:
+            super().setup_environment()
+            return
+        os.environ[port] = "0"
+        try:
+            super().setup_environment()
+        finally:
+            os.environ.pop(port, None)
+
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
         """Reads weights and optimiser state into the parts that this rank holds, and returns the rest."""
         path = Path(self.broadcast(checkpoint_path))

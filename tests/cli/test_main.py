@@ -118,7 +118,7 @@ def test_a_source_that_cannot_be(capsys, tmp_path, workspace, teacher):
     other = shutil.copytree(teacher, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "t5"}))
-    assert "nemotron, nemotron_h, olmo2, phi3, qwen2" in refused(
+    assert "nemotron, nemotron_h, olmo2, olmo3, olmoe, phi3, qwen2" in refused(
         capsys, "download", common, f"source.model={other}"
     )
     foreign = make_model(tmp_path / "foreign", "llama", vocab_size=200)

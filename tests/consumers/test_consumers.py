@@ -20,11 +20,16 @@ OLDER = Path(__file__).parents[2] / ".consumers"
 """transformers 4.57, where ``make consumers`` has installed it."""
 
 _ROOMY = {
+    "falcon_h1": families()["falcon_h1"].proofs[0],
     "stablelm": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    }
+    },
 }
-"""A quarter of a tiny head is one position, which no version can turn."""
+"""A quarter of a tiny head is one position, which no version can turn; Falcon-H1 binds Mamba heads to hidden."""
+
+_OTHERWISE = ("granitemoehybrid", "apertus")
+"""transformers 5 writes kinds of layers of Granite 4 that 4.57 has no words for (a config.json of the hub has
+the old ones), and computes Apertus' activation otherwise (docs/families.md: from 5.24 on)."""
 
 _PRINT = """
 import hashlib, json, sys, torch, transformers
@@ -160,9 +165,10 @@ def test_every_family_means_the_same_to_transformers_4_57(tmp_path):
     older = OLDER / "transformers" / "models"
     folders = {}
     for family in families().values():
-        if not (older / family.model_type).is_dir():
+        if not (older / family.model_type).is_dir() or family.model_type in _OTHERWISE:
             continue
-        folder = tiny_model(family, _ROOMY.get(family.model_type, {}), tmp_path / family.model_type)
+        changes = _ROOMY.get(family.model_type, {})
+        folder = tiny_model(family, changes, tmp_path / family.model_type)
         config = read_config(folder)
         (folder / "config.json").write_text(json.dumps(both_spellings(config)))
         folders[str(folder)] = logits(folder)[0, -1]

@@ -81,7 +81,7 @@ def learned(tmp_path, tokenizer_folder, learn_from="answers"):
         f"workspace={tmp_path / 'w'}", f"data.train.paths=[{tmp_path / 'chat.jsonl'}]",
         "data.train.sequence_length=16", f"data.train.learn_from={learn_from}",
     ])  # fmt: skip
-    return training_samples(config, tokenizer, 4, Ranks())
+    return training_samples(config, tokenizer, 4, 4, Ranks())
 
 
 @pytest.mark.parametrize("roles", [("user", "user"), ("human", "gpt")])

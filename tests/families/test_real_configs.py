@@ -65,6 +65,7 @@ def test_a_published_config_is_described_and_cut(tmp_path, name):
         *family.axes["layers"].counts,
     }
     left_out = {"dtype", "torch_dtype", "auto_map", "use_mtp"}
+    left_out |= set(family.mtp_layers)
     untouched = set(checkpoint.config) - known - written - left_out
     assert {key: after.config[key] for key in untouched} == {
         k: checkpoint.config[k] for k in untouched

@@ -98,6 +98,13 @@ FITTING = {
         "mamba_d_head": 6,
         "mamba_n_groups": 2,
     },
+    "falcon_h1": {
+        "mamba_d_ssm": 48,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 6,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 10,
+    },
     "qwen3_next": LINEAR,
     "qwen3_5_text": LINEAR,
     "qwen3_5_moe_text": LINEAR,

@@ -5,7 +5,7 @@ every family. That takes seconds for each, and more tables come. Tables are buil
 axes, what an axis is ranked by, where an activation is read. So ``make test`` takes the fewest families that have every
 kind between them, all of their configurations, and of all others the first configuration, which proves each row that
 the family's models have by default. A table with a part of a new kind is chosen by itself. ``make families`` takes
-what is left, and CI runs both.
+what is left; it is slow, and run when tables or what stands on them change.
 """
 
 import os

@@ -69,10 +69,14 @@ def kit(norms=True):
     return ReplacementLayers(linear, norm, contextlib.nullcontext)
 
 
+BOUND = {"nemotron_h", "granitemoehybrid", "helium", "olmoe"}
+"""Families whose hidden channels are bound to heads: they keep the usual tiny sizes."""
+
+
 @pytest.mark.parametrize("name", sorted(families()))
 def test_every_familys_norms_are_known_and_its_layers_exchanged_without_a_trace(tmp_path, name):
     family = families()[name]
-    sizes = {} if name == "nemotron_h" else {family.axes["hidden"].config[0]: 64}
+    sizes = {} if name in BOUND else {family.axes["hidden"].config[0]: 64}
     try:
         folder = tiny_model(
             family, {**sizes, **(family.proofs[0] if family.proofs else {})}, tmp_path / "m"
@@ -88,7 +92,8 @@ def test_every_familys_norms_are_known_and_its_layers_exchanged_without_a_trace(
         with contextlib.suppress(AttributeError):  # a hybrid's layers differ
             assert norm_formula(model.get_submodule(fill(tap.module, {index: 0}))) is not None
     exchange = LayerReplacement(model, family, kit())
-    assert exchange.norms >= len(layers_of(model, family))
+    if name != "cohere2":  # LayerNorm without a bias, which TE's layer always has: it stays
+        assert exchange.norms >= len(layers_of(model, family))
     with torch.no_grad():
         assert torch.allclose(model(tokens).logits, before, atol=1e-4)
     assert set(model.state_dict()) == keys
