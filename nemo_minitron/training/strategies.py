@@ -28,6 +28,7 @@ from nemo_minitron.models.causal_lm import ENTRY, decoder_of, layers_of
 from nemo_minitron.training.checkpoint_safety import DataReader
 
 _METADATA = "meta.pt"  # Lightning's name for what is neither weights nor optimiser
+_PORT, _RUN = "MASTER_PORT", "TORCHELASTIC_RUN_ID"
 _SPLIT = {"heads", "kv_heads", "ffn", "shared_ffn"}
 
 
@@ -41,17 +42,20 @@ class Sharded(ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Meets the other ranks; a rank alone listens on a port that the system chooses while it listens.
 
-        Lightning asks for a free port first and listens later: another process may have taken it.
+        Lightning takes the port of an earlier training of this process, which may still be listening, or
+        asks for a free one first and listens later, when another process may have taken it.
         """
-        port, alone = "MASTER_PORT", self.num_nodes * self.num_processes == 1
-        if not alone or port in os.environ:
-            super().setup_environment()
-            return
-        os.environ[port] = "0"
+        alone = self.num_nodes * self.num_processes == 1 and _RUN not in os.environ
+        before = os.environ.get(_PORT)
+        if alone:
+            os.environ[_PORT] = "0"
         try:
             super().setup_environment()
         finally:
-            os.environ.pop(port, None)
+            if alone and before is None:
+                os.environ.pop(_PORT, None)
+            elif alone:
+                os.environ[_PORT] = str(before)
 
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
         """Reads weights and optimiser state into the parts that this rank holds, and returns the rest."""

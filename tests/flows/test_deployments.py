@@ -130,12 +130,16 @@ def test_a_scheduled_run_fires_with_its_parameters_and_its_artifacts_are_there(
     assert (
         deployment.job_variables["working_dir"] == os.getcwd()
     )  # else: a temporary folder, removed with all in it
-    soon = IntervalSchedule(
-        interval=timedelta(hours=1), anchor_date=datetime.now(timezone.utc) + timedelta(seconds=3)
-    )  # the next minute is far away
+
+    def soon():  # the next minute is far away; an anchor that is past by now would mean the next hour
+        anchor = datetime.now(timezone.utc) + timedelta(seconds=10)
+        return IntervalSchedule(interval=timedelta(hours=1), anchor_date=anchor)
+
     ask(
         real_server,
-        lambda client: client.update_deployment_schedule(deployment.id, schedule.id, schedule=soon),
+        lambda client: client.update_deployment_schedule(
+            deployment.id, schedule.id, schedule=soon()
+        ),
     )
     run = until(lambda: runs_of(real_server, deployment.id, "COMPLETED"), 240, 1)[0]
     ask(real_server, lambda client: client.delete_deployment(deployment.id))
