@@ -297,14 +297,14 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join([MARKS[0], made, "", *head, *lines, MARKS[1]])
 
 
-COUNTED = re.compile(r"\d+ families, \d+ published configurations")
+COUNTED = re.compile(r"\d+ families, \d+ configurations of published models")
 
 
 def counted(root: Path) -> str:
     """How many families there are, and how many published config.json files prove them."""
     files = (root / "tests" / "families" / "real_configs").glob("*.yaml")
     configs = sum(len(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files)
-    return f"{len(families())} families, {configs} published configurations"
+    return f"{len(families())} families, {configs} configurations of published models"
 
 
 def _write(page: Path) -> None:
