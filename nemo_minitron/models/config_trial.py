@@ -26,6 +26,9 @@ def reason(error: Exception) -> str:
     given = error.args[0] if isinstance(error, KeyError) and error.args else error
     said = re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", str(given))
     said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", said).replace("NoneType", "null")
+    said = re.sub(
+        r"'(\w+)' object has no attribute '\w+'", r"a value of type \1 does not fit", said
+    )
     return plain(said, 400) or type(error).__name__
 
 

@@ -8,3 +8,8 @@ def test_types_are_named_as_in_json():
         "Validation error: TypeError: a bool matches none of (<class 'int'>, <class 'NoneType'>)"
     )
     assert reason(error) == "Validation error: a bool matches none of (int, null)"
+
+
+def test_a_value_that_does_not_fit_is_told_without_pythons_words():
+    said = reason(AttributeError("'int' object has no attribute 'is_floating_point'"))
+    assert said == "a value of type int does not fit"
