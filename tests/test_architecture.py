@@ -79,7 +79,7 @@ def test_every_package_stands_in_the_contracts():
         for path in (ROOT / "nemo_minitron/config").glob("[!_]*.py")
     }
     assert listed("values") == sections - {
-        f"nemo_minitron.config.{name}" for name in ("compose", "reference", "words")
+        f"nemo_minitron.config.{name}" for name in ("compose", "reference", "value_types", "words")
     }
     from nemo_minitron.stages.run import STAGES
 

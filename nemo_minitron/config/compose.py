@@ -14,6 +14,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +25,7 @@ from nemo_minitron.config.bounds import check, check_handed_on
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.option import describe
 from nemo_minitron.config.overrides import check_overrides, ours, why_not
+from nemo_minitron.config.value_types import as_declared, misfit, type_of
 from nemo_minitron.config.words import as_typed, check_file, unreadable
 from nemo_minitron.families import use_tables
 
@@ -81,7 +84,7 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         check_file(own / f"{name}.yaml")
         with initialize_config_dir(str(own), version_base="1.3"):
             search = [] if folder is None else [f"hydra.searchpath=[file://{CONFIGS}]"]
-            composed = compose(name, [*overrides, *search])
+            composed = _composed(name, overrides, search)
         values = OmegaConf.to_container(
             composed
         )  # without its schema, or keys added with + would pass
@@ -90,7 +93,10 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
             config = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(
-            unreadable(overrides) or _named_otherwise(overrides) or _explain(error, name, own)
+            unreadable(overrides)
+            or _named_otherwise(overrides)
+            or _mistyped(overrides)
+            or _explain(error, name, own)
         ) from error
     except (TypeError, AttributeError, AssertionError, RecursionError) as error:
         # Hydra's own, where an override puts something else in the place of a section
@@ -101,6 +107,13 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
         ) from error
     assert isinstance(config, Config)
     return _checked(config)
+
+
+def _composed(name: str, overrides: list[str], search: list[str]) -> Any:
+    try:
+        return compose(name, [*overrides, *search])
+    except ValueError as error:  # Hydra's own word for null in the place of a section
+        raise ValueError(_mistyped(overrides) or f"cannot be composed: {error}") from error
 
 
 def _gpu_name() -> str | None:
@@ -158,6 +171,31 @@ def _named_otherwise(overrides: list[str]) -> str | None:
         (f"{key}: no such configuration key; here it is {other}" for key, other in named if other),
         None,
     )
+
+
+def _mistyped(overrides: list[str]) -> str | None:
+    """One line on the first override whose value does not have the type of its key."""
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    for override in overrides:
+        parsed = OverridesParser.create().parse_override(override)
+        key, value = parsed.key_or_group, parsed.value()
+        chosen = key in groups and isinstance(value, str | list)
+        typed = not (chosen or parsed.is_delete() or parsed.is_sweep_override())
+        hint = type_of(Config, key) if typed else None
+        if hint is not None and (said := misfit(hint, _plain_values(value), key)):
+            return said
+    return None
+
+
+def _plain_values(value: Any) -> Any:
+    """What Hydra's grammar reads, as YAML's values."""
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain_values(entry) for entry in value]
+    if isinstance(value, dict):
+        return {str(name): _plain_values(entry) for name, entry in value.items()}
+    return value
 
 
 def _explain(error: Exception, name: str, folder: Path) -> str:
@@ -259,8 +297,9 @@ def from_dict(values: dict[str, Any]) -> Config:
         ValueError: an unknown key or a value of the wrong type.
     """
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(_schema(), values))
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), as_declared(Config, values)))
     except OmegaConfBaseException as error:
-        raise ValueError(_explain(error, "parameters", CONFIGS)) from error
+        said = misfit(Config, values, "") or _explain(error, "parameters", CONFIGS)
+        raise ValueError(said) from error
     assert isinstance(config, Config)
     return _checked(config)

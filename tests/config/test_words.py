@@ -1,8 +1,10 @@
 """Words of a user stay the words they typed."""
 
+import re
+
 import pytest
 
-from nemo_minitron.config.compose import load_config
+from nemo_minitron.config.compose import as_dict, from_dict, load_config
 
 
 def composed(override):
@@ -72,3 +74,32 @@ def test_a_text_that_yaml_would_change_is_refused(tmp_path):
         load_config("mine", [], str(tmp_path))
     (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nexport:\n  tag: '1.10'\n")
     assert load_config("mine", [], str(tmp_path)).export.tag == "1.10"
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("plan=null", "plan: expected a section with keys of its own, as in plan.KEY=VALUE, found null"),
+        ("trainer=null", "trainer: expected a section"),
+        ("data.train=3", "data.train: expected a section with keys of its own, as in data.train.KEY=VALUE, found 3"),
+        ("plan.budget.choices={ffn: 3}", "plan.budget.choices.ffn: expected a list"),
+        ("+plan.budget.choices.ffn=[wide]", 'plan.budget.choices.ffn: expected a number, found "wide"'),
+        ("plan.ffn=1.5", "plan.ffn: expected a whole number, found 1.5"),
+        ("plan.serve=null", "plan.serve: expected a list"),
+        ("evaluate.contexts=[5,a]", 'evaluate.contexts: expected a whole number, found "a"'),
+        ("workspace=null", "workspace: expected a text, found null"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_told_in_the_words_of_the_configuration(override, line):
+    with pytest.raises(ValueError, match=re.escape(line)):
+        load_config("config", [override])
+
+
+def test_parameters_of_another_type_are_told_by_key_and_whole_numbers_are_numbers():
+    with pytest.raises(ValueError, match=r'^plan\.ffn: expected a whole number, found "x"$'):
+        from_dict({"plan": {"ffn": "x"}})
+    with pytest.raises(ValueError, match=r"^plan: expected a section .* found null$"):
+        from_dict({"plan": None})
+    values = as_dict(load_config("config", []))
+    values["plan"]["budget"]["choices"] = {"ffn": [3, 0.5]}
+    assert from_dict(values).plan.budget.choices == {"ffn": [3.0, 0.5]}
