@@ -27,6 +27,12 @@ TRAINER: Known = _names(
 )
 """Arguments of Lightning's Trainer."""
 
+PRECISIONS = (
+    "64-true", "64", "32-true", "32", "16-true", "16-mixed", "16", "bf16-true", "bf16-mixed", "bf16",
+    "transformer-engine", "transformer-engine-float16",
+)  # fmt: skip
+"""What Lightning's Trainer takes for ``precision``."""
+
 EXP_MANAGER: Known = {
     **_names(
         "explicit_log_dir exp_dir name version use_datetime_version resume_if_exists resume_past_end "

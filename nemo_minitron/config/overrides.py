@@ -205,6 +205,10 @@ def refuse_trainer(trainer: Mapping[str, Any], section: str = "trainer") -> None
         section, trainer, handed_on.TRAINER, "Lightning's Trainer has no such argument"
     )
     _refuse(section, trainer, TRAINER)
+    precision = _at(trainer, "precision")
+    if precision is not None and str(precision) not in handed_on.PRECISIONS:
+        known = ", ".join(handed_on.PRECISIONS)
+        raise ValueError(f"{section}.precision: expected one of {known}, found {precision!r}")
     strategy, callbacks = _at(trainer, "strategy"), _at(trainer, "callbacks")
     if strategy is not None and not isinstance(strategy, str):
         other = "the name of one of Lightning's, such as ddp, training.parallel=shard for FSDP2, or"

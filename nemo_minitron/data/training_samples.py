@@ -58,6 +58,11 @@ def training_samples(config: Config, tokenizer: Any, needed: int, per_step: int,
     samples = PackedTokens(streams, found, text.sequence_length)
     if text.learn_from == "answers":
         _check_learned(samples, tokenizer.eos_token_id)
+        if ranks.rank == 0 and not any((ids < 0).any() for ids in streams):
+            print(
+                "data.train: learn_from=answers, and every token is learned: the text holds no conversation",
+                file=sys.stderr,
+            )
     return samples
 
 

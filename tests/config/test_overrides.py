@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from lightning.fabric.connector import _PRECISION_INPUT
 from lightning.pytorch import Trainer
 from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
 from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
@@ -117,6 +118,14 @@ def test_the_known_keys_are_those_of_the_packages():
     del known["self"]
     assert known == handed_on.TRAINER
     assert {**fields(ExpManagerConfig), "ema": fields(EMAParams)} == handed_on.EXP_MANAGER
+    precisions = [typing.get_args(part) for part in typing.get_args(_PRECISION_INPUT)]
+    assert {str(word) for part in precisions for word in part} == set(handed_on.PRECISIONS)
+
+
+@pytest.mark.parametrize("section", ["trainer", "pretrain.trainer", "correct.trainer"])
+def test_an_unknown_precision_is_refused_by_its_section(section):
+    with pytest.raises(ValueError, match=rf"^{section}\.precision: expected one of .*, found 9$"):
+        load_config("config", [f"++{section}.precision=9"])
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,14 @@ def test_paths_that_lead_nowhere(tmp_path, make, message):
         make(tmp_path)
 
 
+def test_a_rule_of_what_to_leave_out_that_matches_nothing_is_named(tmp_path, capsys):
+    for name in ("a.txt", "b.py"):
+        (tmp_path / name).write_text("x")
+    assert len(found([tmp_path], exclude=["*.py", f"{tmp_path}/*.toml"]).files) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"data.train.exclude: {tmp_path}/*.toml matches none of 2 files"
+
+
 def test_only_empty_text_and_too_little_text_are_said_so(tmp_path, tokenizer):
     (tmp_path / "empty.txt").write_text(" \n\n")
     with pytest.raises(ValueError, match="hold no text"):

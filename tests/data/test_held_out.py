@@ -93,10 +93,19 @@ def test_a_training_of_answers_without_any_answer_is_refused(tmp_path, tokenizer
         learned(tmp_path, tokenizer_folder)
 
 
-def test_of_few_conversations_the_answers_are_learned(tmp_path, tokenizer_folder):
+def test_of_few_conversations_the_answers_are_learned(tmp_path, tokenizer_folder, capsys):
     write_talks(tmp_path / "chat.jsonl", 8)
     samples = learned(tmp_path, tokenizer_folder)
     assert any((samples[i][1:] > 1).any() for i in range(len(samples)))
+    assert "learn_from" not in capsys.readouterr().err
+
+
+def test_text_without_conversations_is_learned_whole_and_that_is_said(
+    tmp_path, tokenizer_folder, capsys
+):
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"text": "one line of prose. " * 60}) + "\n")
+    learned(tmp_path, tokenizer_folder)
+    assert "learn_from=answers, and every token is learned" in capsys.readouterr().err
 
 
 def test_a_conversation_that_begins_with_the_assistant_is_named_where_only_answers_count(
