@@ -91,11 +91,13 @@ def both_spellings(config: Mapping[str, Any]) -> dict[str, Any]:
         scaling = {
             k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")
         }
-        if scaling.get("rope_type", "default") != "default":
+        if scaling.get("rope_type") in _SCALINGS:
             written.setdefault("rope_scaling", _older_scaling(scaling, written))
     return written
 
 
+_SCALINGS = ("linear", "dynamic", "yarn", "longrope", "llama3")
+"""Kinds of rope scaling that transformers 4.57 knows; for later ones there is no older spelling."""
 _LONGROPE = ("type", "short_factor", "long_factor")
 """The keys that Phi-3's class of 4.57 wants, and no others; the general one can do with them."""
 

@@ -98,9 +98,12 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
             or _mistyped(overrides)
             or _explain(error, name, own)
         ) from error
-    except (TypeError, AttributeError, AssertionError, RecursionError) as error:
-        # Hydra's own, where an override puts something else in the place of a section
-        raise ValueError(f"cannot be composed: {' '.join(overrides)}") from error
+    except (TypeError, AttributeError, AssertionError, RecursionError, OverflowError) as error:
+        # Hydra's own, where an override puts something else in the place of a section, or infinity
+        # in that of a whole number
+        raise ValueError(
+            _mistyped(overrides) or f"cannot be composed: {' '.join(overrides)}"
+        ) from error
     except yaml.YAMLError as error:
         raise ValueError(
             f"{own}: a configuration is not valid YAML: {' '.join(str(error).split())}"
@@ -298,7 +301,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     """
     try:
         config = OmegaConf.to_object(OmegaConf.merge(_schema(), as_declared(Config, values)))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         said = misfit(Config, values, "") or _explain(error, "parameters", CONFIGS)
         raise ValueError(said) from error
     assert isinstance(config, Config)

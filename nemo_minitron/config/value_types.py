@@ -96,9 +96,9 @@ def _fits(hint: type, value: Any) -> bool:
         return False
     try:
         number = float(value)
-    except ValueError:
+        return hint is float or isinstance(value, int) or str(value) == str(int(number))
+    except (ValueError, OverflowError):
         return False
-    return hint is float or (isinstance(value, int) or str(value) == str(int(number)))
 
 
 def _line(key: str, expected: str, value: Any) -> str:

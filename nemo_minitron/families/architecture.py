@@ -3,8 +3,9 @@
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,17 +15,14 @@ from nemo_minitron.security.plain_text import plain
 
 
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family of a model, by the ``model_type`` in its config.json; see ``Family.for_config``.
+    """The family of a model, by the ``model_type`` in its config.json; see ``family_for``.
 
     Raises:
         ValueError: no family table has this model type; the message lists those that exist.
     """
     model_type = str(config.get("model_type"))
     if model_type in families():
-        try:
-            return families()[model_type].for_config(config)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        return family_for(families()[model_type], config, where)
     known = ", ".join(sorted(families()))
     text = f"{where}: model_type {model_type!r} is not supported; supported families: {known}"
     inner = config.get("text_config")
@@ -36,6 +34,32 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
     else:
         text += "; a table of your own can be given with families.path"
     raise ValueError(text)
+
+
+def family_for(family: Family, config: Mapping[str, Any], where: str = "config.json") -> Family:
+    """The table of one model: its own constraints, and rows of one pattern told apart.
+
+    Of several rows with one pattern, each matches the names of its own layers only.
+
+    Raises:
+        ValueError: a condition cannot be computed.
+    """
+    try:
+        family = family.for_config(config)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    count = Counter(row.pattern for row in family.rows)
+    if max(count.values()) == 1:
+        return family
+    model = Architecture(family, config, where)
+    rows = []
+    for row in family.rows:
+        if count[row.pattern] > 1:
+            names = "|".join(re.escape(name) for name, _ in model.names(row, model.one_of_each))
+            # groups are the placeholders'; what stands before them looks ahead
+            row = replace(row, regex=re.compile(f"(?=(?:{names or '(?!)'})$){row.regex.pattern}"))
+        rows.append(row)
+    return replace(family, rows=tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -58,6 +82,17 @@ class Architecture:
         given = {key: value for key, value in self.config.items() if value is not None}
         return {**self.family.defaults, **given}
 
+    def value(self, expression: str, **units: int) -> Any:
+        """An expression over the config keys and the units of placeholders.
+
+        Raises:
+            ValueError: the config has none of a kind that it can be computed with.
+        """
+        try:
+            return evaluate(expression, {**self.values, **units})
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
+
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Size of every axis, in the table's order.
@@ -74,7 +109,7 @@ class Architecture:
         if axis.every is None or axis.index is None:
             return
         for unit in range(count):
-            if not evaluate(axis.every, {**self.values, axis.index: unit}):
+            if not self.value(axis.every, **{axis.index: unit}):
                 entries = {
                     key: self.config[key][unit] for key in axis.lists if self.config.get(key)
                 }
@@ -163,12 +198,12 @@ class Architecture:
         number = self.sizes if sizes is None else sizes
         ranges = [range(number[self.family.indexed[name].name]) for name in row.placeholders]
         asked = names_in(row.when) if row.when else set()
-        if row.when and not asked & set(row.placeholders) and not evaluate(row.when, self.values):
+        if row.when and not asked & set(row.placeholders) and not self.value(row.when):
             return
         outer, inner = row.placeholders[:1], row.placeholders[1:]
         for first in itertools.product(*ranges[:1]):
             units = dict(zip(outer, first, strict=True))
-            if row.when and asked & set(outer) and not evaluate(row.when, {**self.values, **units}):
+            if row.when and asked & set(outer) and not self.value(row.when, **units):
                 continue
             for rest in itertools.product(*ranges[1:]):
                 units = {**units, **dict(zip(inner, rest, strict=True))}

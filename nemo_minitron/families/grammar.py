@@ -144,10 +144,13 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.In: lambda item, items: item in items,
     ast.NotIn: lambda item, items: item not in items,
 }
+_CALLS: dict[str, Callable[[Any], Any]] = {"len": len, "str": str}
 
 
 def evaluate(expression: str, values: Mapping[str, Any]) -> Any:
-    """Evaluates an expression over named values: only arithmetic, comparison, logic, indexing and ``len``.
+    """Evaluates an expression over named values.
+
+    Only arithmetic, comparison, logic, indexing, ``len`` and ``str`` (a number as a JSON key).
 
     Args:
         expression: for instance ``"hidden_size / num_attention_heads"``, ``"not
@@ -164,7 +167,9 @@ def evaluate(expression: str, values: Mapping[str, Any]) -> Any:
     try:
         return _evaluate(_parse(expression).body, values, expression)
     except (ArithmeticError, TypeError, LookupError) as error:
-        raise ValueError(f"expression {expression!r} cannot be computed: {error}") from error
+        known = {name: values[name] for name in sorted(names_in(expression)) if name in values}
+        told = ", ".join(f"{name}={value!r:.60}" for name, value in known.items())
+        raise ValueError(f"expression {expression!r} cannot be computed with {told}") from error
 
 
 @functools.lru_cache(maxsize=1024)
@@ -193,8 +198,8 @@ def _evaluate(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:
             return _evaluate(container, values, text)[_evaluate(position, values, text)]
         case ast.List(elts=elements):
             return [_evaluate(element, values, text) for element in elements]
-        case ast.Call(func=ast.Name(id="len"), args=[argument], keywords=[]):
-            return len(_evaluate(argument, values, text))
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _CALLS:
+            return _CALLS[name](_evaluate(argument, values, text))
     raise _refused(text)
 
 
@@ -217,7 +222,8 @@ def _decide(node: ast.expr, values: Mapping[str, Any], text: str) -> Any:
 
 def _refused(text: str) -> ValueError:
     return ValueError(
-        f"expression {text!r}: only arithmetic, comparison, logic, 'if else', indexing and len are allowed"
+        f"expression {text!r}: only arithmetic, comparison, logic, 'if else', indexing, len and str "
+        "are allowed"
     )
 
 
@@ -227,6 +233,5 @@ def names_in(expression: str) -> set[str]:
     Raises:
         ValueError: it does not parse.
     """
-    return {node.id for node in ast.walk(_parse(expression)) if isinstance(node, ast.Name)} - {
-        "len"
-    }
+    names = {node.id for node in ast.walk(_parse(expression)) if isinstance(node, ast.Name)}
+    return names - _CALLS.keys()

@@ -86,7 +86,7 @@ class TensorRow:
     """One row of the table: the tensors whose name matches ``pattern`` have the shape ``dims``.
 
     ``when`` is the condition under which a model has them, over config keys and the name's
-    placeholders.
+    placeholders. A tensor that has another shape in layers of another kind has a row for each shape.
     """
 
     pattern: str
@@ -247,7 +247,9 @@ def _family(table: Mapping[str, Any]) -> Family:
         if axis.within is not None and axis.within not in axes:
             raise ValueError(f"axis {axis.name}: within {axis.within!r} is no axis")
     rows = tuple(
-        _row(key, text, axes, placeholders, spelled) for key, text in table["tensors"].items()
+        _row(key, text, axes, placeholders, spelled)
+        for key, texts in table["tensors"].items()
+        for text in (texts if isinstance(texts, list) else [texts])
     )
     rules = [text.partition(" if ") for text in table.get("constraints", [])]
     for constraint, _, _ in rules:
@@ -304,7 +306,7 @@ def _axis(name: str, entry: Mapping[str, Any], spelled: Callable[[str], str]) ->
         key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
     }
     if "or" in values:
-        values["fallback"] = str(values.pop("or"))
+        values["fallback"] = spelled(str(values.pop("or")))
     for key in {"every", "size"} & set(values):
         values[key] = spelled(str(values[key]))
     for key in ("lists", "indices", "counts"):

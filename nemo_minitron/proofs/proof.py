@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
-from nemo_minitron.families import Family, check_sizes, families
+from nemo_minitron.families import Family, check_sizes, families, family_for
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.proofs.tiny_models import dead_copy, permutation, tiny_model
 from nemo_minitron.pruning.cost import model_size
@@ -75,7 +75,7 @@ def prove(family: Family, changes: Mapping[str, Any]) -> Iterator[Finding]:
         work = Path(name)
         source = tiny_model(family, changes, work / "source")
         opened = open_checkpoint(source)
-        family = family.for_config(opened.config)
+        family = family_for(family, opened.config)
         checkpoint = described(opened, family)
         axes = checkpoint.architecture.prunable
         yield from permutations(checkpoint, [axis for axis in axes if axis != "layers"], work)

@@ -20,7 +20,7 @@ from nemo_minitron.pruning.slice import dim_index
 SIZES = {
     "hidden": 32, "ffn": 40, "heads": 8, "kv_heads": 2, "head_dim": 4, "vocab": 96, "layers": 4, "experts": 4,
     "expert_ffn": 16, "shared_ffn": 28, "experts_per_token": 2, "expert_groups": 1, "groups_per_token": 1,
-    "shared_experts": 1, "mamba_heads": 8,
+    "shared_experts": 1, "layer_vocab": 96, "mamba_heads": 8,
     "mamba_groups": 2, "mamba_head_dim": 6, "mamba_state": 10, "conv_kernel": 4, "linear_key_heads": 4,
     "linear_value_heads": 8, "linear_key_dim": 6, "linear_value_dim": 10,
 }  # fmt: skip
@@ -213,10 +213,13 @@ def _deafen(family: Family, tensors: dict[str, Tensor], experts: Tensor) -> None
     for name, tensor in tensors.items():
         row, _ = find_row(family, name) or (None, {})
         assert row is not None, name
+        factor = "norm" in name or name.endswith(("scale", "scalar"))
+        if row.dims == ((("1",),),):  # what multiplies a whole layer's output
+            tensor.fill_(1.0)
         for position, dim in enumerate(row.dims):
             if dim == (("hidden",),):
                 channel: Callable[..., Tensor] = tensor.select(position, 0).fill_
-                channel(30.0 if "embed" in name else 1.0 if "norm" in name else 0.0)
+                channel(30.0 if "embed" in name else 1.0 if factor else 0.0)
         axes = row_axes(row.dims)
         if "experts" in axes and axes <= {"experts", "hidden"} and tensor.dim() <= 2:
             place = next(i for i, dim in enumerate(row.dims) if dim == (("experts",),))

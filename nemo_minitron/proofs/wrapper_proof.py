@@ -43,7 +43,8 @@ def tiny_whole(wrapper: Wrapper, kind: str, folder: Path, seed: int = 0, **chang
         changes: values of the text model's configuration.
     """
     family = families()[wrapper.text[kind]]
-    text = {**tiny_config(family, {**family.proofs[0], **changes}), "model_type": kind}
+    own = {**family.proofs[0], **wrapper.proof.get("text", {}), **changes}
+    text = {**tiny_config(family, own), "model_type": kind}
     config = {"model_type": wrapper.model_type, "text_config": text, **wrapper.proof["config"]}
     for path, axis in wrapper.config.items():
         part, key = path.split(".")
@@ -119,7 +120,8 @@ def prove_wrapper(wrapper: Wrapper, kind: str) -> Iterator[Finding]:
             for seed, axis in enumerate(axes)
         }
         keep = select_units(family, scores, sizes, {a: targets[a] for a in axes})
-        layers = tuple(range(sizes["layers"]))[1::2]
+        step = 2 if "layers" in checkpoint.architecture.prunable else 1
+        layers = tuple(range(sizes["layers"]))[step - 1 :: step]
         half = cut_whole(checkpoint, keep, work / "half", layers)
         yield Finding(kind, WRAPPER_PROOFS[2], bool(image_logits(half, wrapper).isfinite().all()))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nemo_minitron.families import Architecture
-from nemo_minitron.families.grammar import Row, row_axes, row_shape
+from nemo_minitron.families.grammar import Product, Row, row_axes, row_shape
 
 
 @dataclass(frozen=True)
@@ -15,15 +15,16 @@ class Size:
 
     Attributes:
         parameters: every stored weight; embeddings and head count separately unless tied.
-        non_embedding: without the tensors that have a vocabulary axis ([P1] Table 2).
+        non_embedding: without the tensors that have a vocabulary axis ([P1] Table 2), tables of
+            embeddings per layer among them.
         active: parameters that one token meets: of the routed experts only those it is sent to.
         flops_per_token: forward FLOPs of one token at the mean position of a context of ``context``
-            tokens: two per active weight of every matrix product, and 4 x heads x head_dim per
+            tokens: two per active weight of every matrix product, and 4 x heads x their length per
             attended position and attention layer (latent attention: 2 x heads x lengths of a query
-            and a value head). Convolutions and recurrences of Mamba layers
-            (about 3 % of theirs) are left out.
+            and a value head; windows of sliding attention are not looked at). Convolutions and
+            recurrences of Mamba layers (about 3 % of theirs) are left out.
         kv_bytes_per_token: bytes that one token adds to the KV cache, keys and values, all
-            attention layers.
+            attention layers but those that read another layer's.
         context: tokens assumed by ``flops_per_token``.
         cache_bytes: bytes per cached number assumed by ``kv_bytes_per_token``.
     """
@@ -37,6 +38,10 @@ class Size:
     cache_bytes: int
 
 
+_QUERIES, _KEYS = frozenset({"heads"}), frozenset({"kv_heads", "global_kv_heads"})
+_VOCABULARIES = {"vocab", "layer_vocab"}
+
+
 @dataclass(frozen=True)
 class TensorCounts:
     """Which tensors a model has, whatever its widths.
@@ -44,11 +49,13 @@ class TensorCounts:
     Attributes:
         tensors: how many there are of each shape, for one unit of the axes beside it (each expert
             has its own).
-        attention: layers that have attention.
+        attention: how many layers have query heads, by the axes that make up a layer's heads.
+        cached: the same of key heads, of the layers that make keys and values of their own.
     """
 
     tensors: Mapping[tuple[Row, tuple[str, ...]], int]
-    attention: int
+    attention: Counter[Product]
+    cached: Counter[Product]
 
 
 def count_tensors(model: Architecture) -> TensorCounts:
@@ -59,7 +66,19 @@ def count_tensors(model: Architecture) -> TensorCounts:
     for row in family.rows:
         units = tuple(beside[index] for index in row.placeholders if index in beside)
         count[row.dims, units] += sum(1 for _ in model.names(row, model.one_of_each))
-    return TensorCounts(count, len(model.present.get("heads", [])))
+    heads = {kind: _by_layer(model, names) for kind, names in (("q", _QUERIES), ("kv", _KEYS))}
+    return TensorCounts(count, heads["q"], heads["kv"])
+
+
+def _by_layer(model: Architecture, names: frozenset[str]) -> Counter[Product]:
+    """How many layers have heads of a kind, by the heads' axis and that of their length."""
+    found = {}
+    for row in model.family.rows:
+        heads = [p for dim in row.dims for p in dim if names & set(p)]
+        if len(row.dims) == 2 and heads:
+            for _, units in model.names(row, model.one_of_each):
+                found[units[model.family.layer]] = (heads[0][0], heads[0][-1])
+    return Counter(found.values())
 
 
 def cost(
@@ -82,34 +101,39 @@ def cost(
         met = each * sizes["experts_per_token"] // sizes["experts"] if routed else each
         parameters += number * each
         active += number * met
-        if "vocab" not in axes:
+        if not axes & _VOCABULARIES:
             non_embedding += number * each
             matrix += number * met if len(shape) > 1 else 0
-    width, cached = _attention(sizes)
+    width, cached = _attention(counts, sizes)
     head = sizes["vocab"] * sizes["hidden"]
     return Size(
         parameters=parameters,
         non_embedding=non_embedding,
         active=active,
-        flops_per_token=2 * (matrix + head) + counts.attention * 2 * width * (context // 2),
-        kv_bytes_per_token=counts.attention * cached * cache_bytes,
+        flops_per_token=2 * (matrix + head) + 2 * width * (context // 2),
+        kv_bytes_per_token=cached * cache_bytes,
         context=context,
         cache_bytes=cache_bytes,
     )
 
 
-def _attention(sizes: Mapping[str, int]) -> tuple[int, int]:
-    """Of one layer: numbers multiplied and summed for a pair of positions, and cached for a token.
+def _attention(counts: TensorCounts, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Of all layers: numbers multiplied and summed for a pair of positions, and cached for a token.
 
     Latent attention caches what keys and values of all heads are made of, and the part of the keys
     that is rotated.
     """
     if "latent" in sizes:
+        layers = counts.attention.total()
         return (
-            sizes["heads"] * (sizes["query_dim"] + sizes["value_dim"]),
-            sizes["latent"] + sizes["rotary_dim"],
+            layers * sizes["heads"] * (sizes["query_dim"] + sizes["value_dim"]),
+            layers * (sizes["latent"] + sizes["rotary_dim"]),
         )
-    return 2 * sizes["heads"] * sizes["head_dim"], 2 * sizes["kv_heads"] * sizes["head_dim"]
+    made, kept = (
+        sum(number * 2 * sizes[heads] * sizes[length] for (heads, length), number in kind.items())
+        for kind in (counts.attention, counts.cached)
+    )
+    return made, kept
 
 
 def model_size(model: Architecture, context: int = 4096, cache_bytes: int = 2) -> Size:

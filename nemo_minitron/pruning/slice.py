@@ -85,9 +85,9 @@ def pieces(cut: Cut, names: Sequence[str]) -> Iterator[Piece]:
         ValueError: a name that no row of the family knows.
     """
     for name in names:
-        if any(pattern.fullmatch(name) for pattern in cut.family.ignored):
-            continue
         found = find_row(cut.family, name)
+        if found is None and any(pattern.fullmatch(name) for pattern in cut.family.ignored):
+            continue
         if found is None:
             raise ValueError(
                 f"tensor {name!r} belongs to no row of family {cut.family.model_type!r}"
@@ -98,7 +98,7 @@ def pieces(cut: Cut, names: Sequence[str]) -> Iterator[Piece]:
             continue
         keep = unit_keep(cut, row, units)
         indices = surviving(row, cut.before, keep)
-        scale, offset = _fold(cut, name)
+        scale, offset = _fold(cut, row, name)
         yield Piece(
             fill(row.pattern, renumbered),
             name,
@@ -242,10 +242,11 @@ def rescaled(tensor: Tensor, piece: Piece) -> Tensor:
     return ((tensor.float() + piece.offset) * piece.scale - piece.offset).to(tensor.dtype)
 
 
-def _fold(cut: Cut, name: str) -> tuple[float, float]:
+def _fold(cut: Cut, row: TensorRow, name: str) -> tuple[float, float]:
     """Scale and offset of a tensor that the model multiplies by a constant of its sizes."""
     for fold in cut.family.folds:
-        if fold.tensor == name and (fold.when is None or evaluate(fold.when, cut.source.values)):
+        applies = fold.when is None or cut.source.value(fold.when)
+        if fold.tensor in (name, row.pattern) and applies:
             return evaluate(fold.by, cut.before) / evaluate(fold.by, cut.after), fold.offset
     return 1.0, 0.0
 
@@ -264,23 +265,23 @@ def cut_config(cut: Cut) -> dict[str, Any]:
     if len(cut.layers) == cut.before["layers"]:
         return written
     placeholder = cut.family.layer
-    every = [{**cut.source.values, placeholder: i} for i in range(cut.before["layers"])]
+    every = [{placeholder: layer} for layer in range(cut.before["layers"])]
     for key, meaning in axis.lists.items():
         entries = cut.source.config.get(key)  # an empty list says as little as none
         if not entries and meaning is None:
             continue
         if not entries and meaning is not None:
-            entries = [evaluate(meaning, one) for one in every]
+            entries = [cut.source.value(meaning, **one) for one in every]
         assert isinstance(entries, list | str), "check_lists lets nothing else pass"
         chosen = [entries[layer] for layer in cut.layers]
         written[key] = "".join(chosen) if isinstance(entries, str) else chosen
     for key in _unnamed_lists(cut.source):
         written[key] = [cut.source.config[key][layer] for layer in cut.layers]
     for key, meaning in axis.indices.items():
-        belongs = [bool(evaluate(meaning, one)) for one in every]
+        belongs = [bool(cut.source.value(meaning, **one)) for one in every]
         written[key] = [new for new, old in enumerate(cut.layers) if belongs[old]]
     for key, meaning in axis.counts.items():
-        belongs = [bool(evaluate(meaning, one)) for one in every]
+        belongs = [bool(cut.source.value(meaning, **one)) for one in every]
         written[key] = sum(belongs[layer] for layer in cut.layers)
     return {**written, **axis.after}
 
@@ -296,10 +297,7 @@ def pattern_notes(source: Architecture, layers: Sequence[int]) -> list[str]:
     for key, meaning in axis.lists.items():
         if meaning is None:
             continue
-        every = [
-            evaluate(meaning, {**source.values, placeholder: i})
-            for i in range(source.sizes["layers"])
-        ]
+        every = [source.value(meaning, **{placeholder: i}) for i in range(source.sizes["layers"])]
         entries = source.config.get(key) or every
         if [entries[layer] for layer in layers] != every[: len(layers)]:
             lines.append(

@@ -88,6 +88,8 @@ def test_a_text_that_yaml_would_change_is_refused(tmp_path):
         ("plan.serve=null", "plan.serve: expected a list"),
         ("evaluate.contexts=[5,a]", 'evaluate.contexts: expected a whole number, found "a"'),
         ("workspace=null", "workspace: expected a text, found null"),
+        ("++score.seed=1e400", "score.seed: expected a whole number, found Infinity"),
+        ("training.ema_decay=x", 'training.ema_decay: expected a number, found "x"'),
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_is_told_in_the_words_of_the_configuration(override, line):

@@ -56,7 +56,7 @@ def test_a_published_config_is_described_and_cut(tmp_path, name):
     targets = halved(family, model.sizes, TOGETHER, axes)
     scores = {axis: random_scores(score_shape(family, model.sizes, axis), 0) for axis in axes}
     keep = select_units(family, scores, model.sizes, targets)
-    layers = tuple(range(1, model.sizes["layers"]))
+    layers = tuple(range("layers" in model.prunable, model.sizes["layers"]))
     cut = stream(checkpoint.folder, tmp_path / "cut", keep, layers)
     loaded = load_model(cut, torch.float32)
     assert generates(loaded, 3)

@@ -30,12 +30,12 @@ def test_taps_and_modules_are_those_of_the_installed_transformers(tmp_path, name
     family = families()[name]
     for i, changes in enumerate(family.proofs):
         folder = tiny_model(family, changes, tmp_path / f"{i}")
-        config = open_checkpoint(folder).config
+        described = open_checkpoint(folder).architecture
         model = load_model(folder)
         assert type(model).__name__ == family.architecture
-        sizes, present = Architecture(family, config).sizes, Architecture(family, config).present
+        sizes, present = described.sizes, described.present
         for early in (False, True):
-            recorder = Recorder(Architecture(family, config), Measures(("mean",), early))
+            recorder = Recorder(described, Measures(("mean",), early))
             with torch.inference_mode(), recorder.attached(model):
                 model.get_submodule(family.modules["decoder"])(
                     input_ids=torch.arange(24).view(2, 12), use_cache=False

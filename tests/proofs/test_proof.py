@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.families import Architecture, families
+from nemo_minitron.families import Architecture, architecture_of, families, find_row
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.proofs.proof import (
     MARKS,
@@ -112,7 +112,7 @@ def wrong_rows(row, family):
                 if axis in family.prunable:
                     changed = (*product[:k], f"still_{axis}", *product[k + 1 :])
                     yield f"{axis} forgotten", replaced(row, i, (*dim[:j], changed, *dim[j + 1 :]))
-            if len(product) == 2:
+            if len(product) == 2 and set(product) & set(family.prunable):
                 yield "product swapped", replaced(row, i, (*dim[:j], product[::-1], *dim[j + 1 :]))
 
 
@@ -137,14 +137,15 @@ def test_the_proof_bites_on_every_axis_of_every_row(tmp_path, name):
             a for a in family.prunable if a in checkpoint.architecture.present and a != "layers"
         ]
         before = logits_of(checkpoint.folder)
-        for row in family.rows:
-            if row.pattern in tried or not checkpoint.architecture.has(row):
+        table = checkpoint.family
+        for row in table.rows:
+            if (row.pattern, row.dims) in tried or not checkpoint.architecture.has(row):
                 continue
-            tried.add(row.pattern)
+            tried.add((row.pattern, row.dims))
             for mistake, wrong in wrong_rows(row, family):
-                rows = tuple(wrong if r is row else r for r in family.rows)
+                rows = tuple(wrong if r is row else r for r in table.rows)
                 bad = described(
-                    checkpoint, replace(family, rows=rows, axes={**family.axes, **still})
+                    checkpoint, replace(table, rows=rows, axes={**family.axes, **still})
                 )
                 try:
                     moved = permutations(bad, axes, tmp_path, alone=False, before=before)
@@ -153,7 +154,7 @@ def test_the_proof_bites_on_every_axis_of_every_row(tmp_path, name):
                     assert "nothing in the name or in dimension 0" in str(error)
                     found = [False]
                 assert found == [False], (row.pattern, mistake)
-    assert tried == {row.pattern for row in family.rows}
+    assert tried == {(row.pattern, row.dims) for row in family.rows}
 
 
 def test_a_wrong_table_fails_its_proof_by_name():
@@ -266,7 +267,21 @@ def test_what_a_config_says_per_layer_goes_with_the_layers(name, changes, layers
 def test_no_two_rows_of_a_table_name_the_same_tensor():
     for family in families().values():
         for left, right in itertools.combinations(family.rows, 2):
-            assert not left.regex.fullmatch(
+            assert left.pattern == right.pattern or not left.regex.fullmatch(
                 right.pattern.replace("{layer}", "0").replace("{expert}", "0")
             )
         assert row_axes(family.rows[0].dims)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_of_rows_with_one_pattern_each_is_that_of_its_own_layers(number):
+    """Gemma 4's heads are longer in some layers, its MLP is wider in others."""
+    family = families()["gemma4_text"]
+    model = architecture_of(tiny_config(family, family.proofs[number]))
+    for name, row, _ in model.tensors():
+        assert [other for other in model.family.rows if other.regex.fullmatch(name)] == [row]
+        assert find_row(model.family, name)[0] is row
+    shapes = {name: shape for name, _, shape in model.tensors()}
+    last, first = "model.layers.3.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+    assert (shapes[first], shapes[last]) == ((8 * 4, 32), (8 * 8, 32))
+    assert find_row(model.family, "model.layers.9.self_attn.q_proj.weight") is None

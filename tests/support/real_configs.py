@@ -11,7 +11,7 @@ from nemo_minitron.families import Architecture, architecture_of
 from nemo_minitron.pruning.select import followed
 
 FOLDER = Path(__file__).parents[1] / "families" / "real_configs"
-TINY = {"vocab": 96, "ffn": 40, "expert_ffn": 16, "shared_ffn": 24, "mamba_heads": 8, "mamba_head_dim": 4,
+TINY = {"vocab": 96, "layer_vocab": 96, "ffn": 40, "expert_ffn": 16, "shared_ffn": 24, "mamba_heads": 8, "mamba_head_dim": 4,
         "mamba_state": 6, "latent": 12, "query_latent": 20, "rotary_dim": 4, "plain_dim": 6, "value_dim": 10,
         "linear_key_heads": 2, "linear_key_dim": 4, "linear_value_dim": 6, "head_dim": 8}  # fmt: skip
 CLOSE = {"sliding_window": 6, "attention_chunk_size": 6, "block_multiple_of": 8}
@@ -91,6 +91,9 @@ def _shrink_layers(model: Architecture, small: dict[str, Any], layers: int) -> N
     kept = sorted(
         [*first, *(i for i in range(layers) if i not in first)][: max(layers, len(first))]
     )
+    if small.get("num_kv_shared_layers"):  # two, behind a layer of each kind that has its own
+        kept = [*sorted(first), len(kinds) - 2, len(kinds) - 1]
+        small["num_kv_shared_layers"] = 2
     count = len(kept)
     for key, value in small.items():  # a pattern that transformers counts out
         if not lists and key in PATTERNS and type(value) is int:
