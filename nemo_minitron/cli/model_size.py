@@ -39,6 +39,10 @@ def size(args: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     if args.context < 1:
         raise ValueError(f"size: --context: expected at least 1, found {args.context}")
+    if sizes["layers"] != model.sizes["layers"] and model.family.axes["layers"].fixed:
+        raise ValueError(
+            f"size: layers: {model.family.model_type} keeps all of them (docs/families.md)"
+        )
     if sizes["layers"] < model.sizes["layers"]:  # of unlike layers, the first
         model = Cut(model, {}, tuple(range(sizes["layers"]))).result
     model = model.resized(sizes)

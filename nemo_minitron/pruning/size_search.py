@@ -216,7 +216,8 @@ def default_choices(model: Architecture, share: float) -> dict[str, list[int]]:
         grid["hidden"] = [sizes["hidden"] * n // heads[-1] for n in heads]
     layers = sizes["layers"]
     deep = {math.ceil(layers / 2), math.ceil(layers * 3 / 4)} if share < 0.25 else set()
-    grid["layers"] = sorted({*range(max(1, layers - max(1, layers // 10)), layers + 1), *deep})
+    if "layers" in model.prunable:
+        grid["layers"] = sorted({*range(max(1, layers - max(1, layers // 10)), layers + 1), *deep})
     grid = {name: options for name, options in grid.items() if len(options) > 1}
     last = max(2, min(_EACH, int(_GRID ** (1 / max(1, len(grid)))))) - 1
     return {

@@ -47,11 +47,12 @@ def target_sizes(model: Architecture, plan: PlanConfig) -> dict[str, int]:
         raise ValueError(
             f"plan: no target size given; set at least one of {options}, plan.drop_layers"
         )
-    for name in asked:
+    keys = {name: name for name in asked} | ({"layers": "drop_layers"} if plan.drop_layers else {})
+    for name, key in keys.items():
         if name not in axes:
             which = f"family {family.model_type!r}" if name not in family.prunable else "this model"
             raise ValueError(
-                f"plan.{name}: {which} has no prunable axis of that name; it has {', '.join(axes)}"
+                f"plan.{key}: {which} has no prunable axis of that name; it has {', '.join(axes)}"
             )
     targets = complete_targets(family, sizes, asked)
     if plan.drop_layers:

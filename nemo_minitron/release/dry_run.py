@@ -167,10 +167,16 @@ def _generate(model: Any, work: Path) -> None:
     tokenizer.decode(outputs[0], skip_special_tokens=True)
 
 
+_TABLES = ("layer_channels",)
+"""Fixed axes along which a table has an entry for each token of the vocabulary and each layer."""
+
+
 def smallest(model: Architecture) -> Architecture:
     """A model of the same kind with few layers, and about the least widths that its family allows."""
     short = _short(model)
-    axes = [name for name in model.prunable if name != "layers"]
+    axes = [
+        name for name in (*model.prunable, *_TABLES) if name != "layers" and name in model.present
+    ]
     together = [pair for count in (1, 2) for pair in itertools.combinations(axes, count)]
     sizes, shrinks = dict(short.sizes), True
     while shrinks:
@@ -182,6 +188,8 @@ def smallest(model: Architecture) -> Architecture:
 
 def _short(model: Architecture) -> Architecture:
     """The model with one layer of each kind; whole where it cannot be cut so."""
+    if "layers" not in model.prunable:
+        return model
     kinds = [layers[0] for axis, layers in model.present.items() if layers and axis != "hidden"]
     try:
         return Cut(model, {}, tuple(sorted({0, *kinds}))).result

@@ -94,9 +94,16 @@ class Runner:
         from nemo_minitron.scoring.pass_by_layer import layer_bytes
 
         score = self.config.score
+        checkpoint = open_checkpoint(folder)
+        if checkpoint.family.axes["layers"].fixed:  # a layer reads what others made
+            if score.streaming == "on":
+                raise ValueError(
+                    f"score.streaming=on: no layer of {checkpoint.family.model_type} runs without the "
+                    "others; use off"
+                )
+            return False, ""
         if score.streaming != "auto":
             return score.streaming == "on", ""
-        checkpoint = open_checkpoint(folder)
         sizes = checkpoint.architecture.sizes
         weights = sum(entry.size for entry in checkpoint.entries.values())
         width = max(entry.width for entry in checkpoint.entries.values())
