@@ -61,7 +61,7 @@ class TrainingConfig:
         [],
         "patterns of the parameters that train, by their names in the model (named_parameters), as in "
         "['*.mlp.experts.*']; router stands for what sends tokens to experts; all others keep their bytes; "
-        "empty: all train",
+        "empty: all train; not of trainings that begin with random weights",
     )
     ema_decay: float | None = option(
         None,

@@ -311,12 +311,8 @@ def _summary(config: Config, scores: Scores, outcome: list[Outcome]) -> Summary:
     by_text = scores.calibration.by_text
     if by_text is not None:
         texts = _texts(config)
-        facts["routing"] = {
-            name: {
-                "effective_experts": effective_experts(counts),
-                "tokens_of_experts": counts.tolist(),
-            }
-            for name, counts in zip(texts, by_text, strict=True)
+        facts["effective_experts"] = {
+            name: effective_experts(counts) for name, counts in zip(texts, by_text, strict=True)
         }
         notes = [*notes, *routing_notes(texts, by_text)]
     return Summary(

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -61,6 +61,10 @@ SKIPPED = "skipped.json"
 """Steps that a training left out: number, which samples (as those of a step without any left out), reason."""
 
 
+_FROM_NOISE = ("pretrain", "scratch")
+"""Kinds of models that begin with random weights: ``training.only`` would leave them what they are."""
+
+
 class _Skip(TypedDict):
     step: int
     samples_of_step: int
@@ -99,6 +103,8 @@ def training_recipe(
         inputs: what it is made from.
         role: the rest.
     """
+    if kind in _FROM_NOISE:
+        config = replace(config, training=replace(config.training, only=[]))
     resolved, decides = _resolved(config, section)
 
     def check() -> None:

@@ -10,6 +10,7 @@ pytest.importorskip("nemo")
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.cli.main import main
+from nemo_minitron.config.compose import load_config
 from nemo_minitron.families import families
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.models.trainable import check_only, chosen, names_of, train_only
@@ -17,6 +18,7 @@ from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.nemo_archive import nemo_archive
 from nemo_minitron.plugin.trainer import Options, newest_checkpoint
 from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.stages.pretrain import recipe
 from tests.support.models import INSTALLED
 from tests.support.nemo_training import OPTIM, run
 from tests.support.runs import refused
@@ -172,3 +174,13 @@ def test_a_distillation_heals_the_router_alone_also_in_parts_on_two_ranks(tmp_pa
     assert {name for name in changed(pruned, weights(one)) if name in routers} == {
         name for name in routers if ".0." in name
     }
+
+
+def test_what_begins_with_random_weights_trains_as_a_whole(tmp_path, corpus):
+    shape = "{model_type: llama, vocab_size: 300, hidden_size: 24, intermediate_size: 40, num_hidden_layers: 1, num_attention_heads: 2}"
+    words = [f"workspace={tmp_path}", f"data.train.paths=[{corpus}]", f"+pretrain.model={shape}"]
+    kept = [
+        recipe(load_config("config", [*words, *more])).settings
+        for more in ([], ["training.only=[x]"])
+    ]
+    assert kept[0] == kept[1]

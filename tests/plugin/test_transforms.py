@@ -53,6 +53,13 @@ def test_every_family_is_pruned_in_memory_as_on_disk(tmp_path, name):
     assert torch.equal(model(torch.arange(20)[None]).logits, expected)
 
 
+def test_experts_for_a_token_are_a_matter_of_width(mixture):
+    architecture = open_checkpoint(mixture).architecture
+    plan = make_plan(architecture, {}, (0, 2), experts_per_token=1)
+    assert DepthPruning(plan)(load_model(mixture)).config.num_experts_per_tok == 2
+    assert WidthPruning(plan)(load_model(mixture)).config.num_experts_per_tok == 1
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", ["llama", "nemotron"])
 def test_in_place_equals_the_stream_and_trains(tmp_path, name, tied):

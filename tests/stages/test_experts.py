@@ -94,7 +94,9 @@ def test_a_table_and_a_picture_say_which_text_uses_which_experts(tmp_path, words
     result = json.loads(capsys.readouterr().out)
     table = json.loads((tmp_path / "ws" / "scores" / "routing.json").read_text())["texts"]
     corpus, digits = (one["text"] for one in table)
-    assert digits.endswith("digits.txt") and [corpus, digits] == list(result["facts"]["routing"])
+    assert digits.endswith("digits.txt") and [corpus, digits] == list(
+        result["facts"]["effective_experts"]
+    )
     counts = torch.tensor([one["tokens_of_experts"] for one in table])
     assert torch.equal(counts.sum(0), found.calibration.routed["experts"])
     tokens = counts.sum(-1)  # 9 and 3 samples of 16 tokens, each of which goes to two experts
