@@ -7,6 +7,7 @@ S positions of a sample; P positions of a prompt; T tokens (samples x positions)
 H hidden channels, where there are two models the student's; G the teacher's, in ``pruning`` groups;
 V entries of the vocabulary; W those of them that a shard holds; K those that are known or kept;
 L layers; E experts; U units of an axis: channels, heads, neurons; R heads of a relation, D channels of one;
+M texts of a mixture;
 O output and I input channels of a weight; 1 an axis kept after a sum.
 """
 

@@ -109,6 +109,19 @@ def teacher(once: Callable[..., Path], tokenizer_folder: Path) -> Path:
     return once("teacher", make)
 
 
+@pytest.fixture(scope="session")
+def mixture(once: Callable[..., Path], tokenizer_folder: Path) -> Path:
+    """A small random mixture of experts with a tokenizer beside it."""
+
+    def make(folder: Path) -> None:
+        sizes = {"intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 2}
+        make_model(folder, "mixtral", vocab_size=300, **sizes)
+        for path in tokenizer_folder.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+
+    return once("mixture", make)
+
+
 @pytest.fixture
 def words(once: Callable[..., Path], teacher: Path, corpus: Path) -> list[str]:
     """Overrides of a training of six steps."""

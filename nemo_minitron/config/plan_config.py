@@ -45,6 +45,9 @@ class PlanConfig:
     heads: int | None = option(None, "query heads, per layer", least=1)
     kv_heads: int | None = option(None, "key/value heads (whole groups), per layer", least=1)
     experts: int | None = option(None, "routed experts, per layer", least=1)
+    experts_per_token: int | None = option(
+        None, "experts that the router sends a token to; takes no scores", least=1
+    )
     expert_ffn: int | None = option(None, "neurons inside a routed expert", least=1)
     shared_ffn: int | None = option(None, "neurons of a shared expert", least=1)
     mamba_heads: int | None = option(None, "Mamba heads, per layer", least=1)

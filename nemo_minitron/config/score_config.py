@@ -28,6 +28,12 @@ class ScoreConfig:
         "activation", "how units are ranked", ("activation", "magnitude", "random")
     )
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
+    experts: str = option(
+        "all_tokens",
+        "what a routed expert's weighted outputs are averaged over, with importance=activation: the tokens "
+        "that came to it (REAP, whatever aggregation says), or all tokens, where it gave the others 0",
+        ("own_tokens", "all_tokens"),
+    )
     neurons: str = option(
         "post_activation",
         "where the neurons of dense and shared MLPs are read: at the input of the down projection, or at the "

@@ -57,6 +57,12 @@ class TrainingConfig:
         "takes by itself on the device",
         ("auto", "delayed", "current", "mxfp8", "block"),
     )
+    only: list[str] = option(
+        [],
+        "patterns of the parameters that train, by their names in the model (named_parameters), as in "
+        "['*.mlp.experts.*']; router stands for what sends tokens to experts; all others keep their bytes; "
+        "empty: all train; not of trainings that begin with random weights",
+    )
     ema_decay: float | None = option(
         None,
         "decay of a moving average of the weights that is validated and becomes the result",

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,11 +27,13 @@ class Samples:
         tokens_NS: token ids, int64.
         valid_NS: where a token is no padding; None: nowhere.
         positions_NS: position of each token in its own document; None: that in the sample.
+        text_N: number of the text in the mixture that each sample is of, int64; None: all of one.
     """
 
     tokens_NS: Tensor
     valid_NS: Tensor | None = None
     positions_NS: Tensor | None = None
+    text_N: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -70,7 +72,8 @@ class Samples:
                 self.positions_NS[chosen][:, 1:] == 0
             ] = -1  # a document does not predict the next
             positions_BS = self.positions_NS[chosen][:, :-1]
-        return Batch(tokens_BS[:, :-1], labels_BS, mask_BS, positions_BS)
+        text_B = None if self.text_N is None else self.text_N[chosen]
+        return Batch(tokens_BS[:, :-1], labels_BS, mask_BS, positions_BS, text_B)
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,14 @@ class Batch:
         mask_BS: where a token is no padding; None: everywhere.
         positions_BS: position ids where documents share a sample: where they start over,
             transformers keeps attention inside the document; None: one after the other.
+        text_B: number of each sample's text; None: all of one.
     """
 
     tokens_BS: Tensor
     labels_BS: Tensor
     mask_BS: Tensor | None = None
     positions_BS: Tensor | None = None
+    text_B: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; a GPU is not waited for."""
@@ -103,10 +108,11 @@ class Batch:
         return self._each(lambda part: part[start:stop])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        mask_BS, positions_BS = (
-            None if part is None else change(part) for part in (self.mask_BS, self.positions_BS)
+        mask_BS, positions_BS, text_B = (
+            None if part is None else change(part)
+            for part in (self.mask_BS, self.positions_BS, self.text_B)
         )
-        return Batch(change(self.tokens_BS), change(self.labels_BS), mask_BS, positions_BS)
+        return Batch(change(self.tokens_BS), change(self.labels_BS), mask_BS, positions_BS, text_B)
 
     def inputs(self) -> dict[str, Any]:
         """Arguments of a decoder's forward pass."""
@@ -156,7 +162,8 @@ def calibration_samples(
         for texts, _ in mixture
     ]
     weights = [weight for _, weight in mixture]
-    found = [window for _, window in itertools.islice(mixed(streams, weights), samples)]
+    drawn = list(itertools.islice(mixed(streams, weights), samples))
+    found = [window for _, window in drawn]
     texts = mixture[0][0]
     if not found and next(documents(texts), None) is None:
         raise ValueError(no_text(texts))
@@ -166,7 +173,10 @@ def calibration_samples(
         )
     if not found:
         raise ValueError(f"{texts.where}: the text does not fill one sample of {length} tokens")
-    return _padded(found, length + 1, packing)
+    made = _padded(found, length + 1, packing)
+    if len(mixture) == 1:
+        return made
+    return replace(made, text_N=torch.tensor([text for text, _ in drawn]))
 
 
 def _padded(found: Sequence[Window], width: int, packing: str) -> Samples:

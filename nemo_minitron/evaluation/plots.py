@@ -131,6 +131,36 @@ def depth_map(importance: Mapping[tuple[str, int], Tensor]) -> bytes:
     return _png(figure)
 
 
+def routing_map(texts: Sequence[str], by_text: Tensor) -> bytes:
+    """Which experts each text of a calibration mixture uses: a heat map of layers and experts per text.
+
+    Args:
+        texts: their names.
+        by_text: tokens that came to each expert, int64, [texts, layers, experts].
+
+    Returns:
+        PNG.
+    """
+    share_MLE = by_text.double() / by_text.sum(-1, keepdim=True).clamp(min=1)
+    times_MLE = share_MLE * by_text.shape[-1]
+    height = 1.0 + len(texts) * max(1.4, 0.12 * by_text.shape[1])
+    figure, panels = plt.subplots(
+        len(texts), 1, figsize=(6.4, height), constrained_layout=True, squeeze=False, sharex=True
+    )
+    for panel, name, times_LE in zip(panels[:, 0], texts, times_MLE, strict=True):
+        image = panel.imshow(
+            times_LE.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=2, interpolation="nearest"
+        )
+        shown = name if len(name) <= 60 else f"...{name[-57:]}"
+        panel.set_title(shown, fontsize=9, parse_math=False)
+        panel.set_ylabel("layer")
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1, 0].set_xlabel("expert")
+    figure.colorbar(image, ax=list(panels[:, 0]), label="tokens, in equal shares", extend="max")
+    return _png(figure)
+
+
 def pareto(points: Sequence[tuple[str, int, float]]) -> bytes:
     """Held-out loss against size, a point per model; a line joins the models on the Pareto front.
 

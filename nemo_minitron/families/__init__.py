@@ -12,6 +12,7 @@ from nemo_minitron.families.architecture import (
 )
 from nemo_minitron.families.grammar import evaluate, parse_row
 from nemo_minitron.families.table import (
+    CHOSEN_EXPERTS,
     Axis,
     Family,
     Fold,
@@ -31,6 +32,7 @@ from nemo_minitron.families.wrapper import (
 )
 
 __all__ = [
+    "CHOSEN_EXPERTS",
     "Architecture",
     "Axis",
     "Family",

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from nemo_minitron.families.grammar import evaluate, names_in, row_axes, row_shape
-from nemo_minitron.families.table import Axis, Family, TensorRow, families
+from nemo_minitron.families.table import CHOSEN_EXPERTS, Axis, Family, TensorRow, families
 from nemo_minitron.security.plain_text import plain
 
 
@@ -175,6 +175,12 @@ class Architecture:
         """Names of the axes that the model has and whose size a plan may change, in the table's order."""
         return [name for name in self.family.prunable if name in self.present]
 
+    @property
+    def settable(self) -> list[str]:
+        """Names of the axes whose size a plan may change: those that it cuts, and experts for each token."""
+        routed = "experts" in self.present and CHOSEN_EXPERTS in self.family.axes
+        return [*self.prunable, *([CHOSEN_EXPERTS] if routed else [])]
+
     @cached_property
     def one_of_each(self) -> dict[str, int]:
         """The sizes, with one unit of every indexed axis but the layers; no condition depends on those."""
@@ -228,9 +234,10 @@ class Architecture:
         written = dict(self.config)
         for name, axis in self.family.axes.items():
             keys = [key for key in axis.config if key in self.config]
-            if not keys and name in self.present:
+            written_out = name in self.present or sizes[name] != self.sizes[name]
+            if not keys and written_out:
                 keys = list(axis.config[:1])
-            if axis.optional and name not in self.present:
+            if axis.optional and not written_out:
                 continue
             for key in keys:
                 written[key] = sizes[name]

@@ -18,6 +18,8 @@ from nemo_minitron.families.grammar import Dim, Row, evaluate, names_in, parse_r
 TABLES = Path(__file__).parent / "tables"
 OWN_TABLES = "MINITRON_FAMILIES"
 """Environment variable that names a table, or a folder of tables, of the user's; it outlives a process."""
+CHOSEN_EXPERTS = "experts_per_token"
+"""The axis of the experts that a token is sent to: in no tensor, and yet a plan may lower it."""
 _INDEX = re.compile(r"\{(\w+)\}")
 
 

@@ -26,6 +26,7 @@ from nemo_minitron.models.causal_lm import (
     projection_of,
     save_model,
 )
+from nemo_minitron.models.trainable import train_only
 from nemo_minitron.plugin.fast_on_gpus import FastOnGpus
 from nemo_minitron.plugin.nemo_archive import (
     ANY_SUBCLASS,
@@ -66,6 +67,7 @@ class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
     archives;
     * ``dtypes``: optional, dtypes to the names of parameters that are stored in them;
     * ``optim``: a NeMo optimiser and scheduler;
+    * ``only``: optional, patterns of the parameters that train, as ``training.only``;
     * ``train_ds``, ``validation_ds``, ``test_ds``: optional, see ``plugin.data_sets.DataSet``; of the
       last two each entry of ``paths`` is a set of its own, with a name.
 
@@ -104,6 +106,8 @@ class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
         if model is None:
             model = as_stored(new_model(hf_config, 0, "hf_config"), self.cfg)
         self.model = model
+        if self.cfg.get("only"):
+            train_only(model, self.family, list(self.cfg.only))
         self.objective: Objective = self.cross_entropy
         self.facts: dict[str, float] = {}
         self._sharded, self._gathered = False, None
@@ -214,6 +218,15 @@ class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
         """
         with self.products():
             return hidden_states(self.model, self.family, tokens_BS, **more)
+
+    def setup_optimizer_param_groups(self) -> None:
+        """NeMo's, without what ``only`` leaves frozen: the optimiser keeps no state for it."""
+        super().setup_optimizer_param_groups()
+        if self.cfg.get("only") and self._optimizer_param_groups:
+            for group in self._optimizer_param_groups:
+                group["params"] = [one for one in group["params"] if one.requires_grad]
+            kept = [group for group in self._optimizer_param_groups if group["params"]]
+            self._optimizer_param_groups = kept
 
     def products(self) -> contextlib.AbstractContextManager[Any]:
         """The context of the layers' matrix products: FP8 if Transformer Engine is set so."""

@@ -19,10 +19,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer, TQDMP
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_summary import summarize
 from nemo.utils.trainer_utils import resolve_trainer_cfg
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.config.overrides import duration, refuse_exp_manager, refuse_trainer
 from nemo_minitron.families import Architecture, Family
+from nemo_minitron.models.trainable import described
 from nemo_minitron.plugin.experiment import (
     end_loggers,
     manage,
@@ -76,6 +77,7 @@ class Options:
             ``shard``.
         transformer_engine: ``off``; ``on``, its layers; ``fp8``, and their products in FP8.
         fp8_recipe: how these are scaled; see ``training.fp8_recipes``.
+        only: patterns of the parameters that train; see ``models.trainable``. Empty: all do.
     """
 
     activation_checkpointing: bool = False
@@ -87,6 +89,7 @@ class Options:
     tensor_parallel: int = 1
     transformer_engine: str = "off"
     fp8_recipe: str = "auto"
+    only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,9 +187,7 @@ def train(
     refuse_exp_manager(settings.exp_manager)
     try:
         trainer = _trainer(settings, callbacks, state)
-        model = MinitronModel(
-            make_cfg(hf_config, files, dict(settings.optim)), trainer, hf_model.train()
-        )
+        model = MinitronModel(_cfg(hf_config, files, settings), trainer, hf_model.train())
         samples, parts = as_samples(samples), settings.options.tensor_parallel
         _watch(trainer, model, settings, samples.positions, state)
         _apply(settings, model, trainer.strategy.root_device, samples, as_samples(validation))
@@ -204,6 +205,11 @@ def train(
         _fit(trainer, model, state)
     model.gather()
     return model
+
+
+def _cfg(hf_config: dict[str, Any], files: Path | None, settings: TrainingSettings) -> DictConfig:
+    only = {"only": list(settings.options.only)} if settings.options.only else {}
+    return make_cfg(hf_config, files, dict(settings.optim), **only)
 
 
 def _check_fp8(
@@ -344,6 +350,8 @@ def _apply(
             an average of weights that are split.
     """
     options = settings.options
+    if options.only and model.trainer.is_global_zero:
+        print(f"training.only: {described(model.model)}", file=sys.stderr, flush=True)
     if options.ema_decay is not None and options.shard:
         raise ValueError(
             "training.ema_decay: not with training.parallel=shard, whose weights are in parts"

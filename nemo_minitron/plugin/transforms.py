@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from nemo_minitron.families import architecture_of
+from nemo_minitron.families import CHOSEN_EXPERTS, architecture_of
 from nemo_minitron.models.causal_lm import layer_list
 from nemo_minitron.models.reshape import reshape
 from nemo_minitron.plugin.speech_models import (
@@ -90,7 +90,7 @@ class Pruning:
             if found == self._of_axes(self.result):
                 return False
             raise ValueError(f"the plan was made for sizes {planned}, the model has {found}")
-        cut = Cut(source, self.keep, self.layers)
+        cut = Cut(source, self.keep, self.layers, self.experts_per_token)
         state = _stored_state(model)
         lost = next((name for name, _, _ in source.tensors() if name not in state), None)
         if lost is not None:
@@ -124,6 +124,11 @@ class Pruning:
     def keep(self) -> Keep:
         """Kept units of every axis that shrinks."""
         return dict(self.plan.keep)
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """Experts that a token is sent to; None: as many as before."""
+        return self.plan.after.get(CHOSEN_EXPERTS)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -160,6 +165,11 @@ class DepthPruning(Pruning):
     def keep(self) -> Keep:
         """Nothing is cut in width."""
         return {}
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """As many as before."""
+        return None
 
 
 def causal_lm_in(module: nn.Module, at: str | None = None) -> Any:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
-from nemo_minitron.families import Architecture, families
+from nemo_minitron.families import CHOSEN_EXPERTS, Architecture, families
 from nemo_minitron.pruning.cost import Size, model_size
 from nemo_minitron.pruning.select import Keep
 from nemo_minitron.pruning.slice import Cut
@@ -70,9 +70,20 @@ def mtp_note(checkpoint: Checkpoint) -> str:
     )
 
 
-def make_plan(model: Architecture, keep: Keep, layers_kept: tuple[int, ...], mtp: str = "") -> Plan:
+def cut_of(plan: Plan, source: Architecture) -> Cut:
+    """The cut of a model that a plan describes."""
+    return Cut(source, plan.keep, plan.layers_kept, plan.after.get(CHOSEN_EXPERTS))
+
+
+def make_plan(
+    model: Architecture,
+    keep: Keep,
+    layers_kept: tuple[int, ...],
+    mtp: str = "",
+    experts_per_token: int | None = None,
+) -> Plan:
     """Computes the model's cost before and after a cut."""
-    before, pruned = model.sizes, Cut(model, keep, layers_kept).result
+    before, pruned = model.sizes, Cut(model, keep, layers_kept, experts_per_token).result
     dropped = tuple(layer for layer in range(before["layers"]) if layer not in layers_kept)
     return Plan(
         model_type=model.family.model_type,
@@ -162,7 +173,8 @@ def _check_keep(plan: Plan) -> None:
     Raises:
         ValueError: they are not.
     """
-    cut = {axis for axis in plan.before if plan.after[axis] != plan.before[axis]} - {"layers"}
+    cut = {axis for axis in plan.before if plan.after[axis] != plan.before[axis]}
+    cut -= {"layers", CHOSEN_EXPERTS}
     family = families().get(plan.model_type)
     if family is not None:  # what follows others may be in no tensor
         cut -= {name for name, axis in family.axes.items() if axis.follows is not None}

@@ -98,7 +98,7 @@ def _checked(
     model: Architecture, choices: Mapping[str, Sequence[float]], where: str
 ) -> dict[str, list[float]]:
     """The choices, each size once; the number of layers is always among them."""
-    sizes, axes = model.sizes, model.prunable
+    sizes, axes = model.sizes, model.settable
     if "expansion" in choices and "ffn" in choices:
         raise ValueError(f"{where}.expansion and {where}.ffn: expected one of them, found both")
     for name, values in choices.items():

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_minitron.families import Architecture, Family, TensorRow, evaluate, fill, find_row
+from nemo_minitron.families import (
+    CHOSEN_EXPERTS,
+    Architecture,
+    Family,
+    TensorRow,
+    evaluate,
+    fill,
+    find_row,
+)
 from nemo_minitron.families.grammar import Dim, extent, row_axes, row_shape, segments
 from nemo_minitron.pruning.select import Keep, followed
 from nemo_minitron.security.plain_text import plain
@@ -22,6 +30,8 @@ class Cut:
     source: Architecture
     keep: Keep
     layers: tuple[int, ...]
+    experts_per_token: int | None = None
+    """Experts that a token is sent to in the result; None: as many as in the source."""
 
     @property
     def family(self) -> Family:
@@ -37,6 +47,8 @@ class Cut:
     def after(self) -> dict[str, int]:
         """Axis sizes of the result."""
         kept = {name: index.shape[-1] for name, index in self.keep.items()}
+        if self.experts_per_token is not None:
+            kept[CHOSEN_EXPERTS] = self.experts_per_token
         return followed(self.family, {**self.before, **kept, "layers": len(self.layers)})
 
     @cached_property

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nemo_minitron.config.plan_config import PlanConfig
-from nemo_minitron.families import Architecture, check_sizes
+from nemo_minitron.families import CHOSEN_EXPERTS, Architecture, check_sizes
 from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.pruning.serving import check_serving
 
@@ -26,8 +26,8 @@ def explicit_targets(plan: PlanConfig) -> dict[str, Any]:
 
 
 def needs_scores(plan: PlanConfig) -> bool:
-    """Whether the plan needs scores; a list of layers to drop alone does not."""
-    return bool(set(explicit_targets(plan)) - set(_CHOICES))
+    """Whether the plan needs scores; a list of layers to drop, and fewer experts for a token, do not."""
+    return bool(set(explicit_targets(plan)) - {*_CHOICES, CHOSEN_EXPERTS})
 
 
 def target_sizes(model: Architecture, plan: PlanConfig) -> dict[str, int]:
@@ -37,7 +37,7 @@ def target_sizes(model: Architecture, plan: PlanConfig) -> dict[str, int]:
         ValueError: a target that cannot be, with what was expected and found.
     """
     asked = {name: value for name, value in explicit_targets(plan).items() if name not in _CHOICES}
-    family, sizes, axes = model.family, model.sizes, model.prunable
+    family, sizes, axes = model.family, model.sizes, model.settable
     if plan.budget.params is not None:
         raise ValueError(
             "plan.budget.params: asks for a search, which 'minitron run' makes; this stage wants sizes"
@@ -50,7 +50,8 @@ def target_sizes(model: Architecture, plan: PlanConfig) -> dict[str, int]:
     keys = {name: name for name in asked} | ({"layers": "drop_layers"} if plan.drop_layers else {})
     for name, key in keys.items():
         if name not in axes:
-            which = f"family {family.model_type!r}" if name not in family.prunable else "this model"
+            known = (*family.prunable, CHOSEN_EXPERTS)
+            which = f"family {family.model_type!r}" if name not in known else "this model"
             raise ValueError(
                 f"plan.{key}: {which} has no prunable axis of that name; it has {', '.join(axes)}"
             )

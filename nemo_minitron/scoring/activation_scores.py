@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config.config import Config
 from nemo_minitron.data.mixtures import calibration_mixture
+from nemo_minitron.families import CHOSEN_EXPERTS, Architecture
 from nemo_minitron.pruning.select import Keep, select_units
 from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.pruning.stream import write_pruned
 from nemo_minitron.scoring.calibration_sums import CalibrationSums, merge_sums, rankings
+from nemo_minitron.scoring.importance import OWN_TOKENS
 from nemo_minitron.scoring.iterative import outranked, sizes_after, spread
 from nemo_minitron.scoring.layer_removal import (
     TaskSums,
@@ -49,11 +51,11 @@ class Outcome:
     notes: list[str]
 
 
-def measures_of(config: Config, layers: int) -> "Measures":
-    """What the passes of a configuration sum."""
+def measures_of(config: Config, model: Architecture, texts: int = 1) -> "Measures":
+    """What the passes of a configuration sum over samples of so many texts."""
     from nemo_minitron.scoring.hooks import Measures
 
-    lengths = block_lengths(config, layers)
+    lengths, routed = block_lengths(config, model.sizes["layers"]), scores_experts(model)
     depth = config.score.depth
     aggregation = config.score.aggregation
     return Measures(
@@ -61,7 +63,14 @@ def measures_of(config: Config, layers: int) -> "Measures":
         config.score.neurons == "pre_activation",
         lengths if depth == "block_influence" else (),
         lengths if depth == "lm_loss" else (),
+        routed and config.score.experts == OWN_TOKENS,
+        texts if routed and texts > 1 else 0,
     )
+
+
+def scores_experts(model: Architecture) -> bool:
+    """Whether a model has routed experts that are seen while it is scored."""
+    return "experts" in model.present and "experts" in model.family.taps
 
 
 @dataclass(frozen=True)
@@ -96,13 +105,14 @@ def prepare(config: Config, folder: Path, teacher: Input) -> Prepared:
     from nemo_minitron.models.causal_lm import load_tokenizer
 
     checkpoint, calibration = open_checkpoint(folder), config.data.calibration
+    mixture = calibration_mixture(config)
     samples = calibration_samples(
-        calibration_mixture(config), load_tokenizer(folder), calibration.sequence_length, calibration.samples,
+        mixture, load_tokenizer(folder), calibration.sequence_length, calibration.samples,
         calibration.seed, calibration.packing,
     )  # fmt: skip
     named = dict(enumerate(samples.fingerprints()))
     wanted = {index: named[index] for index in part_of(config.score.shard, len(samples))}
-    measures = measures_of(config, checkpoint.architecture.sizes["layers"])
+    measures = measures_of(config, checkpoint.architecture, len(mixture))
     merged = _merged(config, teacher, measures, wanted) if config.score.merge else CalibrationSums()
     return Prepared(samples, wanted, measures, merged)
 
@@ -184,10 +194,15 @@ def usable(
         ("lm_loss", n) for n in measures.losses
     ]
     held = {how for _, how in calibration.sums}
-    if not set(measures.sequence) <= held or not set(depth) <= set(calibration.depth):
+    hows = {*measures.sequence, *([OWN_TOKENS] if measures.own_tokens else [])}
+    if not hows <= held or not set(depth) <= set(calibration.depth):
         return CalibrationSums()
-    sums = {key: value for key, value in calibration.sums.items() if key[1] in measures.sequence}
-    return replace(calibration, sums=sums, depth={key: calibration.depth[key] for key in depth})
+    sums = {key: value for key, value in calibration.sums.items() if key[1] in hows}
+    by_text = calibration.by_text
+    if by_text is not None and len(by_text) != measures.texts:  # of another mixture
+        by_text = None
+    kept = {key: calibration.depth[key] for key in depth}
+    return replace(calibration, sums=sums, depth=kept, by_text=by_text)
 
 
 def _merged(
@@ -228,8 +243,9 @@ def _merged(
 def _scores(config: Config, checkpoint: Checkpoint, calibration: CalibrationSums) -> Scores:
     aggregation = config.score.aggregation
     ranking = rankings(
-        calibration, checkpoint.family, aggregation.batch, aggregation.sequence, config.score.depth
-    )
+        calibration, checkpoint.family, aggregation.batch, aggregation.sequence, config.score.depth,
+        config.score.experts,
+    )  # fmt: skip
     return Scores(ranking, calibration)
 
 
@@ -258,7 +274,12 @@ def _iterated(
         with building(folder) as temporary:
             write_pruned(
                 checkpoint,
-                [(temporary, Cut(checkpoint.architecture, keep, every))],
+                [
+                    (
+                        temporary,
+                        Cut(checkpoint.architecture, keep, every, between.get(CHOSEN_EXPERTS)),
+                    )
+                ],
                 5_000_000_000,
             )
         calibration = run(folder, replace(measures, influence=(), losses=()), indices, save=False)
@@ -268,6 +289,7 @@ def _iterated(
             config.score.aggregation.batch,
             config.score.aggregation.sequence,
             "none",
+            config.score.experts,
         )
         for axis, values in found.items():
             now, alive = spread(family, sizes, keep, axis, values)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nemo_minitron.families import Family
 from nemo_minitron.scoring.depth import DepthSums, block_importance, merge_depth
-from nemo_minitron.scoring.importance import Moments, merge, over_batch
+from nemo_minitron.scoring.importance import OWN_TOKENS, Moments, merge, over_batch, own_mean
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,15 @@ class CalibrationSums:
             (experts).
         depth: (metric, block length) to its sums.
         samples: number of each calibration sample to the fingerprint of its tokens.
+        by_text: tokens that came to each expert, for each text of a mixture, int64, [texts, layers,
+            experts]; None where they were not counted apart.
     """
 
     sums: Mapping[tuple[str, str], Moments] = field(default_factory=dict)
     routed: Mapping[str, Tensor] = field(default_factory=dict)
     depth: Mapping[tuple[str, int], DepthSums] = field(default_factory=dict)
     samples: Mapping[int, str] = field(default_factory=dict)
+    by_text: Tensor | None = None
 
     @property
     def empty(self) -> bool:
@@ -59,11 +62,18 @@ def merge_sums(left: CalibrationSums, right: CalibrationSums) -> CalibrationSums
         {axis: value + right.routed[axis] for axis, value in left.routed.items()},
         {key: merge_depth(value, right.depth[key]) for key, value in left.depth.items()},
         {**left.samples, **right.samples},
+        # of a part of the samples alone it would be taken for that of all
+        None if left.by_text is None or right.by_text is None else left.by_text + right.by_text,
     )
 
 
 def rankings(
-    calibration: CalibrationSums, family: Family, batch: str, sequence: str, depth: str
+    calibration: CalibrationSums,
+    family: Family,
+    batch: str,
+    sequence: str,
+    depth: str,
+    experts: str = "all_tokens",
 ) -> dict[str, Tensor]:
     """Scores of every axis from the sums.
 
@@ -73,6 +83,8 @@ def rankings(
         batch: aggregation over samples.
         sequence: aggregation over positions; one that was summed.
         depth: metric that ranks the layers, or ``none``.
+        experts: ``all_tokens``: the two aggregations, as for every axis; ``own_tokens``: the mean
+            over the tokens that came to the expert, where it was summed.
 
     Returns:
         Axis name to scores, float64; axes of scope ``model`` have one ranking, the sum over all
@@ -83,6 +95,9 @@ def rankings(
         if how == sequence:
             scores = over_batch(sums, batch)
             ranking[axis] = scores.sum((0, 1)) if family.axes[axis].scope == "model" else scores
+    own = calibration.sums.get(("experts", OWN_TOKENS))
+    if experts == OWN_TOKENS and own is not None:
+        ranking["experts"] = own_mean(own, calibration.routed["experts"])
     if (depth, 1) in calibration.depth:
         ranking["layers"] = block_importance(depth, calibration.depth[depth, 1])
     return ranking

@@ -15,8 +15,11 @@ from nemo_minitron.models.routed_experts import Visit, watched
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.depth import DepthSums, cosines
 from nemo_minitron.scoring.fused import kernels_for
-from nemo_minitron.scoring.importance import Moments, over_routed, over_sequence
+from nemo_minitron.scoring.importance import OWN_TOKENS, Moments, over_routed, over_sequence
 from nemo_minitron.scoring.running_sums import RunningSums
+
+_BY_TEXT = "experts of each text"
+"""What counts of [texts, experts] wait under beside those of the axis."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,16 @@ class Measures:
             says how.
         influence: lengths of the blocks of layers whose influence is measured.
         losses: lengths of the blocks without which the loss is measured.
+        own_tokens: whether experts are summed over their own tokens, too.
+        texts: texts of a mixture for each of which the tokens of every expert are counted; 0: not.
     """
 
     sequence: tuple[str, ...] = ("mean",)
     pre_activation: bool = False
     influence: tuple[int, ...] = (1,)
     losses: tuple[int, ...] = ()
+    own_tokens: bool = False
+    texts: int = 0
 
 
 class Recorder:
@@ -46,6 +53,7 @@ class Recorder:
     Attributes:
         mask: positions that count in the coming forward pass, Tensor of shape [samples, positions],
             or None for all.
+        text_B: number of each sample's text in the coming forward pass, or None.
         paused: whether the coming forward pass goes unrecorded.
         idle: whether all do from now on.
     """
@@ -76,12 +84,14 @@ class Recorder:
         }
         self.places = {axis: layers for axis, layers in where.items() if layers}
         self.mask: Tensor | None = None
+        self.text_B: Tensor | None = None
         self.paused = self.idle = False
         self._sums = RunningSums()
         self._inputs: dict[int, Tensor] = {}
         self._samples_positions = torch.Size()
         self._now: dict[str, dict[str, list[Tensor]]] = {}
         self._came: list[Tensor] = []
+        self._came_B: list[Tensor] = []
 
     def keep(self) -> None:
         """Adds what the forward passes since the last time have shown."""
@@ -99,6 +109,10 @@ class Recorder:
             if self.family.axes[axis].scope == "model"
             else present[axis]
         )
+
+    def _hows(self, axis: str) -> tuple[str, ...]:
+        own = self.measures.own_tokens and axis == "experts"
+        return (*self.measures.sequence, OWN_TOKENS) if own else self.measures.sequence
 
     def _taps(self, axis: str) -> tuple[Tap, ...]:
         early = f"{axis}.pre_activation"
@@ -187,17 +201,20 @@ class Recorder:
             return
         samples, positions = self._samples_positions
         if visit.expert == 0:
-            self._now = {axis: {how: [] for how in self.measures.sequence} for axis in axes}
-            self._came = []
+            self._now = {axis: {how: [] for how in self._hows(axis)} for axis in axes}
+            self._came, self._came_B = [], []
         sample_T = visit.token_T // positions
-        if self.mask is None:
-            count_B = torch.full((samples,), positions, device=sample_T.device)
-            self._came.append(torch.full((), len(sample_T), device=sample_T.device))
-        else:
+        if self.mask is not None:
             valid_T = self.mask.flatten()[visit.token_T]
             sample_T = sample_T.where(valid_T, sample_T.new_full((), samples))
-            count_B = self.mask.sum(1)
             self._came.append(valid_T.sum())
+            count_B = self.mask.sum(1)
+        else:
+            self._came.append(torch.full((), len(sample_T), device=sample_T.device))
+            count_B = torch.full((samples,), positions, device=sample_T.device)
+        if self._apart():
+            zero_B = sample_T.new_zeros(samples + 1)  # the last: tokens that do not count
+            self._came_B.append(zero_B.index_add(0, sample_T, torch.ones_like(sample_T)))
         for axis in axes:
             if axis == "experts":
                 x_TU = torch.linalg.vector_norm(
@@ -205,18 +222,27 @@ class Recorder:
                 )
             else:
                 x_TU = visit.neurons_TU
-            for how, value_BU in over_routed(
-                x_TU, sample_T, count_B, self.measures.sequence
-            ).items():
+            for how, value_BU in over_routed(x_TU, sample_T, count_B, self._hows(axis)).items():
                 self._now[axis][how].append(value_BU)
-        if visit.expert < visit.experts - 1:
-            return
+        if visit.expert == visit.experts - 1:
+            self._all_visited(layer)
+
+    def _all_visited(self, layer: int) -> None:
+        """Hands on what all experts of a layer did."""
         self._sums.add_routed("experts", layer, torch.stack(self._came))
+        if self._apart():
+            assert self.text_B is not None
+            came_BE = torch.stack(self._came_B, 1)[:-1]
+            zero_ME = came_BE.new_zeros(self.measures.texts, came_BE.shape[1])
+            self._sums.add_routed(_BY_TEXT, layer, zero_ME.index_add(0, self.text_B, came_BE))
         for axis, hows in self._now.items():
             for how, values in hows.items():
                 value_BEU = torch.stack(values, 1)
                 value_BEU = value_BEU[..., 0] if axis == "experts" else value_BEU
                 self._sums.add((axis, how), (layer, 0), value_BEU)
+
+    def _apart(self) -> bool:
+        return self.measures.texts > 0 and self.text_B is not None
 
     def _enter(self, layer: int, x_BSH: Tensor) -> None:
         self._samples_positions = x_BSH.shape[:2]
@@ -245,14 +271,14 @@ class Recorder:
         self.keep()
         sums: dict[tuple[str, str], Moments] = {}
         for axis, layers in self.places.items():
-            for how in self.measures.sequence:
+            for how in self._hows(axis):
                 sums[axis, how] = self._stacked(axis, how, layers)
         routed: dict[str, Tensor] = {}
         for (axis, layer), counts in self._sums.routed().items():
-            routed.setdefault(
-                axis, torch.zeros(self.sizes["layers"], len(counts), dtype=torch.int64)
-            )
+            shape = (self.sizes["layers"], *counts.shape)
+            routed.setdefault(axis, torch.zeros(shape, dtype=torch.int64))
             routed[axis][layer] = counts
+        by_text = routed.pop(_BY_TEXT).transpose(0, 1) if _BY_TEXT in routed else None
         depth: dict[tuple[str, int], DepthSums] = {}
         found, tokens = self._sums.cosines(), int(self._sums.tokens)
         for length in self.measures.influence:
@@ -262,7 +288,7 @@ class Recorder:
                     total[first] = cosine
             measured = any(long == length for _, long in found)
             depth["block_influence", length] = DepthSums(total, 0.0, tokens if measured else 0)
-        return CalibrationSums(sums, routed, depth)
+        return CalibrationSums(sums, routed, depth, by_text=by_text)
 
     def _stacked(self, axis: str, how: str, layers: Sequence[int]) -> Moments:
         whole = self.family.axes[axis].scope == "model"

@@ -16,6 +16,8 @@ from torch import Tensor
 from nemo_minitron.losses.wide_matmul import widened
 
 AGGREGATIONS = ("l2", "mean", "var")
+OWN_TOKENS = "own_tokens"
+"""Sum over the tokens that came to an expert; ``own_mean`` makes a mean over those of all samples of it."""
 
 
 def over_sequence(x_BSU: Tensor, mask_BS: Tensor | None, hows: Sequence[str]) -> dict[str, Tensor]:
@@ -66,10 +68,10 @@ def over_routed(
         x_TU: activations of the tokens that came to the expert, Tensor of shape [tokens, units].
         sample_T: the sample that each token belongs to, int64; their number where it does not count.
         count_B: valid positions of every sample.
-        hows: any of ``AGGREGATIONS``.
+        hows: any of ``AGGREGATIONS``, and ``OWN_TOKENS``.
 
     Returns:
-        Each aggregation's Tensor of shape [samples, units], float32.
+        Each aggregation's Tensor of shape [samples, units], float32; of ``OWN_TOKENS`` float64.
     """
     x_TU = widened(x_TU)  # var is a difference of sums here
     sample_T, count_B = sample_T.to(x_TU.device), count_B.to(x_TU.device)
@@ -78,6 +80,9 @@ def over_routed(
     count_B1 = count_B.double().clamp(min=1)[:, None]
     result = {}
     for how in hows:
+        if how == OWN_TOKENS:
+            result[how] = zero_BU.index_add(0, sample_T, x_TU.abs())[:samples]
+            continue
         if how == "mean":
             value_BU = zero_BU.index_add(0, sample_T, x_TU.abs())[:samples] / count_B1
         else:
@@ -147,6 +152,19 @@ def over_batch(sums: Moments, how: str) -> Tensor:
         return mean
     assert how == "var", how
     return (sums.squares / sums.samples - mean.square()).clamp(min=0)
+
+
+def own_mean(sums: Moments, count: Tensor) -> Tensor:
+    """Mean over the tokens that came to each expert (REAP): one that few tokens need, and much, stays.
+
+    Args:
+        sums: of ``OWN_TOKENS``, shape [layers, experts].
+        count: tokens that came to each, int64, of the same shape.
+
+    Returns:
+        Tensor of the same shape, float64; 0 where no token came.
+    """
+    return sums.total / count.clamp(min=1)
 
 
 def random_scores(shape: tuple[int, ...], seed: int) -> Tensor:

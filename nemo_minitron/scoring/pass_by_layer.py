@@ -250,7 +250,8 @@ class _Pass:
     ) -> None:
         """Takes a batch through a layer: for the whole model, and for each model without a block."""
         decoder, store = decoder_of(model, self.family), self.store
-        recorder.mask, recorder.paused, detour.catch = batch.mask_BS, False, True
+        recorder.mask, recorder.text_B = batch.mask_BS, batch.text_B
+        recorder.paused, detour.catch = False, True
         if layer != self.kept[0]:
             detour.inject = {here: self._stored(None, number)}
         decoder(**batch.inputs())
@@ -314,4 +315,11 @@ def _joined(
         total = depth[name].total if name in depth else torch.zeros(layers, dtype=torch.float64)
         total[layer] = part.total[here]
         depth[name] = replace(part, total=total)
-    return replace(found, sums=sums, routed=routed, depth=depth)
+    by_text = found.by_text
+    if one.by_text is not None:
+        texts, _, experts = one.by_text.shape
+        by_text = (
+            torch.zeros(texts, layers, experts, dtype=torch.int64) if by_text is None else by_text
+        )
+        by_text[:, layer] = one.by_text[:, here]
+    return replace(found, sums=sums, routed=routed, depth=depth, by_text=by_text)

@@ -254,7 +254,8 @@ class _Pass:
         """Takes one batch through the model, recorded, and through it without each block."""
         recorder, detour = self.recorder, self.detour
         family = recorder.family
-        recorder.mask, recorder.paused = batch.mask_BS, recorder.idle
+        recorder.mask, recorder.text_B = batch.mask_BS, batch.text_B
+        recorder.paused = recorder.idle
         detour.skip, detour.inject, detour.catch = self.removed, {}, bool(self.losses.blocks)
         if not self.losses.blocks:
             decoder_of(self.model, family)(**batch.inputs())

@@ -1,8 +1,9 @@
 """scores.safetensors: rankings of every axis, and the mergeable sums they were made from."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +22,16 @@ from nemo_minitron.workspace.typed_json import read_json, remedy
 
 FILE = "scores.safetensors"
 SAMPLES = "samples.json"
+ROUTING = "routing.json"
+
+
+class _Text(TypedDict):
+    text: str
+    tokens_of_experts: list[list[int]]
+
+
+class _Routing(TypedDict):
+    texts: list[_Text]
 
 
 @dataclass(frozen=True)
@@ -40,8 +51,11 @@ class Scores:
     greedy: tuple[int, ...] = ()
 
 
-def write_scores(folder: Path, scores: Scores) -> None:
+def write_scores(folder: Path, scores: Scores, texts: Sequence[str] = ()) -> None:
     """Writes ``scores.safetensors`` and, where there are calibration samples, ``samples.json``.
+
+    Where the tokens of experts were counted for each text, also ``routing.json``: the texts' names
+    and, by layer, the tokens that came to each expert.
 
     Names: ``ranking.AXIS``; ``sums.AXIS.AGGREGATION.`` and ``total``, ``squares``, ``samples``;
     ``routed.AXIS``; ``depth.METRIC.LENGTH.`` and ``total``, ``base``, ``count``; ``greedy``.
@@ -59,6 +73,12 @@ def write_scores(folder: Path, scores: Scores) -> None:
             folder / SAMPLES,
             {str(index): name for index, name in scores.calibration.samples.items()},
         )
+    by_text = scores.calibration.by_text
+    if by_text is not None:
+        names = texts or [str(number) for number in range(len(by_text))]
+        rows = zip(names, by_text.tolist(), strict=True)
+        found = [_Text(text=name, tokens_of_experts=counts) for name, counts in rows]
+        write_json(folder / ROUTING, {"texts": found})
 
 
 def read_scores(folder: Path) -> Scores:
@@ -81,8 +101,9 @@ def read_scores(folder: Path) -> Scores:
         check_file(folder / SAMPLES)
         named = read_json(folder / SAMPLES, dict[str, str])
         samples = {int(index): name for index, name in named.items() if index.isdecimal()}
+    by_text = read_routing(folder)[1] if (folder / ROUTING).is_file() else None
     try:
-        return Scores(ranking, _tally(tensors, samples), greedy)
+        return Scores(ranking, replace(_tally(tensors, samples), by_text=by_text), greedy)
     except (
         ValueError,
         KeyError,
@@ -93,6 +114,26 @@ def read_scores(folder: Path) -> Scores:
         raise ValueError(
             f"{path}: damaged: expected rankings and sums as they are written, found others; {remedy(path)}"
         ) from None
+
+
+def read_routing(folder: Path) -> tuple[list[str], Tensor]:
+    """Names of the texts, and the tokens that came to each expert of each, int64, [texts, layers, experts].
+
+    Raises:
+        ValueError: the file is missing, damaged, or no longer what its artifact's manifest says.
+    """
+    path = folder / ROUTING
+    check_file(path)
+    texts = read_json(path, _Routing)["texts"]
+    try:
+        counts = torch.tensor([text["tokens_of_experts"] for text in texts], dtype=torch.int64)
+    except (ValueError, RuntimeError, OverflowError):
+        counts = torch.zeros(0)
+    if counts.dim() != 3 or not counts.numel() or counts.min() < 0:
+        raise ValueError(
+            f"{path}: damaged: expected for each text and layer one number per expert; {remedy(path)}"
+        )
+    return [text["text"] for text in texts], counts
 
 
 def check_scores(folder: Path, scores: Scores, family: Family, sizes: Mapping[str, int]) -> None:

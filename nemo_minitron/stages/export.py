@@ -23,8 +23,7 @@ from nemo_minitron.evaluation.gate import LINEAGE, gate_of, judge, raise_if_fail
 from nemo_minitron.evaluation.report import read_report
 from nemo_minitron.families import find_row
 from nemo_minitron.pruning.cost import model_size
-from nemo_minitron.pruning.plan_file import read_plan
-from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.plan_file import cut_of, read_plan
 from nemo_minitron.pruning.slice_wrapper import CutSurroundings, write_causal_lm, write_whole
 from nemo_minitron.release.model_card import card_text
 from nemo_minitron.release.quickstart import check_in_clean_process
@@ -178,7 +177,7 @@ def _surroundings(
     if source.around is None or config.export.text_only:
         return None
     plan = read_plan(workspace.plan)
-    return CutSurroundings(source, Cut(source.architecture, plan.keep, plan.layers_kept))
+    return CutSurroundings(source, cut_of(plan, source.architecture))
 
 
 def _write_model(

@@ -3,18 +3,26 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.families import CHOSEN_EXPERTS
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import alignment
-from nemo_minitron.pruning.plan_file import Plan, make_plan, mtp_note, read_plan, write_plan
-from nemo_minitron.pruning.select import Keep, contiguous, kept_layers, scattered, select_units
+from nemo_minitron.pruning.plan_file import Plan, cut_of, make_plan, mtp_note, read_plan, write_plan
+from nemo_minitron.pruning.select import contiguous, kept_layers, scattered, select_units
 from nemo_minitron.pruning.serving import serving_notes
-from nemo_minitron.pruning.slice import Cut, pattern_notes
+from nemo_minitron.pruning.slice import pattern_notes
 from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores, target_sizes
 from nemo_minitron.scoring.depth import block_importance
-from nemo_minitron.scoring.scores_file import Scores, check_scores, read_scores
+from nemo_minitron.scoring.routing import kept_notes
+from nemo_minitron.scoring.scores_file import (
+    ROUTING,
+    Scores,
+    check_scores,
+    read_routing,
+    read_scores,
+)
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.recipe import Recipe, Summary
@@ -55,9 +63,12 @@ def recipe(config: Config) -> Recipe:
         checkpoint.architecture.check_layers(layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
-        result = Cut(checkpoint.architecture, keep, tuple(layers)).result
+        plan = make_plan(
+            checkpoint.architecture, keep, tuple(layers), mtp_note(checkpoint), targets.get(CHOSEN_EXPERTS)
+        )  # fmt: skip
+        result = cut_of(plan, checkpoint.architecture).result
         check_config_loads(both_spellings(result.config), "plan")
-        write_plan(temporary, _made(checkpoint, keep, tuple(layers)))
+        write_plan(temporary, plan)
 
     settings = explicit_targets(config.plan)
     if settings.get("layer_choice") == "contiguous":
@@ -68,14 +79,21 @@ def recipe(config: Config) -> Recipe:
         plan = read_plan(folder)
         of = pattern_notes(checkpoint.architecture, plan.layers_kept)
         of += serving_notes(checkpoint.architecture, plan.after, config.plan.serve)
+        of += _kept_experts(workspace.scores, plan)
         found = _summary(plan)
         return replace(found, notes=(*found.notes, *of))
 
     return Recipe(folder, "plan", settings, inputs, build, summary)
 
 
-def _made(checkpoint: Checkpoint, keep: Keep, layers: tuple[int, ...]) -> Plan:
-    return make_plan(checkpoint.architecture, keep, layers, mtp_note(checkpoint))
+def _kept_experts(scores: Path, plan: Plan) -> list[str]:
+    """What the kept experts mean to each text of the calibration mixture, where the scores say."""
+    if "experts" not in plan.keep or not (scores / ROUTING).is_file():
+        return []
+    texts, by_text = read_routing(scores)
+    keep_LK = plan.keep["experts"]
+    fits = by_text.shape[1:] == (len(keep_LK), plan.before["experts"])
+    return kept_notes(texts, by_text, keep_LK) if fits else []
 
 
 def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.pruning.cost import model_size
-from nemo_minitron.pruning.plan_file import is_for, read_plan
-from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.plan_file import cut_of, is_for, read_plan
 from nemo_minitron.pruning.stream import planned_bytes, write_pruned
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.result import Result
@@ -88,7 +87,7 @@ def _build(
             plan = read_plan(place.plan)
             if not is_for(plan, checkpoint.architecture):
                 raise ValueError(f"{place.plan}: made for a model of other sizes than {source}")
-            cut = Cut(checkpoint.architecture, plan.keep, plan.layers_kept)
+            cut = cut_of(plan, checkpoint.architecture)
             refuse_unknown_folder(place.pruned)
             targets.append((stack.enter_context(building(place.pruned)), cut))
         advance = stack.enter_context(

@@ -16,13 +16,20 @@ from nemo_minitron.families import Family, find_row
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.select import score_shape
 from nemo_minitron.pruning.target_sizes import explicit_targets, target_sizes
-from nemo_minitron.scoring.activation_scores import Outcome, Prepared, by_activation, prepare
+from nemo_minitron.scoring.activation_scores import (
+    Outcome,
+    Prepared,
+    by_activation,
+    prepare,
+    scores_experts,
+)
 from nemo_minitron.scoring.batch_size import samples_at_once
 from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.depth import block_importance
 from nemo_minitron.scoring.importance import AGGREGATIONS, concentration, random_scores
 from nemo_minitron.scoring.layer_removal import TaskSums, block_lengths, greedy_steps
 from nemo_minitron.scoring.magnitude import unit_squares
+from nemo_minitron.scoring.routing import effective_experts, routing_notes
 from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
 from nemo_minitron.stages.inputs import length_notes, teacher_folder
 from nemo_minitron.stages.recipe import Recipe, Summary
@@ -67,8 +74,10 @@ def recipe(config: Config) -> Recipe:
             scores = outcome[0].scores
         else:
             scores = _BASELINES[config.score.importance](config, open_checkpoint(folder))
-        write_scores(temporary, scores)
-        _write_plots(plots_in(temporary), scores)
+        texts = _texts(config)
+        scores = _with_routing(scores, len(texts))
+        write_scores(temporary, scores, texts)
+        _write_plots(plots_in(temporary), scores, texts)
 
     def summary() -> Summary:
         told = _summary(config, read_scores(target), outcome)
@@ -78,8 +87,24 @@ def recipe(config: Config) -> Recipe:
     return Recipe(target, "scores", settings, inputs, build, summary, check, resumable=True)
 
 
-def _write_plots(folder: Path, scores: Scores) -> None:
-    from nemo_minitron.evaluation.plots import depth_map, importance_maps
+def _texts(config: Config) -> list[str]:
+    """Names of the texts whose tokens are counted apart: the paths, where they have weights."""
+    calibration = config.data.calibration
+    if calibration.weights is not None:
+        return list(calibration.paths)
+    return ["data.calibration" if calibration.paths else "data.train"]
+
+
+def _with_routing(scores: Scores, texts: int) -> Scores:
+    """The scores with tokens that came to each expert by text: of a single one, those of all."""
+    found = scores.calibration
+    if texts > 1 or "experts" not in found.routed:
+        return scores
+    return replace(scores, calibration=replace(found, by_text=found.routed["experts"][None]))
+
+
+def _write_plots(folder: Path, scores: Scores, texts: list[str]) -> None:
+    from nemo_minitron.evaluation.plots import depth_map, importance_maps, routing_map
 
     folder.mkdir()
     pictures = importance_maps(scores.ranking)
@@ -90,6 +115,8 @@ def _write_plots(folder: Path, scores: Scores) -> None:
     }
     if len(measured) > 1:  # of single layers alone the axis' own picture shows it
         pictures["depth"] = depth_map(measured)
+    if scores.calibration.by_text is not None:
+        pictures["routing"] = routing_map(texts, scores.calibration.by_text)
     for name, picture in pictures.items():
         (folder / f"{name}.png").write_bytes(picture)
 
@@ -113,6 +140,7 @@ def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     calibration = config.data.calibration
     settings |= {
         "aggregation": asdict(score.aggregation),
+        **_experts(config, checkpoint),
         "neurons": score.neurons,
         "blocks": list(block_lengths(config, layers)),
         "calibration": {
@@ -137,6 +165,12 @@ def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     if score.shard:
         settings["shard"] = score.shard
     return settings
+
+
+def _experts(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
+    """``score.experts`` where it decides something; ``all_tokens`` was the rule before there was a choice."""
+    own = config.score.experts != "all_tokens" and scores_experts(checkpoint.architecture)
+    return {"experts": config.score.experts} if own else {}
 
 
 def _check(config: Config, checkpoint: Checkpoint) -> None:
@@ -274,6 +308,13 @@ def _summary(config: Config, scores: Scores, outcome: list[Outcome]) -> Summary:
         facts["tokens_per_second"] = speed
     if outcome:
         notes = outcome[0].notes
+    by_text = scores.calibration.by_text
+    if by_text is not None:
+        texts = _texts(config)
+        facts["effective_experts"] = {
+            name: effective_experts(counts) for name, counts in zip(texts, by_text, strict=True)
+        }
+        notes = [*notes, *routing_notes(texts, by_text)]
     return Summary(
         headline,
         ("axis", "scores", "concentration (Gini)", "least important", "most important"), tuple(rows), facts,

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,6 +19,7 @@ from nemo_minitron.data.mixtures import (
     validation_text,
 )
 from nemo_minitron.data.training_samples import training_samples
+from nemo_minitron.families import family_of
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.inputs import length_notes
 from nemo_minitron.stages.recipe import Recipe, Summary
@@ -60,6 +61,10 @@ SKIPPED = "skipped.json"
 """Steps that a training left out: number, which samples (as those of a step without any left out), reason."""
 
 
+_FROM_NOISE = ("pretrain", "scratch")
+"""Kinds of models that begin with random weights: ``training.only`` would leave them what they are."""
+
+
 class _Skip(TypedDict):
     step: int
     samples_of_step: int
@@ -98,6 +103,8 @@ def training_recipe(
         inputs: what it is made from.
         role: the rest.
     """
+    if kind in _FROM_NOISE:
+        config = replace(config, training=replace(config.training, only=[]))
     resolved, decides = _resolved(config, section)
 
     def check() -> None:
@@ -107,6 +114,11 @@ def training_recipe(
         from nemo_minitron.plugin.trainer import check_trainer
 
         check_trainer(resolved["trainer"])
+        if config.training.only:
+            from nemo_minitron.models.trainable import check_only
+
+            shape = role.shape()
+            check_only(shape, family_of(shape), config.training.only)
 
     def build(state: Path, target: Path, ranks: Ranks) -> None:
         """Trains, all ranks together, and writes what came of it."""
@@ -173,7 +185,7 @@ def _deciding(training: TrainingConfig) -> dict[str, Any]:
     Not what a bad loss does: whoever is stopped by one must be able to go on, and what was left out
     lies beside the weights.
     """
-    named = ("ema_decay", "transformer_engine", "fp8_recipe")
+    named = ("ema_decay", "transformer_engine", "fp8_recipe", "only")
     default = TrainingConfig()
     values = {name: getattr(training, name) for name in named}
     return {name: value for name, value in values.items() if value != getattr(default, name)}
@@ -275,7 +287,7 @@ def _options(training: TrainingConfig) -> Any:
     return Options(
         training.activation_checkpointing, training.compile, training.ema_decay, spikes, training.peak_tflops,
         training.parallel == "shard", training.tensor_parallel, training.transformer_engine,
-        training.fp8_recipe,
+        training.fp8_recipe, tuple(training.only),
     )  # fmt: skip
 
 

@@ -68,7 +68,9 @@ class Averaging(Callback):
         self._average, self._step = dict(state_dict["average"]), state_dict["step"]
 
     def _weights(self, pl_module: LightningModule) -> list[tuple[str, Tensor]]:
-        return list(pl_module.model.named_parameters())
+        # what training.only freezes is its own average
+        named = pl_module.model.named_parameters()
+        return [(name, weight) for name, weight in named if weight.requires_grad]
 
     def _put(self, pl_module: LightningModule, values: dict[str, Tensor]) -> None:
         with torch.no_grad():

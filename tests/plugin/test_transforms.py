@@ -45,11 +45,19 @@ def test_every_family_is_pruned_in_memory_as_on_disk(tmp_path, name):
     targets = halved(family, sizes, TOGETHER, [axis for axis in family.prunable if axis in axes])
     scores = {axis: random_scores(score_shape(family, sizes, axis), 0) for axis in family.prunable}
     keep = select_units(family, scores, sizes, {k: v for k, v in targets.items() if k != "layers"})
-    plan = make_plan(checkpoint.architecture, keep, (1, 3))
-    expected = logits(stream(folder, tmp_path / "pruned", keep, (1, 3)))
+    fewer = 1 if "experts" in axes else None  # of two for each token
+    plan = make_plan(checkpoint.architecture, keep, (1, 3), experts_per_token=fewer)
+    expected = logits(stream(folder, tmp_path / "pruned", keep, (1, 3), fewer))
     model = load_model(folder, torch.float32)
     assert Pruning(plan)(model) is model
     assert torch.equal(model(torch.arange(20)[None]).logits, expected)
+
+
+def test_experts_for_a_token_are_a_matter_of_width(mixture):
+    architecture = open_checkpoint(mixture).architecture
+    plan = make_plan(architecture, {}, (0, 2), experts_per_token=1)
+    assert DepthPruning(plan)(load_model(mixture)).config.num_experts_per_tok == 2
+    assert WidthPruning(plan)(load_model(mixture)).config.num_experts_per_tok == 1
 
 
 @pytest.mark.parametrize("tied", [False, True])

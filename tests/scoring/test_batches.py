@@ -54,7 +54,7 @@ def operations(folder, samples, measures=None):
         decoder = decoder_of(model, checkpoint.family)
         recorder = Recorder(checkpoint.architecture, measures or ALL)
         attached = recorder.attached(model) if measures else nullcontext()
-        recorder.mask = batch.mask_BS
+        recorder.mask, recorder.text_B = batch.mask_BS, batch.text_B
         with frozen(model), attached:
             for _ in range(2):
                 with Operations() as found:
@@ -70,7 +70,9 @@ def test_a_scored_batch_does_not_wait_for_the_device(tmp_path, name, masked):
     family = families()[name]
     folder = tiny_model(family, family.proofs[0], tmp_path / "m")
     samples = padded() if masked else replace(padded(), valid_NS=None)
-    plain, scored = operations(folder, samples), operations(folder, samples, ALL)
+    samples = replace(samples, text_N=torch.tensor([0, 1, 0, 1]))
+    measures = replace(ALL, own_tokens=name != "llama", texts=2)
+    plain, scored = operations(folder, samples), operations(folder, samples, measures)
     routed = len(open_checkpoint(folder).architecture.present.get("experts", []))
     # what transformers waits for is its own affair; of routed experts it is read once a layer how many came
     assert scored.waits - plain.waits <= Counter({"aten::_to_copy": routed}), scored.waits

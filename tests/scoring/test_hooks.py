@@ -161,6 +161,37 @@ def test_experts_and_their_neurons_against_the_formula(tmp_path, sequence):
             assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_experts_over_their_own_tokens_and_each_texts_tokens(tmp_path):
+    family = families()["mixtral"]
+    folder = tiny_model(family, {}, tmp_path / "m")
+    samples = replace(padded(), text_N=torch.tensor([0, 1, 1, 0]))
+    caught, model = by_hand(folder, samples)
+    calibration = score(folder, samples, replace(ALL, own_tokens=True, texts=2))
+    found = rankings(calibration, family, "l2", "mean", "none", "own_tokens")["experts"]
+    mask = samples.valid_NS[:, :-1]
+    for i, layer in enumerate(model.requires_grad_(False).model.layers):
+        x = caught[f"{i}.mlp"]
+        weights, chosen = torch.topk((x @ layer.mlp.gate.weight.T).softmax(-1), 2, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        for expert in range(4):
+            gate, up = layer.mlp.experts.gate_up_proj[expert].chunk(2)
+            given = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+            given = given @ layer.mlp.experts.down_proj[expert].T
+            came = (chosen == expert).any(-1) & mask
+            router = (weights * (chosen == expert)).sum(-1)
+            expected = (router * given.norm(dim=-1))[came].mean()  # REAP
+            assert float(found[i, expert]) == pytest.approx(float(expected), rel=1e-3)
+            for text, rows in enumerate(([0, 3], [1, 2])):
+                assert int(calibration.by_text[text, i, expert]) == int(came[rows].sum())
+    # the other sums, and with them the ranking of before, are what they are without
+    plain = score(folder, samples)
+    assert torch.equal(
+        rankings(calibration, family, "l2", "mean", "none")["experts"],
+        rankings(plain, family, "l2", "mean", "none")["experts"],
+    )
+    assert set(calibration.sums) - set(plain.sums) == {("experts", "own_tokens")}
+
+
 @pytest.mark.skipif("nemotron_h" not in INSTALLED, reason="transformers has no nemotron_h")
 def test_mamba_heads_channels_and_state_against_the_formula(tmp_path):
     folder, samples = (

@@ -85,11 +85,15 @@ def test_an_identity_layer_costs_nothing(tmp_path):
 @pytest.mark.parametrize("name", CHOSEN)
 def test_layer_by_layer_gives_the_scores_of_the_model_in_memory(tmp_path, name):
     family = families()[name]
-    samples = padded()
+    samples = replace(padded(), text_N=torch.tensor([0, 1, 1, 0]))
     for number, changes in enumerate(family.proofs):
         folder = tiny_model(family, changes, tmp_path / f"m{number}")
         checkpoint = open_checkpoint(folder)
-        measures = Measures(AGGREGATIONS, influence=(1,), losses=(1,))
+        routed = "experts" in checkpoint.architecture.present
+        texts = 2 if routed else 0
+        measures = Measures(
+            AGGREGATIONS, influence=(1,), losses=(1,), own_tokens=routed, texts=texts
+        )
         whole = in_memory(load_model(folder), checkpoint, samples, GROUPS, measures)
         budget = 4000  # most of the hidden states go to disk
         found = streamed(
@@ -106,6 +110,8 @@ def test_layer_by_layer_gives_the_scores_of_the_model_in_memory(tmp_path, name):
             assert found.depth[key].count == sums.count
         for axis, counts in whole.routed.items():
             assert torch.equal(found.routed[axis], counts)
+            assert torch.equal(whole.by_text.sum(0), counts)
+            assert torch.equal(found.by_text, whole.by_text)
 
 
 def test_streaming_refuses_what_needs_all_layers_at_once(tmp_path):

@@ -82,7 +82,11 @@ def logits(folder: Path, tokens: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def stream(
-    source: Path, target: Path, keep: dict[str, torch.Tensor], layers: tuple[int, ...] | None = None
+    source: Path,
+    target: Path,
+    keep: dict[str, torch.Tensor],
+    layers: tuple[int, ...] | None = None,
+    experts_per_token: int | None = None,
 ) -> Path:
     """Cuts a saved model through the streaming writer."""
     from nemo_minitron.checkpoints.checkpoint import open_checkpoint
@@ -92,7 +96,8 @@ def stream(
     checkpoint = open_checkpoint(source)
     every = range(checkpoint.architecture.sizes["layers"])
     target.mkdir()
-    cut = Cut(checkpoint.architecture, keep, tuple(every) if layers is None else layers)
+    layers = tuple(every) if layers is None else layers
+    cut = Cut(checkpoint.architecture, keep, layers, experts_per_token)
     write_pruned(checkpoint, [(target, cut)], 10**9)
     return target
 
