@@ -39,8 +39,13 @@ class TaskResult:
     data_set: str | None = None
 
 
-def check_tasks(names: Sequence[str], task_dir: str | None) -> None:
+def check_tasks(names: Sequence[str], task_dir: str | None, where: str = "evaluate.tasks") -> None:
     """Refuses tasks that lm-eval would not know, before anything is measured.
+
+    Args:
+        names: the tasks.
+        task_dir: folder with own task YAMLs, or None.
+        where: the key that names them.
 
     Raises:
         ValueError: an unknown task, or lm-eval is not installed.
@@ -59,13 +64,13 @@ def check_tasks(names: Sequence[str], task_dir: str | None) -> None:
                 name for name, entry in manager.task_index.items() if task in entry.tags
             )
             raise ValueError(
-                f"evaluate.tasks: {task!r} is a tag of several tasks; name them: {', '.join(members)}"
+                f"{where}: {task!r} is a tag of several tasks; name them: {', '.join(members)}"
             )
         if task not in known:
             near = difflib.get_close_matches(task, known, 3)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             raise ValueError(
-                f"evaluate.tasks: lm-eval knows no task {task!r} (evaluate.task_dir={task_dir}){hint}"
+                f"{where}: lm-eval knows no task {task!r} (evaluate.task_dir={task_dir}){hint}"
             )
 
 
@@ -107,6 +112,7 @@ def run_task(
     held_out: Path,
     limit: int | None,
     batch_size: int,
+    quiet: bool = False,
 ) -> TaskResult:
     """Runs a task, or a group of tasks, on one model.
 
@@ -118,6 +124,7 @@ def run_task(
         held_out: folder that ``write_held_out_tasks`` filled.
         limit: documents per task, or None.
         batch_size: samples per forward pass.
+        quiet: whether no progress is shown.
 
     Raises:
         ValueError: lm-eval is not installed, or does not know the task.
@@ -132,7 +139,7 @@ def run_task(
     # hang where this one has threads (Prefect's); and says so on standard output
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     aside = contextlib.redirect_stdout(sys.stderr)
-    with _alone(), aside, _unconnected() if made else contextlib.nullcontext():
+    with _alone(), aside, unconnected(made), _silence() if quiet else contextlib.nullcontext():
         # its default is 100000 resamplings
         found = library().simple_evaluate(
             wrapped, tasks=[made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
@@ -188,8 +195,11 @@ def _alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unconnected() -> Iterator[None]:
+def unconnected(made: bool) -> Iterator[None]:
     """For tasks made here: keeps ``datasets`` from calling the hub, and hides progress bars."""
+    if not made:
+        yield
+        return
     from datasets import config
 
     saved = config.HF_HUB_OFFLINE

@@ -201,16 +201,10 @@ def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
 
 def _write_tasks(config: Config, bench: Bench) -> None:
     """Writes the data of the tasks that are made from held-out text, where it is not there yet."""
-    if bench.tasks.is_dir() or not config.evaluate.tasks:
-        return
-    from nemo_minitron.data.documents import documents, plain
-    from nemo_minitron.evaluation.held_out_tasks import is_made_here, write_held_out_tasks
-    from nemo_minitron.workspace.build import building
+    from nemo_minitron.evaluation.held_out_tasks import held_out_data, is_made_here
 
-    if not any(map(is_made_here, config.evaluate.tasks)):
-        return
-    with building(bench.tasks) as temporary:
-        write_held_out_tasks(plain(documents(validation_text(config))), temporary)
+    if any(map(is_made_here, config.evaluate.tasks)):
+        held_out_data(validation_text(config), bench.tasks)
 
 
 def _assembled(config: Config, bench: Bench) -> dict[str, Any]:

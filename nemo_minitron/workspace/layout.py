@@ -349,13 +349,18 @@ def checkpoints_in(state: Path) -> Path:
     return nemo_in(state) / "checkpoints"
 
 
+def best_in(state: Path) -> Path:
+    """The weights of a training's best validations, one file each."""
+    return state / "best"
+
+
 def teachers_in(state: Path) -> Path:
     """The snapshots that a distillation with a live teacher has taken, one folder each."""
     return state / "teachers"
 
 
 def snapshot_in(folder: Path, step: int) -> Path:
-    """A published model, by the step of the training that it comes from."""
+    """A published model, or weights, by the step of the training that they come from."""
     return folder / f"step={step}"
 
 
