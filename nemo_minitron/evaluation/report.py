@@ -87,6 +87,19 @@ def _measured(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return list(found)
 
 
+def asked(report: Mapping[str, Any]) -> str:
+    """How tasks were asked, in words; empty where as they say."""
+    given = report["measured_on"].get("asked") or {}
+    words = ["in the chat template, examples as turns"] if given.get("chat") else []
+    words += [f"through {given['backend']}"] if "backend" in given else []
+    if "repeats" in given:
+        words.append(
+            f"{given['repeats']} times where the model writes, at temperature {given['temperature']:g}: "
+            "means over the answers, errors over the documents"
+        )
+    return "; ".join(words)
+
+
 COMPARED = ("measure", "model", "difference to teacher", "p", "recovered gap", "documents")
 WRITTEN = ("model", "prefix match", "repetition", "teacher's loss on it")
 

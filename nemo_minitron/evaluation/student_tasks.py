@@ -6,6 +6,7 @@ from typing import Any
 
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import validation_text
+from nemo_minitron.evaluation.answers import Answers, check_chat
 from nemo_minitron.evaluation.held_out_tasks import (
     MADE_HERE,
     held_out_data,
@@ -54,6 +55,8 @@ class StudentTasks:
                 f"{_WHERE}: the tokenizer has neither a begin nor an end token, which lm-eval puts before a "
                 "text; name one in tokenizer_config.json (eos_token), or leave the tasks out"
             )
+        if tokenizer is not None and config.evaluate.chat:
+            check_chat(Path(config.workspace), tokenizer)
         self._data = task_data(config, names)
         self.higher: dict[str, bool] = {}
         for name in names:
@@ -65,7 +68,7 @@ class StudentTasks:
         settings = self._config.evaluate
         found = run_task(
             model, self._tokenizer, task, settings.task_dir, self._data, self._config.training.task_limit,
-            settings.batch_size, quiet=True,
+            settings.batch_size, answers=Answers(chat=settings.chat), quiet=True,
         )  # fmt: skip
         return {f"{task}:{metric}": value for metric, value in found.metrics.items()}
 

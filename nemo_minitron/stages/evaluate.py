@@ -17,6 +17,7 @@ from nemo_minitron.data.mixtures import (
     text_input,
     validation_text,
 )
+from nemo_minitron.evaluation.answers import answers_of, check_chat, settings_without_defaults
 from nemo_minitron.evaluation.gate import JUDGES, Gate, gate_of, judge, raise_if_failed
 from nemo_minitron.evaluation.measurements import SPEED, TEXT, WRITING, Bench, Unit, work
 from nemo_minitron.evaluation.report import FILE, columns, read_report, table
@@ -55,7 +56,8 @@ def recipe(config: Config) -> Recipe:
     bench, inputs = _bench(config)
     folder = workspace.report
     held_out = held_out_sampling(config, VALIDATION_SAMPLES)
-    settings = {**asdict(config.evaluate), "validation": held_out, "dtypes": dict(bench.dtypes)}
+    asked = settings_without_defaults(asdict(config.evaluate), answers_of(config.evaluate))
+    settings = {**asked, "validation": held_out, "dtypes": dict(bench.dtypes)}
     for name in (*JUDGES, "from_scratch", "batch_size", "model"):
         del settings[name]
 
@@ -82,6 +84,7 @@ def recipe(config: Config) -> Recipe:
 
     def check() -> None:
         _check_models(config, bench.folders["teacher"])
+        _check_answers(config, bench.folders)
 
     return Recipe(folder, "report", settings, inputs, build, summary, check)
 
@@ -111,6 +114,24 @@ def _check_models(config: Config, teacher: Path) -> None:
                 "lm-eval puts before a text; name one in tokenizer_config.json (eos_token), or leave the "
                 "tasks out"
             )
+
+
+def _check_answers(config: Config, folders: Mapping[str, Path]) -> None:
+    """Refuses a chat without a template, and back ends that are not there.
+
+    Raises:
+        ValueError: it is so.
+    """
+    settings = config.evaluate
+    if not settings.tasks:
+        return
+    if settings.chat:
+        from nemo_minitron.models.causal_lm import load_tokenizer
+
+        check_chat(folders["teacher"], load_tokenizer(folders["teacher"]))
+    from nemo_minitron.evaluation.task_backends import check_backend
+
+    check_backend(settings.backend, settings.servers, list(folders))
 
 
 def _check(config: Config) -> None:
@@ -226,13 +247,19 @@ def _assembled(config: Config, bench: Bench) -> dict[str, Any]:
         "measured_on": {
             "text": bench.text, **held_out_sampling(config, VALIDATION_SAMPLES),
             "task_limit": config.evaluate.task_limit, "tasks": bench.prints,
-            "tokenizer": tokenizer_fingerprint(bench.folders["teacher"]),
+            "tokenizer": tokenizer_fingerprint(bench.folders["teacher"]), **_asked(config),
         },
     }  # fmt: skip
     if config.evaluate.prompts:
         report["prompts"] = config.evaluate.prompts
         report["writing"] = _writing(bench, found)
     return report
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    """How tasks were asked, where not as they say."""
+    asked = answers_of(config.evaluate).decides() if config.evaluate.tasks else {}
+    return {"asked": asked} if asked else {}
 
 
 def _row(bench: Bench, name: str, found: Mapping[Unit, Any]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def _task_settings(config: Config) -> dict[str, Any]:
         "tasks": {name: task_print(name, config.evaluate.task_dir) for name in settings.tasks},
         "task_every": settings.task_every,
         "task_limit": settings.task_limit,
+        **({"chat": True} if config.evaluate.chat else {}),
     }
 
 

@@ -4,11 +4,15 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import load_config
-from nemo_minitron.plugin.trainer import newest_checkpoint
+from nemo_minitron.plugin.trainer import newest_checkpoint, step_of
+from nemo_minitron.training.best_weights import BestWeights, best_line
 from nemo_minitron.workspace.training_log import read_log
+from tests.support.models import make_model
+from tests.support.nemo_training import run
 from tests.support.processes import until
 from tests.support.runs import prune, refused, started
 from tests.support.two_ranks import curve, weights
@@ -148,3 +152,23 @@ def test_what_is_looked_at_decides_the_result_only_where_it_is_chosen_by(watched
     assert by_loss != decides("training.keep=best:loss", "data.validation.samples=4")
     by_task = decides("training.keep=best:held_out_choice")
     assert by_task != decides("training.keep=best:held_out_choice", "training.task_limit=3")
+
+
+def test_every_checkpoint_finds_the_weights_that_were_best_when_it_was_written(tmp_path):
+    folder, state = make_model(tmp_path / "m", "llama"), tmp_path / "state"
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            saved = newest_checkpoint(state / "nemo" / "checkpoints")
+            lines = read_log(state / "metrics.jsonl") if trainer.global_step else []
+            if saved is not None:
+                before = [line for line in lines if line["step"] <= step_of(saved)]
+                best = best_line(before, "val_loss", False)
+                assert (state / "best" / f"step={best['step']}").is_file()
+                seen.append(best["step"])
+                assert len(list((state / "best").iterdir())) <= 3
+
+    run(folder, state, 14, [BestWeights("val_loss", False, state), Look()])
+    assert len(set(seen)) > 2  # it gets better and better
+    assert json.loads((state / "kept.json").read_text())["step"] == 14
