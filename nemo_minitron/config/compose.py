@@ -36,7 +36,8 @@ Inside it where installed, beside it in a checkout.
 
 OPEN = ("trainer", "optim", "exp_manager", "pretrain.model", "pretrain.trainer", "pretrain.optim",
         "correct.trainer",
-        "correct.optim", "launch.time_limits", "plan.budget.choices", "evaluate.servers")  # fmt: skip
+        "correct.optim", "launch.time_limits", "plan.budget.choices", "evaluate.servers",
+        "evaluate.beside")  # fmt: skip
 """Sections that take any key with ``+``: what they hold is checked by those they are handed to."""
 
 

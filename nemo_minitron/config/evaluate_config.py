@@ -47,6 +47,13 @@ class EvaluateConfig:
         "folder of a model, such as an earlier export, to measure against source.model; null: what this "
         "workspace pruned and distilled",
     )
+    teacher: str | None = option(
+        None, "folder of a model that all are measured against; null: the (corrected) source"
+    )
+    beside: dict[str, str] = option(
+        {},
+        "folders of further models to measure beside, by name, as in +evaluate.beside.last=runs/last/export",
+    )
     from_scratch: bool = option(
         False, "also train and measure a model of the student's shape from random weights"
     )

@@ -63,9 +63,11 @@ def answers_of(settings: EvaluateConfig) -> Answers:
 
 def settings_without_defaults(settings: Mapping[str, Any], answers: Answers) -> dict[str, Any]:
     """The keys of ``evaluate`` that decide a report: of how it asks what is not the default."""
-    own = ("chat", "backend", "servers", "repeats", "temperature", "seed")
-    asked = answers.decides()
-    return {key: settings[key] for key in settings if key not in own or key in asked}
+    own = ("chat", "backend", "servers", "repeats", "temperature", "seed", "teacher", "beside")
+    asked = {key: settings[key] for key in answers.decides()}
+    if settings["beside"]:  # by whatever folders: these are inputs
+        asked["beside"] = list(settings["beside"])
+    return {key: value for key, value in settings.items() if key not in own} | asked
 
 
 def stop_texts(folder: Path, tokenizer: Any) -> list[str]:

@@ -21,6 +21,7 @@ from nemo_minitron.evaluation.report import (
     read_report,
     speeds,
     table,
+    title,
     unserved,
     written,
 )
@@ -54,7 +55,7 @@ def write_page(workspace: Path, folder: Path) -> None:
         written=written(report),
         samples=report["writing"] if "writing" in report else [],
         prompts=report["prompts"] if "prompts" in report else 0,
-        names=NAMES,
+        names={name: title(name) for name in report["models"]},
         speeds_columns=SPEEDS,
         speeds=speeds(report),
         unserved=unserved(report),
@@ -100,7 +101,7 @@ def _curves(workspace: Path, report: dict[str, Any]) -> str | None:
 def _logs(workspace: Path, report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The logs of the models that were trained here."""
     logs = {}
-    for name in report["models"]:
+    for name in [name for name in report["models"] if name in NAMES]:
         log = training_log.read_log(metrics_in(Workspace(workspace).artifact(name)))
         lines = [line for line in log if "tokens" in line]
         if lines:

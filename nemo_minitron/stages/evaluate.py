@@ -20,11 +20,12 @@ from nemo_minitron.data.mixtures import (
 from nemo_minitron.evaluation.answers import answers_of, check_chat, settings_without_defaults
 from nemo_minitron.evaluation.gate import JUDGES, Gate, gate_of, judge, raise_if_failed
 from nemo_minitron.evaluation.measurements import SPEED, TEXT, WRITING, Bench, Unit, work
-from nemo_minitron.evaluation.report import FILE, columns, read_report, table
+from nemo_minitron.evaluation.report import FILE, NAMES, columns, is_beside, read_report, table
 from nemo_minitron.evaluation.report_page import write_page
 from nemo_minitron.evaluation.significance import paired, recovered
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.inputs import (
     POSITIONS,
     length_notes,
@@ -168,13 +169,19 @@ def _bench(config: Config) -> tuple[Bench, list[Input]]:
     models, inputs = _models(config)
     texts = validation_text(config)
     inputs.append(text_input(texts))
+    vocabulary = shared_vocabulary(models["teacher"], models["student"])
+    for name in config.evaluate.beside:
+        if shared_vocabulary(models["teacher"], models[name]) != vocabulary:
+            raise ValueError(
+                f"evaluate.beside.{name}: its vocabulary has another size than the student's"
+            )
     prints = _task_prints(config)
     if prints:
         inputs.append(Input(config.evaluate.task_dir or "lm_eval", digest(prints)))
     return Bench(
         config, models, texts.fingerprint, workspace.held_out_tasks(texts.fingerprint), prints,
         Results(workspace.results),
-        shared_vocabulary(models["teacher"], models["student"]), _dtypes(config, models),
+        vocabulary, _dtypes(config, models),
     ), inputs  # fmt: skip
 
 
@@ -192,19 +199,45 @@ def _dtypes(config: Config, models: Mapping[str, Path]) -> dict[str, str]:
         return {}
     source, _ = source_folder(config)
     dtype = config.export.dtype or main_dtype(open_checkpoint(source))
-    return {name: dtype for name, folder in models.items() if name != "pruned" and folder != source}
+    as_they_are = ("pruned", *config.evaluate.beside)
+    teacher = [] if config.evaluate.teacher is None else ["teacher"]
+    return {
+        name: dtype
+        for name, folder in models.items()
+        if name not in (*as_they_are, *teacher) and folder != source
+    }
 
 
 def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
+    models, inputs = _own_models(config)
+    for name, text in config.evaluate.beside.items():
+        if not is_beside(name):
+            raise ValueError(
+                f"evaluate.beside: expected a name of letters, digits and dashes other than "
+                f"{', '.join(NAMES)}, found {plain(name, 40)!r}"
+            )
+        models[name], item = _folder(f"evaluate.beside.{name}", text)
+        inputs.append(item)
+    return models, inputs
+
+
+def _folder(where: str, text: str) -> tuple[Path, Input]:
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{where}: no such folder: {folder}")
+    return folder, Input(str(folder), open_checkpoint(folder).fingerprint)
+
+
+def _own_models(config: Config) -> tuple[dict[str, Path], list[Input]]:
     workspace = Workspace(workspace_of(config))
-    teacher, item = teacher_folder(config)
+    if config.evaluate.teacher is None:
+        teacher, item = teacher_folder(config)
+    else:
+        teacher, item = _folder("evaluate.teacher", config.evaluate.teacher)
     models, inputs = {"teacher": teacher}, [item]
     if config.evaluate.model is not None:
-        folder = Path(config.evaluate.model).expanduser()
-        if not folder.is_dir():
-            raise ValueError(f"evaluate.model: no such folder: {folder}")
-        inputs.append(Input(str(folder), open_checkpoint(folder).fingerprint))
-        return {**models, "student": folder}, inputs
+        models["student"], item = _folder("evaluate.model", config.evaluate.model)
+        return models, [*inputs, item]
     for name, artifact, stage, trained in (
         ("pruned", "pruned", "prune", False),
         ("student", "student", "distill", True),

@@ -74,10 +74,22 @@ MEMORY = ".memory.json"
 _OUTCOME, _PROGRESS, _SLURM = ".outcome.json", ".progress.json", ".slurm.json"
 
 
-FOLDERS = (*ARTIFACTS, TOKENS, LIVE, UNPACKED, RESULTS, ".launch", LOGS, "rounds", "variants")
+FOLDERS = (
+    *ARTIFACTS,
+    TOKENS,
+    LIVE,
+    UNPACKED,
+    RESULTS,
+    ".launch",
+    LOGS,
+    "rounds",
+    "variants",
+    "steps",
+)
 """Entries of a workspace that are folders."""
 FILES = (
-    LOCK, STAGE_LOCK, HOLDER, COMMANDS, VERDICT, MEMORY, "search.json", "sweep.json", "pareto.png",
+    LOCK, STAGE_LOCK, HOLDER, COMMANDS, VERDICT, MEMORY, "search.json", "sweep.json", "cascade.json",
+    "pareto.png",
 )  # fmt: skip
 """Entries of a workspace that are files."""
 
@@ -227,6 +239,15 @@ class Workspace:
     def variant(self, name: str) -> Path:
         """Workspace of a sweep's variant."""
         return self.root / "variants" / name
+
+    @property
+    def cascade(self) -> Path:
+        """What became of a cascade's steps."""
+        return self.root / "cascade.json"
+
+    def step(self, name: str) -> "Workspace":
+        """Workspace of a cascade's step."""
+        return Workspace(self.root / "steps" / name)
 
     @property
     def pareto(self) -> Path:
