@@ -8,6 +8,7 @@ from lightning.pytorch import Callback
 
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import load_config
+from nemo_minitron.evaluation.report_page import _task_curves
 from nemo_minitron.plugin.trainer import newest_checkpoint, step_of
 from nemo_minitron.training.best_weights import BestWeights, best_line
 from nemo_minitron.workspace.training_log import read_log
@@ -15,7 +16,7 @@ from tests.support.models import make_model
 from tests.support.nemo_training import run
 from tests.support.processes import until
 from tests.support.runs import prune, refused, started
-from tests.support.two_ranks import curve, weights
+from tests.support.two_ranks import curve, on_two_ranks, weights
 
 MEASURE = "held_out_choice:acc"
 
@@ -59,6 +60,30 @@ def test_tasks_are_measured_on_the_live_student_and_change_nothing(tmp_path, wat
     distilled(tmp_path / "plain", *without)
     for name, value in weights(tmp_path / "plain").items():
         assert torch.equal(value, weights(tmp_path / "with")[name]), name
+    report = {"models": {"teacher": {}, "student": {}}}
+    picture = _task_curves(tmp_path / "with", report)
+    assert picture is not None and picture.startswith("data:image/png")
+    assert _task_curves(tmp_path / "plain", report) is None
+
+
+def test_two_ranks_share_the_tasks_and_keep_what_one_keeps(tmp_path, watched):
+    words = [*watched, "training.keep=best:held_out_bytes", "optim.lr=0.005", "trainer.max_steps=8"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    distilled(one, *words)
+    prune(two, *words)
+    done = on_two_ranks("distill", f"workspace={two}", *words, "distill.batch_size=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = [
+        {name: value for name, value in line.items() if ":" in name} | {"step": line["step"]}
+        for place in (one, two)
+        for line in curve(place)
+        if MEASURE in line
+    ]
+    assert [line["step"] for line in measured] == [4, 8, 4, 8]
+    for alone, shared in zip(measured[:2], measured[2:], strict=True):
+        assert shared == pytest.approx(alone, rel=1e-3)
+    kept = [json.loads((place / "student" / "kept.json").read_text()) for place in (one, two)]
+    assert kept[0]["step"] == kept[1]["step"]
 
 
 @pytest.mark.parametrize(
