@@ -208,6 +208,24 @@ def test_what_cannot_answer_is_refused_in_one_line_before_anything_is_measured(
     assert not (tmp_path / "ws" / "results").exists()
 
 
+def test_further_models_stand_beside_under_names_of_their_own(words, tmp_path, talker, capsys):
+    one = [*words, "evaluate.tasks=[]"]
+    report = evaluated(
+        tmp_path, *one, f"+evaluate.beside.last={talker}", f"evaluate.teacher={talker}"
+    )
+    assert list(report["models"]) == ["teacher", "student", "last"]
+    assert {row["model"] for row in report["compared"]} == {"student", "last"}
+    assert "<th>last</th>" in (tmp_path / "ws" / "report" / "report.html").read_text()
+    for more, text in (
+        (f"+evaluate.beside.pruned={talker}", "expected a name of letters, digits and dashes other than teacher"),
+        ("+evaluate.beside.x=/nowhere", "evaluate.beside.x: no such folder: /nowhere"),
+        ("evaluate.teacher=/nowhere", "evaluate.teacher: no such folder: /nowhere"),
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert main(["evaluate", *one, more]) == 2
+        assert text in capsys.readouterr().err
+
+
 def test_what_is_asked_as_before_has_the_names_that_it_had(words):
     def names(*more):
         config = load_config("config", [*words, *more])
