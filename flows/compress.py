@@ -89,6 +89,11 @@ def compress(
     else:
         checked = from_dict(config)
     checked.launch.wait = workspace_wait_seconds(checked.launch)
+    if checked.cascade.sizes:
+        from nemo_minitron.flows.cascade import cascade
+
+        steps_of: list[Result] = cascade(config=as_dict(checked), command=command)
+        return steps_of
     if checked.plan.budget.params is not None:
         from nemo_minitron.flows.search import search
 

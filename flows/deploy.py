@@ -17,6 +17,7 @@ from prefect.settings import PREFECT_API_URL
 from pydantic import ValidationError
 
 from nemo_minitron.config.compose import load_config
+from nemo_minitron.flows.cascade import cascade
 from nemo_minitron.flows.compress import compress
 from nemo_minitron.flows.evaluate_checkpoint import evaluate_checkpoint
 from nemo_minitron.flows.search import search
@@ -25,6 +26,7 @@ from nemo_minitron.security.masking import masked_values
 
 FLOWS: dict[str, Flow[Any, Any]] = {
     "compress": compress, "search": search, "sweep": sweep, "evaluate_checkpoint": evaluate_checkpoint,
+    "cascade": cascade,
 }  # fmt: skip
 TAGS = ["nemo_minitron"]
 

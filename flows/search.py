@@ -169,6 +169,7 @@ def _short(config: Config, name: str, candidate: Candidate, length: int) -> Conf
     for axis, size in candidate.sizes.items():
         setattr(short.plan, axis, size)
     short.training.max_tokens = None
+    short.training.tasks, short.training.keep, short.training.phases = [], "last", []
     short.trainer["max_steps"] = length
     short.training.validate_every = length
     sched = short.optim.get("sched") or {}

@@ -287,7 +287,9 @@ def _run(args: argparse.Namespace) -> int:
     for result in evaluated:
         print_table(result.columns, result.rows, result.headline)
     workspace = Workspace(Path(config.workspace))
-    print(f"report  {plain(workspace.report / PAGE)}\nmodel   {plain(workspace.export)}")
+    exported = [result.folder for result in results if result.stage == "export"]
+    model = exported[-1] if exported else workspace.export
+    print(f"report  {plain(workspace.report / PAGE)}\nmodel   {plain(model)}")
     return 0
 
 

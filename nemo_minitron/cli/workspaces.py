@@ -41,7 +41,9 @@ def add_parsers(commands: Any) -> None:
         command = made[name]
         command.add_argument("name", metavar="NAME", help="of the deployment")
         command.add_argument(
-            "--flow", default="compress", help="compress, search, sweep or evaluate_checkpoint"
+            "--flow",
+            default="compress",
+            help="compress, search, sweep, cascade or evaluate_checkpoint",
         )
         command.add_argument(
             "--config-name",

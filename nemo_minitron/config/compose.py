@@ -25,6 +25,7 @@ from nemo_minitron.config.bounds import check, check_handed_on
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.option import describe
 from nemo_minitron.config.overrides import check_overrides, ours, why_not
+from nemo_minitron.config.training_config import PhaseConfig
 from nemo_minitron.config.value_types import as_declared, misfit, type_of
 from nemo_minitron.config.words import as_typed, check_file, unreadable
 from nemo_minitron.families import use_tables
@@ -38,7 +39,8 @@ Inside it where installed, beside it in a checkout.
 
 OPEN = ("trainer", "optim", "exp_manager", "pretrain.model", "pretrain.trainer", "pretrain.optim",
         "correct.trainer",
-        "correct.optim", "launch.time_limits", "plan.budget.choices")  # fmt: skip
+        "correct.optim", "launch.time_limits", "plan.budget.choices", "evaluate.servers",
+        "evaluate.beside")  # fmt: skip
 """Sections that take any key with ``+``: what they hold is checked by those they are handed to."""
 
 
@@ -207,6 +209,10 @@ def _explain(error: Exception, name: str, folder: Path) -> str:
     deeper = error.__cause__ or error.__context__  # Hydra wraps what OmegaConf says
     cause = deeper if isinstance(deeper, OmegaConfBaseException) else error
     full_key = getattr(cause, "full_key", None)
+    inside = re.search(r"Key '([^']+)' not in 'PhaseConfig'", str(cause))
+    if inside:
+        there = ", ".join(item.name for item in dataclasses.fields(PhaseConfig))
+        return f"training.phases: a phase has no {inside[1]!r}; there are: {there}"
     wanted = re.search(r"Could not (?:override|append to|delete from)[^'\n]*'([^']+)'", text)
     if wanted and text.startswith("Could not append"):
         return f"{wanted[1]}: is there already; write {wanted[1]}=... without +, or ++ for either"
@@ -276,6 +282,7 @@ def _check_values(config: Config) -> None:
         value: Any = config
         for part in name.split("."):
             value = getattr(value, part)
+        _check_sections(name, value)
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and not text.strip():
                 raise ValueError(
@@ -286,6 +293,16 @@ def _check_values(config: Config) -> None:
         check(name, item.metadata["bounds"], value)
     check_handed_on(as_dict(config))
     check_overrides(as_dict(config))
+
+
+def _check_sections(name: str, value: Any) -> None:
+    """Checks the numbers in a list of sections."""
+    sections = value if isinstance(value, list) else []
+    for number, section in enumerate(sections):
+        if dataclasses.is_dataclass(section):
+            for item in dataclasses.fields(section):
+                own = getattr(section, item.name)
+                check(f"{name}[{number}].{item.name}", item.metadata["bounds"], own)
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.cascade_config import CascadeConfig
 from nemo_minitron.config.correct_config import CorrectConfig
 from nemo_minitron.config.data_config import DataConfig
 from nemo_minitron.config.distill_config import DistillConfig
@@ -39,6 +40,7 @@ class Config:
     correct: CorrectConfig = field(default_factory=CorrectConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    cascade: CascadeConfig = field(default_factory=CascadeConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nemo_minitron.config.bounds import SHARE, Bounds
+from nemo_minitron.config.bounds import ANY_SEED, SHARE, Bounds
 from nemo_minitron.config.option import option
 
 
@@ -17,10 +17,42 @@ class EvaluateConfig:
     )
     task_dir: str | None = option(None, "folder with own lm-eval task YAMLs")
     task_limit: int | None = option(None, "documents per task; null: all", least=1)
+    chat: bool = option(
+        False,
+        "ask as in a chat: questions as messages in the chat template, the examples before them as turns",
+    )
+    backend: str = option(
+        "hf",
+        "what answers in tasks: transformers in this process, vLLM, or servers that speak OpenAI's "
+        "completions (evaluate.servers)",
+        ("hf", "vllm", "openai"),
+    )
+    servers: dict[str, str] = option(
+        {},
+        "addresses for backend=openai, as in +evaluate.servers.student=http://127.0.0.1:8000/v1, for each "
+        "model that is measured, or all",
+    )
+    repeats: int = option(
+        1,
+        "answers drawn to each question of tasks in which the model writes, whose mean counts; 1: one, as "
+        "the task says",
+        bounds=Bounds(least=1, most=1_024),
+    )
+    temperature: float = option(
+        1.0, "softmax temperature of the draws of repeats", bounds=Bounds(above=0)
+    )
+    seed: int = option(0, "seed of the draws of repeats", bounds=ANY_SEED)
     model: str | None = option(
         None,
         "folder of a model, such as an earlier export, to measure against source.model; null: what this "
         "workspace pruned and distilled",
+    )
+    teacher: str | None = option(
+        None, "folder of a model that all are measured against; null: the (corrected) source"
+    )
+    beside: dict[str, str] = option(
+        {},
+        "folders of further models to measure beside, by name, as in +evaluate.beside.last=runs/last/export",
     )
     from_scratch: bool = option(
         False, "also train and measure a model of the student's shape from random weights"

@@ -5,7 +5,7 @@ before a run of hours begins. ``tests/config/test_overrides.py`` holds them agai
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Known = Mapping[str, "Known | None"]
@@ -116,12 +116,15 @@ def logged(terms: Sequence[str] = (), validates: bool = True) -> list[str]:
     return [*(measured if validates else []), *names, "learning_rate", "global_step"]
 
 
-def check_monitors(settings: Mapping[str, Any], logged: Sequence[str]) -> None:
+def check_monitors(
+    settings: Mapping[str, Any], logged: Sequence[str], tasks: Iterable[str] = ()
+) -> None:
     """Refuses to watch a metric that nobody logs: it would show at the first validation only.
 
     Args:
         settings: exp_manager's keys.
         logged: names of the metrics that are logged.
+        tasks: names of tasks' measures, which early stopping may go by too.
 
     Raises:
         ValueError: early stopping, or the choice of checkpoints, goes by another one.
@@ -129,7 +132,9 @@ def check_monitors(settings: Mapping[str, Any], logged: Sequence[str]) -> None:
     stopping = settings.get("early_stopping_callback_params") or {}
     if settings.get("create_early_stopping_callback"):
         _check_monitor(
-            "early_stopping_callback_params", stopping.get("monitor", "val_loss"), logged
+            "early_stopping_callback_params",
+            stopping.get("monitor", "val_loss"),
+            [*logged, *tasks],
         )
     saved = settings.get("checkpoint_callback_params") or {}
     if settings.get("create_checkpoint_callback") is not False and saved.get("monitor") is not None:

@@ -290,8 +290,12 @@ def check_overrides(config: Mapping[str, Any]) -> None:
         ValueError: there is such a key; the message names it, and what to use instead.
     """
     refuse_exp_manager(config["exp_manager"])
-    handed_on.check_monitors(config["exp_manager"], handed_on.logged(handed_on.TAUGHT))
     training = config["training"]
+    stopping = config["exp_manager"].get("early_stopping_callback_params") or {}
+    monitor = str(stopping.get("monitor"))
+    # which measures a task has, who loads it knows
+    measures = [monitor] if monitor.rpartition(":")[0] in training["tasks"] else []
+    handed_on.check_monitors(config["exp_manager"], handed_on.logged(handed_on.TAUGHT), measures)
     if training["fp8_recipe"] != "auto" and training["transformer_engine"] != "fp8":
         raise ValueError(
             f"training.fp8_recipe={training['fp8_recipe']}: says how FP8 scales, and nothing runs in it; add "

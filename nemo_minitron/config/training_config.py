@@ -7,6 +7,23 @@ from nemo_minitron.config.option import option
 
 
 @dataclass
+class PhaseConfig:
+    """A part of a training with text of its own."""
+
+    share: float = option(1.0, "share of the tokens", bounds=Bounds(above=0, most=1))
+    sequence_length: int | None = option(
+        None, "tokens per sample; null: data.train's", bounds=Bounds(least=1, most=2**24)
+    )
+    paths: list[str] | None = option(None, "text; null: data.train's")
+    weights: list[float] | None = option(
+        None, "shares of the samples, one for each path; null: data.train's", least=0
+    )
+    lr: float | None = option(
+        None, "learning rate in the place of optim.lr; null: optim.lr", bounds=Bounds(above=0)
+    )
+
+
+@dataclass
 class TrainingConfig:
     """Settings of every training that Lightning and NeMo do not have."""
 
@@ -21,6 +38,26 @@ class TrainingConfig:
         "steps between validations, however many micro-batches make a step; null: "
         "trainer.val_check_interval, which counts micro-batches",
         least=1,
+    )
+    tasks: list[str] = option(
+        [],
+        "lm-eval tasks of log-likelihoods that the model is measured on while it trains, as in "
+        "evaluate.tasks; they lie beside the validation losses in the log, the loggers and the report",
+    )
+    task_every: int = option(
+        1, "validations from one measurement of the tasks to the next", least=1
+    )
+    task_limit: int | None = option(100, "documents per task while it trains; null: all", least=1)
+    keep: str = option(
+        "last",
+        "which weights become the result: last; best:loss, those of the validation with the least held-out "
+        "loss; best:TASK or best:TASK:METRIC, those that were best in one of training.tasks",
+    )
+    phases: list[PhaseConfig] = option(
+        [],
+        "parts of the training with text of their own, as in [{share: 0.9}, {share: 0.1, sequence_length: "
+        "8192, lr: 1e-5}]: share of the tokens, sequence_length, paths and weights of the text, lr; what a "
+        "phase leaves out is data.train's and optim's",
     )
     parallel: str = option(
         "replicate",

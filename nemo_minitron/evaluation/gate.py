@@ -100,6 +100,11 @@ class Gate:
         student = report["models"]["student"]
         ours, theirs = dict(report["measured_on"]), dict(previous["measured_on"])
         own, before = ours.pop("tasks", {}), theirs.pop("tasks", {})
+        if ours.pop("asked", None) != theirs.pop("asked", None):
+            raise ValueError(
+                "evaluate.previous: its tasks were asked otherwise (evaluate.chat, .backend, .repeats); "
+                "nothing can be compared"
+            )
         if ours != theirs:
             raise ValueError(
                 "evaluate.previous: was measured on other text, with another tokenizer or other limits; "

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.data.documents import documents, plain
+from nemo_minitron.workspace.build import building
+
 MADE_HERE = ("held_out_choice", "held_out_bytes")
 _CHOICES = 4
 _CONTEXT, _CONTINUATION, _DOCUMENT = 240, 80, 2000
@@ -52,6 +55,18 @@ def write_held_out_tasks(documents: Iterable[str], folder: Path, seed: int = 0) 
         rows.append({"context": context, "choices": choices, "answer": answer})
     _write_lines(folder / "held_out_choice.jsonl", rows)
     _write_lines(folder / "held_out_bytes.jsonl", [{"text": text[:_DOCUMENT]} for text in usable])
+
+
+def held_out_data(texts: Any, folder: Path) -> None:
+    """The data of both tasks, made from a held-out text unless it is there.
+
+    Raises:
+        ValueError: see ``write_held_out_tasks``.
+    """
+    if folder.is_dir():
+        return
+    with building(folder) as temporary:
+        write_held_out_tasks(plain(documents(texts)), temporary)
 
 
 def _passage(text: str, start: int, length: int) -> str:

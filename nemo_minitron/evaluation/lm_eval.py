@@ -6,14 +6,16 @@ import functools
 import logging
 import math
 import os
+import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from nemo_minitron.evaluation.answers import Answers
 from nemo_minitron.evaluation.held_out_tasks import MADE_HERE, made_here, split_shots
 
 ADDED = Path(__file__).parent / "lm_tasks"
@@ -39,8 +41,13 @@ class TaskResult:
     data_set: str | None = None
 
 
-def check_tasks(names: Sequence[str], task_dir: str | None) -> None:
+def check_tasks(names: Sequence[str], task_dir: str | None, where: str = "evaluate.tasks") -> None:
     """Refuses tasks that lm-eval would not know, before anything is measured.
+
+    Args:
+        names: the tasks.
+        task_dir: folder with own task YAMLs, or None.
+        where: the key that names them.
 
     Raises:
         ValueError: an unknown task, or lm-eval is not installed.
@@ -59,13 +66,13 @@ def check_tasks(names: Sequence[str], task_dir: str | None) -> None:
                 name for name, entry in manager.task_index.items() if task in entry.tags
             )
             raise ValueError(
-                f"evaluate.tasks: {task!r} is a tag of several tasks; name them: {', '.join(members)}"
+                f"{where}: {task!r} is a tag of several tasks; name them: {', '.join(members)}"
             )
         if task not in known:
             near = difflib.get_close_matches(task, known, 3)
             hint = f"; nearest: {', '.join(near)}" if near else ""
             raise ValueError(
-                f"evaluate.tasks: lm-eval knows no task {task!r} (evaluate.task_dir={task_dir}){hint}"
+                f"{where}: lm-eval knows no task {task!r} (evaluate.task_dir={task_dir}){hint}"
             )
 
 
@@ -107,8 +114,11 @@ def run_task(
     held_out: Path,
     limit: int | None,
     batch_size: int,
+    *,
+    answers: Answers | None = None,
+    quiet: bool = False,
 ) -> TaskResult:
-    """Runs a task, or a group of tasks, on one model.
+    """Runs a task, or a group of tasks, on one model in this process.
 
     Args:
         model: a Hugging Face causal LM.
@@ -118,27 +128,84 @@ def run_task(
         held_out: folder that ``write_held_out_tasks`` filled.
         limit: documents per task, or None.
         batch_size: samples per forward pass.
+        answers: how it is asked; None: as the task says.
+        quiet: whether no progress is shown.
 
     Raises:
         ValueError: lm-eval is not installed, or does not know the task.
     """
-    task, shots = split_shots(name)
-    made = task in MADE_HERE
     check_tasks([name], task_dir)
+    lm = hf_lm(model, tokenizer, batch_size)
+    return ask(lm, name, task_dir, held_out, limit, answers or Answers(), quiet)
+
+
+def hf_lm(model: nn.Module, tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's wrapper of a model in this process."""
+    library()
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+
+
+def ask(
+    lm: Any,
+    name: str,
+    task_dir: str | None,
+    held_out: Path,
+    limit: int | None,
+    answers: Answers,
+    quiet: bool = False,
+) -> TaskResult:
+    """Runs a task, or a group of tasks, on a model of lm-eval's, as often as answers are drawn.
+
+    Args:
+        lm: an ``lm_eval.api.model.LM``.
+        name: see ``run_task``, and so the rest.
+        task_dir: folder with own task YAMLs, or None.
+        held_out: folder that ``write_held_out_tasks`` filled.
+        limit: documents per task, or None.
+        answers: how it is asked.
+        quiet: whether no progress is shown.
+    """
+    task, _ = split_shots(name)
+    runs: list[TaskResult] = []
+    for draw in range(answers.repeats):
+        if hasattr(lm, "_seed"):  # of a client: it goes along with each request
+            lm._seed = answers.seed + draw
+        found = _evaluated(lm, name, task_dir, held_out, limit, answers.arguments(draw), quiet)
+        runs.append(_result(found, task))
+        kinds = {found["configs"][each]["output_type"] for each in found["samples"]}
+        if "generate_until" not in kinds:
+            break  # there is nothing to draw
+    return runs[0] if len(runs) == 1 else averaged(runs)
+
+
+def _evaluated(
+    lm: Any,
+    name: str,
+    task_dir: str | None,
+    held_out: Path,
+    limit: int | None,
+    asked: Mapping[str, Any],
+    quiet: bool,
+) -> Any:
+    task, shots = split_shots(name)
+    made = task in MADE_HERE
     # for the standard error of some metrics lm-eval resamples in processes that it forks, which
     # hang where this one has threads (Prefect's); and says so on standard output
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     aside = contextlib.redirect_stdout(sys.stderr)
-    with _alone(), aside, _unconnected() if made else contextlib.nullcontext():
+    with _alone(), aside, unconnected(made), _silence() if quiet else contextlib.nullcontext():
         # its default is 100000 resamplings
-        found = library().simple_evaluate(
-            wrapped, tasks=[made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
+        return library().simple_evaluate(
+            lm, tasks=[made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
             task_manager=manager_of(task_dir, not made), bootstrap_iters=100,
-            confirm_run_unsafe_code=os.environ.get("HF_ALLOW_CODE_EVAL") == "1",
+            confirm_run_unsafe_code=os.environ.get("HF_ALLOW_CODE_EVAL") == "1", **asked,
         )  # fmt: skip
+
+
+def _result(found: Any, task: str) -> TaskResult:
+    made = task in MADE_HERE
     direction = found["higher_is_better"].get(task, {})
     metrics = _numbers(found["results"][task])
     documents = _documents(found["samples"], metrics)
@@ -147,6 +214,37 @@ def run_task(
     data = found["configs"].get(task, {}).get("dataset_path")
     on_hub = isinstance(data, str) and data.count("/") == 1 and not made and not Path(data).exists()
     return TaskResult(metrics, documents, better, data if on_hub else None)
+
+
+def averaged(runs: Sequence[TaskResult]) -> TaskResult:
+    """Several draws of the same questions as one result.
+
+    A metric is the mean over the draws. Where it has a number for each document, that is the mean
+    over the document's draws, and the standard error is that of these means over the documents: it
+    holds what the draws and what the choice of documents would change.
+
+    Args:
+        runs: one for each draw.
+    """
+    first = runs[0]
+    shared = [name for name in first.documents if all(name in run.documents for run in runs)]
+    documents = {
+        name: [
+            math.fsum(values) / len(runs)
+            for values in zip(*(run.documents[name] for run in runs), strict=True)
+        ]
+        for name in shared
+    }
+    metrics = {
+        name: math.fsum(run.metrics[name] for run in runs) / len(runs)
+        for name in first.metrics
+        if all(name in run.metrics for run in runs)
+    }
+    for name, values in documents.items():
+        if len(values) > 1:
+            error = statistics.stdev(values) / math.sqrt(len(values))
+            metrics[f"{name}_stderr"] = error
+    return TaskResult(metrics, documents, first.better, first.data_set)
 
 
 def _documents(
@@ -188,8 +286,11 @@ def _alone() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unconnected() -> Iterator[None]:
+def unconnected(made: bool) -> Iterator[None]:
     """For tasks made here: keeps ``datasets`` from calling the hub, and hides progress bars."""
+    if not made:
+        yield
+        return
     from datasets import config
 
     saved = config.HF_HUB_OFFLINE

@@ -8,10 +8,19 @@ from typing import Any
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config.config import Config
 from nemo_minitron.data.mixtures import VALIDATION_SAMPLES, held_out_sampling
+from nemo_minitron.evaluation.answers import (
+    Answers,
+    answers_of,
+    server_print,
+    stop_texts,
+    with_stops,
+)
+from nemo_minitron.evaluation.task_backends import address_of, server_lm, vllm_lm
 from nemo_minitron.workspace.progress_bar import bar
 from nemo_minitron.workspace.results import Results
 
 TEXT, WRITING, SPEED = "text", "writing", "speed"
+_ENGINE = "engine of {}"
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,17 @@ class Bench:
                 "limit": settings.task_limit,
                 "task": dict(self.prints[unit.what]),
                 "text": text,
+                **self._asked(unit.model),
             }
         return key
+
+    def _asked(self, model: str) -> dict[str, Any]:
+        """What of how a task is asked decides its outcome; nothing where it is asked as it says."""
+        settings = self.config.evaluate
+        asked = answers_of(settings).decides()
+        if settings.backend == "openai":
+            asked["server"] = server_print(address_of(settings.servers, model))
+        return {"asked": asked} if asked else {}
 
     def checkpoint(self, model: str) -> Checkpoint:
         """A model's checkpoint."""
@@ -173,14 +191,48 @@ class Bench:
         }  # fmt: skip
 
     def _task(self, unit: Unit) -> dict[str, Any]:
-        from nemo_minitron.evaluation.lm_eval import run_task
+        from nemo_minitron.evaluation.lm_eval import ask, check_tasks
 
         settings = self.config.evaluate
-        found = run_task(
-            self._model(unit.model), self._tokenizer(), unit.what, settings.task_dir, self.tasks,
-            settings.task_limit, settings.batch_size,
+        check_tasks([unit.what], settings.task_dir)
+        found = ask(
+            self._lm(unit.model), unit.what, settings.task_dir, self.tasks, settings.task_limit,
+            answers_of(settings),
         )  # fmt: skip
         return asdict(found)
+
+    def _lm(self, name: str) -> Any:
+        """lm-eval's model that answers for one of the workspace's."""
+        settings, folder = self.config.evaluate, self.folders[name]
+        answers, size = answers_of(settings), self.config.evaluate.batch_size
+        if settings.backend == "hf":
+            from nemo_minitron.evaluation.lm_eval import hf_lm
+
+            lm = hf_lm(self._model(name), self._tokenizer(), size)
+        elif settings.backend == "openai":
+            lm = server_lm(
+                address_of(settings.servers, name), name, self.folders["teacher"], self._positions(name),
+                size, settings.seed,
+            )  # fmt: skip
+        else:
+            lm = self._engine(name)
+        if answers == Answers():
+            return lm
+        return with_stops(lm, stop_texts(folder, self._tokenizer()))
+
+    def _engine(self, name: str) -> Any:
+        """VLLM of a model; it takes the device's memory for itself, so that no other model stays in it."""
+        if _ENGINE.format(name) not in self._loaded:
+            self.release()
+            dtype, size = self.dtypes.get(name, "auto"), self.config.evaluate.batch_size
+            engine = vllm_lm(self.folders[name], self.folders["teacher"], dtype, size)
+            self._loaded[_ENGINE.format(name)] = engine
+        return self._loaded[_ENGINE.format(name)]
+
+    def _positions(self, name: str) -> int:
+        """Tokens that a model reads at most, by its config.json."""
+        found = self.checkpoint(name).config.get("max_position_embeddings")
+        return found if isinstance(found, int) else 2048
 
     def _speed(self, name: str) -> dict[str, Any]:
         from nemo_minitron.evaluation.speed import measure_in_process
@@ -208,6 +260,7 @@ class Bench:
 
             for other in [other for other in self.folders if other != "teacher"]:
                 self._loaded.pop(other, None)
+            self._release_engines()
             device = pick_device(self.config.evaluate.device)
             self._loaded[name] = load_model(
                 self.folders[name], self.dtypes.get(name, "auto"), device
@@ -220,7 +273,12 @@ class Bench:
 
         for name in self.folders:
             self._loaded.pop(name, None)
+        self._release_engines()
         free()
+
+    def _release_engines(self) -> None:
+        for name in self.folders:
+            self._loaded.pop(_ENGINE.format(name), None)
 
     def _tokenizer(self) -> Any:
         if "tokenizer" not in self._loaded:

@@ -226,6 +226,41 @@ def loss_curves(
     return _png(figure)
 
 
+def task_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], measures: Sequence[str]) -> bytes:
+    """Measures of tasks against tokens seen, a panel for each, with a curve per training.
+
+    Args:
+        logs: model name to lines of its training log.
+        measures: names of what was measured, TASK:METRIC; a line may have a standard error beside it.
+
+    Returns:
+        PNG.
+    """
+    columns = min(3, len(measures))
+    rows = -(-len(measures) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, 2.9 * rows), constrained_layout=True, squeeze=False
+    )
+    for panel in panels.flat[len(measures) :]:
+        panel.set_visible(False)
+    for panel, measure in zip(panels.flat, measures, strict=False):
+        for name, lines in logs.items():
+            points = [line for line in lines if measure in line]
+            if points:
+                panel.errorbar(
+                    [line["tokens"] / 1e6 for line in points], [line[measure] for line in points],
+                    [line.get(f"{measure}_stderr", 0.0) for line in points],
+                    marker="o", ms=3, capsize=2, color=COLOURS[name], label=NAMES[name],
+                )  # fmt: skip
+        task, _, metric = measure.rpartition(":")
+        panel.set_xlabel("training tokens (millions)")
+        panel.set_ylabel(metric, parse_math=False)
+        panel.set_title(task, fontsize=9, parse_math=False)
+        panel.grid(alpha=0.25)
+    panels.flat[0].legend()
+    return _png(figure)
+
+
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})

@@ -1,5 +1,6 @@
 """report.json, and the tables made from it for the screen, the report, the card and Prefect."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,18 @@ NAMES = {
 """Model of a workspace to what people call it."""
 
 
+def is_beside(name: str) -> bool:
+    """Whether a model is none of the workspace's, but one measured beside them (``evaluate.beside``)."""
+    return (
+        name not in NAMES and re.fullmatch(r"[A-Za-z0-9][\w.-]{0,39}", name, re.ASCII) is not None
+    )
+
+
+def title(name: str) -> str:
+    """What people call a model of a report."""
+    return NAMES[name] if name in NAMES else name
+
+
 def read_report(folder: Path) -> dict[str, Any]:
     """The report of a workspace.
 
@@ -35,9 +48,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     named = {*report["models"], *(row["model"] for row in report["compared"])}
     timed = [row["speed"] for row in report["models"].values() if "speed" in row]
     served = [(each, each["vllm"]["cases"]) for each in timed if "cases" in each.get("vllm", {})]
+    beside = {name for name in report["models"] if is_beside(name)}
     if (
         missing
-        or not named <= set(NAMES)
+        or not named <= {*NAMES, *beside}
         or any(len(each["cases"]) != len(cases) for each, cases in served)
     ):
         raise ValueError(
@@ -49,7 +63,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 def columns(report: Mapping[str, Any]) -> tuple[str, ...]:
     """Titles of the table's columns: the measure, and every model."""
-    return ("measure", *(NAMES[name] for name in report["models"]))
+    return ("measure", *(title(name) for name in report["models"]))
 
 
 def table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
@@ -87,6 +101,19 @@ def _measured(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return list(found)
 
 
+def asked(report: Mapping[str, Any]) -> str:
+    """How tasks were asked, in words; empty where as they say."""
+    given = report["measured_on"].get("asked") or {}
+    words = ["in the chat template, examples as turns"] if given.get("chat") else []
+    words += [f"through {given['backend']}"] if "backend" in given else []
+    if "repeats" in given:
+        words.append(
+            f"{given['repeats']} times where the model writes, at temperature {given['temperature']:g}: "
+            "means over the answers, errors over the documents"
+        )
+    return "; ".join(words)
+
+
 COMPARED = ("measure", "model", "difference to teacher", "p", "recovered gap", "documents")
 WRITTEN = ("model", "prefix match", "repetition", "teacher's loss on it")
 
@@ -100,7 +127,7 @@ def compared(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     return tuple(
         (
             f"{row['task']} {row['metric']}{'' if row['higher_is_better'] else ' (less is better)'}",
-            NAMES[row["model"]],
+            title(row["model"]),
             f"{row['difference']:+.4f} ± {row['error']:.4f}",
             "< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}",
             _or_dash(row["recovered"], "{:.0%}"),
@@ -115,7 +142,7 @@ def written(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     rows = [(name, row["writing"]) for name, row in report["models"].items() if "writing" in row]
     return tuple(
         (
-            NAMES[name], f"{row['agreement']:.0%}", f"{row['repetition']:.0%}", f"{row['teacher_loss']:.3f}",
+            title(name), f"{row['agreement']:.0%}", f"{row['repetition']:.0%}", f"{row['teacher_loss']:.3f}",
         )
         for name, row in rows
     )  # fmt: skip
@@ -140,7 +167,7 @@ def speeds(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
             served = row["speed"].get("vllm", {}).get("cases")
             rows.append(
                 (
-                    NAMES[name], str(case["batch"]), f"{case['prompt']:,}", f"{case['first_token_ms']:,.1f}",
+                    title(name), str(case["batch"]), f"{case['prompt']:,}", f"{case['first_token_ms']:,.1f}",
                     f"{case['prefill_tokens_per_second']:,.0f}", f"{case['decode_tokens_per_second']:,.0f}",
                     _or_dash(served and served[number]["tokens_per_second"], "{:,.0f}"),
                 )
@@ -152,7 +179,7 @@ def unserved(report: Mapping[str, Any]) -> tuple[str, ...]:
     """Why vLLM could not be timed, a line for each model that it failed on."""
     served = {name: row.get("speed", {}).get("vllm", {}) for name, row in report["models"].items()}
     return tuple(
-        f"vLLM, {NAMES[name]}: {row['failed']}" for name, row in served.items() if "failed" in row
+        f"vLLM, {title(name)}: {row['failed']}" for name, row in served.items() if "failed" in row
     )
 
 

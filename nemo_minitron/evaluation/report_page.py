@@ -15,11 +15,13 @@ from nemo_minitron.evaluation.report import (
     PAGE,
     SPEEDS,
     WRITTEN,
+    asked,
     columns,
     compared,
     read_report,
     speeds,
     table,
+    title,
     unserved,
     written,
 )
@@ -46,13 +48,14 @@ def write_page(workspace: Path, folder: Path) -> None:
         name=report["workspace"],
         columns=columns(report),
         rows=table(report),
+        asked=asked(report),
         compared_columns=COMPARED,
         compared=compared(report),
         written_columns=WRITTEN,
         written=written(report),
         samples=report["writing"] if "writing" in report else [],
         prompts=report["prompts"] if "prompts" in report else 0,
-        names=NAMES,
+        names={name: title(name) for name in report["models"]},
         speeds_columns=SPEEDS,
         speeds=speeds(report),
         unserved=unserved(report),
@@ -60,6 +63,7 @@ def write_page(workspace: Path, folder: Path) -> None:
         models=report["models"],
         plan=_plan(workspace),
         curves=_curves(workspace, report),
+        task_curves=_task_curves(workspace, report),
         pareto=_pareto(workspace),
         maps=_maps(workspace),
         lineage=_lineage(workspace),
@@ -88,15 +92,36 @@ def _curves(workspace: Path, report: dict[str, Any]) -> str | None:
     """The picture of the losses; None where nothing was trained here."""
     from nemo_minitron.evaluation.plots import loss_curves
 
+    logs = _logs(workspace, report)
+    if not logs:
+        return None
+    return inline(loss_curves(logs, {name: row["loss"] for name, row in report["models"].items()}))
+
+
+def _logs(workspace: Path, report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The logs of the models that were trained here."""
     logs = {}
-    for name in report["models"]:
+    for name in [name for name in report["models"] if name in NAMES]:
         log = training_log.read_log(metrics_in(Workspace(workspace).artifact(name)))
         lines = [line for line in log if "tokens" in line]
         if lines:
             logs[name] = lines
-    if not logs:
-        return None
-    return inline(loss_curves(logs, {name: row["loss"] for name, row in report["models"].items()}))
+    return logs
+
+
+def _task_curves(workspace: Path, report: dict[str, Any]) -> str | None:
+    """The picture of the tasks while a model was trained; None where none was measured."""
+    from nemo_minitron.evaluation.plots import task_curves
+
+    logs = _logs(workspace, report)
+    found = {
+        name: None
+        for lines in logs.values()
+        for line in lines
+        for name, value in line.items()
+        if ":" in name and not name.endswith("_stderr") and isinstance(value, int | float)
+    }
+    return inline(task_curves(logs, list(found))) if found else None
 
 
 def _pareto(workspace: Path) -> str | None:

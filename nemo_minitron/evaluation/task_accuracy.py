@@ -19,7 +19,8 @@ from nemo_minitron.scoring.batch_size import samples_at_once
 from nemo_minitron.scoring.depth import DepthSums
 from nemo_minitron.scoring.pass_in_memory import blocks_of
 
-_ACCURACIES = ("acc_norm", "acc", "exact_match")
+ACCURACIES = ("acc_norm", "acc", "exact_match")
+"""Metrics that stand for a task, the first that it has."""
 
 
 def task_sums(
@@ -98,10 +99,10 @@ def accuracy_without(
 
 
 def _accuracy(task: str, numbers: dict[str, float]) -> float:
-    for metric in _ACCURACIES:
+    for metric in ACCURACIES:
         for name, value in numbers.items():
             if name.partition(" (")[0] == metric:
                 return value
     raise ValueError(
-        f"score.tasks: {task} reports {', '.join(sorted(numbers))}; expected one of {', '.join(_ACCURACIES)}"
+        f"score.tasks: {task} reports {', '.join(sorted(numbers))}; expected one of {', '.join(ACCURACIES)}"
     )

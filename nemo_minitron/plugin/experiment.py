@@ -23,6 +23,7 @@ from omegaconf.errors import ConfigKeyError
 from nemo_minitron.config.overrides import duration
 from nemo_minitron.security.masking import masked
 from nemo_minitron.training.checkpoint_safety import keep_checkpoints_inside
+from nemo_minitron.training.task_curves import judge_when_measured
 from nemo_minitron.workspace import training_log
 from nemo_minitron.workspace.layout import checkpoints_in, logs_in, metrics_in, nemo_in
 
@@ -83,6 +84,7 @@ def manage(trainer: Trainer, settings: Mapping[str, Any], state: Path) -> None:
     if interval is not None:
         _save_every(trainer, interval)
     keep_checkpoints_inside(trainer, checkpoints_in(state))
+    judge_when_measured(trainer)
     words = folder / _COMMAND_LINE  # NeMo notes the command line as it is
     if trainer.is_global_zero and words.is_file():
         replaced = masked(words.read_text(encoding="utf-8", errors="replace"))

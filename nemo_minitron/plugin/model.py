@@ -43,6 +43,7 @@ from nemo_minitron.plugin.nemo_archive import (
 from nemo_minitron.plugin.own_loaders import OwnLoaders
 from nemo_minitron.training.batches import as_batch
 from nemo_minitron.training.loss_guard import gradient_norm, settle
+from nemo_minitron.training.phases import learning_rate
 from nemo_minitron.training.sampler import ConsumedSampler
 from nemo_minitron.training.strategies import gathered, shard
 from nemo_minitron.training.token_weighting import LearnedTokens
@@ -236,7 +237,7 @@ class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
             else self.replacement_layers.context()
         )
 
-    def _own_layers(self) -> contextlib.AbstractContextManager[None]:
+    def own_layers(self) -> contextlib.AbstractContextManager[None]:
         """Puts the Hugging Face model's own layers back during the block."""
         return contextlib.nullcontext() if self._replacement is None else self._replacement.undone()
 
@@ -313,7 +314,7 @@ class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int, unused: int = 0) -> int | None:
         """Logs ``learning_rate`` and ``global_step``, as NeMo's models do."""
-        rate = self._trainer.optimizers[0].param_groups[0]["lr"]
+        rate = learning_rate(self._trainer)
         values = {"learning_rate": rate, "global_step": self._trainer.global_step}
         # tensors on the CPU: Lightning would bring numbers to the device, and wait until they are
         # there
@@ -371,7 +372,7 @@ class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
                 "MinitronModel.from_hf(folder).save_to(path) an archive"
             )
         self.follow_model()
-        with self._own_layers():
+        with self.own_layers():
             super().save_to(save_path)
 
     def save_hf(self, folder: Path) -> None:
@@ -383,7 +384,7 @@ class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
         self.follow_model()
         config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(config, dict)
-        with self._own_layers():
+        with self.own_layers():
             save_model(
                 self.model,
                 folder,

@@ -1,10 +1,12 @@
 """The part of ``MinitronModel`` that makes its data loaders, out of ``cfg`` or of given samples."""
 
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
 
 from nemo_minitron.plugin.data_sets import data_set, loaders_of, samples_of
+from nemo_minitron.training.phases import PhasedSamples
 from nemo_minitron.training.sampler import (
     ConsumedSampler,
     as_samples,
@@ -79,6 +81,9 @@ class OwnLoaders:
             ),
             seed,
             frozenset(step * per_step + part for step in skipped for part in range(per_step)),
+            partial(samples.place, per_step=per_step)
+            if isinstance(samples, PhasedSamples)
+            else None,
         )
         self._train_dl = train_loader(samples, sampler, **{**self._for_device(), **how})
 

@@ -22,7 +22,6 @@ from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_minitron.config.overrides import duration, refuse_exp_manager, refuse_trainer
-from nemo_minitron.families import Architecture, Family
 from nemo_minitron.models.trainable import described
 from nemo_minitron.plugin.experiment import (
     end_loggers,
@@ -31,17 +30,18 @@ from nemo_minitron.plugin.experiment import (
     profiler,
     step_of,
 )
-from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.nemo_archive import make_cfg
+from nemo_minitron.plugin.step_costs import forward_flops, step_flops, work_of_phases
 from nemo_minitron.plugin.third_party_logging import silence_third_parties
-from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.training.averaging import Averaging
+from nemo_minitron.training.best_weights import BestWeights
 from nemo_minitron.training.callbacks import ExactResume, TrainingLog
 from nemo_minitron.training.checkpoint_safety import checkpoints_as_data
 from nemo_minitron.training.compilation import is_compiled
 from nemo_minitron.training.fp8_recipes import check_tokens
 from nemo_minitron.training.loss_guard import LossGuard, Spikes
+from nemo_minitron.training.phases import PhasedSamples, phase_rates
 from nemo_minitron.training.preemption import Preemption
 from nemo_minitron.training.sampler import as_samples
 from nemo_minitron.training.strategies import sharding_strategy
@@ -186,10 +186,10 @@ def train(
     check_trainer(settings.trainer)
     refuse_exp_manager(settings.exp_manager)
     try:
-        trainer = _trainer(settings, callbacks, state)
+        trainer = _trainer(settings, [*callbacks, *phase_rates(samples, skipped)], state)
         model = MinitronModel(_cfg(hf_config, files, settings), trainer, hf_model.train())
         samples, parts = as_samples(samples), settings.options.tensor_parallel
-        _watch(trainer, model, settings, samples.positions, state)
+        _watch(trainer, model, settings, samples, state)
         _apply(settings, model, trainer.strategy.root_device, samples, as_samples(validation))
         model.use_training_samples(
             samples, settings.batch_size, settings.seed, skipped, parts, whole=True
@@ -219,7 +219,9 @@ def _check_fp8(
     if layers.fp8 is None:
         return
     rows = [min(settings.batch_size, len(validation)), len(validation) % settings.batch_size]
-    check_tokens(layers.fp8, settings.batch_size, samples.positions, rows, validation.positions)
+    phased = isinstance(samples, PhasedSamples)
+    for positions in samples.lengths() if phased else [samples.positions]:
+        check_tokens(layers.fp8, settings.batch_size, positions, rows, validation.positions)
 
 
 def _refusal(error: Exception, settings: TrainingSettings) -> str:
@@ -247,6 +249,9 @@ def _fit(trainer: Trainer, model: MinitronModel, state: Path) -> None:
         (state / STOPPED).unlink(missing_ok=True)
         if ended is not None:
             write_json(state / STOPPED, ended)
+        for callback in trainer.callbacks:
+            if isinstance(callback, BestWeights):
+                callback.put(model.model)
 
 
 def _ended_by(trainer: Trainer) -> str:
@@ -311,29 +316,24 @@ def _made(arguments: dict[str, Any]) -> list[Callback]:
 
 
 def _watch(
-    trainer: Trainer, model: MinitronModel, settings: TrainingSettings, positions: int, state: Path
+    trainer: Trainer, model: MinitronModel, settings: TrainingSettings, samples: Any, state: Path
 ) -> None:
     """Adds the training log, and after it the callbacks that may end the training."""
     every = (
         settings.trainer["log_every_n_steps"] if settings.trainer.get("log_every_n_steps") else 10
     )
     readers = trainer.world_size // settings.options.tensor_parallel
-    tokens = settings.batch_size * positions * trainer.accumulate_grad_batches * readers
-    flops = 3 * forward_flops(model.model, model.family, positions)
-    for callback in trainer.callbacks:
-        if isinstance(callback, KnowledgeDistillation):
-            flops += forward_flops(callback.teacher, callback.family, positions)
+    per_step = settings.batch_size * trainer.accumulate_grad_batches * readers
+    positions, done = samples.positions, None
+    if isinstance(samples, PhasedSamples):
+        done = work_of_phases(trainer, model, samples, per_step)
+    flops, peak = step_flops(trainer, model, positions), settings.options.peak_tflops
     trainer.callbacks.append(
-        TrainingLog(metrics_in(state), every, tokens, flops, settings.options.peak_tflops)
+        TrainingLog(metrics_in(state), every, per_step * positions, flops, peak, done)
     )
     limit = settings.exp_manager.get("max_time_per_run")
     allowed = None if limit is None else duration("exp_manager.max_time_per_run", limit)
     trainer.callbacks.append(Preemption(checkpoints_in(state), allowed, settings.started))
-
-
-def forward_flops(model: Any, family: Family, positions: int) -> int:
-    """FLOPs per token of a forward pass over samples of so many positions."""
-    return model_size(Architecture(family, model.config.to_dict()), positions).flops_per_token
 
 
 def _apply(

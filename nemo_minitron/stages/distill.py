@@ -23,7 +23,7 @@ from nemo_minitron.stages.inputs import (
     refuse_gguf,
     shared_vocabulary,
 )
-from nemo_minitron.stages.logit_cache import asked_for
+from nemo_minitron.stages.logit_cache import asked_for, refuse_phases
 from nemo_minitron.stages.recipe import Recipe
 from nemo_minitron.stages.training_stage import Role, tokenizer_of, training_inputs, training_recipe
 from nemo_minitron.workspace.artifacts import input_artifact
@@ -188,6 +188,7 @@ def _cached(
         raise ValueError(f"{where}: stays what it is, and distill.live_teacher changes; use online")
     if inside is not None:
         raise ValueError(f"{where}: holds no hidden states, which distill.intermediate.terms needs")
+    refuse_phases(config)
     _check_cache(config, where)
     ours = read_config(pruned)["vocab_size"]
     vocabulary = None if ours == cache.facts["vocabulary"] else cache.facts["vocabulary"]

@@ -17,13 +17,15 @@ from nemo_minitron.data.mixtures import (
     text_input,
     validation_text,
 )
+from nemo_minitron.evaluation.answers import answers_of, check_chat, settings_without_defaults
 from nemo_minitron.evaluation.gate import JUDGES, Gate, gate_of, judge, raise_if_failed
 from nemo_minitron.evaluation.measurements import SPEED, TEXT, WRITING, Bench, Unit, work
-from nemo_minitron.evaluation.report import FILE, columns, read_report, table
+from nemo_minitron.evaluation.report import FILE, NAMES, columns, is_beside, read_report, table
 from nemo_minitron.evaluation.report_page import write_page
 from nemo_minitron.evaluation.significance import paired, recovered
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.inputs import (
     POSITIONS,
     length_notes,
@@ -55,7 +57,8 @@ def recipe(config: Config) -> Recipe:
     bench, inputs = _bench(config)
     folder = workspace.report
     held_out = held_out_sampling(config, VALIDATION_SAMPLES)
-    settings = {**asdict(config.evaluate), "validation": held_out, "dtypes": dict(bench.dtypes)}
+    asked = settings_without_defaults(asdict(config.evaluate), answers_of(config.evaluate))
+    settings = {**asked, "validation": held_out, "dtypes": dict(bench.dtypes)}
     for name in (*JUDGES, "from_scratch", "batch_size", "model"):
         del settings[name]
 
@@ -82,6 +85,7 @@ def recipe(config: Config) -> Recipe:
 
     def check() -> None:
         _check_models(config, bench.folders["teacher"])
+        _check_answers(config, bench.folders)
 
     return Recipe(folder, "report", settings, inputs, build, summary, check)
 
@@ -111,6 +115,24 @@ def _check_models(config: Config, teacher: Path) -> None:
                 "lm-eval puts before a text; name one in tokenizer_config.json (eos_token), or leave the "
                 "tasks out"
             )
+
+
+def _check_answers(config: Config, folders: Mapping[str, Path]) -> None:
+    """Refuses a chat without a template, and back ends that are not there.
+
+    Raises:
+        ValueError: it is so.
+    """
+    settings = config.evaluate
+    if not settings.tasks:
+        return
+    if settings.chat:
+        from nemo_minitron.models.causal_lm import load_tokenizer
+
+        check_chat(folders["teacher"], load_tokenizer(folders["teacher"]))
+    from nemo_minitron.evaluation.task_backends import check_backend
+
+    check_backend(settings.backend, settings.servers, list(folders))
 
 
 def _check(config: Config) -> None:
@@ -147,13 +169,19 @@ def _bench(config: Config) -> tuple[Bench, list[Input]]:
     models, inputs = _models(config)
     texts = validation_text(config)
     inputs.append(text_input(texts))
+    vocabulary = shared_vocabulary(models["teacher"], models["student"])
+    for name in config.evaluate.beside:
+        if shared_vocabulary(models["teacher"], models[name]) != vocabulary:
+            raise ValueError(
+                f"evaluate.beside.{name}: its vocabulary has another size than the student's"
+            )
     prints = _task_prints(config)
     if prints:
         inputs.append(Input(config.evaluate.task_dir or "lm_eval", digest(prints)))
     return Bench(
         config, models, texts.fingerprint, workspace.held_out_tasks(texts.fingerprint), prints,
         Results(workspace.results),
-        shared_vocabulary(models["teacher"], models["student"]), _dtypes(config, models),
+        vocabulary, _dtypes(config, models),
     ), inputs  # fmt: skip
 
 
@@ -171,19 +199,45 @@ def _dtypes(config: Config, models: Mapping[str, Path]) -> dict[str, str]:
         return {}
     source, _ = source_folder(config)
     dtype = config.export.dtype or main_dtype(open_checkpoint(source))
-    return {name: dtype for name, folder in models.items() if name != "pruned" and folder != source}
+    as_they_are = ("pruned", *config.evaluate.beside)
+    teacher = [] if config.evaluate.teacher is None else ["teacher"]
+    return {
+        name: dtype
+        for name, folder in models.items()
+        if name not in (*as_they_are, *teacher) and folder != source
+    }
 
 
 def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
+    models, inputs = _own_models(config)
+    for name, text in config.evaluate.beside.items():
+        if not is_beside(name):
+            raise ValueError(
+                f"evaluate.beside: expected a name of letters, digits and dashes other than "
+                f"{', '.join(NAMES)}, found {plain(name, 40)!r}"
+            )
+        models[name], item = _folder(f"evaluate.beside.{name}", text)
+        inputs.append(item)
+    return models, inputs
+
+
+def _folder(where: str, text: str) -> tuple[Path, Input]:
+    folder = Path(text).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{where}: no such folder: {folder}")
+    return folder, Input(str(folder), open_checkpoint(folder).fingerprint)
+
+
+def _own_models(config: Config) -> tuple[dict[str, Path], list[Input]]:
     workspace = Workspace(workspace_of(config))
-    teacher, item = teacher_folder(config)
+    if config.evaluate.teacher is None:
+        teacher, item = teacher_folder(config)
+    else:
+        teacher, item = _folder("evaluate.teacher", config.evaluate.teacher)
     models, inputs = {"teacher": teacher}, [item]
     if config.evaluate.model is not None:
-        folder = Path(config.evaluate.model).expanduser()
-        if not folder.is_dir():
-            raise ValueError(f"evaluate.model: no such folder: {folder}")
-        inputs.append(Input(str(folder), open_checkpoint(folder).fingerprint))
-        return {**models, "student": folder}, inputs
+        models["student"], item = _folder("evaluate.model", config.evaluate.model)
+        return models, [*inputs, item]
     for name, artifact, stage, trained in (
         ("pruned", "pruned", "prune", False),
         ("student", "student", "distill", True),
@@ -201,16 +255,10 @@ def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
 
 def _write_tasks(config: Config, bench: Bench) -> None:
     """Writes the data of the tasks that are made from held-out text, where it is not there yet."""
-    if bench.tasks.is_dir() or not config.evaluate.tasks:
-        return
-    from nemo_minitron.data.documents import documents, plain
-    from nemo_minitron.evaluation.held_out_tasks import is_made_here, write_held_out_tasks
-    from nemo_minitron.workspace.build import building
+    from nemo_minitron.evaluation.held_out_tasks import held_out_data, is_made_here
 
-    if not any(map(is_made_here, config.evaluate.tasks)):
-        return
-    with building(bench.tasks) as temporary:
-        write_held_out_tasks(plain(documents(validation_text(config))), temporary)
+    if any(map(is_made_here, config.evaluate.tasks)):
+        held_out_data(validation_text(config), bench.tasks)
 
 
 def _assembled(config: Config, bench: Bench) -> dict[str, Any]:
@@ -232,13 +280,19 @@ def _assembled(config: Config, bench: Bench) -> dict[str, Any]:
         "measured_on": {
             "text": bench.text, **held_out_sampling(config, VALIDATION_SAMPLES),
             "task_limit": config.evaluate.task_limit, "tasks": bench.prints,
-            "tokenizer": tokenizer_fingerprint(bench.folders["teacher"]),
+            "tokenizer": tokenizer_fingerprint(bench.folders["teacher"]), **_asked(config),
         },
     }  # fmt: skip
     if config.evaluate.prompts:
         report["prompts"] = config.evaluate.prompts
         report["writing"] = _writing(bench, found)
     return report
+
+
+def _asked(config: Config) -> dict[str, Any]:
+    """How tasks were asked, where not as they say."""
+    asked = answers_of(config.evaluate).decides() if config.evaluate.tasks else {}
+    return {"asked": asked} if asked else {}
 
 
 def _row(bench: Bench, name: str, found: Mapping[Unit, Any]) -> dict[str, Any]:

@@ -15,3 +15,16 @@ def asked_for(config: Config) -> dict[str, Any]:
         "train": sampling(config.data.train), "validation": held_out_sampling(config),
         "dtype": config.distill.teacher_dtype,
     }  # fmt: skip
+
+
+def refuse_phases(config: Config) -> None:
+    """Refuses a training in phases, for the cache holds samples of one text and one length.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if config.training.phases:
+        raise ValueError(
+            "training.phases: not with distill.teacher_logits=cache, which holds samples of one text and one "
+            "length; use online"
+        )

@@ -23,7 +23,7 @@ from nemo_minitron.stages.inputs import (
     shared_vocabulary,
     teacher_folder,
 )
-from nemo_minitron.stages.logit_cache import asked_for
+from nemo_minitron.stages.logit_cache import asked_for, refuse_phases
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.stages.training_stage import (
     resolved_trainer,
@@ -44,6 +44,7 @@ def recipe(config: Config) -> Recipe:
     Raises:
         ValueError: the teacher has another vocabulary, or more entries are asked for than it has.
     """
+    refuse_phases(config)
     teacher, teacher_input = distillation_teacher(config)
     settings, folder = config.distill.cache, Workspace(workspace_of(config)).logits
     source, _ = teacher_folder(config)

@@ -1,6 +1,5 @@
 """What the three training stages have in common: their text, their recipe, and the model they write."""
 
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +17,32 @@ from nemo_minitron.data.mixtures import (
     validation_samples,
     validation_text,
 )
+from nemo_minitron.data.training_phases import (
+    PhaseText,
+    phase_configs,
+    phases_decide,
+    same_samples,
+)
 from nemo_minitron.data.training_samples import training_samples
 from nemo_minitron.families import family_of
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.inputs import length_notes
 from nemo_minitron.stages.recipe import Recipe, Summary
+from nemo_minitron.stages.training_choices import (
+    check_choices,
+    check_stopping,
+    stops_on_task,
+    watching,
+)
+from nemo_minitron.stages.training_choices import (
+    decides as choices_decide,
+)
+from nemo_minitron.stages.training_steps import (
+    phases_of,
+    resolved_trainer,
+    samples_a_step,
+    samples_for,
+)
 from nemo_minitron.training.trainer_arguments import deciding, merged
 from nemo_minitron.workspace import training_log
 from nemo_minitron.workspace.layout import metrics_in, model_in
@@ -73,8 +93,11 @@ class _Skip(TypedDict):
 
 def training_inputs(config: Config) -> list[Input]:
     """Training and validation text as inputs."""
-    texts = [texts for texts, _ in training_mixture(config)]
-    return [*map(text_input, texts), text_input(validation_text(config))]
+    first, *others = (
+        [text_input(texts) for texts, _ in training_mixture(each)] for each in phase_configs(config)
+    )
+    new = dict.fromkeys(text for texts in others for text in texts if text not in first)
+    return [*first, *new, text_input(validation_text(config))]
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -106,10 +129,13 @@ def training_recipe(
     if kind in _FROM_NOISE:
         config = replace(config, training=replace(config.training, only=[]))
     resolved, decides = _resolved(config, section)
+    phases = phases_of(config, section["trainer"], section["batch_size"])
 
     def check() -> None:
         validates = resolved["trainer"].get("limit_val_batches") != 0
-        check_monitors(config.exp_manager, logged(role.terms, validates))
+        measures = check_choices(config, resolved["trainer"])
+        check_monitors(config.exp_manager, logged(role.terms, validates), measures)
+        check_stopping(config.exp_manager, measures)
         # NeMo's import takes seconds: only where due
         from nemo_minitron.plugin.trainer import check_trainer
 
@@ -123,13 +149,16 @@ def training_recipe(
     def build(state: Path, target: Path, ranks: Ranks) -> None:
         """Trains, all ranks together, and writes what came of it."""
         ranks.first(role.prepare)
-        trained = _train(config, resolved, role, state, ranks)
+        trained = _train(config, resolved, phases, role, state, ranks)
         if ranks.rank == 0:
             _write(trained, state, target)
 
     def summary() -> Summary:
-        notes = length_notes(config, role.shape(), "train", "validation")
-        return Summary(last_losses(folder), notes=notes)
+        shape = role.shape()
+        lengths = [length_notes(each, shape, "train") for each in phase_configs(config)]
+        told = [note for notes in lengths for note in notes]
+        told += length_notes(config, shape, "validation")
+        return Summary(last_losses(folder), notes=tuple(dict.fromkeys(told)))
 
     return Recipe(folder, kind, decides, inputs, build, summary, check, resumable=True, keep=True)
 
@@ -143,7 +172,8 @@ def _write(trained: Any, state: Path, target: Path) -> None:
     keep_logs(state, target)
     log = metrics_in(state)
     training_log.write_csv(training_log.read_log(log), target / training_log.TABLE)
-    for name in (log.name, SKIPPED, training_log.TEACHERS, training_log.STOPPED):
+    noted = (SKIPPED, training_log.TEACHERS, training_log.STOPPED, training_log.KEPT)
+    for name in (log.name, *noted):
         if (state / name).is_file():
             (target / name).write_bytes((state / name).read_bytes())
 
@@ -162,21 +192,24 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
         **resolved,
         "trainer": deciding(trainer),
         "batch_size": step,
-        "training": _deciding(config.training),
+        "training": {**_deciding(config.training), **phases_decide(config)},
         "train": sampling(config.data.train),
-        **_early_stopping(config.exp_manager, trainer),
+        **_early_stopping(config, trainer),
+        **choices_decide(config, trainer),
     }
     return resolved, decides
 
 
-def _early_stopping(manager: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
+def _early_stopping(config: Config, trainer: Mapping[str, Any]) -> dict[str, Any]:
     """What may end the training early, and when it looks; nothing where nothing may."""
+    manager = config.exp_manager
     if not manager.get("create_early_stopping_callback"):
         return {}
     looks = {name: trainer.get(name) for name in ("val_check_interval", "limit_val_batches")}
     if isinstance(looks["val_check_interval"], int):  # in steps, however many devices there are
         looks["val_check_interval"] /= trainer.get("accumulate_grad_batches") or 1
-    return {"early_stopping": {**(manager.get("early_stopping_callback_params") or {}), **looks}}
+    given = manager.get("early_stopping_callback_params") or {}
+    return {"early_stopping": {**given, **looks, **stops_on_task(config)}}
 
 
 def _deciding(training: TrainingConfig) -> dict[str, Any]:
@@ -191,66 +224,20 @@ def _deciding(training: TrainingConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != getattr(default, name)}
 
 
-def resolved_trainer(config: Config, changes: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """``trainer`` with torchrun's devices, and steps by ``training``, but for what the stage itself says.
-
-    ``max_epochs`` counts passes over ``data.train.samples``: the steps end with the last of them,
-    and the schedule with the steps.
-    """
-    trainer = {**merged(config.trainer, changes), **_launched()}
-    if config.training.max_tokens is not None and changes.get("max_steps") is None:
-        trainer["max_steps"] = _steps(config, trainer, batch_size)
-    if (trainer.get("max_epochs") or -1) > 0 and config.data.train.samples is not None:
-        read = trainer["max_epochs"] * config.data.train.samples
-        steps = max(1, read // samples_a_step(config, trainer, batch_size))
-        trainer["max_steps"] = min(steps, trainer["max_steps"] or steps)
-    if config.training.validate_every is not None and changes.get("val_check_interval") is None:
-        per_step = trainer.get("accumulate_grad_batches") or 1
-        trainer["val_check_interval"] = config.training.validate_every * per_step
-    return trainer
-
-
-def samples_for(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
-    """Samples that a training reads: ``data.train.samples``, or as many as its steps take."""
-    return config.data.train.samples or trainer["max_steps"] * samples_a_step(
-        config, trainer, batch_size
-    )
-
-
-def samples_a_step(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
-    """Over all ranks: what decides the weights, however many ranks there are to share it."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) // config.training.tensor_parallel
-    accumulate = trainer["accumulate_grad_batches"] if "accumulate_grad_batches" in trainer else 1
-    return int(batch_size * accumulate * max(1, ranks))
-
-
-def _steps(config: Config, trainer: Mapping[str, Any], batch_size: int) -> int:
-    """Steps that take ``training.max_tokens`` tokens, rounded up."""
-    tokens = samples_a_step(config, trainer, batch_size) * config.data.train.sequence_length
-    assert config.training.max_tokens is not None
-    return -(-config.training.max_tokens // tokens)
-
-
-def _launched() -> dict[str, Any]:
-    """What torchrun's environment says of devices, for Lightning, which wants to hear it too."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        return {}
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-    return {"devices": local, "num_nodes": size // local}
-
-
 def _train(
-    config: Config, section: Mapping[str, Any], role: Role, state: Path, ranks: Ranks
+    config: Config,
+    section: Mapping[str, Any],
+    phases: Sequence[PhaseText],
+    role: Role,
+    state: Path,
+    ranks: Ranks,
 ) -> Any:
     from nemo_minitron.plugin.trainer import TrainingSettings, train
     from nemo_minitron.training.loss_guard import BadStep
 
     trainer = section["trainer"]
     tokenizer = role.tokenizer()
-    needed = samples_for(config, trainer, section["batch_size"])
-    per_step = samples_a_step(config, trainer, section["batch_size"])
-    samples = training_samples(config, tokenizer, needed, per_step, ranks)
+    samples = _samples(config, section, phases, tokenizer, ranks)
     samples, validation = role.wrap_samples(samples, validation_samples(config, tokenizer))
     settings = TrainingSettings(
         trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"],
@@ -269,7 +256,7 @@ def _train(
                 samples,
                 validation,
                 state,
-                role.callbacks(),
+                [*watching(config, tokenizer, state), *role.callbacks()],
                 skipped,
             )
         except BadStep as bad:
@@ -277,6 +264,36 @@ def _train(
             if config.training.on_bad_loss == "stop" or len(skips) >= most:
                 raise
             ranks.first(partial(_leave_out, bad, skips, most, state))
+
+
+def _samples(
+    config: Config,
+    section: Mapping[str, Any],
+    phases: Sequence[PhaseText],
+    tokenizer: Any,
+    ranks: Ranks,
+) -> Any:
+    """The samples of a training: of one text, or of each of its phases."""
+    trainer, batch_size = section["trainer"], section["batch_size"]
+    per_step = samples_a_step(config, trainer, batch_size)
+    if not phases:
+        needed = samples_for(config, trainer, batch_size)
+        return training_samples(config, tokenizer, needed, per_step, ranks)
+    from nemo_minitron.training.phases import Phase, PhasedSamples
+
+    made: list[tuple[Config, Any]] = []
+    for each in phases:
+        if not any(same_samples(each.config, own) for own, _ in made):
+            steps = sum(p.steps for p in phases if same_samples(p.config, each.config))
+            needed = samples_for(each.config, {**trainer, "max_steps": steps}, batch_size)
+            samples = training_samples(each.config, tokenizer, needed, per_step, ranks)
+            made.append((each.config, samples))
+    pools = [next(s for own, s in made if same_samples(each.config, own)) for each in phases]
+    usual = section["optim"]["lr"]
+    rates = [1.0 if each.lr is None else each.lr / usual for each in phases]
+    return PhasedSamples(
+        [Phase(p.steps, pool, rate) for p, pool, rate in zip(phases, pools, rates, strict=True)]
+    )
 
 
 def _options(training: TrainingConfig) -> Any:
@@ -323,6 +340,8 @@ def last_losses(folder: Path) -> str:
     if (stop := training_log.read_stop(folder)) is not None:
         steps, of, ended = stop["step"], f" of {steps}", f", ended by {stop['reason']}"
     left_out = f", {len(skips)} left out ({SKIPPED})" if (skips := _skips(folder)) else ""
+    if (kept := training_log.read_kept(folder)) is not None:
+        ended += f", kept those of step {kept['step']} ({kept['measure']} {kept['value']:.4f})"
     told = "".join(
         f", held-out loss {line['val_loss']:.4f}"
         + (f" at step {line['step']}" if line["step"] != steps else "")

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from nemo_minitron.training.loss_guard import settle
+from nemo_minitron.training.phases import learning_rate
+from nemo_minitron.training.task_curves import validated
 from nemo_minitron.workspace.progress import note
 from nemo_minitron.workspace.training_log import read_log
 
@@ -76,6 +79,7 @@ class TrainingLog(Callback):
             pass; what is computed a second time (activation checkpointing) does not count.
         peak_tflops: what a device can do at best, in 1e12 FLOP/s, for ``mfu``; None: as
             ``PEAK_TFLOPS`` has it.
+        done: tokens and FLOPs of a training's first steps, where not all steps have as many.
     """
 
     def __init__(
@@ -85,9 +89,11 @@ class TrainingLog(Callback):
         tokens_per_step: int,
         flops_per_token: int = 0,
         peak_tflops: float | None = None,
+        done: Callable[[int], tuple[int, int]] | None = None,
     ) -> None:
         self.path, self.every, self.tokens_per_step = path, every, tokens_per_step
         self.flops_per_token, self.peak_tflops = flops_per_token, peak_tflops
+        self.done = done or self._alike
         self._clock = (0, 0.0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -108,24 +114,30 @@ class TrainingLog(Callback):
         if step == self._clock[0] or (step % self.every and step != 1):
             return
         seconds = time.monotonic() - self._clock[1]
-        speed = (step - self._clock[0]) * self.tokens_per_step / max(seconds, 1e-9)
+        (tokens, flops), before = self.done(step), self.done(self._clock[0])
+        speeds = [
+            (now - then) / max(seconds, 1e-9)
+            for now, then in zip((tokens, flops), before, strict=True)
+        ]
         self._clock = (step, time.monotonic())
         settle(trainer)
         terms = pl_module.learned.means(trainer.strategy)
         if not trainer.is_global_zero:
             return
-        tokens = step * self.tokens_per_step
-        rate = {
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            **self._throughput(trainer, speed),
-        }
+        rate = {"lr": learning_rate(trainer), **self._throughput(trainer, *speeds)}
         self._append({"step": step, "tokens": tokens, **terms, **rate})
         for logger in trainer.loggers:  # the terms are there already: the model logs them
             logger.log_metrics({"tokens": tokens, **rate}, step)
 
-    def _throughput(self, trainer: Trainer, tokens_per_second: float) -> dict[str, float]:
+    def _alike(self, step: int) -> tuple[int, int]:
+        tokens = step * self.tokens_per_step
+        return tokens, tokens * self.flops_per_token
+
+    def _throughput(
+        self, trainer: Trainer, tokens_per_second: float, flops_per_second: float
+    ) -> dict[str, float]:
         """Tokens a second over all ranks, TFLOP/s of one, and what share of its peak that is."""
-        tflops = tokens_per_second * self.flops_per_token / trainer.world_size / 1e12
+        tflops = flops_per_second / trainer.world_size / 1e12
         values = {"tokens_per_second": _short(tokens_per_second), "tflops": _short(tflops)}
         peak = self.peak_tflops or _peak(trainer.strategy.root_device)
         return values if peak is None else {**values, "mfu": _short(tflops / peak)}
@@ -134,17 +146,8 @@ class TrainingLog(Callback):
         """Logs the validation loss."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        names = [
-            name for name in ("val_loss", "val_divergence") if name in trainer.callback_metrics
-        ]
-        values = {name: float(trainer.callback_metrics[name]) for name in names} | pl_module.facts
-        self._append(
-            {
-                "step": trainer.global_step,
-                "tokens": trainer.global_step * self.tokens_per_step,
-                **values,
-            }
-        )
+        step, values = trainer.global_step, validated(trainer) | pl_module.facts
+        self._append({"step": step, "tokens": self.done(step)[0], **values})
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -79,6 +79,21 @@ def schedule_of(
     return Schedule(start, (epochs + 1) * epoch, epoch, rank, world, epoch * batch_size * world)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the samples of a batch lie.
+
+    Attributes:
+        number: of the batch among those that read the same samples.
+        first: the first of these in the data set.
+        samples: how many there are.
+    """
+
+    number: int
+    first: int
+    samples: int
+
+
 class ConsumedSampler(DistributedSampler[list[int]]):
     """Indices of each batch of this rank, from the first batch that has not been consumed.
 
@@ -92,6 +107,7 @@ class ConsumedSampler(DistributedSampler[list[int]]):
             iteration begins.
         order_seed: seed of the permutations; None: the samples come in their own order.
         skipped: batches of that order which are left out; those behind them move up.
+        place: where the samples of a batch lie; None: in the whole data set.
     """
 
     def __init__(
@@ -101,9 +117,10 @@ class ConsumedSampler(DistributedSampler[list[int]]):
         schedule: Callable[..., Schedule],
         seed: int | None,
         skipped: frozenset[int] = frozenset(),
+        place: Callable[[int], Place] | None = None,
     ) -> None:
         self.samples, self.micro_batch_size, self.schedule = samples, batch_size, schedule
-        self.order_seed, self.skipped = seed, skipped
+        self.order_seed, self.skipped, self.place = seed, skipped, place
 
     def __len__(self) -> int:
         return self.schedule().length
@@ -113,22 +130,25 @@ class ConsumedSampler(DistributedSampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
         at = self.schedule()
-        order, known, each = [], -1, at.epoch_samples or self.samples
+        order: list[int] = []
+        known: tuple[int, int] | None = None
         for batch in kept_batches(at.start, at.stop, self.skipped):
-            first = (batch * at.world + at.rank) * self.micro_batch_size
+            place = Place(batch, 0, self.samples) if self.place is None else self.place(batch)
+            each = at.epoch_samples or place.samples
+            first = (place.number * at.world + at.rank) * self.micro_batch_size
             indices = []
             for position in range(first, first + self.micro_batch_size):
                 epoch, number = divmod(position, each)
-                if epoch != known:
-                    order, known = self._order(epoch), epoch
-                indices.append(order[number])
+                if (epoch, place.first) != known:
+                    order, known = self._order(epoch, place.samples), (epoch, place.first)
+                indices.append(place.first + order[number])
             yield indices
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int, samples: int) -> list[int]:
         if self.order_seed is None:
-            return list(range(self.samples))
+            return list(range(samples))
         generator = torch.Generator().manual_seed(self.order_seed * 1_000_003 + epoch)
-        return torch.randperm(self.samples, generator=generator).tolist()
+        return torch.randperm(samples, generator=generator).tolist()
 
 
 def kept_batches(start: int, stop: int, skipped: frozenset[int]) -> Iterator[int]:

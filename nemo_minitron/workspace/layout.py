@@ -74,10 +74,22 @@ MEMORY = ".memory.json"
 _OUTCOME, _PROGRESS, _SLURM = ".outcome.json", ".progress.json", ".slurm.json"
 
 
-FOLDERS = (*ARTIFACTS, TOKENS, LIVE, UNPACKED, RESULTS, ".launch", LOGS, "rounds", "variants")
+FOLDERS = (
+    *ARTIFACTS,
+    TOKENS,
+    LIVE,
+    UNPACKED,
+    RESULTS,
+    ".launch",
+    LOGS,
+    "rounds",
+    "variants",
+    "steps",
+)
 """Entries of a workspace that are folders."""
 FILES = (
-    LOCK, STAGE_LOCK, HOLDER, COMMANDS, VERDICT, MEMORY, "search.json", "sweep.json", "pareto.png",
+    LOCK, STAGE_LOCK, HOLDER, COMMANDS, VERDICT, MEMORY, "search.json", "sweep.json", "cascade.json",
+    "pareto.png",
 )  # fmt: skip
 """Entries of a workspace that are files."""
 
@@ -229,6 +241,15 @@ class Workspace:
         return self.root / "variants" / name
 
     @property
+    def cascade(self) -> Path:
+        """What became of a cascade's steps."""
+        return self.root / "cascade.json"
+
+    def step(self, name: str) -> "Workspace":
+        """Workspace of a cascade's step."""
+        return Workspace(self.root / "steps" / name)
+
+    @property
     def pareto(self) -> Path:
         """Picture of the losses of all variants against their sizes."""
         return self.root / "pareto.png"
@@ -349,13 +370,18 @@ def checkpoints_in(state: Path) -> Path:
     return nemo_in(state) / "checkpoints"
 
 
+def best_in(state: Path) -> Path:
+    """The weights of a training's best validations, one file each."""
+    return state / "best"
+
+
 def teachers_in(state: Path) -> Path:
     """The snapshots that a distillation with a live teacher has taken, one folder each."""
     return state / "teachers"
 
 
 def snapshot_in(folder: Path, step: int) -> Path:
-    """A published model, by the step of the training that it comes from."""
+    """A published model, or weights, by the step of the training that they come from."""
     return folder / f"step={step}"
 
 

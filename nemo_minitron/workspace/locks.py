@@ -74,7 +74,7 @@ def _check(workspace: Path) -> None:
                     "this name; nothing was touched: move it, or choose another workspace"
                 )
     around, up = workspace, workspace.absolute().parents
-    if len(up) > 2 and up[0].name == "variants":
+    if len(up) > 2 and up[0].name in ("variants", "steps"):
         around = up[1]
     elif len(up) > 3 and up[1].name == "rounds":
         around = up[2]

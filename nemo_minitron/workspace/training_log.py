@@ -17,6 +17,10 @@ STOPPED = "stopped.json"
 """Beside the log of a training that ended before ``trainer.max_steps``: {"step": .., "reason": ..}."""
 
 
+KEPT = "kept.json"
+"""Beside the log of a training that kept its best weights: {"step": .., "measure": .., "value": ..}."""
+
+
 class _Values(TypedDict, total=False):
     tokens: int
     loss: float
@@ -34,6 +38,21 @@ class Stop(TypedDict):
 
     step: int
     reason: str
+
+
+class Kept(TypedDict):
+    """Which validation's weights became the result of a training."""
+
+    step: int
+    measure: str
+    value: float
+
+
+def read_kept(folder: Path) -> Kept | None:
+    """Which weights of the training in a folder were kept; None: the last."""
+    path = folder / KEPT
+    found: Kept | None = read_json(path, Kept) if path.is_file() else None
+    return found
 
 
 def read_stop(folder: Path) -> Stop | None:

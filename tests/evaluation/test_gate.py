@@ -46,6 +46,17 @@ def test_a_floor_for_what_was_not_measured_is_the_users_mistake():
         Gate(floors=(("other", "acc", 0.1),)).rows(report())
 
 
+def test_what_was_asked_in_a_chat_is_not_held_against_what_was_not():
+    told = "asked otherwise"
+    chat = report()
+    chat["measured_on"] = {**chat["measured_on"], "asked": {"chat": True}}
+    with pytest.raises(ValueError, match=told):
+        Gate(previous=previous(), max_regression=0.02).rows(chat)
+    before = previous()
+    before["measured_on"] = {**before["measured_on"], "asked": {"chat": True}}
+    raise_if_failed(Gate(previous=before, max_regression=0.02).rows(chat))
+
+
 def test_no_measure_may_fall_behind_an_earlier_export():
     raise_if_failed(
         Gate(previous=previous(), max_regression=0.02).rows(report(accuracy=0.491, bits=1.22))

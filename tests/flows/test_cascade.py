@@ -1,0 +1,122 @@
+"""A cascade of cuts beside one cut, killed and run again, on the real engine."""
+
+import json
+
+import pytest
+
+from nemo_minitron.workspace.artifacts import verify_tree
+from nemo_minitron.workspace.manifest import read_manifest
+from tests.support.processes import until
+from tests.support.runs import minitron, settings, started
+
+STAGES = ("teacher", "scores", "plan", "pruned", "student", "report", "export")
+
+
+def words(workspace, teacher, corpus):
+    dropped = ("plan.", "evaluate.tasks", "evaluate.from_scratch")
+    own = [word for word in settings(workspace, teacher, corpus) if not word.startswith(dropped)]
+    quick = ["score.importance=magnitude", "trainer.max_steps=6", "evaluate.task_limit=8"]
+    return [*own, "evaluate.prompts=0", "evaluate.tasks=[held_out_choice]", *quick]
+
+
+def made(folder):
+    return read_manifest(folder).started
+
+
+def test_a_killed_cascade_repeats_no_step_and_stands_beside_one_cut_in_one_report(
+    served, tmp_path, teacher, corpus
+):
+    place = tmp_path / "cascade"
+    arguments = [
+        "run", *words(place, teacher, corpus), "cascade.sizes=[{ffn:24},{ffn:16}]", "launch.kind=inline",
+    ]  # fmt: skip
+    process = started(*arguments, env=served)
+    log = place / "steps" / "2" / "student" / "state" / "metrics.jsonl"
+    until(lambda: process.poll() is not None or log.is_file(), 240, 0.05)
+    assert process.poll() is None, process.communicate()
+    process.kill()
+    process.wait()
+    one = {name: made(place / "steps" / "1" / name) for name in STAGES}
+    two = {name: made(place / "steps" / "2" / name) for name in STAGES[:4]}
+    assert not (place / "steps" / "one-shot").exists()
+    done = minitron(*arguments, env=served)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"model   {place / 'steps' / '2' / 'export'}" in done.stdout
+    assert {name: made(place / "steps" / "1" / name) for name in STAGES} == one
+    assert {name: made(place / "steps" / "2" / name) for name in two} == two
+    report = json.loads((place / "report" / "report.json").read_text())
+    assert list(report["models"]) == ["teacher", "student", "step-1", "one-shot"]
+    sizes = {name: row["parameters"] for name, row in report["models"].items()}
+    assert sizes["teacher"] > sizes["step-1"] > sizes["student"] == sizes["one-shot"]
+    compared = {(row["model"], row["task"]) for row in report["compared"]}
+    assert {("one-shot", "held_out_choice"), ("step-1", "held-out text")} <= compared
+    page = (place / "report" / "report.html").read_text()
+    assert "<th>one-shot</th>" in page and "<th>step-1</th>" in page
+
+    def manifest(name, artifact):
+        return read_manifest(place / "steps" / name / artifact)
+
+    steps = [
+        manifest(name, "student").config["trainer"]["max_steps"] for name in ("1", "2", "one-shot")
+    ]
+    assert steps == [6, 6, 12]  # as many tokens in all
+    fingerprints = [
+        {item.path: item.fingerprint for item in manifest(name, "student").inputs}
+        for name in ("1", "2")
+    ]
+    source = manifest("1", "teacher").inputs[0].fingerprint
+    assert source in fingerprints[1].values()  # the second step learns from the first source too
+    last = json.loads((place / "steps" / "2" / "report" / "report.json").read_text())
+    assert last["models"]["teacher"]["parameters"] == sizes["teacher"]
+    outcomes = json.loads((place / "cascade.json").read_text())["steps"]
+    assert [row["name"] for row in outcomes] == ["one-shot", "step-1", "step-2"]
+    assert (place / "steps" / "2" / "tokens").is_symlink() and verify_tree(place / "steps" / "2")[
+        1
+    ] == []
+
+
+def test_a_deployed_cascade_learns_from_the_step_before_where_that_is_asked_for(
+    server, tmp_path, teacher, corpus
+):
+    from nemo_minitron.flows.cascade import _cut_to, _step, check
+    from nemo_minitron.flows.deploy import deployment
+    from nemo_minitron.flows.forms import composed
+
+    place = tmp_path / "deployed"
+    given = {"sizes": [{"ffn": 24}, 20000], "workspace": str(place)}
+    found = deployment("c", "cascade", "config", ["evaluate.min_retention=0.5"], given, None, None)
+    assert found.flow_name == "cascade" and found.parameters["sizes"] == given["sizes"]
+    base = composed("config", [*words(place, teacher, corpus), "cascade.teacher=previous"])
+    base.cascade.sizes = given["sizes"]
+    check(base)
+    first, before = tmp_path / "first", tmp_path / "before"
+    own = _step(base, "2", before, first, last=True)
+    _cut_to(own, 20000)
+    assert own.distill.teacher is None and own.evaluate.teacher == str(first)
+    assert own.source.model == str(before) and own.plan.budget.params == 20000
+    base.cascade.teacher = "source"
+    assert _step(base, "2", before, first, last=True).distill.teacher == str(first)
+    assert _step(base, "1", first, first, last=False).distill.teacher is None
+    assert _step(base, "1", first, first, last=False).evaluate.tasks == []
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["cascade.sizes=[{fnn:24}]"], "cascade.sizes[0].fnn: expected a whole number for one of hidden, ffn"),
+        (["cascade.sizes=[{ffn:24},wide]"], "cascade.sizes[1]: expected sizes by axis, as in {ffn: 9216}, or"),
+        (["cascade.sizes=[{ffn:24}]", "plan.ffn=20"], "plan.ffn: either sizes of one cut or cascade.sizes, found"),
+        (["cascade.sizes=[0]"], "cascade.sizes: expected at least 1, found 0"),
+        (
+            ["cascade.sizes=[{ffn:24}]", "cascade.teacher=previous", "distill.teacher=x"],
+            "distill.teacher: either one teacher or cascade.teacher=previous, found both",
+        ),
+    ],
+)  # fmt: skip
+def test_a_cascade_that_contradicts_itself_is_refused(tmp_path, teacher, corpus, more, text):
+    from nemo_minitron.flows.cascade import check
+    from nemo_minitron.flows.forms import composed
+
+    with pytest.raises(ValueError) as refused:
+        check(composed("config", [*words(tmp_path / "ws", teacher, corpus), *more]))
+    assert text in str(refused.value)
