@@ -40,7 +40,7 @@ class TaskCurves(Callback):
         if trainer.sanity_checking or _number(trainer) % self.every:
             return
         own: dict[str, float] = {}
-        with _apart(), _as_stored(trainer, pl_module) as model:
+        with _apart(trainer.strategy.root_device), _as_stored(trainer, pl_module) as model:
             for task in self.tasks[trainer.global_rank :: trainer.world_size]:
                 own |= self.measure(model, task)
         self.measured = _gathered(own, trainer)
@@ -93,11 +93,11 @@ def _gathered(own: dict[str, float], trainer: Trainer) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    """Leaves the state of all random numbers as it was."""
+def _apart(device: torch.device) -> Iterator[None]:
+    """Leaves the state of all random numbers as it was, those of a GPU among them."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         random.setstate(python)

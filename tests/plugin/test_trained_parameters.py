@@ -42,8 +42,11 @@ def changed(before, after):
 )
 def test_every_table_with_experts_says_where_the_router_is(tmp_path, name):
     family = families()[name]
-    folder = tiny_model(family, family.proofs[0], tmp_path / "m")
-    architecture = open_checkpoint(folder).architecture
+    for number, changes in enumerate(family.proofs):
+        folder = tiny_model(family, changes, tmp_path / f"{number}")
+        architecture = open_checkpoint(folder).architecture
+        if "experts" in architecture.present:
+            break
     model = load_model(folder)
     train_only(model, family, ["router"])
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
@@ -51,8 +54,8 @@ def test_every_table_with_experts_says_where_the_router_is(tmp_path, name):
     shape = (sizes["experts"], sizes["hidden"])
     matrices = [key for key, value in trained.items() if value.shape == shape]
     assert len(matrices) == len(architecture.present["experts"])
-    biases = [value for key, value in trained.items() if key not in matrices]
-    assert all(value.numel() == sizes["experts"] for value in biases)
+    vectors = [value for key, value in trained.items() if key not in matrices]
+    assert all(value.numel() in shape for value in vectors)
 
 
 def test_patterns_and_what_they_refuse(tmp_path, mixture, teacher):
