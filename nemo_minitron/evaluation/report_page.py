@@ -21,6 +21,7 @@ from nemo_minitron.evaluation.report import (
     speeds,
     table,
     unserved,
+    vocabulary_notes,
     written,
 )
 from nemo_minitron.pruning.plan_file import Plan, read_plan
@@ -59,6 +60,7 @@ def write_page(workspace: Path, folder: Path) -> None:
         commands=commands_in(workspace),
         models=report["models"],
         plan=_plan(workspace),
+        notes=vocabulary_notes(report),
         curves=_curves(workspace, report),
         pareto=_pareto(workspace),
         maps=_maps(workspace),
@@ -96,7 +98,11 @@ def _curves(workspace: Path, report: dict[str, Any]) -> str | None:
             logs[name] = lines
     if not logs:
         return None
-    return inline(loss_curves(logs, {name: row["loss"] for name, row in report["models"].items()}))
+    return inline(
+        loss_curves(
+            logs, {n: row.get("own_loss", row["loss"]) for n, row in report["models"].items()}
+        )
+    )
 
 
 def _pareto(workspace: Path) -> str | None:

@@ -11,6 +11,7 @@ from nemo_minitron.families.architecture import (
 )
 from nemo_minitron.families.grammar import evaluate, parse_row
 from nemo_minitron.families.table import (
+    VOCAB,
     Axis,
     Family,
     Fold,
@@ -30,6 +31,7 @@ from nemo_minitron.families.wrapper import (
 )
 
 __all__ = [
+    "VOCAB",
     "Architecture",
     "Axis",
     "Family",

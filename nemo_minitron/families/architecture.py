@@ -137,8 +137,13 @@ class Architecture:
 
     @property
     def prunable(self) -> list[str]:
-        """Names of the axes that the model has and whose size a plan may change, in the table's order."""
+        """Names of the axes that the model has and whose units scores rank, in the table's order."""
         return [name for name in self.family.prunable if name in self.present]
+
+    @property
+    def resizable(self) -> list[str]:
+        """Names of the axes that the model has and whose size a plan may change."""
+        return [name for name in self.family.resizable if name in self.present]
 
     @cached_property
     def one_of_each(self) -> dict[str, int]:

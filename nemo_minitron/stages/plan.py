@@ -2,17 +2,29 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.gguf_weights import is_gguf
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_input
+from nemo_minitron.families import VOCAB
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import alignment
 from nemo_minitron.pruning.plan_file import Plan, make_plan, mtp_note, read_plan, write_plan
 from nemo_minitron.pruning.select import Keep, contiguous, kept_layers, scattered, select_units
-from nemo_minitron.pruning.serving import serving_notes
+from nemo_minitron.pruning.serving import check_serving, serving_notes
 from nemo_minitron.pruning.slice import Cut, pattern_notes
-from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores, target_sizes
+from nemo_minitron.pruning.target_sizes import (
+    cuts_vocabulary,
+    explicit_targets,
+    needs_scores,
+    target_sizes,
+)
+from nemo_minitron.pruning.tokenizer_cut import ids_named
+from nemo_minitron.pruning.tokenizer_file import TokenizerFile
+from nemo_minitron.pruning.vocabulary import Vocabulary, choose
 from nemo_minitron.scoring.depth import block_importance
 from nemo_minitron.scoring.scores_file import Scores, check_scores, read_scores
 from nemo_minitron.security.plain_text import plain
@@ -43,6 +55,9 @@ def recipe(config: Config) -> Recipe:
     inputs = [teacher]
     if needs_scores(config.plan):
         inputs.append(input_artifact(workspace.root, "scores", "score"))
+    tokenizer = _tokenizer(config, checkpoint)
+    if tokenizer is not None:
+        inputs += [text_input(text) for text, _ in calibration_mixture(config)]
 
     def build(_state: Path, temporary: Path, _ranks: Ranks) -> None:
         from nemo_minitron.models.config_trial import check_config_loads
@@ -55,11 +70,14 @@ def recipe(config: Config) -> Recipe:
         checkpoint.architecture.check_layers(layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
-        result = Cut(checkpoint.architecture, keep, tuple(layers)).result
-        check_config_loads(both_spellings(result.config), "plan")
-        write_plan(temporary, _made(checkpoint, keep, tuple(layers)))
+        kept, vocabulary = _vocabulary(config, checkpoint, tokenizer)
+        keep |= kept
+        cut = Cut(checkpoint.architecture, keep, tuple(layers))
+        check_serving(checkpoint.architecture, cut.after, config.plan.serve, "plan.serve")
+        check_config_loads(both_spellings(cut.result.config), "plan")
+        write_plan(temporary, _made(checkpoint, keep, tuple(layers), vocabulary))
 
-    settings = explicit_targets(config.plan)
+    settings = explicit_targets(config.plan) | _reading(config)
     if settings.get("layer_choice") == "contiguous":
         settings["depth"] = config.score.depth
     folder = workspace.plan
@@ -74,8 +92,66 @@ def recipe(config: Config) -> Recipe:
     return Recipe(folder, "plan", settings, inputs, build, summary)
 
 
-def _made(checkpoint: Checkpoint, keep: Keep, layers: tuple[int, ...]) -> Plan:
-    return make_plan(checkpoint.architecture, keep, layers, mtp_note(checkpoint))
+def _made(
+    checkpoint: Checkpoint, keep: Keep, layers: tuple[int, ...], vocabulary: Vocabulary | None
+) -> Plan:
+    made = make_plan(checkpoint.architecture, keep, layers, mtp_note(checkpoint))
+    return replace(made, vocabulary=vocabulary)
+
+
+def _tokenizer(config: Config, checkpoint: Checkpoint) -> TokenizerFile | None:
+    """The tokenizer of a model whose vocabulary is cut; None: it is not.
+
+    Raises:
+        ValueError: it cannot be cut, or the model's vocabulary cannot.
+    """
+    if not cuts_vocabulary(config.plan):
+        return None
+    wanted, found = config.plan.vocab, checkpoint.architecture.sizes[VOCAB]
+    if VOCAB not in checkpoint.family.resizable:
+        raise ValueError(
+            f"plan.vocab: the table of {checkpoint.family.model_type} says that its vocabulary is fixed"
+        )
+    if checkpoint.around is not None:
+        raise ValueError(
+            f"plan.vocab: {checkpoint.folder}: inside of {checkpoint.around.wrapper.model_type}, whose "
+            "processor and other parts name tokens by their ids; save the text model alone"
+        )
+    if wanted is not None and wanted > found:
+        raise ValueError(f"plan.vocab: expected 1 to {found} (the source's size), found {wanted}")
+    if config.export.gguf and is_gguf(checkpoint.folder):
+        raise ValueError(
+            "export.gguf: the tokenizer of a model that came as GGUF goes out as it came in, and plan.vocab "
+            "cuts it; choose one of them"
+        )
+    return TokenizerFile(checkpoint.folder)
+
+
+def _reading(config: Config) -> dict[str, Any]:
+    """How the text is read that decides on the vocabulary, where it is cut."""
+    own = config.data.calibration
+    read = {**sampling(own), "packing": own.packing, "weights": own.weights}
+    return {"calibration": read} if cuts_vocabulary(config.plan) else {}
+
+
+def _vocabulary(
+    config: Config, checkpoint: Checkpoint, tokenizer: TokenizerFile | None
+) -> tuple[Keep, Vocabulary | None]:
+    """The entries that stay, by their counts on the calibration text; nothing where none goes."""
+    if tokenizer is None:
+        return {}, None
+    from nemo_minitron.data.token_counts import calibration_counts, template_ids
+    from nemo_minitron.models.causal_lm import load_tokenizer
+
+    rows, folder = checkpoint.architecture.sizes[VOCAB], checkpoint.folder
+    loaded = load_tokenizer(folder)
+    named = ids_named(folder, checkpoint.config)
+    construction = tokenizer.construction(rows)
+    needed = construction.needed | template_ids(loaded) | named
+    counts_V = calibration_counts(config, loaded, rows)
+    size, coverage = config.plan.vocab, config.plan.vocab_coverage
+    kept_V, made = choose(counts_V, replace(construction, needed=needed), size, coverage)
+    return ({VOCAB: kept_V} if len(kept_V) < rows else {}), made
 
 
 def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:
@@ -130,4 +206,7 @@ def _summary(plan: Plan) -> Summary:
         "layers_dropped": list(plan.layers_dropped),
     }
     notes = (*alignment(plan.before, plan.after), *([plan.mtp] if plan.mtp else []))
+    if plan.vocabulary is not None:
+        facts["vocabulary"] = asdict(plan.vocabulary)
+        notes = (*notes, plan.vocabulary.told())
     return Summary(headline, ("", "before", "after"), tuple(rows), facts, notes)
