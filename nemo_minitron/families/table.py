@@ -16,8 +16,7 @@ import yaml
 from nemo_minitron.families.grammar import Dim, Row, evaluate, names_in, parse_row, row_axes
 
 TABLES = Path(__file__).parent / "tables"
-VOCAB = "vocab"
-"""The axis of the vocabulary's entries. No score ranks them: which stay, a text's tokens decide."""
+VOCAB = "vocab"  # no score ranks its entries: which stay, a text decides (pruning/vocabulary.py)
 OWN_TABLES = "MINITRON_FAMILIES"
 """Environment variable that names a table, or a folder of tables, of the user's; it outlives a process."""
 _INDEX = re.compile(r"\{(\w+)\}")

@@ -1,12 +1,18 @@
 """plan: from scores and target sizes to the units that stay."""
 
+import shutil
+import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.gguf_weights import is_gguf
 from nemo_minitron.checkpoints.hf_config import both_spellings
+from nemo_minitron.checkpoints.side_files import copy_side_files
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_input
 from nemo_minitron.families import VOCAB
@@ -22,7 +28,7 @@ from nemo_minitron.pruning.target_sizes import (
     needs_scores,
     target_sizes,
 )
-from nemo_minitron.pruning.tokenizer_cut import ids_named
+from nemo_minitron.pruning.tokenizer_cut import cut_tokenizer, ids_named, new_ids
 from nemo_minitron.pruning.tokenizer_file import TokenizerFile
 from nemo_minitron.pruning.vocabulary import Vocabulary, choose
 from nemo_minitron.scoring.depth import block_importance
@@ -147,11 +153,39 @@ def _vocabulary(
     loaded = load_tokenizer(folder)
     named = ids_named(folder, checkpoint.config)
     construction = tokenizer.construction(rows)
-    needed = construction.needed | template_ids(loaded) | named
+    needed = (
+        construction.needed | template_ids(loaded) | named | {*loaded.get_added_vocab().values()}
+    )
     counts_V = calibration_counts(config, loaded, rows)
     size, coverage = config.plan.vocab, config.plan.vocab_coverage
     kept_V, made = choose(counts_V, replace(construction, needed=needed), size, coverage)
-    return ({VOCAB: kept_V} if len(kept_V) < rows else {}), made
+    if len(kept_V) == rows:
+        return {}, made
+    _check_tokenizer(folder, kept_V, loaded.get_vocab())
+    return {VOCAB: kept_V}, made
+
+
+def _check_tokenizer(folder: Path, kept_V: Tensor, before: Mapping[str, int]) -> None:
+    """Tries the smaller tokenizer: whoever loads it adds tokens of their own to some.
+
+    Raises:
+        ValueError: it does not load, or gives a token another id than the embedding has.
+    """
+    from nemo_minitron.models.causal_lm import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as name:
+        copy_side_files(folder, Path(name))
+        shutil.copy(folder / "config.json", name)  # may say of which class it is
+        cut_tokenizer(Path(name), kept_V)
+        found = load_tokenizer(Path(name), len(kept_V)).get_vocab()
+    ids = new_ids(kept_V)
+    expected = {token: ids[number] for token, number in before.items() if number in ids}
+    for token in sorted(found.keys() | expected.keys()):
+        if found.get(token) != expected.get(token):
+            raise ValueError(
+                f"plan.vocab: {folder}: the smaller tokenizer does not load as it was written: "
+                f"{plain(token, 40)!r} should be {expected.get(token)}, found {found.get(token)}"
+            )
 
 
 def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:

@@ -68,6 +68,30 @@ def test_rows_of_embedding_and_head_go_and_what_is_left_computes_the_same(
     torch.testing.assert_close(logits(pruned, ours), logits(source, kept_V[ours])[..., kept_V])
 
 
+def test_a_token_that_only_the_settings_name_stays_under_its_new_id(tmp_path, cut_words, teacher):
+    source = make_model(tmp_path / "source", "llama", vocab_size=304)
+    for path in teacher.glob("*token*"):
+        shutil.copy(path, source)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    tool = {
+        "content": "<tool>",
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+    }
+    settings["added_tokens_decoder"] = {
+        "0": {**tool, "content": "<s>", "special": True},
+        "300": {**tool, "special": True},
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert AutoTokenizer.from_pretrained(source).convert_tokens_to_ids("<tool>") == 300
+    run(tmp_path / "ws", [*cut_words, f"source.model={source}"], "prune")
+    kept_V = read_plan(tmp_path / "ws/plan").keep["vocab"]
+    ours = AutoTokenizer.from_pretrained(tmp_path / "ws/pruned").convert_tokens_to_ids("<tool>")
+    assert kept_V[ours] == 300
+
+
 def test_the_full_size_gives_back_the_same_model_and_tokenizer(tmp_path, cut_words):
     words = [*cut_words, "plan.vocab=300"]
     run(tmp_path / "ws", words, "prune")
