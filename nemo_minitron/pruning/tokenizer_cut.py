@@ -26,14 +26,20 @@ def new_ids(kept_V: Tensor) -> dict[int, int]:
     return {old: new for new, old in enumerate(kept_V.tolist())}
 
 
-def ids_named(folder: Path, config: Mapping[str, Any]) -> set[int]:
+def ids_named(folder: Path, config: Mapping[str, Any], whole: Mapping[str, Any]) -> set[int]:
     """The ids that a model's configurations name.
+
+    Args:
+        folder: where it lies.
+        config: its config.json.
+        whole: that of the multimodal model around it; empty: there is none.
 
     Raises:
         ValueError: see ``ids_in``; or one has no row in the embedding.
     """
     path = folder / GENERATION_CONFIG
     found = set(ids_in(config, str(folder / "config.json")))
+    found |= set(ids_in(whole, str(folder / "config.json")))
     if path.is_file():
         found |= set(ids_in(_json(path), str(path)))
     rows = config["vocab_size"]
@@ -68,7 +74,14 @@ def renumbered(settings: Mapping[str, Any], ids: Mapping[int, int], where: str) 
     Raises:
         ValueError: it names an entry that is gone.
     """
-    written = dict(settings)
+    return {**settings, **ids_renumbered(settings, ids, where)}
+
+
+def ids_renumbered(
+    settings: Mapping[str, Any], ids: Mapping[int, int], where: str
+) -> dict[str, Any]:
+    """Those settings alone that name ids, with the new ones; see ``renumbered``."""
+    written = {}
     for key, value in settings.items():
         if _ID.search(key):
             written[key] = _renumbered(value, ids, f"{where}: {plain(key, 80)}")

@@ -212,7 +212,7 @@ def _write_model(
         hashes = write_whole(checkpoint, around, folder, of, other, shard_bytes)
         write_json(folder / "config.json", {**around.config(checkpoint.architecture), **told})
         for path in processor_files(around.source):
-            (folder / path.name).write_bytes(path.read_bytes())
+            (folder / path.name).write_bytes(around.processor_file(path))
     copy_side_files(student, folder)
     return hashes
 

@@ -118,11 +118,6 @@ def _tokenizer(config: Config, checkpoint: Checkpoint) -> TokenizerFile | None:
         raise ValueError(
             f"plan.vocab: the table of {checkpoint.family.model_type} says that its vocabulary is fixed"
         )
-    if checkpoint.around is not None:
-        raise ValueError(
-            f"plan.vocab: {checkpoint.folder}: inside of {checkpoint.around.wrapper.model_type}, whose "
-            "processor and other parts name tokens by their ids; save the text model alone"
-        )
     if wanted is not None and wanted > found:
         raise ValueError(f"plan.vocab: expected 1 to {found} (the source's size), found {wanted}")
     if config.export.gguf and is_gguf(checkpoint.folder):
@@ -151,7 +146,8 @@ def _vocabulary(
 
     rows, folder = checkpoint.architecture.sizes[VOCAB], checkpoint.folder
     loaded = load_tokenizer(folder)
-    named = ids_named(folder, checkpoint.config)
+    around = {} if checkpoint.around is None else checkpoint.around.config
+    named = ids_named(folder, checkpoint.config, around)
     construction = tokenizer.construction(rows)
     needed = (
         construction.needed | template_ids(loaded) | named | {*loaded.get_added_vocab().values()}

@@ -1,5 +1,6 @@
 """The choice of entries, and the tokenizers that are rewritten for them: BPE in three forms, and Unigram in two."""
 
+import dataclasses
 import json
 import shutil
 
@@ -19,8 +20,13 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.data.token_counts import template_ids
 from nemo_minitron.data.tokenizer import train_tokenizer
+from nemo_minitron.families import wrappers
+from nemo_minitron.proofs.wrapper_proof import cut_whole, image_logits, tiny_whole
+from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.slice_wrapper import CutSurroundings
 from nemo_minitron.pruning.tokenizer_cut import cut_tokenizer, ids_named, new_ids, renumbered
 from nemo_minitron.pruning.tokenizer_file import TokenizerFile
 from nemo_minitron.pruning.vocabulary import Construction, choose
@@ -207,9 +213,9 @@ def test_settings_beside_the_tokenizer_name_the_same_tokens_by_their_new_ids(tmp
     with pytest.raises(
         ValueError, match="forced_decoder_ids names ids in a way that is not rewritten"
     ):
-        ids_named(source, config)
+        ids_named(source, config, {})
     with pytest.raises(ValueError, match=r"a special token .* is 999, and the model has"):
-        ids_named(target, {"eos_token_id": 999, "vocab_size": 480})
+        ids_named(target, {"vocab_size": 480}, {"image_token_id": 999})
 
 
 def test_entries_go_by_their_counts_with_all_that_they_are_made_of():
@@ -300,3 +306,30 @@ def test_what_a_chat_template_writes_is_found_without_running_it(tmp_path):
     (model,) = tokenizer(" model")["input_ids"]
     (newline,) = tokenizer("\n")["input_ids"]
     assert {model, newline, *tokenizer("assistant")["input_ids"]} <= template_ids(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gemma3", "gemma3_text"), ("qwen3_vl", "qwen3_vl_text")]
+)
+def test_a_multimodal_model_finds_its_images_under_their_new_ids(
+    tmp_path, tokenizer_folder, name, kind
+):
+    wrapper = wrappers()[name]
+    source = tiny_whole(wrapper, kind, tmp_path / "source", vocab_size=300)
+    for path in tokenizer_folder.iterdir():
+        shutil.copy(path, source)
+    kept_V = torch.tensor([*range(40), *range(88, 300)])
+    checkpoint = open_checkpoint(source)
+    cut = cut_whole(checkpoint, {"vocab": kept_V}, tmp_path / "cut")
+    config = json.loads((cut / "config.json").read_text())
+    named = {key: value - 48 for key, value in wrapper.proof["config"].items() if "_token_i" in key}
+    assert len(named) >= 3 and {key: config[key] for key in named} == named
+    assert config["text_config"]["vocab_size"] == len(kept_V)
+    moved = dataclasses.replace(
+        wrapper, proof={**wrapper.proof, "config": {**wrapper.proof["config"], **named}}
+    )
+    torch.testing.assert_close(image_logits(cut, moved), image_logits(source, wrapper)[..., kept_V])
+    around = CutSurroundings(checkpoint, Cut(checkpoint.architecture, {"vocab": kept_V}, (0,)))
+    path = tmp_path / "processor_config.json"
+    path.write_text('{"image_token_id": 90, "image_seq_length": 4}')
+    assert json.loads(around.processor_file(path)) == {"image_token_id": 42, "image_seq_length": 4}
