@@ -243,6 +243,18 @@ def test_entries_go_by_their_counts_with_all_that_they_are_made_of():
         choose(counts_V, construction, 2, 0.5)
 
 
+def test_of_several_ways_to_merge_an_entry_the_one_that_happens_keeps_its_parts(tmp_path):
+    byte_level(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    entries = ["a", "b", "c", "ab", "bc", "abc", "abcb"]
+    merges = [["a", "b"], ["b", "c"], ["a", "bc"], ["ab", "c"]]  # abc -> ab c, never a bc
+    content["model"] |= {"vocab": {token: i for i, token in enumerate(entries)}, "merges": merges}
+    content["added_tokens"] = []
+    path.write_text(json.dumps(content))
+    assert TokenizerFile(tmp_path).construction(7).parts == {3: (0, 1), 4: (1, 2), 5: (3, 2)}
+
+
 def test_a_large_vocabulary_comes_in_multiples_that_kernels_like():
     construction = Construction(frozenset(), {}, frozenset(range(1000)))
     counts_V = torch.arange(1000)
