@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from nemo_minitron.cli.main import main
+from nemo_minitron.families import families
+from nemo_minitron.families.table import OWN_TABLES, TABLES
+from nemo_minitron.plugin.transforms import Pruning
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.workspace.manifest import read_manifest
 from nemo_minitron.workspace.training_log import read_log
@@ -193,6 +196,27 @@ def test_a_teacher_that_reads_other_tokens_is_refused(tmp_path, capsys, cut_word
         capsys, "distill", f"workspace={tmp_path / 'ws'}", *cut_words, f"distill.teacher={other}"
     )
     assert "gives its token ids other meanings than the model that was pruned" in line
+
+
+def test_a_table_whose_vocabulary_is_fixed_is_heeded(tmp_path, capsys, cut_words, monkeypatch):
+    monkeypatch.setenv(OWN_TABLES, "")
+    table = (TABLES / "llama.yaml").read_text()
+    own = tmp_path / "llama.yaml"
+    own.write_text(
+        table.replace("{config: [vocab_size], scope: model}", "{config: [vocab_size], fixed: true}")
+    )
+    try:
+        line = refused(capsys, "plan", f"workspace={tmp_path}", *cut_words, f"families.path={own}")
+    finally:
+        monkeypatch.undo()
+        families.cache_clear()
+    assert "plan.vocab: the table of llama says that its vocabulary is fixed" in line
+
+
+def test_a_module_in_memory_has_no_tokenizer_to_cut(tmp_path, cut_words):
+    run(tmp_path, cut_words, "plan")
+    with pytest.raises(ValueError, match="the plan cuts the vocabulary"):
+        Pruning(tmp_path / "plan")
 
 
 @pytest.mark.parametrize(
