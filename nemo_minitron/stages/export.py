@@ -98,9 +98,8 @@ def run(config: Config) -> Result:
         """Writes model, card and lineage, and tries them; returns the weights' hashes."""
         check_bytes(workspace.student)  # read anyway, and vouched for by the new manifest
         hashes = _write_model(student, temporary, dtype, dtypes, config, around)
-        if (
-            VOCAB not in read_plan(workspace.plan).keep
-        ):  # else the source's tokenizer is another one
+        own = VOCAB in read_plan(workspace.plan).keep  # the source's tokenizer is another one
+        if not own:
             copy_side_files(source, temporary)
         card = _card(config, workspace, temporary, source, failed)
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -15,6 +15,7 @@ from nemo_minitron.families import families
 from nemo_minitron.families.table import OWN_TABLES, TABLES
 from nemo_minitron.plugin.transforms import Pruning
 from nemo_minitron.pruning.plan_file import read_plan
+from nemo_minitron.release.gguf_export import write_gguf
 from nemo_minitron.workspace.manifest import read_manifest
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.models import logits, make_model
@@ -211,6 +212,21 @@ def test_a_table_whose_vocabulary_is_fixed_is_heeded(tmp_path, capsys, cut_words
         monkeypatch.undo()
         families.cache_clear()
     assert "plan.vocab: the table of llama says that its vocabulary is fixed" in line
+
+
+def test_a_gguf_file_whose_tokenizer_is_cut_does_not_go_out_as_gguf(
+    tmp_path, capsys, cut_words, teacher
+):
+    pytest.importorskip("gguf")
+    file = write_gguf(teacher, teacher, "tiny", ["q8_0"], "gpt-2", "apache-2.0")["q8_0"]
+    file = file.rename(tmp_path / "tiny.gguf")
+    words = [*cut_words, f"source.model={file}", "export.gguf=[f32]", "plan.vocab=290"]
+    assert main(["download", f"workspace={tmp_path / 'ws'}", *words]) == 0
+    capsys.readouterr()
+    line = refused(capsys, "plan", f"workspace={tmp_path / 'ws'}", *words)
+    assert "export.gguf: the tokenizer of a model that came as GGUF goes out as it came in" in line
+    run(tmp_path / "ws", [*words, "export.gguf=[]"], "prune")  # and as a folder it does
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "ws/pruned")) == 290
 
 
 def test_a_module_in_memory_has_no_tokenizer_to_cut(tmp_path, cut_words):
