@@ -11,11 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from nemo_minitron.cli.main import main
+from nemo_minitron.config.compose import load_config
 from nemo_minitron.families import families
 from nemo_minitron.families.table import OWN_TABLES, TABLES
 from nemo_minitron.plugin.transforms import Pruning
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.release.gguf_export import write_gguf
+from nemo_minitron.stages import distill
+from nemo_minitron.stages import logits as logits_stage
 from nemo_minitron.workspace.manifest import read_manifest
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.models import logits, make_model
@@ -119,10 +122,12 @@ def test_the_full_size_gives_back_the_same_model_and_tokenizer(tmp_path, cut_wor
 
 
 def test_what_asks_for_no_vocabulary_is_made_as_before(tmp_path, words):
-    run(tmp_path, words, "prune", "distill")
+    run(tmp_path, words, "prune")
     assert set(read_manifest(tmp_path / "plan").config) == {"ffn"}
     assert "vocabulary" not in json.loads((tmp_path / "plan/plan.json").read_text())
-    assert "outside" not in json.dumps(read_manifest(tmp_path / "student").config)
+    config = load_config("config", [f"workspace={tmp_path}", *words])
+    assert "outside" not in json.dumps(dict(distill.recipe(config).settings))
+    assert "outside" not in logits_stage.recipe(config).settings
 
 
 def test_coverage_takes_as_few_entries_as_make_the_share(tmp_path, cut_words):
