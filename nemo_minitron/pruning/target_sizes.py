@@ -50,6 +50,8 @@ def target_sizes(model: Architecture, plan: PlanConfig) -> dict[str, int]:
         raise ValueError(
             "plan.budget.params: asks for a search, which 'minitron run' makes; this stage wants sizes"
         )
+    if plan.vocab is not None and plan.vocab_coverage is not None:
+        raise ValueError("plan.vocab and plan.vocab_coverage: give one of them, not both")
     if not asked and not plan.drop_layers and not cuts_vocabulary(plan):
         options = ", ".join(f"plan.{name}" for name in model.resizable)
         raise ValueError(

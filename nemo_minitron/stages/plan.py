@@ -12,7 +12,7 @@ from torch import Tensor
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.gguf_weights import is_gguf
 from nemo_minitron.checkpoints.hf_config import both_spellings
-from nemo_minitron.checkpoints.side_files import copy_side_files
+from nemo_minitron.checkpoints.side_files import copy_side_files, tokenizer_fingerprint
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_input
 from nemo_minitron.families import VOCAB
@@ -83,7 +83,7 @@ def recipe(config: Config) -> Recipe:
         check_config_loads(both_spellings(cut.result.config), "plan")
         write_plan(temporary, _made(checkpoint, keep, tuple(layers), vocabulary))
 
-    settings = explicit_targets(config.plan) | _reading(config)
+    settings = explicit_targets(config.plan) | _reading(config, source)
     if settings.get("layer_choice") == "contiguous":
         settings["depth"] = config.score.depth
     folder = workspace.plan
@@ -128,11 +128,13 @@ def _tokenizer(config: Config, checkpoint: Checkpoint) -> TokenizerFile | None:
     return TokenizerFile(checkpoint.folder)
 
 
-def _reading(config: Config) -> dict[str, Any]:
+def _reading(config: Config, folder: Path) -> dict[str, Any]:
     """How the text is read that decides on the vocabulary, where it is cut."""
+    if not cuts_vocabulary(config.plan):
+        return {}
     own = config.data.calibration
     read = {**sampling(own), "packing": own.packing, "weights": own.weights}
-    return {"calibration": read} if cuts_vocabulary(config.plan) else {}
+    return {"calibration": read, "tokenizer": tokenizer_fingerprint(folder)}
 
 
 def _vocabulary(
