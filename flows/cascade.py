@@ -96,12 +96,14 @@ def check(base: Config) -> None:
         )
     for number, size in enumerate(base.cascade.sizes):
         if isinstance(size, Mapping) and size:
-            known = [name for name, value in vars(base.plan).items() if value is None]
+            known = [
+                n for n, value in vars(base.plan).items() if value is None and n not in _NO_SIZES
+            ]
             for axis, value in size.items():
                 if axis not in known or not isinstance(value, int) or isinstance(value, bool):
                     raise ValueError(
                         f"{where}[{number}].{axis}: expected a whole number for one of "
-                        f"{', '.join(name for name in known if name not in _NO_SIZES)}, found {value!r}"
+                        f"{', '.join(known)}, found {value!r}"
                     )
         elif isinstance(size, bool) or not isinstance(size, int | float):
             raise ValueError(
@@ -110,7 +112,8 @@ def check(base: Config) -> None:
             )
 
 
-_NO_SIZES = ("drop_layers", "layer_choice", "mtp")
+_NO_SIZES = ("drop_layers", "layer_choice", "mtp", "vocab", "vocab_coverage")
+"""Of the plan's keys, those that are no size of a step: all models of a cascade read the same tokens."""
 
 
 def _before(base: Config) -> list[str]:

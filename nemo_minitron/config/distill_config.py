@@ -83,6 +83,12 @@ class DistillConfig:
         "newest weights are the teacher's from the next step on",
     )
     cache: CacheConfig = field(default_factory=CacheConfig)
+    outside: str = option(
+        "renormalise",
+        "what the teacher gives to entries that plan.vocab took from the student: its distribution is taken "
+        "over the others (renormalise), and where tail is asked for, a token counts by their share of it",
+        ("renormalise", "tail"),
+    )
     kl: float = option(1.0, "weight of the divergence between teacher and student logits", least=0)
     divergence: str = option(
         "forward_kl",

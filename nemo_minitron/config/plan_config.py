@@ -65,6 +65,17 @@ class PlanConfig:
         None, "value heads of gated delta nets, per layer", least=1
     )
     layers: int | None = option(None, "layers", least=1)
+    vocab: int | None = option(
+        None,
+        "entries of the vocabulary: those that the calibration text uses most, and all that any text needs; "
+        "rounded up to a multiple of 128",
+        least=1,
+    )
+    vocab_coverage: float | None = option(
+        None,
+        "instead: as few entries as make this share of the calibration text's tokens, as in 0.9995",
+        bounds=Bounds(above=0, most=1),
+    )
     serve: list[str] = option(
         [],
         "runtimes whose sizes a plan and a search keep to: gguf (rows of 256 for K-quants), fp8_block "

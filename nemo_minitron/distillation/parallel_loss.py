@@ -29,7 +29,7 @@ def linear_loss(
     """``fused_linear_loss``, the vocabulary split over tensor-parallel ranks where there are several.
 
     They read the same tokens; without the split each would compute the same loss. Other divergences
-    than forward KL do not split, and are computed by each.
+    than forward KL, and tokens that count by their mass, do not split, and are computed by each.
 
     Args:
         mesh: with a dimension ``tensor_parallel``; None: one rank.
@@ -45,7 +45,7 @@ def linear_loss(
         The terms, the same on all of these ranks; gradients come to the whole head on each of them.
     """
     student, teacher, shard = student.counted(vocabulary), teacher.counted(vocabulary), None
-    if weights.divergence.name == "forward_kl":
+    if weights.divergence.name == "forward_kl" and teacher.mass_T is None:
         shard, student, teacher = sharded(mesh, student, teacher)
     return fused_linear_loss(
         student,

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,6 +47,8 @@ def write_part(
         assert targets.log_tail_T is not None
         masses = torch.cat([targets.log_p_TK, targets.log_tail_T[:, None]], -1)
         tensors["log_p"] = masses.half().unflatten(0, (rows, -1)).contiguous()
+    if targets.mass_T is not None:
+        tensors["mass"] = targets.mass_T.half().unflatten(0, (rows, -1)).contiguous()
     with replacing(folder / part_name(number)) as temporary:
         save_file(tensors, temporary)
 
@@ -63,6 +65,7 @@ class _Facts(TypedDict):
     tokens: int
     bytes_per_token: int
     mass: float
+    outside: NotRequired[str]
 
 
 class TeacherLogits:
@@ -71,7 +74,8 @@ class TeacherLogits:
     Attributes:
         facts: ``method``, ``entries``, ``temperature``, ``rows`` (of training samples),
             ``rows_per_part``, ``validation`` (the row of the first validation sample), ``samples``
-            (fingerprint of the training samples), ``vocabulary`` (entries that count).
+            (fingerprint of the training samples), ``vocabulary`` (entries that count), ``outside`` (of a
+            student whose vocabulary was cut: ``distill.outside``).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,19 +86,22 @@ class TeacherLogits:
 
     def __getitem__(self, rows: Sequence[int]) -> SparseTargets:
         """Targets of some rows, tokens of one after those of the other."""
-        ids, log_p = [], []
+        ids, log_p, mass = [], [], []
         for row in rows:
             number, place = divmod(row, self.facts["rows_per_part"])
             part = self._part(number)
             ids.append(part.get_slice("ids")[place].long())
             if self.facts["method"] == "top_k":
                 log_p.append(part.get_slice("log_p")[place].float())
+            if self.facts.get("outside") == "tail":
+                mass.append(part.get_slice("mass")[place].float())
+        mass_T = torch.cat(mass) if mass else None
         if not log_p:
-            return SparseTargets(torch.cat(ids))
+            return SparseTargets(torch.cat(ids), mass_T=mass_T)
         masses = torch.log_softmax(
             torch.cat(log_p), -1
         )  # what float16 has rounded sums to one again
-        return SparseTargets(torch.cat(ids), masses[:, :-1], masses[:, -1])
+        return SparseTargets(torch.cat(ids), masses[:, :-1], masses[:, -1], mass_T)
 
     def _open(self, number: int) -> Any:
         path = self.folder / part_name(number)

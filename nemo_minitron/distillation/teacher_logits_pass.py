@@ -1,13 +1,14 @@
 """transformers: runs the teacher over the samples, part by part, and keeps a few entries of its logits."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from nemo_minitron.families import Family
 from nemo_minitron.losses.fused_linear_loss import chunk_rows
+from nemo_minitron.losses.kept_entries import Entries, read_by_teacher, shared
 from nemo_minitron.losses.sparse_targets import SparseTargets, known_entries
 from nemo_minitron.models.causal_lm import frozen, head_of, hidden_states, projection_of
 
@@ -21,14 +22,14 @@ class Kept:
         entries: likewise.
         temperature: likewise.
         seed: of the draw.
-        vocabulary: entries that count; None: all.
+        vocabulary: entries that count; of a student whose vocabulary was cut, which it has; None: all.
     """
 
     method: str
     entries: int
     temperature: float
     seed: int
-    vocabulary: int | None = None
+    vocabulary: Entries = None
 
 
 def teach(
@@ -62,14 +63,21 @@ def teach(
         batch_BS = torch.stack([samples[row] for row in rows[start : start + batch_size]])
         tokens_BS = torch.where(batch_BS < 0, ~batch_BS, batch_BS)[:, :-1].to(device)
         with frozen(model):
-            hidden_TG = hidden_states(model, family, tokens_BS).flatten(0, 1).to(dtype)
-            teacher = projection_of(model, family, hidden_TG).counted(kept.vocabulary)
+            hidden_TG = (
+                hidden_states(model, family, read_by_teacher(kept.vocabulary, tokens_BS))
+                .flatten(0, 1)
+                .to(dtype)
+            )
+            teacher = shared(
+                kept.vocabulary, projection_of(model, family, hidden_TG), kept.temperature
+            )
             chunk = chunk_rows(len(hidden_TG), teacher.head_VH.shape[0], device, 3)
             for first in range(0, len(hidden_TG), chunk):
-                logits_CV = teacher[first : first + chunk].logits()
+                part = teacher[first : first + chunk]
                 targets = known_entries(
-                    logits_CV, kept.method, kept.entries, kept.temperature, generator
+                    part.logits(), kept.method, kept.entries, kept.temperature, generator
                 )
+                targets = replace(targets, mass_T=part.mass_T)
                 found.append(targets.to(torch.device("cpu")))
         advance(tokens_BS.numel())
     return _joined(found)
@@ -77,10 +85,12 @@ def teach(
 
 def _joined(found: Sequence[SparseTargets]) -> tuple[SparseTargets, float]:
     ids_TK = torch.cat([targets.ids_TK for targets in found])
+    masses = [targets.mass_T for targets in found if targets.mass_T is not None]
+    mass_T = torch.cat(masses) if masses else None
     if found[0].log_p_TK is None:
-        return SparseTargets(ids_TK), 1.0
+        return SparseTargets(ids_TK, mass_T=mass_T), 1.0
     log_p_TK, log_tail_T = (
         torch.cat([getattr(targets, name) for targets in found])
         for name in ("log_p_TK", "log_tail_T")
     )
-    return SparseTargets(ids_TK, log_p_TK, log_tail_T), float(log_p_TK.exp().sum(-1).mean())
+    return SparseTargets(ids_TK, log_p_TK, log_tail_T, mass_T), float(log_p_TK.exp().sum(-1).mean())

@@ -13,6 +13,7 @@ from nemo_minitron.losses.fused_linear_loss import (
     cross_entropy,
     fused_linear_loss,
 )
+from nemo_minitron.losses.kept_entries import Entries, read_by_teacher, shared
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.losses.wide_matmul import wide_linear
 from nemo_minitron.models.causal_lm import head_of, hidden_states, projection_of
@@ -47,36 +48,41 @@ def held_out(
     tokens_NS: Tensor,
     batch_size: int,
     teacher: tuple[Any, Family] | None = None,
-    vocabulary: int | None = None,
+    vocabulary: Entries = None,
 ) -> HeldOut:
     """Measures a model on packed samples.
 
     Args:
         model: a causal LM in evaluation mode.
         family: its family.
-        tokens_NS: packed samples, Tensor of shape [samples, positions + 1].
+        tokens_NS: packed samples, Tensor of shape [samples, positions + 1]; what is negative fills
+            shorter ones up, and does not count.
         batch_size: samples per forward pass.
         teacher: another causal LM to compare it with, and its family.
-        vocabulary: entries that count in the comparison, where the models pad theirs differently.
+        vocabulary: entries that count in the comparison, where the models pad theirs differently, or
+            which of the teacher's the model has.
     """
     losses, divergence, same = [], 0.0, 0.0
     device = head_of(model).device
     for batch_BS in tokens_NS.split(batch_size):
         batch_BS = batch_BS.to(device)
-        labels_BS = batch_BS[:, 1:]
-        hidden_BSH = hidden_states(model, family, batch_BS[:, :-1])
+        labels_BS, read_BS = batch_BS[:, 1:], batch_BS[:, :-1].clamp(min=0)
+        hidden_BSH = hidden_states(model, family, read_BS)
         for hidden_SH, labels_S in zip(hidden_BSH, labels_BS, strict=True):
             losses.append(
                 float(cross_entropy(projection_of(model, family, hidden_SH), labels_S).ce)
             )
         if teacher is not None:
             ours = projection_of(model, family, hidden_BSH.flatten(0, 1))
-            theirs = projection_of(
-                *teacher, hidden_states(*teacher, batch_BS[:, :-1]).flatten(0, 1)
-            )
-            ours, theirs = ours.counted(vocabulary), theirs.counted(vocabulary)
-            terms = fused_linear_loss(ours, labels_BS.flatten(), LossWeights(), theirs)
+            read_BS = read_by_teacher(vocabulary, read_BS)
+            theirs = projection_of(*teacher, hidden_states(*teacher, read_BS).flatten(0, 1))
+            theirs, labels_T = shared(vocabulary, theirs), labels_BS.flatten()
+            ours = ours.counted(vocabulary if isinstance(vocabulary, int) else None)
+            terms = fused_linear_loss(ours, labels_T, LossWeights(), theirs)
             divergence += float(terms.divergence) * len(batch_BS)
+            counted_T = labels_T >= 0
+            if not counted_T.all():
+                ours, theirs = ours[counted_T], theirs[counted_T]
             same += _same_choice(ours, theirs) * len(batch_BS)
     loss, samples = sum(losses) / len(losses), len(tokens_NS)
     if teacher is None:

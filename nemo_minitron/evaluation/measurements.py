@@ -15,7 +15,11 @@ from nemo_minitron.evaluation.answers import (
     stop_texts,
     with_stops,
 )
+from nemo_minitron.evaluation.own_tokens import byte_lengths, counted_bytes, in_own_tokens
 from nemo_minitron.evaluation.task_backends import address_of, server_lm, vllm_lm
+from nemo_minitron.families import VOCAB
+from nemo_minitron.losses.kept_entries import Entries, KeptEntries, read_by_teacher
+from nemo_minitron.workspace.manifest import digest
 from nemo_minitron.workspace.progress_bar import bar
 from nemo_minitron.workspace.results import Results
 
@@ -63,7 +67,8 @@ class Bench:
         tasks: folder with the data of tasks made from it.
         prints: task to what decides its questions (``task_print``).
         results: what was measured before.
-        vocabulary: entries that count where teacher and student pad theirs differently; None: all.
+        vocabulary: entries that count where teacher and student pad theirs differently, or which of the
+            teacher's the others have, which then read the text in tokens of their own; None: all.
         dtypes: model to the dtype that it is measured in, where that is not the one it is stored
             in: what was trained here in float32 goes out in another.
     """
@@ -74,7 +79,7 @@ class Bench:
     tasks: Path
     prints: Mapping[str, Mapping[str, str | None]]
     results: Results
-    vocabulary: int | None = None
+    vocabulary: Entries = None
     dtypes: Mapping[str, str] = field(default_factory=dict)
     _loaded: dict[str, Any] = field(default_factory=dict)
     _unsure: dict[Unit, dict[str, Any]] = field(default_factory=dict)
@@ -115,6 +120,8 @@ class Bench:
                 "text": text,
                 **self._asked(unit.model),
             }
+        if isinstance(self.vocabulary, KeptEntries) and unit.what != SPEED:
+            key["entries"] = digest(self.vocabulary.ids_V.tolist())
         return key
 
     def _asked(self, model: str) -> dict[str, Any]:
@@ -124,6 +131,14 @@ class Bench:
         if settings.backend == "openai":
             asked["server"] = server_print(address_of(settings.servers, model))
         return {"asked": asked} if asked else {}
+
+    def cut(self, name: str) -> KeptEntries | None:
+        """Which of the teacher's entries a model has, where its vocabulary was cut; None: it was not."""
+        return (
+            self.vocabulary
+            if isinstance(self.vocabulary, KeptEntries) and name != "teacher"
+            else None
+        )
 
     def checkpoint(self, model: str) -> Checkpoint:
         """A model's checkpoint."""
@@ -157,13 +172,27 @@ class Bench:
         model, teacher = self._model(name), None
         if name != "teacher":
             teacher = (self._model("teacher"), self.checkpoint("teacher").family)
+        samples_NS, more = self._samples(name), dict[str, Any]()
+        # what a token counts for while it is learnt decides no measure
+        entries = self.vocabulary
+        if isinstance(entries, KeptEntries):
+            entries, tokenizer = KeptEntries(entries.ids_V), self._tokenizer(name)
+            lengths_V = byte_lengths(tokenizer, self.checkpoint(name).architecture.sizes[VOCAB])
+            more["counts"], more["bytes"] = counted_bytes(samples_NS, lengths_V)
         with frozen(model):
             found = held_out(
-                model, self.checkpoint(name).family, self._samples(), self.config.evaluate.batch_size,
-                teacher, self.vocabulary,
+                model, self.checkpoint(name).family, samples_NS, self.config.evaluate.batch_size,
+                teacher, entries,
             )  # fmt: skip
-        documents = self._packed().documents
-        return {**asdict(found), "tokens": self._samples()[:, 1:].numel(), "documents": documents}
+        documents, tokens = self._packed().documents, int((samples_NS[:, 1:] >= 0).sum())
+        return {**asdict(found), "tokens": tokens, "documents": documents, **more}
+
+    def covered(self) -> float:
+        """Share of the held-out text's tokens that are among the entries of models that were cut."""
+        import torch
+
+        assert isinstance(self.vocabulary, KeptEntries)
+        return float(torch.isin(self._samples(), self.vocabulary.ids_V).float().mean())
 
     def _writing(self, name: str) -> dict[str, Any]:
         """What a model writes, and what the teacher thinks of it."""
@@ -176,18 +205,29 @@ class Bench:
         from nemo_minitron.models.causal_lm import frozen
 
         settings = self.config.evaluate
-        samples_NS, length = self._samples(), settings.written_tokens
+        samples_NS, length = self._samples(name), settings.written_tokens
         prompt = max(1, min(length, (samples_NS.shape[1] - 1) // 2))
         prompts_BP = samples_NS[: settings.prompts, :prompt]
         teacher, family = self._model("teacher"), self.checkpoint("teacher").family
         with frozen(self._model(name)) as model:
             ids_BS = continue_greedily(model, prompts_BP, length)
+        truth_BS = samples_NS[: settings.prompts, prompt : prompt + length].clamp(min=0)
+        tokenizer, more, read_BP, read_BS = (
+            self._tokenizer(name),
+            dict[str, Any](),
+            prompts_BP,
+            ids_BS,
+        )
         with frozen(teacher):
-            loss = loss_of(teacher, family, prompts_BP, ids_BS)
+            if (cut := self.cut(name)) is not None:  # the teacher goes on from the same beginnings
+                read_BP, read_BS = (read_by_teacher(cut, ids) for ids in (prompts_BP, ids_BS))
+                theirs_BS = continue_greedily(teacher, read_BP, length)
+                more = {"in_teacher_ids": read_BS.tolist(), "theirs": theirs_BS.tolist()}
+            loss = loss_of(teacher, family, read_BP, read_BS)
         return {
             "ids": ids_BS.tolist(), "teacher_loss": loss, "repetition": repetition(ids_BS),
-            "prompts": as_text(self._tokenizer(), prompts_BP), "texts": as_text(self._tokenizer(), ids_BS),
-            "truth": as_text(self._tokenizer(), samples_NS[: settings.prompts, prompt : prompt + length]),
+            "prompts": as_text(tokenizer, prompts_BP), "texts": as_text(tokenizer, ids_BS),
+            "truth": as_text(tokenizer, truth_BS), **more,
         }  # fmt: skip
 
     def _task(self, unit: Unit) -> dict[str, Any]:
@@ -208,24 +248,24 @@ class Bench:
         if settings.backend == "hf":
             from nemo_minitron.evaluation.lm_eval import hf_lm
 
-            lm = hf_lm(self._model(name), self._tokenizer(), size)
+            lm = hf_lm(self._model(name), self._tokenizer(name), size)
         elif settings.backend == "openai":
             lm = server_lm(
-                address_of(settings.servers, name), name, self.folders["teacher"], self._positions(name),
-                size, settings.seed,
+                address_of(settings.servers, name), name, self._tokenizer_folder(name),
+                self._positions(name), size, settings.seed,
             )  # fmt: skip
         else:
             lm = self._engine(name)
         if answers == Answers():
             return lm
-        return with_stops(lm, stop_texts(folder, self._tokenizer()))
+        return with_stops(lm, stop_texts(folder, self._tokenizer(name)))
 
     def _engine(self, name: str) -> Any:
         """VLLM of a model; it takes the device's memory for itself, so that no other model stays in it."""
         if _ENGINE.format(name) not in self._loaded:
             self.release()
             dtype, size = self.dtypes.get(name, "auto"), self.config.evaluate.batch_size
-            engine = vllm_lm(self.folders[name], self.folders["teacher"], dtype, size)
+            engine = vllm_lm(self.folders[name], self._tokenizer_folder(name), dtype, size)
             self._loaded[_ENGINE.format(name)] = engine
         return self._loaded[_ENGINE.format(name)]
 
@@ -280,12 +320,18 @@ class Bench:
         for name in self.folders:
             self._loaded.pop(_ENGINE.format(name), None)
 
-    def _tokenizer(self) -> Any:
-        if "tokenizer" not in self._loaded:
+    def _tokenizer_folder(self, model: str) -> Path:
+        """Where the tokenizer that a model reads by lies."""
+        return self.folders["teacher" if self.cut(model) is None else "student"]
+
+    def _tokenizer(self, model: str = "teacher") -> Any:
+        folder = self._tokenizer_folder(model)
+        name = f"tokenizer of {folder}"
+        if name not in self._loaded:
             from nemo_minitron.models.causal_lm import load_tokenizer
 
-            self._loaded["tokenizer"] = load_tokenizer(self.folders["teacher"])
-        return self._loaded["tokenizer"]
+            self._loaded[name] = load_tokenizer(folder)
+        return self._loaded[name]
 
     def _packed(self) -> Any:
         if "samples" not in self._loaded:
@@ -294,8 +340,16 @@ class Bench:
             self._loaded["samples"] = validation_packed(self.config, self._tokenizer())
         return self._loaded["samples"]
 
-    def _samples(self) -> Any:
-        return self._packed().samples
+    def _samples(self, model: str = "teacher") -> Any:
+        """The held-out text in a model's own tokens."""
+        if self.cut(model) is None:
+            return self._packed().samples
+        if "own samples" not in self._loaded:
+            most = self.checkpoint(model).config.get("max_position_embeddings")
+            self._loaded["own samples"] = in_own_tokens(
+                self._tokenizer(), self._tokenizer(model), self._packed().samples, most and most + 1
+            )
+        return self._loaded["own samples"]
 
 
 def work(bench: Bench, ranks: Any) -> list[Failed]:

@@ -77,6 +77,12 @@ def table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
         ("KL to teacher", *(_or_dash(row["divergence"], "{:.4f}") for row in models)),
         ("top-1 agreement", *(_or_dash(row["top1"], "{:.1%}") for row in models)),
     ]
+    if "vocabulary" in report:
+        per_byte = [
+            ("bits per byte", *(f"{row['bits_per_byte']:.4f}" for row in models)),
+            ("tokens per byte", *(f"{row['tokens_per_byte']:.4f}" for row in models)),
+        ]
+        rows[1:1] = per_byte
     for task, metric in _measured(report):
         cells = (_with_error(row.get("tasks", {}).get(task, {}), metric) for row in models)
         rows.append((f"{task} {metric}", *cells))
@@ -88,6 +94,29 @@ def table(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
             ("peak MB", *(_or_dash(row["speed"]["peak_megabytes"], "{:,.0f}") for row in models)),
         ]
     return tuple(rows)
+
+
+MANY = 0.02
+"""Share of a text's tokens that are gone, from which on the text says so."""
+
+
+def vocabulary_notes(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """How models of different vocabularies are compared, and whether the text fits the smaller one."""
+    if "vocabulary" not in report:
+        return ()
+    kept = report["vocabulary"]
+    gone = 1 - kept["held_out"]
+    notes = [
+        f"the vocabulary was cut from {kept['of']:,} to {kept['kept']:,} entries: every model reads the "
+        "held-out text in its own tokens and is measured by the byte; loss and perplexity are those of as "
+        "many bytes as a token of the teacher has"
+    ]
+    if gone >= MANY:
+        notes.append(
+            f"{gone:.1%} of the held-out text's tokens are entries that are gone, and are written with "
+            "several: the text that the vocabulary was cut for is of another kind (data.calibration)"
+        )
+    return tuple(notes)
 
 
 def _measured(report: Mapping[str, Any]) -> list[tuple[str, str]]:

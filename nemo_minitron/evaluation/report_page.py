@@ -23,6 +23,7 @@ from nemo_minitron.evaluation.report import (
     table,
     title,
     unserved,
+    vocabulary_notes,
     written,
 )
 from nemo_minitron.pruning.plan_file import Plan, read_plan
@@ -62,6 +63,7 @@ def write_page(workspace: Path, folder: Path) -> None:
         commands=commands_in(workspace),
         models=report["models"],
         plan=_plan(workspace),
+        notes=vocabulary_notes(report),
         curves=_curves(workspace, report),
         task_curves=_task_curves(workspace, report),
         pareto=_pareto(workspace),
@@ -95,7 +97,8 @@ def _curves(workspace: Path, report: dict[str, Any]) -> str | None:
     logs = _logs(workspace, report)
     if not logs:
         return None
-    return inline(loss_curves(logs, {name: row["loss"] for name, row in report["models"].items()}))
+    losses = {name: row.get("own_loss", row["loss"]) for name, row in report["models"].items()}
+    return inline(loss_curves(logs, losses))
 
 
 def _logs(workspace: Path, report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

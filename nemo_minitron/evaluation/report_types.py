@@ -62,6 +62,9 @@ class Row(_Measured, total=False):
     writing: Written
     tasks: dict[str, dict[str, float]]
     speed: Speed
+    bits_per_byte: float
+    tokens_per_byte: float
+    own_loss: float
 
 
 class Compared(TypedDict):
@@ -85,6 +88,14 @@ class MeasuredOn(TypedDict):
     tasks: dict[str, Any]
 
 
+class Kept(TypedDict):
+    """Entries of the vocabulary that were kept, and the share of the held-out text's tokens that they are."""
+
+    kept: int
+    of: int
+    held_out: float
+
+
 class _Report(TypedDict):
     workspace: str
     models: dict[str, Row]
@@ -98,6 +109,7 @@ class Report(_Report, total=False):
     """report.json."""
 
     prompts: int
+    vocabulary: Kept
     writing: list[dict[str, str]]
 
 

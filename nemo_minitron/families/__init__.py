@@ -13,6 +13,7 @@ from nemo_minitron.families.architecture import (
 from nemo_minitron.families.grammar import evaluate, parse_row
 from nemo_minitron.families.table import (
     CHOSEN_EXPERTS,
+    VOCAB,
     Axis,
     Family,
     Fold,
@@ -33,6 +34,7 @@ from nemo_minitron.families.wrapper import (
 
 __all__ = [
     "CHOSEN_EXPERTS",
+    "VOCAB",
     "Architecture",
     "Axis",
     "Family",

@@ -172,14 +172,19 @@ class Architecture:
 
     @property
     def prunable(self) -> list[str]:
-        """Names of the axes that the model has and whose size a plan may change, in the table's order."""
+        """Names of the axes that the model has and whose units scores rank, in the table's order."""
         return [name for name in self.family.prunable if name in self.present]
 
     @property
+    def resizable(self) -> list[str]:
+        """Names of the axes that the model has and whose size a plan may change."""
+        return [name for name in self.family.resizable if name in self.present]
+
+    @property
     def settable(self) -> list[str]:
-        """Names of the axes whose size a plan may change: those that it cuts, and experts for each token."""
+        """Names of the axes whose number a plan may change: ``resizable``, and the experts for each token."""
         routed = "experts" in self.present and CHOSEN_EXPERTS in self.family.axes
-        return [*self.prunable, *([CHOSEN_EXPERTS] if routed else [])]
+        return [*self.resizable, *([CHOSEN_EXPERTS] if routed else [])]
 
     @cached_property
     def one_of_each(self) -> dict[str, int]:

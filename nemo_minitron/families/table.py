@@ -16,6 +16,7 @@ import yaml
 from nemo_minitron.families.grammar import Dim, Row, evaluate, names_in, parse_row, row_axes
 
 TABLES = Path(__file__).parent / "tables"
+VOCAB = "vocab"  # no score ranks its entries: which stay, a text decides (pruning/vocabulary.py)
 OWN_TABLES = "MINITRON_FAMILIES"
 """Environment variable that names a table, or a folder of tables, of the user's; it outlives a process."""
 CHOSEN_EXPERTS = "experts_per_token"
@@ -175,7 +176,12 @@ class Family:
 
     @property
     def prunable(self) -> tuple[str, ...]:
-        """Names of the axes whose size a plan may change, in the table's order."""
+        """Names of the axes whose units scores rank and a plan may remove, in the table's order."""
+        return tuple(name for name in self.resizable if name != VOCAB)
+
+    @property
+    def resizable(self) -> tuple[str, ...]:
+        """Names of the axes whose size a plan may change: those, and the vocabulary."""
         return tuple(name for name, axis in self.axes.items() if not axis.fixed)
 
     @property

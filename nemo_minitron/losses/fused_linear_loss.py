@@ -225,7 +225,8 @@ def _term(
     taught = teacher if weights.kl else None
     # to find the tokens that count, the host would have to wait for an accelerator
     skips = head_VH.device.type != "cpu"
-    if isinstance(taught, SparseTargets) or weights.divergence.name != "forward_kl":
+    weighed = taught is not None and taught.mass_T is not None
+    if isinstance(taught, SparseTargets) or weighed or weights.divergence.name != "forward_kl":
         return ByAutograd(weights, compiled, skips)
     return ByHand(weights, compiled, skips) if kernels is None else ByKernel(weights, kernels)
 

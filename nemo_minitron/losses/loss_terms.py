@@ -105,7 +105,8 @@ class Eager(ABC):
         if wants_gradient and student.cap is not None:  # before the term overwrites the logits
             slope_CV = student.slope()
         teacher_CV = teacher.capped_() if isinstance(teacher, Logits) else teacher
-        sums, grad_CV = self.evaluate(student_CV, teacher_CV, labels_C, wants_gradient)
+        mass_C = None if teacher is None else teacher.mass_T
+        sums, grad_CV = self.evaluate(student_CV, teacher_CV, labels_C, wants_gradient, mass_C)
         if grad_CV is not None and slope_CV is not None:
             grad_CV = grad_CV.mul_(slope_CV)
         if grad_CV is not None and place_CV is not None:
@@ -119,6 +120,7 @@ class Eager(ABC):
         teacher_CV: Tensor | SparseTargets | None,
         labels_C: Tensor,
         wants_gradient: bool,
+        mass_C: Tensor | None = None,
     ) -> ChunkTerms:
         """Evaluates one chunk from logits under their softcaps; see ``Term``."""
 
@@ -210,9 +212,10 @@ class ByHand(Eager):
         teacher_CV: Tensor | SparseTargets | None,
         labels_C: Tensor,
         wants_gradient: bool,
+        mass_C: Tensor | None = None,
     ) -> ChunkTerms:
         """See ``Term``; the student's logits become the gradient."""
-        assert not isinstance(teacher_CV, SparseTargets)
+        assert not isinstance(teacher_CV, SparseTargets) and mass_C is None
         grad_CV = student_CV if wants_gradient else None
         if self.compiled:  # passes over the chunk without a temporary: no need of blocks
             sums = _compiled_terms()(
@@ -258,13 +261,15 @@ class ByAutograd(Eager):
         teacher_CV: Tensor | SparseTargets | None,
         labels_C: Tensor,
         wants_gradient: bool,
+        mass_C: Tensor | None = None,
     ) -> ChunkTerms:
         """See ``Term``."""
         by_hand = ByHand(self.weights, self.compiled, self.skips)
         if teacher_CV is None:
             return by_hand.evaluate(student_CV, None, labels_C, wants_gradient)
         valid_C = labels_C >= 0 if self.skips else None
-        value, grad_CV = self._divergence(student_CV, teacher_CV, valid_C, wants_gradient)
+        counted = valid_C, mass_C
+        value, grad_CV = self._divergence(student_CV, teacher_CV, counted, wants_gradient)
         wants_more = wants_gradient and self.weights.ce != 0
         sums, more_CV = by_hand.evaluate(student_CV, None, labels_C, wants_more)
         if grad_CV is not None and more_CV is not None:
@@ -275,17 +280,19 @@ class ByAutograd(Eager):
         self,
         student_CV: Tensor,
         teacher_CV: Tensor | SparseTargets,
-        valid_C: Tensor | None,
+        counted: tuple[Tensor | None, Tensor | None],
         wants_gradient: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Sum over the chunk, and its weighted gradient by the student's logits."""
-        divergence = self.weights.divergence
+        """Sum over the chunk's tokens, each by its mass; its weighted gradient by the student's logits."""
+        divergence, (valid_C, mass_C) = self.weights.divergence, counted
         with torch.enable_grad():
             leaf_CV = student_CV.detach().requires_grad_(wants_gradient)
             if isinstance(teacher_CV, SparseTargets):
                 value_C = sparse_divergence(teacher_CV, leaf_CV, divergence.temperature)
             else:
                 value_C = divergence(teacher_CV, leaf_CV)
+            if mass_C is not None:
+                value_C = value_C * mass_C.to(value_C.dtype)
             value = _counted(value_C, valid_C).sum()
             grad_CV = torch.autograd.grad(value, leaf_CV)[0] if wants_gradient else None
         value = value.detach().to(sum_dtype(student_CV.device))

@@ -17,15 +17,19 @@ class Projection:
         head_VH: its weight, Tensor of shape [vocabulary, hidden].
         softcap: c of logits x that are c tanh(x / c) (Gemma 2, arXiv 2408.00118, section 2); None:
             no cap.
+        mass_T: by which share of a teacher's distribution each token counts, Tensor of shape [tokens];
+            None: each counts whole.
     """
 
     hidden_TH: Tensor
     head_VH: Tensor
     softcap: float | None = None
+    mass_T: Tensor | None = None
 
     def __getitem__(self, index: slice | Tensor) -> "Projection":
         """That of some tokens."""
-        return replace(self, hidden_TH=self.hidden_TH[index])
+        mass_T = None if self.mass_T is None else self.mass_T[index]
+        return replace(self, hidden_TH=self.hidden_TH[index], mass_T=mass_T)
 
     def counted(self, vocabulary: int | None) -> "Projection":
         """Without the entries that only pad the head; None: all of them count."""
@@ -53,7 +57,8 @@ class Projection:
         Args:
             place_CV: its first rows take the result; None: new memory.
         """
-        return Logits(wide_linear(self.hidden_TH, self.head_VH, place_CV), self.softcap)
+        raw_CV = wide_linear(self.hidden_TH, self.head_VH, place_CV)
+        return Logits(raw_CV, self.softcap, self.mass_T)
 
     def logits(self) -> Tensor:
         """Logits under the softcap, Tensor of shape [tokens, vocabulary], float32 (float64 of float64)."""
@@ -67,10 +72,12 @@ class Logits:
     Attributes:
         raw_CV: Tensor of shape [tokens, vocabulary].
         cap: the softcap, or None.
+        mass_T: see ``Projection``.
     """
 
     raw_CV: Tensor
     cap: float | None = None
+    mass_T: Tensor | None = None
 
     def capped_(self) -> Tensor:
         """The logits, in their place."""

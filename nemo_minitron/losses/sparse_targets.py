@@ -22,22 +22,24 @@ class SparseTargets:
             float64 logits): the teacher's largest entries, each once. None: entries drawn from the
             teacher's distribution, some of them more than once, each of which stands for 1/K.
         log_tail_T: with them, the logarithm of the mass of all others, Tensor of shape [tokens].
+        mass_T: by which share each token counts, see ``Projection``.
     """
 
     ids_TK: Tensor
     log_p_TK: Tensor | None = None
     log_tail_T: Tensor | None = None
+    mass_T: Tensor | None = None
 
     def __getitem__(self, index: slice | Tensor) -> "SparseTargets":
         """Those of some tokens."""
-        parts = (self.log_p_TK, self.log_tail_T)
+        parts = (self.log_p_TK, self.log_tail_T, self.mass_T)
         return SparseTargets(
             self.ids_TK[index], *(None if part is None else part[index] for part in parts)
         )
 
     def to(self, device: torch.device) -> "SparseTargets":
         """The same on a device."""
-        parts = (self.log_p_TK, self.log_tail_T)
+        parts = (self.log_p_TK, self.log_tail_T, self.mass_T)
         return SparseTargets(
             self.ids_TK.to(device), *(None if p is None else p.to(device) for p in parts)
         )

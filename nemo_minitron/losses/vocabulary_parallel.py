@@ -170,6 +170,7 @@ class Sharded(Eager):
         teacher_CW: Tensor | SparseTargets | None,
         labels_C: Tensor,
         wants_gradient: bool,
+        mass_C: Tensor | None = None,
     ) -> ChunkTerms:
         """Sums over all ranks' entries, and the gradient by this rank's logits.
 
@@ -178,7 +179,7 @@ class Sharded(Eager):
         whole vocabulary: tests/losses/test_vocabulary_parallel.py,
         ``test_ranks_together_have_the_loss_and_gradients_of_one``.
         """
-        assert not isinstance(teacher_CW, SparseTargets)
+        assert not isinstance(teacher_CW, SparseTargets) and mass_C is None
         tau, rows = self.weights.divergence.temperature, student_CW.shape[1]
         own_C = labels_C - self.shard.first
         log_q1_CW = self.shard.log_softmax(student_CW)

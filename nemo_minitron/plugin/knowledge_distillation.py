@@ -14,6 +14,7 @@ from nemo_minitron.distillation.intermediate_loss import IntermediateLoss
 from nemo_minitron.distillation.parallel_loss import linear_loss
 from nemo_minitron.distillation.teacher_logits import TeacherLogits
 from nemo_minitron.families import Family, family_of
+from nemo_minitron.losses import kept_entries
 from nemo_minitron.losses.fused_linear_loss import (
     LossResult,
     LossWeights,
@@ -21,6 +22,7 @@ from nemo_minitron.losses.fused_linear_loss import (
     fused_linear_loss,
 )
 from nemo_minitron.losses.intermediate import IntermediateWeights, balance
+from nemo_minitron.losses.kept_entries import Entries, KeptEntries
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.autocast_weights import round_products
 from nemo_minitron.models.causal_lm import (
@@ -57,7 +59,7 @@ class KnowledgeDistillation(Callback):
         weights: the mix of the losses.
         chunk_tokens: tokens whose logits exist at a time, or None.
         vocabulary: entries that count, where the models' vocabularies are padded to different
-            sizes; None: all.
+            sizes; of a student whose vocabulary was cut, which of the teacher's it has; None: all.
         intermediate: losses on hidden states besides; None: none.
         kept_H: see ``IntermediateLoss``.
         place: where the teacher runs: the student's ``device``, ``shard`` (split over ranks),
@@ -71,7 +73,7 @@ class KnowledgeDistillation(Callback):
         family: Family | None = None,
         weights: LossWeights | None = None,
         chunk_tokens: int | None = None,
-        vocabulary: int | None = None,
+        vocabulary: Entries = None,
         intermediate: IntermediateWeights | None = None,
         kept_H: Tensor | None = None,
         place: str = "device",
@@ -148,7 +150,8 @@ class KnowledgeDistillation(Callback):
                 "copy.deepcopy(model) before it is pruned, and teaches no other"
             )
         ours, theirs = head_of(student[0]).shape[0], head_of(self.teacher).shape[0]
-        if ours != theirs and self.vocabulary is None:
+        speaks = self._speaker is not None and isinstance(self.vocabulary, KeptEntries)
+        if speaks or not kept_entries.fits(self.vocabulary, ours, theirs):
             self._release(pl_module)
             raise ValueError(f"vocabulary: the teacher has {theirs} entries, the student {ours}")
         if self.intermediate is not None and stage == "fit":
@@ -278,9 +281,10 @@ class KnowledgeDistillation(Callback):
             counted = int((labels_T >= 0).sum())
             self._sums[0] += float(cross_entropy(teacher, labels_T).ce) * counted
             self._sums[1] += counted
+        counted = None if isinstance(self.vocabulary, KeptEntries) else self.vocabulary
         terms = linear_loss(
             self._mesh, student, labels_T, self.weights, teacher, chunk_tokens=self.chunk_tokens,
-            vocabulary=self.vocabulary, compiled=self._compiles_loss(),
+            vocabulary=counted, compiled=self._compiles_loss(),
         )  # fmt: skip
         if self._inside is None:
             return terms
@@ -302,12 +306,14 @@ class KnowledgeDistillation(Callback):
             self._products() if at.type != "cpu" else nullcontext(),
         ):
             there = {name: value.to(at) for name, value in more.items()}
+            tokens_BS = kept_entries.read_by_teacher(self.vocabulary, tokens_BS)
             hidden_BSG = hidden_states(self.teacher, self.family, tokens_BS.to(at), **there)
-        return Projection(
+        teacher = Projection(
             hidden_BSG.flatten(0, 1).to(device),
             self._head(device),
             softcap_of(self.teacher, self.family),
         )
+        return kept_entries.shared(self.vocabulary, teacher, self.weights.divergence.temperature)
 
     def _alpha(self, logits_loss: Tensor, inside: Tensor) -> Tensor:
         """The weight of the intermediate losses, the same on all ranks."""

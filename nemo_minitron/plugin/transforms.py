@@ -49,6 +49,10 @@ class Pruning:
                 None: the only one in it.
         """
         self.plan = plan if isinstance(plan, Plan) else read_plan(Path(plan))
+        if "vocab" in self.plan.keep:
+            raise ValueError(
+                "the plan cuts the vocabulary, and no tokenizer lies in a module; use minitron prune"
+            )
         self.at = at
 
     def __call__(self, module: nn.Module) -> nn.Module:

@@ -141,8 +141,17 @@ def model_size(model: Architecture, context: int = 4096, cache_bytes: int = 2) -
     return cost(count_tensors(model), model.sizes, context, cache_bytes)
 
 
-ROUND = {"hidden": 64, "ffn": 64, "expert_ffn": 64, "shared_ffn": 64, "head_dim": 8}
-"""Multiples that matrix kernels, tensor parallelism (ffn) and attention kernels (head_dim) run fast with."""
+ROUND = {
+    "hidden": 64, "ffn": 64, "expert_ffn": 64, "shared_ffn": 64, "head_dim": 8, "vocab": 128,
+}  # fmt: skip
+"""Multiples that matrix kernels, tensor parallelism (ffn), FP8 blocks (vocab) and attention kernels
+(head_dim) run fast with."""
+
+
+def round_up(axis: str, size: int, most: int) -> int:
+    """The next size that kernels like, at most the model's own; the size itself of a tiny model."""
+    multiple = ROUND[axis]
+    return min(most, -(-size // multiple) * multiple) if most >= 4 * multiple else size
 
 
 def alignment(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:

@@ -13,6 +13,7 @@ from nemo_minitron.families import CHOSEN_EXPERTS, Architecture, families
 from nemo_minitron.pruning.cost import Size, model_size
 from nemo_minitron.pruning.select import Keep
 from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.vocabulary import Vocabulary
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.artifacts import check_file
 from nemo_minitron.workspace.manifest import write_json
@@ -32,6 +33,7 @@ class _Written(TypedDict):
     cost_before: Size
     cost_after: Size
     mtp: NotRequired[str]
+    vocabulary: NotRequired[Vocabulary]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Plan:
         cost_before, cost_after: parameters, FLOPs, KV bytes.
         keep: kept units of every axis that shrinks.
         mtp: what becomes of prediction layers (MTP), in a sentence; empty where the model has none.
+        vocabulary: how the kept entries of the vocabulary were chosen; None: nobody asked for fewer.
     """
 
     model_type: str
@@ -57,6 +60,7 @@ class Plan:
     cost_after: Size
     keep: Keep
     mtp: str = ""
+    vocabulary: Vocabulary | None = None
 
 
 def mtp_note(checkpoint: Checkpoint) -> str:
@@ -104,6 +108,8 @@ def write_plan(folder: Path, plan: Plan) -> None:
     readable["keep"] = {axis: f"{KEEP}: {list(index.shape)}" for axis, index in plan.keep.items()}
     if not plan.mtp:
         del readable["mtp"]
+    if plan.vocabulary is None:
+        del readable["vocabulary"]
     ratio = plan.cost_after.parameters / plan.cost_before.parameters
     write_json(folder / FILE, {**readable, "parameters_kept": round(ratio, 6)})
     save_file({axis: index.contiguous() for axis, index in plan.keep.items()}, folder / KEEP)

@@ -88,7 +88,7 @@ def _matrices(model: Architecture) -> Iterator[tuple[tuple[Product, ...], ...]]:
 
 
 def _changes(model: Architecture, product: Product) -> bool:
-    return any(axis in model.prunable for axis in product)
+    return any(axis in model.resizable for axis in product)
 
 
 def _gguf(model: Architecture) -> Iterator[Rule]:
@@ -147,7 +147,7 @@ def _said(model: Architecture, sizes: Mapping[str, int], rule: Rule) -> str:
 
 
 def _nearest(model: Architecture, sizes: Mapping[str, int], rule: Rule, name: str) -> str:
-    if name not in model.prunable or sizes[name] == model.sizes[name]:
+    if name not in model.resizable or sizes[name] == model.sizes[name]:
         return ""
     most, size = model.sizes[name], sizes[name]
     below = next((n for n in range(size, 0, -1) if rule.holds({**sizes, name: n})), None)

@@ -5,9 +5,17 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from nemo_minitron.families import Architecture, Family, check_sizes
+from nemo_minitron.families import VOCAB, Architecture, Family, check_sizes
 from nemo_minitron.families.grammar import evaluate, names_in
-from nemo_minitron.pruning.cost import ROUND, Size, TensorCounts, cost, count_tensors, model_size
+from nemo_minitron.pruning.cost import (
+    ROUND,
+    Size,
+    TensorCounts,
+    cost,
+    count_tensors,
+    model_size,
+    round_up,
+)
 from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.pruning.slice import Cut
 
@@ -117,6 +125,8 @@ def _checked(
                 f"{where}.{name}: expected {kind}, found {wrong[0] if wrong else 'none'}"
             )
     grid = {name: sorted(set(values)) for name, values in choices.items()}
+    if VOCAB in grid:
+        grid[VOCAB] = sorted({round_up(VOCAB, int(n), sizes[VOCAB]) for n in grid[VOCAB]})
     count = math.prod(map(len, grid.values())) if grid else 0
     if not 1 <= count <= _MOST:
         raise ValueError(f"{where}: expected 1 to {_MOST:,} combinations of sizes, found {count:,}")

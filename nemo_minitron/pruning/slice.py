@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_minitron.families import (
     CHOSEN_EXPERTS,
+    VOCAB,
     Architecture,
     Family,
     TensorRow,
@@ -20,6 +21,7 @@ from nemo_minitron.families import (
 )
 from nemo_minitron.families.grammar import Dim, extent, row_axes, row_shape, segments
 from nemo_minitron.pruning.select import Keep, followed
+from nemo_minitron.pruning.tokenizer_cut import new_ids, renumbered
 from nemo_minitron.security.plain_text import plain
 
 
@@ -272,6 +274,8 @@ def cut_config(cut: Cut) -> dict[str, Any]:
     """
     cut.source.check_lists()
     written = dict(cut.source.resized(cut.after).config)
+    if VOCAB in cut.keep:
+        written = renumbered(written, new_ids(cut.keep[VOCAB]), cut.source.where)
     written.update({key: 0 for key in cut.family.mtp_layers if written.get(key)})  # left out
     axis = cut.family.axes["layers"]
     if len(cut.layers) == cut.before["layers"]:

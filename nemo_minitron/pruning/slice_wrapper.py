@@ -4,6 +4,7 @@ They are carried over byte for byte, but for the few tensors that write or read 
 channels.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,9 +19,11 @@ from nemo_minitron.checkpoints.dtypes import DTYPES, FLOATS, TORCH
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.shard_writer import Planned, write_weights
 from nemo_minitron.checkpoints.tensor_rows import Entry
-from nemo_minitron.families import Architecture, with_text
+from nemo_minitron.families import VOCAB, Architecture, with_text
 from nemo_minitron.families.grammar import Dim
+from nemo_minitron.families.wrapper import TEXT
 from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.tokenizer_cut import ids_renumbered, new_ids
 from nemo_minitron.security.plain_text import plain
 
 HIDDEN, _ANY = "hidden", "any"
@@ -65,6 +68,7 @@ class CutSurroundings:
     def __init__(self, checkpoint: Checkpoint, cut: Cut) -> None:
         assert checkpoint.around is not None, "only a multimodal model has surroundings"
         self._checkpoint, self._around = checkpoint, checkpoint.around
+        self._ids = new_ids(cut.keep[VOCAB]) if VOCAB in cut.keep else None
         kept = cut.keep.get(HIDDEN)
         self._keep: dict[str, dict[str, Tensor]] = {}  # by the part that a tensor belongs to
         if kept is None:
@@ -97,7 +101,23 @@ class CutSurroundings:
         """The whole model's config.json around a text model."""
         before = both_spellings(self._checkpoint.config)
         after = both_spellings(text.config)
-        return with_text(self._around.wrapper, self._around.config, before, after, text.sizes)
+        whole = self._around.config
+        written = with_text(self._around.wrapper, whole, before, after, text.sizes)
+        outer, inner = self._named(whole), self._named(whole[TEXT])
+        return {**written, **outer, TEXT: {**written[TEXT], **inner}}
+
+    def processor_file(self, path: Path) -> bytes:
+        """A file that says how images are prepared, with the ids of the smaller vocabulary."""
+        content = path.read_bytes()
+        named = self._named(json.loads(content))
+        if not named:
+            return content
+        return (json.dumps({**json.loads(content), **named}, indent=2) + "\n").encode()
+
+    def _named(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some settings that name tokens, with their new ids; none where all entries stay."""
+        where = str(self.source)
+        return {} if self._ids is None else ids_renumbered(settings, self._ids, where)
 
     def read(self, name: str) -> Tensor:
         """One tensor of the result."""

@@ -19,7 +19,9 @@ from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.shard_writer import Block, Planned, ShardWriter, stored_order
 from nemo_minitron.checkpoints.side_files import copy_side_files
 from nemo_minitron.checkpoints.tensor_rows import Entry, Files, fill_rows
+from nemo_minitron.families import VOCAB
 from nemo_minitron.pruning.slice import Cut, Piece, cut_config, pieces, rescaled
+from nemo_minitron.pruning.tokenizer_cut import cut_tokenizer
 from nemo_minitron.workspace.manifest import write_json
 
 BLOCK_BYTES = 8 * 2**20
@@ -104,6 +106,8 @@ def write_pruned(
     for folder, cut in cuts:
         write_json(folder / "config.json", both_spellings(cut_config(cut)))
         copy_side_files(checkpoint.folder, folder)
+        if VOCAB in cut.keep:
+            cut_tokenizer(folder, cut.keep[VOCAB])
         open_checkpoint(folder)  # the result must satisfy the table as strictly as the source did
     return [target.writer.hashes for target in targets]
 

@@ -10,6 +10,8 @@ from nemo_minitron.pruning.serving import check_serving
 
 _CHOICES = ("drop_layers", "layer_choice", "mtp")
 """Keys of the plan that are no sizes."""
+_VOCABULARY = ("vocab", "vocab_coverage")
+"""Keys that ask for a vocabulary, whose entries a text decides on, no score."""
 
 
 _SEARCH = ("budget", "serve")
@@ -26,24 +28,35 @@ def explicit_targets(plan: PlanConfig) -> dict[str, Any]:
 
 
 def needs_scores(plan: PlanConfig) -> bool:
-    """Whether the plan needs scores; a list of layers to drop, and fewer experts for a token, do not."""
-    return bool(set(explicit_targets(plan)) - {*_CHOICES, CHOSEN_EXPERTS})
+    """Whether the plan needs scores.
+
+    A list of layers to drop, a vocabulary, and fewer experts for a token do not.
+    """
+    return bool(set(explicit_targets(plan)) - {*_CHOICES, *_VOCABULARY, CHOSEN_EXPERTS})
+
+
+def cuts_vocabulary(plan: PlanConfig) -> bool:
+    """Whether the plan asks for a vocabulary."""
+    return bool(set(explicit_targets(plan)) & set(_VOCABULARY))
 
 
 def target_sizes(model: Architecture, plan: PlanConfig) -> dict[str, int]:
-    """Target size of every axis.
+    """Target size of every axis; that of the vocabulary, which a text decides on, is the model's own.
 
     Raises:
         ValueError: a target that cannot be, with what was expected and found.
     """
-    asked = {name: value for name, value in explicit_targets(plan).items() if name not in _CHOICES}
+    others = {*_CHOICES, *_VOCABULARY}
+    asked = {name: value for name, value in explicit_targets(plan).items() if name not in others}
     family, sizes, axes = model.family, model.sizes, model.settable
     if plan.budget.params is not None:
         raise ValueError(
             "plan.budget.params: asks for a search, which 'minitron run' makes; this stage wants sizes"
         )
-    if not asked and not plan.drop_layers:
-        options = ", ".join(f"plan.{name}" for name in axes)
+    if plan.vocab is not None and plan.vocab_coverage is not None:
+        raise ValueError("plan.vocab and plan.vocab_coverage: give one of them, not both")
+    if not asked and not plan.drop_layers and not cuts_vocabulary(plan):
+        options = ", ".join(f"plan.{name}" for name in model.resizable)
         raise ValueError(
             f"plan: no target size given; set at least one of {options}, plan.drop_layers"
         )

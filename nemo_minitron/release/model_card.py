@@ -19,6 +19,7 @@ from nemo_minitron.evaluation.report import (
     compared,
     markdown,
     table,
+    vocabulary_notes,
     written,
 )
 from nemo_minitron.pruning.plan_file import Plan
@@ -74,6 +75,7 @@ def card_text(
         sizes=_sizes(plan),
         columns=columns(report),
         measured=table(report),
+        notes=vocabulary_notes(report),
         compared_columns=COMPARED,
         compared=compared(report),
         written_columns=WRITTEN,

@@ -52,7 +52,7 @@ def unit_squares(
     result: dict[str, Tensor] = {}
     for position, dim in enumerate(row.dims):
         for axis, part in _by_axis(sums[f"{position}"], dim, sizes).items():
-            if not family.axes[axis].fixed:
+            if axis in family.prunable:
                 result[axis] = result[axis] + part if axis in result else part
     total = sums["0"].sum()
     return {**result, **{family.indexed[name].name: total for name in units}}

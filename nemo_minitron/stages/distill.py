@@ -20,8 +20,9 @@ from nemo_minitron.losses.intermediate import IntermediateWeights
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.stages.inputs import (
     distillation_teacher,
+    kept_ids,
     refuse_gguf,
-    shared_vocabulary,
+    taught_entries,
 )
 from nemo_minitron.stages.logit_cache import asked_for, refuse_phases
 from nemo_minitron.stages.recipe import Recipe
@@ -67,6 +68,8 @@ def recipe(config: Config) -> Recipe:
     elsewhere = ("teacher", "teacher_place", "cache", "chunk_tokens")
     section = {**asdict(settings), **dict.fromkeys(elsewhere), "trainer": {}, "optim": {}}
     section["live_teacher"] = settings.live_teacher is not None  # wherever it lies
+    if kept_ids(config) is None:  # it decides nothing
+        del section["outside"]
     role = Role(
         lambda: tokenizer_of(pruned),
         start,
@@ -103,7 +106,7 @@ def _online(
 ) -> Teaching:
     """The teacher runs beside the student."""
     settings = config.distill
-    vocabulary = shared_vocabulary(teacher, pruned)
+    vocabulary = taught_entries(config, teacher, pruned)
     _check_place(settings, config.training.parallel)
     if config.training.tensor_parallel > 1 and inside is not None and "attention" in inside.terms:
         raise ValueError(

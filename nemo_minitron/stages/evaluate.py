@@ -20,17 +20,32 @@ from nemo_minitron.data.mixtures import (
 from nemo_minitron.evaluation.answers import answers_of, check_chat, settings_without_defaults
 from nemo_minitron.evaluation.gate import JUDGES, Gate, gate_of, judge, raise_if_failed
 from nemo_minitron.evaluation.measurements import SPEED, TEXT, WRITING, Bench, Unit, work
-from nemo_minitron.evaluation.report import FILE, NAMES, columns, is_beside, read_report, table
+from nemo_minitron.evaluation.own_tokens import (
+    bits_of_samples,
+    bits_per_byte,
+    loss_by_teacher_token,
+)
+from nemo_minitron.evaluation.report import (
+    FILE,
+    NAMES,
+    columns,
+    is_beside,
+    read_report,
+    table,
+    vocabulary_notes,
+)
 from nemo_minitron.evaluation.report_page import write_page
 from nemo_minitron.evaluation.significance import paired, recovered
+from nemo_minitron.families import VOCAB
+from nemo_minitron.losses.kept_entries import KeptEntries
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.inputs import (
     POSITIONS,
     length_notes,
-    shared_vocabulary,
     source_folder,
+    taught_entries,
     teacher_folder,
 )
 from nemo_minitron.stages.recipe import Recipe, Summary
@@ -81,7 +96,7 @@ def recipe(config: Config) -> Recipe:
     def summary() -> Summary:
         told = _judged(config, gate, folder)
         of = length_notes(config, read_config(bench.folders["student"]), "validation")
-        return replace(told, notes=(*told.notes, *of))
+        return replace(told, notes=(*told.notes, *of, *vocabulary_notes(read_report(folder))))
 
     def check() -> None:
         _check_models(config, bench.folders["teacher"])
@@ -169,9 +184,11 @@ def _bench(config: Config) -> tuple[Bench, list[Input]]:
     models, inputs = _models(config)
     texts = validation_text(config)
     inputs.append(text_input(texts))
-    vocabulary = shared_vocabulary(models["teacher"], models["student"])
+    entries = taught_entries(config, models["teacher"], models["student"])
     for name in config.evaluate.beside:
-        if shared_vocabulary(models["teacher"], models[name]) != vocabulary:
+        other = taught_entries(config, models["teacher"], models[name])
+        cuts = [isinstance(each, KeptEntries) for each in (entries, other)]
+        if cuts[0] != cuts[1] or (not cuts[0] and other != entries):
             raise ValueError(
                 f"evaluate.beside.{name}: its vocabulary has another size than the student's"
             )
@@ -181,7 +198,7 @@ def _bench(config: Config) -> tuple[Bench, list[Input]]:
     return Bench(
         config, models, texts.fingerprint, workspace.held_out_tasks(texts.fingerprint), prints,
         Results(workspace.results),
-        vocabulary, _dtypes(config, models),
+        entries, _dtypes(config, models),
     ), inputs  # fmt: skip
 
 
@@ -283,6 +300,12 @@ def _assembled(config: Config, bench: Bench) -> dict[str, Any]:
             "tokenizer": tokenizer_fingerprint(bench.folders["teacher"]), **_asked(config),
         },
     }  # fmt: skip
+    if isinstance(bench.vocabulary, KeptEntries):
+        report["vocabulary"] = {
+            "kept": len(bench.vocabulary.ids_V), "of": bench.checkpoint("teacher").architecture.sizes[VOCAB],
+            "held_out": bench.covered(),
+        }  # fmt: skip
+        report["measured_on"]["entries"] = digest(bench.vocabulary.ids_V.tolist())
     if config.evaluate.prompts:
         report["prompts"] = config.evaluate.prompts
         report["writing"] = _writing(bench, found)
@@ -299,27 +322,36 @@ def _row(bench: Bench, name: str, found: Mapping[Unit, Any]) -> dict[str, Any]:
     checkpoint, settings = bench.checkpoint(name), bench.config.evaluate
     size = model_size(checkpoint.architecture)
     text, first = found[Unit(name, TEXT)], found[Unit("teacher", TEXT)]
+    loss = text["loss"] if bench.cut(name) is None else loss_by_teacher_token(text, first)
     row: dict[str, Any] = {
         "parameters": size.parameters,
         "non_embedding": size.non_embedding,
         "flops_per_token": size.flops_per_token,
         "kv_bytes_per_token": size.kv_bytes_per_token,
-        "loss": text["loss"],
-        "perplexity": math.exp(text["loss"]),
+        "loss": loss,
+        "perplexity": math.exp(loss),
         "tokens": text["tokens"],
-        "retention": math.exp(first["loss"] - text["loss"]),
+        "retention": math.exp(first["loss"] - loss),
         "divergence": text["divergence"],
         "top1": text["top1"],
     }
+    if "bytes" in text:
+        row["bits_per_byte"] = bits_per_byte(text)
+        row["tokens_per_byte"] = text["tokens"] / sum(text["bytes"])
+        row["own_loss"] = text["loss"]
     if settings.prompts:
         from torch import tensor
 
         from nemo_minitron.evaluation.generation import agreement
 
         own, theirs = found[Unit(name, WRITING)], found[Unit("teacher", WRITING)]
+        if "theirs" in own:
+            theirs, written = {"ids": own["theirs"]}, own["in_teacher_ids"]
+        else:
+            written = own["ids"]
         row["writing"] = {
             "teacher_loss": own["teacher_loss"], "repetition": own["repetition"],
-            "agreement": agreement(tensor(theirs["ids"]), tensor(own["ids"])),
+            "agreement": agreement(tensor(theirs["ids"]), tensor(written)),
         }  # fmt: skip
     if settings.tasks:
         row["tasks"] = {task: found[Unit(name, task)]["metrics"] for task in settings.tasks}
@@ -330,7 +362,9 @@ def _row(bench: Bench, name: str, found: Mapping[Unit, Any]) -> dict[str, Any]:
 
 def _compared(bench: Bench, found: Mapping[Unit, Any]) -> list[dict[str, Any]]:
     """Each model against the teacher, document by document, in everything that has a number for each."""
-    measures = [("held-out text", "loss", TEXT, "losses", False)]
+    bytewise = isinstance(bench.vocabulary, KeptEntries)
+    metric = "bits per byte" if bytewise else "loss"
+    measures = [("held-out text", metric, TEXT, "losses", False)]
     for task in bench.config.evaluate.tasks:
         first, *others = (found[Unit(name, task)] for name in bench.folders)
         shared = [m for m in first["documents"] if all(m in other["documents"] for other in others)]
@@ -341,6 +375,8 @@ def _compared(bench: Bench, found: Mapping[Unit, Any]) -> list[dict[str, Any]]:
         for name in bench.folders:
             own = found[Unit(name, what)]
             values[name] = own[series] if what == TEXT else own["documents"][series]
+            if what == TEXT and bytewise:
+                values[name] = bits_of_samples(own)
         means = {name: sum(value) / len(value) for name, value in values.items()}
         for name in [name for name in values if name != "teacher"]:
             gap = paired(values["teacher"], values[name], whose if what == TEXT else None)

@@ -21,7 +21,7 @@ from nemo_minitron.checkpoints.side_files import copy_side_files, processor_file
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.evaluation.gate import LINEAGE, gate_of, judge, raise_if_failed
 from nemo_minitron.evaluation.report import read_report
-from nemo_minitron.families import find_row
+from nemo_minitron.families import VOCAB, find_row
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.plan_file import cut_of, read_plan
 from nemo_minitron.pruning.slice_wrapper import CutSurroundings, write_causal_lm, write_whole
@@ -97,7 +97,9 @@ def run(config: Config) -> Result:
         """Writes model, card and lineage, and tries them; returns the weights' hashes."""
         check_bytes(workspace.student)  # read anyway, and vouched for by the new manifest
         hashes = _write_model(student, temporary, dtype, dtypes, config, around)
-        copy_side_files(source, temporary)
+        own = VOCAB in read_plan(workspace.plan).keep  # the source's tokenizer is another one
+        if not own:
+            copy_side_files(source, temporary)
         card = _card(config, workspace, temporary, source, failed)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if report["data_sets"]:
@@ -208,7 +210,7 @@ def _write_model(
         hashes = write_whole(checkpoint, around, folder, of, other, shard_bytes)
         write_json(folder / "config.json", {**around.config(checkpoint.architecture), **told})
         for path in processor_files(around.source):
-            (folder / path.name).write_bytes(path.read_bytes())
+            (folder / path.name).write_bytes(around.processor_file(path))
     copy_side_files(student, folder)
     return hashes
 
@@ -234,7 +236,9 @@ def _lineage(workspace: Workspace, report: Mapping[str, Any]) -> dict[str, Any]:
         "student": {**student, "tasks": student["tasks"] or {}},
         "measured_on": report["measured_on"],
     }
-    return {"made_by": "nemo_minitron", "results": results, "stages": stages}
+    made = {"made_by": "nemo_minitron", "results": results, "stages": stages}
+    chosen = read_plan(workspace.plan).vocabulary
+    return made if chosen is None else {**made, "vocabulary": asdict(chosen)}
 
 
 def _card(

@@ -4,6 +4,7 @@ from typing import Any
 
 from nemo_minitron.config.config import Config
 from nemo_minitron.data.mixtures import held_out_sampling, sampling
+from nemo_minitron.stages.inputs import kept_ids
 
 
 def asked_for(config: Config) -> dict[str, Any]:
@@ -14,7 +15,7 @@ def asked_for(config: Config) -> dict[str, Any]:
         "seed": settings.seed if settings.method == "sampling" else None,
         "train": sampling(config.data.train), "validation": held_out_sampling(config),
         "dtype": config.distill.teacher_dtype,
-    }  # fmt: skip
+    } | ({} if kept_ids(config) is None else {"outside": config.distill.outside})  # fmt: skip
 
 
 def refuse_phases(config: Config) -> None:

@@ -16,11 +16,13 @@ from nemo_minitron.distillation.teacher_logits import (
     token_bytes,
     write_part,
 )
+from nemo_minitron.losses.kept_entries import Entries, KeptEntries
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.inputs import (
     distillation_teacher,
+    kept_ids,
     length_notes,
-    shared_vocabulary,
+    taught_entries,
     teacher_folder,
 )
 from nemo_minitron.stages.logit_cache import asked_for, refuse_phases
@@ -32,6 +34,7 @@ from nemo_minitron.stages.training_stage import (
     tokenizer_of,
     training_inputs,
 )
+from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.progress_bar import bar
@@ -47,9 +50,15 @@ def recipe(config: Config) -> Recipe:
     refuse_phases(config)
     teacher, teacher_input = distillation_teacher(config)
     settings, folder = config.distill.cache, Workspace(workspace_of(config)).logits
-    source, _ = teacher_folder(config)
-    vocabulary = shared_vocabulary(teacher, source)
-    size = vocabulary or read_config(teacher)["vocab_size"]
+    inputs = [teacher_input, *training_inputs(config)]
+    if kept_ids(config) is None:
+        source, _ = teacher_folder(config)
+    else:  # the samples are made of the student's entries
+        workspace = Workspace(workspace_of(config))
+        source = workspace.pruned
+        inputs.append(input_artifact(workspace.root, "pruned", "prune"))
+    vocabulary = taught_entries(config, teacher, source)
+    size = _entries(vocabulary, teacher)
     if settings.entries > size and settings.method == "top_k":
         raise ValueError(
             f"distill.cache.entries: expected at most the vocabulary's {size}, found {settings.entries}"
@@ -76,7 +85,6 @@ def recipe(config: Config) -> Recipe:
 
         check_teacher(config.distill.teacher_dtype, config.trainer["accelerator"])
 
-    inputs = [teacher_input, *training_inputs(config)]
     return Recipe(folder, "logits", decides, inputs, build, summary, check, resumable=True)
 
 
@@ -100,7 +108,7 @@ def _teach(
     teacher: Path,
     source: Path,
     needed: int,
-    vocabulary: int | None,
+    vocabulary: Entries,
     state: Path,
     ranks: Ranks,
 ) -> dict[str, Any]:
@@ -118,8 +126,8 @@ def _teach(
     samples = training_samples(config, tokenizer, needed, per_step, ranks)
     validation_NS = validation_samples(config, tokenizer)
     hf_config = read_config(teacher)
-    size = vocabulary or hf_config["vocab_size"]
-    each = token_bytes(settings.method, settings.entries, size)
+    size, outside = _entries(vocabulary, teacher), _outside(vocabulary)
+    each = token_bytes(settings.method, settings.entries, size) + 2 * (outside == "tail")
     rows_per_part = max(1, teacher_logits.PART_BYTES // (samples.positions * each))
     parts = [(samples, list(rows)) for rows in _cut(len(samples), rows_per_part)]
     first = len(parts) * rows_per_part
@@ -148,8 +156,19 @@ def _teach(
         "rows": len(samples), "rows_per_part": rows_per_part, "validation": first,
         "samples": sample_fingerprint(samples), "vocabulary": size,
         "tokens": len(samples) * samples.positions, "bytes_per_token": each,
-        "mass": _mean_mass(state, len(parts)),
+        "mass": _mean_mass(state, len(parts)), **({} if outside is None else {"outside": outside}),
     }  # fmt: skip
+
+
+def _entries(vocabulary: Entries, teacher: Path) -> int:
+    """Entries that count."""
+    if isinstance(vocabulary, KeptEntries):
+        return len(vocabulary.ids_V)
+    return vocabulary or int(read_config(teacher)["vocab_size"])
+
+
+def _outside(vocabulary: Entries) -> str | None:
+    return vocabulary.outside if isinstance(vocabulary, KeptEntries) else None
 
 
 def _load(config: Config, folder: Path, device: Any, ranks: Ranks) -> Any:

@@ -32,7 +32,7 @@ def test_rules_are_read_off_the_table(model):
     }  # fmt: skip
     assert rules(model, "fp8_block", "tp:4") == {
         "(hidden) % 128 == 0", "(heads * head_dim) % 512 == 0", "(kv_heads * head_dim) % 128 == 0",
-        "(ffn) % 512 == 0", "(heads) % 4 == 0", "(kv_heads) % 4 == 0 or 4 % kv_heads == 0", "(ffn) % 4 == 0",
+        "(ffn) % 512 == 0", "(vocab) % 128 == 0", "(heads) % 4 == 0", "(kv_heads) % 4 == 0 or 4 % kv_heads == 0", "(ffn) % 4 == 0",
     }  # fmt: skip
     fused = architecture_of({**LLAMA, "model_type": "phi3", "hidden_size": 1024})
     assert "(heads * head_dim) % 128 == 0" in rules(fused, "fp8_block")

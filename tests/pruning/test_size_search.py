@@ -173,11 +173,24 @@ def test_layers_that_the_architecture_needs_are_kept():
         candidates(model, {"layers": [3, 4]}, 0, 10**12)
 
 
+def test_a_vocabulary_is_a_size_to_try_and_comes_in_whole_multiples():
+    model = of(LLAMA)
+    found = candidates(model, {"vocab": [65000, 32768]}, 0, 10**12)
+    assert sorted(one.sizes["vocab"] for one in found) == [32768, 65024]
+    whole = model_size(model)
+    for one in found:
+        gone = 128256 - one.sizes["vocab"]
+        assert one.size.parameters == whole.parameters - 2 * gone * 4096  # embedding and head
+        assert one.size.non_embedding == whole.non_embedding
+    assert "vocab" not in default_choices(model, 0.5)
+
+
 @pytest.mark.parametrize(
     ("choices", "options", "message"),
     [
-        ({"width": [4]}, {}, "search.width: expected a prunable axis of this model: hidden, ffn, heads, kv_heads, layers"),
-        ({"vocab": [4]}, {}, "search.vocab: expected a prunable axis of this model: hidden, ffn, heads, kv_heads, layers"),
+        ({"width": [4]}, {}, "search.width: expected a prunable axis of this model: hidden, ffn, heads, kv_heads, vocab, layers"),
+        ({"head_dim": [4]}, {}, "search.head_dim: expected a prunable axis of this model: hidden, ffn, heads, kv_heads, vocab, "),
+        ({"vocab": [128257]}, {}, "search.vocab: expected whole numbers of 1 to 128256 (the model's size), found 128257"),
         ({"experts": [4]}, {"where": "plan.search"}, "plan.search.experts: expected a prunable axis of this model: hidden, "),
         ({"hidden": [4096, 4160]}, {}, "search.hidden: expected whole numbers of 1 to 4096 (the model's size), found 4160"),
         ({"hidden": [0]}, {}, "search.hidden: expected whole numbers of 1 to 4096 (the model's size), found 0"),
