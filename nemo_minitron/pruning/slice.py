@@ -98,7 +98,7 @@ def pieces(cut: Cut, names: Sequence[str]) -> Iterator[Piece]:
             continue
         keep = unit_keep(cut, row, units)
         indices = surviving(row, cut.before, keep)
-        scale, offset = _fold(cut, name)
+        scale, offset = fold_of(cut, name)
         yield Piece(
             fill(row.pattern, renumbered),
             name,
@@ -242,7 +242,7 @@ def rescaled(tensor: Tensor, piece: Piece) -> Tensor:
     return ((tensor.float() + piece.offset) * piece.scale - piece.offset).to(tensor.dtype)
 
 
-def _fold(cut: Cut, name: str) -> tuple[float, float]:
+def fold_of(cut: Cut, name: str) -> tuple[float, float]:
     """Scale and offset of a tensor that the model multiplies by a constant of its sizes."""
     for fold in cut.family.folds:
         if fold.tensor == name and (fold.when is None or evaluate(fold.when, cut.source.values)):
