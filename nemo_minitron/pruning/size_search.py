@@ -16,6 +16,8 @@ _MOST = 200_000
 """Combinations looked at, in seconds; more is a slip of the pen rather than a search, and fills memory."""
 _GRID, _EACH = 10_000, 6
 """Most combinations of a default grid, and most sizes of one axis."""
+_WIDE = 1_000_000
+"""Most combinations of a default grid whose sizes are all looked at as arrays."""
 _FLOOR = {"ffn": 0.7, "expert_ffn": 0.7, "shared_ffn": 0.7, "experts": 0.7}
 """Where a default grid begins, as a part of the common ratio; other widths begin at the ratio itself."""
 _STAY = ("mamba_head_dim", "mamba_state")
@@ -67,7 +69,7 @@ def candidates(
         raise ValueError(
             f"{where}: expected least <= most of {MEASURES}, found {least} to {most} {measure}"
         )
-    before, grid = model.sizes, _checked(model, choices, where)
+    before, grid = model.sizes, checked_choices(model, choices, where)
     shown = {"ffn" if name == "expansion" else name for name in choices}
     found, refusal = [], None
     for entry in _combinations(model, grid, keep_layers, where):
@@ -94,10 +96,15 @@ def candidates(
     )
 
 
-def _checked(
-    model: Architecture, choices: Mapping[str, Sequence[float]], where: str
+def checked_choices(
+    model: Architecture, choices: Mapping[str, Sequence[float]], where: str, most: int = _MOST
 ) -> dict[str, list[float]]:
-    """The choices, each size once; the number of layers is always among them."""
+    """The choices, each size once; the number of layers is always among them.
+
+    Raises:
+        ValueError: no axis of the model, or no size that it can have; more than ``most``
+            combinations.
+    """
     sizes, axes = model.sizes, model.prunable
     if "expansion" in choices and "ffn" in choices:
         raise ValueError(f"{where}.expansion and {where}.ffn: expected one of them, found both")
@@ -118,8 +125,8 @@ def _checked(
             )
     grid = {name: sorted(set(values)) for name, values in choices.items()}
     count = math.prod(map(len, grid.values())) if grid else 0
-    if not 1 <= count <= _MOST:
-        raise ValueError(f"{where}: expected 1 to {_MOST:,} combinations of sizes, found {count:,}")
+    if not 1 <= count <= most:
+        raise ValueError(f"{where}: expected 1 to {most:,} combinations of sizes, found {count:,}")
     return {"layers": [sizes["layers"]], **grid}
 
 
@@ -173,7 +180,7 @@ def _whole(asked: dict[str, float], hidden: int, where: str) -> dict[str, int]:
     )
 
 
-def default_choices(model: Architecture, share: float) -> dict[str, list[int]]:
+def default_choices(model: Architecture, share: float, wide: bool = False) -> dict[str, list[int]]:
     """A grid of sizes for a budget.
 
     Let r be the ratio to which all widths together had to shrink. hidden and heads begin at r,
@@ -188,10 +195,11 @@ def default_choices(model: Architecture, share: float) -> dict[str, list[int]]:
     Args:
         model: the model that is cut.
         share: parameters of the target / parameters of the model.
+        wide: whether depths go down to r as widths do, for a search that looks at many.
 
     Returns:
         Axis name to ascending sizes, the model's own the last; at most 6, fewer where many axes
-        would make more than 10,000 combinations. Axes without a choice are absent.
+        would make more than 10,000 combinations (wide: 12, and 1,000,000). Axes without a choice are absent.
 
     Raises:
         ValueError: the share does not lie between 0 and 1.
@@ -216,13 +224,25 @@ def default_choices(model: Architecture, share: float) -> dict[str, list[int]]:
         grid["hidden"] = [sizes["hidden"] * n // heads[-1] for n in heads]
     layers = sizes["layers"]
     deep = {math.ceil(layers / 2), math.ceil(layers * 3 / 4)} if share < 0.25 else set()
-    grid["layers"] = sorted({*range(max(1, layers - max(1, layers // 10)), layers + 1), *deep})
+    going = max(1, layers - math.floor(layers * ratio)) if wide else max(1, layers // 10)
+    grid["layers"] = sorted({*range(max(1, layers - going), layers + 1), *deep})
     grid = {name: options for name, options in grid.items() if len(options) > 1}
-    last = max(2, min(_EACH, int(_GRID ** (1 / max(1, len(grid)))))) - 1
+    most, each = (_WIDE, 2 * _EACH) if wide else (_GRID, _EACH)
+    last = max(2, min(each, int(most ** (1 / max(1, len(grid)))))) - 1
     return {
         name: sorted({options[round(i * (len(options) - 1) / last)] for i in range(last + 1)})
         for name, options in grid.items()
     }
+
+
+def some_sizes(model: Architecture, name: str, floor: float = 0.25) -> list[int]:
+    """Three sizes of an axis or fewer, ascending, from a part of the model's own up to that."""
+    options = _steps(model.family, model.sizes, name, floor)
+    if not options and model.sizes[name] > 1:  # whole groups
+        options = [max(1, model.sizes[name] // 2), model.sizes[name]]
+    return sorted(
+        {*options[:1], *options[len(options) // 2 : len(options) // 2 + 1], *options[-1:]}
+    )
 
 
 def _steps(family: Family, sizes: Mapping[str, int], name: str, floor: float) -> list[int]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from nemo_minitron.config.plan_config import PlanConfig
 from nemo_minitron.families import Architecture, check_sizes
+from nemo_minitron.pruning.budget import asks_for_search
 from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.pruning.serving import check_serving
 
@@ -38,9 +39,9 @@ def target_sizes(model: Architecture, plan: PlanConfig) -> dict[str, int]:
     """
     asked = {name: value for name, value in explicit_targets(plan).items() if name not in _CHOICES}
     family, sizes, axes = model.family, model.sizes, model.prunable
-    if plan.budget.params is not None:
+    if (bound := asks_for_search(plan.budget)) is not None:
         raise ValueError(
-            "plan.budget.params: asks for a search, which 'minitron run' makes; this stage wants sizes"
+            f"plan.budget.{bound}: asks for a search, which 'minitron run' makes; this stage wants sizes"
         )
     if not asked and not plan.drop_layers:
         options = ", ".join(f"plan.{name}" for name in axes)

@@ -9,14 +9,14 @@ from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import alignment
 from nemo_minitron.pruning.plan_file import Plan, make_plan, mtp_note, read_plan, write_plan
-from nemo_minitron.pruning.select import Keep, contiguous, kept_layers, scattered, select_units
+from nemo_minitron.pruning.select import Keep, select_units
 from nemo_minitron.pruning.serving import serving_notes
 from nemo_minitron.pruning.slice import Cut, pattern_notes
 from nemo_minitron.pruning.target_sizes import explicit_targets, needs_scores, target_sizes
-from nemo_minitron.scoring.depth import block_importance
 from nemo_minitron.scoring.scores_file import Scores, check_scores, read_scores
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.inputs import teacher_folder
+from nemo_minitron.stages.layer_choice import layers_of_plan
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.layout import Workspace
@@ -51,7 +51,7 @@ def recipe(config: Config) -> Recipe:
         if needs_scores(config.plan):
             scores = read_scores(workspace.scores)
             check_scores(workspace.scores, scores, checkpoint.family, sizes)
-        layers = _layers(config, sizes, scores)
+        layers = layers_of_plan(config, sizes, scores)
         checkpoint.architecture.check_layers(layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
@@ -76,37 +76,6 @@ def recipe(config: Config) -> Recipe:
 
 def _made(checkpoint: Checkpoint, keep: Keep, layers: tuple[int, ...]) -> Plan:
     return make_plan(checkpoint.architecture, keep, layers, mtp_note(checkpoint))
-
-
-def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:
-    plan, layers = config.plan, sizes["layers"]
-    if plan.drop_layers:
-        return kept_layers(layers, plan.drop_layers)
-    if plan.layers is None or plan.layers == layers:
-        return list(range(layers))
-    if "layers" not in scores.ranking:
-        raise ValueError(
-            "plan.layers: the scores rank no layers; run score with score.depth=block_influence"
-        )
-    going = layers - plan.layers
-    if plan.layer_choice == "contiguous" and going > 1:
-        blocks = (config.score.depth, going)
-        if blocks not in scores.calibration.depth:
-            raise ValueError(
-                f"plan.layer_choice=contiguous: the scores measured no blocks of {going} layers by "
-                f"{config.score.depth}; run score with score.blocks=[{going}]"
-            )
-        return kept_layers(
-            layers, contiguous(block_importance(blocks[0], scores.calibration.depth[blocks]), going)
-        )
-    if plan.layer_choice == "greedy":
-        if len(scores.greedy) < going:
-            raise ValueError(
-                f"plan.layer_choice=greedy: the scores removed {len(scores.greedy)} layers, expected "
-                f"{going}; run score with the same plan.layers and plan.layer_choice"
-            )
-        return kept_layers(layers, list(scores.greedy[:going]))
-    return kept_layers(layers, scattered(scores.ranking["layers"], going))
 
 
 def _summary(plan: Plan) -> Summary:
