@@ -29,7 +29,14 @@ from nemo_minitron.pruning.budget import needs_latency
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.serving import served
 from nemo_minitron.pruning.shortlist import rank_correlation
-from nemo_minitron.pruning.size_search import Candidate, candidates, default_choices, halving, rungs
+from nemo_minitron.pruning.size_search import (
+    Candidate,
+    candidates,
+    default_choices,
+    halving,
+    rungs,
+    whole_choices,
+)
 from nemo_minitron.pruning.target_sizes import explicit_targets
 from nemo_minitron.stages.candidates import measured_tasks
 from nemo_minitron.stages.inputs import teacher_folder
@@ -213,7 +220,9 @@ def _nearest(config: Config) -> list[Candidate]:
     model = served(checkpoint.architecture, config.plan.serve)
     whole = getattr(model_size(model), budget.measure)
     least, most = (round(budget.params * (1 + sign * budget.tolerance)) for sign in (-1, 1))
-    choices: Mapping[str, Any] = budget.choices or default_choices(model, budget.params / whole)
+    choices: Mapping[str, Any] = whole_choices(budget.choices) or default_choices(
+        model, budget.params / whole
+    )
     return candidates(
         model,
         choices,

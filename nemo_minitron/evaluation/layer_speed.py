@@ -11,7 +11,7 @@ import torch
 
 from nemo_minitron.evaluation.speed import conditions
 from nemo_minitron.families import Architecture, check_sizes
-from nemo_minitron.models.causal_lm import decoder_of, free, head_of
+from nemo_minitron.models.causal_lm import decoder_of, head_of
 from nemo_minitron.models.skeleton import fill, skeleton
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.layer_times import Kind, LayerTimes
@@ -22,7 +22,7 @@ from nemo_minitron.workspace.manifest import digest
 
 _MORE = 3
 """Layers by which two timed models differ; what a layer takes is the difference, divided."""
-_REPEATS, _SECONDS = 5, 0.03
+_REPEATS, _SECONDS = 5, 0.02
 """A pass is repeated so often, or for so long, whichever is more; the fastest counts."""
 _MOST = 40
 """Combinations of sizes of one kind of layer; beyond it each axis has two sizes instead of three."""
@@ -68,7 +68,7 @@ def combinations(model: Architecture) -> int:
 
 
 def _kinds(model: Architecture) -> tuple[list[int], list[int]]:
-    """The first layer of each kind, and the kind of every layer: layers of which a model would be the same."""
+    """The first layer of each kind, and the kind of every layer; of one kind, models would be the same."""
     known: dict[str, int] = {}
     firsts, kind_of = [], []
     for layer in range(model.sizes["layers"]):
@@ -192,9 +192,6 @@ def _timed(architecture: Architecture, what: Pass) -> float:
             f"measure-layers: transformers does not run {architecture.family.model_type} in "
             f"plan.budget.phase={what.phase}: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
-    finally:
-        del model
-        free()
 
 
 def _passing(model: Any, architecture: Architecture, what: Pass) -> Callable[[], Any]:

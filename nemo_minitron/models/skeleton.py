@@ -1,4 +1,4 @@
-"""torch, transformers: models without weights, and how a model in memory holds the tensors of its checkpoint."""
+"""torch, transformers: models without weights, and how one in memory holds the tensors of its checkpoint."""
 
 import contextlib
 from collections.abc import Iterator, Mapping

@@ -96,6 +96,14 @@ def candidates(
     )
 
 
+def whole_choices(choices: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Choices as a configuration holds them, where every number is a float, with whole sizes as such."""
+    return {
+        name: [int(n) if name != "expansion" and float(n).is_integer() else n for n in values]
+        for name, values in choices.items()
+    }
+
+
 def checked_choices(
     model: Architecture, choices: Mapping[str, Sequence[float]], where: str, most: int = _MOST
 ) -> dict[str, list[float]]:

@@ -23,7 +23,7 @@ from nemo_minitron.pruning.budget import Limits, asks_for_search, limits_of, nee
 from nemo_minitron.pruning.layer_times import LayerTimes, latency_of
 from nemo_minitron.pruning.serving import served
 from nemo_minitron.pruning.shortlist import pool, promising, shares, spread, varied
-from nemo_minitron.pruning.size_search import default_choices
+from nemo_minitron.pruning.size_search import default_choices, whole_choices
 from nemo_minitron.pruning.size_space import Space, Terms, front, size_space, source_costs, within
 from nemo_minitron.pruning.target_sizes import explicit_targets
 from nemo_minitron.scoring.scores_file import Scores
@@ -117,7 +117,8 @@ def searched(
         return layers_of_plan(replace(config, plan=plan), model.sizes, scores)
 
     if budget.choices:
-        space = size_space(model, budget.choices, terms, keep, "plan.budget")
+        given = whole_choices(budget.choices)
+        space = size_space(model, given, terms, keep, "plan.budget")
         within(space, limits, "plan.budget")
         return space, limits, source
     share = min(share_of(limits, source), 0.999)
