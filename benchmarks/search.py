@@ -25,7 +25,7 @@ from nemo_minitron.config.config import Config
 from nemo_minitron.data.mixtures import validation_samples
 from nemo_minitron.evaluation.held_out_loss import held_out_loss
 from nemo_minitron.evaluation.report import markdown
-from nemo_minitron.evaluation.screening import Screened, read_screen
+from nemo_minitron.evaluation.screening import read_screen
 from nemo_minitron.evaluation.sorted_teacher import SortedTeacher
 from nemo_minitron.flows.sweep import share
 from nemo_minitron.models.causal_lm import frozen, load_model, load_tokenizer
@@ -41,17 +41,24 @@ from nemo_minitron.stages.run import run_stage
 
 ROOT = Path("runs/search")
 SHARE, TOLERANCE = 0.5, 0.05
+TEACHER = [
+    "pretrain.model.vocab_size=512", "pretrain.model.hidden_size=64", "pretrain.model.intermediate_size=256",
+    "pretrain.model.num_hidden_layers=5", "pretrain.trainer.max_steps=500", "pretrain.trainer.val_check_interval=500",
+    "data.train.sequence_length=64", "data.validation.sequence_length=64", "data.validation.samples=128",
+    "data.calibration.sequence_length=64", "data.calibration.samples=128", "trainer.enable_progress_bar=false",
+]  # fmt: skip
+"""Smaller than the demo's, so that all ways and seeds take minutes."""
 Sizes = Mapping[str, int]
 
 
-def teacher(seed: int, extra: list[str]) -> Config:
+def teacher(seed: int) -> Config:
     """Trains and scores the teacher of a seed, unless it is there."""
     config = load_config(
         "demo",
         [
             f"workspace={ROOT}/{seed}/teacher", f"pretrain.seed={seed}", f"score.seed={seed}",
             *(f"plan.{name}=null" for name in ("hidden", "ffn", "heads", "kv_heads", "layers")),
-            *extra,
+            *TEACHER,
         ],
     )  # fmt: skip
     for stage in ("pretrain", "download", "score"):
@@ -69,8 +76,7 @@ def distilled(base: Config, seed: int, sizes: Sizes, steps: int) -> float:
         *(f"plan.{axis}=null" for axis in ("hidden", "ffn", "heads", "kv_heads", "layers")),
         *(f"plan.{axis}={size}" for axis, size in sizes.items()),
         f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}",
-        f"optim.sched.warmup_steps={min(20, max(1, steps // 5))}", "trainer.enable_progress_bar=false",
-        f"pretrain.trainer.max_steps={base.pretrain.trainer['max_steps']}",
+        f"optim.sched.warmup_steps={min(20, max(1, steps // 5))}", *TEACHER,
     ])  # fmt: skip
     for stage in ("plan", "prune", "distill"):
         result = run_stage(stage, config)
@@ -98,7 +104,7 @@ def halved(
     return found[left[0]], spent, seen
 
 
-def uniform(screen: Sequence[Screened], base: Config, params: float) -> Sizes:
+def uniform(base: Config, params: float) -> Sizes:
     """Every width cut by the same ratio, all layers kept, as near to the budget as whole units allow."""
     model = open_checkpoint(Path(base.workspace) / "pretrain" / "hf").architecture
     least, most = params * (1 - TOLERANCE), params * (1 + TOLERANCE)
@@ -114,7 +120,7 @@ def uniform(screen: Sequence[Screened], base: Config, params: float) -> Sizes:
 
 def seed_of_all(seed: int, args: argparse.Namespace) -> dict[str, float | None]:
     """Final losses of all ways for one seed."""
-    base = teacher(seed, args.overrides)
+    base = teacher(seed)
     folder = Path(base.workspace) / "pretrain" / "hf"
     model = open_checkpoint(folder).architecture
     params = model_size(model).parameters * SHARE
@@ -130,7 +136,7 @@ def seed_of_all(seed: int, args: argparse.Namespace) -> dict[str, float | None]:
     ]
     ours, spent, seen = halved(base, seed, shortlist, args.rung)
     todays, spent_today, _ = halved(base, seed, nearest, args.rung)
-    left = {"same ratio": uniform(screen.candidates, base, params), "nearest": nearest[0],
+    left = {"same ratio": uniform(base, params), "nearest": nearest[0],
             "screening alone": screen.candidates[0].sizes}  # fmt: skip
     found: dict[str, float | None] = {
         name: distilled(base, seed, sizes, args.steps) for name, sizes in left.items()
@@ -188,7 +194,6 @@ def main() -> None:
     arguments.add_argument("--rung", type=int, default=20, help="steps of a search's last round")
     arguments.add_argument("--candidates", type=int, default=4)
     arguments.add_argument("--screened", type=int, default=32)
-    arguments.add_argument("overrides", nargs="*", help="as on minitron's command line")
     args = arguments.parse_args()
     cost = overhead()
     print(
@@ -207,7 +212,7 @@ def main() -> None:
     print(f"held-out loss after {args.steps} steps in all\n\n{markdown(titles, tuple(rows))}")
     RESULTS.mkdir(exist_ok=True)
     told = {
-        "settings": {k: v for k, v in vars(args).items() if k != "overrides"},
+        "settings": vars(args),
         "overhead": cost,
         "ways": ways,
     }
