@@ -96,7 +96,7 @@ def test_where_nothing_keeps_a_budget_the_nearest_is_told():
         within(space, {"parameters": (0, 1000), "weight_bytes": (0, 5)}, "search")
     with pytest.raises(
         ValueError,
-        match=r"expected parameters of 1e\+13 to 2e\+13; none of 4 sizes keeps that; nearest",
+        match=r"expected parameters of 1e\+13 to 2e\+13; none of 4 sizes keeps that; nearest: .*hidden=4096, layers=32",
     ):
         within(space, {"parameters": (1e13, 2e13)}, "search")
 
