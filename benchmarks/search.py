@@ -12,13 +12,14 @@ import json
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.duel import RESULTS, duel
+from benchmarks.duel import RESULTS
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config.compose import load_config
 from nemo_minitron.config.config import Config
@@ -177,10 +178,16 @@ def overhead() -> dict[str, float]:
             with frozen(model):
                 return held_out_loss(model, family, samples_NS, 8)
 
-        best = duel({
-            "loss of the pruned model": lambda: of(loaded),
-            "candidate, built and measured": lambda: of(sorted_teacher.candidate(asked, layers)),
-        })  # fmt: skip
+        best = {"loss of the pruned model": math.inf, "candidate, built and measured": math.inf}
+        for _ in range(6):  # in turn; time of this process, whatever else the machine does
+            start = time.process_time()
+            of(loaded)
+            middle = time.process_time()
+            of(sorted_teacher.candidate(asked, layers))
+            taken = (middle - start, time.process_time() - middle)
+            best = {
+                name: min(old, new) for (name, old), new in zip(best.items(), taken, strict=True)
+            }
         apart = abs(of(loaded) - of(sorted_teacher.candidate(asked, layers)))
     first = best["loss of the pruned model"]
     return {**best, "ratio": best["candidate, built and measured"] / first, "losses apart": apart}
