@@ -14,6 +14,7 @@ from nemo_minitron.flows.forms import Launch, cli_words, composed
 from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.flows.sweep import Outcome, show
 from nemo_minitron.launch.launcher import hold_workspace
+from nemo_minitron.pruning.budget import asks_for_search
 from nemo_minitron.pruning.target_sizes import explicit_targets
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.result import Result
@@ -87,8 +88,9 @@ def check(base: Config) -> None:
             f"{where}: expected what each step cuts to, as in [{{ffn: 9216}}], found []"
         )
     asked = [name for name in explicit_targets(base.plan) if name != "layer_choice"]
-    if asked or base.plan.budget.params is not None:
-        found = f"plan.{asked[0]}" if asked else "plan.budget.params"
+    bound = asks_for_search(base.plan.budget)
+    if asked or bound is not None:
+        found = f"plan.{asked[0]}" if asked else f"plan.budget.{bound}"
         raise ValueError(f"{found}: either sizes of one cut or {where}, found both")
     if base.cascade.teacher == "previous" and base.distill.teacher is not None:
         raise ValueError(

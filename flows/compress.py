@@ -20,6 +20,7 @@ from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.flows.publish import log_line
 from nemo_minitron.flows.tasks import run_stage_task
 from nemo_minitron.launch.launcher import hold_workspace
+from nemo_minitron.pruning.budget import asks_for_search
 from nemo_minitron.security.masking import masked
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.result import Result
@@ -94,7 +95,7 @@ def compress(
 
         steps_of: list[Result] = cascade(config=as_dict(checked), command=command)
         return steps_of
-    if checked.plan.budget.params is not None:
+    if asks_for_search(checked.plan.budget) is not None:
         from nemo_minitron.flows.search import search
 
         found: list[Result] = search(config=as_dict(checked), command=command)

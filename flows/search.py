@@ -1,12 +1,15 @@
 """The best size for a budget: candidates, short distillations, then the whole way with the winner.
 
-Rankings move much in the first hundred steps and then settle ([P1] section 4.3): a candidate is
-judged after it was distilled for a while, not as it was cut; the better part is kept (successive
-halving, arXiv 1502.07943).
+Of all sizes within the budget a few dozen are measured in memory as they are cut (the stage screen).
+Rankings move much in the first hundred steps and then settle ([P1] section 4.3): the best of them are
+judged after they were distilled for a while, and the better part is kept (successive halving, arXiv
+1502.07943).
 """
 
+import itertools
+import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,28 @@ from typing import Any
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config.compose import as_dict, from_dict
 from nemo_minitron.config.config import Config
+from nemo_minitron.config.plan_config import BudgetConfig
+from nemo_minitron.evaluation.report import read_report
+from nemo_minitron.evaluation.screening import read_screen, value_of
 from nemo_minitron.flows.compress import run_name, run_stages, steps, workspace_wait_seconds
 from nemo_minitron.flows.forms import Launch, cli_words, composed
 from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
 from nemo_minitron.launch.launcher import hold_workspace
+from nemo_minitron.pruning.budget import needs_latency
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.serving import served
-from nemo_minitron.pruning.size_search import Candidate, candidates, default_choices, halving, rungs
+from nemo_minitron.pruning.shortlist import rank_correlation
+from nemo_minitron.pruning.size_search import (
+    Candidate,
+    candidates,
+    default_choices,
+    halving,
+    rungs,
+    whole_choices,
+)
 from nemo_minitron.pruning.target_sizes import explicit_targets
+from nemo_minitron.stages.candidates import measured_tasks
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.command_log import note_command
@@ -32,10 +48,17 @@ from nemo_minitron.workspace.manifest import write_json
 
 @dataclass(frozen=True)
 class Round:
-    """One round of the search: steps per candidate, and the outcomes, best first."""
+    """One round of the search: steps per candidate, and the outcomes, best first.
+
+    Attributes:
+        steps: of each candidate.
+        outcomes: the best first.
+        judged: candidate to what ``plan.budget.metric`` says of it, less is better; null: nothing.
+    """
 
     steps: int
     outcomes: tuple[Outcome, ...]
+    judged: Mapping[str, float | None]
 
 
 @flow(name="search", flow_run_name=run_name)
@@ -52,9 +75,9 @@ def search(
 ) -> list[Result]:
     """Finds sizes within ``plan.budget``, and compresses the model to the best of them.
 
-    Candidates are cut from one scoring and distilled for a few steps; the better half goes on with
-    twice as many, until one is left. What is measured lies in ``rounds/``, the choice in
-    ``search.json``.
+    Of all sizes within it some are measured in memory; the best are distilled for a few steps, and
+    the better half goes on with twice as many, until one is left. What is measured lies in
+    ``screen/`` and ``rounds/``, the choice in ``search.json``.
 
     Args:
         config_name: configuration to start from.
@@ -91,7 +114,7 @@ def search(
             chosen = from_dict(as_dict(checked))
             for name, size in sizes.items():
                 setattr(chosen.plan, name, size)
-            chosen.plan.budget.params = None
+            chosen.plan.budget = BudgetConfig()
             results = run_stages(list(steps(chosen)), chosen)
     return results
 
@@ -100,38 +123,90 @@ def choose(config: Config) -> dict[str, int]:
     """The sizes of the best candidate.
 
     Raises:
-        ValueError: no budget, sizes beside it, or no candidate in its window.
+        ValueError: no budget, sizes beside it, or no candidate within it.
     """
     budget, place = config.plan.budget, Path(config.workspace)
-    found = _candidates(config)[: budget.candidates]
-    named = {_name(candidate): candidate for candidate in found}
+    found, screened = _shortlist(config)
+    named = {_name(sizes): (sizes, size) for sizes, size in found}
     rounds: list[Round] = []
     latest: dict[str, Outcome] = {}
     left = list(named)
     for count, length in rungs(len(left), budget.steps, budget.factor):
         left = left[:count]
-        configs = {name: _short(config, name, named[name], length) for name in left}
+        configs = {name: _short(config, name, named[name][0], length) for name in left}
         outcomes = run_variants(config, configs)
-        losses = [float("nan") if o.loss is None else o.loss for o in outcomes]
         if all(outcome.failure is not None for outcome in outcomes):
             raise RuntimeError(f"every candidate failed: {outcomes[0].failure}")
-        left = [outcomes[i].name for i in halving(losses, len(outcomes))]
-        rounds.append(Round(length, tuple(outcomes)))
+        values = [_judged(budget.metric, outcome, configs) for outcome in outcomes]
+        order = halving(values, len(outcomes))
+        left = [outcomes[i].name for i in order]
+        judged = {outcomes[i].name: None if math.isnan(values[i]) else values[i] for i in order}
+        rounds.append(Round(length, tuple(outcomes[i] for i in order), judged))
         latest |= {outcome.name: outcome for outcome in outcomes}
         write_json(Workspace(place).search, {
-            "budget": asdict(budget), "winner": left[0], "sizes": dict(named[left[0]].sizes),
+            "budget": asdict(budget), "winner": left[0], "sizes": dict(named[left[0]][0]),
             "candidates": {
-                name: {**candidate.sizes, "parameters": candidate.size.parameters}
-                for name, candidate in named.items()
+                name: {**sizes, "parameters": parameters}
+                for name, (sizes, parameters) in named.items()
             },
             "rounds": [asdict(each) for each in rounds],
+            "screened": screened,
+            "rank_correlation": _correlations(screened, rounds),
         })  # fmt: skip
     rest = [latest[name] for name in named if name not in left]
     show(place, "search", [*(latest[name] for name in left), *rest])
-    return dict(named[left[0]].sizes)
+    return dict(named[left[0]][0])
 
 
-def _candidates(config: Config) -> list[Candidate]:
+def _shortlist(
+    config: Config,
+) -> tuple[list[tuple[Mapping[str, int], int]], dict[str, float | None]]:
+    """The candidates to distil with their parameters, and what screening said of all that it measured."""
+    budget, place = config.plan.budget, Workspace(Path(config.workspace))
+    if budget.screened == 0:
+        nearest = _nearest(config)[: budget.candidates]
+        return [(one.sizes, one.size.parameters) for one in nearest], {}
+    if needs_latency(budget) and budget.layer_times is None:
+        run_stages(["measure-layers"], config)
+    run_stages(["screen"], config)
+    screen = read_screen(place.screen)
+    chosen = [screen.candidates[number] for number in screen.chosen]
+    return (
+        [(one.sizes, round(one.costs["parameters"])) for one in chosen],
+        {_name(one.sizes): one.judged for one in screen.candidates},
+    )
+
+
+def _judged(metric: str, outcome: Outcome, configs: Mapping[str, Config]) -> float:
+    """What a metric says of a distilled candidate, less is better; NaN: nothing."""
+    if outcome.failure is not None or outcome.loss is None:
+        return math.nan
+    workspace = Workspace(Path(configs[outcome.name].workspace))
+    report = read_report(workspace.report)
+    student = report["models"]["student"]
+    tasks = student["tasks"] if "tasks" in student else {}
+    return value_of(metric, outcome.loss, tasks, report["better"])
+
+
+def _correlations(
+    screened: Mapping[str, float | None], rounds: Sequence[Round]
+) -> list[dict[str, Any]]:
+    """Whether what came before predicted each round: rank correlation over the candidates of both."""
+    before = [("screening", screened)] if screened else []
+    series = [*before, *((f"{each.steps} steps", each.judged) for each in rounds)]
+    rows = []
+    for (one, first), (other, second) in itertools.pairwise(series):
+        both = [name for name in second if first.get(name) is not None and second[name] is not None]
+        values = [[float(each[name] or 0) for name in both] for each in (first, second)]
+        rows.append({
+            "of": one, "with": other, "candidates": len(both),
+            "spearman": rank_correlation(*values),
+        })  # fmt: skip
+    return rows
+
+
+def _nearest(config: Config) -> list[Candidate]:
+    """The sizes nearest to the target, where none is screened."""
     budget = config.plan.budget
     asked = [name for name in explicit_targets(config.plan) if name != "layer_choice"]
     if budget.params is None:
@@ -145,7 +220,9 @@ def _candidates(config: Config) -> list[Candidate]:
     model = served(checkpoint.architecture, config.plan.serve)
     whole = getattr(model_size(model), budget.measure)
     least, most = (round(budget.params * (1 + sign * budget.tolerance)) for sign in (-1, 1))
-    choices: Mapping[str, Any] = budget.choices or default_choices(model, budget.params / whole)
+    choices: Mapping[str, Any] = whole_choices(budget.choices) or default_choices(
+        model, budget.params / whole
+    )
     return candidates(
         model,
         choices,
@@ -156,17 +233,17 @@ def _candidates(config: Config) -> list[Candidate]:
     )
 
 
-def _name(candidate: Candidate) -> str:
+def _name(sizes: Mapping[str, int]) -> str:
     """A candidate's name, made of the sizes that it changes."""
-    return "-".join(f"{axis}{size}" for axis, size in candidate.sizes.items())
+    return "-".join(f"{axis}{size}" for axis, size in sizes.items())
 
 
-def _short(config: Config, name: str, candidate: Candidate, length: int) -> Config:
-    """The configuration of a candidate's short distillation: only its held-out loss is measured."""
+def _short(config: Config, name: str, sizes: Mapping[str, int], length: int) -> Config:
+    """The configuration of a candidate's short distillation: only what judges it is measured."""
     short = from_dict(as_dict(config))
     short.workspace = str(Workspace(Path(config.workspace)).round(length, name))
-    short.plan.budget.params = None
-    for axis, size in candidate.sizes.items():
+    short.plan.budget = BudgetConfig()
+    for axis, size in sizes.items():
         setattr(short.plan, axis, size)
     short.training.max_tokens = None
     short.training.tasks, short.training.keep, short.training.phases = [], "last", []
@@ -176,6 +253,7 @@ def _short(config: Config, name: str, candidate: Candidate, length: int) -> Conf
     if sched.get("warmup_steps"):
         sched["warmup_steps"] = min(sched["warmup_steps"], max(1, length // 5))
     evaluate = short.evaluate
-    evaluate.tasks, evaluate.prompts, evaluate.speed, evaluate.from_scratch = [], 0, False, False
+    evaluate.tasks = measured_tasks(config)
+    evaluate.prompts, evaluate.speed, evaluate.from_scratch = 0, False, False
     evaluate.min_retention, evaluate.floors, evaluate.previous = None, [], None
     return short

@@ -5,13 +5,18 @@ from dataclasses import dataclass, field
 from nemo_minitron.config.bounds import SHARE, Bounds
 from nemo_minitron.config.option import option
 
+NUMBERS = ("float32", "bfloat16", "float16", "float8", "int8", "int4")
+
 
 @dataclass
 class BudgetConfig:
-    """A search instead of target sizes ([P1] section 4.3)."""
+    """A search instead of target sizes ([P1] section 4.3).
+
+    A target (params) and upper bounds can be combined; a search is made where one of them is set.
+    """
 
     params: float | None = option(
-        None, "target of the search, in the unit of measure; null: no search", least=1
+        None, "target of the search, in the unit of measure; null: no target", least=1
     )
     tolerance: float = option(
         0.05, "largest relative distance of a candidate from params", bounds=SHARE
@@ -21,13 +26,76 @@ class BudgetConfig:
         "what params counts",
         ("parameters", "non_embedding", "active", "kv_bytes_per_token", "flops_per_token"),
     )
+    parameters: float | None = option(None, "at most so many parameters", least=1)
+    active: float | None = option(
+        None, "at most so many parameters that one token meets (of the routed experts, those it is sent to)",
+        least=1,
+    )  # fmt: skip
+    non_embedding: float | None = option(
+        None, "at most so many parameters without embeddings and head", least=1
+    )
+    weight_bytes: float | None = option(None, "at most so many bytes of weights, at dtype", least=1)
+    memory_bytes: float | None = option(
+        None, "at most so many bytes of weights and KV cache, at dtype, cache_dtype, batch and context",
+        least=1,
+    )  # fmt: skip
+    kv_bytes_per_token: float | None = option(
+        None, "at most so many bytes of KV cache for a token, at cache_dtype", least=1
+    )
+    flops_per_token: float | None = option(
+        None, "at most so many forward FLOPs for a token, at the mean position of context", least=1
+    )
+    latency_ms: float | None = option(
+        None, "at most so many milliseconds for a pass of phase, by the table of minitron measure-layers",
+        bounds=Bounds(above=0),
+    )  # fmt: skip
+    speedup: float | None = option(
+        None, "a pass of phase at least so many times as fast as the source's, by the same table",
+        bounds=Bounds(above=1),
+    )  # fmt: skip
+    dtype: str = option("bfloat16", "dtype of the weights that the bounds count", NUMBERS)
+    cache_dtype: str = option("bfloat16", "dtype of the KV cache that the bounds count", NUMBERS)
+    batch: int = option(1, "sequences at a time, for memory_bytes and latency", least=1)
+    context: int = option(
+        4096, "tokens of each sequence, for memory_bytes, flops_per_token and latency", least=1
+    )
+    phase: str = option(
+        "decode",
+        "the pass that latency counts: one token for each sequence behind context others (decode), or a "
+        "whole prompt of context tokens (prefill)",
+        ("decode", "prefill"),
+    )
+    layer_times: str | None = option(
+        None,
+        "table of minitron measure-layers, as of another workspace or machine; null: measured here where "
+        "a bound asks for it",
+    )
     choices: dict[str, list[float]] = option(
         {},
         "sizes to choose from, as in +plan.budget.choices.hidden=[2560,3072]; expansion stands for ffn / "
         "hidden; none: a grid around the share that is asked for",
         bounds=Bounds(above=0),
     )
-    candidates: int = option(8, "candidates to try, those nearest to params", least=1)
+    screened: int = option(
+        48,
+        "candidates to measure in memory, as they are cut, of which the best are distilled; 0: none, those "
+        "nearest to params are",
+        least=0,
+    )
+    screen_samples: int = option(
+        64, "held-out samples that a candidate is screened on, at most all there are", least=1
+    )
+    tasks: list[str] = option(
+        [],
+        "lm-eval tasks that candidates are measured on besides the held-out loss, as in evaluate.tasks",
+    )
+    task_limit: int = option(100, "documents of a task while screening", least=1)
+    metric: str = option(
+        "loss",
+        "what decides which candidates go on, when screened and after each round: loss, or TASK or "
+        "TASK:METRIC of lm-eval",
+    )
+    candidates: int = option(8, "candidates to distil, the best of those screened", least=1)
     steps: int = option(400, "steps of distillation of the last round", least=1)
     factor: int = option(
         2, "a round keeps 1 in this many candidates: 2 keeps the better half", least=2

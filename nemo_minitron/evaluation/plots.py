@@ -196,6 +196,35 @@ def pareto(points: Sequence[tuple[str, int, float]]) -> bytes:
     return _png(figure)
 
 
+def sensitivity(
+    whole: float,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    layers: Sequence[tuple[int, float]],
+) -> bytes:
+    """Held-out loss against the kept share of each axis, and without each layer.
+
+    Args:
+        whole: held-out loss of the whole model.
+        curves: axis to its kept shares and the losses there.
+        layers: layers, and the loss without each.
+
+    Returns:
+        PNG.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2), constrained_layout=True)
+    for axis, points in curves.items():
+        left.plot(*zip(*sorted(points), strict=True), marker="o", ms=3, lw=1, label=axis)
+    left.axhline(whole, color="0.6", lw=0.8)
+    left.set(xlabel="kept share of the axis", ylabel="held-out loss (nats per token)")
+    if curves:
+        left.legend(fontsize=8)
+    right.bar([layer for layer, _ in layers], [loss - whole for _, loss in layers], color="0.45")
+    right.set(xlabel="layer left out", ylabel="loss added (nats per token)")
+    for panel in (left, right):
+        panel.grid(alpha=0.25)
+    return _png(figure)
+
+
 def loss_curves(
     logs: Mapping[str, Sequence[Mapping[str, Any]]], levels: Mapping[str, float]
 ) -> bytes:

@@ -4,8 +4,9 @@
 """
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -28,6 +29,7 @@ from nemo_minitron.evaluation.report import (
 )
 from nemo_minitron.pruning.plan_file import Plan, read_plan
 from nemo_minitron.security.links import leads_out
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace import training_log
 from nemo_minitron.workspace.artifacts import artifacts_in
 from nemo_minitron.workspace.atomic import replacing
@@ -35,6 +37,7 @@ from nemo_minitron.workspace.command_log import commands_in
 from nemo_minitron.workspace.layout import Workspace, metrics_in
 from nemo_minitron.workspace.manifest import read_manifest
 from nemo_minitron.workspace.pictures import inline, pictures_in
+from nemo_minitron.workspace.typed_json import read_json
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -67,6 +70,7 @@ def write_page(workspace: Path, folder: Path) -> None:
         curves=_curves(workspace, report),
         task_curves=_task_curves(workspace, report),
         pareto=_pareto(workspace),
+        predicted=_predicted(workspace),
         maps=_maps(workspace),
         lineage=_lineage(workspace),
     )
@@ -131,6 +135,32 @@ def _pareto(workspace: Path) -> str | None:
     """The picture of the sizes that a search or a sweep has tried; None where there was none."""
     path = Workspace(workspace).pareto
     return inline(path.read_bytes()) if path.is_file() and not leads_out(path, workspace) else None
+
+
+class _Search(TypedDict):
+    rank_correlation: NotRequired[list[dict[str, Any]]]
+
+
+def _predicted(workspace: Path) -> list[tuple[str, str, str, str]]:
+    """Whether each round of a search ranked its candidates as the one before; none where none was made."""
+    path = Workspace(workspace).search
+    if not path.is_file() or leads_out(path, workspace):
+        return []
+    try:
+        found = read_json(path, _Search)
+    except ValueError as error:
+        print(f"note: {plain(error)}; the report leaves it out", file=sys.stderr)
+        return []
+    rows = found["rank_correlation"] if "rank_correlation" in found else []
+    return [
+        (
+            str(row["of"]), str(row["with"]), str(row["candidates"]),
+            "–" if row["spearman"] is None else f"{row['spearman']:.2f}",
+        )
+        for row in rows
+        if row.keys() >= {"of", "with", "candidates", "spearman"}
+        and isinstance(row["spearman"], float | int | None)
+    ]  # fmt: skip
 
 
 def _maps(workspace: Path) -> list[tuple[str, str]]:

@@ -66,9 +66,18 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype | str = "auto", device: torch.device | None = None
+    folder: Path,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """Loads a causal LM for reading: evaluation mode, no gradients wanted, every weight accounted for.
+
+    Args:
+        folder: the model.
+        dtype: of its weights; ``auto`` is that of config.json.
+        device: where they go; None: the CPU.
+        tensors: weights in the place of those on disk, by the names on disk.
 
     Raises:
         ValueError: weights are missing, unexpected or of another shape; or the folder asks for what
@@ -81,7 +90,8 @@ def load_model(
     check_config(folder, config)
     check_attention(folder, stored)
     read_here = (
-        quantisation_of(folder, stored) is not None
+        tensors is not None
+        or quantisation_of(folder, stored) is not None
         or is_gguf(folder)
         or wrapper_of(stored) is not None
     )
@@ -91,7 +101,7 @@ def load_model(
         plainly["generation_config"] = transformers.GenerationConfig.from_dict(generation)
     try:
         model, info = (
-            load_read_here(folder, dtype, plainly)
+            load_read_here(folder, dtype, plainly, tensors)
             if read_here
             else transformers.AutoModelForCausalLM.from_pretrained(
                 folder,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import load_tensor, open_checkpoint
 from nemo_minitron.checkpoints.hf_config import both_spellings
@@ -21,7 +22,10 @@ from nemo_minitron.models.config_trial import config_object
 
 
 def load_read_here(
-    folder: Path, dtype: torch.dtype | str, settings: Mapping[str, Any]
+    folder: Path,
+    dtype: torch.dtype | str,
+    settings: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """A causal LM, and what transformers tells of its loading.
 
@@ -30,6 +34,7 @@ def load_read_here(
         dtype: of its weights; ``auto`` is that of config.json.
         settings: entries that replace those of its config.json; ``generation_config``, where there
             is one, replaces that of the folder.
+        weights: weights in the place of those on disk, by the names on disk.
 
     Raises:
         ValueError: see ``open_checkpoint``.
@@ -41,7 +46,7 @@ def load_read_here(
     if generation is None and (folder / GENERATION_CONFIG).is_file():
         stored = json.loads((folder / GENERATION_CONFIG).read_text(encoding="utf-8"))
         generation = transformers.GenerationConfig.from_dict(stored)
-    tensors = {
+    tensors = dict(weights or {}) or {
         name: load_tensor(checkpoint, name)
         for name in checkpoint.entries
         if find_row(checkpoint.family, name) is not None

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_minitron.families import Architecture
 from nemo_minitron.families.grammar import Product, Row, row_axes, row_shape
@@ -93,31 +94,41 @@ def cost(
             on average.
         cache_bytes: bytes per number in the KV cache (2 for bfloat16).
     """
-    parameters = non_embedding = active = matrix = 0
+    return Size(
+        **sums(counts, sizes, context, cache_bytes), context=context, cache_bytes=cache_bytes
+    )
+
+
+def sums(
+    counts: TensorCounts, sizes: Mapping[str, Any], context: int = 4096, cache_bytes: float = 2
+) -> dict[str, Any]:
+    """The numbers of ``Size``; of many models at once where sizes are arrays that broadcast together."""
+    parameters: Any = 0
+    non_embedding: Any = 0
+    active: Any = 0
+    matrix: Any = 0
     for (dims, units), count in counts.tensors.items():
         shape, axes = row_shape(dims, sizes), row_axes(dims)
         number, each = count * math.prod(sizes[axis] for axis in units), math.prod(shape)
         routed = "expert_ffn" in axes  # a token is sent to some of the experts
         met = each * sizes["experts_per_token"] // sizes["experts"] if routed else each
-        parameters += number * each
-        active += number * met
+        parameters = parameters + number * each
+        active = active + number * met
         if not axes & _VOCABULARIES:
-            non_embedding += number * each
-            matrix += number * met if len(shape) > 1 else 0
+            non_embedding = non_embedding + number * each
+            matrix = matrix + (number * met if len(shape) > 1 else 0)
     width, cached = _attention(counts, sizes)
     head = sizes["vocab"] * sizes["hidden"]
-    return Size(
-        parameters=parameters,
-        non_embedding=non_embedding,
-        active=active,
-        flops_per_token=2 * (matrix + head) + 2 * width * (context // 2),
-        kv_bytes_per_token=cached * cache_bytes,
-        context=context,
-        cache_bytes=cache_bytes,
-    )
+    return {
+        "parameters": parameters,
+        "non_embedding": non_embedding,
+        "active": active,
+        "flops_per_token": 2 * (matrix + head) + 2 * width * (context // 2),
+        "kv_bytes_per_token": cached * cache_bytes,
+    }
 
 
-def _attention(counts: TensorCounts, sizes: Mapping[str, int]) -> tuple[int, int]:
+def _attention(counts: TensorCounts, sizes: Mapping[str, Any]) -> tuple[Any, Any]:
     """Of all layers: numbers multiplied and summed for a pair of positions, and cached for a token.
 
     Latent attention caches what keys and values of all heads are made of, and the part of the keys

@@ -24,6 +24,8 @@ _MOST = 200_000
 """Combinations looked at, in seconds; more is a slip of the pen rather than a search, and fills memory."""
 _GRID, _EACH = 10_000, 6
 """Most combinations of a default grid, and most sizes of one axis."""
+_WIDE = 1_000_000
+"""Most combinations of a default grid whose sizes are all looked at as arrays."""
 _FLOOR = {"ffn": 0.7, "expert_ffn": 0.7, "shared_ffn": 0.7, "experts": 0.7}
 """Where a default grid begins, as a part of the common ratio; other widths begin at the ratio itself."""
 _STAY = ("mamba_head_dim", "mamba_state")
@@ -75,7 +77,7 @@ def candidates(
         raise ValueError(
             f"{where}: expected least <= most of {MEASURES}, found {least} to {most} {measure}"
         )
-    before, grid = model.sizes, _checked(model, choices, where)
+    before, grid = model.sizes, checked_choices(model, choices, where)
     shown = {"ffn" if name == "expansion" else name for name in choices}
     found, refusal = [], None
     for entry in _combinations(model, grid, keep_layers, where):
@@ -102,10 +104,23 @@ def candidates(
     )
 
 
-def _checked(
-    model: Architecture, choices: Mapping[str, Sequence[float]], where: str
+def whole_choices(choices: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Choices as a configuration holds them, where every number is a float, with whole sizes as such."""
+    return {
+        name: [int(n) if name != "expansion" and float(n).is_integer() else n for n in values]
+        for name, values in choices.items()
+    }
+
+
+def checked_choices(
+    model: Architecture, choices: Mapping[str, Sequence[float]], where: str, most: int = _MOST
 ) -> dict[str, list[float]]:
-    """The choices, each size once; the number of layers is always among them."""
+    """The choices, each size once; the number of layers is always among them.
+
+    Raises:
+        ValueError: no axis of the model, or no size that it can have; more than ``most``
+            combinations.
+    """
     sizes, axes = model.sizes, model.settable
     if "expansion" in choices and "ffn" in choices:
         raise ValueError(f"{where}.expansion and {where}.ffn: expected one of them, found both")
@@ -128,8 +143,8 @@ def _checked(
     if VOCAB in grid:
         grid[VOCAB] = sorted({round_up(VOCAB, int(n), sizes[VOCAB]) for n in grid[VOCAB]})
     count = math.prod(map(len, grid.values())) if grid else 0
-    if not 1 <= count <= _MOST:
-        raise ValueError(f"{where}: expected 1 to {_MOST:,} combinations of sizes, found {count:,}")
+    if not 1 <= count <= most:
+        raise ValueError(f"{where}: expected 1 to {most:,} combinations of sizes, found {count:,}")
     return {"layers": [sizes["layers"]], **grid}
 
 
@@ -183,7 +198,7 @@ def _whole(asked: dict[str, float], hidden: int, where: str) -> dict[str, int]:
     )
 
 
-def default_choices(model: Architecture, share: float) -> dict[str, list[int]]:
+def default_choices(model: Architecture, share: float, wide: bool = False) -> dict[str, list[int]]:
     """A grid of sizes for a budget.
 
     Let r be the ratio to which all widths together had to shrink. hidden and heads begin at r,
@@ -198,10 +213,11 @@ def default_choices(model: Architecture, share: float) -> dict[str, list[int]]:
     Args:
         model: the model that is cut.
         share: parameters of the target / parameters of the model.
+        wide: whether depths go down to r as widths do, for a search that looks at many.
 
     Returns:
         Axis name to ascending sizes, the model's own the last; at most 6, fewer where many axes
-        would make more than 10,000 combinations. Axes without a choice are absent.
+        would make more than 10,000 combinations (wide: 12, and 1,000,000). Axes without a choice are absent.
 
     Raises:
         ValueError: the share does not lie between 0 and 1.
@@ -227,13 +243,25 @@ def default_choices(model: Architecture, share: float) -> dict[str, list[int]]:
     layers = sizes["layers"]
     deep = {math.ceil(layers / 2), math.ceil(layers * 3 / 4)} if share < 0.25 else set()
     if "layers" in model.prunable:
-        grid["layers"] = sorted({*range(max(1, layers - max(1, layers // 10)), layers + 1), *deep})
+        going = max(1, layers - math.floor(layers * ratio)) if wide else max(1, layers // 10)
+        grid["layers"] = sorted({*range(max(1, layers - going), layers + 1), *deep})
     grid = {name: options for name, options in grid.items() if len(options) > 1}
-    last = max(2, min(_EACH, int(_GRID ** (1 / max(1, len(grid)))))) - 1
+    most, each = (_WIDE, 2 * _EACH) if wide else (_GRID, _EACH)
+    last = max(2, min(each, int(most ** (1 / max(1, len(grid)))))) - 1
     return {
         name: sorted({options[round(i * (len(options) - 1) / last)] for i in range(last + 1)})
         for name, options in grid.items()
     }
+
+
+def some_sizes(model: Architecture, name: str, floor: float = 0.25) -> list[int]:
+    """Three sizes of an axis or fewer, ascending, from a part of the model's own up to that."""
+    options = _steps(model.family, model.sizes, name, floor)
+    if not options and model.sizes[name] > 1:  # whole groups
+        options = [max(1, model.sizes[name] // 2), model.sizes[name]]
+    return sorted(
+        {*options[:1], *options[len(options) // 2 : len(options) // 2 + 1], *options[-1:]}
+    )
 
 
 def _steps(family: Family, sizes: Mapping[str, int], name: str, floor: float) -> list[int]:

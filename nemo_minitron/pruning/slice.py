@@ -112,7 +112,7 @@ def pieces(cut: Cut, names: Sequence[str]) -> Iterator[Piece]:
             continue
         keep = unit_keep(cut, row, units)
         indices = surviving(row, cut.before, keep)
-        scale, offset = _fold(cut, row, name)
+        scale, offset = fold_of(cut, name)
         yield Piece(
             fill(row.pattern, renumbered),
             name,
@@ -256,13 +256,20 @@ def rescaled(tensor: Tensor, piece: Piece) -> Tensor:
     return ((tensor.float() + piece.offset) * piece.scale - piece.offset).to(tensor.dtype)
 
 
-def _fold(cut: Cut, row: TensorRow, name: str) -> tuple[float, float]:
+def fold_of(cut: Cut, name: str) -> tuple[float, float]:
     """Scale and offset of a tensor that the model multiplies by a constant of its sizes."""
     for fold in cut.family.folds:
         applies = fold.when is None or cut.source.value(fold.when)
-        if fold.tensor in (name, row.pattern) and applies:
+        if _is_of(cut, name, fold.tensor) and applies:
             return evaluate(fold.by, cut.before) / evaluate(fold.by, cut.after), fold.offset
     return 1.0, 0.0
+
+
+def _is_of(cut: Cut, name: str, pattern: str) -> bool:
+    if "{" not in pattern:
+        return name == pattern
+    found = find_row(cut.family, name)
+    return found is not None and found[0].pattern == pattern
 
 
 def cut_config(cut: Cut) -> dict[str, Any]:

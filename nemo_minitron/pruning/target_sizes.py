@@ -5,6 +5,7 @@ from typing import Any
 
 from nemo_minitron.config.plan_config import PlanConfig
 from nemo_minitron.families import CHOSEN_EXPERTS, Architecture, check_sizes
+from nemo_minitron.pruning.budget import asks_for_search
 from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.pruning.serving import check_serving
 
@@ -49,9 +50,9 @@ def target_sizes(model: Architecture, plan: PlanConfig) -> dict[str, int]:
     others = {*_CHOICES, *_VOCABULARY}
     asked = {name: value for name, value in explicit_targets(plan).items() if name not in others}
     family, sizes, axes = model.family, model.sizes, model.settable
-    if plan.budget.params is not None:
+    if (bound := asks_for_search(plan.budget)) is not None:
         raise ValueError(
-            "plan.budget.params: asks for a search, which 'minitron run' makes; this stage wants sizes"
+            f"plan.budget.{bound}: asks for a search, which 'minitron run' makes; this stage wants sizes"
         )
     if plan.vocab is not None and plan.vocab_coverage is not None:
         raise ValueError("plan.vocab and plan.vocab_coverage: give one of them, not both")

@@ -1,7 +1,7 @@
 """How stages find their inputs in a workspace."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nemo_minitron.checkpoints.checkpoint import Checkpoint
+    from nemo_minitron.families import Architecture
     from nemo_minitron.losses.kept_entries import Entries
+    from nemo_minitron.pruning.layer_times import LayerTimes
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,36 @@ def length_notes(config: Config, hf_config: Mapping[str, Any], *texts: str) -> t
         for text, length in lengths.items()
         if isinstance(most, int) and length > most
     )
+
+
+def times_of(config: Config, model: "Architecture") -> tuple["LayerTimes", Input]:
+    """The table that bounds of time are counted by: ``plan.budget.layer_times``, or that of the workspace.
+
+    Raises:
+        ValueError: there is none, or it is of another model or another pass.
+    """
+    from nemo_minitron.pruning.layer_times import FILE, latency_of, read_layer_times
+
+    budget, workspace = config.plan.budget, Workspace(workspace_of(config))
+    if budget.layer_times is None:
+        item = input_artifact(workspace.root, "layer_times", "measure-layers")
+        path = workspace.layer_times / FILE
+        check_file(path)
+    else:
+        path = Path(budget.layer_times).expanduser()
+        path = path / FILE if path.is_dir() else path
+    times = read_layer_times(path)
+    if budget.layer_times is not None:
+        item = Input(str(path), digest(asdict(times)))
+    latency_of(times, model)
+    for key in ("dtype", "phase", "batch", "context"):
+        asked, found = getattr(budget, key), getattr(times, key)
+        if asked != found:
+            raise ValueError(
+                f"{plain(path)}: its times are of {key}={found}, and plan.budget.{key} is {asked}; run "
+                "'minitron measure-layers' with the same"
+            )
+    return times, item
 
 
 def distillation_teacher(config: Config) -> tuple[Path, Input]:

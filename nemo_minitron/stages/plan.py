@@ -19,7 +19,7 @@ from nemo_minitron.families import CHOSEN_EXPERTS, VOCAB
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import alignment
 from nemo_minitron.pruning.plan_file import Plan, cut_of, make_plan, mtp_note, read_plan, write_plan
-from nemo_minitron.pruning.select import Keep, contiguous, kept_layers, scattered, select_units
+from nemo_minitron.pruning.select import Keep, select_units
 from nemo_minitron.pruning.serving import check_serving, serving_notes
 from nemo_minitron.pruning.slice import pattern_notes
 from nemo_minitron.pruning.target_sizes import (
@@ -31,7 +31,6 @@ from nemo_minitron.pruning.target_sizes import (
 from nemo_minitron.pruning.tokenizer_cut import cut_tokenizer, ids_named, new_ids
 from nemo_minitron.pruning.tokenizer_file import TokenizerFile
 from nemo_minitron.pruning.vocabulary import Vocabulary, choose
-from nemo_minitron.scoring.depth import block_importance
 from nemo_minitron.scoring.routing import kept_notes
 from nemo_minitron.scoring.scores_file import (
     ROUTING,
@@ -42,6 +41,7 @@ from nemo_minitron.scoring.scores_file import (
 )
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.inputs import teacher_folder
+from nemo_minitron.stages.layer_choice import layers_of_plan
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.layout import Workspace
@@ -79,7 +79,7 @@ def recipe(config: Config) -> Recipe:
         if needs_scores(config.plan):
             scores = read_scores(workspace.scores)
             check_scores(workspace.scores, scores, checkpoint.family, sizes)
-        layers = _layers(config, sizes, scores)
+        layers = layers_of_plan(config, sizes, scores)
         checkpoint.architecture.check_layers(layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
@@ -198,37 +198,6 @@ def _check_tokenizer(folder: Path, kept_V: Tensor, before: Mapping[str, int]) ->
                 f"plan.vocab: {folder}: the smaller tokenizer does not load as it was written: "
                 f"{plain(token, 40)!r} should be {expected.get(token)}, found {found.get(token)}"
             )
-
-
-def _layers(config: Config, sizes: dict[str, int], scores: Scores) -> list[int]:
-    plan, layers = config.plan, sizes["layers"]
-    if plan.drop_layers:
-        return kept_layers(layers, plan.drop_layers)
-    if plan.layers is None or plan.layers == layers:
-        return list(range(layers))
-    if "layers" not in scores.ranking:
-        raise ValueError(
-            "plan.layers: the scores rank no layers; run score with score.depth=block_influence"
-        )
-    going = layers - plan.layers
-    if plan.layer_choice == "contiguous" and going > 1:
-        blocks = (config.score.depth, going)
-        if blocks not in scores.calibration.depth:
-            raise ValueError(
-                f"plan.layer_choice=contiguous: the scores measured no blocks of {going} layers by "
-                f"{config.score.depth}; run score with score.blocks=[{going}]"
-            )
-        return kept_layers(
-            layers, contiguous(block_importance(blocks[0], scores.calibration.depth[blocks]), going)
-        )
-    if plan.layer_choice == "greedy":
-        if len(scores.greedy) < going:
-            raise ValueError(
-                f"plan.layer_choice=greedy: the scores removed {len(scores.greedy)} layers, expected "
-                f"{going}; run score with the same plan.layers and plan.layer_choice"
-            )
-        return kept_layers(layers, list(scores.greedy[:going]))
-    return kept_layers(layers, scattered(scores.ranking["layers"], going))
 
 
 def _summary(plan: Plan) -> Summary:

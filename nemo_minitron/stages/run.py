@@ -27,6 +27,9 @@ STAGES = {
     "pretrain": "nemo_minitron.stages.pretrain",
     "correct": "nemo_minitron.stages.correct",
     "score": "nemo_minitron.stages.score",
+    "measure-layers": "nemo_minitron.stages.measure_layers",
+    "screen": "nemo_minitron.stages.screen",
+    "sensitivity": "nemo_minitron.stages.sensitivity",
     "plan": "nemo_minitron.stages.plan",
     "prune": "nemo_minitron.stages.prune",
     "logits": "nemo_minitron.stages.logits",
@@ -37,7 +40,9 @@ STAGES = {
 """Stage name, as on the command line, to its module; imported when it is run."""
 
 
-SEVERAL = ("pretrain", "correct", "score", "logits", "distill", "evaluate")
+SEVERAL = (
+    "pretrain", "correct", "score", "screen", "sensitivity", "logits", "distill", "evaluate",
+)  # fmt: skip
 """Stages that share their work where torchrun starts several processes."""
 
 

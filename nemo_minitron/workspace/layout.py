@@ -13,6 +13,9 @@ ARTIFACTS = (
     "teacher",
     "correct",
     "scores",
+    "layer_times",
+    "screen",
+    "sensitivity",
     "plan",
     "pruned",
     "logits",
@@ -27,6 +30,9 @@ MADE_BY = {
     "teacher": "download",
     "correct": "correct",
     "scores": "score",
+    "layer_times": "measure-layers",
+    "screen": "screen",
+    "sensitivity": "sensitivity",
     "plan": "plan",
     "pruned": "prune",
     "logits": "logits",
@@ -143,6 +149,21 @@ class Workspace:
     def scores(self) -> Path:
         """Artifact: the importance of all that can be cut."""
         return self.root / "scores"
+
+    @property
+    def layer_times(self) -> Path:
+        """Artifact: what each kind of layer takes on this machine, by its sizes."""
+        return self.root / "layer_times"
+
+    @property
+    def screen(self) -> Path:
+        """Artifact: the candidates of a search as they are cut, measured in memory."""
+        return self.root / "screen"
+
+    @property
+    def sensitivity(self) -> Path:
+        """Artifact: what the loss becomes when one axis, or one layer, is cut."""
+        return self.root / "sensitivity"
 
     @property
     def plan(self) -> Path:

@@ -1,6 +1,7 @@
 """Several plans from one scoring, and the search for the best size within a budget, on the real engine."""
 
 import json
+import math
 import shlex
 import shutil
 
@@ -99,10 +100,17 @@ def test_a_budget_is_met_by_the_size_that_learns_best(served, tmp_path, teacher,
     assert [(each["steps"], len(each["outcomes"])) for each in found["rounds"]] == [(4, 3), (8, 2)]
     last = found["rounds"][-1]["outcomes"]
     assert found["winner"] == last[0]["name"] and last[0]["loss"] <= last[1]["loss"]
+    assert found["candidates"].keys() < found["screened"].keys()
+    best = min(found["screened"], key=found["screened"].get)
+    assert best in found["candidates"]
+    predicted = [(row["of"], row["with"], row["candidates"]) for row in found["rank_correlation"]]
+    assert predicted == [("screening", "4 steps", 3), ("4 steps", "8 steps", 2)]
+    assert -1 <= found["rank_correlation"][0]["spearman"] <= 1
     plan = json.loads((workspace / "plan" / "plan.json").read_text())
     assert {axis: plan["after"][axis] for axis in found["sizes"]} == found["sizes"]
     page = (workspace / "report" / "report.html").read_text()
-    assert "Sizes that were tried" in page and (workspace / "export" / "minitron.json").is_file()
+    assert "Sizes that were tried" in page and "Rank correlation (Spearman)" in page
+    assert (workspace / "export" / "minitron.json").is_file()
     for more, text in (
         (["plan.hidden=12"], "plan.hidden: either sizes or plan.budget.params, found both"),
         (["plan.budget.params=10"], "plan.budget"),
@@ -111,6 +119,45 @@ def test_a_budget_is_met_by_the_size_that_learns_best(served, tmp_path, teacher,
         assert done.returncode == 2 and text in done.stderr, done.stderr[-500:]
     done = minitron("plan", *arguments[1:])
     assert done.returncode == 2 and "which 'minitron run' makes" in done.stderr
+
+
+def test_a_search_takes_the_nearest_where_it_screens_none_and_a_task_decides_where_it_is_named(
+    server, tmp_path, teacher, corpus
+):
+    from nemo_minitron.flows.search import search
+
+    workspace = tmp_path / "search"
+    overrides = [
+        *words(workspace, teacher, corpus), "plan.budget.params=15000", "plan.budget.tolerance=0.1",
+        "plan.budget.candidates=2", "plan.budget.steps=2",
+    ]  # fmt: skip
+    assert search(overrides=[*overrides, "plan.budget.screened=0"], compress_best=False) == []
+    found = json.loads((workspace / "search.json").read_text())
+    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+    from nemo_minitron.pruning.size_search import candidates, default_choices
+
+    model = open_checkpoint(teacher).architecture
+    share = 15000 / sum(math.prod(shape) for _, _, shape in model.tensors())
+    nearest = candidates(model, default_choices(model, share), 13500, 16500)[:2]
+    assert [row["parameters"] for row in found["candidates"].values()] == [
+        one.size.parameters for one in nearest
+    ]
+    assert found["screened"] == {} and not (workspace / "screen").exists()
+    more = [
+        "plan.budget.screened=4",
+        "plan.budget.metric=held_out_choice",
+        "plan.budget.task_limit=8",
+        "evaluate.task_limit=8",
+    ]
+    search(overrides=[*overrides, *more], compress_best=False)
+    found = json.loads((workspace / "search.json").read_text())
+    (only,) = found["rounds"]
+    for name, judged in only["judged"].items():
+        report = json.loads(
+            (workspace / "rounds" / "2" / name / "report" / "report.json").read_text()
+        )
+        assert judged == -report["models"]["student"]["tasks"]["held_out_choice"]["acc"]
+    assert list(only["judged"].values()) == sorted(only["judged"].values())
 
 
 def test_a_checkpoint_is_measured_against_the_teacher_that_its_lineage_names(

@@ -1,0 +1,211 @@
+"""screen: which of all sizes within a budget are worth a distillation, measured in memory as they are cut."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.config.plan_config import BudgetConfig
+from nemo_minitron.evaluation.screening import (
+    FILE,
+    Screen,
+    Screened,
+    Screener,
+    read_screen,
+    screened,
+)
+from nemo_minitron.models.ranks import Ranks
+from nemo_minitron.pruning.budget import Limits, asks_for_search, limits_of, needs_latency, share_of
+from nemo_minitron.pruning.layer_times import LayerTimes, latency_of
+from nemo_minitron.pruning.serving import served
+from nemo_minitron.pruning.shortlist import pool, promising, shares, spread, varied
+from nemo_minitron.pruning.size_search import default_choices, whole_choices
+from nemo_minitron.pruning.size_space import Space, Terms, front, size_space, source_costs, within
+from nemo_minitron.pruning.target_sizes import explicit_targets
+from nemo_minitron.scoring.scores_file import Scores
+from nemo_minitron.stages.candidates import (
+    measured_tasks,
+    screener_of,
+    teacher_and_scores,
+    write_tasks,
+)
+from nemo_minitron.stages.inputs import times_of
+from nemo_minitron.stages.layer_choice import layers_of_plan
+from nemo_minitron.stages.recipe import Recipe, Summary
+from nemo_minitron.workspace.layout import Workspace
+from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.progress_bar import bar
+
+_DECIDE_NOTHING = ("steps", "factor", "layer_times")
+"""Keys of the budget that say how candidates are distilled, or where a file lies."""
+_WIDER = (1.0, 0.7, 0.5, 0.3)
+"""What the share is multiplied by, one after the other, until a default grid reaches the budget."""
+
+
+def recipe(config: Config) -> Recipe:
+    """Measures a shortlist of the sizes within ``plan.budget``.
+
+    Under torchrun the ranks share the candidates.
+
+    Raises:
+        ValueError: no budget, sizes beside it, or none that keeps it.
+    """
+    budget, where = config.plan.budget, Workspace(workspace_of(config)).screen
+    _check(config)
+    checkpoint, scores, inputs = teacher_and_scores(config)
+    screener, inputs = screener_of(config, checkpoint, scores, inputs)
+    times: LayerTimes | None = None
+    if needs_latency(budget):
+        times, item = times_of(config, checkpoint.architecture)
+        inputs.append(item)
+    settings = {
+        name: value for name, value in asdict(budget).items() if name not in _DECIDE_NOTHING
+    }
+    settings |= {
+        "serve": list(config.plan.serve), "layer_choice": config.plan.layer_choice,
+        "depth": config.score.depth, "held_out": screener.key["held_out"],
+    }  # fmt: skip
+
+    def build(_state: Path, temporary: Path, ranks: Ranks) -> None:
+        space, limits, source = searched(config, checkpoint, scores, times)
+        write_tasks(config, screener.held_out, measured_tasks(config), ranks)
+        found = _screen(budget, space, limits, screener, ranks)
+        if ranks.rank == 0:
+            machine = "" if times is None else times.machine
+            _write(temporary, budget, space, limits, source, found, machine)
+
+    return Recipe(where, "screen", settings, inputs, build, lambda: _summary(where))
+
+
+def _check(config: Config) -> None:
+    """Refuses a plan without a budget, or with sizes beside it.
+
+    Raises:
+        ValueError: it is one.
+    """
+    asked = [name for name in explicit_targets(config.plan) if name != "layer_choice"]
+    key = asks_for_search(config.plan.budget)
+    if key is None:
+        raise ValueError(
+            "plan.budget: expected how large the model may be, as in plan.budget.params=4e9 or "
+            "plan.budget.memory_bytes=6e9, found nothing"
+        )
+    if asked:
+        raise ValueError(f"plan.{asked[0]}: either sizes or plan.budget.{key}, found both")
+
+
+def searched(
+    config: Config, checkpoint: Checkpoint, scores: Scores, times: LayerTimes | None
+) -> tuple[Space, Limits, dict[str, float]]:
+    """All sizes that the search may choose from, what they may cost, and what the source costs.
+
+    Raises:
+        ValueError: see ``limits_of``, ``size_space`` and ``within``.
+    """
+    budget, model = config.plan.budget, served(checkpoint.architecture, config.plan.serve)
+    latency = None if times is None else latency_of(times, model)
+    terms = Terms(budget.dtype, budget.cache_dtype, budget.batch, budget.context, latency)
+    source = source_costs(model, terms)
+    limits = limits_of(budget, source)
+
+    def keep(count: int) -> Sequence[int]:
+        plan = replace(config.plan, layers=count)
+        return layers_of_plan(replace(config, plan=plan), model.sizes, scores)
+
+    if budget.choices:
+        given = whole_choices(budget.choices)
+        space = size_space(model, given, terms, keep, "plan.budget")
+        within(space, limits, "plan.budget")
+        return space, limits, source
+    share = min(share_of(limits, source), 0.999)
+    for factor in _WIDER:
+        choices = default_choices(model, share * factor, wide=True)
+        space = size_space(model, choices, terms, keep, "plan.budget")
+        try:
+            within(space, limits, "plan.budget")
+            return space, limits, source
+        except ValueError:
+            if factor == _WIDER[-1]:
+                raise
+    raise AssertionError("one of the factors is the last")
+
+
+def _screen(
+    budget: BudgetConfig, space: Space, limits: Limits, screener: Screener, ranks: Ranks
+) -> tuple[list[Screened], int, int, np.ndarray[Any, Any]]:
+    """Measures half of the candidates spread over the front, and then twice where the others point."""
+    inside = within(space, limits, "plan.budget")
+    best = front(space, inside)
+    rows = pool(best if len(best) >= budget.screened else inside)
+    points = shares(space, rows)
+    count = max(1, min(budget.screened, len(rows)))
+    known: list[int] = []
+    found: list[Screened] = []
+
+    def measure(chosen: Sequence[int], advance: Callable[[int], None]) -> None:
+        mine = []
+        for row in list(chosen)[ranks.rank :: ranks.size]:
+            mine.append((row, _measured(budget, space, int(rows[row]), screener)))
+            advance(1)
+        told = dict(pair for each in ranks.gather(mine) for pair in each)
+        known.extend(chosen)
+        found.extend(told[row] for row in chosen)
+
+    with bar("screening", -(-count // ranks.size)) as advance:
+        measure(spread(points, -(-count // 2)), advance)
+        while len(known) < count:
+            values = [np.nan if one.judged is None else one.judged for one in found]
+            more = promising(points, known, values, max(1, min(count - len(known), count // 4)))
+            if not more:
+                break
+            measure(more, advance)
+    return found, len(inside), len(best), points[known]
+
+
+def _measured(budget: BudgetConfig, space: Space, index: int, screener: Screener) -> Screened:
+    sizes = space.at(index)
+    layers = space.kept[sizes["layers"]]
+    found = screener.measure(sizes, layers)
+    return screened(budget.metric, sizes, layers, space.cost(index), found)
+
+
+def _write(
+    folder: Path,
+    budget: BudgetConfig,
+    space: Space,
+    limits: Limits,
+    source: Mapping[str, float],
+    measured: tuple[list[Screened], int, int, np.ndarray[Any, Any]],
+    machine: str,
+) -> None:
+    found, inside, best, points = measured
+    values = [np.nan if one.judged is None else one.judged for one in found]
+    order = [int(row) for row in np.argsort(np.nan_to_num(values, nan=np.inf), kind="stable")]
+    chosen = varied(points, values, budget.candidates)
+    write_json(folder / FILE, asdict(Screen(
+        budget.metric, dict(source), dict(limits), len(space), inside, best, machine,
+        [order.index(row) for row in chosen], [found[row] for row in order],
+    )))  # fmt: skip
+
+
+def _summary(folder: Path) -> Summary:
+    screen = read_screen(folder)
+    costs = [name for name in screen.limits]
+    columns = ("sizes", *costs, "held-out loss", screen.metric)
+    rows = []
+    for number in screen.chosen:
+        one = screen.candidates[number]
+        loss = "–" if one.loss is None else f"{one.loss:.4f}"
+        judged = "–" if one.judged is None else f"{abs(one.judged):.4f}"
+        sizes = " ".join(f"{axis}={size}" for axis, size in one.sizes.items())
+        rows.append((sizes, *(f"{one.costs[name]:,.6g}" for name in costs), loss, judged))
+    headline = (
+        f"{len(screen.candidates)} of {screen.sizes_within:,} sizes within the budget measured as they are "
+        f"cut ({screen.sizes_possible:,} possible, {screen.sizes_on_front:,} that could not keep more)"
+    )
+    notes = (f"latency is that of {screen.machine}",) if screen.machine else ()
+    return Summary(headline, columns, tuple(rows), asdict(screen), notes)

@@ -1,0 +1,208 @@
+"""Screening, layer times and sensitivity as stages: what they find, go on with, and refuse."""
+
+import json
+import shutil
+
+import pytest
+
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.cli.main import main
+from nemo_minitron.config.compose import load_config
+from nemo_minitron.data.mixtures import validation_samples
+from nemo_minitron.evaluation.cut_losses import read_sensitivity
+from nemo_minitron.evaluation.held_out_loss import held_out_loss
+from nemo_minitron.evaluation.screening import read_screen
+from nemo_minitron.models.causal_lm import load_model, load_tokenizer
+from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.layer_times import FILE, read_layer_times
+from tests.support.processes import until
+from tests.support.runs import kill_group, refused, started
+from tests.support.two_ranks import on_two_ranks
+
+SMALL = [
+    "data.calibration.sequence_length=16", "data.calibration.samples=20", "data.validation.sequence_length=16",
+    "data.validation.samples=16", "data.train.sequence_length=16", "data.holdout=0.2",
+]  # fmt: skip
+BUDGET = [
+    "plan.budget.params=15000",
+    "plan.budget.tolerance=0.15",
+    "plan.budget.screened=12",
+    "plan.budget.candidates=3",
+]
+
+
+@pytest.fixture(scope="module")
+def scored(once, teacher, corpus):
+    """A workspace with scores of all axes, and the words that made it."""
+    words = [f"source.model={teacher}", f"data.train.paths=['{corpus}']", *SMALL]
+    place = once(
+        "screened", lambda folder: main(["score", f"workspace={folder / 'run'}", *words]) and None
+    )
+    return place / "run", words
+
+
+@pytest.fixture
+def place(scored, tmp_path):
+    shutil.copytree(scored[0], tmp_path / "run", symlinks=True)
+    return tmp_path / "run", [f"workspace={tmp_path / 'run'}", *scored[1]]
+
+
+def facts(capsys, *arguments):
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["facts"]
+
+
+def test_what_is_screened_keeps_the_budget_and_is_what_the_pruned_checkpoint_is(place, capsys):
+    workspace, words = place
+    found = facts(capsys, "screen", *words, *BUDGET)
+    screen = read_screen(workspace / "screen")
+    assert (
+        found["sizes_possible"]
+        == screen.sizes_possible
+        >= screen.sizes_within
+        >= len(screen.candidates)
+    )
+    losses = [one.loss for one in screen.candidates]
+    assert (
+        losses == sorted(losses) and len({one.name for one in screen.candidates}) == len(losses) > 3
+    )
+    assert len(screen.chosen) == 3 and screen.chosen[0] == 0
+    for one in screen.candidates:
+        assert 12750 <= one.costs["parameters"] <= 17250
+        assert len(one.layers) == one.sizes["layers"]
+    for number in (0, len(losses) - 1):
+        one = screen.candidates[number]
+        sizes = [f"plan.{axis}={size}" for axis, size in one.sizes.items()]
+        assert main(["prune", *words, *sizes]) == 0
+        pruned = open_checkpoint(workspace / "pruned")
+        assert model_size(pruned.architecture).parameters == one.costs["parameters"]
+        assert (
+            json.loads((workspace / "plan" / "plan.json").read_text())["layers_kept"] == one.layers
+        )
+        samples_NS = validation_samples(
+            load_config("config", words), load_tokenizer(workspace / "pruned")
+        )
+        loss = held_out_loss(load_model(workspace / "pruned"), pruned.family, samples_NS, 8)
+        assert one.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_killed_screening_goes_on_and_measures_nothing_twice(place):
+    workspace, words = place
+    # a few tenths of a second each
+    asked = [
+        "plan.budget.screened=20", "plan.budget.screen_samples=64", "data.validation.samples=64",
+        "data.validation.sequence_length=48", "evaluate.batch_size=1",
+    ]  # fmt: skip
+
+    def results():
+        return {path: path.stat().st_mtime_ns for path in (workspace / "results").glob("*.json")}
+
+    process = started("screen", *words, *BUDGET, *asked)
+    until(lambda: len(results()) >= 2 or process.poll() is not None, every=0.02)
+    kill_group(process)
+    before = results()
+    assert len(before) >= 2
+    assert not (workspace / "screen").exists()
+    assert started("screen", *words, *BUDGET, *asked).wait() == 0
+    after = results()
+    assert {path: after[path] for path in before} == before
+    screen = read_screen(workspace / "screen")
+    assert len(after) == len(screen.candidates) > len(before)
+
+
+def test_two_ranks_find_what_one_does(place):
+    workspace, words = place
+    assert main(["screen", *words, *BUDGET]) == 0
+    alone = (workspace / "screen" / "screen.json").read_text()
+    shutil.rmtree(workspace / "screen")
+    shutil.rmtree(workspace / "results")
+    assert on_two_ranks("screen", *words, *BUDGET, "evaluate.device=cpu").returncode == 0
+    assert json.loads((workspace / "screen" / "screen.json").read_text()) == json.loads(alone)
+
+
+def test_a_task_decides_where_it_is_named(place, capsys):
+    _, words = place
+    metric = "plan.budget.metric=held_out_choice:acc"
+    few = ["plan.budget.task_limit=12", "plan.budget.screened=4"]
+    found = facts(capsys, "screen", *words, *BUDGET, metric, *few)
+    accuracy = [one["tasks"]["held_out_choice"]["acc"] for one in found["candidates"]]
+    assert accuracy == sorted(accuracy, reverse=True)
+    assert [one["judged"] for one in found["candidates"]] == [-value for value in accuracy]
+    wrong = "plan.budget.metric=held_out_choice:f1"
+    assert main(["screen", *words, *BUDGET, *few, wrong]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]  # behind lm-eval's progress
+    assert "plan.budget.metric: held_out_choice has no metric 'f1'; it has acc" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "plan.budget: expected how large the model may be"),
+        (["plan.budget.params=15000", "plan.hidden=12"], "plan.hidden: either sizes or plan.budget.params, found both"),
+        (["plan.budget.memory_bytes=1e9"], "the model as it is keeps every bound, and nothing has to be cut"),
+        (["plan.budget.params=15000", "plan.budget.weight_bytes=20000"], "mean weight_bytes of 28,500 or more"),
+        (["plan.budget.memory_bytes=10", "plan.budget.context=8"], "nearest: memory_bytes"),
+        (["plan.budget.params=15000", "+plan.budget.choices.hidden=[13]"], "the last: llama needs"),
+        (["plan.budget.params=15000", "+plan.budget.choices.hidden=[99]"], "hidden: expected whole numbers of 1 to 24"),
+        (["plan.budget.speedup=2"], "measure-layers"),
+        (["plan.budget.speedup=0.5"], "plan.budget.speedup: "),
+        (["plan.budget.latency_ms=1", "plan.budget.layer_times=nowhere.json"], "no such file: nowhere.json"),
+    ],
+)  # fmt: skip
+def test_a_budget_that_nothing_meets_is_one_line(scored, capsys, more, said):
+    place, words = scored
+    assert said in refused(capsys, "screen", f"workspace={place}", *words, *more)
+
+
+def test_bounds_of_memory_and_time_are_kept_by_a_table_measured_here(place, capsys):
+    workspace, words = place
+    asked = ["plan.budget.dtype=float32", "plan.budget.context=32", "plan.budget.batch=2"]
+    told = facts(capsys, "measure-layers", *words, *asked)
+    times = read_layer_times(workspace / "layer_times" / FILE)
+    assert told["machine"] == times.machine and "threads" in times.machine
+    assert times.kind_of == [0, 0, 0] and max(times.kinds[0].ms) > 0
+    assert {"hidden", "ffn", "heads"} <= set(times.kinds[0].axes)
+    bounds = [
+        "plan.budget.speedup=1.3",
+        "plan.budget.memory_bytes=120000",
+        "plan.budget.screened=4",
+    ]
+    found = facts(capsys, "screen", *words, *asked, *bounds)
+    assert found["machine"] == times.machine
+    for one in found["candidates"]:
+        costs = one["costs"]
+        assert costs["latency_ms"] <= found["source"]["latency_ms"] / 1.3
+        assert costs["memory_bytes"] <= 120000
+        assert costs["memory_bytes"] == costs["weight_bytes"] + 2 * 32 * costs["kv_bytes_per_token"]
+    # the table serves another workspace; another pass it does not
+    table = workspace / "layer_times" / FILE
+    other = [f"plan.budget.layer_times={table}", *bounds]
+    shutil.copy(table, workspace.parent / "table.json")
+    moved = [f"plan.budget.layer_times={workspace.parent / 'table.json'}", *bounds]
+    shutil.rmtree(workspace / "layer_times")
+    assert "no such file" in refused(capsys, "screen", *words, *asked, *other)
+    assert main(["screen", *words, *asked, *moved]) == 0
+    capsys.readouterr()
+    said = refused(capsys, "screen", *words, *asked, *moved, "plan.budget.context=64")
+    assert "its times are of context=32, and plan.budget.context is 64" in said
+
+
+def test_sensitivity_says_what_is_cheap_to_cut(place, capsys):
+    workspace, words = place
+    assert main(["sensitivity", *words]) == 0
+    out = capsys.readouterr().out
+    assert "nats per 1 % saved" in out and "least missed layers" in out
+    found = read_sensitivity(workspace / "sensitivity")
+    assert {cut.axis for cut in found.axes} == {"hidden", "ffn", "heads", "kv_heads", "layers"}
+    assert set(found.layers) == {"0", "1", "2"}
+    for cut in found.axes:
+        assert 0 < cut.share < 1 and 0 < cut.parameters < 1
+    assert (
+        (workspace / "sensitivity" / "plots" / "sensitivity.png")
+        .read_bytes()
+        .startswith(b"\x89PNG")
+    )
+    # a layer that is left out alone is the axis of layers cut by one, where it is the least important
+    (one,) = [cut for cut in found.axes if cut.axis == "layers" and cut.size == 2][:1]
+    assert one.loss in found.layers.values()
+    assert main(["sensitivity", *words]) == 0 and "already done" in capsys.readouterr().out
