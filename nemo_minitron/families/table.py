@@ -212,6 +212,9 @@ _KEYS = {
 _AXIS_KEYS = {f.name for f in fields(Axis)} - {"name", "fallback"} | {"or"}
 
 
+_UNREADABLE = (ValueError, TypeError, AttributeError, OSError, RecursionError, yaml.YAMLError)
+
+
 def load_family(path: Path) -> Family:
     """Reads and validates one family table.
 
@@ -229,14 +232,7 @@ def load_family(path: Path) -> Family:
         return _family(table)
     except KeyError as error:
         raise ValueError(f"family table {path}: key {error} is missing") from error
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        OSError,
-        RecursionError,
-        yaml.YAMLError,
-    ) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"family table {path}: {error}") from error
 
 
