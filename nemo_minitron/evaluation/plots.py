@@ -219,7 +219,8 @@ def sensitivity(
     if curves:
         left.legend(fontsize=8)
     right.bar([layer for layer, _ in layers], [loss - whole for _, loss in layers], color="0.45")
-    right.set(xlabel="layer left out", ylabel="loss added (nats per token)")
+    right.set(xlabel="layer left out (0-based)", ylabel="loss added (nats per token)")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in (left, right):
         panel.grid(alpha=0.25)
     return _png(figure)

@@ -18,6 +18,7 @@ from nemo_minitron.evaluation.screening import (
     read_screen,
     screened,
 )
+from nemo_minitron.families import VOCAB
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.budget import Limits, asks_for_search, limits_of, needs_latency, share_of
 from nemo_minitron.pruning.layer_times import LayerTimes, latency_of
@@ -96,6 +97,11 @@ def _check(config: Config) -> None:
         )
     if asked:
         raise ValueError(f"plan.{asked[0]}: either sizes or plan.budget.{key}, found both")
+    if VOCAB in config.plan.budget.choices:  # what is held out would be read in other tokens
+        raise ValueError(
+            "plan.budget.choices.vocab: screening reads with the whole vocabulary; use "
+            "plan.budget.screened=0, which distils the sizes nearest to plan.budget.params"
+        )
 
 
 def searched(

@@ -69,6 +69,22 @@ def test_the_loss_of_a_candidate_is_that_of_the_pruned_checkpoint(name, tmp_path
         assert abs(expected - whole) > 1e-3
 
 
+def test_a_candidate_sends_a_token_to_as_many_experts_as_its_plan_says(tmp_path):
+    source = make_model(tmp_path / "model", "mixtral")
+    checkpoint, _, teacher = sorted_teacher(source)
+    layers = range(checkpoint.architecture.sizes["layers"])
+    cut = Cut(checkpoint.architecture, {}, tuple(layers), 1)
+    (tmp_path / "pruned").mkdir()
+    write_pruned(checkpoint, [(tmp_path / "pruned", cut)], 10**9)
+    tokens_BS = torch.arange(2, 26)[None]
+    with torch.inference_mode():
+        expected = load_model(tmp_path / "pruned", torch.float32)(tokens_BS).logits
+        found = teacher.candidate({"experts_per_token": 1}, layers)(tokens_BS).logits
+        whole = teacher.candidate({}, layers)(tokens_BS).logits
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, whole, atol=1e-3)
+
+
 def test_a_candidate_is_made_of_views_and_no_two_know_of_each_other(tmp_path):
     source = make_model(tmp_path / "model", "llama")
     checkpoint, _, teacher = sorted_teacher(source)

@@ -139,6 +139,7 @@ def test_a_task_decides_where_it_is_named(place, capsys):
     [
         ([], "plan.budget: expected how large the model may be"),
         (["plan.budget.params=15000", "plan.hidden=12"], "plan.hidden: either sizes or plan.budget.params, found both"),
+        (["plan.budget.params=15000", "+plan.budget.choices.vocab=[128]"], "plan.budget.choices.vocab: screening reads with the whole vocabulary"),
         (["plan.budget.memory_bytes=1e9"], "the model as it is keeps every bound, and nothing has to be cut"),
         (["plan.budget.params=15000", "plan.budget.weight_bytes=20000"], "mean weight_bytes of 28,500 or more"),
         (["plan.budget.memory_bytes=10", "plan.budget.context=8"], "nearest: memory_bytes"),
