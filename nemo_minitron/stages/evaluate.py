@@ -189,9 +189,7 @@ def _bench(config: Config) -> tuple[Bench, list[Input]]:
         other = taught_entries(config, models["teacher"], models[name])
         cuts = [isinstance(each, KeptEntries) for each in (entries, other)]
         if cuts[0] != cuts[1] or (not cuts[0] and other != entries):
-            raise ValueError(
-                f"evaluate.beside.{name}: its vocabulary has another size than the student's"
-            )
+            raise ValueError(f"evaluate.beside.{name}: its vocabulary is not the student's")
     prints = _task_prints(config)
     if prints:
         inputs.append(Input(config.evaluate.task_dir or "lm_eval", digest(prints)))

@@ -20,7 +20,7 @@ def test_odd_command_lines_end_with_one_line(capsys, tmp_path, monkeypatch):
             code = int(usage.code or 0)
         said = capsys.readouterr().err
         assert code in (0, 2), (words, said)
-        lines = [line for line in said.splitlines() if re.match(r"minitron( \w+)?: ", line)]
+        lines = [line for line in said.splitlines() if re.match(r"minitron( [\w-]+)?: ", line)]
         assert (len(lines) == 1) == (code == 2), (words, said)
         assert not PYTHON.search(said) and "\x1b" not in said, (words, said)
         outcomes["refused" if code else "done"] += 1

@@ -237,7 +237,7 @@ def tensor_by_tensor(model, context=4096, cache_bytes=2):
         if "expert_ffn" in row_axes(row.dims):
             met = count * sizes["experts_per_token"] // sizes["experts"]
         parameters, active = parameters + count, active + met
-        if "vocab" not in row_axes(row.dims):
+        if not {"vocab", "layer_vocab"} & row_axes(row.dims):
             non_embedding += count
             matrix += met if len(shape) > 1 else 0
     attention = len(model.present.get("heads", []))
@@ -248,8 +248,13 @@ def tensor_by_tensor(model, context=4096, cache_bytes=2):
     else:
         pair = 2 * sizes["heads"] * sizes["head_dim"]
         cached = 2 * sizes["kv_heads"] * sizes["head_dim"]
-    flops += 2 * pair * attention * (context // 2)
-    cache = attention * cached * cache_bytes
+    pair, cached = pair * attention, cached * attention
+    if "global_head_dim" in sizes:  # heads of two lengths, and layers without keys of their own
+        shapes = [(name, shape) for name, _, shape in model.tensors()]
+        pair = sum(2 * s[1] for name, s in shapes if name.endswith("self_attn.o_proj.weight"))
+        cached = sum(2 * s[0] for name, s in shapes if name.endswith("self_attn.k_proj.weight"))
+    flops += 2 * pair * (context // 2)
+    cache = cached * cache_bytes
     return Size(parameters, non_embedding, active, flops, cache, context, cache_bytes)
 
 
@@ -422,7 +427,7 @@ def test_a_default_grid_reaches_the_budget_with_sizes_that_kernels_like(name, sh
 def test_tiny_models_have_a_default_grid_too(name, changes):
     model = of(tiny_config(families()[name], changes))
     grid = default_choices(model, 0.5)
-    assert {"hidden", "layers"} <= set(grid)
+    assert {"hidden", "layers"} & set(model.prunable) <= set(grid)
     smallest = candidates(model, grid, 0, model_size(model).parameters // 2)
     assert smallest[0].size.parameters * 2 <= model_size(model).parameters
 

@@ -205,6 +205,6 @@ def test_devices_nobody_started_and_flows_under_torchrun_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     line = refused(capsys, "run", place, *words)
     assert (
-        "not under torchrun; run the stages that compute with it: pretrain, correct, score, logits, distill"
-        in line
+        "not under torchrun; run the stages that compute with it: pretrain, correct, score, screen, "
+        "sensitivity, logits, distill, evaluate" in line
     )

@@ -7,7 +7,7 @@ from nemo_minitron.workspace.layout import ARTIFACTS, Workspace
 
 PLACES = {
     "source": "teacher/source.json", "verdict": "gate.json", "tokens": "tokens", "results": "results", "live": "live",
-    "unpacked": "unpacked", "search": "search.json", "sweep": "sweep.json", "pareto": "pareto.png", "lock": ".lock",
+    "unpacked": "unpacked", "search": "search.json", "sweep": "sweep.json", "cascade": "cascade.json", "pareto": "pareto.png", "lock": ".lock",
     "stage_lock": ".stage.lock", "holder": ".holder.json", "commands": "commands.jsonl", "memory": ".memory.json",
     "launched": ".launch", "archive": "run.nemo",
 }  # fmt: skip
