@@ -8,23 +8,6 @@ and ``slurm_jobs`` look at the disk, nothing else does, and nothing writes.
 from dataclasses import dataclass
 from pathlib import Path
 
-ARTIFACTS = (
-    "pretrain",
-    "teacher",
-    "correct",
-    "scores",
-    "layer_times",
-    "screen",
-    "sensitivity",
-    "plan",
-    "pruned",
-    "logits",
-    "student",
-    "scratch",
-    "report",
-    "export",
-)
-"""Sub-folders of a workspace that can hold an artifact, in the order in which they are made."""
 MADE_BY = {
     "pretrain": "pretrain",
     "teacher": "download",
@@ -41,7 +24,9 @@ MADE_BY = {
     "report": "evaluate",
     "export": "export",
 }
-"""Artifact to the command that makes it."""
+"""Artifact to the command that makes it, in the order in which they are made."""
+ARTIFACTS = tuple(MADE_BY)
+"""Sub-folders of a workspace that can hold an artifact."""
 MANIFEST = "manifest.json"
 """In every artifact: what it is, what it was made from, its files. Written last."""
 STATE = "state"
