@@ -29,6 +29,7 @@ def reason(error: Exception) -> str:
     said = re.sub(
         r"'(\w+)' object has no attribute '\w+'", r"a value of type \1 does not fit", said
     )
+    said = re.sub(r"module '([\w.]+)' has no attribute '(\w+)'", r"\1 has no '\2'", said)
     return plain(said, 400) or type(error).__name__
 
 

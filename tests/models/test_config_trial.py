@@ -13,3 +13,8 @@ def test_types_are_named_as_in_json():
 def test_a_value_that_does_not_fit_is_told_without_pythons_words():
     said = reason(AttributeError("'int' object has no attribute 'is_floating_point'"))
     assert said == "a value of type int does not fit"
+
+
+def test_a_name_that_a_module_does_not_have_is_told_without_pythons_words():
+    said = reason(AttributeError("module 'torch' has no attribute 'nope'"))
+    assert said == "torch has no 'nope'"
