@@ -27,9 +27,9 @@ def reason(error: Exception) -> str:
     said = re.sub(r"\b[A-Z]\w*(Error|Exception): ", "", str(given))
     said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", said).replace("NoneType", "null")
     said = re.sub(
-        r"'(\w+)' object has no attribute '\w+'", r"a value of type \1 does not fit", said
+        r"'(\w+)' object has no attribute '[^']*'", r"a value of type \1 does not fit", said
     )
-    said = re.sub(r"module '([\w.]+)' has no attribute '(\w+)'", r"\1 has no '\2'", said)
+    said = re.sub(r"module '([\w.]+)' has no attribute '([^']*)'", r"\1 has no '\2'", said)
     return plain(said, 400) or type(error).__name__
 
 

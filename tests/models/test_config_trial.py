@@ -16,5 +16,6 @@ def test_a_value_that_does_not_fit_is_told_without_pythons_words():
 
 
 def test_a_name_that_a_module_does_not_have_is_told_without_pythons_words():
-    said = reason(AttributeError("module 'torch' has no attribute 'nope'"))
-    assert said == "torch has no 'nope'"
+    for name in ("nope", "", "a b"):
+        said = reason(AttributeError(f"module 'torch' has no attribute '{name}'"))
+        assert said == f"torch has no '{name}'"
