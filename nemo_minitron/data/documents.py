@@ -124,10 +124,8 @@ def find_text(
     )
     if not kept and not remote:
         raise ValueError(f"{where}.paths: all {len(found)} files are excluded by {where}.exclude")
-    names = [str(path) for path in found]
-    for rule in exclude:
-        if found and not any(fnmatch.fnmatch(name, rule) for name in names):
-            note(Path(rule), f"{where}.exclude", f"matches none of {len(found):,} files")
+    if exclude and found and len(kept) == len(found):
+        note(Path(", ".join(exclude)), f"{where}.exclude", f"matches none of {len(found):,} files")
     return TextSet(tuple(kept), format, text_key, side, holdout, where, remote)
 
 
