@@ -24,12 +24,13 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
     if model_type in families():
         return family_for(families()[model_type], config, where)
     known = ", ".join(sorted(families()))
-    text = f"{where}: model_type {model_type!r} is not supported; supported families: {known}"
+    shown = plain(model_type, 80)
+    text = f"{where}: model_type {shown!r} is not supported; supported families: {known}"
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         text += (
-            f". It wraps a text model ({inner.get('model_type')!r}) together with other towers in a way that "
-            "no table describes: save the text model alone as a causal LM first"
+            f". It wraps a text model ({plain(inner.get('model_type'), 80)!r}) together with other towers in "
+            "a way that no table describes: save the text model alone as a causal LM first"
         )
     else:
         text += "; a table of your own can be given with families.path"

@@ -229,3 +229,9 @@ def test_dense_first_layers_are_counted_anew():
     assert (
         cut_config(Cut(Architecture(family, config), {}, (1, 2, 3)))["first_k_dense_replace"] == 1
     )
+
+
+def test_a_model_type_of_any_length_is_told_in_one_line():
+    with pytest.raises(ValueError, match="is not supported") as error:
+        family_of({"model_type": "x" * 100_000, "text_config": {"model_type": "y" * 100_000}})
+    assert len(str(error.value)) < 2000
