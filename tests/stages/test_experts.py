@@ -24,6 +24,7 @@ from nemo_minitron.workspace.manifest import read_manifest
 from tests.support.models import INSTALLED, stream
 from tests.support.runs import refused
 from tests.support.text_samples import padded
+from tests.support.two_ranks import on_two_ranks
 
 
 def routed(name):
@@ -59,7 +60,7 @@ def same(found, expected):
     return True
 
 
-def test_own_tokens_are_the_same_streamed_grown_and_merged(tmp_path, words):
+def test_own_tokens_are_the_same_streamed_grown_merged_and_on_two_ranks(tmp_path, words):
     words = [*words, OWN]
     whole = score(tmp_path / "whole", words)
     assert same(score(tmp_path / "streamed", words, "score.streaming=on"), whole)
@@ -69,6 +70,9 @@ def test_own_tokens_are_the_same_streamed_grown_and_merged(tmp_path, words):
         score(tmp_path / part, words, f"score.shard={part}/2")
     parts = f"score.merge=[{tmp_path}/1,{tmp_path}/2]"
     assert same(score(tmp_path / "merged", words, parts), whole)
+    done = on_two_ranks("score", *words, f"workspace={tmp_path / 'ranks'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same(read_scores(tmp_path / "ranks" / "scores"), whole)
 
 
 def test_the_score_over_all_tokens_keeps_its_bytes_and_a_dense_model_its_fingerprint(
