@@ -38,7 +38,9 @@ def importance_maps(ranking: Mapping[str, Tensor]) -> dict[str, bytes]:
     """
     pictures = {}
     for axis, scores in ranking.items():
-        figure, panel = plt.subplots(figsize=(6.4, 2.8), constrained_layout=True)
+        figure, panel = plt.subplots(figsize=(6.4, 2.8))
+        # always of the same shape: to let matplotlib find the margins costs as much as to draw
+        figure.subplots_adjust(left=0.12, right=0.97, bottom=0.18, top=0.89)
         title = _TITLES[axis] if axis in _TITLES else axis
         if scores.dim() > 1:
             per_layer = math.prod(scores.shape[1:-1])
@@ -292,7 +294,10 @@ def task_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], measures: Seque
 
 
 def _png(figure: Any) -> bytes:
+    # drawn once; savefig draws all of it twice
+    figure.set_dpi(130)
+    figure.canvas.draw()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    plt.imsave(buffer, figure.canvas.buffer_rgba(), format="png", metadata={"Software": None})
     plt.close(figure)
     return buffer.getvalue()
