@@ -1,6 +1,7 @@
 # make setup   the environment in .venv, with everything that demo and tests need
 # make demo    the main job: trains a small teacher, compresses it, exports it (minutes)
-# make test    all tests; the costly ones with the families that stand for all kinds of tables
+# make test    all tests but the slow ones; the costly ones with the families that stand for all kinds of tables
+# make slow    those that take half a minute of computing or more: whole flows, killed and resumed
 # make families  the costly ones with all other families: proofs under every configuration, scoring, distilling
 # make oldest  the families' proofs on the oldest transformers admitted
 # make consumers  exports in the hands of others, also of transformers 4.57
@@ -20,7 +21,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test families oldest consumers nemo27 fuzz bench paper gpu docs readme clean
+.PHONY: setup demo test slow families oldest consumers nemo27 fuzz bench paper gpu docs readme clean
 
 setup: $(VENV)/.done
 
@@ -40,7 +41,10 @@ WORKERS ?= 3
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=25
 
 test: setup
-	$(PYTEST)
+	$(PYTEST) -m "not slow"
+
+slow: setup
+	$(PYTEST) -m slow
 
 # tests/support/chosen_families.py says which are chosen for 'make test', and why
 families: setup

@@ -23,6 +23,7 @@ def made(folder):
     return read_manifest(folder).started
 
 
+@pytest.mark.slow
 def test_a_killed_cascade_repeats_no_step_and_stands_beside_one_cut_in_one_report(
     served, tmp_path, teacher, corpus
 ):
@@ -73,6 +74,20 @@ def test_a_killed_cascade_repeats_no_step_and_stands_beside_one_cut_in_one_repor
     assert (place / "steps" / "2" / "tokens").is_symlink() and verify_tree(place / "steps" / "2")[
         1
     ] == []
+
+
+def test_a_cascade_cuts_what_the_step_before_gave(served, tmp_path, teacher, corpus):
+    place = tmp_path / "cascade"
+    quick = [*words(place, teacher, corpus), "evaluate.tasks=[]", "trainer.max_steps=2"]
+    arguments = ["run", *quick, "cascade.sizes=[{ffn:24},{ffn:16}]", "cascade.one_shot=false"]
+    done = minitron(*arguments, "launch.kind=inline", env=served)
+    assert done.returncode == 0, done.stderr[-3000:]
+    plans = [place / "steps" / number / "plan" / "plan.json" for number in "12"]
+    sizes = [json.loads(path.read_text()) for path in plans]
+    before, after = [[size[name]["ffn"] for size in sizes] for name in ("before", "after")]
+    assert (before[1], after) == (24, [24, 16]) and before[0] > 24
+    report = json.loads((place / "report" / "report.json").read_text())
+    assert list(report["models"]) == ["teacher", "student", "step-1"]
 
 
 def test_a_deployed_cascade_learns_from_the_step_before_where_that_is_asked_for(

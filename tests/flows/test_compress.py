@@ -91,6 +91,7 @@ def test_the_report_is_one_file_with_numbers_and_pictures(finished):
     assert student["parameters"] < report["models"]["teacher"]["parameters"]
 
 
+@pytest.mark.slow
 def test_speeds_are_measured_where_they_are_asked_for(finished, tmp_path, teacher, corpus):
     workspace = shutil.copytree(finished[0], tmp_path / "run")
     before = set((workspace / "results").glob("*.json"))

@@ -248,6 +248,7 @@ def test_cancelling_saves_and_ends_the_training_within_seconds(real_server, long
     cancelled(real_server, workspace, run)
 
 
+@pytest.mark.slow
 def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed_until_it_is_cancelled(
     real_server, worker, long
 ):

@@ -83,6 +83,7 @@ def test_variants_share_one_scoring_and_a_failed_one_costs_no_other(
             sweep(wrong, overrides=overrides)
 
 
+@pytest.mark.slow
 def test_a_budget_is_met_by_the_size_that_learns_best(served, tmp_path, teacher, corpus):
     workspace = tmp_path / "search"
     budget = [

@@ -115,6 +115,7 @@ def test_the_users_mistakes_come_back_as_such(trained, tmp_path, monkeypatch):
     assert failure.value.kind == failures.SLOW and "launch.time_limit" in str(failure.value)
 
 
+@pytest.mark.slow
 def test_several_processes_under_torchrun_and_one_of_them_dies(
     trained, finished, tmp_path, monkeypatch
 ):
@@ -374,6 +375,7 @@ def killed_at_its_job(flow, workspace: Path) -> None:
     flow.wait()
 
 
+@pytest.mark.slow
 def test_a_whole_flow_that_was_killed_waits_for_its_job_and_other_settings_end_it(
     trained, finished, queue, served, tmp_path, teacher, corpus
 ):

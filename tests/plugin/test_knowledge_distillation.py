@@ -16,7 +16,7 @@ from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.trainer import newest_checkpoint
 from nemo_minitron.workspace.training_log import read_log
-from tests.support.chosen_families import CHOSEN
+from tests.support.chosen_families import READ
 from tests.support.models import make_model
 from tests.support.nemo_training import ALL, distillation, run
 
@@ -113,7 +113,7 @@ FITTING = {
 """What some families need beside the usual tiny sizes."""
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", READ)
 def test_every_family_distils_by_hidden_states(tmp_path, name):
     teacher = make_model(tmp_path / "teacher", name, seed=1, **FITTING.get(name, {}))
     attended = Architecture(families()[name], read_config(teacher)).present["heads"][0]

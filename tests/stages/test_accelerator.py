@@ -29,7 +29,7 @@ from nemo_minitron.stages.run import run_stage
 from nemo_minitron.workspace.training_log import read_log
 from tests.support import accelerator
 from tests.support.accelerator import DEVICE, NAME
-from tests.support.chosen_families import CHOSEN
+from tests.support.chosen_families import READ
 from tests.support.models import make_model
 from tests.support.nemo_training import ALL, distillation
 from tests.support.nemo_training import run as trained
@@ -175,7 +175,7 @@ def test_scores_without_float64(both, monkeypatch):
         torch.testing.assert_close(scores(there)[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", READ)
 def test_every_family_is_scored_and_taught(tmp_path, monkeypatch, name):
     monkeypatch.setattr(accelerator, "narrow", True)  # the least that a device can do
     monkeypatch.setattr(wide_matmul, "NARROW", {NAME})

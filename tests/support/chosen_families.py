@@ -4,18 +4,27 @@ A table is proven under each of its configurations, and what stands on tables (s
 every family. That takes seconds for each, and more tables come. Tables are built of few kinds of parts, though: a row's
 axes, what an axis is ranked by, where an activation is read. So ``make test`` takes the fewest families that have every
 kind between them, all of their configurations, and of all others the first configuration, which proves each row that
-the family's models have by default. A table with a part of a new kind is chosen by itself. ``make families`` takes
-what is left; it is slow, and run when tables or what stands on them change.
+the family's models have by default. A table with a part of a new kind is chosen by itself. What scores and distils
+sees of a table only what it reads and how norms and logits are made; for it, fewer families have every kind.
+``make families`` takes what is left; it is slow, and run when tables or what stands on them change.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from nemo_minitron.families import Family
 from tests.support.models import INSTALLED
 
 WHICH = os.environ.get("FAMILIES", "chosen")
 """``chosen``, or ``others``: those that are not."""
+
+
+def read(family: Family) -> set[object]:
+    """The kinds of parts that scoring and distilling see: where activations are read, norms, logits."""
+    found: set[object] = {
+        (name, tap.side, tap.dim) for name, taps in family.taps.items() for tap in taps
+    }
+    return found | {tuple(family.logits), ("norms", family.zero_centred_norms)}
 
 
 def kinds(family: Family) -> set[object]:
@@ -25,14 +34,12 @@ def kinds(family: Family) -> set[object]:
         (axis.name, axis.scope, axis.within, axis.inexact is not None, bool(axis.lists))
         for axis in family.axes.values()
     }
-    found |= {(name, tap.side, tap.dim) for name, taps in family.taps.items() for tap in taps}
-    found |= {("fold", fold.offset != 0) for fold in family.folds} | {tuple(family.logits)}
-    return found | {("norms", family.zero_centred_norms)}
+    return found | {("fold", fold.offset != 0) for fold in family.folds} | read(family)
 
 
-def cover(tables: Mapping[str, Family]) -> Iterator[str]:
+def cover(tables: Mapping[str, Family], kinds_of: Callable[[Family], set[object]]) -> Iterator[str]:
     """The fewest families, but for a few, that have every kind; Llama, the plainest, is the first."""
-    left = {name: kinds(family) for name, family in tables.items()}
+    left = {name: kinds_of(family) for name, family in tables.items()}
     best = "llama"
     while left[best]:
         yield best
@@ -41,9 +48,15 @@ def cover(tables: Mapping[str, Family]) -> Iterator[str]:
         best = max(sorted(left), key=lambda name: len(left[name]))
 
 
-_COVER = sorted(cover(INSTALLED))
-CHOSEN = sorted(INSTALLED.keys() - set(_COVER)) if WHICH == "others" else _COVER
-"""Families that the costly tests take."""
+def _taken(kinds_of: Callable[[Family], set[object]]) -> list[str]:
+    chosen = set(cover(INSTALLED, kinds_of))
+    return sorted(INSTALLED.keys() - chosen if WHICH == "others" else chosen)
+
+
+CHOSEN = _taken(kinds)
+"""Families whose tables the costly tests take."""
+READ = _taken(read)
+"""Families that the costly tests of scoring and distilling take."""
 CASES = [
     (name, number)
     for name, family in sorted(INSTALLED.items())
