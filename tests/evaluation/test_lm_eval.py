@@ -56,6 +56,7 @@ def hub(tmp_path):
         yield hub
 
 
+@pytest.mark.slow
 def test_xlsum_comes_from_the_hub_after_tasks_with_data_of_their_own(hub, teacher, tmp_path):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "data.jsonl").write_text(

@@ -237,7 +237,9 @@ def test_the_baseline_stage_follows_only_when_asked_for(finished):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_the_embedded_server_ends_with_the_run_and_not_before(
     finished, tmp_path, teacher, corpus, how
 ):
@@ -313,6 +315,7 @@ def test_the_run_that_came_first_keeps_the_workspace(tmp_path, teacher, corpus):
     assert not workspace.exists()  # neither of them has made anything
 
 
+@pytest.mark.slow
 def test_surroundings_do_not_keep_the_embedded_server_from_starting(tmp_path):
     """A proxy, a module of the standard library's name, a home that is not there yet."""
     for name in ("tokenize", "random"):

@@ -164,6 +164,7 @@ SLURM = (
 )
 
 
+@pytest.mark.slow
 def test_a_slurm_job_outlives_its_flow_is_requeued_and_goes_on(trained, queue, tmp_path):
     workspace, call = trained
     long = ("trainer.max_steps=100", "trainer.val_check_interval=100")
@@ -426,6 +427,7 @@ def held(imports: str, lock: str) -> subprocess.Popen[bytes]:
     return holder
 
 
+@pytest.mark.slow
 def test_a_stage_whose_flow_is_gone_keeps_its_accelerator(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     workspace, call = trained

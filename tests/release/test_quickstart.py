@@ -78,8 +78,8 @@ def test_a_models_card_runs_nothing_when_its_student_is_exported(given_away, tmp
     ("file", "key"),
     [
         ("teacher/source.json", "given"),
-        ("teacher/source.json", "revision"),
-        ("plan/plan.json", "model_type"),
+        pytest.param("teacher/source.json", "revision", marks=pytest.mark.slow),
+        pytest.param("plan/plan.json", "model_type", marks=pytest.mark.slow),
     ],
 )
 def test_a_workspace_of_somebody_elses_runs_nothing(given_away, tmp_path, file, key):

@@ -396,6 +396,7 @@ def test_a_broken_line_during_a_task_is_worth_another_try(words, capsys, tasks, 
     assert kind_of(failed.value) == TRANSIENT
 
 
+@pytest.mark.slow
 def test_speed_has_the_memory_to_itself_and_a_failing_vllm_is_told_and_tried_again(
     words, tmp_path, monkeypatch, teacher
 ):

@@ -45,7 +45,10 @@ def sources(tmp_path_factory, teacher):
     return found
 
 
-@pytest.mark.parametrize(("kind", "words"), [("gguf", "GGUF, "), ("fp8", "FP8, blocks of 16 x 16")])
+FP8 = pytest.param("fp8", "FP8, blocks of 16 x 16", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("gguf", "GGUF, "), FP8])
 def test_all_stages(tmp_path, sources, corpus, kind, words):
     workspace = tmp_path / "run"
     options = [

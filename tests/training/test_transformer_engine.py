@@ -333,6 +333,7 @@ def test_tokens_are_counted_by_the_rules_of_the_recipe(monkeypatch, name, positi
     assert device.seen == {made.fp8.kind}
 
 
+@pytest.mark.slow
 def test_two_ranks_keep_no_second_copy_and_write_what_they_have_trained(tmp_path):
     """FSDP2 over gloo, stopped behind a checkpoint and gone on with."""
     folder = make_model(tmp_path / "m", "llama", num_key_value_heads=1, **WIDE)
