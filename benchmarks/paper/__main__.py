@@ -73,13 +73,13 @@ def given(folder: Path, data: list[str], steps: int) -> None:
     words = side_by_side.given_words(data)
     lab = Lab(replace(PROFILES["quick"], name="given", seeds=1, words=("evaluate.tasks=[]",)), 0,
               given=(folder.resolve(), words))  # fmt: skip
+    keys = ("pruned", "loss") if steps else ("loss",)
     table = []
     for name, found in side_by_side.measure_given(lab, steps):
-        table.append(
-            (name, *(f"{found[key]:.4f}" if key in found else "" for key in ("pruned", "loss")))
-        )
+        table.append((name, *(f"{found[key]:.4f}" if key in found else "" for key in keys)))
         print(*table[-1], flush=True)
-    print(f"\n{markdown(('', 'after the cut' if steps else '', 'loss'), tuple(table))}")
+    titles = {"pruned": "loss after the cut", "loss": "after training" if steps else "loss"}
+    print(f"\n{markdown(('', *(titles[key] for key in keys)), tuple(table))}")
 
 
 def main() -> int:

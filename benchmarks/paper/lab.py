@@ -248,6 +248,7 @@ class Lab:
         if model.criterion in criteria.ROTATED:
             source = self._rotated(source, model)
         steps, words = max(1, model.steps), list(model.teach)
+        warmup = min(20, max(1, steps // 6))
         if model.taught_by is not None:
             words.append(f"distill.teacher={self.folder(model.taught_by)}")
         elif model.criterion in criteria.ROTATED:
@@ -259,7 +260,7 @@ class Lab:
                 f"distill.seed={self.seed}", f"pretrain.seed={self.seed + 1000 * model.scratch}",
                 f"trainer.max_steps={steps}", f"trainer.val_check_interval={max(1, steps // 8)}",
                 f"exp_manager.checkpoint_callback_params.every_n_train_steps={max(100, steps // 8)}",
-                f"optim.sched.warmup_steps={min(20, max(1, steps // 6))}",
+                *(f"{part}optim.sched.warmup_steps={warmup}" for part in ("", "pretrain.")),
                 f"correct.enabled={bool(model.corrected)}",
                 f"correct.trainer.max_steps={max(1, model.corrected)}",
                 f"correct.trainer.val_check_interval={max(1, model.corrected)}",
@@ -298,7 +299,7 @@ class Lab:
 
     def _name(self, model: Model) -> str:
         """A hash of everything that decides a model."""
-        given = str(self.given) if self.given else ""
+        given = [open_checkpoint(self.given[0]).fingerprint, *self.given[1]] if self.given else []
         every = (
             asdict(model),
             self.profile.words,

@@ -81,6 +81,11 @@ below minus the bound, and is *not visible at this scale* else. Losses are held-
 the papers of [papers](papers.md). With many claims some verdicts of a rule at 95 % are chance.
 
 Small scripts without our package look for contradictions of our making: `benchmarks/paper/checks/`.
+
+A model of your own, its neurons cut to two thirds by each technique's criterion, 48 x 512 calibration tokens of a text of yours:
+`python -m benchmarks.paper --model FOLDER --data FILE ...` (`--steps 100` distils, too). Seen so with SmolLM2-135M (ffn 1536 to 1024, mixed
+prose), held-out loss before any training: teacher 3.481, ours 4.414, Model-Optimizer 0.43 itself 4.452, magnitude 13.31. The row
+`model-optimizer` is its published formula, which gives the ranking of ours; the rest of the difference is how it is run.
 """
 
 
@@ -93,13 +98,14 @@ def _profile(name: str) -> str:
         words["distill.batch_size"],
     )
     teacher = words["pretrain.trainer.max_steps"]
+    named = [(kind, of) for kind, of in profile.sizes.items() if kind != "glu"]
     return (
         f"Teachers: Nemotron (squared ReLU) with {model['num_hidden_layers']} layers of width {model['hidden_size']}, "
         f"{model['intermediate_size']} neurons, {model['num_attention_heads']} heads in {model['num_key_value_heads']} groups, "
         f"vocabulary {model['vocab_size']}; side by side a Llama with {profile.models['llama']['intermediate_size']} neurons. "
         f"{profile.seeds} seeds, each a teacher of its own ({int(teacher):,} steps of {batch} x {length} tokens of the standard library). "
         f"Students: {profile.steps} steps, {profile.short} where many variants are compared, on the same batches. "
-        f"Sizes: {'; '.join(f'{kind} {_sizes(of)}' for kind, of in profile.sizes.items())}."
+        f"Cuts: {', '.join(f'{kind} ({_sizes(of)})' for kind, of in named)}; side by side, one axis at a time, {_sizes(profile.sizes['glu'])}."
     )
 
 

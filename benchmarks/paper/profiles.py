@@ -65,7 +65,7 @@ def _words(
         f"data.calibration.samples={samples}", f"data.validation.samples={samples}",
         f"pretrain.batch_size={batch}", f"distill.batch_size={batch}", f"correct.batch_size={batch}",
         f"pretrain.trainer.max_steps={teacher_steps}", f"pretrain.trainer.val_check_interval={teacher_steps}",
-        f"pretrain.optim.lr={1.5 * rate}", f"optim.lr={rate}", f"optim.sched.min_lr={rate / 20}",
+        f"pretrain.optim.lr={1.5 * rate}", f"correct.optim.lr={1.5 * rate / 5}", f"optim.lr={rate}", f"optim.sched.min_lr={rate / 20}",
         f"pretrain.optim.sched.warmup_steps={max(1, teacher_steps // 10)}",
         "trainer.enable_progress_bar=false", "evaluate.speed=false", "evaluate.tasks=[]",
     )  # fmt: skip
