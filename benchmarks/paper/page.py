@@ -85,7 +85,7 @@ Small scripts without our package look for contradictions of our making: `benchm
 A model of your own, its neurons cut to two thirds by each technique's criterion, 48 x 512 calibration tokens of a text of yours:
 `python -m benchmarks.paper --model FOLDER --data FILE ...` (`--steps 100` distils, too). Seen so with SmolLM2-135M (ffn 1536 to 1024, mixed
 prose), held-out loss before any training: teacher 3.481, ours 4.414, Model-Optimizer 0.43 itself 4.452, magnitude 13.31. The row
-`model-optimizer` is its published formula, which gives the ranking of ours; the rest of the difference is how it is run.
+`model-optimizer` is its published formula, which gives the ranking of ours on the same samples; why Model-Optimizer itself came out otherwise has not been traced.
 """
 
 
