@@ -6,6 +6,7 @@ What has been measured is kept in runs/paper/PROFILE and not measured again; a r
 import argparse
 import datetime
 import importlib
+import json
 import platform
 import sys
 import time
@@ -20,7 +21,7 @@ from benchmarks.paper.lab import ROOT, Lab, OutOfTime
 from benchmarks.paper.page import EXPERIMENTS, result_path
 from benchmarks.paper.profiles import PROFILES, Profile
 from nemo_minitron.evaluation.report import markdown
-from nemo_minitron.workspace.manifest import write_json
+from nemo_minitron.workspace.atomic import replacing
 
 
 def machine(profile: Profile) -> str:
@@ -61,11 +62,30 @@ def _write(name: str, profile: Profile, rows: dict[str, list[dict[str, Any]]]) -
         and rows.keys() <= before.keys()
     ):
         return  # what an earlier run has written is not taken back while this one catches up
-    written = {
+    told = {
         "experiment": name, "profile": profile.name, "machine": machine(profile),
-        "date": datetime.date.today().isoformat(), "torch": torch.__version__, "rows": rows,
+        "date": datetime.date.today().isoformat(), "torch": torch.__version__,
     }  # fmt: skip
-    write_json(path, written)
+    lines = [  # a line for each variant and seed
+        f"  {json.dumps(variant)}: [\n   "
+        + ",\n   ".join(json.dumps(_short(row)) for row in of)
+        + "]"
+        for variant, of in rows.items()
+    ]
+    head = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in told.items())
+    with replacing(path) as temporary:
+        temporary.write_text(
+            f'{{\n{head} "rows": {{\n' + ",\n".join(lines) + "}}\n", encoding="utf-8"
+        )
+
+
+def _short(value: Any) -> Any:
+    """Numbers with seven digits."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, list):
+        return [_short(each) for each in value]
+    return {key: _short(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def given(folder: Path, data: list[str], steps: int) -> None:
