@@ -18,7 +18,7 @@ def curves(
     drawn: Mapping[str, Any], along: str, title: str = "", floor: float | None = None
 ) -> Any:
     """Losses along trainings, one line each; ``floor``: the teacher's."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    figure, axes = plt.subplots(figsize=(7.6, 3.6))
     kinds = list(dict.fromkeys(name.split(",")[0] for name in drawn))
     for name, row in drawn.items():
         points = ([[0, row["pruned"]]] if "pruned" in row and row["pruned"] < 7 else []) + row[
@@ -32,7 +32,7 @@ def curves(
         axes.annotate(title, (0, floor), fontsize=7, color="#666666", va="bottom")
     axes.set_xlabel(along)
     axes.set_ylabel("held-out loss, nats per token")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _clean(figure, axes)
 
 
@@ -50,7 +50,9 @@ def against_tokens(rows: Mapping[str, Sequence[Any]], multiples: Sequence[int]) 
             student["loss"], color=colour, linestyle="--", linewidth=1, label=f"pruned, seed {seed}"
         )
     axes.set_xscale("log")
+    axes.set_xlim(0.9, 1.1 * max(multiples))
     axes.set_xticks(multiples, [f"{m} x" for m in multiples])
+    axes.minorticks_off()
     axes.set_xlabel("tokens, as a multiple of the student's")
     axes.set_ylabel("held-out loss, nats per token")
     axes.legend(fontsize=7, frameon=False)
@@ -58,37 +60,34 @@ def against_tokens(rows: Mapping[str, Sequence[Any]], multiples: Sequence[int]) 
 
 
 def before_and_after(rows: Mapping[str, Sequence[Any]]) -> Any:
-    """A row per way: loss right after the cut (hollow) and after training (filled), a dot per seed."""
+    """A line per way: loss right after the cut on the left, after training on the right; a dot per seed, a bar their mean."""
     names = [name for name, of in rows.items() if of and "pruned" in of[0]]
-    figure, axes = plt.subplots(figsize=(6.4, 0.8 + 0.24 * len(names)))
-    for line, name in enumerate(names):
-        for key, face in (("pruned", "none"), ("loss", _COLOURS[0])):
-            values = [row[key] for row in rows[name]]
-            axes.scatter(
-                values,
-                [line] * len(values),
-                s=16,
-                facecolors=face,
-                edgecolors=_COLOURS[0],
-                linewidths=0.8,
-            )
+    figure, both = plt.subplots(1, 2, figsize=(7.6, 0.9 + 0.2 * len(names)), sharey=True)
+    ours = any("ours" in name for name in names)
+    for axes, key, title in zip(
+        both, ("pruned", "loss"), ("right after the cut", "after training"), strict=True
+    ):
+        for line, name in enumerate(names):
+            colour = _COLOURS[0] if not ours or "ours" in name else _COLOURS[5]
+            values = [row[key] for row in rows[name] if key in row]
+            axes.scatter(values, [line] * len(values), s=10, color=colour, linewidths=0)
             axes.plot(
                 [statistics.fmean(values)] * 2,
-                [line - 0.3, line + 0.3],
-                color=_COLOURS[0],
-                linewidth=0.8,
+                [line - 0.35, line + 0.35],
+                color=colour,
+                linewidth=1,
             )
-    if rows.get("teacher"):
-        mean = statistics.fmean(row["loss"] for row in rows["teacher"])
-        axes.axvline(mean, color="#999999", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names, fontsize=7)
-    axes.invert_yaxis()
-    axes.grid(axis="x", color="#eeeeee")
-    axes.set_axisbelow(True)
-    axes.set_xlabel(
-        "held-out loss: hollow right after the cut, filled after training; grey: the teacher"
-    )
-    return _clean(figure, axes)
+        if rows.get("teacher"):
+            mean = statistics.fmean(row["loss"] for row in rows["teacher"])
+            axes.axvline(mean, color="#999999", linewidth=0.8, linestyle=":")
+        axes.grid(axis="both", color="#eeeeee")
+        axes.set_axisbelow(True)
+        axes.set_xlabel(f"held-out loss {title}; dotted: the teacher")
+        _clean(figure, axes)
+    both[0].set_yticks(range(len(names)), names, fontsize=7)
+    both[0].invert_yaxis()
+    figure.tight_layout()
+    return figure
 
 
 def _clean(figure: Any, axes: Any) -> Any:
