@@ -142,6 +142,14 @@ def main() -> int:
                 f"{name}: {args.minutes:g} minutes are over; the same command goes on", flush=True
             )
             break
+        except RuntimeError as error:
+            from nemo_minitron.training.preemption import Preempted, TimeOver
+
+            if not isinstance(error, Preempted):
+                raise
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            refused += not isinstance(error, TimeOver)
+            break
         except ValueError as error:
             refused += 1
             print(f"{name}: {error}", file=sys.stderr, flush=True)

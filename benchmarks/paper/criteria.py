@@ -54,7 +54,7 @@ def write(name: str, config: Config) -> None:
         sizes = architecture.sizes
         found = CRITERIA[name](folder, samples_of(config, folder))
         shapes = {a: score_shape(architecture.family, sizes, a) for a in architecture.prunable}
-        kept = {axis: value.reshape(shapes[axis]) for axis, value in found.items()}
+        kept = {axis: value.cpu().reshape(shapes[axis]) for axis, value in found.items()}
         write_scores(temporary, Scores(kept))
 
     settings = {"importance": name, "samples": config.data.calibration.samples}
@@ -71,6 +71,11 @@ def samples_of(config: Config, folder: Path) -> Tensor:
         own.samples,
         own.seed,
     ).tokens_NS
+
+
+def _loaded(folder: Path) -> Any:
+    model = load_model(folder, dtype=torch.float32)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _layers(model: Any) -> Any:
@@ -95,18 +100,19 @@ def _with_inputs(
     ]
     with torch.no_grad():
         for batch_BS in tokens_NS.split(_BATCH):
-            model(batch_BS[:, :-1], use_cache=False)
+            model(batch_BS[:, :-1].to(model.device), use_cache=False)
     for handle in handles:
         handle.remove()
 
 
 def _taylor(folder: Path, tokens_NS: Tensor) -> dict[str, Tensor]:
     """LLM-Pruner: |w dL/dw|, summed over a group."""
-    model = load_model(folder, dtype=torch.float32)
+    model = _loaded(folder)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     batches = tokens_NS.split(_BATCH)
     for batch_BS in batches:
+        batch_BS = batch_BS.to(model.device)
         (model(batch_BS, labels=batch_BS, use_cache=False).loss / len(batches)).backward()
 
     def salience(module: Any) -> Tensor:
@@ -142,7 +148,7 @@ def _inputs(model: Any) -> dict[tuple[str, int], Any]:
 
 def _fluctuation(folder: Path, tokens_NS: Tensor) -> dict[str, Tensor]:
     """FLAP: variance of the input feature times the squared norm of its column."""
-    model = load_model(folder, dtype=torch.float32)
+    model = _loaded(folder)
     modules = _inputs(model)
     sums: dict[Any, list[Tensor]] = {}
 
@@ -165,7 +171,7 @@ def _fluctuation(folder: Path, tokens_NS: Tensor) -> dict[str, Tensor]:
 
 def _peak_to_peak(folder: Path, _tokens_NS: Tensor) -> dict[str, Tensor]:
     """optipfair: max w + |min w| of a neuron's rows of gate and up."""
-    model, rows = load_model(folder, dtype=torch.float32), []
+    model, rows = _loaded(folder), []
     for layer in _layers(model):
         by = _projections(layer)
         weights = [
@@ -177,7 +183,7 @@ def _peak_to_peak(folder: Path, _tokens_NS: Tensor) -> dict[str, Tensor]:
 
 def _model_optimizer(folder: Path, tokens_NS: Tensor) -> dict[str, Tensor]:
     """Model-Optimizer's mcore_minitron: mean over positions, l2 over samples."""
-    model = load_model(folder, dtype=torch.float32)
+    model = _loaded(folder)
     squares: dict[Any, Tensor] = {}
 
     def see(key: Any, x_BSU: Tensor) -> None:
@@ -208,7 +214,7 @@ def rotated(source: Path, target: Path, hidden: int, tokens: Callable[[], Tensor
     """
     if (target / "components.json").is_file():
         return target
-    model = load_model(source, dtype=torch.float32)
+    model = _loaded(source)
     for layer in _layers(model):  # gains go into what reads behind the norm
         for norm, readers in (
             (layer.input_layernorm, ("q_proj", "k_proj", "v_proj")),
@@ -220,7 +226,7 @@ def rotated(source: Path, target: Path, hidden: int, tokens: Callable[[], Tensor
     model.lm_head.weight.data.mul_(model.model.norm.weight.data)
     model.model.norm.weight.data.fill_(1.0)
     width = model.config.hidden_size
-    covariance = torch.zeros(width, width, dtype=torch.float64)
+    covariance = torch.zeros(width, width, dtype=torch.float64, device=model.device)
 
     def see(_key: Any, x_BSH: Tensor) -> None:
         covariance.add_(x_BSH.flatten(0, 1).T @ x_BSH.flatten(0, 1))

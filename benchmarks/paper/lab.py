@@ -8,7 +8,6 @@ experiments share what they have in common, and what has been measured is not me
 import hashlib
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -155,10 +154,13 @@ class Lab:
         config = self.measuring(text)
         if (family, text) not in self._kinds:
             self._kinds[family, text] = validation_samples(config, load_tokenizer(folder))
-        device = "cuda" if config.trainer["accelerator"] == "gpu" else "cpu"
-        with frozen(load_model(folder).to(device)) as loaded:
+        with frozen(self._loaded(folder)) as loaded:
             samples_NS = self._kinds[family, text]
             return held_out_loss(loaded, open_checkpoint(folder).family, samples_NS, 16)
+
+    def _loaded(self, folder: Path) -> Any:
+        on_gpu = self.measuring().trainer["accelerator"] == "gpu"
+        return load_model(folder).to("cuda" if on_gpu else "cpu")
 
     def measuring(self, text: str = "code") -> Config:
         """A configuration to measure with, made once."""
@@ -174,7 +176,7 @@ class Lab:
 
         folder = self.folder(model)
         config = self.measuring(model.text)
-        with tempfile.TemporaryDirectory() as name, frozen(load_model(folder)) as loaded:
+        with tempfile.TemporaryDirectory() as name, frozen(self._loaded(folder)) as loaded:
             write_held_out_tasks(plain(documents(validation_text(config))), Path(name), self.seed)
             found = run_task(
                 loaded, load_tokenizer(folder), "held_out_choice", None, Path(name),
@@ -212,10 +214,6 @@ class Lab:
         if not (made / "manifest.json").is_file():
             run_stage("pretrain", config)
         return made / "hf"
-
-    def scores(self, model: Model) -> Path:
-        """The folder of the scores that a cut is decided by."""
-        return Workspace(self._scored(model)).scores
 
     def _corrected(self, model: Model) -> Path:
         return Workspace(self._scored(model)).correct / "hf"
@@ -264,6 +262,7 @@ class Lab:
                 f"correct.enabled={bool(model.corrected)}",
                 f"correct.trainer.max_steps={max(1, model.corrected)}",
                 f"correct.trainer.val_check_interval={max(1, model.corrected)}",
+                f"correct.optim.sched.warmup_steps={min(20, max(1, model.corrected // 6))}",
                 f"correct.seed={self.seed}", *model.cut, *words,
             ],
             model.text,
@@ -293,9 +292,18 @@ class Lab:
             "demo",
             [
                 f"workspace={self.root / workspace}", *(f"plan.{axis}=null" for axis in AXES),
-                *self.profile.words, *own, *words,
+                *self.profile.words, *own, *words, *self._limit(),
             ],
         )  # fmt: skip
+
+    def _limit(self) -> list[str]:
+        """How long a training may take: what is left of the piece, but at least half a minute."""
+        if self.ends is None:
+            return []
+        left = max(30, round(self.ends - time.monotonic()))
+        return [
+            f"+exp_manager.max_time_per_run='00:{left // 3600:02}:{left // 60 % 60:02}:{left % 60:02}'"
+        ]
 
     def _name(self, model: Model) -> str:
         """A hash of everything that decides a model."""
@@ -321,10 +329,6 @@ class Lab:
                 target.mkdir(exist_ok=True)
             if target.exists() and not link.is_symlink():
                 link.symlink_to(os.path.relpath(target, workspace), target_is_directory=True)
-
-    def tidy(self, model: Model) -> None:
-        """Removes a trained model that no other is made from; its measurement stays."""
-        shutil.rmtree(self._place("model", model), ignore_errors=True)
 
 
 def _parts(word: str) -> list[str]:

@@ -80,6 +80,9 @@ where the claim is right. It *holds* where the mean is above the one-sided 95 % 
 below minus the bound, and is *not visible at this scale* else. Losses are held-out cross-entropy in nats per token; [P1] and [P2] are
 the papers of [papers](papers.md). With many claims some verdicts of a rule at 95 % are chance.
 
+`--profile night` takes longer, `--profile gpu` trains teachers of 100 M parameters on a GPU; with `--minutes 8` a call ends in time, and the
+same call goes on where it was. What has been trained lies in `runs/paper/PROFILE`.
+
 Small scripts without our package look for contradictions of our making: `benchmarks/paper/checks/`.
 
 A model of your own, its neurons cut to two thirds by each technique's criterion, 48 x 512 calibration tokens of a text of yours:
