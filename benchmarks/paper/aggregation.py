@@ -3,7 +3,7 @@
 Protocol: the width cut by each of the nine pairs (over samples / over positions), by magnitude and by chance; the cut of
 neurons alone by activations behind the activation function and before it, by magnitude and by chance. Held-out loss
 right after the cut, and after a short distillation on the same samples.
-Claim: [P1] best practice 2 and table 10: l2 over samples with mean over positions; importance beats chance.
+Claim: [P1] best practice 2, table 13 (right after the cut), figure 5 (after retraining): l2 over samples with mean over positions; importance beats chance.
 The literal reading of [P1] takes neurons before the activation function; ours is behind it.
 """
 
@@ -20,14 +20,14 @@ _PAIRS = [
 _OTHERS = tuple(
     f"{batch} / {sequence}" for batch, sequence in _PAIRS if (batch, sequence) != ("l2", "mean")
 )
-_AGAIN = "[P1] table 10: l2 / mean is best, before and after retraining"
+_AGAIN = "[P1] table 13 and figure 5: l2 / mean is best, before and after retraining"
 CLAIMS = (
     Claim("l2 over samples with mean over positions is the best of nine pairs, right after the cut", _AGAIN,
           "l2 / mean", _OTHERS, "pruned"),
     Claim("and after retraining", _AGAIN, "l2 / mean", _OTHERS),
-    Claim("Activations beat chance, right after the cut", "[P1] section 4: random pruning is far worse",
+    Claim("Activations beat chance, right after the cut", "[P1] section 2.2: units are ranked by activations",
           "l2 / mean", ("random",), "pruned"),
-    Claim("and after retraining", "[P1] section 4", "l2 / mean", ("random",)),
+    Claim("and after retraining", "[P1] section 2.2", "l2 / mean", ("random",)),
     Claim("Activations beat weights' magnitude, right after the cut", "[P1] section 2.2", "l2 / mean",
           ("magnitude",), "pruned"),
     Claim("and after retraining", "[P1] section 2.2", "l2 / mean", ("magnitude",)),
@@ -35,9 +35,9 @@ CLAIMS = (
           "against the literal [P1] section 2.2; Model-Optimizer reads behind it",
           "neurons, post-activation", ("neurons, pre-activation",), "pruned"),
     Claim("and after retraining", "the same", "neurons, post-activation", ("neurons, pre-activation",)),
-    Claim("Neurons by activation beat chance, right after the cut", "[P1] section 4", "neurons, post-activation",
+    Claim("Neurons by activation beat chance, right after the cut", "[P1] section 2.2", "neurons, post-activation",
           ("neurons, random",), "pruned"),
-    Claim("and after retraining", "[P1] section 4", "neurons, post-activation", ("neurons, random",)),
+    Claim("and after retraining", "[P1] section 2.2", "neurons, post-activation", ("neurons, random",)),
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Protocol: a teacher of Python meets C++ headers. The width cut is distilled on headers by the teacher as it is, and by the
 teacher trained on with headers first (then it is what is cut, too); and the cut of the uncorrected teacher is taught by
 the corrected one. Measured on held-out headers.
-Claim: [P2] section 2 and figure 4: correction lowers the student's loss by more than 6 %; cutting before or after it
+Claim: [P2] section 2: correction lowers the student's loss by more than 6 %; cutting before or after it
 makes no difference.
 """
 
@@ -17,7 +17,7 @@ TITLE = "Teacher correction"
 CLAIMS = (
     Claim("A corrected teacher makes a better student", "[P2] section 2", "corrected", ("as it was",)),
     Claim("by more than 6 % of the loss", "[P2] section 2: more than 6 %", "gain", (), "percent", True, least=6.0),
-    Claim("Whether the model is cut before the correction does not matter (± 0.02)", "[P2] figure 4",
+    Claim("Whether the model is cut before the correction does not matter (± 0.02)", "[P2] section 2",
           "cut before, taught by the corrected", ("corrected",), margin=0.02),
 )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 Protocol: at once with N steps of distillation; in two cuts with N / 2 steps each, where the second student learns from
 the first teacher or from the model in between. Held-out loss at the end.
-Claims: SlimQwen (arXiv 2605.08738): progressive beats one shot at equal tokens. [P1] section 4: the smallest of the
+Claims: [P1] table 11, SlimQwen (arXiv 2605.08738): progressive beats one shot at equal tokens. [P1]: the smallest of the
 family, cut from the middle one, learns better from the largest.
 """
 
@@ -14,9 +14,9 @@ from benchmarks.paper.verdict import Claim
 
 TITLE = "In one cut or in two"
 CLAIMS = (
-    Claim("Two cuts beat one at equal tokens", "arXiv 2605.08738", "in two cuts, taught by the first",
+    Claim("Two cuts beat one at equal tokens", "[P1] table 11: 15B to 8B to 4B; arXiv 2605.08738", "in two cuts, taught by the first",
           ("in one cut",)),
-    Claim("The first teacher is better than the model in between", "[P1] section 4: 15B better than 8B for the 4B",
+    Claim("The first teacher is better than the model in between", "[P1]: for the 4B the 15B is better than the 8B",
           "in two cuts, taught by the first", ("in two cuts, taught by the middle",)),
 )  # fmt: skip
 

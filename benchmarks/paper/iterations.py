@@ -1,7 +1,7 @@
 """Whether scoring again on the way pays: T = 1, 2, 4 rounds of score and cut.
 
 Protocol: the width cut in T rounds without training between them, then the same short distillation.
-Claim: [P1] best practice 3 and section 2.2: iterative importance does not pay. Equal means: within 0.02 nats.
+Claim: [P1] best practice 3, section 2.2, table 14: iterative importance does not pay. Equal means: within 0.02 nats.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from benchmarks.paper.lab import Lab, Model, to
 from benchmarks.paper.verdict import Claim
 
 TITLE = "One shot against iterative importance"
-_SAME = "[P1] best practice 3: no benefit"
+_SAME = "[P1] best practice 3, table 14: no benefit after retraining"
 CLAIMS = (
     Claim("Two rounds give the same as one, after retraining (± 0.02)", _SAME, "T = 2", ("T = 1",), margin=0.02),
     Claim("Four rounds give the same as one, after retraining (± 0.02)", _SAME, "T = 4", ("T = 1",), margin=0.02),

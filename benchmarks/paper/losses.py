@@ -3,7 +3,7 @@
 Protocol: the width cut (and, for hidden states, the depth cut) is trained on the same samples with each loss. Top-k keeps
 one bucket for the rest (``topk_kl``); without that bucket the loss is 0 where the student moves mass to the tail, so that
 we do not offer it: benchmarks/paper/checks/topk_tail.py trains with and without it in plain torch.
-Claims: [P1] section 3, best practices 5 to 7, tables 14 to 16. Equal means: within 0.02 nats.
+Claims: [P1] section 3, best practices 5 to 7, tables 15 to 18, appendix A.3. Equal means: within 0.02 nats.
 """
 
 from collections.abc import Iterator
@@ -29,17 +29,17 @@ _WAYS: dict[str, tuple[str, ...]] = {
     "forward KL + hidden states": (_STATES,),
 }
 CLAIMS = (
-    Claim("Distillation beats cross-entropy", "[P1] best practice 5, table 15", "forward KL", ("cross-entropy alone",)),
-    Claim("Forward KL beats reverse KL", "[P1] table 14", "forward KL", ("reverse KL",)),
-    Claim("Forward KL beats mean squared error and cosine", "[P1] table 14", "forward KL",
+    Claim("Distillation beats cross-entropy", "[P1] best practice 5, table 11", "forward KL", ("cross-entropy alone",)),
+    Claim("Forward KL beats reverse KL", "[P1] tables 15 and 16", "forward KL", ("reverse KL",)),
+    Claim("Forward KL beats mean squared error and cosine", "[P1] tables 15 and 16", "forward KL",
           ("mean squared error", "cosine")),
-    Claim("Adding cross-entropy does not help (KL alone is better, or ± 0.02 equal)", "[P1] best practice 7, table 15",
+    Claim("Adding cross-entropy does not help (KL alone is better, or ± 0.02 equal)", "[P1] best practice 7, tables 17 and 18",
           "forward KL", ("forward KL + cross-entropy",), margin=0.02, one_sided=True),
-    Claim("Temperature 1 beats 0.5 and 3", "[P1] section 3: best of {0.1, 0.5, 1, 3}", "forward KL",
+    Claim("Temperature 1 beats 0.5 and 3", "[P1] A.3: best of {0.1, 0.5, 1, 3}", "forward KL",
           ("temperature 0.5", "temperature 3")),
-    Claim("Few entries of the teacher hurt", "[P1] section 3: k up to 100 clearly hurts", "forward KL",
+    Claim("Few entries of the teacher hurt", "[P1] A.3: k up to 100 clearly hurts", "forward KL",
           ("top 10 and the rest",)),
-    Claim("Hidden states do not help after a cut in width (± 0.02)", "[P1] best practices 6 and 7", "forward KL",
+    Claim("Hidden states do not help after a cut in width (± 0.02)", "[P1] best practices 6 and 7, tables 17 and 18", "forward KL",
           ("forward KL + hidden states",), margin=0.02, one_sided=True),
     Claim("They help where much depth was removed", "[P1] best practice 6", "depth, forward KL + hidden states",
           ("depth, forward KL",)),
