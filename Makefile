@@ -8,7 +8,7 @@
 # make nemo27  transforms, distillation and users' scripts on NeMo 2.7.3
 # make fuzz    thousands of damaged inputs: no traceback, nothing outside the workspace, nothing that hangs
 # make bench   speed and memory against references, as ratios
-# make paper   toy-scale counterparts of the papers' claims, several seeds (slow)
+# make paper   the papers' claims at toy scale, several seeds, into docs/paper.md; PROFILE=night, PIECES=depth for others
 # make gpu     checks and measurements on a GPU; PIECES=loss for one of them (python -m benchmarks.gpu --help)
 
 PYTHON ?= python3
@@ -96,9 +96,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.prune
 	$(BIN)/python -m benchmarks.distill
 
+PROFILE ?= quick
 paper: setup
-	$(BIN)/python -m benchmarks.importance
-	$(BIN)/python -m benchmarks.paper
+	$(BIN)/python -m benchmarks.paper $(PIECES) --profile $(PROFILE)
 
 gpu: setup
 	$(BIN)/python -m benchmarks.gpu $(PIECES)

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.demo_teacher import loss
 from benchmarks.duel import RESULTS
-from benchmarks.importance import loss
 from nemo_minitron.config.compose import load_config
 from nemo_minitron.config.config import Config
 from nemo_minitron.evaluation.report import markdown

@@ -2,7 +2,7 @@
 
 Losses on hidden states, a mix with cross-entropy, teachers of whom a few entries per token lie on disk, and
 optipfair's distillation where it is installed (``pip install --no-deps optipfair``), each against forward KL from
-the teacher beside the student. The teacher is trained on the standard library and stays in runs/paper.
+the teacher beside the student. The teacher is trained on the standard library and stays in runs/teachers.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.demo_teacher import ROOT, teacher
 from benchmarks.duel import RESULTS
-from benchmarks.importance import ROOT, teacher
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.config.compose import load_config
 from nemo_minitron.config.config import Config

@@ -1,0 +1,81 @@
+"""What the page of the papers' claims rests on: the rule of a verdict, and the claims' own names."""
+
+import importlib
+
+import pytest
+
+from benchmarks.paper.checks.flops import MODELS, step
+from benchmarks.paper.family_cost import paper_flops
+from benchmarks.paper.page import EXPERIMENTS
+from benchmarks.paper.profiles import PROFILES
+from benchmarks.paper.token_factor import factor
+from benchmarks.paper.verdict import FAILS, HOLDS, UNSEEN, Claim, judge
+
+
+def rows(ours: list[float], theirs: list[float]) -> dict[str, list[dict[str, float]]]:
+    return {"ours": [{"loss": x} for x in ours], "theirs": [{"loss": x} for x in theirs]}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "margin", "one_sided", "verdict"),
+    [
+        ([3.0, 3.2, 3.1], [3.5, 3.6, 3.55], None, False, HOLDS),
+        ([3.5, 3.6, 3.55], [3.0, 3.2, 3.1], None, False, FAILS),
+        ([3.0, 3.2, 3.1], [3.5, 3.1, 3.0], None, False, UNSEEN),
+        ([3.0], [3.5], None, False, UNSEEN),
+        ([3.0, 3.2, 3.1], [3.001, 3.2, 3.102], 0.02, False, HOLDS),
+        ([3.0, 3.2, 3.1], [3.5, 3.6, 3.55], 0.02, False, FAILS),
+        ([3.0, 3.2, 3.1], [3.5, 3.6, 3.55], 0.02, True, HOLDS),
+        ([3.5, 3.6, 3.55], [3.0, 3.2, 3.1], 0.02, True, FAILS),
+        ([3.0, 3.2, 3.1], [3.03, 3.2, 3.08], 0.02, False, UNSEEN),
+    ],
+)
+def test_a_verdict_needs_a_difference_beyond_its_spread(ours, theirs, margin, one_sided, verdict):
+    claim = Claim("", "", "ours", ("theirs",), margin=margin, one_sided=one_sided)
+    found = judge(claim, rows(ours, theirs))
+    assert found is not None and found.verdict == verdict
+
+
+def test_of_several_variants_the_best_of_each_seed_counts():
+    every = {**rows([3.0, 3.0], [3.5, 3.1]), "third": [{"loss": 3.1}, {"loss": 3.4}]}
+    found = judge(Claim("", "", "ours", ("theirs", "third")), every)
+    assert found is not None and found.values == pytest.approx((0.1, 0.1))
+
+
+def test_a_claim_without_its_variants_is_not_judged():
+    assert judge(Claim("", "", "ours", ("missing",)), rows([3.0], [3.1])) is None
+
+
+def test_the_token_factor_lies_between_the_two_around_the_loss():
+    found = factor([(1, 4.0), (4, 3.5), (16, 3.0)], 3.25)
+    assert found == {"factor": pytest.approx(8.0), "reached": 1.0}
+    assert factor([(1, 4.0), (4, 3.5)], 3.0) == {"factor": 4.0, "reached": 0.0}
+
+
+def test_our_counter_says_what_the_papers_sizes_cost_by_hand():
+    for causal, attended in ((False, 4096), (True, 2048)):
+        found = paper_flops(causal)
+        assert found == {name: step(*sizes, attended) for name, sizes in MODELS.items()}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_width_depth_and_both_are_of_one_size(profile):
+    from nemo_minitron.families import Architecture, families
+    from nemo_minitron.pruning.cost import count_tensors, sums
+
+    own = PROFILES[profile]
+    model = Architecture(families()["nemotron"], own.models["nemotron"])
+    counts = count_tensors(model)
+    found = []
+    for name in ("width", "depth", "both"):
+        sizes = {**model.sizes, **own.sizes[name]}
+        layers = sizes["layers"] / model.sizes["layers"]
+        whole = sums(counts, sizes)
+        found.append(whole["non_embedding"] * layers + whole["parameters"] - whole["non_embedding"])
+    assert max(found) < 1.02 * min(found)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_says_what_it_does(name):
+    module = importlib.import_module(f"benchmarks.paper.{name}")
+    assert module.__doc__ and "Protocol:" in module.__doc__ and module.TITLE and module.CLAIMS
