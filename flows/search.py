@@ -27,6 +27,8 @@ from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
 from nemo_minitron.launch.launcher import hold_workspace
 from nemo_minitron.pruning.budget import needs_latency
 from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.head_merge import check_head_merge_of_search, merges
+from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.pruning.serving import served
 from nemo_minitron.pruning.shortlist import rank_correlation
 from nemo_minitron.pruning.size_search import (
@@ -37,7 +39,7 @@ from nemo_minitron.pruning.size_search import (
     rungs,
     whole_choices,
 )
-from nemo_minitron.pruning.target_sizes import explicit_targets
+from nemo_minitron.pruning.target_sizes import NOT_OF_A_SIZE, explicit_targets
 from nemo_minitron.stages.candidates import measured_tasks
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.result import Result
@@ -112,9 +114,7 @@ def search(
         results = []
         if compress_best:
             chosen = from_dict(as_dict(checked))
-            for name, size in sizes.items():
-                setattr(chosen.plan, name, size)
-            chosen.plan.budget = BudgetConfig()
+            _cut_to(chosen, sizes, checked)
             results = run_stages(list(steps(chosen)), chosen)
     return results
 
@@ -208,7 +208,7 @@ def _correlations(
 def _nearest(config: Config) -> list[Candidate]:
     """The sizes nearest to the target, where none is screened."""
     budget = config.plan.budget
-    asked = [name for name in explicit_targets(config.plan) if name != "layer_choice"]
+    asked = [name for name in explicit_targets(config.plan) if name not in NOT_OF_A_SIZE]
     if budget.params is None:
         raise ValueError(
             "plan.budget.params: expected how large the model may be, as in 4e9, found null"
@@ -217,6 +217,7 @@ def _nearest(config: Config) -> list[Candidate]:
         raise ValueError(f"plan.{asked[0]}: either sizes or plan.budget.params, found both")
     folder, _ = teacher_folder(config)
     checkpoint = open_checkpoint(folder)
+    check_head_merge_of_search(checkpoint.architecture, config.plan.head_merge)
     model = served(checkpoint.architecture, config.plan.serve)
     whole = getattr(model_size(model), budget.measure)
     least, most = (round(budget.params * (1 + sign * budget.tolerance)) for sign in (-1, 1))
@@ -238,13 +239,22 @@ def _name(sizes: Mapping[str, int]) -> str:
     return "-".join(f"{axis}{size}" for axis, size in sizes.items())
 
 
+def _cut_to(own: Config, sizes: Mapping[str, int], base: Config) -> None:
+    """Puts a candidate's sizes in the place of the budget; heads are merged where it has fewer in a group."""
+    own.plan.budget = BudgetConfig()
+    for axis, size in sizes.items():
+        setattr(own.plan, axis, size)
+    if own.plan.head_merge != "none":
+        model = open_checkpoint(teacher_folder(base)[0]).architecture
+        if not merges(model, complete_targets(model.family, model.sizes, sizes)):
+            own.plan.head_merge = "none"
+
+
 def _short(config: Config, name: str, sizes: Mapping[str, int], length: int) -> Config:
     """The configuration of a candidate's short distillation: only what judges it is measured."""
     short = from_dict(as_dict(config))
     short.workspace = str(Workspace(Path(config.workspace)).round(length, name))
-    short.plan.budget = BudgetConfig()
-    for axis, size in sizes.items():
-        setattr(short.plan, axis, size)
+    _cut_to(short, sizes, config)
     short.training.max_tokens = None
     short.training.tasks, short.training.keep, short.training.phases = [], "last", []
     short.trainer["max_steps"] = length

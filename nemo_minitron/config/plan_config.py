@@ -149,6 +149,13 @@ class PlanConfig:
         "runtimes whose sizes a plan and a search keep to: gguf (rows of 256 for K-quants), fp8_block "
         "(blocks of 128), tp:N (heads and neurons divided among N ranks)",
     )
+    head_merge: str = option(
+        "none",
+        "what query heads that go leave in one of their KV group that stays: nothing; twice its query "
+        "projection less theirs, as printed (paper); their output projection added to its own (sum_output); "
+        "that, and the mean of the query projections (average_query)",
+        ("none", "paper", "sum_output", "average_query"),
+    )
     drop_layers: list[int] | None = option(
         None, "0-based layers to drop, instead of plan.layers", least=0
     )

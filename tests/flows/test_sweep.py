@@ -160,6 +160,33 @@ def test_a_search_takes_the_nearest_where_it_screens_none_and_a_task_decides_whe
     assert list(only["judged"].values()) == sorted(only["judged"].values())
 
 
+def test_a_candidate_of_a_search_merges_heads_only_where_it_loses_some(tmp_path, teacher, corpus):
+    from nemo_minitron.cli.main import main
+    from nemo_minitron.flows.cascade import _cut_to as cut_step
+    from nemo_minitron.flows.forms import composed
+    from nemo_minitron.flows.search import _nearest, _short
+
+    overrides = words(tmp_path, teacher, corpus)
+    assert main(["download", *overrides]) == 0
+    base = composed(
+        "config", [*overrides, "plan.head_merge=sum_output", "plan.budget.params=15000"]
+    )
+    for sizes, how in (
+        ({"heads": 3, "ffn": 20}, "sum_output"),
+        ({"heads": 6, "ffn": 20}, "none"),
+        ({"kv_heads": 2, "heads": 4}, "none"),
+        ({"kv_heads": 2, "heads": 2}, "sum_output"),
+    ):
+        assert _short(base, "one", sizes, 2).plan.head_merge == how
+    for size, how in (({"heads": 3}, "sum_output"), ({"ffn": 20}, "none")):
+        step = composed("config", [*overrides, "plan.head_merge=sum_output"])
+        cut_step(step, size)
+        assert step.plan.head_merge == how
+    base.plan.head_merge = "paper"
+    with pytest.raises(ValueError, match=r"plan\.head_merge=paper: expected none, sum_output"):
+        _nearest(base)
+
+
 def test_a_checkpoint_is_measured_against_the_teacher_that_its_lineage_names(
     server, finished, tmp_path, corpus
 ):
