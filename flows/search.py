@@ -110,30 +110,35 @@ def search(
     with hold_workspace(place, workspace_wait_seconds(checked.launch)):
         note_command(place, shlex.split(command) if command else line)
         score_once(checked)
-        sizes = choose(checked)
+        sizes, begun = choose(checked)
         results = []
         if compress_best:
             chosen = from_dict(as_dict(checked))
             _cut_to(chosen, sizes, checked)
+            if checked.plan.budget.continued:
+                chosen.distill.go_on_from = str(begun.absolute())
             results = run_stages(list(steps(chosen)), chosen)
     return results
 
 
-def choose(config: Config) -> dict[str, int]:
-    """The sizes of the best candidate.
+def choose(config: Config) -> tuple[dict[str, int], Path]:
+    """The sizes of the best candidate, and the student that came of its last round.
 
     Raises:
         ValueError: no budget, sizes beside it, or no candidate within it.
     """
     budget, place = config.plan.budget, Path(config.workspace)
+    _check_continued(config)
     found, screened = _shortlist(config)
     named = {_name(sizes): (sizes, size) for sizes, size in found}
     rounds: list[Round] = []
     latest: dict[str, Outcome] = {}
     left = list(named)
+    before: int | None = None
     for count, length in rungs(len(left), budget.steps, budget.factor):
         left = left[:count]
-        configs = {name: _short(config, name, named[name][0], length) for name in left}
+        configs = {name: _short(config, name, named[name][0], length, before) for name in left}
+        before = length
         outcomes = run_variants(config, configs)
         if all(outcome.failure is not None for outcome in outcomes):
             raise RuntimeError(f"every candidate failed: {outcomes[0].failure}")
@@ -155,7 +160,31 @@ def choose(config: Config) -> dict[str, int]:
         })  # fmt: skip
     rest = [latest[name] for name in named if name not in left]
     show(place, "search", [*(latest[name] for name in left), *rest])
-    return dict(named[left[0]][0])
+    return dict(named[left[0]][0]), Workspace(Path(configs[left[0]].workspace)).student
+
+
+def _check_continued(config: Config) -> None:
+    """Refuses rounds that a winner's whole training could not go on from.
+
+    Raises:
+        ValueError: they are asked for.
+    """
+    if not config.plan.budget.continued:
+        return
+    unlike = {
+        f"training.keep={config.training.keep}": config.training.keep != "last",
+        "distill.teacher_logits=cache": config.distill.teacher_logits == "cache",
+        "distill.live_teacher": config.distill.live_teacher is not None,
+        "exp_manager.create_early_stopping_callback": bool(
+            config.exp_manager["create_early_stopping_callback"]
+            if "create_early_stopping_callback" in config.exp_manager
+            else False
+        ),
+    }
+    for key in [key for key, asked in unlike.items() if asked]:
+        raise ValueError(
+            f"plan.budget.continued: a training with {key} cannot go on from a round; choose one"
+        )
 
 
 def _shortlist(
@@ -250,20 +279,41 @@ def _cut_to(own: Config, sizes: Mapping[str, int], base: Config) -> None:
             own.plan.head_merge = "none"
 
 
-def _short(config: Config, name: str, sizes: Mapping[str, int], length: int) -> Config:
-    """The configuration of a candidate's short distillation: only what judges it is measured."""
+def _short(
+    config: Config, name: str, sizes: Mapping[str, int], length: int, before: int | None = None
+) -> Config:
+    """The configuration of a candidate's round: only what judges it is measured.
+
+    Args:
+        config: the search's.
+        name: the candidate's.
+        sizes: its sizes.
+        length: steps of the round.
+        before: those of the round before; None: it is the first.
+    """
     short = from_dict(as_dict(config))
     short.workspace = str(Workspace(Path(config.workspace)).round(length, name))
     _cut_to(short, sizes, config)
-    short.training.max_tokens = None
-    short.training.tasks, short.training.keep, short.training.phases = [], "last", []
-    short.trainer["max_steps"] = length
+    short.training.tasks, short.training.keep = [], "last"
     short.training.validate_every = length
-    sched = short.optim.get("sched") or {}
-    if sched.get("warmup_steps"):
-        sched["warmup_steps"] = min(sched["warmup_steps"], max(1, length // 5))
+    if config.plan.budget.continued:
+        short.distill.stop_after = length
+        if before is not None:
+            begun = Workspace(Workspace(Path(config.workspace)).round(before, name)).student
+            short.distill.go_on_from = str(begun.absolute())
+    else:
+        _shortened(short, length)
     evaluate = short.evaluate
     evaluate.tasks = measured_tasks(config)
     evaluate.prompts, evaluate.speed, evaluate.from_scratch = 0, False, False
     evaluate.min_retention, evaluate.floors, evaluate.previous = None, [], None
     return short
+
+
+def _shortened(short: Config, length: int) -> None:
+    """Lays out the schedule for the steps of one round."""
+    short.training.max_tokens, short.training.phases = None, []
+    short.trainer["max_steps"] = length
+    sched = short.optim.get("sched") or {}
+    if sched.get("warmup_steps"):
+        sched["warmup_steps"] = min(sched["warmup_steps"], max(1, length // 5))

@@ -97,6 +97,12 @@ class BudgetConfig:
     )
     candidates: int = option(8, "candidates to distil, the best of those screened", least=1)
     steps: int = option(400, "steps of distillation of the last round", least=1)
+    continued: bool = option(
+        False,
+        "whether a round is the beginning of a candidate's whole training, at its learning rates, from which "
+        "the next round and the winner go on; else each is a short training of its own, whose rate falls to "
+        "its end",
+    )
     factor: int = option(
         2, "a round keeps 1 in this many candidates: 2 keeps the better half", least=2
     )

@@ -42,7 +42,7 @@ from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.progress_bar import bar
 
-_DECIDE_NOTHING = ("steps", "factor", "layer_times")
+_DECIDE_NOTHING = ("steps", "factor", "continued", "layer_times")
 """Keys of the budget that say how candidates are distilled, or where a file lies."""
 _WIDER = (1.0, 0.7, 0.5, 0.3)
 """What the share is multiplied by, one after the other, until a default grid reaches the budget."""

@@ -26,6 +26,7 @@ from nemo_minitron.data.training_phases import (
 from nemo_minitron.data.training_samples import training_samples
 from nemo_minitron.families import family_of
 from nemo_minitron.models.ranks import Ranks
+from nemo_minitron.stages.going_on import FROM, STOP, given, keep_state, take_over
 from nemo_minitron.stages.inputs import length_notes
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.stages.training_choices import (
@@ -140,6 +141,11 @@ def training_recipe(
         from nemo_minitron.plugin.trainer import check_trainer
 
         check_trainer(resolved["trainer"])
+        most, stop = resolved["trainer"]["max_steps"], given(section, STOP)
+        if stop is not None and stop >= most:
+            raise ValueError(
+                f"distill.{STOP}: expected fewer steps than the training's {most}, found {stop}"
+            )
         if config.training.only:
             from nemo_minitron.models.trainable import check_only
 
@@ -149,9 +155,14 @@ def training_recipe(
     def build(state: Path, target: Path, ranks: Ranks) -> None:
         """Trains, all ranks together, and writes what came of it."""
         ranks.first(role.prepare)
+        if given(section, FROM) is not None:
+            student, notes = Path(section[FROM]), (SKIPPED, training_log.TEACHERS)
+            ranks.first(lambda: take_over(student, decides, inputs, state, notes))
         trained = _train(config, resolved, phases, role, state, ranks)
         if ranks.rank == 0:
             _write(trained, state, target)
+            if given(section, STOP) is not None:
+                keep_state(state, target)
 
     def summary() -> Summary:
         shape = role.shape()
@@ -183,7 +194,7 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
     trainer = resolved_trainer(config, section["trainer"], section["batch_size"])
     optim = merged(config.optim, section["optim"])
     resolved = {
-        **{key: section[key] for key in section if key not in ("enabled", "baseline")},
+        **{key: section[key] for key in section if key not in ("enabled", "baseline", FROM)},
         "trainer": trainer,
         "optim": optim,
     }
@@ -241,7 +252,7 @@ def _train(
     samples, validation = role.wrap_samples(samples, validation_samples(config, tokenizer))
     settings = TrainingSettings(
         trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"],
-        _options(config.training),
+        replace(_options(config.training), stop_after=given(section, STOP)),
     )  # fmt: skip
     while True:
         model, hf_config, files = role.start()

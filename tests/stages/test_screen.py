@@ -92,6 +92,7 @@ def test_candidates_are_measured_with_their_heads_merged(place, capsys):
     asked = ["plan.budget.parameters=22500", *choices]
     plain = facts(capsys, "screen", *words, *asked)["candidates"]
     screened = (workspace / "screen" / "manifest.json").read_text()
+    assert not {"continued", "head_merge"} & json.loads(screened)["config"].keys()
     facts(capsys, "screen", *words, *asked, "plan.head_merge=none")
     assert (workspace / "screen" / "manifest.json").read_text() == screened  # nothing asked anew
     merge = "plan.head_merge=average_query"
