@@ -27,6 +27,19 @@ def given(section: Mapping[str, Any], key: str) -> Any:
     return section[key] if key in section else None
 
 
+def check_stop(section: Mapping[str, Any], steps: int) -> None:
+    """Refuses to stop a training where it ends anyway, or later.
+
+    Raises:
+        ValueError: it would be.
+    """
+    stop = given(section, STOP)
+    if stop is not None and stop >= steps:
+        raise ValueError(
+            f"distill.{STOP}: expected fewer steps than the training's {steps}, found {stop}"
+        )
+
+
 def keep_state(state: Path, target: Path) -> None:
     """Puts the newest checkpoint of a training into the artifact that it makes."""
     from nemo_minitron.plugin.experiment import newest_checkpoint
@@ -38,7 +51,7 @@ def keep_state(state: Path, target: Path) -> None:
 
 
 def take_over(
-    student: Path,
+    student: str | None,
     decides: Mapping[str, Any],
     inputs: Sequence[Input],
     state: Path,
@@ -47,7 +60,7 @@ def take_over(
     """Puts the state of a stopped training where a longer one resumes, unless that has begun already.
 
     Args:
-        student: the artifact of the stopped one.
+        student: folder of the stopped one; None: nobody named any.
         decides: what decides the longer one.
         inputs: what it is made from.
         state: its state.
@@ -58,18 +71,19 @@ def take_over(
     """
     from nemo_minitron.plugin.experiment import newest_checkpoint
 
-    if newest_checkpoint(checkpoints_in(state)) is not None:
+    if student is None or newest_checkpoint(checkpoints_in(state)) is not None:
         return
-    why = _differs(student, decides, inputs)
+    folder = Path(student).expanduser()
+    why = _differs(folder, decides, inputs)
     if why is not None:
-        told = f"note: {plain(student)}: {why}; the distillation begins anew"
+        told = f"note: {plain(folder)}: {why}; the distillation begins anew"
         print(told, file=sys.stderr, flush=True)
         return
-    check_bytes(student)
-    for name in (metrics_in(student).name, *notes):
-        if (student / name).is_file():
-            shutil.copyfile(student / name, state / name)
-    (checkpoint,) = (student / CARRIED).iterdir()
+    check_bytes(folder)
+    for name in (metrics_in(folder).name, *notes):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, state / name)
+    (checkpoint,) = (folder / CARRIED).iterdir()
     checkpoints_in(state).mkdir(parents=True, exist_ok=True)
     _copy(checkpoint, checkpoints_in(state) / checkpoint.name)
 

@@ -26,7 +26,7 @@ from nemo_minitron.data.training_phases import (
 from nemo_minitron.data.training_samples import training_samples
 from nemo_minitron.families import family_of
 from nemo_minitron.models.ranks import Ranks
-from nemo_minitron.stages.going_on import FROM, STOP, given, keep_state, take_over
+from nemo_minitron.stages.going_on import FROM, STOP, check_stop, given, keep_state, take_over
 from nemo_minitron.stages.inputs import length_notes
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.stages.training_choices import (
@@ -141,11 +141,7 @@ def training_recipe(
         from nemo_minitron.plugin.trainer import check_trainer
 
         check_trainer(resolved["trainer"])
-        most, stop = resolved["trainer"]["max_steps"], given(section, STOP)
-        if stop is not None and stop >= most:
-            raise ValueError(
-                f"distill.{STOP}: expected fewer steps than the training's {most}, found {stop}"
-            )
+        check_stop(section, resolved["trainer"]["max_steps"])
         if config.training.only:
             from nemo_minitron.models.trainable import check_only
 
@@ -155,14 +151,11 @@ def training_recipe(
     def build(state: Path, target: Path, ranks: Ranks) -> None:
         """Trains, all ranks together, and writes what came of it."""
         ranks.first(role.prepare)
-        if given(section, FROM) is not None:
-            student, notes = Path(section[FROM]), (SKIPPED, training_log.TEACHERS)
-            ranks.first(lambda: take_over(student, decides, inputs, state, notes))
+        notes = (SKIPPED, training_log.TEACHERS)
+        ranks.first(lambda: take_over(given(section, FROM), decides, inputs, state, notes))
         trained = _train(config, resolved, phases, role, state, ranks)
         if ranks.rank == 0:
-            _write(trained, state, target)
-            if given(section, STOP) is not None:
-                keep_state(state, target)
+            _write(trained, state, target, given(section, STOP) is not None)
 
     def summary() -> Summary:
         shape = role.shape()
@@ -174,8 +167,8 @@ def training_recipe(
     return Recipe(folder, kind, decides, inputs, build, summary, check, resumable=True, keep=True)
 
 
-def _write(trained: Any, state: Path, target: Path) -> None:
-    """Writes what came of a training."""
+def _write(trained: Any, state: Path, target: Path, stopped: bool) -> None:
+    """Writes what came of a training, and its state where it was stopped to go on another time."""
     model_in(target).mkdir()
     trained.save_hf(model_in(target))
     from nemo_minitron.plugin.experiment import keep_logs
@@ -187,6 +180,8 @@ def _write(trained: Any, state: Path, target: Path) -> None:
     for name in (log.name, *noted):
         if (state / name).is_file():
             (target / name).write_bytes((state / name).read_bytes())
+    if stopped:
+        keep_state(state, target)
 
 
 def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

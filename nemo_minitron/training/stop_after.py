@@ -21,6 +21,11 @@ class StopAfter(Callback):
     def __init__(self, folder: Path, step: int) -> None:
         self.folder, self.step = folder, step
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes no step where one was killed behind the last."""
+        if trainer.global_step >= self.step:
+            trainer.should_stop = True
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -20,8 +20,8 @@ def taken(place):
 
 
 def test_it_goes_on_as_if_it_had_never_been_stopped(tmp_path, words, capsys):
-    straight, first, second, last = (
-        tmp_path / name for name in ("straight", "first", "second", "last")
+    straight, first, second, again, last = (
+        tmp_path / name for name in ("straight", "first", "second", "again", "last")
     )
     distil(straight, *words)
     distil(first, *words, "distill.stop_after=1")
@@ -29,6 +29,10 @@ def test_it_goes_on_as_if_it_had_never_been_stopped(tmp_path, words, capsys):
     stopped = json.loads((second / "student" / "stopped.json").read_text())
     assert stopped == {"step": 4, "reason": "distill.stop_after=4"}
     assert taken(second) == taken(straight)[:4]
+    # as one that was killed behind its last checkpoint: there is no step left to take
+    distil(again, *words, "distill.stop_after=4", f"distill.go_on_from={second / 'student'}")
+    assert taken(again) == taken(second)
+    assert all(torch.equal(weights(again)[n], t) for n, t in weights(second).items())
     capsys.readouterr()
     distil(last, *words, f"distill.go_on_from={second / 'student'}")
     assert "begins anew" not in capsys.readouterr().err
