@@ -50,6 +50,7 @@ slow: setup
 families: setup
 	FAMILIES=others $(PYTEST) tests/proofs tests/scoring/test_passes.py tests/stages/test_accelerator.py \
 		tests/plugin/test_knowledge_distillation.py tests/training/test_compilation.py \
+		tests/pruning/test_head_merge.py \
 		-k "every_proof or bites or table_in_the_docs or layer_by_layer or every_family"
 
 .oldest/.done: $(VENV)/.done

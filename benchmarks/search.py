@@ -4,6 +4,9 @@ Ways: the same ratio for every width; the size nearest to the budget; successive
 before it screened); the winner by screening alone; screening, then successive halving. Steps that a search spends on
 its rounds are taken off its winner's. Teachers are trained on the standard library, one per seed, and stay in runs/search.
 
+``--space fine`` chooses from four times as many sizes, of which those that a grid holds are left out: same ratio and nearest.
+A search whose rounds are continued (plan.budget.continued) takes off its winner's steps only what the others took.
+
 Also: what one screened candidate takes, beside the loss of a loaded model of its size.
 """
 
@@ -49,6 +52,11 @@ TEACHER = [
     "data.calibration.sequence_length=64", "data.calibration.samples=128", "trainer.enable_progress_bar=false",
 ]  # fmt: skip
 """Smaller than the demo's, so that all ways and seeds take minutes."""
+FINE = {
+    "hidden": [36, 40, 44, 48, 52, 56, 60, 64], "ffn": [64, 96, 128, 160, 192, 224, 256], "heads": [4, 8],
+    "layers": [3, 4, 5],
+}  # fmt: skip
+"""42 sizes in the window, where the grid that a search makes has ten."""
 Sizes = Mapping[str, int]
 
 
@@ -67,10 +75,28 @@ def teacher(seed: int) -> Config:
     return config
 
 
-def distilled(base: Config, seed: int, sizes: Sizes, steps: int) -> float:
-    """Held-out loss of a cut model after so many steps, nats per token."""
+def distilled(
+    base: Config,
+    seed: int,
+    sizes: Sizes,
+    steps: int,
+    stop: int | None = None,
+    begun: int | None = None,
+) -> float:
+    """Held-out loss of a cut model after so many steps, nats per token.
+
+    Args:
+        base: the teacher's.
+        seed: its seed.
+        sizes: those of the cut.
+        steps: of the schedule.
+        stop: the step after which it is measured; None: the last.
+        begun: the step that it goes on from, measured before; None: it begins anew.
+    """
     name = "-".join(f"{axis}{size}" for axis, size in sizes.items())
-    workspace = ROOT / str(seed) / str(steps) / name
+    length = str(steps) if stop is None and begun is None else f"{steps}-{stop or 'all'}"
+    workspace = ROOT / str(seed) / length / name
+    before = (ROOT / str(seed) / f"{steps}-{begun}" / name / "student").absolute()
     share(Path(base.workspace), workspace)
     config = load_config("demo", [
         f"workspace={workspace}", f"pretrain.seed={seed}", f"score.seed={seed}", f"distill.seed={seed}",
@@ -78,6 +104,8 @@ def distilled(base: Config, seed: int, sizes: Sizes, steps: int) -> float:
         *(f"plan.{axis}={size}" for axis, size in sizes.items()),
         f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}",
         f"optim.sched.warmup_steps={min(20, max(1, steps // 5))}", *TEACHER,
+        *([] if stop is None else [f"distill.stop_after={stop}"]),
+        *([] if begun is None else [f"distill.go_on_from={before}"]),
     ])  # fmt: skip
     for stage in ("plan", "prune", "distill"):
         result = run_stage(stage, config)
@@ -105,6 +133,23 @@ def halved(
     return found[left[0]], spent, seen
 
 
+def continued(
+    base: Config, seed: int, found: Sequence[Sizes], rung: int, steps: int
+) -> tuple[Sizes, float]:
+    """The winner of successive halving whose rounds are the beginnings of whole trainings, and its last loss."""
+    ladder = rungs(len(found), rung)
+    ends = [0, *(length for _, length in ladder)]
+    others = sum(
+        (count - 1) * (length - start) for (count, length), start in zip(ladder, ends, strict=False)
+    )
+    left, begun = list(range(len(found))), None
+    for count, length in ladder:
+        left = left[:count]
+        losses = [distilled(base, seed, found[one], steps - others, length, begun) for one in left]
+        left, begun = [left[i] for i in halving(losses, len(left))], length
+    return found[left[0]], distilled(base, seed, found[left[0]], steps - others, None, begun)
+
+
 def uniform(base: Config, params: float) -> Sizes:
     """Every width cut by the same ratio, all layers kept, as near to the budget as whole units allow."""
     model = open_checkpoint(Path(base.workspace) / "pretrain" / "hf").architecture
@@ -128,6 +173,7 @@ def seed_of_all(seed: int, args: argparse.Namespace) -> dict[str, float | None]:
     budget = base.plan.budget
     budget.params, budget.tolerance = params, TOLERANCE
     budget.screened, budget.candidates, budget.screen_samples = args.screened, args.candidates, 64
+    budget.choices = FINE if args.space == "fine" else {}
     screen = read_screen(run_stage("screen", base).folder)
     shortlist = [screen.candidates[number].sizes for number in screen.chosen]
     least, most = round(params * (1 - TOLERANCE)), round(params * (1 + TOLERANCE))
@@ -136,17 +182,29 @@ def seed_of_all(seed: int, args: argparse.Namespace) -> dict[str, float | None]:
         for one in candidates(model, default_choices(model, SHARE), least, most)[: args.candidates]
     ]
     ours, spent, seen = halved(base, seed, shortlist, args.rung)
-    todays, spent_today, _ = halved(base, seed, nearest, args.rung)
-    left = {"same ratio": uniform(base, params), "nearest": nearest[0],
-            "screening alone": screen.candidates[0].sizes}  # fmt: skip
+    left = {"screening alone": screen.candidates[0].sizes}
+    if args.space == "grid":
+        left |= {"same ratio": uniform(base, params), "nearest": nearest[0]}
     found: dict[str, float | None] = {
         name: distilled(base, seed, sizes, args.steps) for name, sizes in left.items()
     }
-    found["halving of the nearest"] = distilled(base, seed, todays, args.steps - spent_today)
+    if args.space == "grid":
+        todays, spent_today, _ = halved(base, seed, nearest, args.rung)
+        found["halving of the nearest"] = distilled(base, seed, todays, args.steps - spent_today)
     found["screening, then halving"] = distilled(base, seed, ours, args.steps - spent)
     judged = [screen.candidates[number].judged or math.nan for number in screen.chosen]
+    goes_on, found["screening, then halving, continued"] = continued(
+        base, seed, shortlist, args.rung, args.steps
+    )
     found["rank correlation of screening with the first round"] = rank_correlation(judged, seen[0])
-    print(seed, dict(left), dict(todays), dict(ours), found, flush=True)
+    print(
+        seed,
+        {name: dict(sizes) for name, sizes in left.items()},
+        dict(ours),
+        dict(goes_on),
+        found,
+        flush=True,
+    )
     return found
 
 
@@ -201,11 +259,10 @@ def main() -> None:
     arguments.add_argument("--rung", type=int, default=20, help="steps of a search's last round")
     arguments.add_argument("--candidates", type=int, default=4)
     arguments.add_argument("--screened", type=int, default=32)
+    arguments.add_argument("--space", choices=("grid", "fine"), default="grid")
     args = arguments.parse_args()
-    cost = overhead()
-    print(
-        f"a candidate takes {cost['ratio']:.3f} times the loss of a model of its size", flush=True
-    )
+    cost = overhead() if args.space == "grid" else {}
+    print("a candidate takes", cost, flush=True)
     per_seed = [seed_of_all(seed, args) for seed in range(args.seeds)]
     ways = {way: [one[way] for one in per_seed] for way in per_seed[0]}
     rows = []
@@ -223,7 +280,8 @@ def main() -> None:
         "overhead": cost,
         "ways": ways,
     }
-    (RESULTS / "search.json").write_text(json.dumps(told, indent=2) + "\n")
+    name = "search.json" if args.space == "grid" else "search-fine.json"
+    (RESULTS / name).write_text(json.dumps(told, indent=2) + "\n")
 
 
 if __name__ == "__main__":

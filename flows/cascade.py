@@ -15,7 +15,8 @@ from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.flows.sweep import Outcome, show
 from nemo_minitron.launch.launcher import hold_workspace
 from nemo_minitron.pruning.budget import asks_for_search
-from nemo_minitron.pruning.target_sizes import explicit_targets
+from nemo_minitron.pruning.head_merge import HEADS
+from nemo_minitron.pruning.target_sizes import NOT_OF_A_SIZE, explicit_targets
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.command_log import note_command
@@ -87,7 +88,7 @@ def check(base: Config) -> None:
         raise ValueError(
             f"{where}: expected what each step cuts to, as in [{{ffn: 9216}}], found []"
         )
-    asked = [name for name in explicit_targets(base.plan) if name != "layer_choice"]
+    asked = [name for name in explicit_targets(base.plan) if name not in NOT_OF_A_SIZE]
     bound = asks_for_search(base.plan.budget)
     if asked or bound is not None:
         found = f"plan.{asked[0]}" if asked else f"plan.budget.{bound}"
@@ -170,6 +171,8 @@ def _cut_to(own: Config, size: Any) -> None:
     if isinstance(size, Mapping):
         for axis, units in size.items():
             setattr(own.plan, axis, units)
+        if HEADS not in size:
+            own.plan.head_merge = "none"
     else:
         own.plan.budget.params = float(size)
 

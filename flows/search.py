@@ -27,6 +27,8 @@ from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
 from nemo_minitron.launch.launcher import hold_workspace
 from nemo_minitron.pruning.budget import needs_latency
 from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.head_merge import check_head_merge_of_search, merges
+from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.pruning.serving import served
 from nemo_minitron.pruning.shortlist import rank_correlation
 from nemo_minitron.pruning.size_search import (
@@ -37,7 +39,7 @@ from nemo_minitron.pruning.size_search import (
     rungs,
     whole_choices,
 )
-from nemo_minitron.pruning.target_sizes import explicit_targets
+from nemo_minitron.pruning.target_sizes import NOT_OF_A_SIZE, explicit_targets
 from nemo_minitron.stages.candidates import measured_tasks
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.result import Result
@@ -108,32 +110,35 @@ def search(
     with hold_workspace(place, workspace_wait_seconds(checked.launch)):
         note_command(place, shlex.split(command) if command else line)
         score_once(checked)
-        sizes = choose(checked)
+        sizes, begun = choose(checked)
         results = []
         if compress_best:
             chosen = from_dict(as_dict(checked))
-            for name, size in sizes.items():
-                setattr(chosen.plan, name, size)
-            chosen.plan.budget = BudgetConfig()
+            _cut_to(chosen, sizes, checked)
+            if checked.plan.budget.continued:
+                chosen.distill.go_on_from = str(begun.absolute())
             results = run_stages(list(steps(chosen)), chosen)
     return results
 
 
-def choose(config: Config) -> dict[str, int]:
-    """The sizes of the best candidate.
+def choose(config: Config) -> tuple[dict[str, int], Path]:
+    """The sizes of the best candidate, and the student that came of its last round.
 
     Raises:
         ValueError: no budget, sizes beside it, or no candidate within it.
     """
     budget, place = config.plan.budget, Path(config.workspace)
+    _check_continued(config)
     found, screened = _shortlist(config)
     named = {_name(sizes): (sizes, size) for sizes, size in found}
     rounds: list[Round] = []
     latest: dict[str, Outcome] = {}
     left = list(named)
+    before: int | None = None
     for count, length in rungs(len(left), budget.steps, budget.factor):
         left = left[:count]
-        configs = {name: _short(config, name, named[name][0], length) for name in left}
+        configs = {name: _short(config, name, named[name][0], length, before) for name in left}
+        before = length
         outcomes = run_variants(config, configs)
         if all(outcome.failure is not None for outcome in outcomes):
             raise RuntimeError(f"every candidate failed: {outcomes[0].failure}")
@@ -155,7 +160,31 @@ def choose(config: Config) -> dict[str, int]:
         })  # fmt: skip
     rest = [latest[name] for name in named if name not in left]
     show(place, "search", [*(latest[name] for name in left), *rest])
-    return dict(named[left[0]][0])
+    return dict(named[left[0]][0]), Workspace(Path(configs[left[0]].workspace)).student
+
+
+def _check_continued(config: Config) -> None:
+    """Refuses rounds that a winner's whole training could not go on from.
+
+    Raises:
+        ValueError: they are asked for.
+    """
+    if not config.plan.budget.continued:
+        return
+    unlike = {
+        f"training.keep={config.training.keep}": config.training.keep != "last",
+        "distill.teacher_logits=cache": config.distill.teacher_logits == "cache",
+        "distill.live_teacher": config.distill.live_teacher is not None,
+        "exp_manager.create_early_stopping_callback": bool(
+            config.exp_manager["create_early_stopping_callback"]
+            if "create_early_stopping_callback" in config.exp_manager
+            else False
+        ),
+    }
+    for key in [key for key, asked in unlike.items() if asked]:
+        raise ValueError(
+            f"plan.budget.continued: a training with {key} cannot go on from a round; choose one"
+        )
 
 
 def _shortlist(
@@ -208,7 +237,7 @@ def _correlations(
 def _nearest(config: Config) -> list[Candidate]:
     """The sizes nearest to the target, where none is screened."""
     budget = config.plan.budget
-    asked = [name for name in explicit_targets(config.plan) if name != "layer_choice"]
+    asked = [name for name in explicit_targets(config.plan) if name not in NOT_OF_A_SIZE]
     if budget.params is None:
         raise ValueError(
             "plan.budget.params: expected how large the model may be, as in 4e9, found null"
@@ -217,6 +246,7 @@ def _nearest(config: Config) -> list[Candidate]:
         raise ValueError(f"plan.{asked[0]}: either sizes or plan.budget.params, found both")
     folder, _ = teacher_folder(config)
     checkpoint = open_checkpoint(folder)
+    check_head_merge_of_search(checkpoint.architecture, config.plan.head_merge)
     model = served(checkpoint.architecture, config.plan.serve)
     whole = getattr(model_size(model), budget.measure)
     least, most = (round(budget.params * (1 + sign * budget.tolerance)) for sign in (-1, 1))
@@ -238,22 +268,52 @@ def _name(sizes: Mapping[str, int]) -> str:
     return "-".join(f"{axis}{size}" for axis, size in sizes.items())
 
 
-def _short(config: Config, name: str, sizes: Mapping[str, int], length: int) -> Config:
-    """The configuration of a candidate's short distillation: only what judges it is measured."""
+def _cut_to(own: Config, sizes: Mapping[str, int], base: Config) -> None:
+    """Puts a candidate's sizes in the place of the budget; heads are merged where it has fewer in a group."""
+    own.plan.budget = BudgetConfig()
+    for axis, size in sizes.items():
+        setattr(own.plan, axis, size)
+    if own.plan.head_merge != "none":
+        model = open_checkpoint(teacher_folder(base)[0]).architecture
+        if not merges(model, complete_targets(model.family, model.sizes, sizes)):
+            own.plan.head_merge = "none"
+
+
+def _short(
+    config: Config, name: str, sizes: Mapping[str, int], length: int, before: int | None = None
+) -> Config:
+    """The configuration of a candidate's round: only what judges it is measured.
+
+    Args:
+        config: the search's.
+        name: the candidate's.
+        sizes: its sizes.
+        length: steps of the round.
+        before: those of the round before; None: it is the first.
+    """
     short = from_dict(as_dict(config))
     short.workspace = str(Workspace(Path(config.workspace)).round(length, name))
-    short.plan.budget = BudgetConfig()
-    for axis, size in sizes.items():
-        setattr(short.plan, axis, size)
-    short.training.max_tokens = None
-    short.training.tasks, short.training.keep, short.training.phases = [], "last", []
-    short.trainer["max_steps"] = length
+    _cut_to(short, sizes, config)
+    short.training.tasks, short.training.keep = [], "last"
     short.training.validate_every = length
-    sched = short.optim.get("sched") or {}
-    if sched.get("warmup_steps"):
-        sched["warmup_steps"] = min(sched["warmup_steps"], max(1, length // 5))
+    if config.plan.budget.continued:
+        short.distill.stop_after = length
+        if before is not None:
+            begun = Workspace(Workspace(Path(config.workspace)).round(before, name)).student
+            short.distill.go_on_from = str(begun.absolute())
+    else:
+        _shortened(short, length)
     evaluate = short.evaluate
     evaluate.tasks = measured_tasks(config)
     evaluate.prompts, evaluate.speed, evaluate.from_scratch = 0, False, False
     evaluate.min_retention, evaluate.floors, evaluate.previous = None, [], None
     return short
+
+
+def _shortened(short: Config, length: int) -> None:
+    """Lays out the schedule for the steps of one round."""
+    short.training.max_tokens, short.training.phases = None, []
+    short.trainer["max_steps"] = length
+    sched = short.optim.get("sched") or {}
+    if sched.get("warmup_steps"):
+        sched["warmup_steps"] = min(sched["warmup_steps"], max(1, length // 5))

@@ -97,6 +97,12 @@ class BudgetConfig:
     )
     candidates: int = option(8, "candidates to distil, the best of those screened", least=1)
     steps: int = option(400, "steps of distillation of the last round", least=1)
+    continued: bool = option(
+        False,
+        "whether a round is the beginning of a candidate's whole training, at its learning rates, from which "
+        "the next round and the winner go on; else each is a short training of its own, whose rate falls to "
+        "its end",
+    )
     factor: int = option(
         2, "a round keeps 1 in this many candidates: 2 keeps the better half", least=2
     )
@@ -148,6 +154,13 @@ class PlanConfig:
         [],
         "runtimes whose sizes a plan and a search keep to: gguf (rows of 256 for K-quants), fp8_block "
         "(blocks of 128), tp:N (heads and neurons divided among N ranks)",
+    )
+    head_merge: str = option(
+        "none",
+        "what query heads that go leave in one of their KV group that stays: nothing; twice its query "
+        "projection less theirs, as printed (paper); their output projection added to its own (sum_output); "
+        "that, and the mean of the query projections (average_query)",
+        ("none", "paper", "sum_output", "average_query"),
     )
     drop_layers: list[int] | None = option(
         None, "0-based layers to drop, instead of plan.layers", least=0

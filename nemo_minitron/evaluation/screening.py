@@ -129,6 +129,7 @@ class Screener:
         tasks: task to the fingerprint of what it is; measured with ``task_limit`` documents.
         task_dir, held_out, task_limit: as in ``run_task``.
         batch_size, device: as in ``evaluate``.
+        head_merge: as in ``plan``.
     """
 
     checkpoint: Checkpoint
@@ -142,6 +143,7 @@ class Screener:
     task_limit: int
     batch_size: int
     device: str
+    head_merge: str = "none"
     _loaded: dict[str, Any] = field(default_factory=dict)
 
     def measure(self, sizes: Mapping[str, int], layers: Sequence[int]) -> dict[str, Any]:
@@ -183,7 +185,7 @@ class Screener:
 
         self._loaded["samples"] = self.samples()
         self._loaded["teacher"] = SortedTeacher(
-            self.checkpoint, self.ranking(), "auto", pick_device(self.device)
+            self.checkpoint, self.ranking(), "auto", pick_device(self.device), self.head_merge
         )
 
 

@@ -44,6 +44,7 @@ from nemo_minitron.training.loss_guard import LossGuard, Spikes
 from nemo_minitron.training.phases import PhasedSamples, phase_rates
 from nemo_minitron.training.preemption import Preemption
 from nemo_minitron.training.sampler import as_samples
+from nemo_minitron.training.stop_after import KEY, StopAfter
 from nemo_minitron.training.strategies import sharding_strategy
 from nemo_minitron.training.transformer_engine import ReplacementLayers, transformer_engine
 from nemo_minitron.workspace.layout import checkpoints_in, metrics_in
@@ -78,6 +79,7 @@ class Options:
         transformer_engine: ``off``; ``on``, its layers; ``fp8``, and their products in FP8.
         fp8_recipe: how these are scaled; see ``training.fp8_recipes``.
         only: patterns of the parameters that train; see ``models.trainable``. Empty: all do.
+        stop_after: steps after which it ends, to go on another time; None: after all.
     """
 
     activation_checkpointing: bool = False
@@ -90,6 +92,7 @@ class Options:
     transformer_engine: str = "off"
     fp8_recipe: str = "auto"
     only: tuple[str, ...] = ()
+    stop_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,8 @@ def _ended_by(trainer: Trainer) -> str:
     timers = [each.time_remaining() for each in trainer.callbacks if isinstance(each, Timer)]
     if any(left is not None and left <= 0 for left in timers):
         return "trainer.max_time"
+    if any(trainer.global_step == c.step for c in trainer.callbacks if isinstance(c, StopAfter)):
+        return f"{KEY}={trainer.global_step}"
     watched = [each.monitor for each in trainer.callbacks if isinstance(each, EarlyStopping)]
     if trainer.should_stop and watched:
         return f"early stopping on {watched[0]}"
@@ -334,6 +339,8 @@ def _watch(
     limit = settings.exp_manager.get("max_time_per_run")
     allowed = None if limit is None else duration("exp_manager.max_time_per_run", limit)
     trainer.callbacks.append(Preemption(checkpoints_in(state), allowed, settings.started))
+    if settings.options.stop_after is not None:
+        trainer.callbacks.append(StopAfter(checkpoints_in(state), settings.options.stop_after))
 
 
 def _apply(

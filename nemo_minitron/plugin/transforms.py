@@ -22,6 +22,7 @@ from nemo_minitron.plugin.speech_models import (
     is_speech_model,
     put_together,
 )
+from nemo_minitron.pruning.head_merge import HeadMerge
 from nemo_minitron.pruning.plan_file import Plan, read_plan
 from nemo_minitron.pruning.select import Keep
 from nemo_minitron.pruning.slice import Cut, cut_tensor, pieces
@@ -94,7 +95,7 @@ class Pruning:
             if found == self._of_axes(self.result):
                 return False
             raise ValueError(f"the plan was made for sizes {planned}, the model has {found}")
-        cut = Cut(source, self.keep, self.layers, self.experts_per_token)
+        cut = Cut(source, self.keep, self.layers, self.experts_per_token, self.merge)
         state = _stored_state(model)
         lost = next((name for name, _, _ in source.tensors() if name not in state), None)
         if lost is not None:
@@ -135,6 +136,11 @@ class Pruning:
         return self.plan.after.get(CHOSEN_EXPERTS)
 
     @property
+    def merge(self) -> HeadMerge | None:
+        """What query heads that go leave in those that stay."""
+        return self.plan.merge
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """Kept layers."""
         return self.plan.layers_kept
@@ -173,6 +179,11 @@ class DepthPruning(Pruning):
     @property
     def experts_per_token(self) -> int | None:
         """As many as before."""
+        return None
+
+    @property
+    def merge(self) -> HeadMerge | None:
+        """No head goes."""
         return None
 
 

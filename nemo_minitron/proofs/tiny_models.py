@@ -14,8 +14,8 @@ from torch import Tensor
 from nemo_minitron.checkpoints.checkpoint import SINGLE, Checkpoint
 from nemo_minitron.families import Architecture, Family, find_row
 from nemo_minitron.families.grammar import Dim, row_axes, segments
+from nemo_minitron.pruning.positions import dim_index
 from nemo_minitron.pruning.select import Keep, complete_targets, score_shape
-from nemo_minitron.pruning.slice import dim_index
 
 SIZES = {
     "hidden": 32, "ffn": 40, "heads": 8, "kv_heads": 2, "head_dim": 4, "vocab": 96, "layers": 4, "experts": 4,

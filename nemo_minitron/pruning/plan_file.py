@@ -1,7 +1,7 @@
 """The plan: which units stay. ``plan.json`` for people, ``keep.safetensors`` for the machine."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.families import CHOSEN_EXPERTS, Architecture, families
 from nemo_minitron.pruning.cost import Size, model_size
+from nemo_minitron.pruning.head_merge import HEADS, MERGED, HeadMerge, check_merge
 from nemo_minitron.pruning.select import Keep
 from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.pruning.vocabulary import Vocabulary
@@ -22,6 +23,8 @@ from nemo_minitron.workspace.typed_json import read_json, remedy
 
 FILE = "plan.json"
 KEEP = "keep.safetensors"
+_MERGED = "heads.merged_into"
+"""In ``keep.safetensors``: ``HeadMerge.into_LU``."""
 
 
 class _Written(TypedDict):
@@ -34,6 +37,7 @@ class _Written(TypedDict):
     cost_after: Size
     mtp: NotRequired[str]
     vocabulary: NotRequired[Vocabulary]
+    head_merge: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Plan:
         keep: kept units of every axis that shrinks.
         mtp: what becomes of prediction layers (MTP), in a sentence; empty where the model has none.
         vocabulary: how the kept entries of the vocabulary were chosen; None: nobody asked for fewer.
+        merge: what query heads that go leave in those that stay; None: nothing.
     """
 
     model_type: str
@@ -61,6 +66,16 @@ class Plan:
     keep: Keep
     mtp: str = ""
     vocabulary: Vocabulary | None = None
+    merge: HeadMerge | None = None
+
+    @property
+    def merged_heads(self) -> str:
+        """What became of query heads that went, in a sentence; empty where they left nothing."""
+        return (
+            ""
+            if self.merge is None
+            else f"{MERGED[self.merge.how]} (plan.head_merge={self.merge.how})"
+        )
 
 
 def mtp_note(checkpoint: Checkpoint) -> str:
@@ -76,7 +91,7 @@ def mtp_note(checkpoint: Checkpoint) -> str:
 
 def cut_of(plan: Plan, source: Architecture) -> Cut:
     """The cut of a model that a plan describes."""
-    return Cut(source, plan.keep, plan.layers_kept, plan.after.get(CHOSEN_EXPERTS))
+    return Cut(source, plan.keep, plan.layers_kept, plan.after.get(CHOSEN_EXPERTS), plan.merge)
 
 
 def make_plan(
@@ -110,9 +125,14 @@ def write_plan(folder: Path, plan: Plan) -> None:
         del readable["mtp"]
     if plan.vocabulary is None:
         del readable["vocabulary"]
+    del readable["merge"]
+    if plan.merge is not None:
+        readable["head_merge"] = plan.merge.how
     ratio = plan.cost_after.parameters / plan.cost_before.parameters
     write_json(folder / FILE, {**readable, "parameters_kept": round(ratio, 6)})
-    save_file({axis: index.contiguous() for axis, index in plan.keep.items()}, folder / KEEP)
+    merged = {} if plan.merge is None else {_MERGED: plan.merge.into_LU}
+    stored = {**plan.keep, **merged}
+    save_file({name: index.contiguous() for name, index in stored.items()}, folder / KEEP)
 
 
 def read_plan(folder: Path) -> Plan:
@@ -126,6 +146,7 @@ def read_plan(folder: Path) -> Plan:
         check_file(folder / name)
     raw = read_json(folder / FILE, _Written)
     keep = read_tensors(folder / KEEP)
+    how = raw.pop("head_merge", None)
     plan = Plan(keep=keep, **{k: raw[k] for k in _Written.__annotations__ if k in raw})
     try:
         _check_layers(plan)
@@ -133,11 +154,32 @@ def read_plan(folder: Path) -> Plan:
         path = folder / FILE
         raise ValueError(f"{path}: damaged: {error}; {remedy(path)}") from None
     try:
+        if how is not None:
+            plan = replace(plan, merge=_merge(plan, how))
         _check_keep(plan)
     except ValueError as error:
         path = folder / KEEP
         raise ValueError(f"{path}: damaged: {error}; {remedy(path)}") from None
     return plan
+
+
+def _merge(plan: Plan, how: str) -> HeadMerge:
+    """Takes the heads' merge out of the kept units.
+
+    Raises:
+        ValueError: there is none, or none that fits the heads that stay.
+    """
+    if how not in MERGED or _MERGED not in plan.keep or HEADS not in plan.keep:
+        raise ValueError(f"{_MERGED}: expected what {FILE} names ({plain(how, 40)}), found none")
+    merge = HeadMerge(how, plan.keep.pop(_MERGED))
+    family = families().get(plan.model_type)
+    group = None if family is None else family.axes[HEADS].within
+    heads = plan.before[HEADS]
+    try:
+        check_merge(merge, plan.keep[HEADS], heads, heads // plan.before[group] if group else heads)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{_MERGED}: {error}") from None
+    return merge
 
 
 def is_for(plan: Plan, architecture: Architecture) -> bool:

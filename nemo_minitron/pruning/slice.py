@@ -19,7 +19,9 @@ from nemo_minitron.families import (
     fill,
     find_row,
 )
-from nemo_minitron.families.grammar import Dim, extent, row_axes, row_shape, segments
+from nemo_minitron.families.grammar import row_axes, row_shape
+from nemo_minitron.pruning.head_merge import HeadMerge, Mix, attention_rows, mix_of, mixed
+from nemo_minitron.pruning.positions import dim_index
 from nemo_minitron.pruning.select import Keep, followed
 from nemo_minitron.pruning.tokenizer_cut import new_ids, renumbered
 from nemo_minitron.security.plain_text import plain
@@ -34,6 +36,8 @@ class Cut:
     layers: tuple[int, ...]
     experts_per_token: int | None = None
     """Experts that a token is sent to in the result; None: as many as in the source."""
+    merge: HeadMerge | None = None
+    """What query heads that go leave in those that stay; None: nothing."""
 
     @property
     def family(self) -> Family:
@@ -52,6 +56,15 @@ class Cut:
         if self.experts_per_token is not None:
             kept[CHOSEN_EXPERTS] = self.experts_per_token
         return followed(self.family, {**self.before, **kept, "layers": len(self.layers)})
+
+    @cached_property
+    def attention(self) -> Mapping[str, str]:
+        """Rows of the table that heads are merged in, by pattern; none without a merge.
+
+        Raises:
+            ValueError: see ``attention_rows``.
+        """
+        return {} if self.merge is None else attention_rows(self.source, self.merge.how)
 
     @cached_property
     def result(self) -> Architecture:
@@ -77,6 +90,7 @@ class Piece:
             own.
         scale, offset: ``offset`` + weights are multiplied by ``scale`` (a folded constant); 1 and 0
             else.
+        mix: a dimension whose surviving positions are sums, or None.
     """
 
     name: str
@@ -86,6 +100,7 @@ class Piece:
     indices: tuple[Tensor | None, ...]
     scale: float = 1.0
     offset: float = 0.0
+    mix: Mix | None = None
 
 
 def pieces(cut: Cut, names: Sequence[str]) -> Iterator[Piece]:
@@ -121,7 +136,19 @@ def pieces(cut: Cut, names: Sequence[str]) -> Iterator[Piece]:
             indices,
             scale,
             offset,
+            _mix(cut, row, units, keep),
         )
+
+
+def _mix(
+    cut: Cut, row: TensorRow, units: Mapping[str, int], keep: Mapping[str, Tensor]
+) -> Mix | None:
+    """How a tensor's heads are merged, or None."""
+    if cut.merge is None or row.pattern not in cut.attention:
+        return None
+    into_U = cut.merge.into_LU[units[cut.family.layer]]
+    role = cut.attention[row.pattern]
+    return mix_of(row, role, cut.merge.how, into_U, keep, cut.before)
 
 
 def _renumbered(cut: Cut, units: Mapping[str, int]) -> dict[str, int] | None:
@@ -194,29 +221,6 @@ def surviving(
     return tuple(indices)
 
 
-def dim_index(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, Tensor]) -> Tensor | None:
-    """Positions along one dimension that survive, or None where all do.
-
-    Args:
-        dim: the dimension's products of axes.
-        sizes: size of every axis in the source model.
-        keep: axis name to kept units, shape [kept].
-
-    Returns:
-        Tensor of shape [surviving positions], int64, ascending if every kept list is.
-    """
-    if not any(axis in keep for product in dim for axis in product):
-        return None
-    parts = []
-    for product, start, _ in segments(dim, sizes):
-        index = torch.zeros(1, dtype=torch.int64)
-        for axis in product:
-            units = keep[axis] if axis in keep else torch.arange(extent(axis, sizes))
-            index = (index[:, None] * extent(axis, sizes) + units[None, :]).flatten()
-        parts.append(index + start)
-    return torch.cat(parts)
-
-
 def cut_tensor(tensor: Tensor, piece: Piece, sizes: Mapping[str, int]) -> Tensor:
     """Slices one tensor in memory along every axis that its row names.
 
@@ -237,7 +241,9 @@ def cut_tensor(tensor: Tensor, piece: Piece, sizes: Mapping[str, int]) -> Tensor
             f"{piece.source}: expected shape {list(expected)}, found {list(tensor.shape)}"
         )
     for position, index in enumerate(piece.indices):
-        if index is not None and index.dim() == 1:
+        if piece.mix is not None and piece.mix.dim == position:
+            tensor = mixed(tensor, piece.mix)
+        elif index is not None and index.dim() == 1:
             tensor = tensor.index_select(position, index.to(tensor.device))
     for position, index in enumerate(piece.indices):
         if index is not None and index.dim() == 2:

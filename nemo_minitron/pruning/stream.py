@@ -20,6 +20,7 @@ from nemo_minitron.checkpoints.shard_writer import Block, Planned, ShardWriter, 
 from nemo_minitron.checkpoints.side_files import copy_side_files
 from nemo_minitron.checkpoints.tensor_rows import Entry, Files, fill_rows
 from nemo_minitron.families import VOCAB
+from nemo_minitron.pruning.head_merge import Mix, mixed
 from nemo_minitron.pruning.slice import Cut, Piece, cut_config, pieces, rescaled
 from nemo_minitron.pruning.tokenizer_cut import cut_tokenizer
 from nemo_minitron.workspace.manifest import write_json
@@ -134,6 +135,9 @@ def _stream(
     """Cuts one tensor for every target that wants it; yields the bytes of each block written."""
     rows, *rest = entry.shape or (1,)
     step = max(1, BLOCK_BYTES // entry.row_bytes)
+    for target, piece in [one for one in wanted if _sums_rows(one[1])]:
+        yield from _summed_rows(files, entry, target, piece, sources, results)
+    wanted = [one for one in wanted if not _sums_rows(one[1])]
     for takers in _schedule([piece for _, piece in wanted], rows, step):
         needed = takers[0][1]
         if len(takers) > 1 or (np.diff(needed) <= 0).any():
@@ -145,13 +149,49 @@ def _stream(
             mine = values
             if index is not needed and not np.array_equal(index, needed):
                 mine = values[np.searchsorted(needed, index)]
-            cut = _columns(mine, piece, int(index[0]), results)
+            cut = _columns(mine, piece, int(index[0]), entry.dtype, results)
             ticket = target.writer.write(_rescaled(cut, piece, entry.dtype))
             if cut is values:
                 sources.lend(target.writer, ticket)
             elif cut is not mine:
                 results.lend(target.writer, ticket)
             yield cut.nbytes
+
+
+def _sums_rows(piece: Piece) -> bool:
+    return piece.mix is not None and piece.mix.dim == 0
+
+
+def _summed_rows(
+    files: Files,
+    entry: Entry,
+    target: _Target,
+    piece: Piece,
+    sources: _Buffers,
+    results: _Buffers,
+) -> Iterator[int]:
+    """Cuts a tensor whose surviving rows are sums, a block of them at a time."""
+    assert piece.mix is not None
+    indices_MP, weights_MP = piece.mix.indices_MP, piece.mix.weights_MP
+    step = max(1, BLOCK_BYTES // (entry.row_bytes * len(indices_MP)))
+    for begin in range(0, indices_MP.shape[1], step):
+        own_MP = indices_MP[:, begin : begin + step]
+        needed = np.unique(own_MP.numpy())
+        block = _read_rows(files, entry, needed, sources)
+        values = block.view(_INTEGER[entry.width]).reshape(len(needed), *entry.shape[1:])
+        columns = _columns(values, piece, int(needed[0]), entry.dtype, results)
+        places_MP = torch.from_numpy(np.searchsorted(needed, own_MP.numpy()))
+        summed = _mixed(
+            columns, Mix(0, places_MP, weights_MP[:, begin : begin + step]), entry.dtype
+        )
+        target.writer.write(_rescaled(summed, piece, entry.dtype))
+        yield summed.nbytes
+
+
+def _mixed(values: Block, mix: Mix, dtype: str) -> Block:
+    tensor = mixed(torch.from_numpy(values).view(TORCH[dtype]), mix).contiguous()
+    result: Block = tensor.view(torch.from_numpy(values[:0]).dtype).numpy()
+    return result
 
 
 def _schedule(wanted: list[Piece], rows: int, step: int) -> Iterator[list[tuple[int, Rows]]]:
@@ -178,10 +218,13 @@ def _schedule(wanted: list[Piece], rows: int, step: int) -> Iterator[list[tuple[
         yield list(enumerate(kept))
 
 
-def _columns(values: Block, piece: Piece, unit: int, results: _Buffers) -> Block:
+def _columns(values: Block, piece: Piece, unit: int, dtype: str, results: _Buffers) -> Block:
     """Selects what survives along the dimensions after the first; ``unit`` is the first row's number."""
     for position, index in enumerate(piece.indices):
         if position == 0 or index is None:
+            continue
+        if piece.mix is not None and piece.mix.dim == position:
+            values = _mixed(values, piece.mix, dtype)
             continue
         chosen = (index if index.dim() == 1 else index[unit]).numpy()
         shape = (*values.shape[:position], len(chosen), *values.shape[position + 1 :])

@@ -6,10 +6,14 @@ from typing import Any
 from nemo_minitron.config.plan_config import PlanConfig
 from nemo_minitron.families import CHOSEN_EXPERTS, Architecture, check_sizes
 from nemo_minitron.pruning.budget import asks_for_search
+from nemo_minitron.pruning.head_merge import check_head_merge
 from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.pruning.serving import check_serving
 
-_CHOICES = ("drop_layers", "layer_choice", "mtp")
+HEAD_MERGE = "head_merge"
+NOT_OF_A_SIZE = ("layer_choice", HEAD_MERGE)
+"""Keys that may stand beside a search, or the sizes of a cascade: they say how each of them is cut."""
+_CHOICES = ("drop_layers", "layer_choice", "mtp", HEAD_MERGE)
 """Keys of the plan that are no sizes."""
 _VOCABULARY = ("vocab", "vocab_coverage")
 """Keys that ask for a vocabulary, whose entries a text decides on, no score."""
@@ -24,7 +28,7 @@ def explicit_targets(plan: PlanConfig) -> dict[str, Any]:
     return {
         name: value
         for name, value in asdict(plan).items()
-        if value is not None and name not in _SEARCH
+        if value is not None and name not in _SEARCH and (name, value) != (HEAD_MERGE, "none")
     }
 
 
@@ -74,6 +78,7 @@ def target_sizes(model: Architecture, plan: PlanConfig) -> dict[str, int]:
         targets["layers"] = sizes["layers"] - len(_checked_drop(plan, sizes["layers"]))
     check_sizes(family, targets, "plan")
     check_serving(model, targets, plan.serve, "plan.serve")
+    check_head_merge(model, targets, plan.head_merge)
     return targets
 
 

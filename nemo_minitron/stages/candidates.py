@@ -13,6 +13,8 @@ from nemo_minitron.data.mixtures import (
 )
 from nemo_minitron.evaluation.screening import LOSS, Screener, split_metric
 from nemo_minitron.models.ranks import Ranks
+from nemo_minitron.pruning.head_merge import check_head_merge_of_search
+from nemo_minitron.pruning.target_sizes import HEAD_MERGE
 from nemo_minitron.scoring.scores_file import Scores, check_scores, read_scores
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.workspace.artifacts import input_artifact
@@ -49,13 +51,12 @@ def screener_of(
     """Measures candidates on the held-out text and the tasks of ``plan.budget``.
 
     Raises:
-        ValueError: an unknown task, or no held-out text.
+        ValueError: an unknown task, no held-out text, or a ``plan.head_merge`` that not every candidate
+            can have.
     """
-    workspace, names, budget = (
-        Workspace(workspace_of(config)),
-        measured_tasks(config),
-        config.plan.budget,
-    )
+    workspace, names = Workspace(workspace_of(config)), measured_tasks(config)
+    budget, head_merge = config.plan.budget, config.plan.head_merge
+    check_head_merge_of_search(checkpoint.architecture, head_merge)
     texts = validation_text(config)
     prints = _prints(config, names)
     more = [text_input(texts)]
@@ -65,7 +66,7 @@ def screener_of(
         "what": "candidate", "model": checkpoint.fingerprint, "scores": inputs[1].fingerprint,
         "dtype": main_dtype(checkpoint), "text": texts.fingerprint,
         "held_out": held_out_sampling(config, VALIDATION_SAMPLES), "samples": budget.screen_samples,
-        "tasks": prints, "task_limit": budget.task_limit if prints else None,
+        "tasks": prints, "task_limit": budget.task_limit if prints else None, **merging(config),
     }  # fmt: skip
 
     def samples() -> object:
@@ -80,8 +81,14 @@ def screener_of(
         checkpoint, lambda: scores.ranking, samples, json.loads(json.dumps(key)),
         Results(workspace.results), prints, evaluate.task_dir,
         workspace.held_out_tasks(texts.fingerprint), budget.task_limit, evaluate.batch_size,
-        evaluate.device,
+        evaluate.device, head_merge,
     ), [*inputs, *more]  # fmt: skip
+
+
+def merging(config: Config) -> dict[str, str]:
+    """``plan.head_merge`` where it is set: what has none keeps the fingerprint that it had."""
+    how = config.plan.head_merge
+    return {} if how == "none" else {HEAD_MERGE: how}
 
 
 def _prints(config: Config, names: list[str]) -> dict[str, object]:

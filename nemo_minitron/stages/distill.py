@@ -65,11 +65,6 @@ def recipe(config: Config) -> Recipe:
 
         return load_model(pruned, dtype=torch.float32), read_config(pruned), pruned
 
-    elsewhere = ("teacher", "teacher_place", "cache", "chunk_tokens")
-    section = {**asdict(settings), **dict.fromkeys(elsewhere), "trainer": {}, "optim": {}}
-    section["live_teacher"] = settings.live_teacher is not None  # wherever it lies
-    if kept_ids(config) is None:  # it decides nothing
-        del section["outside"]
     role = Role(
         lambda: tokenizer_of(pruned),
         start,
@@ -81,6 +76,7 @@ def recipe(config: Config) -> Recipe:
         ],
         wrap_samples=wrap_samples,
     )
+    section = _section(config)
     made = training_recipe(workspace.student, "student", config, section, inputs, role)
 
     def check() -> None:
@@ -91,6 +87,27 @@ def recipe(config: Config) -> Recipe:
         made.check()
 
     return replace(made, check=check)
+
+
+def _section(config: Config) -> dict[str, Any]:
+    """The keys of ``distill`` that decide the weights, and where the training goes on from.
+
+    Raises:
+        ValueError: they exclude each other.
+    """
+    settings = config.distill
+    elsewhere = ("teacher", "teacher_place", "cache", "chunk_tokens")
+    section = {**asdict(settings), **dict.fromkeys(elsewhere), "trainer": {}, "optim": {}}
+    section["live_teacher"] = settings.live_teacher is not None  # wherever it lies
+    if kept_ids(config) is None:  # it decides nothing
+        del section["outside"]
+    if settings.stop_after is None:
+        del section["stop_after"]
+    if settings.go_on_from is not None and settings.live_teacher is not None:
+        raise ValueError(
+            "distill.go_on_from: not with distill.live_teacher, whose teachers lie beside the state"
+        )
+    return section
 
 
 Teaching = tuple[Callable[[], list[Any]], Callable[[Any, Any], tuple[Any, Any]]]

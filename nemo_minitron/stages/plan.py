@@ -18,6 +18,7 @@ from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_inpu
 from nemo_minitron.families import CHOSEN_EXPERTS, VOCAB
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.cost import alignment
+from nemo_minitron.pruning.head_merge import HEADS, HeadMerge, merged_into
 from nemo_minitron.pruning.plan_file import Plan, cut_of, make_plan, mtp_note, read_plan, write_plan
 from nemo_minitron.pruning.select import Keep, select_units
 from nemo_minitron.pruning.serving import check_serving, serving_notes
@@ -75,23 +76,21 @@ def recipe(config: Config) -> Recipe:
     def build(_state: Path, temporary: Path, _ranks: Ranks) -> None:
         from nemo_minitron.models.config_trial import check_config_loads
 
-        scores = Scores({})
-        if needs_scores(config.plan):
-            scores = read_scores(workspace.scores)
-            check_scores(workspace.scores, scores, checkpoint.family, sizes)
+        scores = _scores(config, checkpoint)
         layers = layers_of_plan(config, sizes, scores)
         checkpoint.architecture.check_layers(layers, "plan")
         widths = {axis: size for axis, size in targets.items() if axis != "layers"}
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
         kept, vocabulary = _vocabulary(config, checkpoint, tokenizer)
-        chosen = targets.get(CHOSEN_EXPERTS)
         made = make_plan(
-            checkpoint.architecture, keep | kept, tuple(layers), mtp_note(checkpoint), chosen
-        )
+            checkpoint.architecture, keep | kept, tuple(layers), mtp_note(checkpoint),
+            targets.get(CHOSEN_EXPERTS),
+        )  # fmt: skip
         result = cut_of(made, checkpoint.architecture).result
         check_serving(checkpoint.architecture, made.after, config.plan.serve, "plan.serve")
         check_config_loads(both_spellings(result.config), "plan")
-        write_plan(temporary, replace(made, vocabulary=vocabulary))
+        merge = _merge(config.plan.head_merge, checkpoint, scores, keep)
+        write_plan(temporary, replace(made, vocabulary=vocabulary, merge=merge))
 
     settings = explicit_targets(config.plan) | _reading(config, source)
     if settings.get("layer_choice") == "contiguous":
@@ -107,6 +106,26 @@ def recipe(config: Config) -> Recipe:
         return replace(found, notes=(*found.notes, *of))
 
     return Recipe(folder, "plan", settings, inputs, build, summary)
+
+
+def _scores(config: Config, checkpoint: Checkpoint) -> Scores:
+    """The scores that the plan needs; empty where it needs none."""
+    if not needs_scores(config.plan):
+        return Scores({})
+    folder = Workspace(workspace_of(config)).scores
+    scores = read_scores(folder)
+    check_scores(folder, scores, checkpoint.family, checkpoint.architecture.sizes)
+    return scores
+
+
+def _merge(how: str, checkpoint: Checkpoint, scores: Scores, keep: Keep) -> HeadMerge | None:
+    """What the query heads that go leave in those that stay."""
+    if how == "none":
+        return None
+    group = checkpoint.family.axes[HEADS].within
+    assert group is not None, "the target sizes were checked"
+    groups = checkpoint.architecture.sizes[group]
+    return HeadMerge(how, merged_into(scores.ranking[HEADS], keep, group, groups))
 
 
 def _kept_experts(scores: Path, plan: Plan) -> list[str]:
@@ -221,6 +240,11 @@ def _summary(plan: Plan) -> Summary:
         "layers_dropped": list(plan.layers_dropped),
     }
     notes = (*alignment(plan.before, plan.after), *([plan.mtp] if plan.mtp else []))
+    if plan.merge is not None:
+        facts["head_merge"], notes = (
+            plan.merge.how,
+            (*notes, f"inside each KV group {plan.merged_heads}"),
+        )
     if plan.vocabulary is not None:
         facts["vocabulary"] = asdict(plan.vocabulary)
         notes = (*notes, plan.vocabulary.told())

@@ -15,7 +15,7 @@ from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_inpu
 from nemo_minitron.families import Family, find_row
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.select import score_shape
-from nemo_minitron.pruning.target_sizes import explicit_targets, target_sizes
+from nemo_minitron.pruning.target_sizes import HEAD_MERGE, explicit_targets, target_sizes
 from nemo_minitron.scoring.activation_scores import (
     Outcome,
     Prepared,
@@ -161,7 +161,8 @@ def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     if greedy_steps(config, layers):
         settings["greedy"] = greedy_steps(config, layers)
     if score.iterations > 1:
-        settings["iterations"] = [score.iterations, explicit_targets(config.plan)]
+        asked = {k: v for k, v in explicit_targets(config.plan).items() if k != HEAD_MERGE}
+        settings["iterations"] = [score.iterations, asked]
     if score.shard:
         settings["shard"] = score.shard
     return settings

@@ -26,10 +26,11 @@ from nemo_minitron.pruning.serving import served
 from nemo_minitron.pruning.shortlist import pool, promising, shares, spread, varied
 from nemo_minitron.pruning.size_search import default_choices, whole_choices
 from nemo_minitron.pruning.size_space import Space, Terms, front, size_space, source_costs, within
-from nemo_minitron.pruning.target_sizes import explicit_targets
+from nemo_minitron.pruning.target_sizes import NOT_OF_A_SIZE, explicit_targets
 from nemo_minitron.scoring.scores_file import Scores
 from nemo_minitron.stages.candidates import (
     measured_tasks,
+    merging,
     screener_of,
     teacher_and_scores,
     write_tasks,
@@ -41,7 +42,7 @@ from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.progress_bar import bar
 
-_DECIDE_NOTHING = ("steps", "factor", "layer_times")
+_DECIDE_NOTHING = ("steps", "factor", "continued", "layer_times")
 """Keys of the budget that say how candidates are distilled, or where a file lies."""
 _WIDER = (1.0, 0.7, 0.5, 0.3)
 """What the share is multiplied by, one after the other, until a default grid reaches the budget."""
@@ -68,7 +69,7 @@ def recipe(config: Config) -> Recipe:
     }
     settings |= {
         "serve": list(config.plan.serve), "layer_choice": config.plan.layer_choice,
-        "depth": config.score.depth, "held_out": screener.key["held_out"],
+        "depth": config.score.depth, "held_out": screener.key["held_out"], **merging(config),
     }  # fmt: skip
 
     def build(_state: Path, temporary: Path, ranks: Ranks) -> None:
@@ -88,7 +89,7 @@ def _check(config: Config) -> None:
     Raises:
         ValueError: it is one.
     """
-    asked = [name for name in explicit_targets(config.plan) if name != "layer_choice"]
+    asked = [name for name in explicit_targets(config.plan) if name not in NOT_OF_A_SIZE]
     key = asks_for_search(config.plan.budget)
     if key is None:
         raise ValueError(

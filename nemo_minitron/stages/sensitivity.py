@@ -23,6 +23,7 @@ from nemo_minitron.pruning.slice import Cut
 from nemo_minitron.scoring.scores_file import Scores
 from nemo_minitron.stages.candidates import (
     measured_tasks,
+    merging,
     screener_of,
     teacher_and_scores,
     write_tasks,
@@ -54,6 +55,7 @@ def recipe(config: Config) -> Recipe:
         "shares": list(SHARES), "tasks": measured_tasks(config), "task_limit": budget.task_limit,
         "samples": budget.screen_samples, "held_out": screener.key["held_out"],
         "layer_choice": config.plan.layer_choice, "depth": config.score.depth,
+        **merging(config),
     }  # fmt: skip
 
     def build(_state: Path, temporary: Path, ranks: Ranks) -> None:

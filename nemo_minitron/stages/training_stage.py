@@ -26,6 +26,7 @@ from nemo_minitron.data.training_phases import (
 from nemo_minitron.data.training_samples import training_samples
 from nemo_minitron.families import family_of
 from nemo_minitron.models.ranks import Ranks
+from nemo_minitron.stages.going_on import FROM, STOP, check_stop, given, keep_state, take_over
 from nemo_minitron.stages.inputs import length_notes
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.stages.training_choices import (
@@ -140,6 +141,7 @@ def training_recipe(
         from nemo_minitron.plugin.trainer import check_trainer
 
         check_trainer(resolved["trainer"])
+        check_stop(section, resolved["trainer"]["max_steps"])
         if config.training.only:
             from nemo_minitron.models.trainable import check_only
 
@@ -149,9 +151,11 @@ def training_recipe(
     def build(state: Path, target: Path, ranks: Ranks) -> None:
         """Trains, all ranks together, and writes what came of it."""
         ranks.first(role.prepare)
+        notes = (SKIPPED, training_log.TEACHERS)
+        ranks.first(lambda: take_over(given(section, FROM), decides, inputs, state, notes))
         trained = _train(config, resolved, phases, role, state, ranks)
         if ranks.rank == 0:
-            _write(trained, state, target)
+            _write(trained, state, target, given(section, STOP) is not None)
 
     def summary() -> Summary:
         shape = role.shape()
@@ -163,8 +167,8 @@ def training_recipe(
     return Recipe(folder, kind, decides, inputs, build, summary, check, resumable=True, keep=True)
 
 
-def _write(trained: Any, state: Path, target: Path) -> None:
-    """Writes what came of a training."""
+def _write(trained: Any, state: Path, target: Path, stopped: bool) -> None:
+    """Writes what came of a training, and its state where it was stopped to go on another time."""
     model_in(target).mkdir()
     trained.save_hf(model_in(target))
     from nemo_minitron.plugin.experiment import keep_logs
@@ -176,6 +180,8 @@ def _write(trained: Any, state: Path, target: Path) -> None:
     for name in (log.name, *noted):
         if (state / name).is_file():
             (target / name).write_bytes((state / name).read_bytes())
+    if stopped:
+        keep_state(state, target)
 
 
 def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -183,7 +189,7 @@ def _resolved(config: Config, section: Mapping[str, Any]) -> tuple[dict[str, Any
     trainer = resolved_trainer(config, section["trainer"], section["batch_size"])
     optim = merged(config.optim, section["optim"])
     resolved = {
-        **{key: section[key] for key in section if key not in ("enabled", "baseline")},
+        **{key: section[key] for key in section if key not in ("enabled", "baseline", FROM)},
         "trainer": trainer,
         "optim": optim,
     }
@@ -241,7 +247,7 @@ def _train(
     samples, validation = role.wrap_samples(samples, validation_samples(config, tokenizer))
     settings = TrainingSettings(
         trainer, section["optim"], config.exp_manager, section["batch_size"], section["seed"],
-        _options(config.training),
+        replace(_options(config.training), stop_after=given(section, STOP)),
     )  # fmt: skip
     while True:
         model, hf_config, files = role.start()

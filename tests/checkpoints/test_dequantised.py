@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_minitron.checkpoints.checkpoint import load_tensor, open_checkpoint
 from nemo_minitron.models.causal_lm import load_model
+from nemo_minitron.pruning.head_merge import HeadMerge
 from tests.support.models import make_model, stream
 
 BLOCK = 16
@@ -173,6 +174,24 @@ def test_pruning_streams_it_into_a_plain_smaller_model(quantised, tmp_path, monk
     stream(plain, tmp_path / "other", keep, (0, 2))
     assert "quantization_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())
     same_weights(load_model(tmp_path / "ours"), load_model(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("how", ["paper", "average_query"])
+def test_query_heads_are_merged_in_the_weights_that_it_stands_for(tmp_path, how):
+    folder = fp8_model(tmp_path / "m")
+    settings = FORMATS["fp8"][1]()
+    plain = make_plain(folder, settings, tmp_path / "plain")
+    keep = {"heads": torch.tensor([[0, 3], [1, 2], [0, 2]]), "hidden": torch.arange(4, 30)}
+    merge = HeadMerge(how, torch.tensor([[0, 0, 3, 3], [1, 1, 2, 2], [0, 0, 2, 2]]))
+    stream(folder, tmp_path / "ours", keep, merge=merge)
+    stream(plain, tmp_path / "other", keep, merge=merge)
+    same_weights(load_model(tmp_path / "ours"), load_model(tmp_path / "other"))
+    stream(folder, tmp_path / "unmerged", keep)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    merged, unmerged = (
+        load_file(tmp_path / one / "model.safetensors")[name] for one in ("ours", "unmerged")
+    )
+    assert not torch.equal(merged, unmerged)
 
 
 def test_a_scale_covers_its_block_and_no_more_at_the_edges_of_a_matrix(tmp_path):

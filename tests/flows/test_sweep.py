@@ -6,6 +6,8 @@ import shlex
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from nemo_minitron.workspace.artifacts import verify_tree
 from nemo_minitron.workspace.command_log import commands_in
@@ -159,6 +161,87 @@ def test_a_search_takes_the_nearest_where_it_screens_none_and_a_task_decides_whe
         )
         assert judged == -report["models"]["student"]["tasks"]["held_out_choice"]["acc"]
     assert list(only["judged"].values()) == sorted(only["judged"].values())
+
+
+def test_the_winner_of_a_search_goes_on_from_its_rounds_as_if_it_had_never_stopped(
+    server, tmp_path, teacher, corpus
+):
+    from nemo_minitron.cli.main import main
+    from nemo_minitron.flows.search import search
+
+    workspace = tmp_path / "search"
+    overrides = [
+        *words(workspace, teacher, corpus), "plan.budget.params=15000", "plan.budget.tolerance=0.1",
+        "plan.budget.screened=0", "plan.budget.candidates=3", "plan.budget.steps=4", "plan.budget.continued=true",
+    ]  # fmt: skip
+    search(overrides=overrides)
+    found = json.loads((workspace / "search.json").read_text())
+    assert [(each["steps"], len(each["outcomes"])) for each in found["rounds"]] == [(2, 3), (4, 2)]
+    for steps in (2, 4):
+        student = workspace / "rounds" / str(steps) / found["winner"] / "student"
+        assert json.loads((student / "stopped.json").read_text())["step"] == steps
+        settings = json.loads((student / "manifest.json").read_text())["config"]
+        assert settings["trainer"]["max_steps"] == 12
+    alone = words(tmp_path / "alone", teacher, corpus)
+    sizes = [f"plan.{axis}={size}" for axis, size in found["sizes"].items()]
+    for stage in ("download", "score", "plan", "prune", "distill"):
+        assert main([stage, *alone, *sizes]) == 0
+    straight, ours = (
+        load_file(place / "student" / "hf" / "model.safetensors")
+        for place in (tmp_path / "alone", workspace)
+    )
+    assert all(torch.equal(ours[name], tensor) for name, tensor in straight.items())
+    lines = (workspace / "student" / "metrics.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
+    assert [line["step"] for line in log if "lr" in line] == list(range(1, 13))
+    assert any("val_loss" in line and line["step"] == 2 for line in log)  # of the round
+
+
+def test_rounds_that_no_training_could_go_on_from_are_refused(tmp_path, teacher, corpus):
+    from nemo_minitron.flows.forms import composed
+    from nemo_minitron.flows.search import choose
+
+    base = [
+        *words(tmp_path, teacher, corpus),
+        "plan.budget.params=15000",
+        "plan.budget.continued=true",
+    ]
+    for more, key in (
+        ("training.keep=best:loss", "training.keep=best:loss"),
+        ("distill.teacher_logits=cache", "distill.teacher_logits=cache"),
+        ("distill.live_teacher=elsewhere", "distill.live_teacher"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"plan.budget.continued: a training with {key} cannot"
+        ):
+            choose(composed("config", [*base, more]))
+
+
+def test_a_candidate_of_a_search_merges_heads_only_where_it_loses_some(tmp_path, teacher, corpus):
+    from nemo_minitron.cli.main import main
+    from nemo_minitron.flows.cascade import _cut_to as cut_step
+    from nemo_minitron.flows.forms import composed
+    from nemo_minitron.flows.search import _nearest, _short
+
+    overrides = words(tmp_path, teacher, corpus)
+    assert main(["download", *overrides]) == 0
+    base = composed(
+        "config", [*overrides, "plan.head_merge=sum_output", "plan.budget.params=15000"]
+    )
+    for sizes, how in (
+        ({"heads": 3, "ffn": 20}, "sum_output"),
+        ({"heads": 6, "ffn": 20}, "none"),
+        ({"kv_heads": 2, "heads": 4}, "none"),
+        ({"kv_heads": 2, "heads": 2}, "sum_output"),
+    ):
+        assert _short(base, "one", sizes, 2).plan.head_merge == how
+    for size, how in (({"heads": 3}, "sum_output"), ({"ffn": 20}, "none")):
+        step = composed("config", [*overrides, "plan.head_merge=sum_output"])
+        cut_step(step, size)
+        assert step.plan.head_merge == how
+    base.plan.head_merge = "paper"
+    with pytest.raises(ValueError, match=r"plan\.head_merge=paper: expected none, sum_output"):
+        _nearest(base)
 
 
 def test_a_checkpoint_is_measured_against_the_teacher_that_its_lineage_names(

@@ -1,5 +1,7 @@
 """Pruning in memory gives what the stream gives."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,6 +17,7 @@ from nemo_minitron.plugin.nemo_archive import nemo_archive
 from nemo_minitron.plugin.transforms import DepthPruning, Pruning, WidthPruning
 from nemo_minitron.proofs.proof import TOGETHER, halved
 from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.pruning.head_merge import HeadMerge
 from nemo_minitron.pruning.plan_file import make_plan, read_plan, write_plan
 from nemo_minitron.pruning.select import score_shape, select_units
 from nemo_minitron.scoring.importance import random_scores
@@ -84,6 +87,30 @@ def test_width_then_depth_is_both_at_once_and_a_nemo_model_is_looked_into(tmp_pa
     wrapped = MinitronModel.from_hf(folder).eval()
     DepthPruning(plan)(WidthPruning(plan)(wrapped))
     assert torch.equal(wrapped.model(torch.arange(20)[None]).logits, expected)
+
+
+@pytest.mark.parametrize("how", ["paper", "sum_output", "average_query"])
+def test_heads_that_go_are_merged_as_on_disk(tmp_path, how):
+    folder = make_model(tmp_path / "m", "qwen2")  # its queries have a bias
+    checkpoint, plan = plan_for(folder)
+    plan = replace(plan, merge=HeadMerge(how, partners(plan.keep["heads"])))
+    expected = logits(
+        stream(folder, tmp_path / "pruned", plan.keep, plan.layers_kept, merge=plan.merge)
+    )
+    model = load_model(folder)
+    assert Pruning(plan)(model) is model
+    assert torch.equal(computed(model), expected)
+    wide = load_model(folder)
+    DepthPruning(plan)(WidthPruning(plan)(wide))
+    assert torch.equal(computed(wide), expected)
+    assert not torch.equal(streamed(checkpoint, plan, tmp_path / "unmerged"), expected)
+    shallow = DepthPruning(plan)(load_model(folder))
+    assert shallow.config.num_attention_heads == 6
+
+
+def partners(kept_LK):
+    """Of two heads in each group, one goes into the other."""
+    return kept_LK.repeat_interleave(2, dim=1)
 
 
 def test_a_plan_on_disk_and_a_plan_for_another_model(tmp_path):

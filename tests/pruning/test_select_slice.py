@@ -15,6 +15,7 @@ from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.proofs.proof import generates
 from nemo_minitron.proofs.tiny_models import tiny_config, tiny_model
 from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.positions import dim_index
 from nemo_minitron.pruning.select import (
     complete_targets,
     kept_layers,
@@ -24,7 +25,7 @@ from nemo_minitron.pruning.select import (
     top,
     top_within,
 )
-from nemo_minitron.pruning.slice import Cut, Piece, cut_config, cut_tensor, dim_index, pieces
+from nemo_minitron.pruning.slice import Cut, Piece, cut_config, cut_tensor, pieces
 from nemo_minitron.scoring.importance import random_scores
 from tests.support.models import logits, stream
 

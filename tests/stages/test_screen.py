@@ -86,6 +86,34 @@ def test_what_is_screened_keeps_the_budget_and_is_what_the_pruned_checkpoint_is(
         assert one.loss == pytest.approx(loss, rel=1e-5)
 
 
+def test_candidates_are_measured_with_their_heads_merged(place, capsys):
+    workspace, words = place
+    choices = ["+plan.budget.choices.heads=[3,6]", "+plan.budget.choices.ffn=[12,24]"]
+    asked = ["plan.budget.parameters=22500", *choices]
+    plain = facts(capsys, "screen", *words, *asked)["candidates"]
+    screened = (workspace / "screen" / "manifest.json").read_text()
+    assert not {"continued", "head_merge"} & json.loads(screened)["config"].keys()
+    facts(capsys, "screen", *words, *asked, "plan.head_merge=none")
+    assert (workspace / "screen" / "manifest.json").read_text() == screened  # nothing asked anew
+    merge = "plan.head_merge=average_query"
+    merged = facts(capsys, "screen", *words, *asked, merge)["candidates"]
+    losses = [
+        {one["sizes"]["heads"]: one["loss"] for one in found if one["sizes"]["ffn"] == 12}
+        for found in (plain, merged)
+    ]
+    assert losses[0][6] == losses[1][6]  # no head goes
+    assert losses[0][3] != losses[1][3]
+    assert main(["prune", *words, "plan.heads=3", "plan.ffn=12", merge]) == 0
+    pruned = open_checkpoint(workspace / "pruned")
+    samples_NS = validation_samples(load_config("config", words), load_tokenizer(pruned.folder))
+    loss = held_out_loss(load_model(pruned.folder), pruned.family, samples_NS, 8)
+    assert losses[1][3] == pytest.approx(loss, rel=1e-5)
+    for command in (["screen", *words, *asked], ["sensitivity", *words]):
+        capsys.readouterr()
+        said = refused(capsys, *command, "plan.head_merge=paper")
+        assert "plan.head_merge=paper: expected none, sum_output or average_query" in said
+
+
 def test_a_killed_screening_goes_on_and_measures_nothing_twice(place):
     workspace, words = place
     # a few tenths of a second each

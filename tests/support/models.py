@@ -87,6 +87,7 @@ def stream(
     keep: dict[str, torch.Tensor],
     layers: tuple[int, ...] | None = None,
     experts_per_token: int | None = None,
+    merge: Any = None,
 ) -> Path:
     """Cuts a saved model through the streaming writer."""
     from nemo_minitron.checkpoints.checkpoint import open_checkpoint
@@ -97,7 +98,7 @@ def stream(
     every = range(checkpoint.architecture.sizes["layers"])
     target.mkdir()
     layers = tuple(every) if layers is None else layers
-    cut = Cut(checkpoint.architecture, keep, layers, experts_per_token)
+    cut = Cut(checkpoint.architecture, keep, layers, experts_per_token, merge)
     write_pruned(checkpoint, [(target, cut)], 10**9)
     return target
 
