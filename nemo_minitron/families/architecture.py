@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from nemo_minitron.families.family import CHOSEN_EXPERTS, Axis, Family, TensorRow
 from nemo_minitron.families.grammar import evaluate, names_in, row_axes, row_shape
-from nemo_minitron.families.table import CHOSEN_EXPERTS, Axis, Family, TensorRow, families
+from nemo_minitron.families.table import families
 from nemo_minitron.security.plain_text import plain
 
 

@@ -33,6 +33,7 @@ class _Written(TypedDict):
     cost_before: Size
     cost_after: Size
     mtp: NotRequired[str]
+    mtp_kept: NotRequired[bool]
     vocabulary: NotRequired[Vocabulary]
 
 
@@ -49,6 +50,7 @@ class Plan:
         keep: kept units of every axis that shrinks.
         mtp: what becomes of prediction layers (MTP), in a sentence; empty where the model has none.
         vocabulary: how the kept entries of the vocabulary were chosen; None: nobody asked for fewer.
+        mtp_kept: whether the export has prediction layers.
     """
 
     model_type: str
@@ -61,16 +63,20 @@ class Plan:
     keep: Keep
     mtp: str = ""
     vocabulary: Vocabulary | None = None
+    mtp_kept: bool = False
 
 
-def mtp_note(checkpoint: Checkpoint) -> str:
+def mtp_note(checkpoint: Checkpoint, keep: bool = False) -> str:
     """What becomes of a checkpoint's prediction layers, in a sentence; empty where it has none."""
-    names = checkpoint.predictions
+    names = list(checkpoint.predictions)
     if not names:
         return ""
+    which = f"{len(names)} tensors of multi-token prediction layers, as {plain(names[0], 120)}, are"
+    if not keep:
+        return f"{which} left out (plan.mtp=drop)"
     return (
-        f"{len(names)} tensors of multi-token prediction layers, as {plain(names[0], 120)}, are left out "
-        "(plan.mtp=drop)"
+        f"{which} cut along by their own weights (plan.mtp=keep): they are not counted among the parameters, "
+        "nor trained, so that fewer of the tokens that they draft are accepted"
     )
 
 
@@ -108,6 +114,8 @@ def write_plan(folder: Path, plan: Plan) -> None:
     readable["keep"] = {axis: f"{KEEP}: {list(index.shape)}" for axis, index in plan.keep.items()}
     if not plan.mtp:
         del readable["mtp"]
+    if not plan.mtp_kept:
+        del readable["mtp_kept"]
     if plan.vocabulary is None:
         del readable["vocabulary"]
     ratio = plan.cost_after.parameters / plan.cost_before.parameters

@@ -22,6 +22,7 @@ from nemo_minitron.pruning.plan_file import Plan, cut_of, make_plan, mtp_note, r
 from nemo_minitron.pruning.select import Keep, select_units
 from nemo_minitron.pruning.serving import check_serving, serving_notes
 from nemo_minitron.pruning.slice import pattern_notes
+from nemo_minitron.pruning.slice_predictions import described
 from nemo_minitron.pruning.target_sizes import (
     cuts_vocabulary,
     explicit_targets,
@@ -59,12 +60,7 @@ def recipe(config: Config) -> Recipe:
     checkpoint = open_checkpoint(source)
     sizes = checkpoint.architecture.sizes
     targets = target_sizes(checkpoint.architecture, config.plan)
-    if config.plan.mtp == "keep" and checkpoint.predictions:
-        raise ValueError(
-            f"plan.mtp=keep: {source}: the {len(checkpoint.predictions)} tensors of prediction layers, as "
-            f"{plain(checkpoint.predictions[0], 120)}, cannot be cut along: no table of "
-            f"{checkpoint.family.model_type} describes them; use drop"
-        )
+    keeps = _keeps_predictions(config, checkpoint)
     inputs = [teacher]
     if needs_scores(config.plan):
         inputs.append(input_artifact(workspace.root, "scores", "score"))
@@ -86,12 +82,12 @@ def recipe(config: Config) -> Recipe:
         kept, vocabulary = _vocabulary(config, checkpoint, tokenizer)
         chosen = targets.get(CHOSEN_EXPERTS)
         made = make_plan(
-            checkpoint.architecture, keep | kept, tuple(layers), mtp_note(checkpoint), chosen
+            checkpoint.architecture, keep | kept, tuple(layers), mtp_note(checkpoint, keeps), chosen
         )
         result = cut_of(made, checkpoint.architecture).result
         check_serving(checkpoint.architecture, made.after, config.plan.serve, "plan.serve")
         check_config_loads(both_spellings(result.config), "plan")
-        write_plan(temporary, replace(made, vocabulary=vocabulary))
+        write_plan(temporary, replace(made, vocabulary=vocabulary, mtp_kept=keeps))
 
     settings = explicit_targets(config.plan) | _reading(config, source)
     if settings.get("layer_choice") == "contiguous":
@@ -107,6 +103,25 @@ def recipe(config: Config) -> Recipe:
         return replace(found, notes=(*found.notes, *of))
 
     return Recipe(folder, "plan", settings, inputs, build, summary)
+
+
+def _keeps_predictions(config: Config, checkpoint: Checkpoint) -> bool:
+    """Whether prediction layers (MTP) are cut along.
+
+    Raises:
+        ValueError: they cannot be.
+    """
+    names = list(checkpoint.predictions)
+    if config.plan.mtp != "keep" or not names:
+        return False
+    try:
+        described(checkpoint)
+    except ValueError as error:
+        raise ValueError(
+            f"plan.mtp=keep: {checkpoint.folder}: the {len(names)} tensors of prediction layers, as "
+            f"{plain(names[0], 120)}, cannot be cut along: {error}"
+        ) from error
+    return True
 
 
 def _kept_experts(scores: Path, plan: Plan) -> list[str]:

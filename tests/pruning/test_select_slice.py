@@ -10,7 +10,7 @@ from nemo_minitron.families import (
     families,
     parse_row,
 )
-from nemo_minitron.families.table import TensorRow
+from nemo_minitron.families import TensorRow
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.proofs.proof import generates
 from nemo_minitron.proofs.tiny_models import tiny_config, tiny_model
