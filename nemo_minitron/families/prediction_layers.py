@@ -65,7 +65,7 @@ def prediction_layers(model: Architecture, names: Iterable[str]) -> PredictionLa
         return None
     one = layers_behind(model, 1)
     inner = {one.inner_name(name, layers) for name in held}
-    numbers = {found[1] for name in inner if (found := one.number.match(name)) is not None}
+    numbers = {match[1] for name in inner if (match := one.number.match(name)) is not None}
     found = layers_behind(model, max(1, len(numbers)))
     _check(found, inner, layers)
     return found

@@ -111,7 +111,7 @@ def drafted(folder: Path) -> Tensor:
     model = drafting(folder)
     tokens = torch.arange(2, 12)[None] % model.config.vocab_size
     with torch.inference_mode():
-        layers = MtpModel.from_pretrained(model)
+        layers = MtpModel.from_pretrained(model, trust_remote_code=False)
         read = model.get_decoder()(tokens[:, :-1], use_cache=False).last_hidden_state
         place = torch.arange(1, tokens.shape[1])[None]
         cache = MtpCache(config=model.config.get_mtp_config())

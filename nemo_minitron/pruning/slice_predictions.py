@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, read_entry
 from nemo_minitron.checkpoints.tensor_rows import Entry
-from nemo_minitron.families import Architecture, PredictionLayers, prediction_layers
+from nemo_minitron.families import Architecture, PredictionLayers, fill, prediction_layers
 from nemo_minitron.pruning.select import Keep, select_units
 from nemo_minitron.pruning.slice import Cut, Piece, cut_tensor, pieces
 
@@ -65,6 +65,14 @@ class CutPredictions:
         """Entries of config.json that count them."""
         given, family = self._checkpoint.config, self._checkpoint.family
         return {key: given[key] for key in family.mtp_layers if key in given}
+
+    @property
+    def beginnings(self) -> tuple[str, ...]:
+        """What the names of their tensors in the result begin with, as transformers names them, too."""
+        family, first = self._checkpoint.family, self._cut.after["layers"]
+        numbers = range(first, first + self.layers.architecture.sizes["layers"])
+        every = {fill(text, {family.layer: number}) for text in family.mtp for number in numbers}
+        return tuple(sorted(every))
 
     def read(self, name: str) -> Tensor:
         """One tensor of the result."""

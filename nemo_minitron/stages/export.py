@@ -110,7 +110,7 @@ def run(config: Config) -> Result:
 
             write_eval_results(temporary, report)
         write_json(temporary / LINEAGE, _lineage(workspace, report))
-        left_out = [] if behind is None else list(open_checkpoint(temporary).predictions)
+        left_out = () if behind is None else behind.beginnings
         check_in_clean_process(temporary, student, dtype, around is not None, left_out)
         _write_gguf(config, workspace, temporary, source)
         return hashes
