@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_config(folder, config)
     every, stamp, words = _stored(folder, stored, model)
     around, every = apart(folder, stored, every)
+    model = replace(model, family=model.family.spelled(every))
     layers = model.sizes["layers"]
     predictions = {
         name: entry for name, entry in every.items() if predicts(model.family, name, layers)

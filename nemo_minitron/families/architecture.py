@@ -330,7 +330,8 @@ def predicts(family: Family, name: str, layers: int) -> bool:
 
 def find_row(family: Family, name: str) -> tuple[TensorRow, dict[str, int]] | None:
     """The row that a tensor name matches and the units its placeholders stand for, or None."""
-    for row in family.rows:
+    others = (row for _, other in family.stacked for row in other)
+    for row in itertools.chain(family.rows, others):
         match = row.regex.fullmatch(name)
         if match:
             return row, {index: int(unit) for index, unit in match.groupdict().items()}

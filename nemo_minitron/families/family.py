@@ -5,7 +5,7 @@
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -164,13 +164,33 @@ class Family:
     """Config values under which a layer of the model is what a prediction layer is."""
     mtp_rows: tuple[TensorRow, ...] = ()
     """A prediction layer's other tensors."""
+    stacked: tuple[tuple[tuple[TensorRow, ...], tuple[TensorRow, ...]], ...] = ()
+    """Rows of ``rows``, and those of other tensors that a checkpoint may have in their place."""
     conditional: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Constraints that hold for some models, and the condition on config keys under which they do."""
 
     def __repr__(self) -> str:
         """As generated, without newer attributes that say nothing; see ``Axis``."""
-        silent = {"mtp": (), "mtp_layers": (), "mtp_block": "", "mtp_like": {}, "mtp_rows": ()}
+        silent = {
+            "mtp": (),
+            "mtp_layers": (),
+            "mtp_block": "",
+            "mtp_like": {},
+            "mtp_rows": (),
+            "stacked": (),
+        }
         return _shown(self, silent)
+
+    def spelled(self, names: Iterable[str]) -> "Family":
+        """The table of a checkpoint whose tensors have these names: where it has others, their rows."""
+        family, held = self, list(names)
+        for mine, other in self.stacked:
+            if not any(row.regex.fullmatch(name) for row in other for name in held):
+                continue
+            rows = tuple(row for row in family.rows if row not in mine)
+            pairs = tuple((b, a) if a == mine else (a, b) for a, b in family.stacked)
+            family = replace(family, rows=(*rows, *other), stacked=pairs)
+        return family
 
     def for_config(self, config: Mapping[str, Any]) -> "Family":
         """The table of one model: its constraints are those that hold for this config.json.

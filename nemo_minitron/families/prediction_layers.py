@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nemo_minitron.families.architecture import Architecture, family_for, predicts
-from nemo_minitron.families.family import VOCAB, names_of
+from nemo_minitron.families.family import VOCAB, TensorRow, names_of
 from nemo_minitron.families.grammar import row_axes
 from nemo_minitron.security.plain_text import plain
 
@@ -67,6 +67,8 @@ def prediction_layers(model: Architecture, names: Iterable[str]) -> PredictionLa
     inner = {one.inner_name(name, layers) for name in held}
     numbers = {match[1] for name in inner if (match := one.number.match(name)) is not None}
     found = layers_behind(model, max(1, len(numbers)))
+    alone = found.architecture
+    found = replace(found, architecture=replace(alone, family=alone.family.spelled(inner)))
     _check(found, inner, layers)
     return found
 
@@ -77,13 +79,17 @@ def layers_behind(model: Architecture, count: int) -> PredictionLayers:
     index = f"{{{family.layer}}}."
     trunk = next(row.pattern for row in family.rows if index in row.pattern)
     trunk = trunk[: trunk.index(index) + len(index)]
-    rows = [
-        replace(row, pattern=pattern, regex=names_of(pattern))
-        for row in family.rows
-        if row.pattern.startswith(trunk)
-        for pattern in [family.mtp_block + row.pattern.removeprefix(trunk)]
-    ]
-    alone = replace(family, rows=(*rows, *family.mtp_rows), mtp=())
+
+    def moved(rows: Iterable[TensorRow]) -> tuple[TensorRow, ...]:
+        patterns = [(row, row.pattern.removeprefix(trunk)) for row in rows if trunk in row.pattern]
+        return tuple(
+            replace(row, pattern=family.mtp_block + rest, regex=names_of(family.mtp_block + rest))
+            for row, rest in patterns
+        )
+
+    stacked = tuple((moved(mine), moved(other)) for mine, other in family.stacked)
+    rows = (*moved(family.rows), *family.mtp_rows)
+    alone = replace(family, rows=rows, stacked=stacked, mtp=())
     config = {**model.config, **family.mtp_like}
     config |= {key: count for key in family.axes["layers"].config if key in config}
     architecture = Architecture(family_for(alone, config, model.where), config, model.where)

@@ -19,7 +19,7 @@ OWN_TABLES = "MINITRON_FAMILIES"
 
 _KEYS = {
     "model_type", "architecture", "axes", "defaults", "tensors", "ignored", "taps", "modules", "constraints",
-    "define", "fold", "logits", "mtp", "needs", "proofs", "since", "zero_centred_norms",
+    "define", "fold", "logits", "mtp", "needs", "proofs", "since", "stacked", "zero_centred_norms",
 }  # fmt: skip
 _MTP_KEYS = {"tensors", "layers", "block", "like", "rows"}
 _AXIS_KEYS = {f.name for f in fields(Axis)} - {"name", "fallback"} | {"or"}
@@ -93,6 +93,13 @@ def _family(table: Mapping[str, Any]) -> Family:
         mtp_layers=tuple(mtp.get("layers", [])),
         mtp_block=mtp.get("block", ""),
         mtp_like=mtp.get("like", {}),
+        stacked=tuple(
+            (
+                tuple(row for row in rows if row.pattern.startswith(begin)),
+                _rows(entry, axes, spelled),
+            )
+            for begin, entry in table.get("stacked", {}).items()
+        ),
         mtp_rows=_rows(mtp.get("rows", {}), axes, spelled),
     )
 

@@ -30,7 +30,7 @@ from nemo_minitron.proofs.prediction_proof import (
     with_predictions,
     write_both,
 )
-from nemo_minitron.proofs.tiny_models import dead_copy, permutation, tiny_model
+from nemo_minitron.proofs.tiny_models import dead_copy, in_memory_names, permutation, tiny_model
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.select import Keep, complete_targets, score_shape, select_units
 from nemo_minitron.pruning.slice import Cut
@@ -39,7 +39,7 @@ from nemo_minitron.scoring.importance import random_scores
 
 PROOFS = ("permutation", "dead units", "strict load", "generate")
 TOGETHER = "all together"
-PREDICTIONS = "prediction layers"
+PREDICTIONS, STACKED = "prediction layers", "experts in one tensor"
 TOLERANCE = 1e-5
 """Largest difference of logits that counts as equal, relative to the largest logit."""
 
@@ -96,8 +96,21 @@ def prove(family: Family, changes: Mapping[str, Any]) -> Iterator[Finding]:
                 yield from _half(checkpoint, axis, axes, work)
             except (ValueError, RuntimeError) as error:  # a wrong table: the result is no model
                 yield from (Finding(axis, proof, False, str(error)) for proof in PROOFS[2:])
+        if family.stacked:
+            yield from _stacked(checkpoint, axes, work)
         if family.mtp_block and runs_predictions():
             yield from predictions(checkpoint, work)
+
+
+def _stacked(checkpoint: Checkpoint, axes: Sequence[str], work: Path) -> Iterator[Finding]:
+    """Proves the rows of tensors that a checkpoint may have in the place of others."""
+    other = open_checkpoint(in_memory_names(checkpoint, work / "stacked"))
+    before = logits_of(checkpoint.folder)
+    moved = permutations(
+        other, [a for a in axes if a != "layers"], work, alone=False, before=before
+    )
+    for finding in itertools.chain(moved, _half(other, TOGETHER, axes, work)):
+        yield replace(finding, axis=STACKED)
 
 
 def predictions(checkpoint: Checkpoint, work: Path) -> Iterator[Finding]:
@@ -315,8 +328,8 @@ def tabulate(model_type: str, family: Family, findings: Sequence[Finding]) -> li
         text = (reason or "yes") if finding.holds else "FAILS"
         cells.setdefault((finding.axis, finding.proof), set()).add(text)
     rows = []
-    behind = [PREDICTIONS] if any(axis == PREDICTIONS for axis, _ in cells) else []
-    for axis in [*family.prunable, TOGETHER, *behind]:
+    more = [name for name in (STACKED, PREDICTIONS) if any(axis == name for axis, _ in cells)]
+    for axis in [*family.prunable, TOGETHER, *more]:
         found = [cells.get((axis, proof), {"–"}) for proof in PROOFS]
         texts = (
             "FAILS" if "FAILS" in c else "yes" if "yes" in c else "; ".join(sorted(c))
