@@ -3,13 +3,17 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.families import families, layers_behind
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint, read_entry
+from nemo_minitron.families import families, layers_behind, prediction_layers
 from nemo_minitron.families.grammar import parse_row
 from nemo_minitron.proofs.prediction_proof import drafted, reordered, with_predictions
 from nemo_minitron.proofs.proof import PREDICTIONS, described, equal, predictions
 from nemo_minitron.proofs.tiny_models import tiny_model
+from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.slice_predictions import CutPredictions
+from nemo_minitron.scoring.magnitude import magnitudes
 
 PROVEN = [name for name, family in families().items() if family.mtp_block]
 
@@ -89,3 +93,25 @@ def test_numbers_on_disk_and_alone(behind):
     assert own.inner_name("mtp.fc.weight", 4) == "mtp.fc.weight"
     assert own.stored_name("mtp.layers.0.mlp.gate.weight", 4) == "mtp.layers.0.mlp.gate.weight"
     assert own.architecture.sizes["layers"] == 1
+
+
+def test_their_embedding_and_head_go_with_the_vocabulary(behind):
+    checkpoint, _ = behind("deepseek_v3")
+    kept_V = torch.arange(0, 96, 2)
+    cut = Cut(checkpoint.architecture, {"vocab": kept_V}, (0, 1, 2, 3))
+    found, stored = CutPredictions(checkpoint, cut, magnitudes), checkpoint.predictions
+    for name in ("model.layers.4.shared_head.head.weight", "model.layers.4.embed_tokens.weight"):
+        whole = read_entry(checkpoint.folder, stored[name], name)
+        assert torch.equal(found.read(name), whole[kept_V])
+    name = "model.layers.4.eh_proj.weight"
+    assert torch.equal(found.read(name), read_entry(checkpoint.folder, stored[name], name))
+
+
+def test_checkpoints_may_leave_out_what_repeats_the_models_own(behind):
+    checkpoint, _ = behind("deepseek_v3")
+    names = list(checkpoint.predictions)
+    few = [name for name in names if not name.endswith(("head.head.weight", "tokens.weight"))]
+    assert len(few) == len(names) - 2
+    assert prediction_layers(checkpoint.architecture, few) is not None
+    with pytest.raises(ValueError, match=r"model\.layers\.4\.enorm\.weight is missing"):
+        prediction_layers(checkpoint.architecture, [n for n in few if "enorm" not in n])
