@@ -113,7 +113,9 @@ def metadata_of(
         value = evaluate(source, {source: None, **values} if "optional" in row else values)
         if value is not None:
             yield key, row["type"], value
-    yield from rope_keys(values, "scaled_rope" in table.rows, where)
+    yield from rope_keys(
+        values, table.rows["scaled_rope"] if "scaled_rope" in table.rows else (), where
+    )
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from nemo_minitron.checkpoints.dtypes import TORCH
 from nemo_minitron.checkpoints.gguf_families import Change, dtype_of, gguf_family
 from nemo_minitron.checkpoints.gguf_file import Gguf, Stored, gguf_library, read_gguf
-from nemo_minitron.checkpoints.gguf_rope import FACTORS
+from nemo_minitron.checkpoints.gguf_rope import TENSORS
 from nemo_minitron.checkpoints.headers import sample_of
 from nemo_minitron.checkpoints.tensor_rows import Block, Entry, Files, spans
 from nemo_minitron.families import Architecture
@@ -67,7 +67,7 @@ def entries_of(folder: Path, gguf: Gguf, model: Architecture) -> dict[str, Entry
             f"{folder}: {model.sizes['layers']} layers, but only {len(gguf.tensors)} tensors"
         )
     table = gguf_family(model.family.model_type, str(folder))
-    dtype, left = _DTYPES[dtype_of(gguf)], {*gguf.tensors} - {FACTORS}
+    dtype, left = _DTYPES[dtype_of(gguf)], {*gguf.tensors} - TENSORS
     found = {}
     for name, _, _ in model.tensors():
         there, expert = gguf_name(table.architecture, model.sizes["layers"], name)

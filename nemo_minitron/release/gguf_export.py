@@ -21,7 +21,7 @@ from nemo_minitron.checkpoints.gguf_families import (
     metadata_of,
 )
 from nemo_minitron.checkpoints.gguf_file import gguf_library, read_gguf
-from nemo_minitron.checkpoints.gguf_rope import FACTORS, rope_factors
+from nemo_minitron.checkpoints.gguf_rope import rope_factors
 from nemo_minitron.checkpoints.gguf_weights import entries_of, gguf_name, stored_places
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.tensor_rows import Entry, Files, fill_rows, spans
@@ -135,8 +135,8 @@ def _write_tensors(
     for name, _, _ in checkpoint.architecture.tensors():
         stacks.setdefault(gguf_name(table.architecture, layers, name)[0], []).append(name)
     factors = rope_factors(config)
-    if factors is not None:
-        writer.add_tensor_info(FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for there, vector in factors.items():
+        writer.add_tensor_info(there, vector.shape, vector.dtype, vector.nbytes)
     for there, names in stacks.items():
         entry = checkpoint.entries[names[0]]
         form = _form(there, entry, kind)
@@ -148,8 +148,8 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
+    for vector in factors.values():
+        writer.write_tensor_data(vector)
     with Files(checkpoint.folder) as files:
         for there, names in stacks.items():
             parts = []

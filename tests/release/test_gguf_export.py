@@ -177,3 +177,24 @@ def test_the_docs_name_every_family_that_is_written():
         each = architectures * len(names) if len(architectures) == 1 else architectures
         told |= dict(zip(names, each, strict=True))
     assert told == {name: family.architecture for name, family in gguf_families().items()}
+
+
+def test_longrope_comes_back_with_its_factors(tmp_path, tokenizer_folder):
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.05],
+            "long_factor": [2.0, 4.1]}  # fmt: skip
+    changes = {
+        "rope_parameters": rope,
+        "original_max_position_embeddings": 16,
+        "partial_rotary_factor": 1.0,
+    }
+    folder = made(tmp_path / "m", "phi3", tokenizer_folder, **changes)
+    path = written(folder, ["bf16"])["bf16"]
+    assert "rope_factors_long.weight" in read_gguf(path).tensors
+    assert gguf.GGUFReader(path).fields["phi3.rope.scaling.attn_factor"].contents() > 1
+    back = as_source(path, tmp_path / "back")
+    found = open_checkpoint(back).config["rope_scaling"]
+    assert (found["short_factor"], found["long_factor"]) == ([1.0, 1.05], [2.0, 4.1])
+    assert torch.allclose(logits(folder), logits(back), atol=1e-5)  # 24 tokens: the long factors
+    odd = made(tmp_path / "o", "phi3", tokenizer_folder, **{**changes, "rope_parameters": {**rope, "attention_factor": 3.0}})  # fmt: skip
+    with pytest.raises(ValueError, match=r"attention_factor 3\.0 cannot be written as GGUF"):
+        check_gguf(open_checkpoint(odd), ["bf16"], "gpt-2")
