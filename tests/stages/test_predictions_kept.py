@@ -12,7 +12,12 @@ from nemo_minitron.checkpoints.checkpoint import SINGLE, open_checkpoint
 from nemo_minitron.cli.main import main
 from nemo_minitron.evaluation.report import read_report
 from nemo_minitron.families import families
-from nemo_minitron.proofs.prediction_proof import drafted, drafts_truly, with_predictions
+from nemo_minitron.proofs.prediction_proof import (
+    drafted,
+    drafts_truly,
+    runs_predictions,
+    with_predictions,
+)
 from nemo_minitron.proofs.tiny_models import tiny_model
 from nemo_minitron.pruning.plan_file import mtp_note, read_plan
 from nemo_minitron.release.model_card import card_text
@@ -78,8 +83,9 @@ def test_the_export_has_them_cut_along_and_they_draft(done, source):
     columns = {tuple(column) for column in whole.T.tolist()}
     found = after[f"{new}mlp.experts.1.down_proj.weight"].T.tolist()
     assert len(found) == 8 and {tuple(column) for column in found} <= columns
-    assert drafted(done / "export").isfinite().all()
-    assert drafts_truly(done / "export")
+    if runs_predictions():
+        assert drafted(done / "export").isfinite().all()
+        assert drafts_truly(done / "export")
 
 
 def test_neither_the_student_nor_its_parents_have_them(done):
