@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Checkpoint:
         around: the other parts where the causal LM is part of a multimodal model; its own tensors are
             named as it would name them alone.
         stored_as: what its weights were before they are read as plain ones, in words; empty: plain.
-        predictions: names of tensors of prediction layers (MTP), which are left out.
+        predictions: tensors of prediction layers (MTP) by their names on disk; only export reads them.
     """
 
     folder: Path
@@ -74,7 +74,7 @@ class Checkpoint:
     fingerprint: str
     stored_as: str = ""
     around: Surroundings | None = None
-    predictions: tuple[str, ...] = ()
+    predictions: Mapping[str, Entry] = field(default_factory=dict)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -110,10 +110,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_config(folder, config)
     every, stamp, words = _stored(folder, stored, model)
     around, every = apart(folder, stored, every)
+    model = replace(model, family=model.family.spelled(every))
     layers = model.sizes["layers"]
-    predictions = tuple(name for name in every if predicts(model.family, name, layers))
+    predictions = {
+        name: entry for name, entry in every.items() if predicts(model.family, name, layers)
+    }
     _check_dtypes(folder, predictions, every)
-    entries = {name: entry for name, entry in every.items() if name not in set(predictions)}
+    entries = {name: entry for name, entry in every.items() if name not in predictions}
     expected = _check_entries(folder, model, entries)
     _check_tied(folder, model, entries, expected)
     held = {

@@ -46,6 +46,11 @@ class GgufFamily:
         """llama.cpp's name of it."""
         return str(self.rows["architecture"])
 
+    @property
+    def told_by(self) -> str | None:
+        """The key that only files of this one of several families of an architecture have."""
+        return str(self.rows["told_by"]) if "told_by" in self.rows else None
+
     def change(self, name: str, config: Mapping[str, Any]) -> Change:
         """How a tensor of the Hugging Face folder is stored in GGUF."""
         for row in self.rows["tensors"] if "tensors" in self.rows else ():
@@ -108,7 +113,9 @@ def metadata_of(
         value = evaluate(source, {source: None, **values} if "optional" in row else values)
         if value is not None:
             yield key, row["type"], value
-    yield from rope_keys(values, "scaled_rope" in table.rows, where)
+    yield from rope_keys(
+        values, table.rows["scaled_rope"] if "scaled_rope" in table.rows else (), where
+    )
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,6 +134,8 @@ def _values(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
         "every_fourth": [int(layer % 4 != 3) for layer in range(layers)],
         "no_rope": config.get("no_rope_layers"),
+        "num_experts": config.get("num_experts")
+        or config.get("num_local_experts"),  # renamed since
         "hidden_act": config.get("hidden_act", config.get("hidden_activation")),
         **{name: _pattern(layers, *pattern) for name, pattern in _PATTERNS.items()},
     }
@@ -153,8 +162,9 @@ def config_of(gguf: Gguf, where: str) -> dict[str, Any]:
             f"{where}: architecture {plain(gguf.architecture, 40)!r} is not read from GGUF; expected one of "
             f"{', '.join(every)}"
         )
+    told = [table for table in known if gguf.metadata.get(f"{gguf.architecture}.{table.told_by}")]
     faults = []
-    for table in known:
+    for table in told or [table for table in known if table.told_by is None] or known:
         config = _config(table, gguf, where)
         family = families()[table.model_type].for_config(config)
         try:
@@ -249,10 +259,16 @@ def _short(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
+def is_router(name: str) -> bool:
+    """Whether a tensor of a GGUF file says which experts a token is sent to: it is float32 in every file."""
+    return ".ffn_gate_inp" in name
+
+
 def dtype_of(gguf: Gguf) -> str:
     """The dtype that a model's weights are read in: the file's, and bfloat16 where they are quantised."""
     library = gguf_library()
-    forms = {stored.type for stored in gguf.tensors.values() if len(stored.shape) > 1}
+    matrices = {name: stored for name, stored in gguf.tensors.items() if len(stored.shape) > 1}
+    forms = {stored.type for name, stored in matrices.items() if not is_router(name)}
     names = {library.GGMLQuantizationType(form).name for form in forms}
     return {"F32": "float32", "F16": "float16"}.get(
         names.pop() if len(names) == 1 else "", "bfloat16"

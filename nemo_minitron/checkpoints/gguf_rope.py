@@ -1,13 +1,13 @@
-"""Scaled rotary embeddings in GGUF: keys ``rope.scaling.*``, and Llama 3's factors as a tensor.
+"""Scaled rotary embeddings in GGUF: keys ``rope.scaling.*``, and factors as tensors (Llama 3, longrope).
 
-Source: llama.cpp's conversion/base.py (``set_gguf_parameters``) and conversion/llama.py
-(``generate_extra_tensors``). Llama 3's four numbers are not in the file; they are found again from
-the factors that they give.
+Source: llama.cpp's conversion/base.py (``set_gguf_parameters``), conversion/llama.py and
+conversion/phi.py (``generate_extra_tensors``). Llama 3's four numbers are not in the file; they are
+found again from the factors that they give.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ import numpy as np
 from nemo_minitron.checkpoints.gguf_file import Gguf
 
 FACTORS = "rope_freqs.weight"
+LONG = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
+"""Tensors of longrope's factors, and their keys in ``rope_parameters``."""
+TENSORS = {FACTORS, *LONG}
 _PLAIN = (None, "default")
 _YARN = {
     "rope.scaling.yarn_ext_factor": "extrapolation_factor",
@@ -28,14 +31,14 @@ Vector = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def rope_keys(
-    values: Mapping[str, Any], scaled: bool, where: str
+    values: Mapping[str, Any], kinds: Collection[str], where: str
 ) -> Iterator[tuple[str, str, Any]]:
     """The keys that say how rotary embeddings are scaled: key, type, value.
 
     Args:
         values: ``rope`` among them: transformers' ``rope_parameters``, of full attention where they
             differ.
-        scaled: whether the architecture reads Llama 3's factors.
+        kinds: those whose factors the architecture reads: ``llama3``, ``longrope``.
         where: what an error message calls the model.
 
     Raises:
@@ -43,7 +46,15 @@ def rope_keys(
     """
     rope = values["rope"]
     kind = rope.get("rope_type")
-    if kind in _PLAIN or (kind == "llama3" and scaled):
+    if kind in _PLAIN or (kind == "llama3" and kind in kinds):
+        return
+    if kind == "longrope" and kind in kinds:
+        usual, asked = _long_attention(values), rope.get("attention_factor")
+        if asked is not None and not math.isclose(asked, usual, rel_tol=1e-6):
+            raise ValueError(
+                f"{where}: attention_factor {asked} cannot be written as GGUF: expected {usual}"
+            )
+        yield "rope.scaling.attn_factor", "float32", usual
         return
     if kind not in ("linear", "yarn"):
         raise ValueError(f"{where}: rope_type {kind!r} cannot be written as GGUF for this family")
@@ -58,16 +69,25 @@ def rope_keys(
                 yield key, "float32", rope[name]
 
 
-def rope_factors(config: Mapping[str, Any]) -> Vector | None:
-    """Llama 3's factor of each frequency, [head_dim / 2]; None: the embedding is not scaled so."""
+def _long_attention(config: Mapping[str, Any]) -> float:
+    """What longrope multiplies queries and keys by, where nothing else is said."""
+    length = config["original_max_position_embeddings"]
+    scale = config["max_position_embeddings"] / length
+    return math.sqrt(1 + math.log(scale) / math.log(length)) if scale > 1 else 1.0
+
+
+def rope_factors(config: Mapping[str, Any]) -> dict[str, Vector]:
+    """Tensors with a factor of each frequency; none where the embedding is not scaled so."""
     rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") == "longrope":
+        return {name: np.array(rope[key], np.float32) for name, key in LONG.items()}
     if rope.get("rope_type") != "llama3":
-        return None
+        return {}
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return _factors(
+    return {FACTORS: _factors(
         head, rope["rope_theta"], rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"],
         rope["original_max_position_embeddings"],
-    )  # fmt: skip
+    )}  # fmt: skip
 
 
 def _factors(
@@ -98,6 +118,8 @@ def rope_of(
     kind = given.get("rope.scaling.type", "none")
     if FACTORS in gguf.tensors:
         return {"rope_scaling": _llama3(gguf, config, where)}
+    if any(name in gguf.tensors for name in LONG):
+        return {"rope_scaling": _longrope(gguf, given, config, where)}
     if kind == "none":
         return {}
     if kind not in ("linear", "yarn") or "rope.scaling.factor" not in given:
@@ -111,12 +133,31 @@ def rope_of(
     return {"rope_scaling": scaling}
 
 
+def _longrope(
+    gguf: Gguf, given: Mapping[str, Any], config: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Phi-3's factors, for texts that are longer than it was first trained on, and for others."""
+    found: dict[str, Any] = {"rope_type": "longrope"}
+    for name, key in LONG.items():
+        if name not in gguf.tensors:
+            raise ValueError(f"{where}: no tensor {name}")
+        found[key] = [float(str(number)) for number in _vector(gguf, name, where)]
+    attention = given.get("rope.scaling.attn_factor", 1.0)
+    if not math.isclose(attention, _long_attention(config), rel_tol=1e-5):
+        found["attention_factor"] = attention
+    return found
+
+
+def _vector(gguf: Gguf, name: str, where: str) -> Vector:
+    stored = gguf.tensors[name]
+    if stored.type != 0 or len(stored.shape) != 1:
+        raise ValueError(f"{where}: {name}: expected a vector of F32")
+    return np.fromfile(stored.file, np.float32, stored.shape[0], offset=stored.start)
+
+
 def _llama3(gguf: Gguf, config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The numbers whose factors a file holds: the usual ones of Llama 3, and others near them."""
-    stored = gguf.tensors[FACTORS]
-    if stored.type != 0:
-        raise ValueError(f"{where}: {FACTORS}: expected F32")
-    found = np.fromfile(stored.file, np.float32, stored.shape[-1], offset=stored.start)
+    found = _vector(gguf, FACTORS, where)
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     factor = float(found.max(initial=1.0))
     grid = itertools.product((1.0, 2.0), (4.0, 8.0), _LENGTHS)

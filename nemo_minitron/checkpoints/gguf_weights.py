@@ -8,7 +8,8 @@ gguf, row by row while they are read.
 import functools
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from nemo_minitron.checkpoints.dtypes import TORCH
 from nemo_minitron.checkpoints.gguf_families import Change, dtype_of, gguf_family
 from nemo_minitron.checkpoints.gguf_file import Gguf, Stored, gguf_library, read_gguf
-from nemo_minitron.checkpoints.gguf_rope import FACTORS
+from nemo_minitron.checkpoints.gguf_rope import TENSORS
 from nemo_minitron.checkpoints.headers import sample_of
 from nemo_minitron.checkpoints.tensor_rows import Block, Entry, Files, spans
 from nemo_minitron.families import Architecture
@@ -28,6 +29,7 @@ POINTER = "gguf.json"
 """The file of a folder that names its GGUF files, and what their headers were when it was made."""
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PLAIN = {"F32", "F16", "BF16"}
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def is_gguf(folder: Path) -> bool:
@@ -65,14 +67,17 @@ def entries_of(folder: Path, gguf: Gguf, model: Architecture) -> dict[str, Entry
             f"{folder}: {model.sizes['layers']} layers, but only {len(gguf.tensors)} tensors"
         )
     table = gguf_family(model.family.model_type, str(folder))
-    dtype, left = _DTYPES[dtype_of(gguf)], {*gguf.tensors} - {FACTORS}
+    dtype, left = _DTYPES[dtype_of(gguf)], {*gguf.tensors} - TENSORS
     found = {}
     for name, _, _ in model.tensors():
-        there = gguf_name(table.architecture, model.sizes["layers"], name)
+        there, expert = gguf_name(table.architecture, model.sizes["layers"], name)
         if there in gguf.tensors:
             left.discard(there)
             change = table.change(name, model.config)
-            found[name] = _entry(gguf.tensors[there], dtype, change)
+            stored = gguf.tensors[there]
+            if expert is not None:
+                stored = _expert(stored, expert, model.sizes["experts"], there)
+            found[name] = _entry(stored, dtype, change)
     if left:
         raise ValueError(
             f"{gguf.files[0]}: {len(left)} tensors of which family {model.family.model_type!r} has none, as "
@@ -81,12 +86,35 @@ def entries_of(folder: Path, gguf: Gguf, model: Architecture) -> dict[str, Entry
     return found
 
 
-def gguf_name(architecture: str, layers: int, name: str) -> str:
-    """llama.cpp's name of a tensor; the name itself where it has none."""
+def gguf_name(architecture: str, layers: int, name: str) -> tuple[str, int | None]:
+    """llama.cpp's name of a tensor (the name itself where it has none), and whose part of it this is.
+
+    In a Hugging Face folder each expert has tensors of its own; in a GGUF file all of a layer lie in
+    one, along its first dimension. None: the tensor is no expert's.
+    """
+    expert = _EXPERT.search(name)
+    whole = name if expert is None else _EXPERT.sub(".experts.", name)
     found: str | None = _names(architecture, layers).get_name(
-        name, try_suffixes=(".weight", ".bias")
+        whole, try_suffixes=(".weight", ".bias")
     )
-    return name if found is None else found
+    return name if found is None else found, None if expert is None else int(expert[1])
+
+
+def _expert(stored: Stored, expert: int, experts: int, name: str) -> Stored:
+    """One expert's part of a tensor that holds all of a layer.
+
+    Raises:
+        ValueError: it holds another number of experts.
+    """
+    if len(stored.shape) < 2 or stored.shape[0] != experts:
+        raise ValueError(
+            f"{stored.file}: {plain(name, 80)}: expected {experts} experts along the first dimension, found "
+            f"shape {list(stored.shape)}"
+        )
+    library = gguf_library()
+    block, width = library.GGML_QUANT_SIZES[library.GGMLQuantizationType(stored.type)]
+    size = math.prod(stored.shape[1:]) // block * width
+    return replace(stored, start=stored.start + expert * size, shape=stored.shape[1:])
 
 
 @functools.lru_cache(maxsize=16)

@@ -31,12 +31,17 @@ _KINDS = (
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder that holds an adapter, or a distributed checkpoint of NeMo 2.
+    """Refuses a folder that is none, or holds an adapter, or a distributed checkpoint of NeMo 2.
 
     Raises:
         ValueError: it does; also where a model lies beside the adapter: transformers would load the
             base model that the adapter names, from wherever that is, and the two together.
     """
+    if folder.is_file():
+        raise ValueError(
+            f"{folder}: a file, expected a Hugging Face folder; GGUF files are taken by source.model, "
+            "distill.teacher, evaluate.model, .teacher and .beside, and 'minitron size'"
+        )
     if (folder / "adapter_config.json").is_file():
         kind = "beside a model" if (folder / "config.json").is_file() else "not a model"
         raise ValueError(

@@ -112,7 +112,9 @@ def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser
 
 def _add_size(commands: Any) -> None:
     size = commands.add_parser("size", help=_HELP["size"], description=_HELP["size"])
-    size.add_argument("model", metavar="MODEL", help="model folder, config.json, or hub id")
+    size.add_argument(
+        "model", metavar="MODEL", help="model folder, config.json, GGUF file, or hub id"
+    )
     size.add_argument(
         "sizes", nargs="*", metavar="axis=size", help="hidden= ffn= heads= kv_heads= layers= ..."
     )

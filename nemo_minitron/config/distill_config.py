@@ -55,7 +55,8 @@ class DistillConfig:
     """Distillation of the pruned model from its teacher ([P1] section 3)."""
 
     teacher: str | None = option(
-        None, "model folder to distil from; null: the (corrected) model that was pruned"
+        None,
+        "model folder or GGUF file to distil from; null: the (corrected) model that was pruned",
     )
     teacher_place: str = option(
         "device",

@@ -44,15 +44,17 @@ class EvaluateConfig:
     seed: int = option(0, "seed of the draws of repeats", bounds=ANY_SEED)
     model: str | None = option(
         None,
-        "folder of a model, such as an earlier export, to measure against source.model; null: what this "
-        "workspace pruned and distilled",
+        "model folder or GGUF file, such as an earlier export, to measure against source.model; null: what "
+        "this workspace pruned and distilled",
     )
     teacher: str | None = option(
-        None, "folder of a model that all are measured against; null: the (corrected) source"
+        None,
+        "model folder or GGUF file that all are measured against; null: the (corrected) source",
     )
     beside: dict[str, str] = option(
         {},
-        "folders of further models to measure beside, by name, as in +evaluate.beside.last=runs/last/export",
+        "folders or GGUF files of further models to measure beside, by name, as in "
+        "+evaluate.beside.last=runs/last/export",
     )
     from_scratch: bool = option(
         False, "also train and measure a model of the student's shape from random weights"

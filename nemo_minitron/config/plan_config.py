@@ -173,7 +173,7 @@ class PlanConfig:
     )
     mtp: str | None = option(
         None,
-        "multi-token prediction layers of the source: left out (drop, also null), or cut along (keep), which "
-        "is refused where no table describes them",
+        "multi-token prediction layers of the source: left out (drop, also null), or cut along into the "
+        "export (keep), which is refused where no table describes them",
         ("drop", "keep"),
     )

@@ -10,8 +10,7 @@ from nemo_minitron.families.architecture import (
     find_row,
     predicts,
 )
-from nemo_minitron.families.grammar import evaluate, parse_row
-from nemo_minitron.families.table import (
+from nemo_minitron.families.family import (
     CHOSEN_EXPERTS,
     VOCAB,
     Axis,
@@ -19,11 +18,14 @@ from nemo_minitron.families.table import (
     Fold,
     Tap,
     TensorRow,
-    families,
-    load_family,
-    own_tables,
-    use_tables,
 )
+from nemo_minitron.families.grammar import evaluate, parse_row
+from nemo_minitron.families.prediction_layers import (
+    PredictionLayers,
+    layers_behind,
+    prediction_layers,
+)
+from nemo_minitron.families.table import families, load_family, own_tables, use_tables
 from nemo_minitron.families.wrapper import (
     Wrapper,
     text_config,
@@ -39,6 +41,7 @@ __all__ = [
     "Axis",
     "Family",
     "Fold",
+    "PredictionLayers",
     "Tap",
     "TensorRow",
     "Wrapper",
@@ -50,9 +53,11 @@ __all__ = [
     "family_of",
     "fill",
     "find_row",
+    "layers_behind",
     "load_family",
     "own_tables",
     "parse_row",
+    "prediction_layers",
     "predicts",
     "text_config",
     "use_tables",

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from nemo_minitron.families.family import CHOSEN_EXPERTS, Axis, Family, TensorRow
 from nemo_minitron.families.grammar import evaluate, names_in, row_axes, row_shape
-from nemo_minitron.families.table import CHOSEN_EXPERTS, Axis, Family, TensorRow, families
+from nemo_minitron.families.table import families
 from nemo_minitron.security.plain_text import plain
 
 
@@ -329,7 +330,8 @@ def predicts(family: Family, name: str, layers: int) -> bool:
 
 def find_row(family: Family, name: str) -> tuple[TensorRow, dict[str, int]] | None:
     """The row that a tensor name matches and the units its placeholders stand for, or None."""
-    for row in family.rows:
+    others = (row for _, other in family.stacked for row in other)
+    for row in itertools.chain(family.rows, others):
         match = row.regex.fullmatch(name)
         if match:
             return row, {index: int(unit) for index, unit in match.groupdict().items()}

@@ -1,214 +1,27 @@
-"""A model family as data: axes, tensor rows, taps; loading and validating a table.
-
-What a table says of one model lies in ``architecture.py``.
-"""
+"""Loading and validating a family's table."""
 
 import functools
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nemo_minitron.families.grammar import Dim, Row, evaluate, names_in, parse_row, row_axes
+from nemo_minitron.families.family import INDEX, Axis, Family, Fold, Tap, TensorRow, names_of
+from nemo_minitron.families.grammar import names_in, parse_row, row_axes
 
 TABLES = Path(__file__).parent / "tables"
-VOCAB = "vocab"  # no score ranks its entries: which stay, a text decides (pruning/vocabulary.py)
 OWN_TABLES = "MINITRON_FAMILIES"
 """Environment variable that names a table, or a folder of tables, of the user's; it outlives a process."""
-CHOSEN_EXPERTS = "experts_per_token"
-"""The axis of the experts that a token is sent to: in no tensor, and yet a plan may lower it."""
-_INDEX = re.compile(r"\{(\w+)\}")
-
-
-def _shown(value: Any, silent: Mapping[str, Any]) -> str:
-    """A dataclass in words, without the fields that hold what ``silent`` says."""
-    every = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
-    told = (f"{k}={v!r}" for k, v in every.items() if k not in silent or v != silent[k])
-    return f"{type(value).__qualname__}({', '.join(told)})"
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One named axis of a family.
-
-    Attributes:
-        name: the axis' name; the same in every family, also the key under ``plan`` and of
-            ``minitron size``.
-        config: keys of config.json that hold the size, first present wins; the first is written
-            where none was. It may have none.
-        scope: ``model`` where one ranking serves the whole model, else the placeholder whose every
-            unit has a ranking of its own (``layer``, ``expert``).
-        within: axis inside whose units this one is ranked (query heads inside their KV group).
-        fallback: expression over config keys for the size where no key is present.
-        fixed: never pruned.
-        optional: the key may say 0 or null, for a model without such units; the size counts as 1 then.
-        size: expression over config keys for the size where it is not what the key says; ``after``
-            holds wherever the key is written with the size itself.
-        follows: expression over axes that is the size in every plan.
-        index: placeholder in tensor names that runs over this axis (``layer``), or None.
-        lists: config keys with one entry per unit, cut with the axis; the value is an expression of
-            the placeholder that says what a config without the key means, or None where it means
-            nothing.
-        indices: config keys that list unit numbers; the value is an expression that says which
-            belong.
-        counts: config keys that count units; the value is an expression that says which.
-        every: expression of the placeholder that holds for each unit of a model that the table
-            describes, or None.
-        after: config values that hold once the axis was cut and its lists are spelled out.
-        inexact: why removing a unit of zeros changes the output, or None where it does not.
-    """
-
-    name: str
-    config: tuple[str, ...]
-    scope: str = "layer"
-    within: str | None = None
-    fallback: str | None = None
-    fixed: bool = False
-    index: str | None = None
-    lists: Mapping[str, str | None] = field(default_factory=dict)
-    indices: Mapping[str, str] = field(default_factory=dict)
-    every: str | None = None
-    after: Mapping[str, Any] = field(default_factory=dict)
-    inexact: str | None = None
-    counts: Mapping[str, str] = field(default_factory=dict)
-    optional: bool = False
-    size: str | None = None
-    follows: str | None = None
-
-    def __repr__(self) -> str:
-        """As generated, without newer attributes that say nothing: fingerprints of users' tables hold it."""
-        return _shown(self, {"counts": {}, "optional": False, "size": None, "follows": None})
-
-
-@dataclass(frozen=True)
-class TensorRow:
-    """One row of the table: the tensors whose name matches ``pattern`` have the shape ``dims``.
-
-    ``when`` is the condition under which a model has them, over config keys and the name's
-    placeholders. A tensor that has another shape in layers of another kind has a row for each shape.
-    """
-
-    pattern: str
-    dims: Row
-    when: str | None
-    regex: re.Pattern[str]
-
-    @property
-    def placeholders(self) -> tuple[str, ...]:
-        """Placeholders of the pattern, in order."""
-        return tuple(_INDEX.findall(self.pattern))
-
-
-@dataclass(frozen=True)
-class Tap:
-    """Where an activation is read: the ``side`` of the module at path ``module``.
-
-    Its input, its output, or from inside the routed ``experts`` that it holds. ``dim`` are the axes
-    along the activation's last dimension; None: those of the row of the module's weight.
-    """
-
-    side: str
-    module: str
-    dim: Dim | None = None
-
-    def at(self, placeholder: str, layer: int) -> "Tap":
-        """The tap in one layer."""
-        return replace(self, module=self.module.replace(f"{{{placeholder}}}", str(layer)))
-
-
-@dataclass(frozen=True)
-class Fold:
-    """A constant of the sizes by which the model multiplies a tensor of weights.
-
-    When the sizes change, ``offset`` + the weights are multiplied by the constant before / after.
-    """
-
-    tensor: str
-    by: str
-    offset: float = 0.0
-    when: str | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """What scoring, planning, cutting and sizing need to know about an architecture."""
-
-    model_type: str
-    architecture: str
-    axes: Mapping[str, Axis]
-    rows: tuple[TensorRow, ...]
-    taps: Mapping[str, tuple[Tap, ...]]
-    modules: Mapping[str, str]
-    constraints: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    ignored: tuple[re.Pattern[str], ...] = ()
-    folds: tuple[Fold, ...] = ()
-    logits: Mapping[str, str] = field(default_factory=dict)
-    proofs: tuple[Mapping[str, Any], ...] = ({},)
-    since: str = "5.0"
-    zero_centred_norms: bool = False
-    mtp: tuple[str, ...] = ()
-    """Beginnings of the names of prediction layers (MTP); ``{layer}`` stands for one beyond the model's."""
-    mtp_layers: tuple[str, ...] = ()
-    """Keys of config.json that count them."""
-    conditional: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Constraints that hold for some models, and the condition on config keys under which they do."""
-
-    def __repr__(self) -> str:
-        """As generated, without newer attributes that say nothing; see ``Axis``."""
-        return _shown(self, {"mtp": (), "mtp_layers": ()})
-
-    def for_config(self, config: Mapping[str, Any]) -> "Family":
-        """The table of one model: its constraints are those that hold for this config.json.
-
-        Raises:
-            ValueError: a condition cannot be computed.
-        """
-        given = {key: value for key, value in config.items() if value is not None}
-        values = {**self.defaults, **given}
-        more = [rule for rule, when in self.conditional.items() if evaluate(when, values)]
-        return replace(self, constraints=(*self.constraints, *more)) if more else self
-
-    @property
-    def prunable(self) -> tuple[str, ...]:
-        """Names of the axes whose units scores rank and a plan may remove, in the table's order."""
-        return tuple(name for name in self.resizable if name != VOCAB)
-
-    @property
-    def resizable(self) -> tuple[str, ...]:
-        """Names of the axes whose size a plan may change: those, and the vocabulary."""
-        return tuple(name for name, axis in self.axes.items() if not axis.fixed)
-
-    @property
-    def layer(self) -> str:
-        """The placeholder of layers in tensor names and taps."""
-        index = self.axes["layers"].index
-        assert index is not None, "load_family lets no table without it pass"
-        return index
-
-    def ranked_per(self, name: str) -> tuple[str, ...]:
-        """The axes each of whose units has its own ranking of this axis, outermost first."""
-        axis = self.axes[name]
-        if axis.scope in ("model", axis.index):
-            return ()
-        owner = self.indexed[axis.scope].name
-        return (*self.ranked_per(owner), owner)
-
-    @functools.cached_property
-    def indexed(self) -> Mapping[str, Axis]:
-        """Axes that appear as placeholders, by placeholder."""
-        return {axis.index: axis for axis in self.axes.values() if axis.index is not None}
-
 
 _KEYS = {
     "model_type", "architecture", "axes", "defaults", "tensors", "ignored", "taps", "modules", "constraints",
-    "define", "fold", "logits", "mtp", "needs", "proofs", "since", "zero_centred_norms",
+    "define", "fold", "logits", "mtp", "needs", "proofs", "since", "stacked", "zero_centred_norms",
 }  # fmt: skip
+_MTP_KEYS = {"tensors", "layers", "block", "like", "rows"}
 _AXIS_KEYS = {f.name for f in fields(Axis)} - {"name", "fallback"} | {"or"}
 
 
@@ -250,11 +63,8 @@ def _family(table: Mapping[str, Any]) -> Family:
             raise ValueError(f"axis {axis.name}: scope {axis.scope!r} is no placeholder")
         if axis.within is not None and axis.within not in axes:
             raise ValueError(f"axis {axis.name}: within {axis.within!r} is no axis")
-    rows = tuple(
-        _row(key, text, axes, placeholders, spelled)
-        for key, texts in table["tensors"].items()
-        for text in (texts if isinstance(texts, list) else [texts])
-    )
+    rows = _rows(table["tensors"], axes, spelled)
+    mtp = _mtp(table.get("mtp", {}))
     rules = [text.partition(" if ") for text in table.get("constraints", [])]
     for constraint, _, _ in rules:
         if names_in(constraint) - set(axes):
@@ -279,8 +89,35 @@ def _family(table: Mapping[str, Any]) -> Family:
         proofs=tuple(table.get("proofs", [{}])),
         since=str(table.get("since", "5.0")),
         zero_centred_norms=table.get("zero_centred_norms", False),
-        mtp=tuple(table.get("mtp", {}).get("tensors", [])),
-        mtp_layers=tuple(table.get("mtp", {}).get("layers", [])),
+        mtp=tuple(mtp.get("tensors", [])),
+        mtp_layers=tuple(mtp.get("layers", [])),
+        mtp_block=mtp.get("block", ""),
+        mtp_like=mtp.get("like", {}),
+        stacked=tuple(
+            (
+                tuple(row for row in rows if row.pattern.startswith(begin)),
+                _rows(entry, axes, spelled),
+            )
+            for begin, entry in table.get("stacked", {}).items()
+        ),
+        mtp_rows=_rows(mtp.get("rows", {}), axes, spelled),
+    )
+
+
+def _mtp(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    unknown = set(entry) - _MTP_KEYS
+    if unknown:
+        raise ValueError(f"mtp: unknown keys {sorted(unknown)}; known are {sorted(_MTP_KEYS)}")
+    return entry
+
+
+def _rows(
+    entries: Mapping[str, Any], axes: Mapping[str, Axis], spelled: Callable[[str], str]
+) -> tuple[TensorRow, ...]:
+    return tuple(
+        _row(key, text, axes, {axis.index for axis in axes.values() if axis.index}, spelled)
+        for key, texts in entries.items()
+        for text in (texts if isinstance(texts, list) else [texts])
     )
 
 
@@ -346,14 +183,10 @@ def _row(
 
 
 def _regex(pattern: str, placeholders: set[str]) -> re.Pattern[str]:
-    used = set(_INDEX.findall(pattern))
+    used = set(INDEX.findall(pattern))
     if used - placeholders:
         raise ValueError(f"{pattern}: placeholders {sorted(used - placeholders)} belong to no axis")
-    parts = _INDEX.split(pattern)
-    text = "".join(
-        re.escape(part) if i % 2 == 0 else rf"(?P<{part}>\d+)" for i, part in enumerate(parts)
-    )
-    return re.compile(text)
+    return names_of(pattern)
 
 
 def _tap(text: str) -> Tap:

@@ -312,6 +312,8 @@ def load_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
         ValueError: there is none, it does not load, or it has ids beyond the model's vocabulary; or
             a file is a link that leads out of the folder.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder}: a file, expected the folder of a tokenizer")
     vocabulary = vocabulary or read_config(folder)["vocab_size"]
     refuse_links(folder)
     try:

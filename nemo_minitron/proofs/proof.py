@@ -21,7 +21,16 @@ from torch import Tensor
 from nemo_minitron.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
 from nemo_minitron.families import Family, check_sizes, families, family_for
 from nemo_minitron.models.causal_lm import load_model
-from nemo_minitron.proofs.tiny_models import dead_copy, permutation, tiny_model
+from nemo_minitron.proofs.prediction_proof import (
+    drafted,
+    drafting,
+    drafts_truly,
+    reordered,
+    runs_predictions,
+    with_predictions,
+    write_both,
+)
+from nemo_minitron.proofs.tiny_models import dead_copy, in_memory_names, permutation, tiny_model
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.select import Keep, complete_targets, score_shape, select_units
 from nemo_minitron.pruning.slice import Cut
@@ -30,6 +39,7 @@ from nemo_minitron.scoring.importance import random_scores
 
 PROOFS = ("permutation", "dead units", "strict load", "generate")
 TOGETHER = "all together"
+PREDICTIONS, STACKED = "prediction layers", "experts in one tensor"
 TOLERANCE = 1e-5
 """Largest difference of logits that counts as equal, relative to the largest logit."""
 
@@ -86,6 +96,55 @@ def prove(family: Family, changes: Mapping[str, Any]) -> Iterator[Finding]:
                 yield from _half(checkpoint, axis, axes, work)
             except (ValueError, RuntimeError) as error:  # a wrong table: the result is no model
                 yield from (Finding(axis, proof, False, str(error)) for proof in PROOFS[2:])
+        if family.stacked:
+            yield from _stacked(checkpoint, axes, work)
+        if family.mtp_block and runs_predictions():
+            yield from predictions(checkpoint, work)
+
+
+def _stacked(checkpoint: Checkpoint, axes: Sequence[str], work: Path) -> Iterator[Finding]:
+    """Proves the rows of tensors that a checkpoint may have in the place of others."""
+    other = open_checkpoint(in_memory_names(checkpoint, work / "stacked"))
+    before = logits_of(checkpoint.folder)
+    moved = permutations(
+        other, [a for a in axes if a != "layers"], work, alone=False, before=before
+    )
+    for finding in itertools.chain(moved, _half(other, TOGETHER, axes, work)):
+        yield replace(finding, axis=STACKED)
+
+
+def predictions(checkpoint: Checkpoint, work: Path) -> Iterator[Finding]:
+    """Proves the rows of prediction layers (MTP): what they draft, not the text, depends on them."""
+    try:
+        with_predictions(checkpoint.folder, work / "behind")
+        source = described(open_checkpoint(work / "behind"), checkpoint.family)
+        before, after = drafted(source.folder), drafted(reordered(source, work / "moved"))
+        yield Finding(PREDICTIONS, "permutation", equal(before, after))
+        axes = source.architecture.prunable
+        keep, layers = _halves(
+            source, halved(source.family, source.architecture.sizes, TOGETHER, axes)
+        )
+        half = write_both(source, keep, layers, work / "half")
+        fine = len(open_checkpoint(half).predictions) > 0 and bool(drafted(half).isfinite().all())
+        yield Finding(PREDICTIONS, "strict load", fine)
+        if not drafting(half)._is_stateful:  # of others transformers drafts nothing
+            yield Finding(PREDICTIONS, "generate", drafts_truly(half))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        yield from (
+            Finding(PREDICTIONS, p, False, str(error)) for p in ("permutation", "strict load")
+        )
+
+
+def _halves(checkpoint: Checkpoint, targets: Mapping[str, int]) -> tuple[Keep, list[int]]:
+    """Random units, so many of each axis as the targets say, and every other layer where they say fewer."""
+    family, sizes = checkpoint.family, checkpoint.architecture.sizes
+    scores = {
+        name: random_scores(score_shape(family, sizes, name), seed)
+        for seed, name in enumerate(checkpoint.architecture.prunable)
+    }
+    keep = select_units(family, scores, sizes, {n: t for n, t in targets.items() if n != "layers"})
+    layers = list(range(sizes["layers"]))
+    return keep, layers[1::2] if targets["layers"] < sizes["layers"] else layers
 
 
 def described(checkpoint: Checkpoint, family: Family) -> Checkpoint:
@@ -166,14 +225,7 @@ def _half(checkpoint: Checkpoint, axis: str, axes: Sequence[str], work: Path) ->
     """Cuts an axis to half: loads strictly, has the predicted size, round-trips, generates with a cache."""
     family, sizes = checkpoint.family, checkpoint.architecture.sizes
     targets = halved(family, sizes, axis, axes)
-    scores = {
-        name: random_scores(score_shape(family, sizes, name), seed)
-        for seed, name in enumerate(axes)
-    }
-    keep = select_units(family, scores, sizes, {n: t for n, t in targets.items() if n != "layers"})
-    layers = list(range(sizes["layers"]))
-    if targets["layers"] < sizes["layers"]:
-        layers = layers[1::2]
+    keep, layers = _halves(checkpoint, targets)
     others = [
         n
         for n in axes
@@ -276,7 +328,8 @@ def tabulate(model_type: str, family: Family, findings: Sequence[Finding]) -> li
         text = (reason or "yes") if finding.holds else "FAILS"
         cells.setdefault((finding.axis, finding.proof), set()).add(text)
     rows = []
-    for axis in [*family.prunable, TOGETHER]:
+    more = [name for name in (STACKED, PREDICTIONS) if any(axis == name for axis, _ in cells)]
+    for axis in [*family.prunable, TOGETHER, *more]:
         found = [cells.get((axis, proof), {"–"}) for proof in PROOFS]
         texts = (
             "FAILS" if "FAILS" in c else "yes" if "yes" in c else "; ".join(sorted(c))

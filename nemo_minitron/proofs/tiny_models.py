@@ -87,6 +87,23 @@ def random_weights(model: Any) -> None:
             tensor.copy_(torch.randn(tensor.shape) * scale)
 
 
+def in_memory_names(checkpoint: Checkpoint, folder: Path) -> Path:
+    """A copy of a tiny model that stores, where its table knows both, what transformers holds in memory."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, trust_remote_code=False
+    )
+    tensors = load_file(checkpoint.folder / SINGLE)
+    for mine, others in checkpoint.family.stacked:
+        gone = [name for name in tensors if any(row.regex.fullmatch(name) for row in mine)]
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in set(gone)}
+        for name, tensor in model.state_dict().items():
+            if any(row.regex.fullmatch(name) for row in others):
+                tensors[name] = tensor.clone()
+    shutil.copytree(checkpoint.folder, folder)
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    return folder
+
+
 def permutation(model: Architecture, axes: Sequence[str], seed: int = 1) -> Keep:
     """Kept units that keep all of them, in another order.
 

@@ -36,6 +36,7 @@ class _Written(TypedDict):
     cost_before: Size
     cost_after: Size
     mtp: NotRequired[str]
+    mtp_kept: NotRequired[bool]
     vocabulary: NotRequired[Vocabulary]
     head_merge: NotRequired[str]
 
@@ -54,6 +55,7 @@ class Plan:
         mtp: what becomes of prediction layers (MTP), in a sentence; empty where the model has none.
         vocabulary: how the kept entries of the vocabulary were chosen; None: nobody asked for fewer.
         merge: what query heads that go leave in those that stay; None: nothing.
+        mtp_kept: whether the export has prediction layers.
     """
 
     model_type: str
@@ -67,6 +69,7 @@ class Plan:
     mtp: str = ""
     vocabulary: Vocabulary | None = None
     merge: HeadMerge | None = None
+    mtp_kept: bool = False
 
     @property
     def merged_heads(self) -> str:
@@ -78,14 +81,17 @@ class Plan:
         )
 
 
-def mtp_note(checkpoint: Checkpoint) -> str:
+def mtp_note(checkpoint: Checkpoint, keep: bool = False) -> str:
     """What becomes of a checkpoint's prediction layers, in a sentence; empty where it has none."""
-    names = checkpoint.predictions
+    names = list(checkpoint.predictions)
     if not names:
         return ""
+    which = f"{len(names)} tensors of multi-token prediction layers, as {plain(names[0], 120)}, are"
+    if not keep:
+        return f"{which} left out (plan.mtp=drop)"
     return (
-        f"{len(names)} tensors of multi-token prediction layers, as {plain(names[0], 120)}, are left out "
-        "(plan.mtp=drop)"
+        f"{which} cut along by their own weights (plan.mtp=keep): they are not counted among the parameters, "
+        "nor trained, so that fewer of the tokens that they draft are accepted"
     )
 
 
@@ -123,6 +129,8 @@ def write_plan(folder: Path, plan: Plan) -> None:
     readable["keep"] = {axis: f"{KEEP}: {list(index.shape)}" for axis, index in plan.keep.items()}
     if not plan.mtp:
         del readable["mtp"]
+    if not plan.mtp_kept:
+        del readable["mtp_kept"]
     if plan.vocabulary is None:
         del readable["vocabulary"]
     del readable["merge"]

@@ -23,6 +23,7 @@ from nemo_minitron.families import VOCAB, Architecture, with_text
 from nemo_minitron.families.grammar import Dim
 from nemo_minitron.families.wrapper import TEXT
 from nemo_minitron.pruning.slice import Cut
+from nemo_minitron.pruning.slice_predictions import CutPredictions
 from nemo_minitron.pruning.tokenizer_cut import ids_renumbered, new_ids
 from nemo_minitron.security.plain_text import plain
 
@@ -159,7 +160,11 @@ class CutSurroundings:
 
 
 def write_causal_lm(
-    checkpoint: Checkpoint, folder: Path, dtype_of: Callable[[str], torch.dtype], shard_bytes: int
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype_of: Callable[[str], torch.dtype],
+    shard_bytes: int,
+    behind: CutPredictions | None = None,
 ) -> dict[str, str]:
     """Streams a causal LM's weights into a folder, one tensor in memory at a time.
 
@@ -168,17 +173,16 @@ def write_causal_lm(
         folder: an existing folder.
         dtype_of: what a tensor is cast to.
         shard_bytes: largest shard.
+        behind: its prediction layers; None: none go along.
 
     Returns:
         File name to SHA-256.
     """
-    planned = [
-        Planned(name, DTYPES[dtype_of(name)], entry.shape)
-        for name, entry in checkpoint.entries.items()
-    ]
+    every = {**checkpoint.entries, **({} if behind is None else behind.entries)}
+    planned = [Planned(name, DTYPES[dtype_of(name)], entry.shape) for name, entry in every.items()]
 
     def cast(name: str) -> Tensor:
-        return load_tensor(checkpoint, name).to(dtype_of(name))
+        return _read(checkpoint, behind, name).to(dtype_of(name))
 
     return write_weights(folder, planned, cast, shard_bytes)
 
@@ -190,6 +194,7 @@ def write_whole(
     dtype_of: Callable[[str], torch.dtype],
     other: torch.dtype | None,
     shard_bytes: int,
+    behind: CutPredictions | None = None,
 ) -> dict[str, str]:
     """Streams a multimodal model's weights into a folder: a text model, and the parts around it.
 
@@ -200,13 +205,15 @@ def write_whole(
         dtype_of: what a tensor of the text model is cast to.
         other: what those of the other parts are cast to; None: they stay as they are stored.
         shard_bytes: largest shard.
+        behind: the text model's prediction layers; None: none go along.
 
     Returns:
         File name to SHA-256.
     """
-    inside = {around.stored_name(name): name for name in text.entries}
+    every = {**text.entries, **({} if behind is None else behind.entries)}
+    inside = {around.stored_name(name): name for name in every}
     planned = [
-        Planned(stored, DTYPES[dtype_of(name)], text.entries[name].shape)
+        Planned(stored, DTYPES[dtype_of(name)], every[name].shape)
         for stored, name in inside.items()
     ]
     kinds = {name: other or TORCH[entry.dtype] for name, entry in around.entries.items()}
@@ -216,10 +223,17 @@ def write_whole(
 
     def cast(stored: str) -> Tensor:
         if stored in inside:
-            return load_tensor(text, inside[stored]).to(dtype_of(inside[stored]))
+            return _read(text, behind, inside[stored]).to(dtype_of(inside[stored]))
         return around.read(stored).to(kinds[stored])
 
     return write_weights(folder, planned, cast, shard_bytes)
+
+
+def _read(checkpoint: Checkpoint, behind: CutPredictions | None, name: str) -> Tensor:
+    if name in checkpoint.entries:
+        return load_tensor(checkpoint, name)
+    assert behind is not None, "all other tensors are those of prediction layers"
+    return behind.read(name)
 
 
 def _axis(dim: Dim) -> str:

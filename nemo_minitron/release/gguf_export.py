@@ -13,9 +13,15 @@ import torch
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.checkpoints.dtypes import TORCH
-from nemo_minitron.checkpoints.gguf_families import Change, config_of, gguf_family, metadata_of
+from nemo_minitron.checkpoints.gguf_families import (
+    Change,
+    config_of,
+    gguf_family,
+    is_router,
+    metadata_of,
+)
 from nemo_minitron.checkpoints.gguf_file import gguf_library, read_gguf
-from nemo_minitron.checkpoints.gguf_rope import FACTORS, rope_factors
+from nemo_minitron.checkpoints.gguf_rope import rope_factors
 from nemo_minitron.checkpoints.gguf_weights import entries_of, gguf_name, stored_places
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.tensor_rows import Entry, Files, fill_rows, spans
@@ -123,33 +129,41 @@ def _write_tensors(
     library = gguf_library()
     table = gguf_family(checkpoint.family.model_type, str(checkpoint.folder))
     layers = checkpoint.architecture.sizes["layers"]
-    names = [name for name, _, _ in checkpoint.architecture.tensors()]
+    stacks: dict[
+        str, list[str]
+    ] = {}  # llama.cpp's name: ours, of all experts of a layer where it is theirs
+    for name, _, _ in checkpoint.architecture.tensors():
+        stacks.setdefault(gguf_name(table.architecture, layers, name)[0], []).append(name)
     factors = rope_factors(config)
-    if factors is not None:
-        writer.add_tensor_info(FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    for name in names:
-        entry = checkpoint.entries[name]
-        form = _form(entry, kind)
+    for there, vector in factors.items():
+        writer.add_tensor_info(there, vector.shape, vector.dtype, vector.nbytes)
+    for there, names in stacks.items():
+        entry = checkpoint.entries[names[0]]
+        form = _form(there, entry, kind)
         block, width = library.GGML_QUANT_SIZES[form]
         shape = (*entry.shape[:-1], entry.shape[-1] // block * width)
-        there = gguf_name(table.architecture, layers, name)
+        if gguf_name(table.architecture, layers, names[0])[1] is not None:
+            shape = (len(names), *shape)
         writer.add_tensor_info(there, shape, np.dtype(np.uint8), int(np.prod(shape)), form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors)
+    for vector in factors.values():
+        writer.write_tensor_data(vector)
     with Files(checkpoint.folder) as files:
-        for name in names:
-            entry = checkpoint.entries[name]
-            change = table.change(name, checkpoint.architecture.values)
-            writer.write_tensor_data(_encoded(files, entry, change, _form(entry, kind)))
+        for there, names in stacks.items():
+            parts = []
+            for name in names:
+                entry = checkpoint.entries[name]
+                change = table.change(name, checkpoint.architecture.values)
+                parts.append(_encoded(files, entry, change, _form(there, entry, kind)))
+            writer.write_tensor_data(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
 
-def _form(entry: Entry, kind: str) -> Any:
-    """The ggml type of a tensor: vectors stay float32, rows that are no whole blocks become float16."""
+def _form(there: str, entry: Entry, kind: str) -> Any:
+    """The ggml type of a tensor: vectors and routers are float32, rows that are no whole blocks float16."""
     types = gguf_library().GGMLQuantizationType
-    if len(entry.shape) < 2:
+    if len(entry.shape) < 2 or is_router(there):
         return types.F32
     form = types[kind.upper()]
     whole = entry.shape[-1] % gguf_library().GGML_QUANT_SIZES[form][0] == 0

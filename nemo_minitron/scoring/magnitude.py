@@ -1,12 +1,49 @@
 """Importance of units from their weights alone: the magnitude baseline, which needs no data."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from nemo_minitron.families import Family, TensorRow
+from nemo_minitron.families import Architecture, Family, TensorRow, find_row
 from nemo_minitron.families.grammar import Dim, extent, segments
+from nemo_minitron.pruning.select import score_shape
+
+
+def magnitudes(
+    model: Architecture, names: Iterable[str], read: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """L2 norm of each unit's weights, one tensor in memory at a time; of a layer, that of all its weights.
+
+    Args:
+        model: what the tensors belong to.
+        names: names of its tensors.
+        read: reads one of them.
+
+    Returns:
+        Axis name to scores, float64, of ``score_shape``, for every axis that scores rank.
+    """
+    family, sizes = model.family, model.sizes
+    squares = {
+        axis: torch.zeros(score_shape(family, sizes, axis), dtype=torch.float64)
+        for axis in model.prunable
+    }
+    for name in names:
+        found = find_row(family, name)
+        if found is None:
+            continue
+        row, units = found
+        for axis, part in unit_squares(read(name), row, sizes, family, units).items():
+            squares[axis][_place(family, axis, units)] += part
+    return {axis: total.sqrt() for axis, total in squares.items()}
+
+
+def _place(family: Family, axis: str, units: Mapping[str, int]) -> tuple[int, ...]:
+    """Where a tensor's share of an axis' scores belongs: in its layer, in its expert, at its unit."""
+    numbers = [
+        units.get(family.axes[name].index or "") for name in (*family.ranked_per(axis), axis)
+    ]
+    return tuple(number for number in numbers if number is not None)
 
 
 def unit_squares(

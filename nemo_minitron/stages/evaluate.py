@@ -44,6 +44,7 @@ from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.inputs import (
     POSITIONS,
     length_notes,
+    model_folder,
     source_folder,
     taught_entries,
     teacher_folder,
@@ -231,16 +232,9 @@ def _models(config: Config) -> tuple[dict[str, Path], list[Input]]:
                 f"evaluate.beside: expected a name of letters, digits and dashes other than "
                 f"{', '.join(NAMES)}, found {plain(name, 40)!r}"
             )
-        models[name], item = _folder(f"evaluate.beside.{name}", text)
+        models[name], item = model_folder(config, f"evaluate.beside.{name}", text)
         inputs.append(item)
     return models, inputs
-
-
-def _folder(where: str, text: str) -> tuple[Path, Input]:
-    folder = Path(text).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{where}: no such folder: {folder}")
-    return folder, Input(str(folder), open_checkpoint(folder).fingerprint)
 
 
 def _own_models(config: Config) -> tuple[dict[str, Path], list[Input]]:
@@ -248,10 +242,10 @@ def _own_models(config: Config) -> tuple[dict[str, Path], list[Input]]:
     if config.evaluate.teacher is None:
         teacher, item = teacher_folder(config)
     else:
-        teacher, item = _folder("evaluate.teacher", config.evaluate.teacher)
+        teacher, item = model_folder(config, "evaluate.teacher", config.evaluate.teacher)
     models, inputs = {"teacher": teacher}, [item]
     if config.evaluate.model is not None:
-        models["student"], item = _folder("evaluate.model", config.evaluate.model)
+        models["student"], item = model_folder(config, "evaluate.model", config.evaluate.model)
         return models, [*inputs, item]
     for name, artifact, stage, trained in (
         ("pruned", "pruned", "prune", False),

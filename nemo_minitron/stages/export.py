@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from nemo_minitron.evaluation.report import read_report
 from nemo_minitron.families import VOCAB, find_row
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.plan_file import cut_of, read_plan
+from nemo_minitron.pruning.slice_predictions import CutPredictions
 from nemo_minitron.pruning.slice_wrapper import CutSurroundings, write_causal_lm, write_whole
 from nemo_minitron.release.model_card import card_text
 from nemo_minitron.release.quickstart import check_in_clean_process
+from nemo_minitron.scoring.magnitude import magnitudes
 from nemo_minitron.stages.inputs import read_source, refuse_gguf, source_folder
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.artifacts import artifacts_in, check_bytes, input_artifact
@@ -91,12 +93,13 @@ def run(config: Config) -> Result:
     dtype = config.export.dtype or main_dtype(checkpoint)
     dtypes = {} if config.export.dtype else _row_dtypes(checkpoint)
     around = _surroundings(config, workspace, checkpoint)
+    behind = _predictions(workspace, checkpoint)
     settings = {**_settings(config, around is not None), "dtype": dtype, "failed": failed}
 
     def build(temporary: Path) -> dict[str, str]:
         """Writes model, card and lineage, and tries them; returns the weights' hashes."""
         check_bytes(workspace.student)  # read anyway, and vouched for by the new manifest
-        hashes = _write_model(student, temporary, dtype, dtypes, config, around)
+        hashes = _write_model(student, temporary, dtype, dtypes, config, around, behind)
         own = VOCAB in read_plan(workspace.plan).keep  # the source's tokenizer is another one
         if not own:
             copy_side_files(source, temporary)
@@ -107,7 +110,8 @@ def run(config: Config) -> Result:
 
             write_eval_results(temporary, report)
         write_json(temporary / LINEAGE, _lineage(workspace, report))
-        check_in_clean_process(temporary, student, dtype, around is not None)
+        left_out = () if behind is None else behind.beginnings
+        check_in_clean_process(temporary, student, dtype, around is not None, left_out)
         _write_gguf(config, workspace, temporary, source)
         return hashes
 
@@ -182,6 +186,17 @@ def _surroundings(
     return CutSurroundings(source, cut_of(plan, source.architecture))
 
 
+def _predictions(workspace: Workspace, source: Checkpoint) -> CutPredictions | None:
+    """The source's prediction layers, cut along; None: the plan keeps none.
+
+    They come from the source, since no training knows them.
+    """
+    plan = read_plan(workspace.plan)
+    if not plan.mtp_kept:
+        return None
+    return CutPredictions(source, cut_of(plan, source.architecture), magnitudes)
+
+
 def _write_model(
     student: Path,
     folder: Path,
@@ -189,6 +204,7 @@ def _write_model(
     dtypes: Mapping[str, str],
     config: Config,
     around: CutSurroundings | None,
+    behind: CutPredictions | None,
 ) -> dict[str, str]:
     """Streams the student's weights into the export, cast to its dtype; rows in ``dtypes`` to their own.
 
@@ -201,14 +217,17 @@ def _write_model(
         return _DTYPES[dtype if match is None else dtypes.get(match[0].pattern, dtype)]
 
     told = {"dtype": dtype, "torch_dtype": dtype}
+    model = checkpoint.architecture
+    if behind is not None:
+        model = replace(model, config={**model.config, **behind.config})
     shard_bytes = config.export.shard_size
     if around is None:
-        hashes = write_causal_lm(checkpoint, folder, of, shard_bytes)
-        write_json(folder / "config.json", both_spellings({**checkpoint.config, **told}))
+        hashes = write_causal_lm(checkpoint, folder, of, shard_bytes, behind)
+        write_json(folder / "config.json", both_spellings({**model.config, **told}))
     else:
         other = None if config.export.dtype is None else _DTYPES[dtype]
-        hashes = write_whole(checkpoint, around, folder, of, other, shard_bytes)
-        write_json(folder / "config.json", {**around.config(checkpoint.architecture), **told})
+        hashes = write_whole(checkpoint, around, folder, of, other, shard_bytes, behind)
+        write_json(folder / "config.json", {**around.config(model), **told})
         for path in processor_files(around.source):
             (folder / path.name).write_bytes(around.processor_file(path))
     copy_side_files(student, folder)

@@ -98,6 +98,29 @@ def gguf_folder(file: Path, workspace: Workspace) -> Path:
     return folder
 
 
+def model_folder(config: Config, where: str, text: str) -> tuple[Path, Input]:
+    """A model that the user names beside the source: its folder, or that of a GGUF file.
+
+    Args:
+        config: the whole configuration.
+        where: the key that names it.
+        text: what it says.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+
+    folder = Path(text).expanduser()
+    if is_gguf_file(folder):
+        folder = gguf_folder(folder, Workspace(workspace_of(config)))
+    if folder.is_file():
+        raise ValueError(f"{where}: expected a folder, or a GGUF file, found a file: {folder}")
+    if not folder.is_dir():
+        raise ValueError(f"{where}: no such folder: {folder}")
+    return folder, Input(str(folder), open_checkpoint(folder).fingerprint)
+
+
 def refuse_gguf(config: Config, checkpoint: "Checkpoint") -> None:
     """Refuses ``export.gguf`` of a model that is not written as GGUF, before anything is trained.
 

@@ -23,6 +23,7 @@ from nemo_minitron.pruning.plan_file import Plan, cut_of, make_plan, mtp_note, r
 from nemo_minitron.pruning.select import Keep, select_units
 from nemo_minitron.pruning.serving import check_serving, serving_notes
 from nemo_minitron.pruning.slice import pattern_notes
+from nemo_minitron.pruning.slice_predictions import described
 from nemo_minitron.pruning.target_sizes import (
     cuts_vocabulary,
     explicit_targets,
@@ -60,12 +61,7 @@ def recipe(config: Config) -> Recipe:
     checkpoint = open_checkpoint(source)
     sizes = checkpoint.architecture.sizes
     targets = target_sizes(checkpoint.architecture, config.plan)
-    if config.plan.mtp == "keep" and checkpoint.predictions:
-        raise ValueError(
-            f"plan.mtp=keep: {source}: the {len(checkpoint.predictions)} tensors of prediction layers, as "
-            f"{plain(checkpoint.predictions[0], 120)}, cannot be cut along: no table of "
-            f"{checkpoint.family.model_type} describes them; use drop"
-        )
+    keeps = _keeps_predictions(config, checkpoint)
     inputs = [teacher]
     if needs_scores(config.plan):
         inputs.append(input_artifact(workspace.root, "scores", "score"))
@@ -83,14 +79,14 @@ def recipe(config: Config) -> Recipe:
         keep = select_units(checkpoint.family, scores.ranking, sizes, widths)
         kept, vocabulary = _vocabulary(config, checkpoint, tokenizer)
         made = make_plan(
-            checkpoint.architecture, keep | kept, tuple(layers), mtp_note(checkpoint),
+            checkpoint.architecture, keep | kept, tuple(layers), mtp_note(checkpoint, keeps),
             targets.get(CHOSEN_EXPERTS),
         )  # fmt: skip
         result = cut_of(made, checkpoint.architecture).result
         check_serving(checkpoint.architecture, made.after, config.plan.serve, "plan.serve")
         check_config_loads(both_spellings(result.config), "plan")
         merge = _merge(config.plan.head_merge, checkpoint, scores, keep)
-        write_plan(temporary, replace(made, vocabulary=vocabulary, merge=merge))
+        write_plan(temporary, replace(made, vocabulary=vocabulary, merge=merge, mtp_kept=keeps))
 
     settings = explicit_targets(config.plan) | _reading(config, source)
     if settings.get("layer_choice") == "contiguous":
@@ -126,6 +122,25 @@ def _merge(how: str, checkpoint: Checkpoint, scores: Scores, keep: Keep) -> Head
     assert group is not None, "the target sizes were checked"
     groups = checkpoint.architecture.sizes[group]
     return HeadMerge(how, merged_into(scores.ranking[HEADS], keep, group, groups))
+
+
+def _keeps_predictions(config: Config, checkpoint: Checkpoint) -> bool:
+    """Whether prediction layers (MTP) are cut along.
+
+    Raises:
+        ValueError: they cannot be.
+    """
+    names = list(checkpoint.predictions)
+    if config.plan.mtp != "keep" or not names:
+        return False
+    try:
+        described(checkpoint)
+    except ValueError as error:
+        raise ValueError(
+            f"plan.mtp=keep: {checkpoint.folder}: the {len(names)} tensors of prediction layers, as "
+            f"{plain(names[0], 120)}, cannot be cut along: {error}"
+        ) from error
+    return True
 
 
 def _kept_experts(scores: Path, plan: Plan) -> list[str]:

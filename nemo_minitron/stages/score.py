@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor, open_checkpoint
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_input
-from nemo_minitron.families import Family, find_row
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.select import score_shape
 from nemo_minitron.pruning.target_sizes import HEAD_MERGE, explicit_targets, target_sizes
@@ -28,7 +27,7 @@ from nemo_minitron.scoring.calibration_sums import CalibrationSums
 from nemo_minitron.scoring.depth import block_importance
 from nemo_minitron.scoring.importance import AGGREGATIONS, concentration, random_scores
 from nemo_minitron.scoring.layer_removal import TaskSums, block_lengths, greedy_steps
-from nemo_minitron.scoring.magnitude import unit_squares
+from nemo_minitron.scoring.magnitude import magnitudes
 from nemo_minitron.scoring.routing import effective_experts, routing_notes
 from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
 from nemo_minitron.stages.inputs import length_notes, teacher_folder
@@ -240,27 +239,8 @@ def _by_magnitude(config: Config, checkpoint: Checkpoint) -> Scores:
 
     A layer's score is the norm of all its weights.
     """
-    family, sizes = checkpoint.family, checkpoint.architecture.sizes
-    squares = {
-        axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in _shapes(checkpoint).items()
-    }
-    for name in checkpoint.entries:
-        found = find_row(family, name)
-        if found is None:
-            continue
-        row, units = found
-        tensor = load_tensor(checkpoint, name)
-        for axis, part in unit_squares(tensor, row, sizes, family, units).items():
-            squares[axis][_place(family, axis, units)] += part
-    return Scores({axis: total.sqrt() for axis, total in squares.items()})
-
-
-def _place(family: Family, axis: str, units: Mapping[str, int]) -> tuple[int, ...]:
-    """Where a tensor's share of an axis' scores belongs: in its layer, in its expert, at its unit."""
-    numbers = [
-        units.get(family.axes[name].index or "") for name in (*family.ranked_per(axis), axis)
-    ]
-    return tuple(number for number in numbers if number is not None)
+    entries = checkpoint.entries
+    return Scores(magnitudes(checkpoint.architecture, entries, partial(load_tensor, checkpoint)))
 
 
 def _by_chance(config: Config, checkpoint: Checkpoint) -> Scores:

@@ -161,7 +161,8 @@ def key(name, value):
         (None, other_type, "token_embd.weight is of ggml type 99, which is not read; expected F32"),
         (without("blk.1.ffn_up.weight"), None, "1 tensors of family 'llama' are missing: model.layers.1.mlp.up_proj"),
         (key("embedding_length", 224), None, r"config.json implies shape \[96, 224\], the file holds \[96, 256\]"),
-        (key("expert_count", 4), None, "llama.expert_count=4 is not known here"),
+        (key("expert_count", 4), None, "key llama.expert_used_count is missing"),
+        (key("attention.clamp_kqv", 4), None, "llama.attention.clamp_kqv=4 is not known here"),
         (key("vocab_size", 97), None, "llama.vocab_size: expected 96, found 97"),
         (
             lambda keys, found: found.update({"blk.0.extra.weight": (np.ones(4, np.float32), Q.F32)}),

@@ -44,7 +44,7 @@ def test_prediction_layers_are_left_out(tmp_path, name):
     load_model(folder)  # in memory they are left out as well
     cut = stream(folder, tmp_path / "cut", {}, (0, 1, 2, 3))
     assert set(open_checkpoint(cut).entries) == set(checkpoint.entries)
-    assert open_checkpoint(cut).predictions == ()
+    assert not open_checkpoint(cut).predictions
     if families()[name].mtp_layers:
         assert json.loads((cut / "config.json").read_text())["num_nextn_predict_layers"] == 0
     (tmp_path / "plain").mkdir()
@@ -55,9 +55,6 @@ def test_prediction_layers_are_left_out(tmp_path, name):
 def test_the_plan_says_so(tmp_path):
     folder, extra = with_predictions(tmp_path / "source")
     arguments = [f"workspace={tmp_path / 'run'}", f"source.model={folder}", "plan.drop_layers=[3]"]
-    kept = minitron("plan", *arguments, "plan.mtp=keep")
-    assert kept.returncode == 2
-    assert f"plan.mtp=keep: {folder}: the {len(extra)} tensors of prediction layers" in kept.stderr
     done = minitron("plan", *arguments)
     assert done.returncode == 0, done.stderr
     said = f"{len(extra)} tensors of multi-token prediction layers, as {LAYER}"

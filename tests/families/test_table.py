@@ -184,7 +184,9 @@ def test_tables_are_short_and_hold_one_family_each():
 def test_a_table_reads_as_before_where_it_says_nothing_new():
     """Fingerprints of users' own tables hold how these read."""
     text = repr(families()["llama"])
-    assert not any(word in text for word in ("counts=", "optional=", "size=", "follows=", "mtp"))
+    assert not any(
+        word in text for word in ("counts=", "optional=", "size=", "follows=", "mtp", "stacked")
+    )
     assert "follows='expert_ffn * shared_experts'" in repr(families()["glm4_moe"])
 
 

@@ -6,11 +6,11 @@ from hypothesis import strategies as st
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.families import (
     Architecture,
+    TensorRow,
     check_sizes,
     families,
     parse_row,
 )
-from nemo_minitron.families.table import TensorRow
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.proofs.proof import generates
 from nemo_minitron.proofs.tiny_models import tiny_config, tiny_model
