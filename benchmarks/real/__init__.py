@@ -1,0 +1,1 @@
+"""Real models through the whole recipe; ``python -m benchmarks.real --help``."""
