@@ -107,9 +107,9 @@ def _quickstart(run: Run, export: Path) -> str:
     return done.stdout.strip()
 
 
-def vocabulary(run: Run, piece: str) -> dict[str, Any]:
+def vocabulary(run: Run, piece: str, cut: Cut | None = None) -> dict[str, Any]:
     """A third of the vocabulary: three kinds of text, before and after distillation, sizes and speed."""
-    cut = VOCABULARIES[piece]
+    cut = cut or VOCABULARIES[piece]
     model = fetched(cut.model, run.root / "models")
     common = [*run.data(model, piece, "prose", "code"), *_COUNTED, *cut.plan]
     run.stages(piece, "plan prune", *common)
@@ -143,20 +143,13 @@ def vocabulary(run: Run, piece: str) -> dict[str, Any]:
 
 
 def sensitivity(run: Run, piece: str) -> dict[str, Any]:
-    """What is cheap to cut, and some twenty sizes of 70 % of the parameters measured as they are cut."""
-    model = fetched(SMOLLM2, run.root / "models")
-    common = [*run.data(model, "smollm2-100m", "prose")]
-    budget = [f"plan.budget.screen_samples={run.profile.screen_samples}"]
-    run.stages(piece, "score", *common)
-    run.stages(piece, "sensitivity", *common, *budget)
-    workspace = Workspace(run.workspace("smollm2-100m"))
-    cuts = read_sensitivity(workspace.sensitivity)
-    budget += [
-        "plan.budget.params=94e6", "plan.budget.tolerance=0.03", f"plan.budget.screened={run.profile.screened}",
-        f"plan.budget.tasks=[{_CHOICE}]", f"plan.budget.task_limit={run.profile.task_limit // 2}",
-    ]  # fmt: skip
-    run.stages(piece, "screen", *common, *budget)
-    screen = read_screen(workspace.screen)
+    """What is cheap to cut: each axis alone at several sizes, and each layer."""
+    common = [
+        *run.data(fetched(SMOLLM2, run.root / "models"), "smollm2-100m", "prose"),
+        f"plan.budget.screen_samples={run.profile.screen_samples}",
+    ]
+    run.stages(piece, "score sensitivity", *common)
+    cuts = read_sensitivity(Workspace(run.workspace("smollm2-100m")).sensitivity)
     return {
         "model": SMOLLM2.title, "loss": cuts.loss,
         "cuts": [
@@ -165,12 +158,26 @@ def sensitivity(run: Run, piece: str) -> dict[str, Any]:
             for cut in sorted(cuts.axes, key=lambda cut: price(cuts, cut))
         ],
         "layers": cuts.layers, "left_out": cuts.left_out,
+    }  # fmt: skip
+
+
+def screen(run: Run, piece: str) -> dict[str, Any]:
+    """Sizes of 70 % of the parameters, measured as they are cut."""
+    common = [
+        *run.data(fetched(SMOLLM2, run.root / "models"), "smollm2-100m", "prose"),
+        f"plan.budget.screen_samples={run.profile.screen_samples}",
+        "plan.budget.params=94e6", "plan.budget.tolerance=0.03", f"plan.budget.screened={run.profile.screened}",
+        f"plan.budget.tasks=[{_CHOICE}]", f"plan.budget.task_limit={run.profile.task_limit}",
+    ]  # fmt: skip
+    run.stages(piece, "score screen", *common)
+    found = read_screen(Workspace(run.workspace("smollm2-100m")).screen)
+    return {
+        "model": SMOLLM2.title, "possible": found.sizes_possible, "within": found.sizes_within,
         "screened": [
             {"sizes": one.sizes, "parameters": one.costs["parameters"], "loss": one.loss,
              "choice": one.tasks[_CHOICE]["acc"]}
-            for one in screen.candidates
+            for one in found.candidates
         ],
-        "possible": screen.sizes_possible, "within": screen.sizes_within,
     }  # fmt: skip
 
 
@@ -178,7 +185,8 @@ PIECES: dict[str, tuple[Callable[[Run, str], dict[str, Any]], str]] = {
     "smollm2-vocab": (vocabulary, "SmolLM2-135M with a third of its vocabulary"),
     "gemma": (smaller, "Gemma 3 270M, width and depth"),
     "gemma-vocab": (vocabulary, "Gemma 3 270M with a third of its vocabulary"),
-    "sensitivity": (sensitivity, "SmolLM2-135M: what is cheap to cut, and a screening"),
+    "sensitivity": (sensitivity, "SmolLM2-135M: what is cheap to cut"),
+    "screen": (screen, "SmolLM2-135M: sizes of 70 % of its parameters, measured as they are cut"),
     "smollm2-100m": (smaller, "SmolLM2-135M to about 100 million parameters"),
     "smollm2-70m": (smaller, "SmolLM2-135M to about 70 million parameters"),
 }

