@@ -1,6 +1,7 @@
 """The pieces of ``make real``, each by the commands of the README; a piece that is done is read, not made again."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -11,14 +12,14 @@ from typing import Any
 from benchmarks.real import answers
 from benchmarks.real.packages import GEMMA, SMOLLM2, Published, fetched
 from benchmarks.real.texts import KINDS
-from benchmarks.real.tools import Run
+from benchmarks.real.tools import Run, result_of
 from nemo_minitron.config.compose import load_config
-from nemo_minitron.evaluation.cut_losses import price, read_sensitivity
+from nemo_minitron.evaluation.cut_losses import PICTURE, price, read_sensitivity
 from nemo_minitron.evaluation.report import read_report
 from nemo_minitron.evaluation.screening import read_screen
 from nemo_minitron.release.quickstart import QUICKSTART
 from nemo_minitron.stages.inputs import source_folder
-from nemo_minitron.workspace.layout import Workspace, model_in
+from nemo_minitron.workspace.layout import Workspace, model_in, plots_in
 
 _CHOICE, _BYTES = "held_out_choice", "held_out_bytes"
 _MODELS = ("teacher", "pruned", "student")
@@ -149,7 +150,9 @@ def sensitivity(run: Run, piece: str) -> dict[str, Any]:
         f"plan.budget.screen_samples={run.profile.screen_samples}",
     ]
     run.stages(piece, "score sensitivity", *common)
-    cuts = read_sensitivity(Workspace(run.workspace("smollm2-100m")).sensitivity)
+    folder = Workspace(run.workspace("smollm2-100m")).sensitivity
+    cuts = read_sensitivity(folder)
+    shutil.copyfile(plots_in(folder) / PICTURE, result_of(run.profile, piece).with_suffix(".png"))
     return {
         "model": SMOLLM2.title, "loss": cuts.loss,
         "cuts": [
