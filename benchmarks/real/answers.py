@@ -19,7 +19,7 @@ QUESTIONS = (
 )
 _WORDS = 40
 """Tokens of an answer."""
-_PROMPT, _WRITTEN, _ROUNDS = 64, 64, 5
+_PROMPT, _WRITTEN, _ROUNDS = 64, 64, 4
 
 
 def answers(folders: Mapping[str, Path], device: str) -> dict[str, list[str]]:
@@ -48,7 +48,7 @@ def _answer(model: Any, tokenizer: Any, question: str) -> str:
 def decode_speed(
     folders: Mapping[str, Path], text: str, device: str
 ) -> dict[str, dict[str, float]]:
-    """How fast each model writes behind the same text; they take turns, the best of five rounds counts.
+    """How fast each model writes behind the same text; they take turns, the best of four rounds counts.
 
     Args:
         folders: model to its folder.
