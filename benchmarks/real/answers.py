@@ -19,7 +19,7 @@ QUESTIONS = (
 )
 _WORDS = 40
 """Tokens of an answer."""
-_PROMPT, _WRITTEN, _ROUNDS = 64, 64, 4
+_PROMPT, _WRITTEN, _ROUNDS = 8, 16, 16
 
 
 def answers(folders: Mapping[str, Path], device: str) -> dict[str, list[str]]:
@@ -48,11 +48,11 @@ def _answer(model: Any, tokenizer: Any, question: str) -> str:
 def decode_speed(
     folders: Mapping[str, Path], text: str, device: str
 ) -> dict[str, dict[str, float]]:
-    """How fast each model writes behind the same text; they take turns, the best of four rounds counts.
+    """How fast each model writes behind the same text; they take turns, the best of many short rounds counts.
 
     Args:
         folders: model to its folder.
-        text: what they continue, at least 64 tokens of it.
+        text: what they continue; a few tokens of it are the prompt.
         device: as in ``evaluate.device``.
 
     Returns:

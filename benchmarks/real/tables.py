@@ -36,8 +36,8 @@ def _millions(count: float) -> str:
 
 def cut_table(profile: Profile) -> str:
     """One line for each model that was cut in width and depth, and one for each vocabulary."""
-    titles = ("model", "parameters", "steps x tokens", "bits per byte", "pruned", "distilled",
-              "right continuation of 4", "pruned", "distilled")  # fmt: skip
+    titles = ("model", "parameters", "steps x tokens", "bits per byte: whole", "pruned", "distilled",
+              "right of 4: whole", "pruned", "distilled")  # fmt: skip
     rows, when = [], {}
     for piece in _CUT:
         if (told := found(profile, piece)) is None:
@@ -46,7 +46,7 @@ def cut_table(profile: Profile) -> str:
         when[_when(told)] = None
         rows.append((
             f"{told['model']}, {' '.join(told['plan'])}",
-            f"{_millions(before['parameters'])} -> {_millions(after['parameters'])}",
+            f"{_millions(before['parameters'])} to {_millions(after['parameters'])}",
             f"{told['steps']} x {told['tokens'] // told['steps']}",
             *(f"{each['bits_per_byte']:.3f}" for each in (before, pruned, after)),
             *(f"{each['choice']:.2f} ± {each['choice_stderr']:.2f}" for each in (before, pruned, after)),
@@ -59,17 +59,24 @@ def cut_table(profile: Profile) -> str:
         prose = told["texts"]["prose"]
         rows.append((
             f"{told['model']}, vocab={told['entries'][1]}",
-            f"{_millions(count['teacher'])} -> {_millions(count['student'])}",
+            f"{_millions(count['teacher'])} to {_millions(count['student'])}",
             f"{told['steps']} x {told['tokens'] // told['steps']}",
             *(f"{prose[name]['bits_per_byte']:.3f}" for name in ("teacher", "pruned", "student")),
             "–", "–", "–",
         ))  # fmt: skip
-    return f"{markdown(titles, tuple(rows))}\n\nMeasured on {'; '.join(when)}."
+    return f"{markdown(titles, tuple(rows))}\n\nHeld-out English prose, and which of four continuations is the right one; {'; '.join(when)}."
 
 
 def vocabulary_table(told: dict[str, Any]) -> str:
     """Bits and tokens per byte of each kind of text; sizes and speed."""
-    titles = ("held-out text", "bits per byte", "cut", "distilled", "tokens per byte", "cut")
+    titles = (
+        "held-out text",
+        "bits per byte: whole",
+        "cut",
+        "distilled",
+        "tokens per byte: whole",
+        "cut",
+    )
     rows = []
     for kind, row in told["texts"].items():
         rows.append((

@@ -26,8 +26,8 @@ class Profile:
     Attributes:
         name: part of the results' names.
         steps: of distillation, by piece.
-        batch: samples of ``sequence`` tokens in a step, by piece.
-        sequence: tokens of a sample of training and validation.
+        tokens: of a step, by piece.
+        sequence: tokens of a sample of training, where a step has as many, and of validation.
         calibration: samples of 512 tokens that are scored.
         validation: samples that are measured.
         task_limit: questions of each task.
@@ -38,7 +38,7 @@ class Profile:
 
     name: str
     steps: Mapping[str, int]
-    batch: Mapping[str, int]
+    tokens: Mapping[str, int]
     sequence: int
     calibration: int
     validation: int
@@ -49,15 +49,19 @@ class Profile:
     vocabulary_lr: float
     accelerator: str
 
+    def length(self, piece: str) -> int:
+        """Tokens of a training sample."""
+        return min(self.sequence, self.tokens[piece])
+
 
 CPU = Profile(
     "cpu", {"smollm2-100m": 100, "smollm2-70m": 100, "gemma": 100, "smollm2-vocab": 200, "gemma-vocab": 200},
-    {"smollm2-100m": 2, "smollm2-70m": 2, "gemma": 1, "smollm2-vocab": 1, "gemma-vocab": 1},
+    {"smollm2-100m": 512, "smollm2-70m": 512, "gemma": 256, "smollm2-vocab": 256, "gemma-vocab": 256},
     256, 16, 16, 24, 20, 4, 3e-4, 5e-5, "cpu",
 )  # fmt: skip
 """Two cores, for hours."""
 GPU = Profile(
-    "gpu", dict.fromkeys(CPU.steps, 1000), dict.fromkeys(CPU.batch, 32),
+    "gpu", dict.fromkeys(CPU.steps, 1000), dict.fromkeys(CPU.steps, 32 * 1024),
     1024, 1024, 256, 600, 48, 64, 6e-4, 1e-4, "gpu",
 )  # fmt: skip
 """One card, pieces of about ten minutes."""
@@ -146,7 +150,7 @@ class Run:
             f"source.model={model}", f"workspace={self.workspace(piece)}",
             f"data.train.paths=[{','.join(self.text(kind, 'train') for kind in kinds)}]",
             *([f"data.train.weights=[{','.join('1' for _ in kinds)}]"] if len(kinds) > 1 else []),
-            f"data.train.sequence_length={profile.sequence}",
+            f"data.train.sequence_length={profile.length(piece)}",
             "data.calibration.sequence_length=512", f"data.calibration.samples={profile.calibration}",
             *self.held_out("prose"),
         ]  # fmt: skip
@@ -164,7 +168,7 @@ class Run:
         profile, steps = self.profile, self.profile.steps[piece]
         return [
             f"trainer.max_steps={steps}", f"trainer.val_check_interval={steps}",
-            f"distill.batch_size={profile.batch[piece]}", f"optim.lr={lr:g}", f"optim.sched.min_lr={lr / 10:g}",
+            f"distill.batch_size={profile.tokens[piece] // profile.length(piece)}", f"optim.lr={lr:g}", f"optim.sched.min_lr={lr / 10:g}",
             f"optim.sched.warmup_steps={steps // 10}", "trainer.precision=bf16-mixed",
             f"trainer.accelerator={profile.accelerator}", "trainer.enable_progress_bar=false", "+optim.fused=true",
             f"exp_manager.checkpoint_callback_params.every_n_train_steps={min(50, steps)}",
@@ -172,9 +176,8 @@ class Run:
 
     def trained_on(self, piece: str) -> dict[str, int]:
         """Steps and tokens of a distillation."""
-        profile = self.profile
-        steps, samples = profile.steps[piece], profile.batch[piece]
-        return {"steps": steps, "tokens": steps * samples * profile.sequence}
+        steps = self.profile.steps[piece]
+        return {"steps": steps, "tokens": steps * self.profile.tokens[piece]}
 
     def write(self, piece: str, found: Mapping[str, Any]) -> None:
         """Writes benchmarks/results/real-PROFILE-PIECE.json."""

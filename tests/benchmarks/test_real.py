@@ -113,7 +113,7 @@ def test_a_tiny_model_with_a_smaller_vocabulary_goes_the_whole_way(library, tmp_
     save_model(model := new_model(SHAPE, seed=0), folder, stored_config(model, SHAPE))
     write_texts(root / "text", german=str(tmp_path), library=library)
     tiny = replace(
-        CPU, steps={"tiny": 2}, batch={"tiny": 2}, sequence=32, validation=4, vocabulary_lr=1e-3
+        CPU, steps={"tiny": 2}, tokens={"tiny": 64}, sequence=32, validation=4, vocabulary_lr=1e-3
     )
     cut = Cut(Published("tiny", (), "tiny", ""), ("plan.vocab=300",))
     run = Run(
