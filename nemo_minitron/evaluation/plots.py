@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from nemo_minitron.evaluation.report import NAMES
@@ -215,17 +215,44 @@ def sensitivity(
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2), constrained_layout=True)
     for axis, points in curves.items():
-        left.plot(*zip(*sorted(points), strict=True), marker="o", ms=3, lw=1, label=axis)
-    left.axhline(whole, color="0.6", lw=0.8)
-    left.set(xlabel="kept share of the axis", ylabel="held-out loss (nats per token)")
-    if curves:
-        left.legend(fontsize=8)
-    right.bar([layer for layer, _ in layers], [loss - whole for _, loss in layers], color="0.45")
+        name = _TITLES[axis] if axis in _TITLES else axis
+        left.plot(*zip(*sorted(points), strict=True), marker="o", ms=3, lw=1, label=name)
+    left.axhline(whole, color="0.6", lw=0.8, ls="--", label="whole model")
+    left.set(xlabel="kept of the axis", ylabel="held-out loss (nats per token)")
+    left.xaxis.set_major_formatter(PercentFormatter(1.0))
+    left.legend(fontsize=8)
+    added = [(layer, loss - whole) for layer, loss in layers]
+    right.bar([layer for layer, _ in added], [more for _, more in added], color="0.45")
+    top = shown_up_to([more for _, more in added])
+    if top is not None:  # else the few layers that a model cannot do without hide all others
+        right.set_ylim(1.25 * min(0.0, *(more for _, more in added)), top)
+        for layer, more in added:
+            if more > top:
+                right.annotate(
+                    f"{more:.1f}", (layer, top), textcoords="offset points", xytext=(0, -3), fontsize=7,
+                    ha="center", va="top", rotation=90, color="white",
+                )  # fmt: skip
     right.set(xlabel="layer left out (0-based)", ylabel="loss added (nats per token)")
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in (left, right):
+        panel.set_axisbelow(True)
         panel.grid(alpha=0.25)
     return _png(figure)
+
+
+_FAR = 8
+"""Values more than this many times the median are cut off and written down."""
+
+
+def shown_up_to(values: Sequence[float]) -> float | None:
+    """Where an axis ends that shows all values but outliers; None: there are none."""
+    if not values:
+        return None
+    most = _FAR * float(np.median(values))
+    near = [value for value in values if value <= most]
+    if most <= 0 or len(near) == len(values):
+        return None
+    return 1.25 * max(near)
 
 
 def loss_curves(
