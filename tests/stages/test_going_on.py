@@ -39,6 +39,8 @@ def test_it_goes_on_as_if_it_had_never_been_stopped(tmp_path, words, capsys):
     assert taken(last) == taken(straight)
     validated = [line for line in curve(straight) if "val_loss" in line]
     assert len(validated) == 2 and all(line in curve(last) for line in validated)
+    # behind each stop, too: what was measured there came along, and its steps were not taken again
+    assert [line["step"] for line in curve(last) if "val_loss" in line] == [1, 3, 4, 6]
     for name, tensor in weights(straight).items():
         assert torch.equal(weights(last)[name], tensor), name
     manifests = [
