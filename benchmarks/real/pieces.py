@@ -170,7 +170,7 @@ def screen(run: Run, piece: str) -> dict[str, Any]:
         *run.data(fetched(SMOLLM2, run.root / "models"), "smollm2-100m", "prose"),
         f"plan.budget.screen_samples={run.profile.screen_samples}",
         "plan.budget.params=94e6", "plan.budget.tolerance=0.03", f"plan.budget.screened={run.profile.screened}",
-        f"plan.budget.tasks=[{_CHOICE}]", f"plan.budget.task_limit={run.profile.task_limit}",
+        f"plan.budget.tasks=[{_CHOICE}]", f"plan.budget.task_limit={run.profile.task_limit // 2}",
     ]  # fmt: skip
     run.stages(piece, "score screen", *common)
     found = read_screen(Workspace(run.workspace("smollm2-100m")).screen)

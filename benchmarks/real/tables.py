@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +142,22 @@ def show(profile: Profile, piece: str) -> str:
     return _SHOWN[piece](told) if piece in _SHOWN else cut_table(profile)
 
 
-def write_tables(profile: Profile) -> None:
-    """Replaces what stands between the marks in README.md, docs/vocabulary.md and docs/search.md."""
+def tables(profile: Profile) -> Iterator[tuple[Path, str, str]]:
+    """File, mark and text of every table of what was measured."""
     if any(found(profile, piece) for piece in (*_CUT, *_VOCABULARIES)):
-        replace(ROOT / "README.md", "real", cut_table(profile))
+        yield ROOT / "README.md", "real", cut_table(profile)
     for piece in _VOCABULARIES:
         if told := found(profile, piece):
-            replace(ROOT / "docs/vocabulary.md", piece, vocabulary_table(told))
+            yield ROOT / "docs/vocabulary.md", piece, vocabulary_table(told)
     for piece, table in _SHOWN.items():
         if told := found(profile, piece):
-            replace(ROOT / "docs/search.md", piece, table(told))
+            yield ROOT / "docs/search.md", piece, table(told)
+
+
+def write_tables(profile: Profile) -> None:
+    """Replaces what stands between the marks in README.md, docs/vocabulary.md and docs/search.md."""
+    for path, mark, text in tables(profile):
+        replace(path, mark, text)
 
 
 def replace(path: Path, mark: str, text: str) -> None:

@@ -57,7 +57,7 @@ class Profile:
 CPU = Profile(
     "cpu", {"smollm2-100m": 100, "smollm2-70m": 100, "gemma": 100, "smollm2-vocab": 200, "gemma-vocab": 200},
     {"smollm2-100m": 512, "smollm2-70m": 512, "gemma": 256, "smollm2-vocab": 256, "gemma-vocab": 256},
-    256, 16, 16, 24, 20, 4, 3e-4, 5e-5, "cpu",
+    256, 16, 16, 24, 16, 4, 3e-4, 5e-5, "cpu",
 )  # fmt: skip
 """Two cores, for hours."""
 GPU = Profile(

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.real.packages import Published, put_together
 from benchmarks.real.pieces import Cut, vocabulary
+from benchmarks.real.tables import tables
 from benchmarks.real.texts import write_texts
 from benchmarks.real.tools import CPU, Run
 from nemo_minitron.data.tokenizer import train_tokenizer
@@ -141,3 +142,12 @@ def test_a_command_that_fails_ends_the_run_with_its_last_line(tmp_path):
         SystemExit, match=r"piece.log: exit code 2: .*invalid choice: 'no-such-command'"
     ):
         Run(tmp_path, CPU).minitron("piece", "no-such-command")
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results():
+    made = list(tables(CPU))
+    assert made
+    for path, mark, text in made:
+        assert f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->" in path.read_text(encoding="utf-8"), (
+            path
+        )
