@@ -149,6 +149,7 @@ def _section(profile: str, experiment: str) -> Iterator[str]:
             table.append((claim.text, claim.paper, "", "", "not measured yet"))
             continue
         ours = " / ".join(_number(value) for value in judged.values)
+        alone = judged.spread is None and not claim.exact
         spread = "" if judged.spread is None or claim.exact else f" ± {judged.spread:.3f}"
         table.append(
             (
@@ -156,7 +157,7 @@ def _section(profile: str, experiment: str) -> Iterator[str]:
                 claim.paper,
                 ours,
                 f"{_number(judged.mean)}{spread}",
-                f"*{judged.verdict}*",
+                f"*{judged.verdict}*{' (one seed so far)' if alone else ''}",
             )
         )
     titles = ("claim", "the paper", "ours, per seed", "mean ± deviation", "verdict")

@@ -56,10 +56,8 @@ def pictures(rows: Any) -> Iterator[tuple[str, Any]]:
     """Loss along the training, of the first seed."""
     from benchmarks.paper.pictures import curves
 
+    whole = rows["teacher"][0]["loss"]
     drawn = {name: of[0] for name, of in rows.items() if of and "curve" in of[0]}
-    yield (
-        "start",
-        curves(
-            drawn, "steps", f"teacher {rows['teacher'][0]['loss']:.3f}", rows["teacher"][0]["loss"]
-        ),
-    )
+    pruned = {name: row for name, row in drawn.items() if "pruned" in name}
+    yield "start", curves(drawn, "steps", f"teacher {whole:.3f}", whole)
+    yield "start-pruned", curves(pruned, "steps", f"teacher {whole:.3f}", whole)
