@@ -108,20 +108,23 @@ class ChatTemplate:
 
     def _reply(self, waiting: list[bytes]) -> dict[str, Any]:
         """The reply to the oldest conversation without one."""
-        lost = ""
+        reply: dict[str, Any] = {}
         for _try in range(2):
             try:
                 if self._worker is None or self._worker.process is None:
                     self._worker = Worker(self._settings())
                     self._worker.send(waiting)
-                reply: dict[str, Any] = json.loads(self._worker.line(SECONDS).decode(*_CODING))
-                return reply
+                reply = json.loads(self._worker.line(SECONDS).decode(*_CODING))
+                break
             except Lost as error:
-                lost = str(error)
+                # its alarm may come first, where this process is not given the processor in time
+                told = {"failure": "lost", "message": str(error)}
+                reply = {"failure": "silent"} if error.alarmed else told
                 self.close()
             except Silent:
-                return {"failure": "silent"}
-        return {"failure": "lost", "message": lost}
+                reply = {"failure": "silent"}
+                break
+        return reply
 
 
 def _request(messages: list[dict[str, Any]], answers: bool) -> bytes:

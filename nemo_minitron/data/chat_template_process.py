@@ -31,7 +31,15 @@ _ENVIRONMENT = {
 
 
 class Lost(Exception):
-    """The process ended without being asked to."""
+    """The process ended without being asked to.
+
+    Attributes:
+        alarmed: by its own alarm, since a rendering did not end.
+    """
+
+    def __init__(self, how: str, alarmed: bool = False) -> None:
+        super().__init__(how)
+        self.alarmed = alarmed
 
 
 class Silent(Exception):
@@ -141,7 +149,7 @@ class Worker:
         status = self.process.wait()
         if status >= 0:
             return Lost(f"exit status {status}")
-        return Lost(f"{signal.strsignal(-status)} (signal {-status})")
+        return Lost(f"{signal.strsignal(-status)} (signal {-status})", -status == signal.SIGALRM)
 
     def close(self) -> None:
         """Ends the process, reaps it and closes its pipes."""

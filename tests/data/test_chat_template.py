@@ -477,3 +477,14 @@ def test_parts_that_are_text_are_text(speaking, tmp_path):
     tokenizer = speaking("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     ((ids, _),) = tokenised(documents(found([path])), tokenizer, "x")
     assert tokenizer.decode(ids[:-1]) == "the model"
+
+
+def test_one_whose_alarm_comes_before_the_owners_limit_does_not_end_in_time(speaking, monkeypatch):
+    """A busy machine gives the owner the processor too late."""
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    template = ChatTemplate(speaking(HANGS), "x")
+    settings = template._settings()
+    monkeypatch.setattr(chat_template, "SECONDS", 30.0)
+    monkeypatch.setattr(template, "_settings", lambda: settings)
+    with pytest.raises(ValueError, match=r"the chat template does not end within 30 s"):
+        next(template.render([TALK]))
