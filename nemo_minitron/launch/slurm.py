@@ -110,10 +110,15 @@ def run_job(
     if number is None:
         _end(job_file, outcome, on_line, poll)
         clear(outcome)
-        number = _noted(job, job_file, recipe, on_line)
-    else:
-        on_line(f"Slurm job {number} is this stage's already; waiting for it")
-    _watch(number, job_file, outcome, on_line, poll)
+    try:
+        if number is None:
+            number = _noted(job, job_file, recipe, on_line)
+        else:
+            on_line(f"Slurm job {number} is this stage's already; waiting for it")
+        _wait(number, outcome, on_line, poll)
+    except BaseException:
+        _cancel(number, job_file, on_line)  # where there is none yet, _noted has ended what began
+        raise
     job_file.unlink(missing_ok=True)
     return number
 
@@ -126,29 +131,18 @@ def _noted(job: Job, job_file: Path, recipe: str, on_line: Callable[[str], None]
     write_json(job_file, {"name": name, "recipe": recipe})
     try:
         number = _submit(job, name)
+        write_json(job_file, {"job": number, "name": name, "recipe": recipe})
+        on_line(f"Slurm job {number} submitted")
     except ValueError:  # refused
         job_file.unlink(missing_ok=True)
         raise
     except ConnectionError:
         raise
-    except BaseException:
+    except BaseException:  # also while the number is written down
         with contextlib.suppress(ConnectionError):  # the file stays, for the next run to ask again
             _cancel(_number(job_file, recipe), job_file, on_line)
         raise
-    write_json(job_file, {"job": number, "name": name, "recipe": recipe})
-    on_line(f"Slurm job {number} submitted")
     return number
-
-
-def _watch(
-    number: str, job_file: Path, outcome: Path, on_line: Callable[[str], None], poll: float
-) -> None:
-    """Waits for a job's end; whoever ends this process in an orderly way ends the job."""
-    try:
-        _wait(number, outcome, on_line, poll)
-    except BaseException:
-        _cancel(number, job_file, on_line)
-        raise
 
 
 def _cancel(number: str | None, job_file: Path, on_line: Callable[[str], None]) -> None:
@@ -177,8 +171,12 @@ def adopt(
     if number is None:
         _end(job_file, outcome, on_line, poll)
         return
-    on_line(f"waiting for Slurm job {number} of an earlier run")
-    _watch(number, job_file, outcome, on_line, poll)
+    try:
+        on_line(f"waiting for Slurm job {number} of an earlier run")
+        _wait(number, outcome, on_line, poll)
+    except BaseException:  # whoever ends this process in an orderly way ends the job
+        _cancel(number, job_file, on_line)
+        raise
 
 
 def _end(job_file: Path, outcome: Path, on_line: Callable[[str], None], poll: float) -> None:

@@ -250,6 +250,13 @@ def test_cancelling_ends_the_job_whatever_the_flow_was_about(queue, tmp_path):
         run()
     assert (jobs / "3.cancelled").exists()
 
+    def told_at_once(line):
+        raise Told
+
+    with pytest.raises(Told):  # while it is said that the job is submitted
+        run_job(job, papers, outcome, "recipe", told_at_once, 0.1)
+    assert (jobs / "4.cancelled").exists() and not papers.exists()
+
 
 @pytest.mark.parametrize("job", ["--user=root", "1 2", "", "-1", "1;2"])
 def test_a_workspaces_papers_end_no_job_but_their_own(queue, tmp_path, job):
