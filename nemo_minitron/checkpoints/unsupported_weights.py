@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.config_values import check_values
+from nemo_minitron.checkpoints.gguf_file import SUFFIX as GGUF
 from nemo_minitron.security.plain_text import plain
 
 DEQUANTISE = (
@@ -37,6 +38,8 @@ def check_folder(folder: Path) -> None:
         ValueError: it does; also where a model lies beside the adapter: transformers would load the
             base model that the adapter names, from wherever that is, and the two together.
     """
+    if folder.is_file() and folder.suffix != GGUF:
+        raise ValueError(f"{folder}: a file; expected the folder of a model, as {folder.parent}")
     if folder.is_file():
         raise ValueError(
             f"{folder}: a file, expected a Hugging Face folder; GGUF files are taken by source.model, "
