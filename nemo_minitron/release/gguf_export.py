@@ -200,7 +200,7 @@ def _compare(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         RuntimeError: a tensor is missing or another one.
     """
-    gguf = read_gguf(path)
+    gguf = read_gguf(path.resolve())  # its tensors name the file, which is looked for beside itself
     config_of(gguf, str(path))  # a file that is refused as a source would be none
     entries = entries_of(path.parent, gguf, Architecture(checkpoint.family, checkpoint.config))
     for name, _, _ in checkpoint.architecture.tensors():

@@ -97,6 +97,13 @@ def as_source(path, folder):
     return folder
 
 
+def test_a_folder_named_from_the_working_folder_is_written(tmp_path, tokenizer_folder, monkeypatch):
+    made(tmp_path / "m", "llama", tokenizer_folder)
+    monkeypatch.chdir(tmp_path)
+    (file,) = written(Path("m"), ["bf16"]).values()
+    assert file.is_file()
+
+
 @pytest.mark.parametrize("model_type", gguf_families())
 def test_a_file_is_a_source_with_the_same_logits(tmp_path, tokenizer_folder, model_type):
     folder = made(tmp_path / "m", model_type, tokenizer_folder)
