@@ -17,6 +17,8 @@ from benchmarks.duel import RESULTS
 from nemo_minitron.config.compose import load_config
 from nemo_minitron.evaluation.speed import conditions
 from nemo_minitron.stages.run import run_stage
+from nemo_minitron.workspace.layout import Workspace, metrics_in
+from nemo_minitron.workspace.training_log import read_log
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,8 @@ class Run:
 
     def trained_on(self, piece: str) -> dict[str, int]:
         """Steps and tokens of a distillation."""
-        steps = self.profile.steps[piece]
-        return {"steps": steps, "tokens": steps * self.profile.tokens[piece]}
+        last = read_log(metrics_in(Workspace(self.workspace(piece)).student))[-1]
+        return {"steps": last["step"], "tokens": last["tokens"]}
 
     def write(self, piece: str, found: Mapping[str, Any]) -> None:
         """Writes benchmarks/results/real-PROFILE-PIECE.json."""
