@@ -87,12 +87,7 @@ class Preemption(Callback):
         came = _on_any_rank(trainer, self.received is not None)
         if not (came or over) or trainer.global_step >= trainer.max_steps:
             return
-        path = self.folder / f"step={trainer.global_step}.ckpt"
-        if not path.exists():
-            # NeMo's marker: a checkpoint beside it is not finished, and not resumed from
-            NeMoModelCheckpoint.set_checkpoint_unfinished_marker(path, barrier_after=True)
-            trainer.save_checkpoint(path)
-            NeMoModelCheckpoint.remove_checkpoint_unfinished_marker(path, barrier_before=True)
+        save_step(trainer, self.folder)
         cause = (self.received or "a signal on another rank") if came else TIME
         raise (Preempted if came else TimeOver)(
             f"stopped by {cause} at step {trainer.global_step} of {trainer.max_steps}, which is saved; run "
@@ -105,6 +100,16 @@ class Preemption(Callback):
             if number != signal.SIGINT or signal.getsignal(number) == self._interrupt:
                 signal.signal(number, handler)
         self._before = {}
+
+
+def save_step(trainer: Trainer, folder: Path) -> None:
+    """Saves the step that a training is at, unless it is there."""
+    path = folder / f"step={trainer.global_step}.ckpt"
+    if not path.exists():
+        # NeMo's marker: a checkpoint beside it is not finished, and not resumed from
+        NeMoModelCheckpoint.set_checkpoint_unfinished_marker(path, barrier_after=True)
+        trainer.save_checkpoint(path)
+        NeMoModelCheckpoint.remove_checkpoint_unfinished_marker(path, barrier_before=True)
 
 
 def _on_any_rank(trainer: Trainer, here: bool) -> bool:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from nemo.utils.callbacks import NeMoModelCheckpoint
+
+from nemo_minitron.training.preemption import save_step
 
 KEY = "distill.stop_after"
 """The key that says after how many steps."""
@@ -32,10 +33,5 @@ class StopAfter(Callback):
         """Between steps only."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step < self.step:
             return
-        path = self.folder / f"step={trainer.global_step}.ckpt"
-        if not path.exists():
-            # NeMo's marker: a checkpoint beside it is not finished, and not resumed from
-            NeMoModelCheckpoint.set_checkpoint_unfinished_marker(path, barrier_after=True)
-            trainer.save_checkpoint(path)
-            NeMoModelCheckpoint.remove_checkpoint_unfinished_marker(path, barrier_before=True)
+        save_step(trainer, self.folder)
         trainer.should_stop = True
