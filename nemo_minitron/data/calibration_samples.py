@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.data.documents import TextSet, documents, no_text
-from nemo_minitron.data.tokenisation import tokenised
+from nemo_minitron.data.tokenisation import begin_tokens, tokenised
 from nemo_minitron.data.windows import Window, beginnings, mixed, windows
 
 POOL = 8192
@@ -156,11 +156,9 @@ def calibration_samples(
     Raises:
         ValueError: too little text.
     """
-    cut = beginnings if packing == "off" else windows
-    streams = [
-        _spread(cut(tokenised(documents(texts, seed), tokenizer, texts.where), length), seed)
-        for texts, _ in mixture
-    ]
+    cut, begin = beginnings if packing == "off" else windows, begin_tokens(tokenizer)
+    read = [tokenised(documents(texts, seed), tokenizer, texts.where) for texts, _ in mixture]
+    streams = [_spread(cut(stream, length, begin), seed) for stream in read]
     weights = [weight for _, weight in mixture]
     drawn = list(itertools.islice(mixed(streams, weights), samples))
     found = [window for _, window in drawn]

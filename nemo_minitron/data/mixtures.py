@@ -73,6 +73,14 @@ def validation_mixture(config: Config) -> list[tuple[Any, float]]:
     return _mixture(own, own.weights, "data.train", "held_out", config.data.holdout)
 
 
+def held_out_windows(config: Config, tokenizer: Any) -> dict[str, Any]:
+    """What decides the samples that are measured on, and what each begins with where that is anything."""
+    from nemo_minitron.data.tokenisation import begin_tokens
+
+    begin = begin_tokens(tokenizer).tolist()
+    return held_out_sampling(config, VALIDATION_SAMPLES) | ({"begin": begin} if begin else {})
+
+
 def held_out_sampling(config: Config, default: int | None = None) -> dict[str, Any]:
     """What decides the samples for measuring, for fingerprints; ``default`` stands for null samples."""
     values, mixed = sampling(config.data.validation, default), len(validation_mixture(config)) > 1

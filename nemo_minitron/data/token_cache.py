@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_minitron.data.document_types import Ids
 from nemo_minitron.data.documents import TextSet, documents, no_text
 from nemo_minitron.data.tokenisation import tokenised
+from nemo_minitron.data.windows import NOTHING, begun
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.artifacts import check_file
 from nemo_minitron.workspace.layout import IDS, build_lock_of, manifest_in
@@ -173,10 +175,14 @@ class PackedTokens(torch.utils.data.Dataset[Tensor]):
         streams: int32 arrays of shape [tokens].
         places_N2: stream and first token of every sample.
         positions: tokens per sample; each comes with the one that follows, the label of its last.
+        begin: what each begins with (``tokenisation.begin_tokens``).
     """
 
-    def __init__(self, streams: Sequence[Any], places_N2: Tensor, positions: int) -> None:
+    def __init__(
+        self, streams: Sequence[Any], places_N2: Tensor, positions: int, begin: Ids = NOTHING
+    ) -> None:
         self.streams, self.places_N2, self.positions = streams, places_N2, positions
+        self.begin = begin
 
     def __len__(self) -> int:
         return len(self.places_N2)
@@ -184,7 +190,7 @@ class PackedTokens(torch.utils.data.Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         stream, first = self.places_N2[index].tolist()
         ids = self.streams[stream][first : first + self.positions + 1]
-        return torch.from_numpy(ids.astype(np.int64))
+        return torch.from_numpy(begun(ids, self.begin).astype(np.int64))
 
 
 def places(

@@ -127,6 +127,11 @@ def _encoded(texts: list[str], tokenizer: Any, **options: Any) -> list[list[int]
     return found
 
 
+def begin_tokens(tokenizer: Any) -> Ids:
+    """What a tokenizer puts before every text, most often its beginning-of-sequence token; int32."""
+    return np.asarray(_around(tokenizer)[0], np.int32)
+
+
 def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The tokens that a tokenizer puts before and after a text."""
     (bare,) = _encoded(["a"], tokenizer, add_special_tokens=False)

@@ -29,6 +29,7 @@ def training_samples(config: Config, tokenizer: Any, needed: int, per_step: int,
         ValueError: no text, or too little for ``data.train.samples`` or for one step.
     """
     from nemo_minitron.data.token_cache import PackedTokens, places
+    from nemo_minitron.data.tokenisation import begin_tokens
 
     ranks.first(lambda: _streams(config, tokenizer, needed))
     streams = _streams(config, tokenizer, needed)
@@ -55,7 +56,7 @@ def training_samples(config: Config, tokenizer: Any, needed: int, per_step: int,
             f"which is read {needed / len(found):.1f} times",
             file=sys.stderr,
         )
-    samples = PackedTokens(streams, found, text.sequence_length)
+    samples = PackedTokens(streams, found, text.sequence_length, begin_tokens(tokenizer))
     if text.learn_from == "answers":
         _check_learned(samples, tokenizer.eos_token_id)
         if ranks.rank == 0 and not any((ids < 0).any() for ids in streams):

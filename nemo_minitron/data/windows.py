@@ -5,6 +5,11 @@ cut into windows. A window is ``length`` tokens and the one that follows, which 
 last: consecutive windows overlap by one token, so that every token but the first is predicted once.
 What is left at the end, less than a window, is dropped.
 
+Where a tokenizer puts a token before every text (``<bos>`` of Gemma, Llama and others), a window
+begins with it, in the place of the token that was there, as in llama.cpp's perplexity: models that
+were trained so may read a text without it far worse, and are never asked to in use. That place is no
+label, so that still every token but the first is predicted once.
+
 What reads the windows differs in their order alone, because it differs in what may be in memory:
 
 - measuring (``pack``) reads 8 times as much text as it needs and takes windows from all of it;
@@ -32,10 +37,13 @@ from torch import Tensor
 
 from nemo_minitron.data.document_types import Ids
 from nemo_minitron.data.documents import TextSet, documents, no_text
-from nemo_minitron.data.tokenisation import Tokens, tokenised
+from nemo_minitron.data.tokenisation import Tokens, begin_tokens, tokenised
 
 SPREAD = 8
 """How many times as much text is read as is needed, so that samples are not of its beginning alone."""
+
+
+NOTHING: Ids = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,13 @@ class Window:
     document: int
 
 
-def windows(stream: Iterable[Tokens], length: int) -> Iterator[Window]:
+def windows(stream: Iterable[Tokens], length: int, begin: Ids = NOTHING) -> Iterator[Window]:
     """Cuts a stream of documents into windows.
 
     Args:
         stream: token ids of documents, in pieces.
         length: tokens per window, besides the label of the last.
+        begin: what each begins with (``tokenisation.begin_tokens``).
     """
     waiting: list[tuple[Ids, Ids, Ids]] = []
     count = place = number = 0
@@ -74,8 +83,14 @@ def windows(stream: Iterable[Tokens], length: int) -> Iterator[Window]:
             for start in range(0, used, length):
                 cut = slice(start, start + length + 1)
                 middle = int(owners[start + length // 2])
-                yield Window(joined[cut], _in_window(places[cut]), middle)
+                yield Window(begun(joined[cut], begin), _in_window(places[cut]), middle)
             waiting, count = [(joined[used:], places[used:], owners[used:])], count - used
+
+
+def begun(ids: Ids, begin: Ids) -> Ids:
+    """A window whose first tokens are ``begin``; one label at least stays."""
+    count = min(len(begin), len(ids) - 1)
+    return np.concatenate([begin[:count], ids[count:]]) if count else ids
 
 
 def _in_window(places: Ids) -> Ids:
@@ -87,14 +102,19 @@ def _in_window(places: Ids) -> Ids:
     return np.concatenate([places[:begin] - first, places[begin:]])
 
 
-def beginnings(stream: Iterable[Tokens], length: int) -> Iterator[Window]:
-    """The first ``length`` + 1 tokens of each document, those of a single token left out."""
+def beginnings(stream: Iterable[Tokens], length: int, begin: Ids = NOTHING) -> Iterator[Window]:
+    """The first ``length`` + 1 tokens of each document, those of a single token left out.
+
+    A document of token ids, which no tokenizer has read here, gets ``begin`` in front.
+    """
     ids: list[Ids] = []
     number = 0
     for tokens in stream:
         ids.append(tokens.ids[: length + 1 - sum(map(len, ids))])
         if tokens.last:
             joined = np.concatenate(ids)
+            if not np.array_equal(joined[: len(begin)], begin):
+                joined = np.concatenate([begin, joined])[: length + 1]
             if len(joined) > 1:
                 yield Window(joined, np.arange(len(joined)), number)
             ids, number = [], number + 1
@@ -190,7 +210,7 @@ def _all_windows(
             if total >= wanted:
                 return
 
-    found = list(windows(enough(), length))
+    found = list(windows(enough(), length, begin_tokens(tokenizer)))
     if not total:
         raise TooLittle(no_text(texts))
     return found, total

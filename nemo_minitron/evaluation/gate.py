@@ -105,10 +105,11 @@ class Gate:
                 "evaluate.previous: its tasks were asked otherwise (evaluate.chat, .backend, .repeats); "
                 "nothing can be compared"
             )
-        if ours != theirs:
+        others = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+        if others:
             raise ValueError(
-                "evaluate.previous: was measured on other text, with another tokenizer or other limits; "
-                "nothing can be compared"
+                "evaluate.previous: was measured on other text, with another tokenizer or other limits "
+                f"(another {', '.join(others)}); nothing can be compared"
             )
         changed = [name for name in before if name in own and own[name] != before[name]]
         if changed:

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config.config import Config
-from nemo_minitron.data.mixtures import VALIDATION_SAMPLES, held_out_sampling
+from nemo_minitron.data.mixtures import held_out_windows
 from nemo_minitron.evaluation.answers import (
     Answers,
     answers_of,
@@ -96,8 +96,8 @@ class Bench:
         settings = self.config.evaluate
         key: dict[str, Any] = {"what": unit.what, "model": self.checkpoint(unit.model).fingerprint}
         key["dtypes"] = [self.dtypes.get(name, "auto") for name in (unit.model, "teacher")]
-        held_out = {"text": self.text, **held_out_sampling(self.config, VALIDATION_SAMPLES)}
         if unit.what in (TEXT, WRITING):
+            held_out = {"text": self.text, **self.windows()}
             key |= {"teacher": self.checkpoint("teacher").fingerprint, "held_out": held_out}
         if unit.what == WRITING:
             key |= {"prompts": settings.prompts, "tokens": settings.written_tokens}
@@ -123,6 +123,10 @@ class Bench:
         if isinstance(self.vocabulary, KeptEntries) and unit.what != SPEED:
             key["entries"] = digest(self.vocabulary.ids_V.tolist())
         return key
+
+    def windows(self) -> dict[str, Any]:
+        """What decides the held-out samples."""
+        return held_out_windows(self.config, self._tokenizer())
 
     def _asked(self, model: str) -> dict[str, Any]:
         """What of how a task is asked decides its outcome; nothing where it is asked as it says."""

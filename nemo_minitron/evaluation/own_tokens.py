@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_minitron.data.tokenisation import begin_tokens
+
 _FALLBACK = 6
 """Characters of ``<0x0A>``, which is one byte."""
 
@@ -50,11 +52,15 @@ def in_own_tokens(tokenizer: Any, own: Any, samples_NS: Tensor, most: int | None
     Returns:
         Tensor of shape [samples, longest]; what fills a shorter one up is negative.
     """
+    begin, own_begin = (begin_tokens(each).tolist() for each in (tokenizer, own))
     rows = []
     for row in samples_NS.tolist():
+        if row[: len(begin)] == begin:
+            row = row[len(begin) :]
         # a character that a window cuts apart is half of one in no other tokenizer
         text = tokenizer.decode(row, clean_up_tokenization_spaces=False).strip("\ufffd")
-        rows.append(own(text, add_special_tokens=False, verbose=False)["input_ids"][:most])
+        ids = own(text, add_special_tokens=False, verbose=False)["input_ids"]
+        rows.append([*own_begin, *ids][:most])
     longest = max(map(len, rows))
     filled = [row + [-1] * (longest - len(row)) for row in rows]
     return torch.tensor(filled, dtype=torch.int64)

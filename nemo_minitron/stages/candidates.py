@@ -5,12 +5,7 @@ from pathlib import Path
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, main_dtype, open_checkpoint
 from nemo_minitron.config.config import Config, workspace_of
-from nemo_minitron.data.mixtures import (
-    VALIDATION_SAMPLES,
-    held_out_sampling,
-    text_input,
-    validation_text,
-)
+from nemo_minitron.data.mixtures import held_out_windows, text_input, validation_text
 from nemo_minitron.evaluation.screening import LOSS, Screener, split_metric
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.head_merge import check_head_merge_of_search
@@ -54,6 +49,8 @@ def screener_of(
         ValueError: an unknown task, no held-out text, or a ``plan.head_merge`` that not every candidate
             can have.
     """
+    from nemo_minitron.models.causal_lm import load_tokenizer
+
     workspace, names = Workspace(workspace_of(config)), measured_tasks(config)
     budget, head_merge = config.plan.budget, config.plan.head_merge
     check_head_merge_of_search(checkpoint.architecture, head_merge)
@@ -62,18 +59,18 @@ def screener_of(
     more = [text_input(texts)]
     if prints:
         more.append(Input(config.evaluate.task_dir or "lm_eval", digest(prints)))
+    tokenizer = load_tokenizer(checkpoint.folder)
     key = {
         "what": "candidate", "model": checkpoint.fingerprint, "scores": inputs[1].fingerprint,
         "dtype": main_dtype(checkpoint), "text": texts.fingerprint,
-        "held_out": held_out_sampling(config, VALIDATION_SAMPLES), "samples": budget.screen_samples,
+        "held_out": held_out_windows(config, tokenizer), "samples": budget.screen_samples,
         "tasks": prints, "task_limit": budget.task_limit if prints else None, **merging(config),
     }  # fmt: skip
 
     def samples() -> object:
         from nemo_minitron.data.mixtures import validation_packed
-        from nemo_minitron.models.causal_lm import load_tokenizer
 
-        packed = validation_packed(config, load_tokenizer(checkpoint.folder))
+        packed = validation_packed(config, tokenizer)
         return packed.samples[: budget.screen_samples]
 
     evaluate = config.evaluate

@@ -287,7 +287,7 @@ def _assembled(config: Config, bench: Bench) -> dict[str, Any]:
         "data_sets": {name: task["data_set"] for name, task in tasks.items() if task["data_set"]},
         "compared": _compared(bench, found),
         "measured_on": {
-            "text": bench.text, **held_out_sampling(config, VALIDATION_SAMPLES),
+            "text": bench.text, **bench.windows(),
             "task_limit": config.evaluate.task_limit, "tasks": bench.prints,
             "tokenizer": tokenizer_fingerprint(bench.folders["teacher"]), **_asked(config),
         },

@@ -292,6 +292,38 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_measured(words, cap
     assert not (workspace / "results").exists()
 
 
+def test_held_out_text_is_read_as_the_tokenizer_begins_it_and_measured_again_when_it_changes(
+    teacher, corpus, tmp_path, capsys
+):
+    model = shutil.copytree(teacher, tmp_path / "model")
+    words = [
+        *settings(tmp_path / "w", model, corpus), f"evaluate.model={model}", f"evaluate.teacher={model}",
+        "evaluate.speed=false", "evaluate.tasks=[]", "evaluate.prompts=2", "evaluate.written_tokens=4",
+    ]  # fmt: skip
+    assert called(capsys, "evaluate", *words)[0] == 0
+    before = read(tmp_path / "w")
+    rules = json.loads((model / "tokenizer.json").read_text())
+    begin = next(token["id"] for token in rules["added_tokens"] if token["content"] == "<s>")
+    rules["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [begin], "tokens": ["<s>"]}},
+    }
+    (model / "tokenizer.json").write_text(json.dumps(rules))
+    shutil.rmtree(tmp_path / "w" / "report")  # what was measured stays, in results/
+    assert called(capsys, "evaluate", *words)[0] == 0
+    after = read(tmp_path / "w")
+    assert "begin" not in before["measured_on"] and after["measured_on"]["begin"] == [begin]
+    losses = [report["models"]["student"]["loss"] for report in (before, after)]
+    assert losses[0] != losses[1]
+    prompts = [text["prompt"] for text in after["writing"]]
+    assert len(prompts) == 2 and all(text.startswith("<s>") for text in prompts)
+
+
 def test_tasks_need_a_tokenizer_that_marks_begin_or_end(teacher, tmp_path):
     """lm-eval fails with "'None' is not an instance of 'Sequence'" behind hours of training."""
     from nemo_minitron.config.compose import load_config
