@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,8 @@ def _measure(
 def _timed(model: Any, case: Case, device: Any) -> dict[str, Any]:
     import torch
 
-    room = getattr(model.config, "max_position_embeddings", case.prompt + case.new)
-    prompt = max(1, min(case.prompt, room - case.new))
+    case = _fitting(case, model.config)
+    prompt = case.prompt
     prompt_BS = torch.randint(0, model.config.vocab_size, (case.batch, prompt), device=device)
     runs = [_once(model, prompt_BS, case.new) for _ in range(REPEATS)]
     first, rest = min(run[0] for run in runs), min(run[1] for run in runs)
@@ -141,12 +141,21 @@ def _timed(model: Any, case: Case, device: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _fitting(case: Case, config: Any) -> Case:
+    """A case whose prompt and answer have room in the model's positions."""
+    room = getattr(config.get_text_config(), "max_position_embeddings", case.prompt + case.new)
+    return replace(case, prompt=max(1, min(case.prompt, room - case.new)))
+
+
 def _measure_vllm(folder: Path, cases: Sequence[Case], dtype: str) -> dict[str, Any]:
     """The same prompts under vLLM: generated tokens a second over the batch, the prompts' pass included."""
     import random
 
     import vllm
+    from transformers import AutoConfig
 
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    cases = [_fitting(case, config) for case in cases]
     longest = max(case.prompt + case.new for case in cases)
     engine = vllm.LLM(
         model=str(folder), dtype=dtype, skip_tokenizer_init=True, max_model_len=longest

@@ -4,11 +4,13 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.checkpoints.gguf_weights import is_gguf
 from nemo_minitron.evaluation.lm_eval import library
 from nemo_minitron.security.masking import masked
 from nemo_minitron.security.plain_text import plain
@@ -18,17 +20,21 @@ _WHERE = "evaluate.servers"
 _SECONDS = 30.0
 
 
-def check_backend(backend: str, servers: Mapping[str, str], models: Sequence[str]) -> None:
+def check_backend(backend: str, servers: Mapping[str, str], folders: Mapping[str, Path]) -> None:
     """Refuses a back end that is not there, before anything is measured.
 
+    Args:
+        backend: as in ``evaluate``.
+        servers: likewise.
+        folders: model to its folder.
+
     Raises:
-        ValueError: vLLM is not installed, a model has no server, or a server does not answer or serves
-            something else.
+        ValueError: vLLM is not installed or does not read a model, a model has no server, or a server
+            does not answer or serves something else.
     """
-    if backend == "vllm" and find_spec("vllm") is None:
-        raise ValueError(
-            "evaluate.backend=vllm: vLLM is not installed here; pip install vllm (it wants a GPU), or use hf"
-        )
+    models = list(folders)
+    if backend == "vllm":
+        _check_vllm(folders)
     if backend != "openai":
         if servers:
             raise ValueError(f"{_WHERE}: are asked by evaluate.backend=openai, found {backend}")
@@ -45,6 +51,27 @@ def check_backend(backend: str, servers: Mapping[str, str], models: Sequence[str
             )
     for name in models:
         served_model(address_of(servers, name), name)
+
+
+def _check_vllm(folders: Mapping[str, Path]) -> None:
+    if find_spec("vllm") is None:
+        raise ValueError(
+            "evaluate.backend=vllm: vLLM is not installed here; pip install vllm (for a GPU), or use hf"
+        )
+    try:
+        version("vllm")
+    except PackageNotFoundError as error:
+        found = ", ".join(packages_distributions().get("vllm", [])) or "a folder"
+        raise ValueError(
+            f"evaluate.backend=vllm: vLLM is installed here as {found}, and lm-eval asks for the version of "
+            "a package that is called vllm; install that, or use hf"
+        ) from error
+    for name, folder in folders.items():
+        if is_gguf(folder):
+            raise ValueError(
+                f"evaluate.backend=vllm: the weights of {name} lie in a GGUF file, which vLLM does not read "
+                "by config.json; use hf, which reads them as bfloat16"
+            )
 
 
 def address_of(servers: Mapping[str, str], model: str) -> str:

