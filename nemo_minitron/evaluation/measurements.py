@@ -16,7 +16,7 @@ from nemo_minitron.evaluation.answers import (
     with_stops,
 )
 from nemo_minitron.evaluation.own_tokens import byte_lengths, counted_bytes, in_own_tokens
-from nemo_minitron.evaluation.task_backends import address_of, server_lm, vllm_lm
+from nemo_minitron.evaluation.task_backends import address_of, end_vllm, server_lm, vllm_lm
 from nemo_minitron.families import VOCAB
 from nemo_minitron.losses.kept_entries import Entries, KeptEntries, read_by_teacher
 from nemo_minitron.workspace.manifest import digest
@@ -134,6 +134,7 @@ class Bench:
         asked = answers_of(settings).decides()
         if settings.backend == "openai":
             asked["server"] = server_print(address_of(settings.servers, model))
+            asked |= {key: value for key, value in self.windows().items() if key == "begin"}
         return {"asked": asked} if asked else {}
 
     def cut(self, name: str) -> KeptEntries | None:
@@ -322,7 +323,8 @@ class Bench:
 
     def _release_engines(self) -> None:
         for name in self.folders:
-            self._loaded.pop(_ENGINE.format(name), None)
+            if (engine := self._loaded.pop(_ENGINE.format(name), None)) is not None:
+                end_vllm(engine)
 
     def _tokenizer_folder(self, model: str) -> Path:
         """Where the tokenizer that a model reads by lies."""

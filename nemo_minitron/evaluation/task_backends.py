@@ -125,6 +125,9 @@ def server_lm(
 ) -> Any:
     """lm-eval's client of a server that speaks OpenAI's completions, by token ids.
 
+    A text begins as its tokenizer begins it, once, as lm-eval has it for a model in this process and for
+    vLLM; its client leaves the beginning-of-sequence token out.
+
     Args:
         address: of the server, with /v1.
         model: name of the model in the workspace.
@@ -135,8 +138,26 @@ def server_lm(
     """
     library()
     from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.models.utils import has_bos_prefix
 
-    return LocalCompletionsAPI(
+    class Client(LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no types
+        begins = True
+
+        def tok_encode(self, string: Any, left_truncate_len: int | None = None, **_: Any) -> Any:
+            if not isinstance(string, str):
+                return [self.tok_encode(text, left_truncate_len) for text in string]
+            begins = self.begins and not has_bos_prefix(string, self.tokenizer.bos_token)
+            encoded = self.tokenizer(string, add_special_tokens=begins, verbose=False)["input_ids"]
+            return encoded[-left_truncate_len:] if left_truncate_len else encoded
+
+        def loglikelihood_rolling(self, *requests: Any, **named: Any) -> Any:
+            self.begins = False  # lm-eval puts the token before each window itself
+            try:
+                return super().loglikelihood_rolling(*requests, **named)
+            finally:
+                self.begins = True
+
+    return Client(
         base_url=f"{address}/completions", model=served_model(address, model), tokenizer=str(tokenizer),
         tokenizer_backend="huggingface", max_length=positions, batch_size=batch_size, seed=seed,
     )  # fmt: skip
@@ -150,3 +171,8 @@ def vllm_lm(folder: Path, tokenizer: Path, dtype: str, batch_size: int) -> Any:
     return VLLM(
         pretrained=str(folder), tokenizer=str(tokenizer), dtype=dtype, batch_size=batch_size
     )
+
+
+def end_vllm(lm: Any) -> None:
+    """Ends vLLM's processes, which hold the device's memory and stay when nothing refers to them any more."""
+    lm.model.llm_engine.engine_core.shutdown()

@@ -18,6 +18,7 @@ from nemo_minitron.models.causal_lm import load_tokenizer
 from nemo_minitron.stages.evaluate import _bench, recipe
 from nemo_minitron.workspace.manifest import fingerprint
 from tests.support.completions_server import serving
+from tests.support.models import begin_texts
 from tests.support.runs import settings
 
 TEMPLATE = (
@@ -116,6 +117,37 @@ def test_a_server_is_asked_as_the_model_here_is_in_a_chat_with_examples_as_turns
     written = next(body for body in asked if not body.get("echo"))
     assert set(written["stop"]) >= {".", tokenizer.decode([0]), tokenizer.decode([5])}
     assert tokenizer.decode(written["prompt"][0]).endswith("<assistant>")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_server_reads_texts_as_their_tokenizer_begins_them(
+    tmp_path, teacher, corpus, tasks, chat, monkeypatch
+):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    model = shutil.copytree(teacher, tmp_path / "model")
+    begin = begin_texts(model)
+    (model / "chat_template.jinja").write_text("{{ bos_token }}" + TEMPLATE)
+    own = settings(tmp_path / "ws", model, corpus)
+    words = [
+        *[word for word in own if word.startswith(("source.", "workspace=", "data."))],
+        f"evaluate.model={model}", f"evaluate.task_dir={tasks}", "evaluate.prompts=0", "evaluate.speed=false",
+        "evaluate.tasks=[own_choice,own_writing,held_out_bytes]", f"evaluate.chat={chat}",
+        "evaluate.task_limit=4",
+    ]  # fmt: skip
+    here = evaluated(tmp_path, *words)
+    with serving(model, "m") as served:
+        through = ["evaluate.backend=openai", f"+evaluate.servers.all={served.address}"]
+        there = evaluated(tmp_path, *words, *through)
+    one, other = (report["models"]["student"]["tasks"] for report in (here, there))
+    for task in ("own_choice", "own_writing"):
+        assert one[task] == pytest.approx(other[task])
+    # lm-eval's windows of a long text are a token shorter through a server
+    assert one["held_out_bytes"] == pytest.approx(other["held_out_bytes"], rel=0.01)
+    asked = [(body.get("echo"), ids) for body in served.requests for ids in body["prompt"]]
+    assert all(ids.count(begin) <= 1 for _, ids in asked)
+    assert all(ids[0] == begin for echo, ids in asked if not echo)
+    # two choices for each of four questions, and the first window of each of four texts
+    assert sum(ids[0] == begin for echo, ids in asked if echo) == 12
 
 
 def test_an_answer_ends_at_every_end_that_the_model_knows(talker, teacher):

@@ -21,6 +21,7 @@ from nemo_minitron.launch.failures import TRANSIENT, kind_of
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.evaluate import _bench
 from nemo_minitron.stages.run import run_stage
+from tests.support.models import begin_texts
 from tests.support.runs import settings
 from tests.support.two_ranks import on_two_ranks
 
@@ -302,18 +303,7 @@ def test_held_out_text_is_read_as_the_tokenizer_begins_it_and_measured_again_whe
     ]  # fmt: skip
     assert called(capsys, "evaluate", *words)[0] == 0
     before = read(tmp_path / "w")
-    rules = json.loads((model / "tokenizer.json").read_text())
-    begin = next(token["id"] for token in rules["added_tokens"] if token["content"] == "<s>")
-    rules["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": "<s>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [begin], "tokens": ["<s>"]}},
-    }
-    (model / "tokenizer.json").write_text(json.dumps(rules))
+    begin = begin_texts(model)
     shutil.rmtree(tmp_path / "w" / "report")  # what was measured stays, in results/
     assert called(capsys, "evaluate", *words)[0] == 0
     after = read(tmp_path / "w")

@@ -41,10 +41,12 @@ class Served:
     def written(self, prompt: list[int], body: dict[str, Any]) -> dict[str, Any]:
         """What the model writes behind a prompt, up to the first of its stops."""
         torch.manual_seed(body["seed"])
+        read = torch.tensor([prompt])
         drawn = {"do_sample": True, "temperature": body["temperature"]}
         with torch.inference_mode():
+            # transformers takes the pad token, which may begin a prompt, for padding where no mask is given
             ids = self.model.generate(
-                torch.tensor([prompt]), max_new_tokens=body["max_tokens"], pad_token_id=0,
+                read, attention_mask=torch.ones_like(read), max_new_tokens=body["max_tokens"], pad_token_id=0,
                 **(drawn if body["temperature"] else {"do_sample": False}),
             )  # fmt: skip
         text = self.tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)

@@ -1,5 +1,6 @@
 """Tiny models and what they compute."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,22 @@ INSTALLED = {
     for name, family in families().items()
     if Version(transformers.__version__) >= Version(family.since)
 }
+
+
+def begin_texts(folder: Path, token: str = "<s>") -> int:
+    """Lets the tokenizer of a folder put a token before every text, as those of Gemma and Llama do.
+
+    Returns:
+        The token's id.
+    """
+    rules = json.loads((folder / "tokenizer.json").read_text())
+    number = next(each["id"] for each in rules["added_tokens"] if each["content"] == token)
+    first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"id": "A", "type_id": 0}
+    rules["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": text}],
+        "pair": [first, {"Sequence": text}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(rules))
+    return int(number)
