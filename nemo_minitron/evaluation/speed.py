@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 REPEATS = 3
+_MEASURED = "measured: "
+"""What the line begins with on which a process tells its numbers."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,14 @@ def _in_process(engine: str, folder: Path, device: str, cases: Sequence[Case], d
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-    return json.loads(done.stdout.splitlines()[-1])
+        # pydantic's last line is an address of its documentation
+        said = [
+            line.strip() for line in done.stderr.splitlines() if "errors.pydantic.dev" not in line
+        ]
+        return next((line for line in reversed(said) if line), f"exit code {done.returncode}")
+    # vLLM writes its log to the same place, up to its end
+    (told,) = (line for line in done.stdout.splitlines() if line.startswith(_MEASURED))
+    return json.loads(told.removeprefix(_MEASURED))
 
 
 def _measure(
@@ -144,7 +152,8 @@ def _timed(model: Any, case: Case, device: Any) -> dict[str, Any]:
 def _fitting(case: Case, config: Any) -> Case:
     """A case whose prompt and answer have room in the model's positions."""
     room = getattr(config.get_text_config(), "max_position_embeddings", case.prompt + case.new)
-    return replace(case, prompt=max(1, min(case.prompt, room - case.new)))
+    new = max(1, min(case.new, room - 1))
+    return replace(case, prompt=max(1, min(case.prompt, room - new)), new=new)
 
 
 def _measure_vllm(folder: Path, cases: Sequence[Case], dtype: str) -> dict[str, Any]:
@@ -249,7 +258,7 @@ def main(engine: str, folder: str, device: str, cases: str, dtype: str) -> None:
     numbers = (
         _measure_vllm(place, asked, dtype) if served else _measure(place, device, asked, dtype)
     )
-    print(json.dumps(numbers))
+    print(f"\n{_MEASURED}{json.dumps(numbers)}", flush=True)
 
 
 if __name__ == "__main__":
