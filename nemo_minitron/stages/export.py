@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +224,9 @@ def _write_model(
     shard_bytes = config.export.shard_size
     if around is None:
         hashes = write_causal_lm(checkpoint, folder, of, shard_bytes, behind)
-        write_json(folder / "config.json", both_spellings({**model.config, **told}))
+        # where it is missing, as in a GGUF file, some versions of transformers warn of the tokenizer
+        made_by = {"transformers_version": version("transformers")}
+        write_json(folder / "config.json", both_spellings({**made_by, **model.config, **told}))
     else:
         other = None if config.export.dtype is None else _DTYPES[dtype]
         hashes = write_whole(checkpoint, around, folder, of, other, shard_bytes, behind)
