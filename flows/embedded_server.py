@@ -6,6 +6,7 @@ end. It hears no signals: Ctrl-C and SIGTERM often reach every process of a term
 a service, and the run must still be able to tell the server that it ends.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -18,34 +19,42 @@ from pathlib import Path
 from typing import IO
 
 import httpx
-import uvicorn
-from prefect.server.api.server import SubprocessASGIServer
+from prefect.context import refresh_global_settings_context
 from prefect.settings import (
+    PREFECT_API_URL,
     PREFECT_HOME,
     PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
     get_current_settings,
 )
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_START = """import sys
+_START = """import gc
+import sys
+gc.disable()
 sys.path[:] = [entry for entry in sys.path if entry]
 from nemo_minitron.flows.embedded_server import serve
 serve(int(sys.argv[1]))"""
-"""The server's program: nothing is imported from the working folder, where a random.py may lie."""
+"""The server's program: nothing is imported from the working folder, where a random.py may lie.
+
+To look for garbage while it imports takes a third of its start, and there is none.
+"""
 _PORT_TAKEN = 3
 """Exit status of a server that cannot listen on its port."""
 _ENDING_SECONDS = 5.0
 
 
-class EmbeddedServer(SubprocessASGIServer):
+class EmbeddedServer:
     """The server of this process, where the user has configured none.
 
-    Prefect 3.8's clients ask SubprocessASGIServer for the one instance of the process and start it.
-    This one is made before them, and runs by then.
+    Prefect would start one by itself, and for that import the server's code into the run's own
+    process, too, which takes seconds. It is told the address of this one instead.
     """
 
-    def start(self, timeout: int | None = None) -> None:
-        """Starts the server, and waits until it answers.
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, timeout: float | None = None) -> None:
+        """Starts the server, waits until it answers, and lets Prefect in this process talk to it.
 
         Args:
             timeout: seconds to wait; None: Prefect's setting.
@@ -57,23 +66,26 @@ class EmbeddedServer(SubprocessASGIServer):
         _check_home(Path(PREFECT_HOME.value()))
         limit = timeout or PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
         deadline = time.monotonic() + limit
+        running = False
         with tempfile.TemporaryFile() as output:
-            while not self.running:
-                self.port = self.find_available_port()
-                self.server_process = _process(self.port, output)
+            while not running:
+                port = _free_port()
+                self._process = _process(port, output)
                 try:
-                    self.running = _answers(self.server_process, self.api_url, deadline)
+                    running = _answers(self._process, port, deadline)
                 finally:
-                    status = self.server_process.poll()
-                    if not self.running:
+                    status = self._process.poll()
+                    if not running:
                         self.stop()
-                if not self.running and status != _PORT_TAKEN:
+                if not running and status != _PORT_TAKEN:
                     ended = f"did not answer in {limit:g} s" if status is None else "ended at once"
                     raise RuntimeError(f"Prefect's server {ended}{_last_line(output)}")
+        os.environ[PREFECT_API_URL.name] = _url(port)
+        refresh_global_settings_context()
 
     def stop(self) -> None:
         """Ends the server by the pipe's end; kills it if it does not end."""
-        process, self.server_process, self.running = self.server_process, None, False
+        process, self._process = self._process, None
         if process is None:
             return
         assert process.stdin is not None
@@ -83,6 +95,17 @@ class EmbeddedServer(SubprocessASGIServer):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def _url(port: int) -> str:
+    return f"http://127.0.0.1:{port}/api"
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+    return port
 
 
 def _check_home(home: Path) -> None:
@@ -117,14 +140,17 @@ def _process(port: int, output: IO[bytes]) -> "subprocess.Popen[bytes]":
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _answers(process: "subprocess.Popen[bytes]", url: str, deadline: float) -> bool:
+def _answers(process: "subprocess.Popen[bytes]", port: int, deadline: float) -> bool:
     """Whether the server answers before it ends and before the deadline."""
     with httpx.Client(trust_env=False) as client:  # no proxy stands between this machine and itself
         while process.poll() is None and time.monotonic() < deadline:
             try:
-                if client.get(f"{url}/health").status_code == httpx.codes.OK:
+                # costs less than a request, and the server takes seconds
+                with socket.create_connection(("127.0.0.1", port), 1):
+                    pass
+                if client.get(f"{_url(port)}/health").status_code == httpx.codes.OK:
                     return True
-            except httpx.TransportError:
+            except (httpx.TransportError, OSError):
                 pass
             time.sleep(0.1)
     return False
@@ -138,8 +164,11 @@ def _last_line(output: IO[bytes]) -> str:
 
 def serve(port: int) -> None:
     """The server's process: serves Prefect's API on this machine until standard input ends."""
+    import uvicorn
     from prefect.server.api.server import create_app
 
+    gc.freeze()
+    gc.enable()
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

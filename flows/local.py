@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import gc
 import os
 import shlex
 import shutil
@@ -97,14 +98,16 @@ def run_here(config: Config, words: Sequence[str]) -> list[Result]:
     # a failure reaches the caller as an exception; Prefect's own log would print its traceback as
     # well
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    gc.disable()  # there is no garbage yet, and to look for it takes a third of these imports
     from prefect import tags
     from prefect.settings import PREFECT_API_URL
 
     from nemo_minitron.flows.compress import compress
+    from nemo_minitron.flows.embedded_server import EmbeddedServer
 
+    gc.freeze()
+    gc.enable()
     if not PREFECT_API_URL.value():
-        from nemo_minitron.flows.embedded_server import EmbeddedServer
-
         server = EmbeddedServer()
         atexit.register(server.stop)  # whatever Prefect still has to say at exit is said before
         server.start()

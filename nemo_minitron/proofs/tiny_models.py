@@ -31,6 +31,8 @@ _TOKENS = {
     "pad_token_id": None,
     "max_position_embeddings": 64,
 }
+_CHUNKS = {"chunk_size": 8, "mamba_chunk_size": 8}
+"""Positions that a state space layer computes at once: of the usual 256, most would be padding."""
 
 
 def tiny_config(family: Family, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def tiny_config(family: Family, changes: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {
         axis.config[0]: SIZES.get(name, 4) for name, axis in family.axes.items() if axis.config
     }
-    return {"model_type": family.model_type, **sizes, "chunk_size": 8, **_TOKENS, **changes}
+    return {"model_type": family.model_type, **sizes, **_CHUNKS, **_TOKENS, **changes}
 
 
 def tiny_model(family: Family, changes: Mapping[str, Any], folder: Path, seed: int = 0) -> Path:

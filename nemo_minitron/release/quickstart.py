@@ -23,6 +23,10 @@ print(tokenizer.decode(outputs[0], skip_special_tokens=True))"""
 MULTIMODAL_QUICKSTART = QUICKSTART.replace("AutoModelForCausalLM", "AutoModelForImageTextToText")
 """The same with the class of a model that reads images, too."""
 
+_START = """import gc
+gc.set_threshold(700, 10, 1_000)  # to look for garbage among all that is imported takes a fifth of the time
+
+"""
 _COMPARE = """
 import json
 import sys
@@ -70,7 +74,7 @@ def check_in_clean_process(
     command = [
         sys.executable,
         "-c",
-        f"{shown}\n\nAuto = {kind}{_COMPARE}",
+        f"{_START}{shown}\n\nAuto = {kind}{_COMPARE}",
         str(folder.resolve()),
         str(student.resolve()),
         dtype,

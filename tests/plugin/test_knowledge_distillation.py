@@ -97,6 +97,7 @@ FITTING = {
         "mamba_n_heads": 8,
         "mamba_d_head": 6,
         "mamba_n_groups": 2,
+        "mamba_chunk_size": 8,
     },
     "falcon_h1": {
         "mamba_d_ssm": 48,
@@ -104,7 +105,9 @@ FITTING = {
         "mamba_d_head": 6,
         "mamba_n_groups": 2,
         "mamba_d_state": 10,
+        "mamba_chunk_size": 8,
     },
+    "nemotron_h": {"chunk_size": 8},
     "qwen3_next": LINEAR,
     "qwen3_5_text": LINEAR,
     "qwen3_5_moe_text": LINEAR,

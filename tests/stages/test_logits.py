@@ -1,9 +1,6 @@
 """The cached teacher: written once, gone on with after a kill, and the student learns from it alone."""
 
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -11,9 +8,10 @@ from nemo_minitron.cli.main import main
 from nemo_minitron.distillation import teacher_logits
 from nemo_minitron.distillation.teacher_logits import TeacherLogits
 from nemo_minitron.workspace.training_log import read_log
+from tests.support.forks import CONSTANT
 from tests.support.processes import until
-from tests.support.runs import ended, prune, refused
-from tests.support.two_ranks import torchrun, weights  # noqa: F401
+from tests.support.runs import kill_group, prune, refused, started
+from tests.support.two_ranks import on_two_ranks
 
 CACHE = "distill.teacher_logits=cache"
 
@@ -61,18 +59,16 @@ def test_a_student_learns_from_a_few_entries_and_needs_no_teacher(tmp_path, word
 def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypatch):
     words = [*words, CACHE, "distill.cache.method=sampling", "distill.cache.entries=6"]
     straight, killed, ranks = (tmp_path / name for name in ("straight", "killed", "ranks"))
-    monkeypatch.setattr(teacher_logits, "PART_BYTES", 16 * 6 * 2 * 4)  # four samples a part
-    small = "import sys; from nemo_minitron.distillation import teacher_logits as t; t.PART_BYTES = 16 * 6 * 2 * 4; "
-    run = small + "from nemo_minitron.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    small = 16 * 6 * 2 * 4  # four samples a part
+    monkeypatch.setattr(teacher_logits, "PART_BYTES", small)
+    monkeypatch.setenv(CONSTANT, f"{teacher_logits.__name__}:PART_BYTES:{small}")
     for place in (straight, killed, ranks):
         prune(place, *words)
     assert main(["logits", f"workspace={straight}", *words]) == 0
-    command = [sys.executable, "-c", run, "logits", f"workspace={killed}", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = started("logits", f"workspace={killed}", *words)
     state = killed / "logits" / "state"
     until(lambda: process.poll() is not None or len(list(state.glob("part-*"))) >= 3, every=0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_group(process)
     left = {
         path.name: path.stat().st_mtime_ns for path in (killed / "logits" / "state").glob("part-*")
     }
@@ -86,14 +82,7 @@ def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypa
         assert again.stat().st_mtime_ns == left.get(
             part.name, again.stat().st_mtime_ns
         )  # not made twice
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        small
-        + "from nemo_minitron.cli.main import main\nif __name__ == '__main__': sys.exit(main(sys.argv[1:]))"
-    )
-    launched = torchrun("logits", f"workspace={ranks}", *words)
-    launched[launched.index("-m", 3) : launched.index("-m", 3) + 2] = [str(script)]
-    done = ended(launched)
+    done = on_two_ranks("logits", f"workspace={ranks}", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all((ranks / "logits" / part.name).read_bytes() == part.read_bytes() for part in parts)
 

@@ -20,7 +20,7 @@ from tests.support.two_ranks import curve, weights
 
 
 def test_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, words_often):
-    words = [*words_often, "trainer.max_steps=400", "distill.intermediate.terms=[hidden]",
+    words = [*words_often, "trainer.max_steps=200", "distill.intermediate.terms=[hidden]",
              "distill.intermediate.layers=['-1:-1']", "training.spike_factor=50"]  # fmt: skip
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     for place in (straight, killed):
@@ -34,7 +34,7 @@ def test_kills_at_random_times_lose_no_step_that_was_saved(tmp_path, words_often
     for number in range(7):
         process, aim = started("distill", f"workspace={killed}", *words), steps()
         if number % 4:  # some in the start, most in the training
-            aim += draw.randint(1, 40)
+            aim += draw.randint(4, 20)
             until(lambda aim=aim, it=process: it.poll() is not None or steps() >= aim, every=0.005)
         else:
             time.sleep(draw.uniform(0, 1))

@@ -20,6 +20,8 @@ from typing import Any
 
 MARK = "MINITRON_TEST"
 """Variable that names the test which a process was started for."""
+CONSTANT = "MINITRON_TEST_CONSTANT"
+"""Variable with a module, a constant of it and the whole number that a fork takes for it: ``MODULE:NAME:NUMBER``."""
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.support.imported"])
 _READ_AT_IMPORT = ("HF_DATASETS_", "PYTHON", "OMP_", "LD_", "TRANSFORMERS_OFFLINE")
@@ -65,6 +67,9 @@ def _run(
     sys.argv = ["minitron", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _read_again()
+    if CONSTANT in environment:
+        module, constant, number = environment[CONSTANT].split(":")
+        setattr(importlib.import_module(module), constant, int(number))
     from nemo_minitron.cli.main import main
 
     code: Any = 1
