@@ -77,8 +77,10 @@ not show with a model of half a million parameters may hold with a billion, and 
 
 One rule decides (`benchmarks/paper/verdict.py`): of each seed the difference between two variants of one teacher is taken, positive
 where the claim is right. It *holds* where the mean is above the one-sided 95 % bound of Student's distribution, *does not hold* where it is
-below minus the bound, and is *not visible at this scale* else. Losses are held-out cross-entropy in nats per token; [P1] and [P2] are
-the papers of [papers](papers.md). With many claims some verdicts of a rule at 95 % are chance.
+below minus the bound, and is *not visible at this scale* else. A claim to be the best of several holds where it holds against each of
+them, and does not hold where one of them is better beyond a bound that allows for their number; shown is the difference to the one that is best over all
+seeds. Losses are held-out cross-entropy in nats per token; [P1] and [P2] are the papers of [papers](papers.md). With many claims some
+verdicts of a rule at 95 % are chance.
 
 `--profile night` takes longer, `--profile gpu` trains teachers of 100 M parameters on a GPU; with `--minutes 8` a call ends in time, and the
 same call goes on where it was. What has been trained lies in `runs/paper/PROFILE`.
