@@ -140,8 +140,9 @@ def _section(profile: str, experiment: str) -> Iterator[str]:
         read(profile, experiment),
     )
     yield f"### {module.TITLE}\n"
-    yield f"`benchmarks/paper/{experiment}.py`\n"
     rows = found.get("rows", {})
+    where = f"; {found['machine']}, torch {found['torch']}, {found['date']}" if rows else ""
+    yield f"`benchmarks/paper/{experiment}.py`{where}\n"
     if not rows:
         yield "Not measured yet.\n"
         return
@@ -151,7 +152,8 @@ def _section(profile: str, experiment: str) -> Iterator[str]:
             table.append((claim.text, claim.paper, "", "", "not measured yet"))
             continue
         ours = " / ".join(_number(value) for value in judged.values)
-        alone = judged.spread is None and not claim.exact
+        seeds, of = len(judged.values), PROFILES[profile].seeds
+        sofar = f" ({seeds} of {of} seeds so far)" if seeds < of and not claim.exact else ""
         spread = "" if judged.spread is None or claim.exact else f" ± {judged.spread:.3f}"
         table.append(
             (
@@ -159,7 +161,7 @@ def _section(profile: str, experiment: str) -> Iterator[str]:
                 claim.paper,
                 ours,
                 f"{_number(judged.mean)}{spread}",
-                f"*{judged.verdict}*{' (one seed so far)' if alone else ''}",
+                f"*{judged.verdict}*{sofar}",
             )
         )
     titles = ("claim", "the paper", "ours, per seed", "mean ± deviation", "verdict")
@@ -167,6 +169,8 @@ def _section(profile: str, experiment: str) -> Iterator[str]:
     yield ""
     yield _rows(rows)
     yield ""
+    if hasattr(module, "NOTE"):
+        yield f"{module.NOTE}\n"
     if hasattr(module, "pictures"):
         yield from _pictures(module, profile, rows)
 
