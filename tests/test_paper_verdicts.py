@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.paper.checks.flops import MODELS, step
 from benchmarks.paper.family_cost import paper_flops
-from benchmarks.paper.page import EXPERIMENTS
+from benchmarks.paper.page import EXPERIMENTS, _number
+from benchmarks.paper.pictures import curves
 from benchmarks.paper.profiles import PROFILES
 from benchmarks.paper.token_factor import factor
 from benchmarks.paper.verdict import FAILS, HOLDS, UNSEEN, Claim, judge
@@ -64,6 +65,15 @@ def test_a_claim_against_several_is_about_each_of_them(others, values, verdict):
 
 def test_a_claim_without_its_variants_is_not_judged():
     assert judge(Claim("", "", "ours", ("missing",)), rows([3.0], [3.1])) is None
+
+
+def test_a_picture_of_which_only_the_teacher_is_measured_is_drawn():
+    figure = curves({}, "steps", "teacher 3.100", 3.1)
+    assert "teacher 3.100" in {text.get_text() for text in figure.axes[0].texts}
+
+
+def test_nothing_is_less_than_nothing():
+    assert [_number(x) for x in (-0.0004, -0.0006, 1234.5)] == ["0.000", "-0.001", "1,234"]
 
 
 def test_the_token_factor_lies_between_the_two_around_the_loss():

@@ -128,10 +128,17 @@ def _verdicts(profile: str) -> str:
     rows = []
     for experiment in EXPERIMENTS:
         title = importlib.import_module(f"benchmarks.paper.{experiment}").TITLE
-        found = [judged.verdict for _, judged in _judged(profile, experiment) if judged]
+        every = [judged for _, judged in _judged(profile, experiment) if judged]
+        found = [judged.verdict for judged in every]
         counts = [str(found.count(verdict)) for verdict in ("holds", "does not hold", UNSEEN)]
-        rows.append((title, *counts) if found else (title, "not measured yet", "", ""))
-    return markdown(("experiment", "holds", "does not hold", "not visible"), tuple(rows))
+        seeds = sorted({len(judged.values) for judged in every if not judged.claim.exact})
+        told = (
+            " to ".join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))
+            if seeds
+            else "–"
+        )
+        rows.append((title, told, *counts) if found else (title, "not measured yet", "", "", ""))
+    return markdown(("experiment", "seeds", "holds", "does not hold", "not visible"), tuple(rows))
 
 
 def _section(profile: str, experiment: str) -> Iterator[str]:
@@ -204,7 +211,8 @@ def _rows(rows: dict[str, list[dict[str, Any]]]) -> str:
 def _number(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+    # + 0: not -0.000
+    return f"{round(value, 3) + 0:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def main() -> None:

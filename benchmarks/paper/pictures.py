@@ -30,7 +30,7 @@ def curves(
     if floor is not None:
         axes.axhline(floor, color="#999999", linewidth=0.8)
         # below the line and at its end, where no student's curve runs
-        end = max(row["curve"][-1][0] for row in drawn.values())
+        end = max((row["curve"][-1][0] for row in drawn.values()), default=0)
         axes.annotate(
             title, (end, floor), (0, -2), textcoords="offset points", fontsize=7, color="#666666",
             ha="right", va="top",
@@ -92,9 +92,9 @@ def before_and_after(rows: Mapping[str, Sequence[Any]]) -> Any:
         _clean(figure, axes)
     both[0].set_yticks(range(len(names)), names, fontsize=7)
     both[0].invert_yaxis()
-    both[0].text(
-        0, 1.02, "a dot: a seed; a bar: their mean; dotted: the teacher", fontsize=7, color="#666666",
-        transform=both[0].transAxes,
+    both[0].annotate(
+        "a dot: a seed; a bar: their mean; dotted: the teacher", (0, 1), (0, 5), "axes fraction",
+        textcoords="offset points", fontsize=7, color="#666666",
     )  # fmt: skip
     figure.tight_layout()
     return figure
