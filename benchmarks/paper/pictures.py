@@ -38,7 +38,8 @@ def curves(
         axes.margins(y=0.08)
     axes.set_xlabel(f"{along} (first seed)")
     axes.set_ylabel("held-out loss, nats per token")
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    if drawn:
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _clean(figure, axes)
 
 
