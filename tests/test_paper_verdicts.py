@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.paper.checks.flops import MODELS, step
 from benchmarks.paper.family_cost import paper_flops
-from benchmarks.paper.page import EXPERIMENTS
+from benchmarks.paper.page import EXPERIMENTS, _number
+from benchmarks.paper.pictures import curves
 from benchmarks.paper.profiles import PROFILES
 from benchmarks.paper.token_factor import factor
 from benchmarks.paper.verdict import FAILS, HOLDS, UNSEEN, Claim, judge
@@ -36,14 +37,43 @@ def test_a_verdict_needs_a_difference_beyond_its_spread(ours, theirs, margin, on
     assert found is not None and found.verdict == verdict
 
 
-def test_of_several_variants_the_best_of_each_seed_counts():
-    every = {**rows([3.0, 3.0], [3.5, 3.1]), "third": [{"loss": 3.1}, {"loss": 3.4}]}
-    found = judge(Claim("", "", "ours", ("theirs", "third")), every)
-    assert found is not None and found.values == pytest.approx((0.1, 0.1))
+def several(ours: list[float], *others: list[float]) -> dict[str, list[dict[str, float]]]:
+    every = {"ours": ours} | {f"other {i}": of for i, of in enumerate(others)}
+    return {name: [{"loss": x} for x in of] for name, of in every.items()}
+
+
+@pytest.mark.parametrize(
+    ("others", "values", "verdict"),
+    [
+        # better than each of them, whichever is the best of a seed
+        ([[3.4, 3.2, 3.3], [3.2, 3.3, 3.35]], (0.2, 0.3, 0.35), HOLDS),
+        # equals: of each seed another one happens to be the best
+        ([[2.9, 3.1, 3.1], [3.1, 2.9, 3.1], [3.1, 3.1, 2.9]], (-0.1, 0.1, 0.1), UNSEEN),
+        # one is better, of all seeds alike
+        ([[2.9, 2.91, 2.92], [3.1, 3.1, 3.1], [3.1, 3.1, 3.1]], (-0.1, -0.09, -0.08), FAILS),
+        # better at 95 % (t = 3.46), which of four says little
+        ([[2.8, 2.9, 2.9], *[[3.1, 3.1, 3.1]] * 3], (-0.2, -0.1, -0.1), UNSEEN),
+    ],
+)
+def test_a_claim_against_several_is_about_each_of_them(others, values, verdict):
+    rows = several([3.0, 3.0, 3.0], *others)
+    names = tuple(name for name in rows if name != "ours")
+    found = judge(Claim("", "", "ours", names), rows)
+    assert found is not None and found.verdict == verdict
+    assert found.values == pytest.approx(values)
 
 
 def test_a_claim_without_its_variants_is_not_judged():
     assert judge(Claim("", "", "ours", ("missing",)), rows([3.0], [3.1])) is None
+
+
+def test_a_picture_of_which_only_the_teacher_is_measured_is_drawn():
+    figure = curves({}, "steps", "teacher 3.100", 3.1)
+    assert "teacher 3.100" in {text.get_text() for text in figure.axes[0].texts}
+
+
+def test_nothing_is_less_than_nothing():
+    assert [_number(x) for x in (-0.0004, -0.0006, 1234.5)] == ["0.000", "-0.001", "1,234"]
 
 
 def test_the_token_factor_lies_between_the_two_around_the_loss():

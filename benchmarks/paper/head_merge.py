@@ -21,6 +21,10 @@ CLAIMS = (
     Claim("With averaged queries, too, right after the cut", "–", "average_query", ("none",), "pruned"),
     Claim("and after retraining", "–", "average_query", ("none",)),
 )  # fmt: skip
+NOTE = """The paper's merging is worse than dropping in plain torch, too (`benchmarks/paper/checks/heads.py`, first teacher): [P1] does not say in
+which matrix the difference is added, and in none of them does it help. Teacher 3.471; dropped 3.587 right after the cut and 3.507 after
+training; difference in the queries 3.606 and 3.521, in the output projection 3.860 and 3.535, in both 4.052 and 3.557; outputs summed 3.529
+and 3.498. So short a training does not make up for it; whether one of billions of tokens does cannot be seen here."""
 
 
 def measure(lab: Lab) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -77,8 +77,10 @@ not show with a model of half a million parameters may hold with a billion, and 
 
 One rule decides (`benchmarks/paper/verdict.py`): of each seed the difference between two variants of one teacher is taken, positive
 where the claim is right. It *holds* where the mean is above the one-sided 95 % bound of Student's distribution, *does not hold* where it is
-below minus the bound, and is *not visible at this scale* else. Losses are held-out cross-entropy in nats per token; [P1] and [P2] are
-the papers of [papers](papers.md). With many claims some verdicts of a rule at 95 % are chance.
+below minus the bound, and is *not visible at this scale* else. A claim to be the best of several holds where it holds against each of
+them, and does not hold where one of them is better beyond a bound that allows for their number; shown is the difference to the one that is best over all
+seeds. Losses are held-out cross-entropy in nats per token; [P1] and [P2] are the papers of [papers](papers.md). With many claims some
+verdicts of a rule at 95 % are chance.
 
 `--profile night` takes longer, `--profile gpu` trains teachers of 100 M parameters on a GPU; with `--minutes 8` a call ends in time, and the
 same call goes on where it was. What has been trained lies in `runs/paper/PROFILE`.
@@ -126,10 +128,17 @@ def _verdicts(profile: str) -> str:
     rows = []
     for experiment in EXPERIMENTS:
         title = importlib.import_module(f"benchmarks.paper.{experiment}").TITLE
-        found = [judged.verdict for _, judged in _judged(profile, experiment) if judged]
+        every = [judged for _, judged in _judged(profile, experiment) if judged]
+        found = [judged.verdict for judged in every]
         counts = [str(found.count(verdict)) for verdict in ("holds", "does not hold", UNSEEN)]
-        rows.append((title, *counts) if found else (title, "not measured yet", "", ""))
-    return markdown(("experiment", "holds", "does not hold", "not visible"), tuple(rows))
+        seeds = sorted({len(judged.values) for judged in every if not judged.claim.exact})
+        told = (
+            " to ".join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))
+            if seeds
+            else "–"
+        )
+        rows.append((title, told, *counts) if found else (title, "not measured yet", "", "", ""))
+    return markdown(("experiment", "seeds", "holds", "does not hold", "not visible"), tuple(rows))
 
 
 def _section(profile: str, experiment: str) -> Iterator[str]:
@@ -138,8 +147,9 @@ def _section(profile: str, experiment: str) -> Iterator[str]:
         read(profile, experiment),
     )
     yield f"### {module.TITLE}\n"
-    yield f"`benchmarks/paper/{experiment}.py`\n"
     rows = found.get("rows", {})
+    where = f"; {found['machine']}, torch {found['torch']}, {found['date']}" if rows else ""
+    yield f"`benchmarks/paper/{experiment}.py`{where}\n"
     if not rows:
         yield "Not measured yet.\n"
         return
@@ -149,7 +159,8 @@ def _section(profile: str, experiment: str) -> Iterator[str]:
             table.append((claim.text, claim.paper, "", "", "not measured yet"))
             continue
         ours = " / ".join(_number(value) for value in judged.values)
-        alone = judged.spread is None and not claim.exact
+        seeds, of = len(judged.values), PROFILES[profile].seeds
+        sofar = f" ({seeds} of {of} seeds so far)" if seeds < of and not claim.exact else ""
         spread = "" if judged.spread is None or claim.exact else f" ± {judged.spread:.3f}"
         table.append(
             (
@@ -157,7 +168,7 @@ def _section(profile: str, experiment: str) -> Iterator[str]:
                 claim.paper,
                 ours,
                 f"{_number(judged.mean)}{spread}",
-                f"*{judged.verdict}*{' (one seed so far)' if alone else ''}",
+                f"*{judged.verdict}*{sofar}",
             )
         )
     titles = ("claim", "the paper", "ours, per seed", "mean ± deviation", "verdict")
@@ -165,6 +176,8 @@ def _section(profile: str, experiment: str) -> Iterator[str]:
     yield ""
     yield _rows(rows)
     yield ""
+    if hasattr(module, "NOTE"):
+        yield f"{module.NOTE}\n"
     if hasattr(module, "pictures"):
         yield from _pictures(module, profile, rows)
 
@@ -198,7 +211,8 @@ def _rows(rows: dict[str, list[dict[str, Any]]]) -> str:
 def _number(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+    # + 0: not -0.000
+    return f"{round(value, 3) + 0:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def main() -> None:

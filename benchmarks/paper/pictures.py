@@ -17,7 +17,7 @@ _LINES = {"pruned": "-", "scratch": "--", "start": ":"}
 def curves(
     drawn: Mapping[str, Any], along: str, title: str = "", floor: float | None = None
 ) -> Any:
-    """Losses along trainings, one line each; ``floor``: the teacher's."""
+    """Losses of one seed along trainings, one line each; ``floor``: the teacher's."""
     figure, axes = plt.subplots(figsize=(7.6, 3.6))
     kinds = list(dict.fromkeys(name.split(",")[0] for name in drawn))
     for name, row in drawn.items():
@@ -29,10 +29,17 @@ def curves(
         axes.plot(*zip(*points, strict=True), style, color=colour, label=name, linewidth=1.4)
     if floor is not None:
         axes.axhline(floor, color="#999999", linewidth=0.8)
-        axes.annotate(title, (0, floor), fontsize=7, color="#666666", va="bottom")
-    axes.set_xlabel(along)
+        # below the line and at its end, where no student's curve runs
+        end = max((row["curve"][-1][0] for row in drawn.values()), default=0)
+        axes.annotate(
+            title, (end, floor), (0, -2), textcoords="offset points", fontsize=7, color="#666666",
+            ha="right", va="top",
+        )  # fmt: skip
+        axes.margins(y=0.08)
+    axes.set_xlabel(f"{along} (first seed)")
     axes.set_ylabel("held-out loss, nats per token")
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    if drawn:
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _clean(figure, axes)
 
 
@@ -82,10 +89,14 @@ def before_and_after(rows: Mapping[str, Sequence[Any]]) -> Any:
             axes.axvline(mean, color="#999999", linewidth=0.8, linestyle=":")
         axes.grid(axis="both", color="#eeeeee")
         axes.set_axisbelow(True)
-        axes.set_xlabel(f"held-out loss {title}; dotted: the teacher")
+        axes.set_xlabel(f"held-out loss {title}")
         _clean(figure, axes)
     both[0].set_yticks(range(len(names)), names, fontsize=7)
     both[0].invert_yaxis()
+    both[0].annotate(
+        "a dot: a seed; a bar: their mean; dotted: the teacher", (0, 1), (0, 5), "axes fraction",
+        textcoords="offset points", fontsize=7, color="#666666",
+    )  # fmt: skip
     figure.tight_layout()
     return figure
 
