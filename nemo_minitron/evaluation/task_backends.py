@@ -20,21 +20,24 @@ _WHERE = "evaluate.servers"
 _SECONDS = 30.0
 
 
-def check_backend(backend: str, servers: Mapping[str, str], folders: Mapping[str, Path]) -> None:
+def check_backend(
+    backend: str, servers: Mapping[str, str], folders: Mapping[str, Path], device: str = "auto"
+) -> None:
     """Refuses a back end that is not there, before anything is measured.
 
     Args:
         backend: as in ``evaluate``.
         servers: likewise.
         folders: model to its folder.
+        device: as in ``evaluate``.
 
     Raises:
-        ValueError: vLLM is not installed or does not read a model, a model has no server, or a server
-            does not answer or serves something else.
+        ValueError: vLLM is not installed, does not read a model or computes elsewhere, a model has no
+            server, or a server does not answer or serves something else.
     """
     models = list(folders)
     if backend == "vllm":
-        _check_vllm(folders)
+        _check_vllm(folders, device)
     if backend != "openai":
         if servers:
             raise ValueError(f"{_WHERE}: are asked by evaluate.backend=openai, found {backend}")
@@ -53,7 +56,7 @@ def check_backend(backend: str, servers: Mapping[str, str], folders: Mapping[str
         served_model(address_of(servers, name), name)
 
 
-def _check_vllm(folders: Mapping[str, Path]) -> None:
+def _check_vllm(folders: Mapping[str, Path], device: str) -> None:
     if find_spec("vllm") is None:
         raise ValueError(
             "evaluate.backend=vllm: vLLM is not installed here; pip install vllm (for a GPU), or use hf"
@@ -66,6 +69,12 @@ def _check_vllm(folders: Mapping[str, Path]) -> None:
             f"evaluate.backend=vllm: vLLM is installed here as {found}, and lm-eval asks for the version of "
             "a package that is called vllm; install that, or use hf"
         ) from error
+    kind, _, number = device.partition(":")
+    if number not in ("", "0"):
+        raise ValueError(
+            f"evaluate.device: expected auto, cpu or cuda with evaluate.backend=vllm, which takes the first "
+            f"device it sees, found {device}; set CUDA_VISIBLE_DEVICES={number} and {kind} instead"
+        )
     for name, folder in folders.items():
         if is_gguf(folder):
             raise ValueError(
@@ -143,10 +152,14 @@ def server_lm(
     class Client(LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no types
         begins = True
 
-        def tok_encode(self, string: Any, left_truncate_len: int | None = None, **_: Any) -> Any:
-            if not isinstance(string, str):
+        def tok_encode(
+            self, string: Any, left_truncate_len: int | None = None,
+            add_special_tokens: bool | None = None, **_: Any,
+        ) -> Any:  # fmt: skip
+            if not isinstance(string, str):  # prompts to write behind, which lm-eval gives none
                 return [self.tok_encode(text, left_truncate_len) for text in string]
-            begins = self.begins and not has_bos_prefix(string, self.tokenizer.bos_token)
+            begins = self.begins if add_special_tokens is None else add_special_tokens
+            begins = begins and not has_bos_prefix(string, self.tokenizer.bos_token)
             encoded = self.tokenizer(string, add_special_tokens=begins, verbose=False)["input_ids"]
             return encoded[-left_truncate_len:] if left_truncate_len else encoded
 

