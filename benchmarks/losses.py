@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.duel import RESULTS
 from nemo_minitron.evaluation.report import markdown
+from nemo_minitron.losses.divergences import DIVERGENCES, Divergence
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
 from nemo_minitron.losses.projection import Projection
 
@@ -44,6 +45,24 @@ def ours(
     """The package's."""
     student, teacher = Projection(student_TH, head_VH), Projection(teacher_TH, teacher_VH)
     return fused_linear_loss(student, labels_T, LossWeights(), teacher).loss
+
+
+def naive_of(divergence: str) -> Loss:
+    """Another divergence from whole logits, by autograd."""
+    formula = Divergence(divergence)
+    return lambda student, head, teacher, wide, _: formula(
+        teacher @ wide.T, student @ head.T
+    ).mean()
+
+
+def ours_of(divergence: str) -> Loss:
+    """The package's."""
+    weights = LossWeights(1, 0, Divergence(divergence))
+    return lambda student, head, teacher, wide, labels: (
+        fused_linear_loss(
+            Projection(student, head), labels, weights, Projection(teacher, wide)
+        ).loss
+    )
 
 
 def liger(compiled: bool) -> Loss:
@@ -70,6 +89,17 @@ CONTESTANTS: dict[str, tuple[str | None, Callable[[], Loss]]] = {
     "Liger, compiled": ("liger_kernel", lambda: liger(True)),
     "TRL": ("trl", trl),
 }
+OTHERS = tuple(name for name in DIVERGENCES if name != "forward_kl")
+
+
+def contestants(divergence: str) -> dict[str, tuple[str | None, Callable[[], Loss]]]:
+    """Who takes part, by name: the package that is needed, and what gives the loss."""
+    if divergence == "forward_kl":
+        return CONTESTANTS
+    return {
+        "naive": (None, lambda: naive_of(divergence)),
+        "this": (None, lambda: ours_of(divergence)),
+    }
 
 
 def problem(vocabulary: int, tokens: int, dtype: torch.dtype) -> list[Tensor]:
@@ -89,12 +119,16 @@ def gradients(loss: Loss, values: Sequence[Tensor]) -> list[Tensor]:
     return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
-def measure(name: str, vocabulary: int, dtype_name: str, rounds: int) -> dict[str, float]:
+def measure(
+    name: str, divergence: str, vocabulary: int, dtype_name: str, rounds: int
+) -> dict[str, float]:
     """One contestant in this process: best seconds, MiB of peak growth, relative error of the gradients."""
     dtype = getattr(torch, dtype_name)
-    loss = CONTESTANTS[name][1]()
+    loss = contestants(divergence)[name][1]()
     few = problem(4096, 256, dtype)
-    exact = gradients(naive, [value.double() for value in few[:4]] + few[4:])
+    exact = gradients(
+        contestants(divergence)["naive"][1](), [value.double() for value in few[:4]] + few[4:]
+    )
     found = gradients(loss, few)
     errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
     values = problem(vocabulary, TOKENS, dtype)
@@ -120,16 +154,15 @@ def _kib(field: str) -> int:
     return int(found.split()[1])
 
 
-def apart(name: str, vocabulary: int, dtype: str) -> dict[str, float]:
+def apart(name: str, divergence: str, vocabulary: int, dtype: str) -> dict[str, float]:
     """The same in new processes, one for the time and one for the memory.
 
     By default glibc keeps what is freed below a threshold that moves, and a peak is off by tens of MiB from
     one process to the next; with a fixed one freed memory is given back, which takes time.
     """
-    timed = _apart([name, str(vocabulary), dtype, "2"], os.environ)
-    sized = _apart(
-        [name, str(vocabulary), dtype, "0"], os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    )
+    words = [name, divergence, str(vocabulary), dtype]
+    timed = _apart([*words, "2"], os.environ)
+    sized = _apart([*words, "0"], os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)})
     return timed | {"mib": sized["mib"]}
 
 
@@ -142,62 +175,80 @@ def _apart(words: list[str], environment: Mapping[str, str]) -> dict[str, float]
     return result
 
 
+def compared(
+    divergence: str, vocabulary: int, dtype: str, turns: int
+) -> list[dict[str, float | str]]:
+    """All that take part at one size, in turns."""
+    here = [
+        name
+        for name, (package, _) in contestants(divergence).items()
+        if not package or importlib.util.find_spec(package)
+    ]
+    found: dict[str, dict[str, float]] = {}
+    for _ in range(turns):
+        for name in here:
+            new = apart(name, divergence, vocabulary, dtype)
+            old = found.setdefault(name, new)
+            old["seconds"] = min(old["seconds"], new["seconds"])
+            old["mib"] = min(old["mib"], new["mib"])
+    return [
+        {
+            "divergence": divergence, "vocabulary": vocabulary, "dtype": dtype, "name": name,
+            "time": round(result["seconds"] / found["naive"]["seconds"], 3),
+            "memory": round(result["mib"] / found["naive"]["mib"], 3),
+            "mib": round(result["mib"], 1), "error": result["error"],
+        }
+        for name, result in found.items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     """Measures all, prints the table and writes benchmarks/results/losses.json."""
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--one", nargs=4, metavar=("NAME", "VOCABULARY", "DTYPE", "ROUNDS"))
+    names = ("NAME", "DIVERGENCE", "VOCABULARY", "DTYPE", "ROUNDS")
+    arguments.add_argument("--one", nargs=5, metavar=names, help=argparse.SUPPRESS)
     arguments.add_argument("--turns", type=int, default=2)
     arguments.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    arguments.add_argument(
+        "--others", action="store_true", help="every other divergence, at the smallest vocabulary"
+    )
     args = arguments.parse_args()
     if args.one:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        print(json.dumps(measure(args.one[0], int(args.one[1]), args.one[2], int(args.one[3]))))
+        name, divergence, vocabulary, dtype, rounds = args.one
+        print(json.dumps(measure(name, divergence, int(vocabulary), dtype, int(rounds))))
         return
-    here = [
-        name
-        for name, (package, _) in CONTESTANTS.items()
-        if not package or importlib.util.find_spec(package)
-    ]
-    rows, written = [], []
+    sizes = [("forward_kl", vocabulary) for vocabulary in VOCABULARIES]
+    if args.others:
+        sizes = [(divergence, VOCABULARIES[0]) for divergence in OTHERS]
+    written = []
     for dtype in args.dtypes:
-        for vocabulary in VOCABULARIES:
-            found: dict[str, dict[str, float]] = {}
-            for _ in range(args.turns):
-                for name in here:
-                    new = apart(name, vocabulary, dtype)
-                    old = found.setdefault(name, new)
-                    old["seconds"] = min(old["seconds"], new["seconds"])
-                    old["mib"] = min(old["mib"], new["mib"])
-            for name, result in found.items():
-                time_ratio = result["seconds"] / found["naive"]["seconds"]
-                memory_ratio = result["mib"] / found["naive"]["mib"]
-                rows.append((
-                    f"{vocabulary:,}", dtype, name, f"{time_ratio:.2f}", f"{memory_ratio:.2f}",
-                    f"{result['mib']:.0f}", f"{result['error']:.1e}",
-                ))  # fmt: skip
-                ratios = {"time": round(time_ratio, 3), "memory": round(memory_ratio, 3)}
-                sizes = {"mib": round(result["mib"], 1), "error": result["error"]}
-                written.append(
-                    {"vocabulary": vocabulary, "dtype": dtype, "name": name, **ratios, **sizes}
-                )
-                print(*rows[-1], flush=True)
-    columns = (
-        "vocabulary",
-        "dtype",
-        "loss",
-        "time / naive",
-        "memory / naive",
-        "MiB",
-        "gradient error",
+        for divergence, vocabulary in sizes:
+            for row in compared(divergence, vocabulary, dtype, args.turns):
+                written.append(row)
+                print(*row.values(), flush=True)
+    columns = {
+        "divergence": "divergence", "vocabulary": "vocabulary", "dtype": "dtype", "name": "loss", "time": "time / naive",
+        "memory": "memory / naive", "mib": "MiB", "error": "gradient error",
+    }  # fmt: skip
+    print(
+        markdown(
+            tuple(columns.values()),
+            tuple(tuple(_cell(key, row[key]) for key in columns) for row in written),
+        )
     )
-    print(markdown(columns, tuple(rows)))
     path = RESULTS / "losses.json"
     RESULTS.mkdir(exist_ok=True)
     kept = json.loads(path.read_text())["results"] if path.is_file() else []
-    kept = [row for row in kept if row["dtype"] not in args.dtypes]
-    path.write_text(
-        json.dumps({"tokens": TOKENS, "hidden": HIDDEN, "results": kept + written}) + "\n"
-    )
+    new = {(row["divergence"], row["dtype"]) for row in written}
+    kept = [row for row in kept if (row["divergence"], row["dtype"]) not in new]
+    lines = ",\n  ".join(json.dumps(row) for row in kept + written)
+    path.write_text(f'{{"tokens": {TOKENS}, "hidden": {HIDDEN}, "results": [\n  {lines}]}}\n')
+
+
+def _cell(key: str, value: float | str) -> str:
+    shown = {"vocabulary": ",d", "time": ".2f", "memory": ".2f", "mib": ".0f", "error": ".1e"}
+    return format(value, shown.get(key, ""))
 
 
 if __name__ == "__main__":

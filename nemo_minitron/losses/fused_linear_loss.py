@@ -17,7 +17,6 @@ from torch import Tensor
 
 from nemo_minitron.losses.loss_terms import (
     CROSS_ENTROPY,
-    ByAutograd,
     ByHand,
     ByKernel,
     Term,
@@ -225,10 +224,10 @@ def _term(
     taught = teacher if weights.kl else None
     # to find the tokens that count, the host would have to wait for an accelerator
     skips = head_VH.device.type != "cpu"
-    weighed = taught is not None and taught.mass_T is not None
-    if isinstance(taught, SparseTargets) or weighed or weights.divergence.name != "forward_kl":
-        return ByAutograd(weights, compiled, skips)
-    return ByHand(weights, compiled, skips) if kernels is None else ByKernel(weights, kernels)
+    other = taught is not None and weights.divergence.name != "forward_kl"
+    if kernels is None or isinstance(taught, SparseTargets) or other:
+        return ByHand(weights, compiled, skips)
+    return ByKernel(weights, kernels)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Written with torch's operations the same takes a dozen passes over the logits. Here each logit comes
 from the card's memory once. A row's sums must be complete before its gradient can be made, so it is
 read twice; the kernel takes few rows at a time, and at the second read they still lie in the L2
-cache. Values and gradients: ``loss_terms._block_terms_`` is the reference, and float64 the judge
+cache. Values and gradients: ``loss_terms._forward_kl_`` is the reference, and float64 the judge
 (tests/losses/test_kernels.py).
 """
 
@@ -110,12 +110,16 @@ def _sums_of_part(
 
 @triton.jit
 def _gradient_of_part(
-    student, teacher, sums, grad, terms, label, first, V, by_kl, by_ce, inverse_tau, student_cap, teacher_cap,
+    student, teacher, sums, grad, terms, label, at_share, first, V, by_kl, by_ce, inverse_tau, student_cap,
+    teacher_cap,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SUMMED: tl.constexpr, PADDED: tl.constexpr,
     TAUGHT: tl.constexpr, SOFTENED: tl.constexpr, STUDENT_CAPPED: tl.constexpr,
-    TEACHER_CAPPED: tl.constexpr, WANTED: tl.constexpr, VALUED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr, WANTED: tl.constexpr, VALUED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Puts the sums of a row's parts together, and makes the gradient of one part."""
+    share = 1.0
+    if SHARED:
+        share = tl.load(at_share)
     part = tl.arange(0, PADDED)
     there = part < SUMMED
     by_tau = inverse_tau * _LOG2_E
@@ -144,7 +148,7 @@ def _gradient_of_part(
         tl.store(terms + 1, tl.log(own_sum) + x_top - picked)
         if TAUGHT:
             kl = gap_sum / p_sum - tl.log(p_sum) + tl.log(q_sum) + (x_top - y_top) * inverse_tau
-            tl.store(terms, kl / (inverse_tau * inverse_tau))
+            tl.store(terms, share * kl / (inverse_tau * inverse_tau))
     if WANTED:
         lanes = tl.arange(0, BLOCK)
         # softmax = 2^(x log2 e - this): the division by the sum is a part of the exponent
@@ -161,7 +165,7 @@ def _gradient_of_part(
                 y = _logits(teacher, column, V, teacher_cap, TEACHER_CAPPED)
                 if SOFTENED:
                     softmax = tl.exp2(x * by_tau - q_log)
-                slope += by_kl * (softmax - tl.exp2(y * by_tau - p_log))
+                slope += share * by_kl * (softmax - tl.exp2(y * by_tau - p_log))
             if STUDENT_CAPPED:
                 slope *= 1 - (x / student_cap) * (x / student_cap)
             tl.store(grad + column, slope.to(grad.dtype.element_ty), mask=inside)
@@ -178,13 +182,13 @@ def _no_gradient(grad, first, V, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _terms_kernel(
-    student, teacher, labels, grad, terms, sums, counters, rows, V,
+    student, teacher, labels, shares, grad, terms, sums, counters, rows, V,
     student_stride, teacher_stride, grad_stride,
     by_kl, by_ce, inverse_tau, student_cap, teacher_cap,
     SUMS: tl.constexpr, GRADIENTS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     PARTS: tl.constexpr, SUMMED: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
     TAUGHT: tl.constexpr, SOFTENED: tl.constexpr, STUDENT_CAPPED: tl.constexpr,
-    TEACHER_CAPPED: tl.constexpr, WANTED: tl.constexpr,
+    TEACHER_CAPPED: tl.constexpr, WANTED: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Works through pieces, each a part of a row, first for its sums, later for its gradient.
 
@@ -230,9 +234,9 @@ def _terms_kernel(
                     _gradient_of_part(
                         student + wide * student_stride, teacher + wide * teacher_stride,
                         sums + wide * SUMMED * _SUMS, grad + wide * grad_stride, terms + 2 * wide,
-                        label, first, V, by_kl, by_ce, inverse_tau, student_cap, teacher_cap, COLUMNS,
-                        BLOCK, SUMMED, PADDED, TAUGHT, SOFTENED, STUDENT_CAPPED, TEACHER_CAPPED,
-                        WANTED, SUMS,
+                        label, shares + row, first, V, by_kl, by_ce, inverse_tau, student_cap, teacher_cap,
+                        COLUMNS, BLOCK, SUMMED, PADDED, TAUGHT, SOFTENED, STUDENT_CAPPED, TEACHER_CAPPED,
+                        WANTED, SUMS, SHARED,
                     )  # fmt: skip
                 elif WANTED:
                     _no_gradient(grad + wide * grad_stride, first, V, COLUMNS, BLOCK)
@@ -245,7 +249,8 @@ class Chunk:
 
     Attributes:
         student: logits, [tokens of the chunk, vocabulary], float32.
-        teacher: the teacher's, same shape; None: cross-entropy only.
+        teacher: the teacher's, same shape, and by which share each token's divergence counts; None:
+            cross-entropy only.
         labels_C: next-token ids; a token whose label is negative counts for nothing, and its
             gradient is zero.
         weights: the mix.
@@ -310,6 +315,8 @@ class Chunk:
         if self.teacher is not None:
             taught_CV, tau = self.teacher.raw_CV, weights.divergence.temperature
             caps = (self.student.cap, self.teacher.cap)
+        mass_C = None if self.teacher is None else self.teacher.mass_T
+        shares_C = None if mass_C is None else mass_C.float().contiguous()
         models = 1 if self.teacher is None else 2
         summed = sums.shape[1]
         settings: dict[str, Any] = {
@@ -318,11 +325,13 @@ class Chunk:
             "ROWS": max(1, min(rows, CACHED_BYTES // (4 * models * entries))),
             "TAUGHT": models == 2, "SOFTENED": tau != 1, "STUDENT_CAPPED": caps[0] is not None,
             "TEACHER_CAPPED": caps[1] is not None, "WANTED": grad_CV is not None,
+            "SHARED": shares_C is not None,
         }  # fmt: skip
         # of every row how many of its parts have their sums; behind them the next piece of work
         counters = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         _terms_kernel[(_programs(device, 2 * rows * self.parts),)](
-            student_CV, taught_CV, self.labels_C, out_CV, terms, sums, counters, rows, entries,
+            student_CV, taught_CV, self.labels_C, student_CV if shares_C is None else shares_C, out_CV,
+            terms, sums, counters, rows, entries,
             student_CV.stride(0), taught_CV.stride(0), out_CV.stride(0),
             float(weights.kl * tau), float(weights.ce), 1 / tau,
             float(caps[0] or 1), float(caps[1] or 1), **settings, num_warps=8,

@@ -1,8 +1,8 @@
 """Divergence and cross-entropy of one chunk of logits, and the gradient of their mix by the student's.
 
 A term is what the chunk loop of ``fused_linear_loss`` calls: ``ByKernel`` for forward KL on a GPU,
-``ByHand`` for it elsewhere, ``ByAutograd`` for any other divergence, ``vocabulary_parallel.Sharded``
-for forward KL where ranks share the vocabulary.
+``ByHand`` for it elsewhere and for any other divergence, ``vocabulary_parallel.Sharded`` for forward
+KL where ranks share the vocabulary.
 """
 
 import functools
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.losses.divergences import Divergence
+from nemo_minitron.losses.gradients import slope
 from nemo_minitron.losses.projection import Logits
-from nemo_minitron.losses.sparse_targets import SparseTargets, sparse_divergence
+from nemo_minitron.losses.sparse_targets import SparseTargets
 from nemo_minitron.losses.wide_matmul import sum_dtype
 
 BLOCK_BYTES, CPU_BLOCK_BYTES = 64 * 2**20, 2**20
@@ -192,10 +193,10 @@ class ByKernel:
 
 @dataclass(frozen=True)
 class ByHand(Eager):
-    """Forward KL and cross-entropy, differentiated by hand in the place of the logits.
+    """Any divergence and cross-entropy, differentiated by hand, the gradient in the place of the logits.
 
     Attributes:
-        weights: the mix; its divergence is forward KL, where there is a teacher.
+        weights: the mix.
         compiled: torch.compile makes kernels of it (Triton on a GPU): the same numbers but for
             rounding.
         skips: see ``Term``.
@@ -204,7 +205,11 @@ class ByHand(Eager):
     weights: LossWeights
     compiled: bool = False
     skips: bool = False
-    buffers: int = 1
+
+    @property
+    def buffers(self) -> int:
+        """See ``Term``; compiled, all but forward KL keep some whole tensors between their passes."""
+        return 3 if self.compiled and self.weights.divergence.name != "forward_kl" else 1
 
     def evaluate(
         self,
@@ -215,12 +220,12 @@ class ByHand(Eager):
         mass_C: Tensor | None = None,
     ) -> ChunkTerms:
         """See ``Term``; the student's logits become the gradient."""
-        assert not isinstance(teacher_CV, SparseTargets) and mass_C is None
-        grad_CV = student_CV if wants_gradient else None
+        grad_CV, how = (
+            student_CV if wants_gradient else None,
+            (self.weights, wants_gradient, self.skips),
+        )
         if self.compiled:  # passes over the chunk without a temporary: no need of blocks
-            sums = _compiled_terms()(
-                student_CV, teacher_CV, labels_C, self.weights, wants_gradient, self.skips
-            )
+            sums = _compiled_terms()(student_CV, teacher_CV, labels_C, mass_C, *how)
             return ChunkTerms(sums, grad_CV)
         rows, entries = student_CV.shape
         room = CPU_BLOCK_BYTES if student_CV.device.type == "cpu" else BLOCK_BYTES
@@ -228,86 +233,66 @@ class ByHand(Eager):
         sums = torch.zeros(2, dtype=sum_dtype(student_CV.device), device=student_CV.device)
         for block in (slice(start, start + size) for start in range(0, rows, size)):
             teacher_NV = None if teacher_CV is None else teacher_CV[block]
-            sums += _block_terms_(
-                student_CV[block],
-                teacher_NV,
-                labels_C[block],
-                self.weights,
-                wants_gradient,
-                self.skips,
-            )
+            mass_N = None if mass_C is None else mass_C[block]
+            sums += _block_terms_(student_CV[block], teacher_NV, labels_C[block], mass_N, *how)
         return ChunkTerms(sums, grad_CV)
 
 
-@dataclass(frozen=True)
-class ByAutograd(Eager):
-    """Any divergence, and any from sparse targets, differentiated by autograd; cross-entropy by hand.
-
-    Attributes:
-        weights: the mix.
-        compiled: of the cross-entropy, see ``ByHand``.
-        skips: see ``Term``.
-        buffers: with what autograd keeps.
-    """
-
-    weights: LossWeights
-    compiled: bool = False
-    skips: bool = False
-    buffers: int = 3
-
-    def evaluate(
-        self,
-        student_CV: Tensor,
-        teacher_CV: Tensor | SparseTargets | None,
-        labels_C: Tensor,
-        wants_gradient: bool,
-        mass_C: Tensor | None = None,
-    ) -> ChunkTerms:
-        """See ``Term``."""
-        by_hand = ByHand(self.weights, self.compiled, self.skips)
-        if teacher_CV is None:
-            return by_hand.evaluate(student_CV, None, labels_C, wants_gradient)
-        valid_C = labels_C >= 0 if self.skips else None
-        counted = valid_C, mass_C
-        value, grad_CV = self._divergence(student_CV, teacher_CV, counted, wants_gradient)
-        wants_more = wants_gradient and self.weights.ce != 0
-        sums, more_CV = by_hand.evaluate(student_CV, None, labels_C, wants_more)
-        if grad_CV is not None and more_CV is not None:
-            grad_CV += more_CV
-        return ChunkTerms(torch.stack([value, sums[1]]), grad_CV)
-
-    def _divergence(
-        self,
-        student_CV: Tensor,
-        teacher_CV: Tensor | SparseTargets,
-        counted: tuple[Tensor | None, Tensor | None],
-        wants_gradient: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Sum over the chunk's tokens, each by its mass; its weighted gradient by the student's logits."""
-        divergence, (valid_C, mass_C) = self.weights.divergence, counted
-        with torch.enable_grad():
-            leaf_CV = student_CV.detach().requires_grad_(wants_gradient)
-            if isinstance(teacher_CV, SparseTargets):
-                value_C = sparse_divergence(teacher_CV, leaf_CV, divergence.temperature)
-            else:
-                value_C = divergence(teacher_CV, leaf_CV)
-            if mass_C is not None:
-                value_C = value_C * mass_C.to(value_C.dtype)
-            value = _counted(value_C, valid_C).sum()
-            grad_CV = torch.autograd.grad(value, leaf_CV)[0] if wants_gradient else None
-        value = value.detach().to(sum_dtype(student_CV.device))
-        return value, None if grad_CV is None else grad_CV.mul_(self.weights.kl)
-
-
 def _block_terms_(
+    student_NV: Tensor,
+    teacher: Tensor | SparseTargets | None,
+    labels_N: Tensor,
+    mass_N: Tensor | None,
+    weights: LossWeights,
+    wants_gradient: bool,
+    skips: bool,
+) -> Tensor:
+    """Sums of divergence and cross-entropy, Tensor of shape [2]; the student's logits become the gradient.
+
+    Args:
+        student_NV: logits.
+        teacher: the teacher's, or what is known of them; None: cross-entropy only.
+        labels_N: next-token ids.
+        mass_N: by which share each token's divergence counts; None: whole.
+        weights: the mix.
+        wants_gradient: whether the gradient is made.
+        skips: whether tokens whose label is negative are among them.
+    """
+    if not isinstance(teacher, SparseTargets) and (
+        teacher is None or (weights.divergence.name == "forward_kl" and mass_N is None)
+    ):
+        return _forward_kl_(student_NV, teacher, labels_N, weights, wants_gradient, skips)
+    column_N1 = labels_N[:, None]
+    valid_N1 = column_N1 >= 0 if skips else None
+    column_N1 = column_N1.clamp(min=0)
+    found = slope(weights.divergence, teacher, student_NV)
+    log_own_N1 = found.log_total_N1  # the student's normaliser at temperature 1
+    if log_own_N1 is None or weights.divergence.temperature != 1:
+        log_own_N1 = student_NV.logsumexp(-1, keepdim=True)
+    share_N1 = torch.ones_like(found.value_N1) if mass_N is None else mass_N[:, None]
+    wide, share_N1 = sum_dtype(student_NV.device), share_N1.to(student_NV.dtype)
+    divergence = _counted(found.value_N1 * share_N1, valid_N1).to(wide).sum()
+    ce_N1 = log_own_N1 - student_NV.gather(1, column_N1)
+    ce = _counted(ce_N1, valid_N1).to(wide).sum()
+    if wants_gradient:
+        by_ce_N1 = _counted(torch.full_like(ce_N1, weights.ce), valid_N1)
+        if weights.ce != 0:
+            student_NV.sub_(log_own_N1).exp_().mul_(by_ce_N1).scatter_add_(1, column_N1, -by_ce_N1)
+        else:
+            student_NV.zero_()
+        student_NV.addcmul_(found.grad_NV, _counted(share_N1 * weights.kl, valid_N1))
+    return torch.stack([divergence, ce])
+
+
+def _forward_kl_(
     student_NV: Tensor,
     teacher_NV: Tensor | None,
     labels_N: Tensor,
     weights: LossWeights,
     wants_gradient: bool,
-    skips: bool = False,
+    skips: bool,
 ) -> Tensor:
-    """Sums of forward KL and cross-entropy, Tensor of shape [2]; the student's logits become the gradient.
+    """``_block_terms_`` of forward KL with the fewest passes over the logits.
 
     With x and y the logits over the temperature t, less their maxima, p = e^y / P and q = e^x / Q:
     KL = sum p (y - x) - log P + log Q, and the gradient of t^2 KL by the student's logits is t (q -

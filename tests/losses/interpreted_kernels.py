@@ -38,9 +38,9 @@ def problem(dtype, entries=75, tokens=11):
     return values, labels_T
 
 
-def run(values, labels_T, weights, caps, **more):
+def run(values, labels_T, weights, caps, mass_T=None, **more):
     student_TH, head_VH = (value.clone().requires_grad_() for value in values[:2])
-    teacher = Projection(*values[2:], caps[1]) if weights.kl else None
+    teacher = Projection(*values[2:], caps[1], mass_T) if weights.kl else None
     found = fused_linear_loss(
         Projection(student_TH, head_VH, caps[0]), labels_T, weights, teacher, **more
     )
@@ -74,6 +74,22 @@ def test_values_and_gradients_against_float64(kernels, weights, caps, entries):
     if weights.kl:
         assert float(found[0].divergence) == pytest.approx(float(expected[0].divergence), rel=1e-5)
     assert float(found[0].loss) == pytest.approx(float(expected[0].loss), rel=1e-5)
+    for ours, exact in zip(found[1:], expected[1:], strict=True):
+        assert float((ours - exact).norm() / exact.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("weights", MIXES[2:])
+def test_a_token_whose_teacher_has_lost_mass_counts_by_its_share(kernels, monkeypatch, weights):
+    """As with a vocabulary that was cut: the teacher's entries outside of it do not count."""
+    values, labels_T = problem(torch.float32)
+    share_T = torch.rand(len(labels_T), generator=torch.Generator().manual_seed(1)).double()
+    expected = run([v.double() for v in values], labels_T, weights, (4.0, None), mass_T=share_T)
+    monkeypatch.setattr(ByHand, "evaluate", None)  # the kernel's own number
+    found = run(values, labels_T, weights, (4.0, None), mass_T=share_T.float(), chunk_tokens=4)
+    whole = run(values, labels_T, weights, (4.0, None))
+    assert float(whole[0].divergence) > 1.2 * float(found[0].divergence)
+    assert float(found[0].divergence) == pytest.approx(float(expected[0].divergence), rel=1e-5)
+    assert float(found[0].ce) == pytest.approx(float(expected[0].ce), rel=1e-5)
     for ours, exact in zip(found[1:], expected[1:], strict=True):
         assert float((ours - exact).norm() / exact.norm()) < 1e-6
 

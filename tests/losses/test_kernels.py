@@ -1,16 +1,36 @@
 """The kernels of the loss, and how many tokens they take at a time."""
 
+import itertools
 from pathlib import Path
 
+import pytest
 import torch
 
 from nemo_minitron.losses.fused_linear_loss import cuda_rows
 from nemo_minitron.losses.loss_terms import kernels_for
-from tests.support.kernels import run_interpreted
+from tests.support.kernels import CARDS, built, run_interpreted
 
 
 def test_the_kernels_are_right_in_tritons_interpreter():
     run_interpreted(Path(__file__).with_name("interpreted_kernels.py"))
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_they_build_for_cards_that_are_not_here(card, monkeypatch, tmp_path):
+    """Triton's interpreter runs more than its compiler takes: a name may change its type there."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = pytest.importorskip("nemo_minitron.losses.kernels")
+    numbers = ("by_kl", "by_ce", "inverse_tau", "student_cap", "teacher_cap")
+    types = {"labels": "*i64", "grad": "*bf16", "counters": "*i32"}
+    types |= dict.fromkeys(("student", "teacher", "shares", "terms", "sums"), "*fp32")
+    types |= dict.fromkeys(numbers, "fp32")
+    for both, taught in itertools.product((True, False), repeat=2):
+        flags = dict.fromkeys(
+            ("TAUGHT", "SOFTENED", "STUDENT_CAPPED", "TEACHER_CAPPED", "SHARED"), taught
+        )
+        sizes = {"COLUMNS": 4096, "BLOCK": 2048, "PARTS": 3, "SUMMED": 3, "PADDED": 4, "ROWS": 4}
+        constants = {"SUMS": True, "GRADIENTS": both, "WANTED": both, **flags, **sizes}
+        assert built(kernels._terms_kernel, card, constants, types)
 
 
 def test_the_cpu_has_no_kernels():
