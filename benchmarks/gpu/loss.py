@@ -1,5 +1,6 @@
 """The fused loss: whether its gradients are right on this card, and its time against the four matrix products."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from nemo_minitron.losses import loss_terms
 from nemo_minitron.losses.divergences import Divergence, forward_kl
 from nemo_minitron.losses.fused_linear_loss import LossWeights, fused_linear_loss
 from nemo_minitron.losses.projection import Projection
+from nemo_minitron.losses.sparse_targets import SparseTargets
 
 SIZES = {
     "8192 x 4096 x 151,936": (8192, 4096, 151_936),
@@ -25,6 +27,7 @@ def gradients(
     entries: int,
     tau: float,
     caps: tuple[float | None, float | None],
+    divergence: str,
 ) -> list[torch.Tensor]:
     """Value and gradients of one fixed small problem, some of whose tokens do not count."""
     generator = torch.Generator().manual_seed(0)
@@ -38,7 +41,7 @@ def gradients(
     found = fused_linear_loss(
         Projection(student, head, caps[0]),
         labels,
-        LossWeights(1, 0.5, Divergence(temperature=tau)),
+        LossWeights(1, 0.5, Divergence(divergence, tau)),
         Projection(values[2], values[3], caps[1]),
         chunk_tokens=128,
     )
@@ -51,15 +54,17 @@ def errors(device: str) -> list[Row]:
     """Relative errors of loss and both gradients against float64 on the CPU."""
     rows = []
     cases = [
-        (4096, 1.0, (None, None)), (40_001, 1.0, (None, None)), (4099, 2.0, (None, None)),
-        (4096, 1.0, (8.0, 12.0)),
+        (4096, 1.0, (None, None), "forward_kl"), (40_001, 1.0, (None, None), "forward_kl"),
+        (4099, 2.0, (None, None), "forward_kl"), (4096, 1.0, (8.0, 12.0), "forward_kl"),
+        (4096, 2.0, (None, None), "jsd"), (4096, 1.0, (8.0, None), "topk_kl"),
     ]  # fmt: skip
-    for entries, tau, caps in cases:
-        exact = gradients("cpu", torch.float64, entries, tau, caps)
+    for entries, tau, caps, divergence in cases:
+        exact = gradients("cpu", torch.float64, entries, tau, caps, divergence)
         for dtype in (torch.float32, torch.bfloat16):
-            found = gradients(device, dtype, entries, tau, caps)
+            found = gradients(device, dtype, entries, tau, caps, divergence)
             apart = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
-            name = f"error, {str(dtype).removeprefix('torch.')}, {entries}, t={tau}, cap={caps[0]}"
+            kind = f"{divergence}, {str(dtype).removeprefix('torch.')}"
+            name = f"error, {kind}, {entries}, t={tau}, cap={caps[0]}"
             said = ", ".join(f"{value:.1e}" for value in apart)
             rows.append(Row(name, 0.0, note=f"{said} (loss, hidden, head)"))
             assert max(apart) < (1e-5 if dtype == torch.float32 else 5e-3), f"{name}: {said}"
@@ -89,10 +94,21 @@ def times(device: str, tokens: int, hidden: int, vocabulary: int) -> list[Row]:
     teacher_head = torch.randn(vocabulary, hidden, **make) * 0.02
     labels = torch.randint(0, vocabulary, (tokens,), device=device)
 
-    def fused(weights: LossWeights, compiled: bool = False) -> Callable[[], None]:
+    generator = torch.Generator(device).manual_seed(0)
+    draw = {"generator": generator, "device": device}
+    known = SparseTargets(  # distinct ids, whose masses and the others' add up to 1
+        (torch.arange(64, device=device) * 7) % vocabulary + torch.zeros_like(labels)[:, None],
+        torch.log_softmax(torch.randn(tokens, 64, **draw), -1) - math.log(2),
+        torch.full((tokens,), -math.log(2), device=device),
+    )  # fmt: skip
+
+    def fused(
+        weights: LossWeights, compiled: bool = False, known: SparseTargets | None = None
+    ) -> Callable[[], None]:
         def run() -> None:
             student.grad = head.grad = None
-            ours, theirs = Projection(student, head), Projection(teacher, teacher_head)
+            ours = Projection(student, head)
+            theirs = Projection(teacher, teacher_head) if known is None else known
             taught = theirs if weights.kl else None
             fused_linear_loss(ours, labels, weights, taught, compiled=compiled).loss.backward()
 
@@ -134,11 +150,15 @@ def times(device: str, tokens: int, hidden: int, vocabulary: int) -> list[Row]:
         "KL, torch.compile": eager(fused(LossWeights(), True)),
         "KL, whole logits": whole,
         "KL, Liger": liger(),
+        "JSD": fused(LossWeights(1, 0, Divergence("jsd"))),
+        "JSD, torch.compile": fused(LossWeights(1, 0, Divergence("jsd")), True),
     }
     measured = {name: measure(device, run) for name, run in ways.items() if run is not None}
     alone = {
         "three products": measure(device, products(3)),
         "cross-entropy": measure(device, fused(LossWeights(0, 1))),
+        "64 known entries": measure(device, fused(LossWeights(), False, known)),
+        "64 known entries, torch.compile": measure(device, fused(LossWeights(), True, known)),
     }
     return [*rows_of(measured, "four products"), *rows_of(alone, "three products")]
 
