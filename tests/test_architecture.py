@@ -345,6 +345,19 @@ def installed(tmp_path_factory):
     return target
 
 
+def test_an_installed_wheel_has_every_file(installed):
+    places = {"nemo_minitron": "", "flows": "flows", "configs": "configs"}
+    expected = {
+        str(Path(place) / path.relative_to(ROOT / folder))
+        for folder, place in places.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    package = installed / "nemo_minitron"
+    held = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
+    assert held == expected, sorted(held ^ expected)
+
+
 def test_an_installed_wheel_finds_its_tables_configurations_and_flows(installed, tmp_path):
     names = {path.name for path in installed.iterdir()}
     assert "flows" not in names
