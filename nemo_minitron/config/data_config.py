@@ -29,7 +29,9 @@ class TextConfig:
         "tokens per sample; documents are packed end to end",
         bounds=Bounds(least=1, most=2**24),
     )
-    samples: int | None = option(None, "samples to take; null: as many as are needed", least=1)
+    samples: int | None = option(
+        None, "samples to take; null: as many as are needed, of validation 512", least=1
+    )
     seed: int = option(0, "seed of the order in which files and samples are taken", bounds=ANY_SEED)
 
 

@@ -116,8 +116,7 @@ EXP_MANAGER: _Rules = {
     ),
     "checkpoint_callback_params.save_best_model": (
         (False,),
-        "the result is the model of the last step; use exp_manager.create_early_stopping_callback=true, or "
-        "training.ema_decay",
+        "training.keep=best:loss, or best:TASK, says which weights become the result",
     ),
     "checkpoint_callback_params.async_save": (
         (False,),

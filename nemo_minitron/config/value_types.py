@@ -37,7 +37,14 @@ def misfit(hint: Any, value: Any, key: str) -> str | None:
         if not isinstance(value, list | tuple):
             return _line(key, f"a list, as in {key}=[first,second]", value)
         return next((said for entry in value if (said := misfit(item, entry, key))), None)
-    return None if _fits(hint, value) else _line(key, _EXPECTED[hint], value)
+    if _fits(hint, value):
+        return None
+    written_out = (
+        f"; write {int(value)}"
+        if hint is int and isinstance(value, float) and value.is_integer()
+        else ""
+    )  # 2e9 is no whole number to Hydra
+    return _line(key, _EXPECTED[hint], value) + written_out
 
 
 def _section_misfit(hint: Any, value: Any, key: str) -> str | None:

@@ -89,6 +89,7 @@ def test_a_text_that_yaml_would_change_is_refused(tmp_path):
         ("evaluate.contexts=[5,a]", 'evaluate.contexts: expected a whole number, found "a"'),
         ("workspace=null", "workspace: expected a text, found null"),
         ("++score.seed=1e400", "score.seed: expected a whole number, found Infinity"),
+        ("training.max_tokens=2e9", "training.max_tokens: expected a whole number, found 2000000000.0; write 2000000000"),
         ("training.ema_decay=x", 'training.ema_decay: expected a number, found "x"'),
     ],
 )  # fmt: skip

@@ -1,5 +1,7 @@
 """Memory of a training: against what autograd really keeps, and against arithmetic by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -85,3 +87,39 @@ def test_the_rest_is_arithmetic(tmp_path):
 def test_what_cannot_be_laid_out_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         Launch(**changes)
+
+
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+NEMOTRON_15B = {
+    "model_type": "nemotron", "hidden_size": 6144, "intermediate_size": 24576, "num_hidden_layers": 32, "num_attention_heads": 48,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 256000, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def test_the_table_in_the_docs_is_what_comes_out():
+    """docs/scale.md, row by row: student (weights, gradients, moments), gathered, teacher, activations, loss, total."""
+    cases = [
+        (LLAMA_8B, 3072, 9216, 8192, 8, False, False), (LLAMA_8B, 3072, 9216, 8192, 8, True, False),
+        (LLAMA_8B, 3072, 9216, 8192, 8, True, True), (NEMOTRON_15B, 4096, 16384, 4096, 128, True, False),
+        (NEMOTRON_15B, 4096, 16384, 4096, 128, True, True),
+    ]  # fmt: skip
+    rows = []
+    for config, hidden, ffn, tokens, ranks, shard, teacher_shard in cases:
+        family = families()[config["model_type"]]
+        student = {**config, "hidden_size": hidden, "intermediate_size": ffn}
+        launch = Launch(
+            ranks=ranks, shard=shard, precision="bf16-mixed", tokens=tokens, checkpointing=True, teacher_shard=teacher_shard
+        )  # fmt: skip
+        found = training_footprint(
+            Architecture(family, student), launch, Architecture(family, config)
+        )
+        own = found.weights + found.gradients + found.optimizer
+        parts = (own, found.gathered, found.teacher, found.activations, found.loss, found.total)
+        rows.append(f"{tokens} | " + " | ".join(f"{part / 2**30:.1f}" for part in parts) + " |")
+    told = (Path(__file__).parents[2] / "docs/scale.md").read_text(encoding="utf-8")
+    first = told.index("| Llama-3.1 8B to 4B")
+    lines = told[first:].splitlines()[: len(rows)]
+    assert [line.split(" |", 1)[1].strip() for line in lines] == rows
