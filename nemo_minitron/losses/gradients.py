@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.losses.divergences import Divergence
-from nemo_minitron.losses.sparse_targets import SparseTargets, known_entries
+from nemo_minitron.losses.sparse_targets import SparseTargets, known_entries, sparse_divergence
 
 
 class Slope(NamedTuple):
@@ -27,13 +27,20 @@ class Slope(NamedTuple):
     Attributes:
         value_N1: the divergence of each, [tokens, 1].
         grad_NV: its gradient by the student's logits, Tensor of shape [tokens, vocabulary].
-        log_total_N1: logarithm of the sum of e^(x / t) over the student's logits x; None: the
+        log_sum_N1: logarithm of the sum of e^((x - max) / t) over the student's logits x; None: the
             divergence compares logits and has no use for it.
     """
 
     value_N1: Tensor
     grad_NV: Tensor
-    log_total_N1: Tensor | None = None
+    log_sum_N1: Tensor | None = None
+
+
+def value(divergence: Divergence, teacher: Tensor | SparseTargets, student_NV: Tensor) -> Tensor:
+    """A divergence alone, Tensor of shape [tokens, 1]; arguments as in ``slope``."""
+    if isinstance(teacher, SparseTargets):
+        return sparse_divergence(teacher, student_NV, divergence.temperature)[:, None]
+    return divergence(teacher, student_NV)[:, None]
 
 
 def slope(divergence: Divergence, teacher: Tensor | SparseTargets, student_NV: Tensor) -> Slope:
@@ -51,23 +58,23 @@ def slope(divergence: Divergence, teacher: Tensor | SparseTargets, student_NV: T
 
 def _forward_kl(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Slope:
     """KL(p || q): dD/dz = q - p."""
-    log_p_NV, log_q_NV, log_total_N1 = _logs(teacher_NV, student_NV, divergence.temperature)
+    log_p_NV, log_q_NV, log_sum_N1 = _logs(teacher_NV, student_NV, divergence.temperature)
     p_NV = log_p_NV.exp()
     value_N1 = (p_NV * (log_p_NV - log_q_NV)).sum(-1, keepdim=True)
-    return _scaled(value_N1, log_q_NV.exp_().sub_(p_NV), log_total_N1, divergence.temperature)
+    return _scaled(value_N1, log_q_NV.exp_().sub_(p_NV), log_sum_N1, divergence.temperature)
 
 
 def _reverse_kl(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Slope:
     """KL(q || p): g = log(q / p) + 1."""
-    log_p_NV, log_q_NV, log_total_N1 = _logs(teacher_NV, student_NV, divergence.temperature)
+    log_p_NV, log_q_NV, log_sum_N1 = _logs(teacher_NV, student_NV, divergence.temperature)
     gap_NV, q_NV = log_q_NV - log_p_NV, log_q_NV.exp()
     value_N1 = (q_NV * gap_NV).sum(-1, keepdim=True)
-    return _scaled(value_N1, gap_NV.sub_(value_N1).mul_(q_NV), log_total_N1, divergence.temperature)
+    return _scaled(value_N1, gap_NV.sub_(value_N1).mul_(q_NV), log_sum_N1, divergence.temperature)
 
 
 def _jsd(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Slope:
     """Beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: g = (1 - beta) log(q / m)."""
-    log_p_NV, log_q_NV, log_total_N1 = _logs(teacher_NV, student_NV, divergence.temperature)
+    log_p_NV, log_q_NV, log_sum_N1 = _logs(teacher_NV, student_NV, divergence.temperature)
     beta, p_NV, q_NV = divergence.beta, log_p_NV.exp(), log_q_NV.exp()
     log_m_NV = _log_mixture(log_p_NV, log_q_NV, p_NV, q_NV, beta)
     of_p_N1 = (p_NV * log_p_NV.sub_(log_m_NV)).sum(-1, keepdim=True)
@@ -75,7 +82,7 @@ def _jsd(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Slop
     of_q_N1 = (q_NV * gap_NV).sum(-1, keepdim=True)
     value_N1 = beta * of_p_N1 + (1 - beta) * of_q_N1
     grad_NV = gap_NV.sub_(of_q_N1).mul_(q_NV).mul_(1 - beta)
-    return _scaled(value_N1, grad_NV, log_total_N1, divergence.temperature)
+    return _scaled(value_N1, grad_NV, log_sum_N1, divergence.temperature)
 
 
 def _log_mixture(
@@ -110,32 +117,27 @@ def _of_known_entries(targets: SparseTargets, student_NV: Tensor, tau: float) ->
     and Q the masses that both models have outside of them: q_k - p_k for an entry k that is known, and
     q_j (1 - P / Q) for every other.
     """
-    ids_NK, (z_NV, top_N1) = targets.ids_TK, _shifted(student_NV, tau)
-    z_NK = z_NV.gather(-1, ids_NK)
+    ids_NK, log_q_NV = targets.ids_TK, _log_softmax(student_NV, tau)
+    log_q_NK, log_sum_N1 = log_q_NV.gather(-1, ids_NK), _log_sum(log_q_NV)
+    drawn = ids_NK.shape[-1]
     if targets.log_p_TK is None:
-        log_total_N1 = z_NV.logsumexp(-1, keepdim=True)
-        value_N1 = log_total_N1 - z_NK.mean(-1, keepdim=True)
-        q_NV = z_NV.sub_(log_total_N1).exp_()
-        each_NK = torch.full_like(z_NK, -1 / ids_NK.shape[-1])
-        return _scaled(value_N1, q_NV.scatter_add_(-1, ids_NK, each_NK), log_total_N1 + top_N1, tau)
+        value_N1 = -log_q_NK.mean(-1, keepdim=True)
+        # counts are exact, a frequency is not, and would be taken away once for each draw
+        grad_NV = log_q_NV.exp_().mul_(drawn).scatter_add_(-1, ids_NK, -torch.ones_like(log_q_NK))
+        return Slope(value_N1 * tau**2, grad_NV.mul_(tau / drawn), log_sum_N1)
     assert targets.log_tail_T is not None
-    log_p_NK, kept_N1 = targets.log_p_TK.to(z_NK.dtype), z_NK.logsumexp(-1, keepdim=True)
-    if ids_NK.shape[-1] == z_NV.shape[-1]:  # there is no other
-        log_q_NK = z_NK.sub_(kept_N1)
-        value_N1 = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1, keepdim=True)
-        grad_NK = log_q_NK.exp_().sub_(log_p_NK.exp())
-        return _scaled(value_N1, z_NV.scatter_(-1, ids_NK, grad_NK), kept_N1 + top_N1, tau)
-    # the others' mass is added up, not 1 - the rest: near 0 that has no digits
-    others_NV = z_NV.scatter_(-1, ids_NK, -torch.inf)
-    others_N1 = others_NV.logsumexp(-1, keepdim=True)
-    log_total_N1 = torch.logaddexp(kept_N1, others_N1)
-    log_q_NK, tail_q_N1 = z_NK.sub_(log_total_N1), others_N1 - log_total_N1
-    tail_p_N1 = targets.log_tail_T[:, None].to(z_NK.dtype)
+    log_p_NK = targets.log_p_TK.to(log_q_NK.dtype)
     value_N1 = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1, keepdim=True)
+    grad_NK = log_q_NK.exp_().sub_(log_p_NK.exp())
+    if drawn == log_q_NV.shape[-1]:  # there is no other
+        return _scaled(value_N1, log_q_NV.scatter_(-1, ids_NK, grad_NK), log_sum_N1, tau)
+    # the others' mass is added up, not 1 - the rest: near 0 that has no digits
+    others_NV = log_q_NV.scatter_(-1, ids_NK, -torch.inf)
+    tail_q_N1 = others_NV.logsumexp(-1, keepdim=True)
+    tail_p_N1 = targets.log_tail_T[:, None].to(log_q_NK.dtype)
     value_N1 = value_N1 + tail_p_N1.exp() * (tail_p_N1 - tail_q_N1)
-    grad_NV = others_NV.sub_(others_N1).exp_().mul_(tail_q_N1.exp() - tail_p_N1.exp())
-    grad_NV = grad_NV.scatter_(-1, ids_NK, log_q_NK.exp_().sub_(log_p_NK.exp()))
-    return _scaled(value_N1, grad_NV, log_total_N1 + top_N1, tau)
+    grad_NV = others_NV.sub_(tail_q_N1).exp_().mul_(tail_q_N1.exp() - tail_p_N1.exp())
+    return _scaled(value_N1, grad_NV.scatter_(-1, ids_NK, grad_NK), log_sum_N1, tau)
 
 
 def _topk_kl(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Slope:
@@ -154,18 +156,20 @@ _SLOPES: dict[str, Callable[[Tensor, Tensor, Divergence], Slope]] = {
 
 
 def _logs(teacher_NV: Tensor, student_NV: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log p, log q, and the logarithm of q's normaliser."""
-    log_p_NV, (z_NV, top_N1) = torch.log_softmax(teacher_NV / tau, -1), _shifted(student_NV, tau)
-    log_total_N1 = z_NV.exp().sum(-1, keepdim=True).log()
-    return log_p_NV, z_NV.sub_(log_total_N1), log_total_N1 + top_N1
+    """Log p, log q (made alike, so that equal models do not diverge), and the logarithm of q's normaliser."""
+    log_q_NV = _log_softmax(student_NV, tau)
+    return _log_softmax(teacher_NV, tau), log_q_NV, _log_sum(log_q_NV)
 
 
-def _shifted(student_NV: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Logits over the temperature less their maximum, and that: a large one would take their last digits."""
-    top_N1 = student_NV.amax(-1, keepdim=True)
-    return (student_NV - top_N1).div_(tau), top_N1 / tau
+def _log_softmax(logits_NV: Tensor, tau: float) -> Tensor:
+    return torch.log_softmax(logits_NV if tau == 1 else logits_NV / tau, -1)
 
 
-def _scaled(value_N1: Tensor, grad_NV: Tensor, log_total_N1: Tensor, tau: float) -> Slope:
+def _log_sum(log_q_NV: Tensor) -> Tensor:
+    """Of the largest logit, which has been shifted to 0, that is what its logarithm lacks."""
+    return -log_q_NV.amax(-1, keepdim=True)
+
+
+def _scaled(value_N1: Tensor, grad_NV: Tensor, log_sum_N1: Tensor, tau: float) -> Slope:
     """With the factors of the temperature."""
-    return Slope(value_N1 * tau**2, grad_NV.mul_(tau), log_total_N1)
+    return Slope(value_N1 * tau**2, grad_NV.mul_(tau), log_sum_N1)

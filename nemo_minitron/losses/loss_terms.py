@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.losses.divergences import Divergence
-from nemo_minitron.losses.gradients import slope
+from nemo_minitron.losses.gradients import Slope, slope, value
 from nemo_minitron.losses.projection import Logits
 from nemo_minitron.losses.sparse_targets import SparseTargets
 from nemo_minitron.losses.wide_matmul import sum_dtype
 
 BLOCK_BYTES, CPU_BLOCK_BYTES = 64 * 2**20, 2**20
 """A chunk is passed over in blocks of rows; the CPU's stay in its cache."""
+TEMPORARIES = 8
+"""Tensors of a block's size that other divergences than forward KL take on an accelerator."""
 
 
 @dataclass(frozen=True)
@@ -205,11 +207,7 @@ class ByHand(Eager):
     weights: LossWeights
     compiled: bool = False
     skips: bool = False
-
-    @property
-    def buffers(self) -> int:
-        """See ``Term``; compiled, all but forward KL keep some whole tensors between their passes."""
-        return 3 if self.compiled and self.weights.divergence.name != "forward_kl" else 1
+    buffers: int = 1
 
     def evaluate(
         self,
@@ -220,21 +218,24 @@ class ByHand(Eager):
         mass_C: Tensor | None = None,
     ) -> ChunkTerms:
         """See ``Term``; the student's logits become the gradient."""
-        grad_CV, how = (
-            student_CV if wants_gradient else None,
-            (self.weights, wants_gradient, self.skips),
-        )
-        if self.compiled:  # passes over the chunk without a temporary: no need of blocks
-            sums = _compiled_terms()(student_CV, teacher_CV, labels_C, mass_C, *how)
+        grad_CV = student_CV if wants_gradient else None
+        how = (self.weights, wants_gradient, self.skips)
+        in_place = _in_place(self.weights, teacher_CV, mass_C)
+        terms = _compiled_terms() if self.compiled else _block_terms_
+        if (
+            self.compiled and in_place
+        ):  # passes over the chunk without a temporary: no need of blocks
+            sums = terms(student_CV, teacher_CV, labels_C, mass_C, *how)
             return ChunkTerms(sums, grad_CV)
         rows, entries = student_CV.shape
         room = CPU_BLOCK_BYTES if student_CV.device.type == "cpu" else BLOCK_BYTES
+        room = room if in_place or student_CV.device.type == "cpu" else room // TEMPORARIES
         size = max(1, room // (student_CV.element_size() * entries))
         sums = torch.zeros(2, dtype=sum_dtype(student_CV.device), device=student_CV.device)
         for block in (slice(start, start + size) for start in range(0, rows, size)):
             teacher_NV = None if teacher_CV is None else teacher_CV[block]
             mass_N = None if mass_C is None else mass_C[block]
-            sums += _block_terms_(student_CV[block], teacher_NV, labels_C[block], mass_N, *how)
+            sums += terms(student_CV[block], teacher_NV, labels_C[block], mass_N, *how)
         return ChunkTerms(sums, grad_CV)
 
 
@@ -258,17 +259,21 @@ def _block_terms_(
         wants_gradient: whether the gradient is made.
         skips: whether tokens whose label is negative are among them.
     """
-    if not isinstance(teacher, SparseTargets) and (
-        teacher is None or (weights.divergence.name == "forward_kl" and mass_N is None)
-    ):
+    if teacher is None or _in_place(weights, teacher, mass_N):
+        assert not isinstance(teacher, SparseTargets)
         return _forward_kl_(student_NV, teacher, labels_N, weights, wants_gradient, skips)
     column_N1 = labels_N[:, None]
     valid_N1 = column_N1 >= 0 if skips else None
     column_N1 = column_N1.clamp(min=0)
-    found = slope(weights.divergence, teacher, student_NV)
-    log_own_N1 = found.log_total_N1  # the student's normaliser at temperature 1
+    found = Slope(value(weights.divergence, teacher, student_NV), student_NV)
+    if wants_gradient:
+        found = slope(weights.divergence, teacher, student_NV)
+    student_NV -= student_NV.amax(
+        -1, keepdim=True
+    )  # a large one would take the others' last digits
+    log_own_N1 = found.log_sum_N1  # the student's normaliser at temperature 1
     if log_own_N1 is None or weights.divergence.temperature != 1:
-        log_own_N1 = student_NV.logsumexp(-1, keepdim=True)
+        log_own_N1 = student_NV.exp().sum(-1, keepdim=True).log()
     share_N1 = torch.ones_like(found.value_N1) if mass_N is None else mass_N[:, None]
     wide, share_N1 = sum_dtype(student_NV.device), share_N1.to(student_NV.dtype)
     divergence = _counted(found.value_N1 * share_N1, valid_N1).to(wide).sum()
@@ -282,6 +287,14 @@ def _block_terms_(
             student_NV.zero_()
         student_NV.addcmul_(found.grad_NV, _counted(share_N1 * weights.kl, valid_N1))
     return torch.stack([divergence, ce])
+
+
+def _in_place(
+    weights: LossWeights, teacher: Tensor | SparseTargets | None, mass_N: Tensor | None
+) -> bool:
+    """Whether ``_forward_kl_`` does it, which takes no memory beside the logits."""
+    whole = not isinstance(teacher, SparseTargets) and mass_N is None
+    return teacher is None or (whole and weights.divergence.name == "forward_kl")
 
 
 def _forward_kl_(

@@ -126,6 +126,7 @@ class Sharded(Eager):
         if self.kernels is None:
             return super().__call__(student, teacher, labels_C, wants_gradient, place_CV)
         assert not isinstance(teacher, SparseTargets)
+        assert teacher is None or teacher.mass_T is None  # the ranks' sums know of no shares
         entries, valid_C = student.raw_CV.shape[1], labels_C >= 0
         own_C = labels_C - self.shard.first
         mine_C = valid_C & (own_C >= 0) & (own_C < entries)

@@ -360,6 +360,7 @@ class CachedDistillation(Callback):
         self.cache, self.weights, self.chunk_tokens = cache, weights, chunk_tokens
         self.vocabulary = vocabulary
         self._before: Objective | None = None
+        self._compiles_loss: Callable[[], bool] = lambda: False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes over the model's objective.
@@ -372,6 +373,7 @@ class CachedDistillation(Callback):
                 f"CachedDistillation: expected a MinitronModel, found {type(pl_module).__name__}"
             )
         self._before, pl_module.objective = pl_module.objective, self.objective
+        self._compiles_loss = pl_module.compiles_loss
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the model its own objective back."""
@@ -390,10 +392,6 @@ class CachedDistillation(Callback):
         assert rows_B is not None
         targets = self.cache[rows_B.tolist()].to(student.hidden_TH.device)
         return fused_linear_loss(
-            student,
-            labels_T,
-            self.weights,
-            targets,
-            chunk_tokens=self.chunk_tokens,
-            vocabulary=self.vocabulary,
-        )
+            student, labels_T, self.weights, targets, chunk_tokens=self.chunk_tokens,
+            vocabulary=self.vocabulary, compiled=self._compiles_loss(),
+        )  # fmt: skip

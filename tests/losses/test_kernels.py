@@ -24,12 +24,14 @@ def test_they_build_for_cards_that_are_not_here(card, monkeypatch, tmp_path):
     types = {"labels": "*i64", "grad": "*bf16", "counters": "*i32"}
     types |= dict.fromkeys(("student", "teacher", "shares", "terms", "sums"), "*fp32")
     types |= dict.fromkeys(numbers, "fp32")
-    for both, taught in itertools.product((True, False), repeat=2):
+    # sums and gradients, without gradients, and those of a shard's ranks one after the other
+    ways = [(True, True, True), (True, True, False), (True, False, False), (False, True, True)]
+    for (sums, grads, wanted), taught in itertools.product(ways, (True, False)):
         flags = dict.fromkeys(
             ("TAUGHT", "SOFTENED", "STUDENT_CAPPED", "TEACHER_CAPPED", "SHARED"), taught
         )
         sizes = {"COLUMNS": 4096, "BLOCK": 2048, "PARTS": 3, "SUMMED": 3, "PADDED": 4, "ROWS": 4}
-        constants = {"SUMS": True, "GRADIENTS": both, "WANTED": both, **flags, **sizes}
+        constants = {"SUMS": sums, "GRADIENTS": grads, "WANTED": wanted, **flags, **sizes}
         assert built(kernels._terms_kernel, card, constants, types)
 
 

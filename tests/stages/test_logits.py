@@ -3,10 +3,12 @@
 import shutil
 
 import pytest
+import torch
 
 from nemo_minitron.cli.main import main
 from nemo_minitron.distillation import teacher_logits
 from nemo_minitron.distillation.teacher_logits import TeacherLogits
+from nemo_minitron.losses import loss_terms
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.forks import CONSTANT
 from tests.support.processes import until
@@ -54,6 +56,26 @@ def test_a_student_learns_from_a_few_entries_and_needs_no_teacher(tmp_path, word
     lines = read_log(place / "student" / "metrics.jsonl")
     divergences = [line["val_divergence"] for line in lines if "val_divergence" in line]
     assert divergences[-1] < divergences[0]
+
+
+def test_the_loss_from_cached_logits_is_compiled_where_that_is_asked_for(
+    tmp_path, words, monkeypatch
+):
+    compiled, whole = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: whole(f, **how | {"backend": "eager"}))
+    monkeypatch.setattr(
+        loss_terms,
+        "_compiled_terms",
+        lambda: compiled.append(1) or loss_terms._block_terms_,
+    )
+    words = [*words, CACHE, "distill.cache.entries=8"]
+    plain = made(tmp_path / "plain", *words)
+    assert not compiled
+    found = made(tmp_path / "compiled", *words, "training.compile=on")
+    assert compiled
+    assert [line.get("loss") for line in found] == pytest.approx(
+        [line.get("loss") for line in plain]
+    )
 
 
 def test_killed_and_on_two_ranks_it_comes_out_the_same(tmp_path, words, monkeypatch):
