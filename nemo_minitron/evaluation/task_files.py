@@ -30,7 +30,7 @@ def task_print(name: str, task_dir: str | None) -> dict[str, str | None]:
 
 def _files_of(task: str, index: Any) -> set[Path]:
     entry = index.get(task)
-    theirs = Path(library().__file__).parent
+    theirs = Path(library().__file__).resolve().parent  # an environment may be reached by a link
     if (
         entry is None
         or entry.yaml_path is None

@@ -73,8 +73,7 @@ def sparse_divergence(
     if log_p_TK.shape[-1] == log_q_TV.shape[-1]:
         return kept_T * temperature**2
     # the student's tail as a sum of what is left, not as 1 - the rest: near 0 that has no digits
-    hidden_TV = torch.zeros_like(log_q_TV).scatter(-1, targets.ids_TK, -torch.inf)
-    tail_q_T = torch.logsumexp(log_q_TV + hidden_TV, -1)
+    tail_q_T = torch.logsumexp(log_q_TV.scatter(-1, targets.ids_TK, -torch.inf), -1)
     return (kept_T + tail_p_T.exp() * (tail_p_T - tail_q_T)) * temperature**2
 
 
@@ -97,8 +96,7 @@ def known_entries(
     log_p_TV = torch.log_softmax(wide(teacher_TV) / temperature, -1)
     if method == "top_k":
         log_p_TK, ids_TK = log_p_TV.topk(min(entries, log_p_TV.shape[-1]), dim=-1)
-        hidden_TV = torch.zeros_like(log_p_TV).scatter(-1, ids_TK, -torch.inf)
-        tail_T = torch.logsumexp(log_p_TV + hidden_TV, -1)
+        tail_T = torch.logsumexp(log_p_TV.scatter_(-1, ids_TK, -torch.inf), -1)
         # finite where nothing is left: the product of mass and logarithm is then 0
         return SparseTargets(ids_TK, log_p_TK, tail_T.clamp_min(_NOTHING))
     return SparseTargets(
