@@ -95,9 +95,14 @@ class Preemption(Callback):
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the signals back; Lightning ignores Ctrl-C while it ends by one."""
+        """Gives the signals back, those that are still its own.
+
+        Lightning has put back by now what was there before the training. What was there when the steps
+        began is Lightning's own handler, which would keep trainer and models alive, and take the signals
+        that come later. And while it ends by Ctrl-C it ignores that.
+        """
         for number, handler in self._before.items():
-            if number != signal.SIGINT or signal.getsignal(number) == self._interrupt:
+            if signal.getsignal(number) in (self._note, self._interrupt):
                 signal.signal(number, handler)
         self._before = {}
 

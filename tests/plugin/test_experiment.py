@@ -1,9 +1,12 @@
 """NeMo's exp_manager around a training without a stage: its rhythm, how it ends, what is kept of it."""
 
+import gc
 import json
 import os
 import signal
 import time
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -29,6 +32,17 @@ class Stop(Callback):
     def on_train_batch_start(self, trainer, *_):
         if trainer.global_step == self.step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Noted(Callback):
+    """Remembers what a training holds, without keeping it."""
+
+    def __init__(self, references):
+        self.references = references
+
+    def on_train_start(self, trainer, pl_module):
+        parts = (trainer, pl_module, trainer.optimizers[0])
+        self.references += [weakref.ref(part) for part in parts]
 
 
 @pytest.fixture
@@ -111,6 +125,22 @@ def test_a_signal_and_the_end_of_its_time_are_told_apart(tmp_path, folder, monke
     model, config = load_model(folder), read_config(folder)
     with pytest.raises(TimeOver, match=r"stopped by exp_manager\.max_time_per_run at step 1 of 3"):
         train(model, config, folder, long_ago, tokens(), tokens(8), tmp_path / "other")
+
+
+@pytest.mark.parametrize("ends", ["well", "by a signal"])
+def test_a_training_leaves_no_model_behind_and_gives_the_signals_back(tmp_path, folder, ends):
+    """Lightning's handler would keep trainer, student, teacher and optimiser alive, and swallow a later SIGTERM."""
+    watched = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in watched]
+    learns = distillation(folder, None)
+    kept = [weakref.ref(learns.teacher)]
+    callbacks = [learns, Noted(kept), *([Stop(2)] if ends == "by a signal" else [])]
+    with pytest.raises(Preempted) if ends == "by a signal" else nullcontext():
+        run(folder, tmp_path / "state", 3, callbacks)
+    assert [signal.getsignal(number) for number in watched] == before
+    del learns, callbacks
+    gc.collect()
+    assert len(kept) == 4 and [reference() for reference in kept] == [None] * 4
 
 
 @pytest.mark.parametrize(
