@@ -20,6 +20,10 @@ CLAIMS = (
           "in two cuts, taught by the first", ("in two cuts, taught by the middle",)),
 )  # fmt: skip
 
+NOTE = """Plain torch says the same of the first teacher (`benchmarks/paper/checks/two_cuts.py`): after 120 steps one cut 3.766, two cuts 3.839 taught by the first and
+3.863 by the middle model; after 480 steps 3.569, 3.596 and 3.602. The gap closes with the length of the training: the second cut undoes a part of what the first
+half has repaired, and so short a half does not repair it. [P1] trains on some ninety billion tokens after each cut."""
+
 
 def measure(lab: Lab) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of one seed."""

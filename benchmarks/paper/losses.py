@@ -58,8 +58,7 @@ NOTE = """In plain torch (`benchmarks/paper/checks/what_teaches.py`, first teach
 text 3.665; logits at temperature 0.5 3.689, 1 3.613, 2 3.608, 3 3.613, 5 3.627, 10 3.642; with text 3.616; with states 3.600. Temperature 1 is
 no sharp optimum there either. Of the depth cut: logits 3.527; with the states of the third layer from the end (the default, and [P1]'s for 32
 layers) 3.527, of the second 3.523, of the last 3.516. A student of three layers has no third from the end but its first,
-which the default asks to do what four of the teacher's layers do: of this teacher states of later layers help, as [P1] says, so that the verdict may be
-about `distill.intermediate.layers` in so shallow a model."""
+which the default asks to do what four of the teacher's layers do. With the states of the last layer the claim holds, as the next row says."""
 
 
 def measure(lab: Lab) -> Iterator[tuple[str, dict[str, Any]]]:

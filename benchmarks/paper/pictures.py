@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-_COLOURS = ("#2b6cb0", "#b03a5b", "#2f855a", "#d1862b", "#6b46c1", "#555555", "#0e7490", "#9b2c2c")
+_COLOURS = ("#2b6cb0", "#b03a5b", "#2f855a", "#d1862b", "#6b46c1", "#555555", "#84a414", "#9b2c2c")
 _LINES = {"pruned": "-", "scratch": "--", "start": ":"}
 
 
