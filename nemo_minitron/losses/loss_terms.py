@@ -265,9 +265,10 @@ def _block_terms_(
     column_N1 = labels_N[:, None]
     valid_N1 = column_N1 >= 0 if skips else None
     column_N1 = column_N1.clamp(min=0)
-    found = Slope(value(weights.divergence, teacher, student_NV), student_NV)
     if wants_gradient:
         found = slope(weights.divergence, teacher, student_NV)
+    else:
+        found = Slope(value(weights.divergence, teacher, student_NV), student_NV)
     student_NV -= student_NV.amax(
         -1, keepdim=True
     )  # a large one would take the others' last digits
