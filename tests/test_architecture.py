@@ -313,6 +313,13 @@ def test_no_code_that_comes_with_a_model_is_loaded():
     assert loads >= 6
 
 
+def test_a_flow_that_waits_for_its_stages_processes_holds_no_torch():
+    """Which takes 200 MB and a second or two."""
+    code = "import sys, nemo_minitron.flows.compress; sys.exit('torch' in sys.modules)"
+    done = tool(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The wheel, unpacked into a folder of its own; dependencies come from this environment."""

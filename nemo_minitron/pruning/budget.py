@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping
 
 from nemo_minitron.config.plan_config import BudgetConfig
-from nemo_minitron.pruning.size_space import BITS
 
 BOUNDS = (
     "parameters", "active", "non_embedding", "weight_bytes", "memory_bytes", "kv_bytes_per_token",
     "flops_per_token", "latency_ms",
 )  # fmt: skip
 """Keys of ``plan.budget`` that are upper bounds, each named like the cost that it bounds."""
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "int8": 8, "int4": 4}
+"""Bits of a number, by the name of its dtype."""
 Limits = dict[str, tuple[float, float]]
 """Measure to the least and the most that is allowed."""
 _PARTS = (

@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from nemo_minitron.families import Architecture
 from nemo_minitron.families.grammar import evaluate, names_in
+from nemo_minitron.pruning.budget import BITS
 from nemo_minitron.pruning.cost import count_tensors, sums
 from nemo_minitron.pruning.size_search import checked_choices
 from nemo_minitron.pruning.slice import Cut
 
 MOST = 2_000_000
 """Combinations looked at; their sizes and costs are held in memory."""
-BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "int8": 8, "int4": 4}
-"""Bits of a number, by the name of its dtype."""
 Latency = Callable[[Sequence[int], Mapping[str, Any]], Any]
 """Milliseconds of one pass, of kept layers and sizes (arrays that broadcast together)."""
 Grid = dict[str, Any]
