@@ -52,7 +52,7 @@ def _claims() -> tuple[Claim, ...]:
 CLAIMS = _claims()
 NOTE = """Rotating the residual stream before its channels are cut is far ahead, in plain torch, too (`benchmarks/paper/checks/rotation.py`, first teacher, 3.941): 64 channels to 48
 by activations 4.279 right after the cut, 4.020 after 60 steps and 3.954 after 240; by chance 4.309, 4.014, 3.949; rotated 3.948, 3.948, 3.945. The stream of so small a model
-fills few directions, and no channel is one of them: which channels stay hardly matters, activations or chance. In [P1] channels of 4,096 differ. SliceGPT itself, with a rotation for every block, is
+fills few directions, and no channel is one of them: which channels stay hardly matters, activations or chance. Whether that is so with thousands of channels has not been measured. SliceGPT itself, with a rotation for every block, is
 [P1]'s comparison, without retraining. A rotation is no row of `minitron`: the gain of the last norm has to go into the head, so that a tied head would become a matrix of its own (SmolLM2-135M at 448 channels:
 22 M parameters more). LLM-Pruner's hidden channels are worse right after the cut and better by .007 after 60 steps, where chance is as good as either."""
 

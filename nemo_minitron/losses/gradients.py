@@ -21,7 +21,7 @@ from nemo_minitron.losses.divergences import Divergence
 from nemo_minitron.losses.sparse_targets import SparseTargets, known_entries, sparse_divergence
 
 
-class Slope(NamedTuple):
+class ValueAndGradient(NamedTuple):
     """What a divergence finds in some tokens.
 
     Attributes:
@@ -36,14 +36,18 @@ class Slope(NamedTuple):
     log_sum_N1: Tensor | None = None
 
 
-def value(divergence: Divergence, teacher: Tensor | SparseTargets, student_NV: Tensor) -> Tensor:
-    """A divergence alone, Tensor of shape [tokens, 1]; arguments as in ``slope``."""
+def value_alone(
+    divergence: Divergence, teacher: Tensor | SparseTargets, student_NV: Tensor
+) -> Tensor:
+    """A divergence alone, Tensor of shape [tokens, 1]; arguments as in ``value_and_gradient``."""
     if isinstance(teacher, SparseTargets):
         return sparse_divergence(teacher, student_NV, divergence.temperature)[:, None]
     return divergence(teacher, student_NV)[:, None]
 
 
-def slope(divergence: Divergence, teacher: Tensor | SparseTargets, student_NV: Tensor) -> Slope:
+def value_and_gradient(
+    divergence: Divergence, teacher: Tensor | SparseTargets, student_NV: Tensor
+) -> ValueAndGradient:
     """A divergence and its gradient, token by token.
 
     Args:
@@ -53,10 +57,10 @@ def slope(divergence: Divergence, teacher: Tensor | SparseTargets, student_NV: T
     """
     if isinstance(teacher, SparseTargets):
         return _of_known_entries(teacher, student_NV, divergence.temperature)
-    return _SLOPES[divergence.name](teacher, student_NV, divergence)
+    return _BY_NAME[divergence.name](teacher, student_NV, divergence)
 
 
-def _forward_kl(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Slope:
+def _forward_kl(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> ValueAndGradient:
     """KL(p || q): dD/dz = q - p."""
     log_p_NV, log_q_NV, log_sum_N1 = _logs(teacher_NV, student_NV, divergence.temperature)
     p_NV = log_p_NV.exp()
@@ -64,7 +68,7 @@ def _forward_kl(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) 
     return _scaled(value_N1, log_q_NV.exp_().sub_(p_NV), log_sum_N1, divergence.temperature)
 
 
-def _reverse_kl(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Slope:
+def _reverse_kl(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> ValueAndGradient:
     """KL(q || p): g = log(q / p) + 1."""
     log_p_NV, log_q_NV, log_sum_N1 = _logs(teacher_NV, student_NV, divergence.temperature)
     gap_NV, q_NV = log_q_NV - log_p_NV, log_q_NV.exp()
@@ -72,7 +76,7 @@ def _reverse_kl(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) 
     return _scaled(value_N1, gap_NV.sub_(value_N1).mul_(q_NV), log_sum_N1, divergence.temperature)
 
 
-def _jsd(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Slope:
+def _jsd(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> ValueAndGradient:
     """Beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: g = (1 - beta) log(q / m)."""
     log_p_NV, log_q_NV, log_sum_N1 = _logs(teacher_NV, student_NV, divergence.temperature)
     beta, p_NV, q_NV = divergence.beta, log_p_NV.exp(), log_q_NV.exp()
@@ -91,26 +95,31 @@ def _log_mixture(
     """Log(beta p + (1 - beta) q), also where both are so small that they round to 0."""
     mixture_NV = (beta * p_NV).add_(q_NV, alpha=1 - beta)
     least = torch.finfo(mixture_NV.dtype).tiny
-    larger_NV = torch.maximum(log_p_NV, log_q_NV)  # right to log 2 / least, where p and q are below
+    # where both round to 0 they multiply what is taken of it, which only has to be finite
+    larger_NV = torch.maximum(log_p_NV, log_q_NV)
     return torch.where(mixture_NV > least, mixture_NV.clamp_min(least).log(), larger_NV)
 
 
-def _mse(teacher_NV: Tensor, student_NV: Tensor, _: Divergence) -> Slope:
+def _mse(teacher_NV: Tensor, student_NV: Tensor, _: Divergence) -> ValueAndGradient:
     """Mean over V entries of (x - y)^2: 2 (x - y) / V."""
     gap_NV = student_NV - teacher_NV
-    return Slope(gap_NV.square().mean(-1, keepdim=True), gap_NV.mul_(2 / gap_NV.shape[-1]))
+    return ValueAndGradient(
+        gap_NV.square().mean(-1, keepdim=True), gap_NV.mul_(2 / gap_NV.shape[-1])
+    )
 
 
-def _cosine(teacher_NV: Tensor, student_NV: Tensor, _: Divergence) -> Slope:
+def _cosine(teacher_NV: Tensor, student_NV: Tensor, _: Divergence) -> ValueAndGradient:
     """1 - cos: -(y / |y| - cos x / |x|) / |x|; a length below 1e-8 counts as that, as torch has it."""
     x_N1, y_N1 = (values.norm(dim=-1, keepdim=True) for values in (student_NV, teacher_NV))
     least_x_N1, least_y_N1 = x_N1.clamp_min(1e-8), y_N1.clamp_min(1e-8)
     cos_N1 = (student_NV * teacher_NV).sum(-1, keepdim=True) / (least_x_N1 * least_y_N1)
     by_own_N1 = torch.where(x_N1 > 1e-8, cos_N1 / least_x_N1.square(), 0)
-    return Slope(1 - cos_N1, student_NV * by_own_N1 - teacher_NV / (least_x_N1 * least_y_N1))
+    return ValueAndGradient(
+        1 - cos_N1, student_NV * by_own_N1 - teacher_NV / (least_x_N1 * least_y_N1)
+    )
 
 
-def _of_known_entries(targets: SparseTargets, student_NV: Tensor, tau: float) -> Slope:
+def _of_known_entries(targets: SparseTargets, student_NV: Tensor, tau: float) -> ValueAndGradient:
     """From what is known of the teacher.
 
     Of drawn entries: the mean of -log q, whose gradient is q - their frequency. Of the largest, with P
@@ -119,17 +128,17 @@ def _of_known_entries(targets: SparseTargets, student_NV: Tensor, tau: float) ->
     """
     ids_NK, log_q_NV = targets.ids_TK, _log_softmax(student_NV, tau)
     log_q_NK, log_sum_N1 = log_q_NV.gather(-1, ids_NK), _log_sum(log_q_NV)
-    drawn = ids_NK.shape[-1]
+    entries = ids_NK.shape[-1]
     if targets.log_p_TK is None:
         value_N1 = -log_q_NK.mean(-1, keepdim=True)
         # counts are exact, a frequency is not, and would be taken away once for each draw
-        grad_NV = log_q_NV.exp_().mul_(drawn).scatter_add_(-1, ids_NK, -torch.ones_like(log_q_NK))
-        return Slope(value_N1 * tau**2, grad_NV.mul_(tau / drawn), log_sum_N1)
+        grad_NV = log_q_NV.exp_().mul_(entries).scatter_add_(-1, ids_NK, -torch.ones_like(log_q_NK))
+        return ValueAndGradient(value_N1 * tau**2, grad_NV.mul_(tau / entries), log_sum_N1)
     assert targets.log_tail_T is not None
     log_p_NK = targets.log_p_TK.to(log_q_NK.dtype)
     value_N1 = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1, keepdim=True)
     grad_NK = log_q_NK.exp_().sub_(log_p_NK.exp())
-    if drawn == log_q_NV.shape[-1]:  # there is no other
+    if entries == log_q_NV.shape[-1]:  # there is no other
         return _scaled(value_N1, log_q_NV.scatter_(-1, ids_NK, grad_NK), log_sum_N1, tau)
     # the others' mass is added up, not 1 - the rest: near 0 that has no digits
     others_NV = log_q_NV.scatter_(-1, ids_NK, -torch.inf)
@@ -140,12 +149,12 @@ def _of_known_entries(targets: SparseTargets, student_NV: Tensor, tau: float) ->
     return _scaled(value_N1, grad_NV.scatter_(-1, ids_NK, grad_NK), log_sum_N1, tau)
 
 
-def _topk_kl(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> Slope:
+def _topk_kl(teacher_NV: Tensor, student_NV: Tensor, divergence: Divergence) -> ValueAndGradient:
     known = known_entries(teacher_NV, "top_k", divergence.top_k, divergence.temperature)
     return _of_known_entries(known, student_NV, divergence.temperature)
 
 
-_SLOPES: dict[str, Callable[[Tensor, Tensor, Divergence], Slope]] = {
+_BY_NAME: dict[str, Callable[[Tensor, Tensor, Divergence], ValueAndGradient]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
     "jsd": _jsd,
@@ -170,6 +179,6 @@ def _log_sum(log_q_NV: Tensor) -> Tensor:
     return -log_q_NV.amax(-1, keepdim=True)
 
 
-def _scaled(value_N1: Tensor, grad_NV: Tensor, log_sum_N1: Tensor, tau: float) -> Slope:
+def _scaled(value_N1: Tensor, grad_NV: Tensor, log_sum_N1: Tensor, tau: float) -> ValueAndGradient:
     """With the factors of the temperature."""
-    return Slope(value_N1 * tau**2, grad_NV.mul_(tau), log_sum_N1)
+    return ValueAndGradient(value_N1 * tau**2, grad_NV.mul_(tau), log_sum_N1)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nemo_minitron.losses.divergences import Divergence
-from nemo_minitron.losses.gradients import Slope, slope, value
+from nemo_minitron.losses.gradients import value_alone, value_and_gradient
 from nemo_minitron.losses.projection import Logits
 from nemo_minitron.losses.sparse_targets import SparseTargets
 from nemo_minitron.losses.wide_matmul import sum_dtype
@@ -222,9 +222,7 @@ class ByHand(Eager):
         how = (self.weights, wants_gradient, self.skips)
         in_place = _in_place(self.weights, teacher_CV, mass_C)
         terms = _compiled_terms() if self.compiled else _block_terms_
-        if (
-            self.compiled and in_place
-        ):  # passes over the chunk without a temporary: no need of blocks
+        if self.compiled and in_place:  # passes without a temporary: no need of blocks
             sums = terms(student_CV, teacher_CV, labels_C, mass_C, *how)
             return ChunkTerms(sums, grad_CV)
         rows, entries = student_CV.shape
@@ -265,28 +263,27 @@ def _block_terms_(
     column_N1 = labels_N[:, None]
     valid_N1 = column_N1 >= 0 if skips else None
     column_N1 = column_N1.clamp(min=0)
+    grad_NV = log_own_N1 = None  # the latter: the student's normaliser at temperature 1
     if wants_gradient:
-        found = slope(weights.divergence, teacher, student_NV)
+        value_N1, grad_NV, log_own_N1 = value_and_gradient(weights.divergence, teacher, student_NV)
     else:
-        found = Slope(value(weights.divergence, teacher, student_NV), student_NV)
-    student_NV -= student_NV.amax(
-        -1, keepdim=True
-    )  # a large one would take the others' last digits
-    log_own_N1 = found.log_sum_N1  # the student's normaliser at temperature 1
+        value_N1 = value_alone(weights.divergence, teacher, student_NV)
+    # a large maximum would take the others' last digits
+    student_NV -= student_NV.amax(-1, keepdim=True)
     if log_own_N1 is None or weights.divergence.temperature != 1:
         log_own_N1 = student_NV.exp().sum(-1, keepdim=True).log()
-    share_N1 = torch.ones_like(found.value_N1) if mass_N is None else mass_N[:, None]
+    share_N1 = torch.ones_like(value_N1) if mass_N is None else mass_N[:, None]
     wide, share_N1 = sum_dtype(student_NV.device), share_N1.to(student_NV.dtype)
-    divergence = _counted(found.value_N1 * share_N1, valid_N1).to(wide).sum()
+    divergence = _counted(value_N1 * share_N1, valid_N1).to(wide).sum()
     ce_N1 = log_own_N1 - student_NV.gather(1, column_N1)
     ce = _counted(ce_N1, valid_N1).to(wide).sum()
-    if wants_gradient:
+    if grad_NV is not None:
         by_ce_N1 = _counted(torch.full_like(ce_N1, weights.ce), valid_N1)
         if weights.ce != 0:
             student_NV.sub_(log_own_N1).exp_().mul_(by_ce_N1).scatter_add_(1, column_N1, -by_ce_N1)
         else:
             student_NV.zero_()
-        student_NV.addcmul_(found.grad_NV, _counted(share_N1 * weights.kl, valid_N1))
+        student_NV.addcmul_(grad_NV, _counted(share_N1 * weights.kl, valid_N1))
     return torch.stack([divergence, ce])
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemo_minitron.losses.divergences import DIVERGENCES, Divergence
-from nemo_minitron.losses.gradients import slope
+from nemo_minitron.losses.gradients import value_and_gradient
 from nemo_minitron.losses.loss_terms import ByHand, LossWeights
 from nemo_minitron.losses.projection import Logits
 from nemo_minitron.losses.sparse_targets import SparseTargets, known_entries, sparse_divergence
@@ -45,7 +45,7 @@ def test_values_and_gradients_are_those_of_autograd(name, tau):
     teacher_NV, student_NV = logits()
     for teacher in teachers(divergence, teacher_NV):
         before_NV = student_NV.clone()
-        found = slope(divergence, teacher, student_NV)
+        found = value_and_gradient(divergence, teacher, student_NV)
         value_N, grad_NV = by_autograd(divergence, teacher, student_NV)
         torch.testing.assert_close(found.value_N1[:, 0], value_N, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(found.grad_NV, grad_NV, rtol=1e-10, atol=1e-12)
@@ -61,7 +61,7 @@ def test_distributions_with_nothing_in_common_have_numbers(name):
     divergence = Divergence(name, beta=0.3, top_k=3)
     teacher_NV, student_NV = logits(spread=60, dtype=torch.float32)
     for teacher in teachers(divergence, teacher_NV):
-        found = slope(divergence, teacher, student_NV)
+        found = value_and_gradient(divergence, teacher, student_NV)
         exact = known(teacher)
         value_N, grad_NV = by_autograd(divergence, exact, student_NV)
         torch.testing.assert_close(found.value_N1[:, 0].double(), value_N, rtol=1e-4, atol=1e-5)
@@ -83,7 +83,7 @@ def test_equal_models_do_not_diverge_and_learn_nothing(name, tau):
     divergence = Divergence(name, tau, top_k=7)
     _, student_NV = logits(spread=5, dtype=torch.float32)
     for teacher in list(teachers(divergence, student_NV.clone()))[:4]:  # not the drawn ones
-        found = slope(divergence, teacher, student_NV)
+        found = value_and_gradient(divergence, teacher, student_NV)
         least = 1e-6 if name in ("jsd", "cosine") else 0
         assert found.value_N1.abs().max() <= least and found.grad_NV.abs().max() <= least
 
@@ -116,7 +116,7 @@ def test_a_student_whose_logits_are_all_zero_has_an_angle_as_torch_has_it():
     teacher_NV, student_NV = logits()
     student_NV[0], teacher_NV[1] = 0, 0
     divergence = Divergence("cosine")
-    found = slope(divergence, teacher_NV, student_NV)
+    found = value_and_gradient(divergence, teacher_NV, student_NV)
     value_N, grad_NV = by_autograd(divergence, teacher_NV, student_NV)
     torch.testing.assert_close(found.value_N1[:, 0], value_N)
     torch.testing.assert_close(found.grad_NV, grad_NV)
