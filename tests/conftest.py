@@ -24,6 +24,8 @@ from tests.support.models import WORDS, make_model
 from tests.support.processes import free_port, running, until
 from tests.support.runs import minitron, settings
 
+# threads to read a tiny model cost more than to read it; 'make demo' reads as users do
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 transformers.logging.disable_progress_bar()
 # what hypothesis takes for slow, and for too slow, is how busy the machine is
 hypothesis.settings.register_profile(
@@ -47,10 +49,26 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
-def pytest_collection_finish() -> None:
-    # libraries and tests stay; to look for garbage among all of them takes a quarter of a second
+def _keep_what_is_there() -> None:
+    """Libraries and tests stay: to look for garbage among all of them takes a quarter of a second each time."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    _keep_what_is_there()
+
+
+_begun = 0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What libraries import when they are first used stays too; most of it comes early."""
+    global _begun
+    _begun += 1
+    if _begun in (10, 30, 90, 270, 540, 810, 1080):
+        _keep_what_is_there()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

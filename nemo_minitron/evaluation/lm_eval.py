@@ -57,7 +57,7 @@ def check_tasks(names: Sequence[str], task_dir: str | None, where: str = "evalua
     if not unknown:
         library()
         return
-    manager = manager_of(task_dir, True)
+    manager = manager_of(task_dir, *unknown)
     tags = set(manager.all_tags)
     known = [task for task in manager.all_tasks if task not in tags]
     for task in unknown:
@@ -94,16 +94,26 @@ def library() -> Any:
     return lm_eval
 
 
+def manager_of(task_dir: str | None, *tasks: str) -> Any:
+    """lm-eval's index of tasks: of all of them, which takes seconds to make, or of the user's and ours.
+
+    Args:
+        task_dir: folder with own task YAMLs, or None.
+        tasks: those that it is for. Where each is a task of the user's or ours, they stand alone.
+    """
+    near = index_of(task_dir, False)
+    alone = set(near.all_subtasks).issuperset(tasks)
+    return near if alone else index_of(task_dir, True)
+
+
 @functools.cache
-def manager_of(task_dir: str | None, defaults: bool) -> Any:
-    """lm-eval's index of tasks, which takes seconds to make."""
+def index_of(task_dir: str | None, defaults: bool) -> Any:
+    """See ``manager_of``; ``defaults``: with lm-eval's own tasks."""
     library()
     from lm_eval.tasks import TaskManager
 
     folders = [str(ADDED), *([] if task_dir is None else [task_dir])]
-    return TaskManager(
-        include_path=folders if defaults else None, include_defaults=defaults, verbosity="ERROR"
-    )
+    return TaskManager(include_path=folders, include_defaults=defaults, verbosity="ERROR")
 
 
 def run_task(
@@ -199,7 +209,7 @@ def _evaluated(
         # its default is 100000 resamplings
         return library().simple_evaluate(
             lm, tasks=[made_here(task, held_out) if made else task], num_fewshot=shots, limit=limit,
-            task_manager=manager_of(task_dir, not made), bootstrap_iters=100,
+            task_manager=manager_of(None) if made else manager_of(task_dir, task), bootstrap_iters=100,
             confirm_run_unsafe_code=os.environ.get("HF_ALLOW_CODE_EVAL") == "1", **asked,
         )  # fmt: skip
 

@@ -99,7 +99,8 @@ def _measures(name: str, task_dir: str | None, data: Path) -> Mapping[str, bool]
     task, _ = split_shots(name)
     made = task in MADE_HERE
     with unconnected(made):
-        found = manager_of(task_dir, not made).load([made_here(task, data) if made else task])
+        manager = manager_of(None) if made else manager_of(task_dir, task)
+        found = manager.load([made_here(task, data) if made else task])
     parts = list(found["tasks"].values())
     if any(part.get_config("output_type") == "generate_until" for part in parts):
         raise ValueError(

@@ -22,7 +22,7 @@ def task_print(name: str, task_dir: str | None) -> dict[str, str | None]:
     """
     task, _ = split_shots(name)
     own: set[Path] = (
-        set() if task in MADE_HERE else _files_of(task, manager_of(task_dir, True).task_index)
+        set() if task in MADE_HERE else _files_of(task, manager_of(task_dir, task).task_index)
     )
     prints = [[path.name, hash_file(path)] for path in sorted(own)]
     return {"lm_eval": version("lm_eval"), "own": digest(prints) if prints else None}

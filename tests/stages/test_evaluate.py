@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import load_config
 from nemo_minitron.evaluation import speed
-from nemo_minitron.evaluation.lm_eval import check_tasks, manager_of
+from nemo_minitron.evaluation.lm_eval import check_tasks, index_of
 from nemo_minitron.evaluation.measurements import SPEED, Unit, work
 from nemo_minitron.evaluation.report import speeds, unserved
 from nemo_minitron.evaluation.task_files import task_print
@@ -228,7 +228,7 @@ def test_a_task_is_measured_again_when_its_own_questions_have_changed_and_only_t
     assert changed() == list(names)
     group = "group: own_group\ntask: [own_quiz, own_coded]\n"
     (folder / "own_group.yaml").write_text(group)
-    manager_of.cache_clear()
+    index_of.cache_clear()
     found = task_print("own_group", str(folder))
     (folder / "helper.py").write_text("def same(docs):\n    return docs\n")
     assert task_print("own_group", str(folder)) != found

@@ -1,7 +1,7 @@
 """Processes of the command line, forked from one that has imported what all of them need.
 
 Importing NeMo takes seconds of computing, which every process of its own would spend anew. The one they are forked
-from has no threads of Python and has computed nothing. A fork is a process like any other, with a number,
+from has no threads of Python, and no tensor but what libraries made. A fork is a process like any other, with a number,
 environment, output and end of its own; only in lists of processes it bears the line of the one it was forked from.
 """
 
@@ -18,14 +18,16 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.families.table import OWN_TABLES
+
 MARK = "MINITRON_TEST"
 """Variable that names the test which a process was started for."""
 CONSTANT = "MINITRON_TEST_CONSTANT"
 """Variable with a module, a constant of it and the whole number that a fork takes for it: ``MODULE:NAME:NUMBER``."""
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.support.imported"])
-_READ_AT_IMPORT = ("HF_DATASETS_", "PYTHON", "OMP_", "LD_", "TRANSFORMERS_OFFLINE")
-"""Beginnings of variables that libraries read while they are imported, those of huggingface_hub aside."""
+_READ_AT_IMPORT = ("HF_DATASETS_", "PYTHON", "OMP_", "LD_", "TRANSFORMERS_OFFLINE", OWN_TABLES)
+"""Beginnings of variables that are read while all is imported, those of huggingface_hub aside."""
 _first: dict[str, str] = {}
 alive: list["Fork"] = []
 """Those that nobody has seen the end of yet."""

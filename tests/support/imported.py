@@ -10,6 +10,9 @@ gc.disable()  # a tenth of the time: an import leaves little garbage
 
 import nemo_minitron.cli.main  # noqa: E402
 import nemo_minitron.plugin.trainer  # noqa: E402, F401 (NeMo and Lightning)
+from nemo_minitron.config.compose import load_config  # noqa: E402
+from nemo_minitron.families import families  # noqa: E402
+from nemo_minitron.families.wrapper import wrappers  # noqa: E402
 from nemo_minitron.stages.run import STAGES  # noqa: E402
 
 _OF_LM_EVAL = ("requests", "sacrebleu", "multiprocess", "xxhash", "pyarrow.dataset")
@@ -26,5 +29,7 @@ for module in {
     *_OF_PREFECT,
 }:
     importlib.import_module(module)
+# what they read sooner or later too
+families(), wrappers(), load_config("config", [])
 gc.freeze()  # no fork looks for garbage here, or gets a copy of what it looks at
 gc.enable()
