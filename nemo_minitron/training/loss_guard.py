@@ -53,6 +53,7 @@ class LossGuard(Callback):
         self.spikes = spikes or Spikes()
         self._losses: deque[float] = deque(maxlen=self.spikes.window)
         self._micro: list[torch.Tensor] = []
+        self._loss: tuple[int, torch.Tensor] | None = None
         self._waiting: tuple[int, LateRead] | None = None
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,22 +66,33 @@ class LossGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        """Judges a step (gradients not under float16, which may see infinity and copes by itself).
+        """Notes the loss of a step; ``judge_gradients`` follows, and has the rest.
 
         Raises:
-            BadStep: it, or on an accelerator the one before it, must not be taken.
+            BadStep: on an accelerator, the step before it must not have been taken.
         """
         self.settle()
         total, tokens = trainer.strategy.reduce(torch.stack(self._micro).sum(0), reduce_op="sum")
         self._micro = []
-        found = [total / tokens.clamp_min(1)]
-        if trainer.precision not in ("16-mixed", "16-true"):
-            found.append(gradient_norm(pl_module))
-        if total.device.type == "cpu":
-            self._judge(trainer.global_step, *map(float, found))
+        self._loss = (trainer.global_step, total / tokens.clamp_min(1))
+
+    def judge_gradients(self, norm: torch.Tensor | None) -> None:
+        """Judges the step whose loss was noted.
+
+        Args:
+            norm: of its gradients, a scalar; None: not to be judged.
+
+        Raises:
+            BadStep: it must not be taken (on an accelerator that is known when the next one is).
+        """
+        if self._loss is None:  # there was no step: the training begins
+            return
+        (step, loss), self._loss = self._loss, None
+        found = [number.float() for number in (loss, norm) if number is not None]
+        if loss.device.type == "cpu":
+            self._judge(step, *map(float, found))
         else:
-            numbers = torch.stack([number.float() for number in found])
-            self._waiting = (trainer.global_step, LateRead(numbers))
+            self._waiting = (step, LateRead(torch.stack(found)))
 
     def settle(self) -> None:
         """Judges the step that still waits for it.
@@ -135,21 +147,32 @@ def settle(trainer: Trainer | None) -> None:
     Raises:
         BadStep: it must not have been taken.
     """
-    for callback in [] if trainer is None else trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, LossGuard):
-            callback.settle()
+    for guard in guards(trainer):
+        guard.settle()
 
 
-def gradient_norm(module: torch.nn.Module) -> torch.Tensor:
+def guards(trainer: Trainer | None) -> list[LossGuard]:
+    """The guards of a training."""
+    callbacks = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, LossGuard)]
+
+
+def weights_of(optimizer: Any) -> list[torch.Tensor]:
+    """The weights that an optimiser trains; to find them by a model's modules takes as long as to clip them."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def gradients_of(optimizer: Any) -> list[torch.Tensor]:
+    """The gradients that it takes a step by."""
+    return [weight.grad for weight in weights_of(optimizer) if weight.grad is not None]
+
+
+def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     """L2 norm over all gradients, a scalar; over all ranks where they are sharded."""
     groups: dict[Any, list[torch.Tensor]] = {}
-    for parameter in module.parameters():
-        if parameter.grad is not None:
-            # those of different meshes (split by tensor parallelism, or not) do not mix in one
-            # operation
-            groups.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(
-                parameter.grad
-            )
+    for gradient in gradients:
+        # those of different meshes (split by tensor parallelism, or not) do not mix in one operation
+        groups.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
     norms = [torch.nn.utils.get_total_norm(group) for group in groups.values()]
     whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     return whole[0] if len(whole) == 1 else torch.linalg.vector_norm(torch.stack(whole))

@@ -9,7 +9,7 @@ of a hundred of a long one.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nemo_minitron.losses.fused_linear_loss import LossResult
 from nemo_minitron.losses.wide_matmul import sum_dtype
@@ -52,7 +52,7 @@ class LearnedTokens:
         self._counts.append(torch.stack([self.last, torch.full_like(self.last, labels_BS.numel())]))
         return self.last / labels_BS.numel()
 
-    def weigh(self, module: nn.Module, strategy: Any) -> None:
+    def weigh(self, gradients: list[Tensor], strategy: Any) -> None:
         """Makes the gradients of a whole step those of the mean over its learned tokens."""
         counts = torch.stack(self._counts).sum(0)
         wide = sum_dtype(counts.device)
@@ -65,7 +65,6 @@ class LearnedTokens:
         }
         self._step, self._counts, self._terms = (counts[0].to(wide), sums), [], []
         whole = strategy.reduce(counts, reduce_op="sum")
-        gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
         if whole.device.type != "cpu":
             _scale(gradients, (whole[1] / whole[0].clamp_min(1)).float())
             return
