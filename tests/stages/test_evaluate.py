@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import load_config
 from nemo_minitron.evaluation import speed
-from nemo_minitron.evaluation.lm_eval import check_tasks, index_of
+from nemo_minitron.evaluation.lm_eval import check_tasks, index_of, manager_of
 from nemo_minitron.evaluation.measurements import SPEED, Unit, work
 from nemo_minitron.evaluation.report import speeds, unserved
 from nemo_minitron.evaluation.task_files import task_print
@@ -233,6 +233,16 @@ def test_a_task_is_measured_again_when_its_own_questions_have_changed_and_only_t
     (folder / "helper.py").write_text("def same(docs):\n    return docs\n")
     assert task_print("own_group", str(folder)) != found
     assert task_print("hellaswag", str(folder)) == {"lm_eval": version("lm_eval"), "own": None}
+
+
+def test_own_tasks_are_read_without_lm_evals_own_and_groups_with_them(tmp_path):
+    (tmp_path / "own_quiz.yaml").write_text("task: own_quiz\ntag: own_tag\n")
+    (tmp_path / "own_group.yaml").write_text("group: own_group\ntask: [own_quiz, hellaswag]\n")
+    near = manager_of(str(tmp_path), "own_quiz", "xlsum_en")
+    assert set(near.all_tasks) == {"own_quiz", "own_tag", "own_group", "xlsum_en"}
+    for asked in ("own_group", "own_tag", "hellaswag", "no_such_task"):
+        whole = manager_of(str(tmp_path), "own_quiz", asked)
+        assert {"hellaswag", "own_quiz", "own_group"} <= set(whole.all_tasks)
 
 
 def test_a_measure_that_one_model_lacks_is_not_compared(words, capsys, tmp_path, monkeypatch):
