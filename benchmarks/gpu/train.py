@@ -41,7 +41,7 @@ def rows(tiny: bool) -> list[Row]:
         ):
             found[name] = _measured(lambda size, way=choice: _stage(config, job, way, size), job)
             print(f"  {name}: {found[name][0] * 1000:.1f} ms a step", flush=True)
-        loop = _Loop(place / "teacher", Workspace(workspace_of(config)).pruned, device, job)
+        loop = Loop(place / "teacher", Workspace(workspace_of(config)).pruned, device, job)
         reference = "plain PyTorch, compiled layers"
         found[reference] = _measured(loop.seconds, job)
     return [
@@ -93,7 +93,7 @@ def _stage(config: Config, job: Job, compile: str, size: int) -> float:
     return job.tokens / median(speeds)
 
 
-class _Loop:
+class Loop:
     """What one would write by hand.
 
     Attributes:

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.option import describe
-from nemo_minitron.families.table import LOADER
+from nemo_minitron.families.table import read_yaml
 
 _OVERRIDE = re.compile(r"(?P<before>\+{0,2}(?P<key>[\w.]+)=)(?P<value>.*)", re.DOTALL)
 _TEXTS = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
@@ -88,7 +88,7 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")
-    written, read = yaml.load(text, _TEXTS), yaml.load(text, LOADER)  # noqa: S506 (both are safe)
+    written, read = yaml.load(text, _TEXTS), read_yaml(text)  # noqa: S506  texts only
     truths = {name for name, item, _ in describe(Config) if item.metadata["synonyms"]}
     for name in sorted(_keys(str, str | None) - truths):
         one, other = _at(written, name), _at(read, name)

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemo_minitron.families.architecture import architecture_of
 from nemo_minitron.families.grammar import Row, parse_row
-from nemo_minitron.families.table import LOADER
+from nemo_minitron.families.table import read_yaml
 from nemo_minitron.security.plain_text import plain
 
 TABLES = Path(__file__).parent / "wrappers"
@@ -94,7 +92,7 @@ def load_wrapper(path: Path) -> Wrapper:
     Raises:
         ValueError: unknown keys, or rows that do not parse.
     """
-    table = yaml.load(path.read_text(encoding="utf-8"), LOADER)  # noqa: S506 (a SafeLoader)
+    table = read_yaml(path.read_text(encoding="utf-8"))
     if set(table) - _KEYS:
         raise ValueError(f"{path}: unknown keys {sorted(set(table) - _KEYS)}")
     return Wrapper(

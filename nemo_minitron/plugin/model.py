@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.precision import Precision
 from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
@@ -28,6 +27,7 @@ from nemo_minitron.models.causal_lm import (
     save_model,
 )
 from nemo_minitron.models.trainable import train_only
+from nemo_minitron.plugin.clipping import Clipping
 from nemo_minitron.plugin.fast_on_gpus import FastOnGpus
 from nemo_minitron.plugin.nemo_archive import (
     ANY_SUBCLASS,
@@ -43,7 +43,7 @@ from nemo_minitron.plugin.nemo_archive import (
 )
 from nemo_minitron.plugin.own_loaders import OwnLoaders
 from nemo_minitron.training.batches import as_batch
-from nemo_minitron.training.loss_guard import gradient_norm, gradients_of, guards, settle, weights_of
+from nemo_minitron.training.loss_guard import gradients_of, settle
 from nemo_minitron.training.phases import learning_rate
 from nemo_minitron.training.sampler import ConsumedSampler
 from nemo_minitron.training.strategies import gathered, shard
@@ -59,7 +59,7 @@ Objective = Callable[..., LossResult]
 of the decoder, such as ``attention_mask``, come by name."""
 
 
-class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
+class MinitronModel(OwnLoaders, FastOnGpus, Clipping, ModelPT):
     """A Hugging Face causal LM with NeMo's configuration, optimisers, exp_manager and ``.nemo`` archives.
 
     The model's ``cfg`` holds:
@@ -182,30 +182,6 @@ class MinitronModel(OwnLoaders, FastOnGpus, ModelPT):
         shard(self.model, self.family, self.device_mesh)
         if hasattr(self, "projection"):  # of a distillation by hidden states
             fully_shard(self.projection, mesh=self.device_mesh["data_parallel"])
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
-        """Clips by the norm over all ranks' parts; by value as Lightning does.
-
-        The norm is measured once: the guards of the training judge the step by it too.
-        """
-        watching, precision = guards(self._trainer), self._trainer.precision_plugin
-        by_norm = str(gradient_clip_algorithm or "norm") == "norm" and (gradient_clip_val or 0) > 0
-        if not self._sharded:  # some strategies of Lightning's have a norm of their own
-            by_norm &= type(precision).clip_grad_by_norm is Precision.clip_grad_by_norm
-        if watching or by_norm:
-            norm = gradient_norm(gradients_of(optimizer))
-            # under float16 gradients may be infinite, and the step is passed over
-            judged = norm if precision.precision not in ("16-mixed", "16-true") else None
-            for guard in watching:
-                guard.judge_gradients(judged)
-        if by_norm:
-            torch.nn.utils.clip_grads_with_norm_(
-                weights_of(optimizer), gradient_clip_val, norm, False if self._sharded else None
-            )
-        else:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def gather(self) -> None:
         """Brings a sharded model's weights together on rank 0, for ``save_hf``; all ranks call it.

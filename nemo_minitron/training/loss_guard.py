@@ -158,7 +158,7 @@ def guards(trainer: Trainer | None) -> list[LossGuard]:
 
 
 def weights_of(optimizer: Any) -> list[torch.Tensor]:
-    """The weights that an optimiser trains; to find them by a model's modules takes as long as to clip them."""
+    """The weights that an optimiser trains; to find them by modules takes as long as to clip them."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
