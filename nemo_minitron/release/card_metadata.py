@@ -8,6 +8,7 @@ from typing import Any
 import huggingface_hub
 import yaml
 
+from nemo_minitron.families.table import LOADER
 from nemo_minitron.security.links import leads_out
 from nemo_minitron.security.plain_text import plain
 
@@ -42,7 +43,7 @@ def licence_of(folder: Path) -> tuple[dict[str, str | list[str]], dict[str, str]
         text = file.read(_LONGEST_CARD)
     front = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
-        events = yaml.parse(front[1], yaml.SafeLoader) if front else ()
+        events = yaml.parse(front[1], LOADER) if front else ()
         if any(isinstance(event, yaml.AliasEvent) for event in events):
             return {}, {}  # a few lines of them can stand for gigabytes
         data = huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data

@@ -66,7 +66,7 @@ def test_what_is_no_id_and_no_link_is_quoted_and_not_taken_over(tmp_path, field,
     "front",
     [
         "a: &a [x, x]\nb: &b [*a, *a, *a, *a]\nlicense: [*b, *b, *b, *b]",
-        "license: " + "[" * 5000,
+        "license: " + "[" * 900_000,
         "license: !!timestamp nonsense",
         "license: " + "1:" * 2000 + "1",
         "license: !!python/object/apply:os.getcwd []",
