@@ -1,19 +1,20 @@
 """What the host does in a step of ``minitron distill``, against a hand-written loop: CPU time where layers compute nothing.
 
 The models have as many layers as SmolLM2-135M, and hardly a number in them: what is left is what a GPU's host does too,
-beside launching kernels. The difference of two trainings of different length is counted, so that no preparation is.
+beside launching kernels.
 
     python -m benchmarks.host
 """
 
-import dataclasses
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.duel import RESULTS
 from benchmarks.gpu.smol import TINY, Job, pruned_at
@@ -24,26 +25,27 @@ from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json
 
 JOB = Job({**TINY, "num_hidden_layers": 30, "hidden_size": 32, "intermediate_size": 32},
-          ("plan.ffn=16", "plan.drop_layers=[24,25,26,27]"), 8, 2, 20, 100_000)  # fmt: skip
-STEPS, TIMES = (20, 80), 5
+          ("plan.ffn=16", "plan.drop_layers=[24,25,26,27]"), 8, 2, 60, 100_000)  # fmt: skip
+TIMES = 4
 
 
-def _a_step(run: Callable[[int], object]) -> float:
-    """Milliseconds of CPU time a step: the least difference between a long and a short training."""
-    spent = {steps: [] for steps in STEPS}
+def _a_step(*runs: Callable[[], object]) -> list[float]:
+    """Milliseconds of CPU time between two steps of each, its lowest tenth: what others do here adds to the rest."""
+    marks: list[float] = []
+    hook = register_optimizer_step_post_hook(lambda *_: marks.append(time.process_time()))
+    spent: list[list[float]] = [[] for _ in runs]
     for _ in range(TIMES):
-        for steps, found in spent.items():
-            begun = time.process_time()
-            run(steps)
-            found.append(time.process_time() - begun)
-    short, long = (min(spent[steps]) for steps in STEPS)
-    return 1000 * (long - short) / (STEPS[1] - STEPS[0])
+        for run, found in zip(runs, spent, strict=True):
+            marks.clear()
+            run()
+            found += [1000 * (later - earlier) for earlier, later in pairwise(marks)]
+    hook.remove()
+    return [sorted(found)[len(found) // 10] for found in spent]
 
 
-def _stage(config: Config, steps: int) -> None:
+def _stage(config: Config) -> None:
     shutil.rmtree(Workspace(workspace_of(config)).student, ignore_errors=True)
-    rhythm = {"max_steps": steps, "val_check_interval": steps, "log_every_n_steps": 10}
-    run_stage("distill", dataclasses.replace(config, trainer={**config.trainer, **rhythm}))
+    run_stage("distill", config)
 
 
 def main() -> None:
@@ -54,10 +56,9 @@ def main() -> None:
         config = pruned_at(place, JOB, "cpu")
         folders = place / "teacher", Workspace(workspace_of(config)).pruned
 
-        def by_hand(steps: int) -> None:
-            Loop(*folders, "cpu", dataclasses.replace(JOB, steps=steps)).seconds(JOB.samples)
-
-        ours, theirs = _a_step(lambda steps: _stage(config, steps)), _a_step(by_hand)
+        ours, theirs = _a_step(
+            lambda: _stage(config), lambda: Loop(*folders, "cpu", JOB).seconds(JOB.samples)
+        )
     found = {
         "stage_ms": round(ours, 1),
         "loop_ms": round(theirs, 1),

@@ -27,7 +27,7 @@ def kernels(monkeypatch):
     return module
 
 
-def problem(dtype, entries=75, tokens=11):
+def problem(dtype, entries=75, tokens=7):
     draw = torch.Generator().manual_seed(0)
     shapes = ((tokens, 12), (entries, 12), (tokens, 8), (entries, 8))
     values = [

@@ -470,18 +470,22 @@ def test_nemos_own_average_is_refused_because_it_never_comes_out(tmp_path, monke
         run(make_model(tmp_path / "m", "llama"), tmp_path / "state", 1)
 
 
-def test_activation_checkpointing_and_compiling_change_nothing_but_cost(tmp_path):
+def test_activation_checkpointing_changes_nothing_but_cost(tmp_path):
     folder = make_model(tmp_path / "m", "llama")
     plain = weights(run(folder, tmp_path / "plain", 3))
-    checked = weights(
-        run(folder, tmp_path / "checked", 3, options=Options(activation_checkpointing=True))
-    )
+    options = Options(activation_checkpointing=True)
+    checked = weights(run(folder, tmp_path / "checked", 3, options=options))
     assert all(torch.equal(value, checked[name]) for name, value in plain.items())
+
+
+@pytest.mark.slow  # the C++ compiler's minute; tests/training/test_compilation.py has all but code of its making
+def test_compiling_changes_nothing_but_cost(tmp_path):
+    folder = make_model(tmp_path / "m", "llama")
+    plain = weights(run(folder, tmp_path / "plain", 3))
     compiled = weights(run(folder, tmp_path / "compiled", 3, options=Options(compile="on")))
     assert all(torch.allclose(value, compiled[name], atol=1e-4) for name, value in plain.items())
-    assert not all(
-        torch.equal(value, compiled[name]) for name, value in plain.items()
-    )  # it was compiled
+    # it was compiled
+    assert not all(torch.equal(value, compiled[name]) for name, value in plain.items())
 
 
 def test_the_log_tells_throughput_and_the_teachers_loss_once(tmp_path):
