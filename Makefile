@@ -99,6 +99,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.stream
 	$(BIN)/python -m benchmarks.prune
 	$(BIN)/python -m benchmarks.distill
+	$(BIN)/python -m benchmarks.host
 
 PROFILE ?= quick
 paper: setup
