@@ -94,7 +94,7 @@ def _changed(name: str, overrides: list[str]) -> Config | None:
     """
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     try:
-        config = copy.deepcopy(_unchanged(name, CONFIGS))
+        config = copy.deepcopy(_unchanged(name, CONFIGS, _stamps(CONFIGS)))
         for each in OverridesParser.create().parse_overrides(overrides):
             plain = each.type is OverrideType.CHANGE and not each.is_sweep_override()
             if not plain or each.package is not None or each.key_or_group in groups:
@@ -107,8 +107,14 @@ def _changed(name: str, overrides: list[str]) -> Config | None:
     return changed if isinstance(changed, Config) else None
 
 
-@functools.cache
-def _unchanged(name: str, folder: Path) -> Any:
+def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """What tells that a file has changed: a process that serves flows outlives an edit."""
+    found = sorted((path, path.stat()) for path in folder.rglob("*.yaml"))
+    return tuple((str(path), stat.st_mtime_ns, stat.st_size) for path, stat in found)
+
+
+@functools.lru_cache(maxsize=4)
+def _unchanged(name: str, folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> Any:
     check_file(folder / f"{name}.yaml")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(folder.resolve()), version_base="1.3"):

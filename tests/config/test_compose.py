@@ -1,5 +1,6 @@
 """A configuration of the package with other values in some keys is what Hydra composes from the same words."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,12 @@ def test_one_that_is_changed_leaves_the_next_as_it_was():
     first.optim["sched"]["warmup_steps"] = 9
     load_config("config", ["trainer.max_steps=8", "optim.sched.warmup_steps=1"])
     assert repr(load_config("config", [])) == before
+
+
+def test_an_edited_file_is_read_again(tmp_path, monkeypatch):
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(compose, "CONFIGS", tmp_path / "configs")
+    file = tmp_path / "configs" / "config.yaml"
+    assert load_config("config", []).trainer["max_steps"] == 1000
+    file.write_text(file.read_text().replace("max_steps: 1000", "max_steps: 77"))
+    assert load_config("config", []).trainer["max_steps"] == 77
