@@ -18,7 +18,9 @@ import transformers
 from filelock import FileLock
 
 from nemo_minitron.cli.main import main
-from tests.support import left_behind, runs
+from nemo_minitron.release import quickstart
+from tests.support import forked_trials, left_behind, runs
+from tests.support.certificate import one_certificate
 from tests.support.forks import MARK
 from tests.support.models import WORDS, make_model
 from tests.support.processes import free_port, running, until
@@ -27,6 +29,9 @@ from tests.support.runs import minitron, settings
 # threads to read a tiny model cost more than to read it; 'make demo' reads as users do
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 transformers.logging.disable_progress_bar()
+# no test speaks TLS, and Prefect makes hundreds of clients; test processes inherit the file of the first
+if "SSL_CERT_FILE" not in os.environ:
+    os.environ["SSL_CERT_FILE"] = str(one_certificate())
 # what hypothesis takes for slow, and for too slow, is how busy the machine is
 hypothesis.settings.register_profile(
     "any_machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -76,6 +81,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name not in ("flows", "launch"))
 
 
+@pytest.fixture(autouse=True)
+def _exports_are_tried_in_forks(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not in tests/release, which are about trials among others."""
+    if request.path.parent.name != "release":
+        monkeypatch.setenv(forked_trials.PLACE, str(_shared(tmp_path_factory) / "trials"))
+        monkeypatch.setattr(quickstart, "subprocess", forked_trials)
+
+
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Callable[..., Path]:
     def build(model_type: str = "llama", name: str = "model", **changes: Any) -> Path:
@@ -84,12 +101,18 @@ def model_folder(tmp_path: Path) -> Callable[..., Path]:
     return build
 
 
-@pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
-    """Fills a folder that all test processes share; the first of them to need it does."""
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all test processes share."""
     base = tmp_path_factory.getbasetemp()
-    shared = (base if worker_id == "master" else base.parent) / "shared"
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
     shared.mkdir(exist_ok=True)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Fills a folder that all test processes share; the first of them to need it does."""
+    shared = _shared(tmp_path_factory)
 
     def fill(name: str, build: Callable[[Path], None]) -> Path:
         with FileLock(shared / f"{name}.lock"):

@@ -187,7 +187,7 @@ def test_every_family_is_scored_and_taught(tmp_path, monkeypatch, name):
     terms = tuple(term for term in ALL if not (latent and term == "attention"))
     inside = IntermediateWeights(terms, layers=((attended, attended),), relation_heads=2, alpha=1.0)
     for place, device in (("here", torch.device("cpu")), ("there", DEVICE)):
-        with accelerator.accelerator():
+        with accelerator.accelerator() if device == DEVICE else contextlib.nullcontext():
             model = load_model(folder, torch.float32, device)
             calibration = in_memory(
                 model,

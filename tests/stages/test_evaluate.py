@@ -80,6 +80,7 @@ def tasks(tmp_path_factory):
     (folder / "broken.py").write_text(
         "def fail(doc, results):\n    raise KeyError('no such field')\n"
     )
+    (folder / "own_group.yaml").write_text("group: own_group\ntask: [own_choice, hellaswag]\n")
     return folder
 
 
@@ -235,14 +236,12 @@ def test_a_task_is_measured_again_when_its_own_questions_have_changed_and_only_t
     assert task_print("hellaswag", str(folder)) == {"lm_eval": version("lm_eval"), "own": None}
 
 
-def test_own_tasks_are_read_without_lm_evals_own_and_groups_with_them(tmp_path):
-    (tmp_path / "own_quiz.yaml").write_text("task: own_quiz\ntag: own_tag\n")
-    (tmp_path / "own_group.yaml").write_text("group: own_group\ntask: [own_quiz, hellaswag]\n")
-    near = manager_of(str(tmp_path), "own_quiz", "xlsum_en")
-    assert set(near.all_tasks) == {"own_quiz", "own_tag", "own_group", "xlsum_en"}
+def test_own_tasks_are_read_without_lm_evals_own_and_groups_with_them(tasks):
+    near = manager_of(str(tasks), "own_choice", "xlsum_en")
+    assert set(near.all_tasks) == {*KINDS, "own_tag", "own_group", "xlsum_en"}
     for asked in ("own_group", "own_tag", "hellaswag", "no_such_task"):
-        whole = manager_of(str(tmp_path), "own_quiz", asked)
-        assert {"hellaswag", "own_quiz", "own_group"} <= set(whole.all_tasks)
+        whole = manager_of(str(tasks), "own_choice", asked)
+        assert {"hellaswag", "own_choice", "own_group"} <= set(whole.all_tasks)
 
 
 def test_a_measure_that_one_model_lacks_is_not_compared(words, capsys, tmp_path, monkeypatch):

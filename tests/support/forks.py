@@ -18,7 +18,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from nemo_minitron.families.table import OWN_TABLES
+from nemo_minitron.families.table import OWN_TABLES, families
+from nemo_minitron.release import quickstart
+from tests.support import forked_trials
 
 MARK = "MINITRON_TEST"
 """Variable that names the test which a process was started for."""
@@ -26,7 +28,7 @@ CONSTANT = "MINITRON_TEST_CONSTANT"
 """Variable with a module, a constant of it and the whole number that a fork takes for it: ``MODULE:NAME:NUMBER``."""
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.support.imported"])
-_READ_AT_IMPORT = ("HF_DATASETS_", "PYTHON", "OMP_", "LD_", "TRANSFORMERS_OFFLINE", OWN_TABLES)
+_READ_AT_IMPORT = ("HF_DATASETS_", "PYTHON", "OMP_", "LD_", "TRANSFORMERS_OFFLINE")
 """Beginnings of variables that are read while all is imported, those of huggingface_hub aside."""
 _first: dict[str, str] = {}
 alive: list["Fork"] = []
@@ -45,9 +47,11 @@ def fits(environment: dict[str, str]) -> bool:
 
 
 def _read_again() -> None:
-    """Lets huggingface_hub, which is imported, read its variables anew."""
+    """Lets what is imported read its variables anew: huggingface_hub's, and the one of a user's own tables."""
     from huggingface_hub import constants, hf_api
 
+    if os.environ.get(OWN_TABLES):
+        families.cache_clear()
     importlib.reload(constants)
     hf_api.api.endpoint = constants.ENDPOINT
 
@@ -69,6 +73,8 @@ def _run(
     sys.argv = ["minitron", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _read_again()
+    if forked_trials.PLACE in environment:
+        vars(quickstart)["subprocess"] = forked_trials
     if CONSTANT in environment:
         module, constant, number = environment[CONSTANT].split(":")
         setattr(importlib.import_module(module), constant, int(number))
@@ -95,6 +101,7 @@ class Fork:
         self, arguments: list[str], environment: dict[str, str], folder: Path | None = None
     ) -> None:
         assert fits(environment)
+        forked_trials.start()
         self.args, self.mark = arguments, environment.get(MARK)
         self._folder = tempfile.TemporaryDirectory(prefix="minitron-fork-")
         self._outputs = [Path(self._folder.name) / name for name in ("out", "err")]

@@ -5,6 +5,7 @@ The same goes for ``datasets``, and so for lm-eval. Of these there is what they 
 
 import gc
 import importlib
+import os
 
 gc.disable()  # a tenth of the time: an import leaves little garbage
 
@@ -12,6 +13,7 @@ import nemo_minitron.cli.main  # noqa: E402
 import nemo_minitron.plugin.trainer  # noqa: E402, F401 (NeMo and Lightning)
 from nemo_minitron.config.compose import load_config  # noqa: E402
 from nemo_minitron.families import families  # noqa: E402
+from nemo_minitron.families.table import OWN_TABLES  # noqa: E402
 from nemo_minitron.families.wrapper import wrappers  # noqa: E402
 from nemo_minitron.stages.run import STAGES  # noqa: E402
 
@@ -29,6 +31,7 @@ for module in {
     *_OF_PREFECT,
 }:
     importlib.import_module(module)
+os.environ.pop(OWN_TABLES, None)  # of the test that happens to be the first to need a process
 # what they read sooner or later too
 families(), wrappers(), load_config("config", [])
 gc.freeze()  # no fork looks for garbage here, or gets a copy of what it looks at

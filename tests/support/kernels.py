@@ -25,6 +25,7 @@ def run_interpreted(cases: Path) -> None:
         "pytest",
         str(cases),
         "-q",
+        "--noconftest",
         "-p",
         "no:cacheprovider",
         "-p",
