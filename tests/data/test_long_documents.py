@@ -198,7 +198,7 @@ for path in sys.argv[2:]:
 def test_one_file_costs_what_many_cost_and_a_compressed_bomb_no_more_memory(
     tmp_path, tokenizer_folder
 ):
-    text = "".join(f"the model reads a file and writes {i}\n" for i in range(60_000))
+    text = "".join(f"the model reads a file and writes {i}\n" for i in range(30_000))
     (tmp_path / "one.txt").write_text(text)
     (tmp_path / "many").mkdir()
     for number in range(400):
