@@ -1,4 +1,4 @@
-"""A worker, and flows in this process."""
+"""A server of Prefect's, a worker, and flows in this process."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,11 @@ import pytest
 
 from nemo_minitron.launch import launcher as launching
 from nemo_minitron.stages.result import Result
+from tests.support import prefect_server
 from tests.support.processes import running
+
+prefect_home, real_server = prefect_server.prefect_home, prefect_server.real_server
+served = prefect_server.served
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from nemo_minitron.proofs.proof import (
     PROOFS,
     TOGETHER,
     Finding,
+    _groups,
     counted,
     described,
     logits_of,
@@ -177,6 +179,15 @@ def test_a_wrong_table_fails_its_proof_by_name():
     assert failed >= 2
     assert cells["hidden"]["permutation"] == "FAILS"
     assert cells["ffn"]["permutation"] == "yes"
+
+
+@pytest.mark.parametrize("count", range(1, 17))
+def test_of_any_two_axes_one_is_moved_without_the_other(count):
+    axes = [f"axis {number}" for number in range(count)]
+    groups = _groups(axes)
+    assert len(groups) == math.ceil(math.log2(count + 1)) and set().union(*groups) == set(axes)
+    for one, other in itertools.combinations(axes, 2):
+        assert any((one in group) != (other in group) for group in groups)
 
 
 @pytest.mark.parametrize("name", sorted(INSTALLED))
