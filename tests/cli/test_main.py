@@ -62,26 +62,6 @@ def test_a_wrong_key_or_value_is_named_with_what_is_near(capsys, workspace, over
     assert not workspace.exists()
 
 
-def test_the_flow_refuses_in_one_line_too_and_leaves_nothing(served, tmp_path, teacher):
-    workspace = tmp_path / "ws"
-    common = [f"workspace={workspace}", f"source.model={teacher}", "score.importance=magnitude"]
-    words = (f"workspace={workspace}", "source.model=./nowhere")
-    done = minitron("run", *words, cwd=tmp_path, env=served)
-    assert (done.returncode, done.stderr.count("Traceback")) == (2, 0), done.stderr
-    assert done.stderr.splitlines()[-1] == "minitron run: nowhere: no such folder"
-    assert not workspace.exists()
-    done = minitron("run", *common, "plan.hidden=99", env=served)
-    assert (done.returncode, done.stderr.count("Traceback")) == (2, 0), done.stderr
-    assert "plan.hidden: expected 1 to 24" in done.stderr.splitlines()[-1]
-    assert sorted(path.name for path in workspace.iterdir()) == [
-        ".lock",
-        ".stage.lock",
-        "commands.jsonl",
-        "scores",
-        "teacher",
-    ]
-
-
 def test_an_unknown_configuration_lists_those_that_exist(capsys):
     line = refused(capsys, "run", "--config-name", "nowhere")
     assert "nowhere" in line

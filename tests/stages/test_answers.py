@@ -266,7 +266,9 @@ def test_a_vllm_that_lm_eval_does_not_find_and_a_file_that_vllm_does_not_read_ar
                 check_backend("vllm", {}, {"teacher": teacher})
     check_backend("vllm", {}, {"teacher": teacher})
     check_backend("vllm", {}, {"teacher": teacher}, "cuda:0")
-    with pytest.raises(ValueError, match="found cuda:3; set CUDA_VISIBLE_DEVICES=3 and cuda"):
+    with pytest.raises(
+        ValueError, match=r"device=cuda:3: .* set CUDA_VISIBLE_DEVICES=3 and cuda instead"
+    ):
         check_backend("vllm", {}, {"teacher": teacher}, "cuda:3")
     shutil.copytree(teacher, tmp_path / "gguf")
     (tmp_path / "gguf" / POINTER).write_text("{}")
