@@ -19,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.evaluation.vllm_device import misplaced
+
 REPEATS = 3
 _MEASURED = "measured: "
 """What the line begins with on which a process tells its numbers."""
@@ -90,9 +92,19 @@ def measure_in_process(
     if isinstance(found, str):
         raise RuntimeError(f"speed of {folder}: {found}")
     if importlib.util.find_spec("vllm") is not None:
-        served = _in_process("vllm", folder, device, cases, dtype)
+        served = _elsewhere(device) or _in_process("vllm", folder, device, cases, dtype)
         found["vllm"] = {"failed": served} if isinstance(served, str) else served
     return found
+
+
+def _elsewhere(device: str) -> str | None:
+    """Why vLLM's speed would be that of another device."""
+    import torch
+
+    try:
+        return misplaced(device, torch.cuda.is_available(), version("vllm"))
+    except PackageNotFoundError:  # under another name, which tells nothing of its build
+        return misplaced(device, False, "")
 
 
 def _in_process(engine: str, folder: Path, device: str, cases: Sequence[Case], dtype: str) -> Any:

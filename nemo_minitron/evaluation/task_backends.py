@@ -14,6 +14,7 @@ import torch
 
 from nemo_minitron.checkpoints.gguf_weights import is_gguf
 from nemo_minitron.evaluation.lm_eval import library
+from nemo_minitron.evaluation.vllm_device import misplaced
 from nemo_minitron.security.masking import masked
 from nemo_minitron.security.plain_text import plain
 
@@ -71,7 +72,7 @@ def _check_vllm(folders: Mapping[str, Path], device: str) -> None:
             f"evaluate.backend=vllm: vLLM is installed here as {found}, and lm-eval asks for the version of "
             "a package that is called vllm; install that, or use hf"
         ) from error
-    if said := _misplaced(device, torch.cuda.is_available(), version("vllm")):
+    if said := misplaced(device, torch.cuda.is_available(), version("vllm")):
         raise ValueError(f"evaluate.device={device}: with evaluate.backend=vllm {said}")
     for name, folder in folders.items():
         if is_gguf(folder):
@@ -79,29 +80,6 @@ def _check_vllm(folders: Mapping[str, Path], device: str) -> None:
                 f"evaluate.backend=vllm: the weights of {name} lie in a GGUF file, which vLLM does not read "
                 "by config.json; use hf, which reads them as bfloat16"
             )
-
-
-def _misplaced(device: str, sees_gpu: bool, release: str) -> str | None:
-    """Why vLLM would compute elsewhere than on a device, and what to do; None: it would not.
-
-    Args:
-        device: as in ``evaluate``.
-        sees_gpu: whether a GPU is visible.
-        release: vLLM's version; that of a build for CPUs says so (``vllm.platforms``), and any other build
-            takes the GPU that it sees.
-    """
-    kind, _, number = device.partition(":")
-    if number not in ("", "0"):
-        return (
-            "expected auto, cpu or cuda, for vLLM takes the first device it sees; set "
-            f"CUDA_VISIBLE_DEVICES={number} and {kind} instead"
-        )
-    for_cpus = "cpu" in release
-    if kind == "cpu" and sees_gpu and not for_cpus:
-        return f"vLLM {release} takes the GPU that it sees; set auto, or evaluate.backend=hf"
-    if kind == "cuda" and for_cpus:
-        return f"vLLM {release} is built for CPUs; set auto, or install one for GPUs"
-    return None
 
 
 def address_of(servers: Mapping[str, str], model: str) -> str:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from nemo_minitron.evaluation.task_backends import _misplaced
+from nemo_minitron.evaluation.speed import _elsewhere
+from nemo_minitron.evaluation.vllm_device import misplaced
 
 
 @pytest.mark.parametrize(
@@ -20,5 +21,10 @@ from nemo_minitron.evaluation.task_backends import _misplaced
     ],
 )  # fmt: skip
 def test_a_device_that_vllm_would_not_take_is_refused(device, sees_gpu, release, said):
-    found = _misplaced(device, sees_gpu, release)
+    found = misplaced(device, sees_gpu, release)
     assert found is None if said is None else found.endswith(said)
+
+
+def test_speed_of_another_device_is_no_speed_of_this_one():
+    assert "takes the first device it sees" in _elsewhere("cuda:1")
+    assert _elsewhere("auto") is None
