@@ -114,7 +114,7 @@ gpu: setup
 
 docs: setup
 	$(BIN)/python -m nemo_minitron.config.reference > docs/configuration.md
-	$(BIN)/python -m nemo_minitron.proofs.proof docs/families.md
+	$(BIN)/python -m nemo_minitron.proofs.page docs/families.md
 
 # the README's table, from the demo
 readme: demo

@@ -15,12 +15,14 @@ import transformers
 from filelock import FileLock
 
 from nemo_minitron.cli.main import main
+from nemo_minitron.launch.start_up import load_scipy_signal_later
 from nemo_minitron.release import quickstart
 from tests.support import forked_trials, left_behind, runs
 from tests.support.certificate import one_certificate
 from tests.support.models import WORDS, make_model
 from tests.support.runs import minitron, settings
 
+load_scipy_signal_later()  # as commands do
 # threads to read a tiny model cost more than to read it; 'make demo' reads as users do
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 transformers.logging.disable_progress_bar()

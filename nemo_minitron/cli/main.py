@@ -14,7 +14,7 @@ import nemo_minitron
 from nemo_minitron.cli import family_tables, model_size, workspaces
 from nemo_minitron.cli.endings import ended_by, sigterm_like_ctrl_c
 from nemo_minitron.cli.tables import print_table
-from nemo_minitron.launch.start_up import look_for_old_garbage_seldom
+from nemo_minitron.launch.start_up import start_fast
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.run import SEVERAL, STAGES, run_by_hand
 from nemo_minitron.workspace.layout import Workspace
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         SIGTERM came.
     """
     if arguments is None:  # this process is ours
-        look_for_old_garbage_seldom()
+        start_fast()
     raw = sys.argv[1:] if arguments is None else arguments
     top, commands = parser()
     if (

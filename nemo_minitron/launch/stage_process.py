@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_minitron.config.compose import from_dict
 from nemo_minitron.launch.failures import failure_to_json
-from nemo_minitron.launch.start_up import look_for_old_garbage_seldom
+from nemo_minitron.launch.start_up import start_fast
 from nemo_minitron.security.masking import Masking, masked, masked_values, remember
 from nemo_minitron.stages.result import Result
 from nemo_minitron.stages.run import run_alone
@@ -92,5 +92,5 @@ def _die_with_torchrun() -> None:
 
 
 if __name__ == "__main__":
-    look_for_old_garbage_seldom()
+    start_fast()
     sys.exit(main(sys.argv[1:]))

@@ -5,8 +5,6 @@ their usual constants a wrong row would survive.
 """
 
 import itertools
-import re
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import yaml
 from torch import Tensor
 
 from nemo_minitron.checkpoints.checkpoint import SINGLE, Checkpoint, open_checkpoint
-from nemo_minitron.families import Family, check_sizes, families, family_for
+from nemo_minitron.families import Family, check_sizes, family_for
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.proofs.prediction_proof import (
     drafted,
@@ -30,7 +26,14 @@ from nemo_minitron.proofs.prediction_proof import (
     with_predictions,
     write_both,
 )
-from nemo_minitron.proofs.tiny_models import dead_copy, in_memory_names, permutation, tiny_model
+from nemo_minitron.proofs.tiny_models import (
+    dead_copy,
+    dying,
+    in_memory_names,
+    living,
+    permutation,
+    tiny_model,
+)
 from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.select import Keep, complete_targets, score_shape, select_units
 from nemo_minitron.pruning.slice import Cut
@@ -89,8 +92,7 @@ def prove(family: Family, changes: Mapping[str, Any]) -> Iterator[Finding]:
         checkpoint = described(opened, family)
         axes = checkpoint.architecture.prunable
         yield from permutations(checkpoint, [axis for axis in axes if axis != "layers"], work)
-        for axis in axes:
-            yield _dead_units(checkpoint, axis, work)
+        yield from dead_units(checkpoint, axes, work)
         for axis in [*axes, TOGETHER]:
             try:
                 yield from _half(checkpoint, axis, axes, work)
@@ -191,29 +193,55 @@ def _cut(checkpoint: Checkpoint, keep: Keep, layers: Sequence[int] | None, targe
     return target
 
 
-def _dead_units(checkpoint: Checkpoint, axis: str, work: Path) -> Finding:
-    """Removes units that were dead: the logits must stay as they were."""
-    sizes, group = checkpoint.architecture.sizes, checkpoint.family.axes[axis].within
-    reason = "norm statistics change" if axis == "hidden" else checkpoint.family.axes[axis].inexact
-    if group is not None and sizes[group] == sizes[axis]:
-        reason = f"one in each of {group}: cut together"
-    if reason is not None:
-        return Finding(axis, "dead units", True, reason)
-    with tempfile.TemporaryDirectory(dir=work) as name:
-        dead = Path(name) / "dead"
-        target = Path(name) / "cut"
-        target.mkdir()
-        try:
-            keep, layers = dead_copy(checkpoint, axis, dead)
-            copy = described(open_checkpoint(dead), checkpoint.family)
-            check_sizes(copy.family, Cut(copy.architecture, keep, tuple(layers)).after, axis)
-        except ValueError as error:
-            return Finding(axis, "dead units", True, f"cannot be cut alone: {error}")
-        try:
-            after = logits_of(_cut(copy, keep, layers, target))
-        except (ValueError, RuntimeError) as error:
-            return Finding(axis, "dead units", False, str(error))
-        return Finding(axis, "dead units", equal(logits_of(dead), after))
+def dead_units(checkpoint: Checkpoint, axes: Sequence[str], work: Path) -> Iterator[Finding]:
+    """Removes units that were dead, in groups of axes: the logits must stay as they were.
+
+    Of axes too there is one without the other in a group, and where a group fails, each is tried alone.
+    """
+    reasons = {axis: _why_not(checkpoint, axis) for axis in axes}
+    tried = [axis for axis in axes if reasons[axis] is None]
+
+    def failure(chosen: Sequence[str]) -> str | None:
+        with tempfile.TemporaryDirectory(dir=work) as name:
+            try:
+                return None if _outlived(checkpoint, chosen, Path(name)) else ""
+            except (ValueError, RuntimeError) as error:
+                return str(error)
+
+    fine = all(failure(group) is None for group in _groups(tried))
+    for axis, reason in reasons.items():
+        if reason is not None:
+            yield Finding(axis, "dead units", True, reason)
+        else:
+            failed = None if fine else failure([axis])
+            yield Finding(axis, "dead units", failed is None, failed or "")
+
+
+def _why_not(checkpoint: Checkpoint, axis: str) -> str | None:
+    """Why units of an axis cannot be removed alone without a change of the logits."""
+    model, of = checkpoint.architecture, checkpoint.family.axes[axis]
+    if of.within is not None and model.sizes[of.within] == model.sizes[axis]:
+        return f"one in each of {of.within}: cut together"
+    if axis == "hidden":
+        return "norm statistics change"
+    if of.inexact is not None:
+        return of.inexact
+    try:
+        keep, layers = living(model, dying(model, [axis]))
+        check_sizes(model.family, Cut(model, keep, tuple(layers)).after, axis)
+    except ValueError as error:
+        return f"cannot be cut alone: {error}"
+    return None
+
+
+def _outlived(checkpoint: Checkpoint, axes: Sequence[str], work: Path) -> bool:
+    """Whether a model computes the same without the units that were dead in it."""
+    dead = dying(checkpoint.architecture, axes)
+    keep, layers = living(checkpoint.architecture, dead)
+    folder = dead_copy(checkpoint, dead, "experts" in axes, work / "dead")
+    copy = described(open_checkpoint(folder), checkpoint.family)
+    (work / "cut").mkdir()
+    return equal(logits_of(folder), logits_of(_cut(copy, keep, layers, work / "cut")))
 
 
 def halved(
@@ -358,41 +386,3 @@ def tabulate(model_type: str, family: Family, findings: Sequence[Finding]) -> li
         )
         rows.append((model_type, axis, *texts))
     return rows
-
-
-MARKS = ("<!-- proofs -->", "<!-- end of proofs -->")
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The table of proofs as docs/families.md has it, between its marks."""
-    head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    made = f"Made by `make docs`, with transformers {transformers.__version__}."
-    return "\n".join([MARKS[0], made, "", *head, *lines, MARKS[1]])
-
-
-COUNTED = re.compile(r"\d+ families, \d+ configurations of published models")
-
-
-def counted(root: Path) -> str:
-    """How many families there are, and how many published config.json files prove them."""
-    files = (root / "tests" / "families" / "real_configs").glob("*.yaml")
-    configs = sum(len(yaml.safe_load(file.read_text(encoding="utf-8"))) for file in files)
-    return f"{len(families())} families, {configs} configurations of published models"
-
-
-def _write(page: Path) -> None:
-    root = page.resolve().parents[1]
-    for counts in (page, root / "README.md"):
-        said = COUNTED.sub(counted(root), counts.read_text(encoding="utf-8"))
-        counts.write_text(said, encoding="utf-8")
-    text = page.read_text(encoding="utf-8")
-    start, end = text.index(MARKS[0]), text.index(MARKS[1]) + len(MARKS[1])
-    _, rows, failed = proof_table(families())
-    if failed:
-        raise SystemExit(f"{failed} proofs fail: minitron families --prove")
-    page.write_text(text[:start] + markdown(rows) + text[end:], encoding="utf-8")
-
-
-if __name__ == "__main__":
-    _write(Path(sys.argv[1]))

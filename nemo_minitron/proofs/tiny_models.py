@@ -145,24 +145,43 @@ def _shuffled(count: int, generator: torch.Generator) -> Tensor:
     return order.roll(1) if torch.equal(order, torch.arange(count)) else order
 
 
-def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, list[int]]:
-    """Saves a copy in which half the units of an axis are dead: weights of zero, experts that get no token.
+def dying(model: Architecture, axes: Sequence[str]) -> dict[str, Tensor]:
+    """Half the units of some axes, the units inside of them, and of what follows their sizes, by axis.
+
+    Raises:
+        ValueError: an axis follows others' sizes itself.
+    """
+    units: dict[str, Tensor] = {}
+    for axis in axes:
+        for name, which in _half_of(model.family, model.sizes, axis).items():
+            units[name] = torch.cat([units.get(name, which), which]).unique()
+    return units
+
+
+def living(model: Architecture, dead: Mapping[str, Tensor]) -> tuple[Keep, list[int]]:
+    """The units and the layers that are left."""
+    keep: Keep = {}
+    for name, which in dead.items():
+        alive = torch.tensor([u for u in range(model.sizes[name]) if u not in which.tolist()])
+        shape = score_shape(model.family, model.sizes, name)
+        keep[name] = alive.expand(*shape[:-1], -1).contiguous()
+    layers = keep.pop("layers", torch.arange(model.sizes["layers"]))
+    return keep, layers.tolist()
+
+
+def dead_copy(checkpoint: Checkpoint, dead: Mapping[str, Tensor], deaf: bool, folder: Path) -> Path:
+    """Saves a copy in which units are dead: weights of zero, experts that get no token.
 
     Args:
         checkpoint: a tiny model in one file.
-        axis: whose units die.
+        dead: the units, by axis.
+        deaf: whether experts die of getting no token; their routers' weights are not zero then.
         folder: where the copy goes.
-
-    Returns:
-        The units and the layers that live.
-
-    Raises:
-        ValueError: the axis' size follows from others.
     """
     family, sizes = checkpoint.family, checkpoint.architecture.sizes
-    tensors, dead = load_file(checkpoint.folder / SINGLE), _dying(family, sizes, axis)
-    if axis == "experts":
-        _deafen(family, tensors, dead[axis])
+    tensors = load_file(checkpoint.folder / SINGLE)
+    if deaf:
+        _deafen(family, tensors, dead["experts"])
     for name, tensor in tensors.items():
         row, units = find_row(family, name) or (None, {})
         assert row is not None, name
@@ -171,45 +190,38 @@ def dead_copy(checkpoint: Checkpoint, axis: str, folder: Path) -> tuple[Keep, li
             if placeholder in units:
                 if units[placeholder] in which.tolist():
                     tensor.zero_()
-            elif axis != "experts" or (("experts",),) not in row.dims:
+            elif not (deaf and dying == "experts"):
                 for position, dim in enumerate(row.dims):
                     tensor.index_fill_(position, _positions(dim, sizes, dying, which), 0)
     shutil.copytree(checkpoint.folder, folder)
     save_file(tensors, folder / SINGLE, {"format": "pt"})
-    every = list(range(sizes["layers"]))
-    if axis == "layers":
-        return {}, every[: sizes[axis] // 2]
-    keep: Keep = {}
-    for name, which in dead.items():
-        alive = torch.tensor([unit for unit in range(sizes[name]) if unit not in which.tolist()])
-        keep[name] = alive.expand(*score_shape(family, sizes, name)[:-1], -1).contiguous()
-    return keep, every
+    return folder
 
 
-def _dying(family: Family, sizes: Mapping[str, int], axis: str) -> dict[str, Tensor]:
-    """Half the units of an axis, the units inside of them, and of what follows its size.
+def _half_of(family: Family, sizes: Mapping[str, int], axis: str) -> dict[str, Tensor]:
+    """Half the units of an axis, and all that goes with them.
 
     Raises:
         ValueError: the axis follows others' sizes itself.
     """
     living = sizes[axis] // 2
-    dead = {axis: torch.arange(living, sizes[axis])}
+    units = {axis: torch.arange(living, sizes[axis])}
     group = family.axes[axis].within
     if group is not None:  # the same number in every group
         inside = sizes[axis] // sizes[group]
         living = inside // 2 * sizes[group]
-        dead[axis] = torch.cat(
+        units[axis] = torch.cat(
             [torch.arange(g * inside + inside // 2, (g + 1) * inside) for g in range(sizes[group])]
         )
     for inner in family.axes.values():
         if inner.within == axis:
             many = sizes[inner.name] // sizes[axis]
-            dead[inner.name] = torch.arange(living * many, sizes[inner.name])
-    after = complete_targets(family, sizes, {axis: sizes[axis] - len(dead[axis])}, axis)
+            units[inner.name] = torch.arange(living * many, sizes[inner.name])
+    after = complete_targets(family, sizes, {axis: sizes[axis] - len(units[axis])}, axis)
     for name in family.prunable:
         if family.axes[name].follows and after[name] < sizes[name]:
-            dead[name] = torch.arange(after[name], sizes[name])
-    return dead
+            units[name] = torch.arange(after[name], sizes[name])
+    return units
 
 
 def _positions(dim: Dim, sizes: Mapping[str, int], axis: str, units: Tensor) -> Tensor:

@@ -13,16 +13,15 @@ import transformers
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.families import Architecture, architecture_of, families, find_row
 from nemo_minitron.families.grammar import row_axes
+from nemo_minitron.proofs.page import MARKS, counted, markdown
 from nemo_minitron.proofs.proof import (
-    MARKS,
     PROOFS,
     TOGETHER,
     Finding,
     _groups,
-    counted,
+    dead_units,
     described,
     logits_of,
-    markdown,
     permutations,
     proof_table,
     prove,
@@ -179,6 +178,22 @@ def test_a_wrong_table_fails_its_proof_by_name():
     assert failed >= 2
     assert cells["hidden"]["permutation"] == "FAILS"
     assert cells["ffn"]["permutation"] == "yes"
+
+
+def test_where_a_group_of_dead_units_fails_the_axis_is_named(tmp_path):
+    """Of a row that forgets an axis units stay behind that were to go; of the others all is well."""
+    checkpoint = open_checkpoint(tiny_model(families()["llama"], {}, tmp_path / "m"))
+    table, axes = checkpoint.family, ("ffn", "heads", "kv_heads", "layers")
+    still = replace(table.axes["ffn"], name="still", fixed=True, index=None)
+    rows = [
+        replaced(row, 1, (("still",),)) if "down_proj.weight" in row.pattern else row
+        for row in table.rows
+    ]
+    wrong = replace(table, rows=tuple(rows), axes={**table.axes, "still": still})
+    for family, failing in ((table, set()), (wrong, {"ffn"})):
+        found = list(dead_units(described(checkpoint, family), axes, tmp_path))
+        assert [finding.axis for finding in found] == list(axes)
+        assert {finding.axis for finding in found if not finding.holds} == failing
 
 
 @pytest.mark.parametrize("count", range(1, 17))

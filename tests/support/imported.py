@@ -7,7 +7,10 @@ import gc
 import importlib
 import os
 
+from nemo_minitron.launch.start_up import load_scipy_signal_later
+
 gc.disable()  # a tenth of the time: an import leaves little garbage
+load_scipy_signal_later()
 
 import nemo_minitron.cli.main  # noqa: E402
 import nemo_minitron.plugin.trainer  # noqa: E402, F401 (NeMo and Lightning)
