@@ -363,9 +363,13 @@ def frozen(model: Any) -> Iterator[Any]:
     was_training = model.training
     model.eval()
     try:
-        # FSDP2 keeps what it gathers, and a tensor made under inference mode could not be used
-        # again
-        with torch.no_grad() if hasattr(model, ENTRY) else torch.inference_mode():
+        with untracked(model):
             yield model
     finally:
         model.train(was_training)
+
+
+def untracked(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Inference mode, or without gradients where the model is sharded."""
+    # FSDP2 keeps what it gathers, and a tensor made under inference mode could not be used again
+    return torch.no_grad() if hasattr(model, ENTRY) else torch.inference_mode()

@@ -16,6 +16,7 @@ from nemo_minitron.families import family_of
 from nemo_minitron.losses.fused_linear_loss import LossResult
 from nemo_minitron.models.causal_lm import decoder_of, divided, projection_of
 from nemo_minitron.plugin.speech_models import check_taught, is_speech_model
+from nemo_minitron.plugin.step_log import log_step
 from nemo_minitron.plugin.transforms import causal_lm_in
 from nemo_minitron.training.batches import IGNORED, as_batch
 
@@ -165,7 +166,7 @@ class HookedStudent:
         result = self._heard(own, batch, *more, **named)
         terms, _ = self._terms(batch, "training_step")
         logged = {f"kd_{name}": value for name, value in terms.named().items()}
-        self._module.log_dict(logged, batch_size=1)
+        log_step(self._module, logged, batch_size=1)
         loss = terms.loss
         if self._settings.loss == "add":
             loss = loss + (result["loss"] if isinstance(result, Mapping) else result)

@@ -25,13 +25,7 @@ from nemo_minitron.losses.intermediate import IntermediateWeights, balance
 from nemo_minitron.losses.kept_entries import Entries, KeptEntries
 from nemo_minitron.losses.projection import Projection
 from nemo_minitron.models.autocast_weights import round_products
-from nemo_minitron.models.causal_lm import (
-    frozen,
-    head_of,
-    hidden_states,
-    load_model,
-    softcap_of,
-)
+from nemo_minitron.models.causal_lm import head_of, hidden_states, load_model, softcap_of, untracked
 from nemo_minitron.models.offload import Offloaded
 from nemo_minitron.plugin.hooked_student import HookedStudent, Student
 from nemo_minitron.plugin.model import MinitronModel, Objective
@@ -124,6 +118,7 @@ class KnowledgeDistillation(Callback):
         self._products: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._compiles_loss: Callable[[], bool] = lambda: False
         self._fast: Compiled | None = None
+        self._evaluates = False
         self.teacher_loss: float | None = None
         self._listens, self._sums = False, [0.0, 0.0]
 
@@ -174,6 +169,7 @@ class KnowledgeDistillation(Callback):
         Raises:
             ValueError: it is to be split, and the student is not.
         """
+        self._evaluates = False
         if not isinstance(pl_module, MinitronModel):
             if self.place == "shard":
                 raise ValueError("place='shard': only a sharded MinitronModel shares its ranks")
@@ -299,10 +295,14 @@ class KnowledgeDistillation(Callback):
     ) -> Projection:
         """The teacher's hidden states [batch x positions, hidden] and head, where the loss is."""
         at = next(self.teacher.parameters()).device
+        # what was put in the place of layers is there by now; not for every batch: it walks through all
+        if self.teacher.training or not self._evaluates:
+            self.teacher.eval()
+            self._evaluates = True
         with (
             torch.no_grad(),
             # compiled code has no need of inference mode, and not every torch compiles in it
-            frozen(self.teacher) if self._fast is None else nullcontext(),
+            untracked(self.teacher) if self._fast is None else nullcontext(),
             self._products() if at.type != "cpu" else nullcontext(),
         ):
             there = {name: value.to(at) for name, value in more.items()}

@@ -42,6 +42,7 @@ from nemo_minitron.plugin.nemo_archive import (
     make_cfg,
 )
 from nemo_minitron.plugin.own_loaders import OwnLoaders
+from nemo_minitron.plugin.step_log import log_step
 from nemo_minitron.training.batches import as_batch
 from nemo_minitron.training.loss_guard import gradients_of, settle
 from nemo_minitron.training.phases import learning_rate
@@ -254,7 +255,7 @@ class MinitronModel(OwnLoaders, FastOnGpus, Clipping, ModelPT):
         given = as_batch(batch)
         terms = self.evaluate_objective(given)
         named = {f"train_{name}": value for name, value in terms.named().items()}
-        self.log_dict(named, batch_size=len(given.tokens_BS))
+        log_step(self, named, batch_size=len(given.tokens_BS))
         self.last_terms, share = terms, self.learned.share(given)
         self.learned.note(terms)
         return terms.loss * share
@@ -305,7 +306,7 @@ class MinitronModel(OwnLoaders, FastOnGpus, Clipping, ModelPT):
         values = {"learning_rate": rate, "global_step": self._trainer.global_step}
         # tensors on the CPU: Lightning would bring numbers to the device, and wait until they are
         # there
-        self.log_dict({name: torch.tensor(float(v)) for name, v in values.items()}, batch_size=1)
+        log_step(self, {name: torch.tensor(float(v)) for name, v in values.items()}, batch_size=1)
         answer: int | None = super().on_train_batch_start(batch, batch_idx, unused)
         return answer
 

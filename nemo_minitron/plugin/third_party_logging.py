@@ -5,6 +5,8 @@ import re
 import warnings
 
 import nemo.utils.exp_manager
+from nemo.lightning.callback_group import CallbackGroup
+from nemo.lightning.one_logger_callback import OneLoggerNeMoCallback
 from nemo.utils import logging as nemo_logging
 from nv_one_logger.api.one_logger_provider import OneLoggerProvider
 
@@ -21,6 +23,9 @@ def silence_third_parties() -> None:
     # NeMo's telemetry, which is sent nowhere, is on for rank 0 of several, and fails where a training
     # begins once more in a process, as behind a bad step
     OneLoggerProvider.instance().force_disable_logging()
+    # switched off it would still set a logger's level, for which Python visits all others, twice a step
+    group = CallbackGroup.get_instance().callbacks
+    group[:] = [each for each in group if not isinstance(each, OneLoggerNeMoCallback)]
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     known = (

@@ -65,7 +65,21 @@ class ExactResume(Callback):
         draw = (
             (self.seed * 1_000_003 + trainer.global_step) * 1_000_003 + micro
         ) * 1_000_003 + reader
-        torch.manual_seed(draw % 2**63)
+        _seed(draw % 2**63, pl_module.device)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds the draws of a device and of the CPU.
+
+    ``torch.manual_seed`` also notes, for each kind of device that is not in use, who asked for it:
+    that takes a millisecond.
+    """
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
 
 
 class TrainingLog(Callback):

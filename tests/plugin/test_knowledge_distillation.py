@@ -213,3 +213,12 @@ def test_layers_that_are_not_there_are_refused(tmp_path, layers, message):
     weights = IntermediateWeights(("hidden",), layers=layers)
     with pytest.raises(ValueError, match=message):
         run(teacher, tmp_path / "state", 1, [distillation(teacher, weights)])
+
+
+def test_what_is_put_into_the_teacher_is_in_evaluation_mode_too(tmp_path):
+    """As layers of Transformer Engine's are, which begin in training mode."""
+    teacher = make_model(tmp_path / "t", "llama", num_hidden_layers=2, attention_dropout=0.9)
+    callback = distillation(teacher, None)
+    callback.teacher.model.layers[0].train()
+    run(make_model(tmp_path / "s", "llama", seed=1), tmp_path / "state", 2, [callback])
+    assert not any(module.training for module in callback.teacher.modules())
