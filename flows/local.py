@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import gc
+import logging
 import os
 import shlex
 import shutil
@@ -97,7 +98,13 @@ def run_here(config: Config, words: Sequence[str]) -> list[Result]:
     prepare_environment()
     # a failure reaches the caller as an exception; Prefect's own log would print its traceback as
     # well
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    if "PREFECT_LOGGING_LEVEL" not in os.environ:
+        os.environ["PREFECT_LOGGING_LEVEL"] = "CRITICAL"
+        for service in (
+            "EventsWorker",
+            "APILogWorker",
+        ):  # which say at exit what they still have to send
+            logging.getLogger(service).setLevel(logging.CRITICAL)
     gc.disable()  # there is no garbage yet, and to look for it takes a third of these imports
     from prefect import tags
     from prefect.settings import PREFECT_API_URL

@@ -27,7 +27,7 @@ load_scipy_signal_later()  # as commands do
 os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 transformers.logging.disable_progress_bar()
 # no test speaks TLS, and Prefect makes hundreds of clients; test processes inherit the file of the first
-if "SSL_CERT_FILE" not in os.environ:
+if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["SSL_CERT_FILE"] = str(one_certificate())
 # what hypothesis takes for slow, and for too slow, is how busy the machine is
 hypothesis.settings.register_profile(

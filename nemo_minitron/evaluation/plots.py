@@ -60,25 +60,27 @@ def importance_maps(ranking: Mapping[str, Tensor]) -> dict[str, bytes]:
                 vmax=1,
                 interpolation="nearest",
             )
-            figure.colorbar(image, label="share of the line's best")
+            figure.colorbar(image, label="share of the line's best", ticks=[0, 0.5, 1])
             owner = "layer" if per_layer == 1 else f"layer x {per_layer} + expert"
             panel.set(
                 xlabel=f"{title}, most important first",
                 ylabel=owner,
                 title=f"Importance of {title}",
             )
-            panel.set_yticks(range(0, scores.shape[0], max(1, scores.shape[0] // 8)))
+            panel.xaxis.set_major_locator(_few())
+            panel.yaxis.set_major_locator(_few())
         elif axis == "layers":
             panel.bar(range(len(scores)), scores.numpy(), color=COLOURS["student"])
             panel.set(xlabel="layer", ylabel="importance", title="Importance of layers")
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.xaxis.set_major_locator(_few())
         else:
             ordered = scores.sort(descending=True).values
             panel.plot((ordered / ordered[0].clamp(min=1e-30)).numpy(), color=COLOURS["student"])
             panel.set(
                 xlabel=f"{title}, most important first", ylabel="share of the best",
-                title=f"Importance of {title}", ylim=(0, 1.05),
+                title=f"Importance of {title}", ylim=(0, 1.05), yticks=[0, 0.5, 1],
             )  # fmt: skip
+            panel.xaxis.set_major_locator(_few())
             panel.grid(alpha=0.25)
         pictures[axis] = _png(figure)
     return pictures
@@ -132,7 +134,7 @@ def depth_map(importance: Mapping[tuple[str, int], Tensor]) -> bytes:
                 ylabel="layers in the block",
                 title="A block less",
             )
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(_few())
     return _png(figure)
 
 
@@ -159,8 +161,8 @@ def routing_map(texts: Sequence[str], by_text: Tensor) -> bytes:
         shown = name if len(name) <= 60 else f"...{name[-57:]}"
         panel.set_title(shown, fontsize=9, parse_math=False)
         panel.set_ylabel("layer")
-        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.yaxis.set_major_locator(_few())
+        panel.xaxis.set_major_locator(_few())
     panels[-1, 0].set_xlabel("expert")
     figure.colorbar(image, ax=list(panels[:, 0]), label="tokens, in equal shares", extend="max")
     return _png(figure)
@@ -236,7 +238,7 @@ def sensitivity(
                     ha="center", va="top", rotation=90, color="white",
                 )  # fmt: skip
     right.set(xlabel="layer left out (0-based)", ylabel="loss added (nats per token)")
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.xaxis.set_major_locator(_few())
     for panel in (left, right):
         panel.set_axisbelow(True)
         panel.grid(alpha=0.25)
@@ -321,6 +323,11 @@ def task_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], measures: Seque
         panel.grid(alpha=0.25)
     panels.flat[0].legend()
     return _png(figure)
+
+
+def _few() -> MaxNLocator:
+    """Up to six whole numbers along an axis: to draw a number takes longer than to draw what it counts."""
+    return MaxNLocator(5, integer=True)
 
 
 def _png(figure: Any) -> bytes:

@@ -8,7 +8,6 @@ is read once. The hidden states of all batches wait between two layers in memory
 budget on disk.
 """
 
-import gc
 import json
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -112,25 +111,8 @@ class _OneLayer:
             with frozen(model), detour.attached():
                 yield model, detour, here
         finally:
-            del model, detour
-            gc.collect()  # hooks and modules refer to each other
-
-
-@contextmanager
-def _only_new_garbage() -> Iterator[None]:
-    """Garbage is looked for among what is made inside of the block only: a layer is freed in no time.
-
-    A process that has imported transformers and NeMo holds so many objects that looking at all of them
-    takes longer than a small layer computes. Who has frozen objects already does not lose that.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
+            # hooks and modules refer to each other, until somebody looks for garbage: the weights go now
+            model.to_empty(device="meta")
 
 
 def streamed(
@@ -205,7 +187,7 @@ class _Pass:
         if start:
             print(f"scoring goes on at layer {self.kept[start]}", flush=True)
         self.progress(start * sum(batch.tokens_BS.numel() for batch in self.batches))
-        with _only_new_garbage(), closing(self._weights(start)) as read:
+        with closing(self._weights(start)) as read:
             for position, weights in enumerate(read, start):
                 layer = weights.layer
                 found = self._layer(weights, found, check)
