@@ -1,4 +1,6 @@
-"""What the host does in a step of ``minitron distill``, against a hand-written loop: CPU time where layers compute nothing.
+"""What the host does in a step of ``minitron distill``, against a hand-written loop.
+
+Python's calls, which are the same in every run, and CPU time, which on a shared machine is not, where layers compute nothing.
 
 The models have as many layers as SmolLM2-135M, and hardly a number in them: what is left is what a GPU's host does too,
 beside launching kernels.
@@ -6,6 +8,7 @@ beside launching kernels.
     python -m benchmarks.host
 """
 
+import cProfile
 import shutil
 import tempfile
 import time
@@ -27,6 +30,8 @@ from nemo_minitron.workspace.manifest import write_json
 JOB = Job({**TINY, "num_hidden_layers": 30, "hidden_size": 32, "intermediate_size": 32},
           ("plan.ffn=16", "plan.drop_layers=[24,25,26,27]"), 8, 2, 60, 100_000)  # fmt: skip
 TIMES = 4
+FIRST, LAST = 10, 50
+"""Of one run, the steps whose calls are counted: what happens once has happened, or comes behind them."""
 
 
 def _a_step(*runs: Callable[[], object]) -> list[float]:
@@ -43,6 +48,24 @@ def _a_step(*runs: Callable[[], object]) -> list[float]:
     return [sorted(found)[len(found) // 10] for found in spent]
 
 
+def _calls(run: Callable[[], object]) -> float:
+    """Calls of functions in a step, built-in ones included."""
+    profile, seen = cProfile.Profile(), 0
+
+    def count(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == FIRST:
+            profile.enable()
+        elif seen == LAST:
+            profile.disable()
+
+    hook = register_optimizer_step_post_hook(count)
+    run()
+    hook.remove()
+    return float(sum(entry.callcount for entry in profile.getstats())) / (LAST - FIRST)
+
+
 def _stage(config: Config) -> None:
     shutil.rmtree(Workspace(workspace_of(config)).student, ignore_errors=True)
     run_stage("distill", config)
@@ -56,17 +79,20 @@ def main() -> None:
         config = pruned_at(place, JOB, "cpu")
         folders = place / "teacher", Workspace(workspace_of(config)).pruned
 
-        ours, theirs = _a_step(
-            lambda: _stage(config), lambda: Loop(*folders, "cpu", JOB).seconds(JOB.samples)
-        )
+        runs = lambda: _stage(config), lambda: Loop(*folders, "cpu", JOB).seconds(JOB.samples)
+        ours, theirs = _a_step(*runs)
+        calls = [round(_calls(run)) for run in runs]
     found = {
         "stage_ms": round(ours, 1),
         "loop_ms": round(theirs, 1),
         "ratio": round(ours / theirs, 3),
+        "stage_calls": calls[0],
+        "loop_calls": calls[1],
     }
     write_json(RESULTS / "host.json", found)
     print(
-        f"CPU time a step: minitron distill {ours:.1f} ms, by hand {theirs:.1f} ms: {ours / theirs:.3f}"
+        f"CPU time a step: minitron distill {ours:.1f} ms, by hand {theirs:.1f} ms: {ours / theirs:.3f}\n"
+        f"Python's calls a step: minitron distill {calls[0]}, by hand {calls[1]}: {calls[0] / calls[1]:.3f}"
     )
 
 

@@ -100,10 +100,8 @@ def run_here(config: Config, words: Sequence[str]) -> list[Result]:
     # well
     if "PREFECT_LOGGING_LEVEL" not in os.environ:
         os.environ["PREFECT_LOGGING_LEVEL"] = "CRITICAL"
-        for service in (
-            "EventsWorker",
-            "APILogWorker",
-        ):  # which say at exit what they still have to send
+        # these say at exit what they still have to send
+        for service in ("EventsWorker", "APILogWorker"):
             logging.getLogger(service).setLevel(logging.CRITICAL)
     gc.disable()  # there is no garbage yet, and to look for it takes a third of these imports
     from prefect import tags

@@ -32,13 +32,12 @@ class _Later(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         own, module = self.__dict__, cast(ModuleType, self)
-        with own[
-            "_one_at_a_time"
-        ]:  # others wait; whoever executes it comes here again, and goes on
+        # others wait; whoever executes it comes here again, and goes on
+        with own["_one_at_a_time"]:
             if "_begun" not in own:
                 own["_begun"] = True
                 try:
-                    own["_loader"].exec_module(self)
+                    own["__loader__"].exec_module(self)
                 except BaseException:
                     del own["_begun"]
                     raise
@@ -64,8 +63,9 @@ class _LoadsLater(Loader):
 
             return hamming(*arguments, **how)
 
-        own = {"_loader": self._loader, "_one_at_a_time": threading.RLock(), "hamming": hamming}
-        module.__dict__.update(own)
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        module.__dict__.update(_one_at_a_time=threading.RLock(), hamming=hamming)
         module.__class__ = _Later
 
 
