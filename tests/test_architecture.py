@@ -242,7 +242,7 @@ ADMITTED = {
     ("nemo_minitron/families/table.py", "yaml.load"): "the SafeLoader of libyaml",
     (
         "nemo_minitron/launch/start_up.py",
-        "own['_loader'].exec_module",
+        "own['__loader__'].exec_module",
     ): "scipy.signal, where Python found it",
     (
         "nemo_minitron/data/chat_template_process.py",
