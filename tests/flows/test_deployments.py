@@ -185,7 +185,7 @@ def begun(kind, real_server, worker, finished, tmp_path, teacher, corpus):
 def long(real_server, worker, begun):
     """The same, at work."""
     workspace, run = begun
-    until(lambda: len(logged(workspace)) > 60 or state_of(real_server, run).is_final())
+    until(lambda: len(logged(workspace)) > 60 or state_of(real_server, run).is_final(), every=0.5)
     assert not state_of(real_server, run).is_final(), worker.log.read_text()[-3000:]
     return workspace, run
 
@@ -232,7 +232,7 @@ def cancelled(real_server, workspace, run):
     before = saved(workspace)
     ask(real_server, lambda client: client.set_flow_run_state(run.id, Cancelling()))
     until(lambda: not processes(str(workspace)), 40)
-    until(lambda: state_of(real_server, run).is_final(), 30)
+    until(lambda: state_of(real_server, run).is_final(), 30, every=0.5)
     assert state_of(real_server, run).is_cancelled()
     states = ask(real_server, lambda client: client.read_flow_run_states(run.id))
     assert not any(state.is_crashed() for state in states), states  # which would wake somebody up
@@ -270,7 +270,7 @@ def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed_until_it_is_
     with locked(workspace, 60):
         ask(real_server, lambda client: client.resume_flow_run(run.id))
         until(lambda: flows_of(worker))
-        until(lambda: state_of(real_server, run).is_running())
+        until(lambda: state_of(real_server, run).is_running(), every=0.5)
         assert not until_it_ends_or(lambda: False, real_server, run, 3)  # it waits
     assert until_it_ends_or(
         lambda: any(row["step"] > kept + 20 for row in logged(workspace)), real_server, run, 240
@@ -282,10 +282,10 @@ def test_a_suspended_run_frees_the_machine_and_goes_on_when_resumed_until_it_is_
 
 def test_a_flow_that_is_killed_is_crashed_and_takes_its_stage_along(real_server, worker, begun):
     workspace, run = begun
-    until(lambda: processes(str(workspace)) or state_of(real_server, run).is_final())
+    until(lambda: processes(str(workspace)) or state_of(real_server, run).is_final(), every=0.5)
     (flow,) = flows_of(worker)
     flow.send_signal(signal.SIGKILL)
-    until(lambda: state_of(real_server, run).is_final(), 60)
+    until(lambda: state_of(real_server, run).is_final(), 60, every=0.5)
     assert state_of(real_server, run).is_crashed()
     until(lambda: not processes(str(workspace)), 40)
 
@@ -309,11 +309,11 @@ def test_a_paused_schedule_starts_nothing_until_it_is_active_again(
         done = subprocess.run(words, env=real_server, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    until(lambda: runs_of(real_server, deployment.id, "SCHEDULED"), 30)
+    until(lambda: runs_of(real_server, deployment.id, "SCHEDULED"), 30, every=0.5)
     switched("pause")
-    until(lambda: not runs_of(real_server, deployment.id, "SCHEDULED"), 30)
+    until(lambda: not runs_of(real_server, deployment.id, "SCHEDULED"), 30, every=0.5)
     switched("resume")
-    until(lambda: runs_of(real_server, deployment.id, "SCHEDULED"), 30)
+    until(lambda: runs_of(real_server, deployment.id, "SCHEDULED"), 30, every=0.5)
     ask(real_server, lambda client: client.delete_deployment(deployment.id))
 
 
@@ -343,7 +343,7 @@ def test_serving_needs_no_worker(real_server, finished, tmp_path, teacher, corpu
             "checkpoint": str(workspace / "export"), "data": [str(corpus)],
             "overrides": ["evaluate.speed=false", "evaluate.prompts=0", "data.validation.sequence_length=16", "data.validation.samples=8"],
         })  # fmt: skip
-        until(lambda: state_of(real_server, run).is_final(), 120)
+        until(lambda: state_of(real_server, run).is_final(), 120, every=0.5)
         assert state_of(real_server, run).is_completed(), (
             state_of(real_server, run).message,
             log.read_text()[-3000:],
