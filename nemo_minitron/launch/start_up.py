@@ -57,6 +57,8 @@ class _LoadsLater(Loader):
         """Python makes the module, and knows its place."""
 
     def exec_module(self, module: ModuleType) -> None:
+        """Executes nothing yet."""
+
         def hamming(*arguments: Any, **how: Any) -> Any:
             """``scipy.signal.windows.hamming``."""
             from scipy.signal.windows import hamming

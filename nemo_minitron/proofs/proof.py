@@ -196,7 +196,8 @@ def _cut(checkpoint: Checkpoint, keep: Keep, layers: Sequence[int] | None, targe
 def dead_units(checkpoint: Checkpoint, axes: Sequence[str], work: Path) -> Iterator[Finding]:
     """Removes units that were dead, in groups of axes: the logits must stay as they were.
 
-    Of axes too there is one without the other in a group, and where a group fails, each is tried alone.
+    Groups are those of ``permutations``. Where one fails, each axis is tried alone, to name it; where none of
+    them fails alone, the finding is about all together.
     """
     reasons = {axis: _why_not(checkpoint, axis) for axis in axes}
     tried = [axis for axis in axes if reasons[axis] is None]
@@ -208,13 +209,14 @@ def dead_units(checkpoint: Checkpoint, axes: Sequence[str], work: Path) -> Itera
             except (ValueError, RuntimeError) as error:
                 return str(error)
 
-    fine = all(failure(group) is None for group in _groups(tried))
+    wrong = next((said for said in map(failure, _groups(tried)) if said is not None), None)
+    named = False
     for axis, reason in reasons.items():
-        if reason is not None:
-            yield Finding(axis, "dead units", True, reason)
-        else:
-            failed = None if fine else failure([axis])
-            yield Finding(axis, "dead units", failed is None, failed or "")
+        failed = None if wrong is None or reason is not None else failure([axis])
+        named = named or failed is not None
+        yield Finding(axis, "dead units", failed is None, reason or failed or "")
+    if wrong is not None and not named:
+        yield Finding(TOGETHER, "dead units", False, wrong)
 
 
 def _why_not(checkpoint: Checkpoint, axis: str) -> str | None:

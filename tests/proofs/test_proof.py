@@ -13,6 +13,7 @@ import transformers
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.families import Architecture, architecture_of, families, find_row
 from nemo_minitron.families.grammar import row_axes
+from nemo_minitron.proofs import proof
 from nemo_minitron.proofs.page import MARKS, counted, markdown
 from nemo_minitron.proofs.proof import (
     PROOFS,
@@ -194,6 +195,13 @@ def test_where_a_group_of_dead_units_fails_the_axis_is_named(tmp_path):
         found = list(dead_units(described(checkpoint, family), axes, tmp_path))
         assert [finding.axis for finding in found] == list(axes)
         assert {finding.axis for finding in found if not finding.holds} == failing
+
+
+def test_dead_units_that_fail_only_together_fail(tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(tiny_model(families()["llama"], {}, tmp_path / "m"))
+    monkeypatch.setattr(proof, "_outlived", lambda _, axes, work: len(axes) == 1)
+    found = list(dead_units(checkpoint, ("ffn", "heads", "layers"), tmp_path))
+    assert [f.axis for f in found if not f.holds] == [TOGETHER]
 
 
 @pytest.mark.parametrize("count", range(1, 17))
