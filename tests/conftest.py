@@ -19,6 +19,7 @@ from nemo_minitron.launch.start_up import load_scipy_signal_later
 from nemo_minitron.release import quickstart
 from tests.support import forked_trials, left_behind, runs
 from tests.support.certificate import one_certificate
+from tests.support.fuzzing import examples
 from tests.support.models import WORDS, make_model
 from tests.support.runs import minitron, settings
 
@@ -29,9 +30,14 @@ transformers.logging.disable_progress_bar()
 # no test speaks TLS, and Prefect makes hundreds of clients; test processes inherit the file of the first
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["SSL_CERT_FILE"] = str(one_certificate())
-# what hypothesis takes for slow, and for too slow, is how busy the machine is
+# what hypothesis takes for slow, and for too slow, is how busy the machine is; 'make test' draws the same examples each
+# time, as a change must not fail by what it did not touch, and 'make fuzz' draws others
 hypothesis.settings.register_profile(
-    "any_machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "any_machine",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize="FUZZ" not in os.environ,
+    max_examples=examples(100),
 )
 hypothesis.settings.load_profile("any_machine")
 

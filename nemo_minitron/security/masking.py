@@ -38,7 +38,8 @@ _VALUE = re.compile(
     r"(?P<quote>['\"\\]{1,8})(?P<inside>.*?)(?P=quote)"
     r"|['\"]?[^\s'\"]+(?:['\"](?=[^\s'\",;)\]}])[^\s'\"]+)*"  # as in it's
 )
-_NUMBER = re.compile(r"[\d.,:%]+(?![^\s'\"])")
+_COUNT = re.compile(rf"[\d.,:%]{{1,{_SHORTEST - 1}}}(?![^\s'\"])")
+"""A number that is short enough to be one of tokens; a credential may be of digits alone."""
 _HEADER = re.compile(
     r"(authorization['\"]?[ \t]*[:=][ \t]*b?['\"]?(?:\w+[ \t]+)?)([^\s'\",]+)", re.IGNORECASE
 )
@@ -208,7 +209,7 @@ def _unassigned(names: re.Pattern[str], text: str, note: Callable[[str], None]) 
         # in prose a colon comes behind any word; in a dictionary there are quotes before it
         prose = name == "token" and found["between"].lstrip(" \t").startswith(":")
         value = None if prose or not names_secret(name) else _VALUE.match(text, place)
-        if value is None or (name.endswith("token") and _NUMBER.match(text, place)):
+        if value is None or (name.endswith("token") and _COUNT.match(text, place)):
             continue
         place = value.end()
         quotes = value["quote"] or ""

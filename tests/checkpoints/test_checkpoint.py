@@ -18,6 +18,7 @@ from nemo_minitron.families import families
 from nemo_minitron.proofs.tiny_models import tiny_model
 from nemo_minitron.pruning.slice import Cut, cut_config
 from nemo_minitron.workspace.manifest import hash_file
+from tests.support.fuzzing import examples
 from tests.support.models import make_model
 
 
@@ -137,7 +138,7 @@ def test_a_damaged_checkpoint_is_refused_with_file_and_reason(tmp_path, damage, 
     assert str(folder) in str(caught.value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     st.binary(max_size=200)
     | st.text(max_size=60).map(lambda t: struct.pack("<Q", len(t.encode())) + t.encode())
@@ -175,7 +176,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(data=st.data())
 def test_no_config_crashes(tmp_path_factory, tiny, data):
     """Whatever config.json says, opening and cutting end well or with one clear error."""
@@ -202,7 +203,7 @@ def test_no_config_crashes(tmp_path_factory, tiny, data):
         assert "config.json" in str(error) or str(broken) in str(error)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(data=st.data())
 def test_no_header_crashes(tmp_path_factory, tiny, data):
     """A header with one entry changed is refused, or is still the header of the same model."""

@@ -27,6 +27,7 @@ from nemo_minitron.pruning.select import (
 )
 from nemo_minitron.pruning.slice import Cut, Piece, cut_config, cut_tensor, pieces
 from nemo_minitron.scoring.importance import random_scores
+from tests.support.fuzzing import examples
 from tests.support.models import logits, stream
 
 
@@ -98,7 +99,7 @@ def test_a_tensor_of_another_shape_than_its_row_is_refused():
         cut_tensor(torch.zeros(4, 3), piece, {"ffn": 3, "hidden": 4})
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     name=st.sampled_from(["llama", "nemotron", "mistral", "qwen3", "phi3", "gemma2", "olmo2", "qwen3_moe", "gpt_oss"]),
     kv=st.integers(1, 3), ratio=st.integers(1, 3), width=st.sampled_from([2, 3, 6, 10]), ffn=st.integers(3, 17),

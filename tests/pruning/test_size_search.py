@@ -15,6 +15,7 @@ from nemo_minitron.pruning.cost import Size, alignment, model_size
 from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.pruning.size_search import MEASURES, candidates, default_choices, halving, rungs
 from nemo_minitron.pruning.slice import Cut
+from tests.support.fuzzing import examples
 
 NEMOTRON = {
     "model_type": "nemotron", "vocab_size": 256000, "num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128,
@@ -282,7 +283,7 @@ def every_combination(model, choices, keep_layers):
 SPECIMENS = [(name, changes) for name, family in families().items() for changes in family.proofs]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     specimen=st.sampled_from(SPECIMENS),
     last=st.booleans(),

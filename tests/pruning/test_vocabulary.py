@@ -31,6 +31,7 @@ from nemo_minitron.pruning.slice_wrapper import CutSurroundings
 from nemo_minitron.pruning.tokenizer_cut import cut_tokenizer, ids_named, new_ids, renumbered
 from nemo_minitron.pruning.tokenizer_file import TokenizerFile
 from nemo_minitron.pruning.vocabulary import Construction, choose
+from tests.support.fuzzing import examples
 
 TEXT = [
     "the model reads a file and writes the answer to another file while the reader waits\n",
@@ -143,7 +144,7 @@ TEXTS = st.lists(
 
 
 @given(st.data())
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(12), suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_comes_back_and_kept_entries_are_used_as_before(folder, tmp_path, data):
     before = AutoTokenizer.from_pretrained(folder)
     rows, seed = len(before), data.draw(st.integers(0, 9))

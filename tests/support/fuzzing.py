@@ -12,7 +12,12 @@ SEED = int(os.environ.get("FUZZ_SEED", "0"))
 
 def some(cases: Iterable[Any], few: int) -> Iterator[Any]:
     """The first of endless cases: ``few``, or as many as FUZZ says."""
-    return itertools.islice(cases, int(os.environ.get("FUZZ", few)))
+    return itertools.islice(cases, examples(few))
+
+
+def examples(few: int) -> int:
+    """How many examples of a property hypothesis draws: ``few``, or as many as FUZZ says."""
+    return int(os.environ.get("FUZZ", few))
 
 
 def tally(kind: str, outcomes: Counter[str]) -> None:

@@ -14,6 +14,7 @@ from nemo_minitron.workspace.build import make
 from nemo_minitron.workspace.condition import Why, condition, damage, in_words
 from nemo_minitron.workspace.inventory import workspaces
 from nemo_minitron.workspace.manifest import Input, fingerprint, read_manifest
+from tests.support.fuzzing import examples
 
 MADE_FROM = {
     "teacher": (),
@@ -207,7 +208,9 @@ def test_a_model_inside_of_an_artifact_counts_by_its_time_and_an_outsider_of_its
 
 
 @settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None,
+    max_examples=examples(40),
 )
 @given(
     st.lists(st.sampled_from(["teacher", "scores", "plan", "pruned"]), max_size=4, unique=True),
