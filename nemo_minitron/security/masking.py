@@ -52,8 +52,8 @@ _QUERY = re.compile(
 _ADDRESS = re.compile(
     r"(?P<scheme>://)(?:"
     r"[^/?#\s'\"<>]*"
-    # a password that ought to be percent-encoded; a number there is a port
-    r"|[^/?#\s'\"<>:@]+:(?!\d+(?:[/?#]|$))[^\s'\"<>@]{0,500}(?:@[^/?#\s'\"<>]*(?=@))?"
+    # a password that ought to be percent-encoded; a short number there is a port
+    r"|[^/?#\s'\"<>:@]+:(?!\d{1,5}(?:[/?#]|$))[^\s'\"<>@]{0,500}(?:@[^/?#\s'\"<>]*(?=@))?"
     # what is left of an address that was taken for a path
     r")@|(?P<path>:/)[^/\s'\"<>:@]+:[^\s'\"<>]{0,500}@"
 )
