@@ -1,5 +1,6 @@
 """A cascade: cut a part, distil, and again; beside it the same size in one cut, on as many tokens."""
 
+import copy
 import os
 import shlex
 from collections.abc import Mapping
@@ -150,7 +151,7 @@ def _steps(base: Config, first: Path, command: str) -> list[Result]:
 
 def _step(base: Config, name: str, source: Path, first: Path, last: bool) -> Config:
     """The configuration of one step: from a source to an export, measured against the first source."""
-    own = from_dict(as_dict(base))
+    own = copy.deepcopy(base)
     own.workspace = str(Workspace(Path(base.workspace)).step(name).root)
     own.cascade.sizes = []
     own.source.model, own.source.revision = str(source), None
@@ -189,7 +190,7 @@ def _share_tokens(base: Config, own: Config) -> None:
 def _side_by_side(base: Config, last: Path) -> Result:
     """Measures the exports of all steps against the first source, on the same documents, in one report."""
     place, count = Workspace(Path(base.workspace)), len(base.cascade.sizes)
-    own = from_dict(as_dict(base))
+    own = copy.deepcopy(base)
     own.cascade.sizes = []
     own.evaluate.model = str(last)
     own.evaluate.from_scratch = False

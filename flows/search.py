@@ -6,6 +6,7 @@ judged after they were distilled for a while, and the better part is kept (succe
 1502.07943).
 """
 
+import copy
 import itertools
 import math
 import shlex
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
-from nemo_minitron.config.compose import as_dict, from_dict
+from nemo_minitron.config.compose import from_dict
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.plan_config import BudgetConfig
 from nemo_minitron.evaluation.report import read_report
@@ -113,7 +114,7 @@ def search(
         sizes, begun = choose(checked)
         results = []
         if compress_best:
-            chosen = from_dict(as_dict(checked))
+            chosen = copy.deepcopy(checked)
             _cut_to(chosen, sizes, checked)
             if checked.plan.budget.continued:
                 chosen.distill.go_on_from = str(begun.absolute())
@@ -291,7 +292,7 @@ def _short(
         length: steps of the round.
         before: those of the round before; None: it is the first.
     """
-    short = from_dict(as_dict(config))
+    short = copy.deepcopy(config)
     short.workspace = str(Workspace(Path(config.workspace)).round(length, name))
     _cut_to(short, sizes, config)
     short.training.tasks, short.training.keep = [], "last"

@@ -4,6 +4,7 @@ What the variants share (the source, its correction, the scores, the tokenised t
 sweep's workspace and is linked into theirs; all are pruned in one pass over the teacher's weights.
 """
 
+import copy
 import json
 import math
 import os
@@ -152,7 +153,7 @@ def run_variants(base: Config, configs: Mapping[str, Config]) -> list[Outcome]:
             broken.append(_failed(name, error))
     names = [name for name in configs if name not in [outcome.name for outcome in broken]]
     if names:
-        first = from_dict(as_dict(configs[names[0]]))
+        first = copy.deepcopy(configs[names[0]])
         first.prune.also = [configs[name].workspace for name in names[1:]]
         run_stages(["prune"], first)
     outcomes = [*(_outcome(name, configs[name]) for name in names), *broken]

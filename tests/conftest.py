@@ -15,6 +15,7 @@ import transformers
 from filelock import FileLock
 
 from nemo_minitron.cli.main import main
+from nemo_minitron.data import chat_template_process
 from nemo_minitron.launch.start_up import load_scipy_signal_later
 from nemo_minitron.release import quickstart
 from tests.support import forked_trials, left_behind, runs
@@ -85,15 +86,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _exports_are_tried_in_forks(
+def _exports_and_chat_templates_are_tried_in_forks(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Not in tests/release, which are about trials among others."""
-    if request.path.parent.name != "release":
-        monkeypatch.setenv(forked_trials.PLACE, str(_shared(tmp_path_factory) / "trials"))
-        monkeypatch.setattr(quickstart, "subprocess", forked_trials)
+    """Not in tests of these processes themselves: in tests/release, and of chat templates."""
+    if request.path.parent.name == "release":
+        return
+    monkeypatch.setenv(forked_trials.PLACE, str(_shared(tmp_path_factory) / "trials"))
+    monkeypatch.setattr(quickstart, "subprocess", forked_trials)
+    if request.path.stem != "test_chat_template":
+        monkeypatch.setattr(chat_template_process, "subprocess", forked_trials)
 
 
 @pytest.fixture

@@ -22,6 +22,15 @@ STAYS = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); t
 ASKS = "import os, sys; from tests.support import forked_trials; forked_trials.run(sys.argv[1:], cwd='/', env={}, input='')"
 
 
+ANSWERS = """
+import datetime, os, sys
+for line in sys.stdin.buffer:
+    print(line, sys.argv, os.getcwd(), sorted(os.environ), datetime.datetime(2026, 1, 1).astimezone(), flush=True)
+    print("said", file=sys.stderr)
+os.kill(os.getpid(), 14)
+"""
+
+
 @pytest.mark.parametrize(
     "program",
     [
@@ -41,6 +50,31 @@ def test_it_sees_and_says_what_a_new_process_does(program, tmp_path):
     assert (forked.returncode, forked.stdout) == (new.returncode, new.stdout)
     assert forked.stderr.splitlines()[-1:] == new.stderr.splitlines()[-1:]
     assert Path(os.environ[forked_trials.PLACE]).is_socket()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_it_answers_over_pipes_as_a_new_process_does(killed, tmp_path):
+    (tmp_path / "program.py").write_text(ANSWERS)
+    environment = {"TZ": "XYZ-7:30", "LC_CTYPE": "C.UTF-8"}
+    seen = []
+    for make in (subprocess.Popen, forked_trials.Popen):
+        with (tmp_path / make.__module__).open("w+b") as err:
+            process = make(
+                [sys.executable, "-I", "-B", str(tmp_path / "program.py")], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=err, bufsize=0, cwd="/", env=environment,
+            )  # fmt: skip
+            process.stdin.write(b"one\n")
+            answer = process.stdout.readline()
+            if killed:
+                process.kill()
+            process.stdin.close()
+            seen.append((answer, process.stdout.read(), process.wait(), process.returncode))
+            process.stdout.close()
+            process.kill()  # has no effect any more
+            err.seek(0)
+            seen[-1] += (killed or err.read(), process.wait())
+    assert seen[0] == seen[1]
+    assert b"+07:30" in seen[0][0] and seen[0][2] == (-9 if killed else -14) == seen[0][-1]
 
 
 def test_it_ends_with_whoever_asked_for_it(tmp_path):

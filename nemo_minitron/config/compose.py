@@ -7,7 +7,7 @@ import difflib
 import functools
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,22 @@ OPEN = ("trainer", "optim", "exp_manager", "pretrain.model", "pretrain.trainer",
 def _schema() -> Any:
     """The sections and the types of their keys; making it takes longer than what it is merged with."""
     return OmegaConf.structured(Config)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return as_dict(Config())
+
+
+def _unlike(values: Any, defaults: Any) -> Any:
+    """Values without those that are the defaults, type and all: OmegaConf takes its time for each."""
+    if not (isinstance(values, Mapping) and isinstance(defaults, Mapping)):
+        return values
+    return {
+        key: _unlike(value, defaults.get(key))
+        for key, value in values.items()
+        if key not in defaults or repr(value) != repr(defaults[key])
+    }
 
 
 def _store_schema() -> None:
@@ -358,7 +374,8 @@ def from_dict(values: dict[str, Any]) -> Config:
         ValueError: an unknown key or a value of the wrong type.
     """
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(_schema(), as_declared(Config, values)))
+        own = _unlike(as_declared(Config, values), _defaults())
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), own))
     except (OmegaConfBaseException, OverflowError) as error:
         said = misfit(Config, values, "") or _explain(error, "parameters", CONFIGS)
         raise ValueError(said) from error

@@ -13,11 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_minitron.data import chat_template
+from nemo_minitron.data import chat_template, chat_template_process
 from nemo_minitron.data.chat_template import ChatTemplate
 from nemo_minitron.data.documents import documents
 from nemo_minitron.data.tokenisation import tokenised
 from nemo_minitron.models.causal_lm import load_tokenizer
+from tests.support import forked_trials
 from tests.support.text_samples import found
 
 CHATML = (
@@ -82,9 +83,16 @@ def speaking(tokenizer_folder, tmp_path):
     return make
 
 
+@pytest.fixture
+def in_forks(monkeypatch):
+    """Processes are forked from one that has imported transformers, as in other tests: these are about texts."""
+    monkeypatch.setattr(chat_template_process, "subprocess", forked_trials)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    """No process, no zombie, no pipe outlives its test."""
+    """No process, no zombie, no pipe outlives its test, but the process that others are forked from."""
+    forked_trials.start()
     before = psutil.Process().num_fds()
     OTHERS.clear()
     OTHERS.update(workers())
@@ -100,7 +108,7 @@ OTHERS: set[psutil.Process] = set()
 
 def workers(owner=None):
     """The processes of chat templates, those that have ended and are not waited for included."""
-    found = psutil.Process(owner).children(recursive=True)
+    found = psutil.Process(owner).children()
     return [
         p
         for p in found
@@ -151,6 +159,7 @@ def answers_of(tokenizer, messages):
     ]
 
 
+@pytest.mark.usefixtures("in_forks")
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_texts_are_those_of_transformers(speaking, monkeypatch, name):
     monkeypatch.setenv("TZ", "XYZ-7:30")
@@ -169,6 +178,7 @@ def test_texts_are_those_of_transformers(speaking, monkeypatch, name):
         time.tzset()
 
 
+@pytest.mark.usefixtures("in_forks")
 def test_of_several_templates_the_default_one_speaks(speaking):
     named = {"default": "{{ messages | length }}", "tool_use": "tools"}
     tokenizer = speaking(named)
@@ -185,6 +195,7 @@ ENDLESS = f"does not end within 1 s; the conversation begins with {TALK[0]['cont
 )
 
 
+@pytest.mark.usefixtures("in_forks")
 @pytest.mark.parametrize(
     ("template", "message"),
     [
@@ -217,6 +228,7 @@ def test_a_template_that_ends_badly_is_named(speaking, tmp_path, monkeypatch, te
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
+@pytest.mark.usefixtures("in_forks")
 def test_a_template_in_the_configuration_is_named_as_well(speaking, tmp_path):
     tokenizer = speaking("{{ nothing.at.all }}")
     (tmp_path / "model" / "chat_template.jinja").unlink()
@@ -350,8 +362,6 @@ def test_the_process_gets_no_secrets_and_nothing_of_the_models(speaking, tmp_pat
 
 
 def test_a_process_that_does_not_start_says_why(speaking, tmp_path, monkeypatch):
-    from nemo_minitron.data import chat_template_process
-
     (tmp_path / "wrong.py").write_text("import sys\nsys.exit('no room on the moon')")
     monkeypatch.setattr(chat_template_process, "_WORKER", tmp_path / "wrong.py")
     with pytest.raises(RuntimeError, match="does not start: no room on the moon"):
@@ -448,6 +458,7 @@ def refused_rows(tokenizer, tmp_path, rows, answers=False):
     return str(error.value)
 
 
+@pytest.mark.usefixtures("in_forks")
 def test_a_message_without_content_is_never_the_word_none(speaking, tmp_path):
     tokenizer = speaking(
         "{% for m in messages %}{{ m['content'] if m['content'] is defined else none }}{% endfor %}"
@@ -460,6 +471,7 @@ def test_a_message_without_content_is_never_the_word_none(speaking, tmp_path):
     assert rendered(tokenizer, [call, none]) == [("the model", []), ("None", [])]
 
 
+@pytest.mark.usefixtures("in_forks")
 def test_a_template_that_fails_names_file_and_row_and_what_is_missing(speaking, tmp_path):
     tokenizer = speaking("{% for m in messages %}{{ 'x' + m['content'] }}{% endfor %}")
     call = [TALK[0], {"role": "assistant", "content": None}]
@@ -470,6 +482,7 @@ def test_a_template_that_fails_names_file_and_row_and_what_is_missing(speaking, 
     assert "refuses it in line 1: roles must alternate" in said and 'with "be brief"' in said
 
 
+@pytest.mark.usefixtures("in_forks")
 def test_parts_that_are_text_are_text(speaking, tmp_path):
     path = tmp_path / "parts.jsonl"
     parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "model"}]

@@ -231,7 +231,8 @@ def test_a_task_is_measured_again_when_its_own_questions_have_changed_and_only_t
     assert changed() == list(names)
 
 
-def test_own_tasks_are_read_without_lm_evals_own_and_groups_with_them(tasks):
+def test_own_tasks_are_read_without_lm_evals_own_and_what_is_asked_beyond_them_with_it(tasks):
+    """In one test: to read what lm-eval has takes nine seconds."""
     near = manager_of(str(tasks), "own_choice", "xlsum_en")
     assert set(near.all_tasks) == {*KINDS, "own_tag", "own_group", "xlsum_en"}
     for asked in ("own_group", "own_tag", "hellaswag", "no_such_task"):
@@ -244,6 +245,20 @@ def test_own_tasks_are_read_without_lm_evals_own_and_groups_with_them(tasks):
     assert task_print("own_group", str(tasks)) != before[1]
     code.write_text(before[0])
     assert task_print("own_group", str(tasks)) == before[1]
+    for name, said in (
+        (
+            "own_chioce",
+            r"^evaluate.tasks: lm-eval knows no task 'own_chioce' .*; nearest: own_choice",
+        ),
+        ("own_tag", "'own_tag' is a tag of several tasks; name them: own_choice, own_likely$"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_tasks(["own_choice", name], str(tasks))
+    for name in ("minitron", "minitron_code", "reasoning", "instruct", "code"):
+        config = load_config("config", [f"suite={name}"])
+        assert len(config.evaluate.tasks) >= 4
+        assert config.evaluate.chat == (name == "instruct")
+        check_tasks(config.evaluate.tasks, str(tasks))
 
 
 def test_a_measure_that_one_model_lacks_is_not_compared(words, capsys, tmp_path, monkeypatch):
@@ -284,13 +299,7 @@ def test_the_student_is_measured_as_it_goes_out(words, capsys, tmp_path):
 def test_bad_input_is_refused_in_one_line_before_anything_is_measured(words, capsys):
     workspace, arguments = words
     for word, text in (
-        ("evaluate.tasks=[own_chioce]", "lm-eval knows no task 'own_chioce'"),
-        ("evaluate.tasks=[own_chioce]", "nearest: own_choice"),
         ("evaluate.tasks=[own_choice@many]", "expected TASK@SHOTS, as in arc_challenge@25"),
-        (
-            "evaluate.tasks=[own_tag]",
-            "'own_tag' is a tag of several tasks; name them: own_choice, own_likely",
-        ),
         (
             "evaluate.speed=true evaluate.speed_batches=[]",
             "evaluate.speed_batches: expected at least one size",
@@ -465,11 +474,3 @@ def test_speed_has_the_memory_to_itself_and_a_failing_vllm_is_told_and_tried_aga
     assert bench.results.get(bench.key(unit)) is None  # the next evaluation tries again
     rows = {"models": {"student": {"speed": bench.measure(unit)}}}
     assert "no room on the card" in unserved(rows)[0] and len(speeds(rows)) == 1
-
-
-def test_the_suites_name_tasks_that_lm_eval_knows():
-    for name in ("minitron", "minitron_code", "reasoning", "instruct", "code"):
-        config = load_config("config", [f"suite={name}"])
-        assert len(config.evaluate.tasks) >= 4
-        assert config.evaluate.chat == (name == "instruct")
-        check_tasks(config.evaluate.tasks, None)

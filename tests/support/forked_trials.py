@@ -1,8 +1,9 @@
-"""Trials of exports, forked from a process that has imported torch and transformers and nothing else.
+"""Trials of exports and chat templates, forked from a process that has imported torch and transformers and nothing else.
 
 The product tries every export in a new process, which imports for three seconds and computes for a tenth of one, and
-tests export thirty times. A fork of a process that has nothing but those imports runs the same program and sees the
-same files. Tests of exports themselves, fixtures of more than one test, and 'make demo' start new processes.
+tests export thirty times; and it renders chat templates in a process that imports for most of a second, fifty times in
+the tests. A fork of a process that has nothing but those imports runs the same program and sees the same files. Tests
+of exports and of these processes themselves, fixtures of more than one test, and 'make demo' start new processes.
 """
 
 import json
@@ -16,8 +17,9 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
+PIPE = subprocess.PIPE
 PLACE = "MINITRON_TEST_TRIALS"
 """Variable with the socket at which trials are asked for."""
 _IMPORTED = """
@@ -58,8 +60,7 @@ def run(
     command: list[str], *, cwd: Path, env: dict[str, str], input: str, **how: Any
 ) -> "subprocess.CompletedProcess[str]":
     """In the place of ``subprocess.run``, for ``python -c``; where nobody answers, that is what runs."""
-    start()
-    connection = _connected(Path(os.environ[PLACE]))
+    connection = _connected()
     if connection is None:
         return subprocess.run(command, cwd=cwd, env=env, input=input, **how)
     assert command[1] == "-c"
@@ -71,9 +72,7 @@ def run(
     ):
         given.write(input.encode())
         given.seek(0)
-        socket.send_fds(connection, [b"."], [given.fileno(), out.fileno(), err.fileno()])
-        request = {"arguments": command[2:], "folder": str(cwd), "environment": env}
-        connection.sendall(json.dumps(request).encode() + b"\n")
+        _ask(connection, command, str(cwd), env, [given.fileno(), out.fileno(), err.fileno()])
         code = int(connection.makefile().readline())
         printed = []
         for file in (out, err):
@@ -82,8 +81,54 @@ def run(
     return subprocess.CompletedProcess(command, code, *printed)
 
 
-def _connected(place: Path, seconds: float = 60) -> socket.socket | None:
+class _Forked:
+    """What of ``subprocess.Popen`` the process for chat templates is asked for."""
+
+    def __init__(
+        self, connection: socket.socket, command: list[str], cwd: str, env: dict[str, str], err: int
+    ) -> None:
+        self._connection, self.returncode = connection, None
+        read, write = os.pipe(), os.pipe()
+        self.stdin, self.stdout = os.fdopen(read[1], "wb", 0), os.fdopen(write[0], "rb", 0)
+        _ask(connection, command, cwd, env, [read[0], write[1], err])
+        os.close(read[0])
+        os.close(write[1])
+
+    def kill(self) -> None:
+        if self.returncode is None:
+            self._connection.shutdown(socket.SHUT_WR)
+            self.wait()  # a signal is there at once, what another process does about it is not
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode: int | None = int(self._connection.makefile().readline())
+            self._connection.close()
+        return self.returncode
+
+
+def Popen(
+    command: list[str], *, cwd: str, env: dict[str, str], stderr: IO[bytes], **how: Any
+) -> Any:
+    """In the place of ``subprocess.Popen``, for a file and pipes; where nobody answers, that is what runs."""
+    connection = _connected()
+    if connection is None:
+        return subprocess.Popen(command, cwd=cwd, env=env, stderr=stderr, **how)
+    return _Forked(connection, command, cwd, env, stderr.fileno())
+
+
+def _ask(
+    connection: socket.socket, command: list[str], cwd: str, env: dict[str, str], files: list[int]
+) -> None:
+    """Asks for a trial; it ends, at the latest, once this side of the connection does."""
+    socket.send_fds(connection, [b"."], files)
+    request = {"arguments": command[1:], "folder": cwd, "environment": env}
+    connection.sendall(json.dumps(request).encode() + b"\n")
+
+
+def _connected(seconds: float = 60) -> socket.socket | None:
     """A connection to the process, which may still import; None: there is none."""
+    start()
+    place = Path(os.environ[PLACE])
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         connection = socket.socket(socket.AF_UNIX)
@@ -140,22 +185,31 @@ def _wait_for_a_trial(connection: socket.socket) -> NoReturn:
         os._exit(0)
 
 
+def _program(words: list[str]) -> tuple[str, str, list[str]]:
+    """The program that a command line runs, its name and its arguments: of ``-c``, or a file behind options."""
+    if words[0] == "-c":
+        return words[1], "-c", words[2:]
+    first = next(place for place, word in enumerate(words) if not word.startswith("-"))
+    return Path(words[first]).read_text(encoding="utf-8"), words[first], words[first + 1 :]
+
+
 def _try(request: dict[str, Any], files: list[int]) -> NoReturn:
     """What ``python -c`` does, with modules that are imported."""
     for file, number in zip(files, (0, 1, 2), strict=True):
         os.dup2(file, number)
     sys.stdin, sys.stdout, sys.stderr = (
-        open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
-        for number, mode in ((0, "r"), (1, "w"), (2, "w"))
+        open(number, mode, buffering, encoding="utf-8", closefd=False)  # noqa: SIM115
+        for number, mode, buffering in ((0, "r", -1), (1, "w", -1), (2, "w", 1))
     )
     os.environ.clear()
     os.environ.update(request["environment"])
+    time.tzset()
     os.chdir(request["folder"])
-    program, *arguments = request["arguments"]
-    sys.argv = ["-c", *arguments]
+    program, name, arguments = _program(request["arguments"])
+    sys.argv = [name, *arguments]
     code: Any = 0
     try:
-        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+        exec(compile(program, name, "exec"), {"__name__": "__main__"})
     except SystemExit as error:
         code = error.code
         if isinstance(code, str):

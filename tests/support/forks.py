@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.data import chat_template_process
 from nemo_minitron.families.table import OWN_TABLES, families
 from nemo_minitron.release import quickstart
 from tests.support import forked_trials
@@ -74,7 +75,7 @@ def _run(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _read_again()
     if forked_trials.PLACE in environment:
-        vars(quickstart)["subprocess"] = forked_trials
+        vars(quickstart)["subprocess"] = vars(chat_template_process)["subprocess"] = forked_trials
     if CONSTANT in environment:
         module, constant, number = environment[CONSTANT].split(":")
         setattr(importlib.import_module(module), constant, int(number))
