@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from nemo_minitron.config.bounds import ANY_SEED, Bounds
 from nemo_minitron.config.option import option
 
+USUAL_BATCH = 8
+"""Samples at once on a CPU, where a layer is in memory at a time, and where ranks share a model."""
+
 
 @dataclass
 class AggregationConfig:

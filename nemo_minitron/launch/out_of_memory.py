@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.score_config import USUAL_BATCH
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.layout import MEMORY, Workspace
 from nemo_minitron.workspace.manifest import write_json
@@ -48,7 +49,8 @@ def with_halved_micro_batch(
     for part in _BATCHES[stage].split("."):
         section = section[part]
     for _ in range(times):
-        size = section["batch_size"]
+        # of a card's memory, auto has halved itself already; what is left to try is less than usual
+        size = USUAL_BATCH if section["batch_size"] == "auto" else section["batch_size"]
         if size < 2 or (stage in _TRAININGS and size % 2):
             return None
         section["batch_size"] = size // 2

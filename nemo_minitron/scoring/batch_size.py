@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.config.score_config import USUAL_BATCH
 from nemo_minitron.data.calibration_samples import Samples
 from nemo_minitron.models.causal_lm import free
 from nemo_minitron.models.free_memory import available_bytes
 from nemo_minitron.scoring.hooks import Measures
 from nemo_minitron.scoring.pass_in_memory import in_memory
 
-USUAL = 8
-"""Samples at once on a CPU, where a layer is in memory at a time, and where ranks share a model."""
 TOKENS = 65_536
 """More tokens at once gain nothing: kernels take far longer than their launches already."""
 SHARE = 0.6
@@ -34,13 +33,13 @@ class Need:
 
 
 def samples_at_once(setting: int | str) -> int:
-    """The number that ``score.batch_size`` gives; ``auto`` is ``USUAL`` until a GPU was asked.
+    """The number that ``score.batch_size`` gives; ``auto`` is ``USUAL_BATCH`` until a GPU was asked.
 
     Raises:
         ValueError: another word.
     """
     if setting == "auto":
-        return USUAL
+        return USUAL_BATCH
     if isinstance(setting, str):
         raise ValueError(f"score.batch_size: expected auto or a number, found {setting!r}")
     return setting

@@ -27,6 +27,11 @@ def layers_of_plan(config: Config, sizes: Mapping[str, int], scores: Scores) -> 
     if plan.layer_choice == "contiguous" and going > 1:
         blocks = (config.score.depth, going)
         if blocks not in scores.calibration.depth:
+            if config.score.importance != "activation":
+                raise ValueError(
+                    f"plan.layer_choice=contiguous: score.importance={config.score.importance} measures no "
+                    "blocks of layers; take plan.layer_choice=scattered, or score.importance=activation"
+                )
             raise ValueError(
                 f"plan.layer_choice=contiguous: the scores measured no blocks of {going} layers by "
                 f"{config.score.depth}; run score with score.blocks=[{going}]"

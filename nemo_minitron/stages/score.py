@@ -11,6 +11,7 @@ from torch import Tensor
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor, open_checkpoint
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.config.score_config import ScoreConfig
 from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_input
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.select import score_shape
@@ -73,6 +74,8 @@ def recipe(config: Config) -> Recipe:
             scores = outcome[0].scores
         else:
             scores = _BASELINES[config.score.importance](config, open_checkpoint(folder))
+            if config.score.depth == "none":
+                scores = Scores({n: s for n, s in scores.ranking.items() if n != "layers"})
         texts = _texts(config)
         scores = _with_routing(scores, len(texts))
         write_scores(temporary, scores, texts)
@@ -133,6 +136,7 @@ def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     if score.importance == "random":
         settings["seed"] = score.seed
     if score.importance != "activation":
+        _check_baseline(config)
         return settings
     _check(config, checkpoint)
     layers = checkpoint.architecture.sizes["layers"]
@@ -173,6 +177,33 @@ def _experts(config: Config, checkpoint: Checkpoint) -> dict[str, str]:
     return {"experts": config.score.experts} if own else {}
 
 
+_OF_ACTIVATIONS = (
+    "aggregation", "experts", "neurons", "blocks", "tasks", "iterations", "shard", "merge",
+)  # fmt: skip
+"""Keys of ``score`` that say what is read of activations, and how."""
+
+
+def _check_baseline(config: Config) -> None:
+    """Refuses what a ranking without a forward pass cannot honour; ``depth=none`` it can.
+
+    Raises:
+        ValueError: a choice that asks for activations.
+    """
+    score, plain = config.score, ScoreConfig()
+    asked = [
+        f"score.{name}" for name in _OF_ACTIVATIONS if getattr(score, name) != getattr(plain, name)
+    ]
+    if score.depth not in (plain.depth, "none"):
+        asked.insert(0, f"score.depth={score.depth}")
+    if config.plan.layer_choice == "greedy" and config.plan.layers is not None:
+        asked.append("plan.layer_choice=greedy")
+    if asked:
+        raise ValueError(
+            f"{', '.join(asked)}: for forward passes over text, and score.importance={score.importance} makes "
+            "none; leave it out, or score with score.importance=activation"
+        )
+
+
 def _check(config: Config, checkpoint: Checkpoint) -> None:
     """Refuses what cannot be, before anything is run.
 
@@ -202,6 +233,11 @@ def _check(config: Config, checkpoint: Checkpoint) -> None:
     if score.depth == "task" and not score.tasks:
         raise ValueError(
             "score.depth=task: no task given; set score.tasks, as in score.tasks=[winogrande]"
+        )
+    if score.depth == "none" and greedy_steps(config, checkpoint.architecture.sizes["layers"]):
+        raise ValueError(
+            "plan.layer_choice=greedy: removes layers by what score.depth measures, and score.depth=none "
+            "measures nothing; set score.depth=block_influence, lm_loss or task"
         )
     if score.iterations > 1:
         target_sizes(checkpoint.architecture, config.plan)

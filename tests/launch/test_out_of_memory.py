@@ -1,9 +1,12 @@
 """Less memory, the same artifact: micro-batches are halved, what decides the result is not touched."""
 
+import functools
+
 import pytest
 
 from nemo_minitron.config.compose import as_dict, from_dict, load_config
 from nemo_minitron.launch.out_of_memory import (
+    _BATCHES,
     FILE,
     note_memory,
     with_halved_micro_batch,
@@ -51,6 +54,22 @@ def test_there_is_an_end_to_it():
     assert with_halved_micro_batch("score", values())["score"]["batch_size"] == 1
     assert with_halved_micro_batch("score", values(), 2) is None
     assert with_halved_micro_batch("prune", values()) is None
+
+
+@pytest.mark.parametrize("stage", _BATCHES)
+def test_every_stage_has_less_to_try_with_what_is_set_by_default(tmp_path, stage):
+    config = as_dict(load_config("config", []))
+    assert note_memory(tmp_path, stage, config)
+    lighter, times = with_smaller_micro_batch(tmp_path, stage, config)
+    section = functools.reduce(dict.__getitem__, _BATCHES[stage].split("."), lighter)
+    assert (times, section["batch_size"]) == (1, 4)
+    from_dict(lighter)
+
+
+def test_what_was_noted_of_a_number_holds_for_auto(tmp_path):
+    assert note_memory(tmp_path, "score", values("score.batch_size=16"))
+    lighter, _ = with_smaller_micro_batch(tmp_path, "score", values("score.batch_size=auto"))
+    assert lighter["score"]["batch_size"] == 4
 
 
 def test_it_is_remembered_for_the_next_try_and_the_next_run(tmp_path):

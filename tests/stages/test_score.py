@@ -209,6 +209,21 @@ def test_a_choice_that_was_not_measured_says_what_to_run(capsys, tmp_path, words
     )
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "random"])
+def test_a_baseline_ranks_layers_unless_depth_is_none(capsys, tmp_path, words, importance):
+    words = [*words, f"score.importance={importance}", "score.aggregation.also=[]"]
+    found = score(tmp_path / "ws", words)
+    without = score(tmp_path / "none", words, "score.depth=none")
+    assert {*found.ranking} - {*without.ranking} == {"layers"}
+    capsys.readouterr()
+    plan = ["plan", f"workspace={tmp_path / 'ws'}", *words, "plan.layers=1"]
+    line = refused(capsys, *plan, "plan.layer_choice=contiguous")
+    assert (
+        f"score.importance={importance} measures no blocks of layers; take plan.layer_choice"
+        in line
+    )
+
+
 def test_layers_ranked_by_a_task(tmp_path, teacher, corpus):
     words = [
         f"source.model={teacher}", f"data.train.paths=[{corpus}]", "data.holdout=0.3",
@@ -273,6 +288,41 @@ def test_rounds_of_score_and_cut_go_down_the_line(tmp_path, words):
         ("score.depth=task", "score.depth=task: no task given"),
         ("score.merge=[/nowhere]", "no scores from activations there"),
         ("data.calibration.weights=[1,2]", "expected a positive weight for each of 1 paths"),
+        (
+            "score.depth=none plan.layers=2 plan.layer_choice=greedy",
+            "plan.layer_choice=greedy: removes layers by what score.depth measures",
+        ),
+        *(
+            (
+                f"score.importance={way} score.aggregation.also=[] {asked}",
+                f"{asked.split()[0]}: for forward passes over text, and "
+                f"score.importance={way} makes none; leave it out, or score with",
+            )
+            for way, asked in (
+                ("magnitude", "score.depth=lm_loss"),
+                ("random", "score.depth=task"),
+                ("magnitude", "plan.layer_choice=greedy plan.layers=1"),
+            )
+        ),
+        *(
+            (
+                f"score.importance=magnitude score.aggregation.also=[] {key}={value}",
+                f"{key}: for forward passes over text",
+            )
+            for key, value in (
+                ("score.experts", "own_tokens"),
+                ("score.neurons", "pre_activation"),
+                ("score.blocks", "[2]"),
+                ("score.tasks", "[winogrande]"),
+                ("score.iterations", "2"),
+                ("score.shard", "1/2"),
+                ("score.merge", "[/nowhere]"),
+            )
+        ),
+        (
+            "score.importance=magnitude score.aggregation.batch=mean",
+            "score.aggregation: for forward",
+        ),
         ("data.calibration.packing=documents", None),
         ("data.calibration.packing=off", None),
     ],
@@ -281,7 +331,7 @@ def test_settings_that_cannot_be(capsys, tmp_path, words, override, message):
     if message is None:
         score(tmp_path / "ws", words, override)
         return
-    line = refused(capsys, "score", f"workspace={tmp_path / 'ws'}", *words, override)
+    line = refused(capsys, "score", f"workspace={tmp_path / 'ws'}", *words, *override.split())
     assert message in line
     assert not (tmp_path / "ws" / "scores").exists()
 
