@@ -25,14 +25,7 @@ def size(args: argparse.Namespace) -> int:
         use_tables(own)
     model = _architecture(args.model)
     model.check_lists()
-    sizes = dict(model.sizes)
-    for text in wanted:
-        axis, _, value = text.partition("=")
-        if axis not in sizes or not value.isdecimal() or int(value) < 1:
-            raise ValueError(
-                f"size: expected AXIS=SIZE with an axis of {', '.join(sizes)}, found {text!r}"
-            )
-        sizes[axis] = int(value)
+    sizes = _asked_sizes(model, wanted)
     check_sizes(model.family, sizes, "size")
     check_serving(model, sizes, serve, "size: serve")
     for note in serving_notes(model, sizes, serve):
@@ -69,6 +62,34 @@ def size(args: argparse.Namespace) -> int:
     ]
     print_table(("", str(args.model)), tuple(rows))
     return 0
+
+
+def _asked_sizes(model: Any, words: list[str]) -> dict[str, int]:
+    """A model's sizes with those that were asked for, and with what follows from these as in a plan.
+
+    Raises:
+        ValueError: no axis of the model, no size, or the size of an axis that others decide.
+    """
+    from nemo_minitron.pruning.select import followed
+
+    asked = {}
+    for text in words:
+        axis, _, value = text.partition("=")
+        if axis not in model.sizes or not value.isdecimal() or int(value) < 1:
+            raise ValueError(
+                f"size: expected AXIS=SIZE with an axis of {', '.join(model.sizes)}, found {text!r}"
+            )
+        asked[axis] = int(value)
+    sizes = followed(model.family, {**model.sizes, **asked})
+    counted = model.resized(sizes).sizes
+    for axis, value in asked.items():
+        if decided := {sizes[axis], counted[axis]} - {value}:
+            follows = model.family.axes[axis].follows
+            raise ValueError(
+                f"size: {axis}: other sizes make it {min(decided)}{f' ({follows})' if follows else ''}, "
+                f"found {value}; leave it out, and set those"
+            )
+    return dict(counted)
 
 
 def _split_serve(words: list[str]) -> tuple[list[str], list[str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
 from nemo_minitron.config.config import Config
 from nemo_minitron.data.mixtures import held_out_windows
 from nemo_minitron.evaluation.answers import (
@@ -119,6 +120,7 @@ class Bench:
                 "task": dict(self.prints[unit.what]),
                 "text": text,
                 **self._asked(unit.model),
+                **self._lent(unit.model),
             }
         if isinstance(self.vocabulary, KeptEntries) and unit.what != SPEED:
             key["entries"] = digest(self.vocabulary.ids_V.tolist())
@@ -136,6 +138,14 @@ class Bench:
             asked["server"] = server_print(address_of(settings.servers, model))
             asked |= {key: value for key, value in self.windows().items() if key == "begin"}
         return {"asked": asked} if asked else {}
+
+    def _lent(self, model: str) -> dict[str, str]:
+        """The tokenizer, and chat template, that a model is asked with, where it is not as its own."""
+        if (name := f"lent to {model}") not in self._loaded:
+            folders = self._tokenizer_folder(model), self.folders[model]
+            lent, own = map(tokenizer_fingerprint, folders)
+            self._loaded[name] = {} if lent == own else {"tokenizer": lent}
+        return dict(self._loaded[name])
 
     def cut(self, name: str) -> KeptEntries | None:
         """Which of the teacher's entries a model has, where its vocabulary was cut; None: it was not."""
@@ -292,11 +302,7 @@ class Bench:
 
         settings = self.config.evaluate
         contexts = [settings.prompt_tokens, *settings.contexts]
-        return [
-            Case(b, context, settings.new_tokens)
-            for context in contexts
-            for b in settings.speed_batches
-        ]
+        return [Case(b, c, settings.new_tokens) for c in contexts for b in settings.speed_batches]
 
     def _model(self, name: str) -> Any:
         """A loaded model; besides the teacher one model is in memory at a time."""

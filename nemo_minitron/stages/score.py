@@ -199,8 +199,8 @@ def _check_baseline(config: Config) -> None:
         asked.append("plan.layer_choice=greedy")
     if asked:
         raise ValueError(
-            f"{', '.join(asked)}: for forward passes over text, and score.importance={score.importance} makes "
-            "none; leave it out, or score with score.importance=activation"
+            f"{', '.join(asked)}: for forward passes over text, and score.importance={score.importance} "
+            "makes none; leave it out, or score with score.importance=activation"
         )
 
 

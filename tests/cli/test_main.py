@@ -13,6 +13,10 @@ import pytest
 from filelock import Timeout
 
 from nemo_minitron.cli.main import main
+from nemo_minitron.families import architecture_of, families
+from nemo_minitron.proofs.tiny_models import tiny_config
+from nemo_minitron.pruning.cost import model_size
+from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.workspace.accelerator_lock import lock_on
 from tests.support.models import make_model
 from tests.support.processes import until
@@ -236,6 +240,34 @@ def test_size_reads_config_json_alone(capsys, tmp_path):
     assert "15.629 B" in capsys.readouterr().out
     assert "expected AXIS=SIZE" in refused(capsys, "size", str(tmp_path), "width=3")
     assert "heads % kv_heads == 0" in refused(capsys, "size", str(tmp_path), "heads=47")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "asked", "derived"),
+    [
+        ("qwen3_next", {"linear_key_heads": 2}, "linear_value_heads=3"),
+        ("deepseek_v3", {"expert_ffn": 8}, "shared_ffn=5"),
+        ("deepseek_v3", {"plain_dim": 2}, "query_dim=3"),
+        ("falcon_h1", {"mamba_heads": 2}, "mamba_width=5"),
+    ],
+)
+def test_a_size_counts_what_a_plan_with_it_keeps(capsys, tmp_path, model_type, asked, derived):
+    config = tiny_config(families()[model_type], families()[model_type].proofs[0])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model, folder = architecture_of(config), tmp_path
+    words = [f"{axis}={size}" for axis, size in asked.items()]
+    assert main(["size", str(folder), *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    targets = complete_targets(model.family, model.sizes, asked)
+    there = model.resized(targets)
+    assert told["parameters"] == model_size(there).parameters < model_size(model).parameters
+    assert {axis: told[axis] for axis in there.sizes} == dict(there.sizes) != dict(model.sizes)
+    axis, _, value = derived.partition("=")
+    line = refused(capsys, "size", str(folder), derived)
+    assert (
+        f"size: {axis}: other sizes make it {model.sizes[axis]}" in line
+        and f"found {value}" in line
+    )
 
 
 def test_families_are_listed(capsys):

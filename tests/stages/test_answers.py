@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from nemo_minitron.checkpoints.gguf_weights import POINTER
+from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import load_config
 from nemo_minitron.evaluation.answers import stop_texts
@@ -117,6 +118,37 @@ def test_a_server_is_asked_as_the_model_here_is_in_a_chat_with_examples_as_turns
     written = next(body for body in asked if not body.get("echo"))
     assert set(written["stop"]) >= {".", tokenizer.decode([0]), tokenizer.decode([5])}
     assert tokenizer.decode(written["prompt"][0]).endswith("<assistant>")
+
+
+def test_a_model_is_asked_again_when_the_tokenizer_it_is_asked_with_is_another(
+    tmp_path, talker, corpus, tasks
+):
+    """The teacher's, for models whose vocabulary was not cut: their own fingerprints do not hold it."""
+    teacher, model = (shutil.copytree(talker, tmp_path / name) for name in ("teacher", "model"))
+    own = settings(tmp_path / "ws", teacher, corpus)
+    words = [
+        *[word for word in own if word.startswith(("source.", "workspace=", "data."))],
+        f"evaluate.model={model}", "evaluate.prompts=0", "evaluate.speed=false", "evaluate.chat=true",
+        "evaluate.tasks=[own_choice]", f"evaluate.task_dir={tasks}",
+    ]  # fmt: skip
+    config = load_config("config", words)
+    assert main(["download", *words]) == 0
+
+    def keys():
+        bench, _ = _bench(config)
+        return {unit.model: bench.key(unit) for unit in bench.units() if unit.what == "own_choice"}
+
+    before = keys()
+    assert not any("tokenizer" in key for key in before.values())  # it is as their own
+    evaluated(tmp_path, *words)
+    (teacher / "chat_template.jinja").write_text("the reader waits. " + TEMPLATE)
+    after = keys()
+    assert after["teacher"]["model"] != before["teacher"]["model"]
+    assert after["student"] == {**before["student"], "tokenizer": tokenizer_fingerprint(teacher)}
+    report = evaluated(tmp_path, *words)
+    shutil.rmtree(tmp_path / "ws" / "results")
+    shutil.rmtree(tmp_path / "ws" / "report")
+    assert evaluated(tmp_path, *words)["models"] == report["models"]
 
 
 @pytest.mark.parametrize("chat", [False, True])
