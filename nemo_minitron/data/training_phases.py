@@ -6,6 +6,7 @@ from typing import Any
 
 from nemo_minitron.config.config import Config
 from nemo_minitron.config.training_config import PhaseConfig
+from nemo_minitron.data.mixtures import training_mixture
 
 _WHERE = "training.phases"
 
@@ -100,10 +101,16 @@ def same_samples(one: Config, other: Config) -> bool:
 
 
 def phases_decide(config: Config) -> dict[str, Any]:
-    """What decides the phases, for fingerprints; nothing without any."""
+    """What decides the phases, for fingerprints; nothing without any.
+
+    Where one has paths of its own, the texts of each, in order: the inputs of a training name each text once.
+    """
     keys = ("share", "sequence_length", "weights", "lr")
     phases: Sequence[PhaseConfig] = config.training.phases
     if not phases:
         return {}
     rows = [{key: getattr(phase, key) for key in keys} for phase in phases]
+    if any(phase.paths is not None for phase in phases):
+        for row, own in zip(rows, phase_configs(config), strict=True):
+            row["texts"] = [texts.fingerprint for texts, _ in training_mixture(own)]
     return {"phases": [{key: row[key] for key in row if row[key] is not None} for row in rows]}

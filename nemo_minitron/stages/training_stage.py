@@ -11,6 +11,8 @@ from nemo_minitron.config.config import Config
 from nemo_minitron.config.handed_on import check_monitors, logged
 from nemo_minitron.config.training_config import TrainingConfig
 from nemo_minitron.data.mixtures import (
+    VALIDATION_SAMPLES,
+    held_out_sampling,
     sampling,
     text_input,
     training_mixture,
@@ -215,7 +217,15 @@ def _early_stopping(config: Config, trainer: Mapping[str, Any]) -> dict[str, Any
     if isinstance(looks["val_check_interval"], int):  # in steps, however many devices there are
         looks["val_check_interval"] /= trainer.get("accumulate_grad_batches") or 1
     given = manager.get("early_stopping_callback_params") or {}
-    return {"early_stopping": {**given, **looks, **stops_on_task(config)}}
+    return {"early_stopping": {**given, **looks, **_looks_at(config), **stops_on_task(config)}}
+
+
+def _looks_at(config: Config) -> dict[str, Any]:
+    """Which held-out samples early stopping sees, where they are not those of the defaults."""
+    usual = sampling(type(config.data.validation)(), VALIDATION_SAMPLES)
+    own = held_out_sampling(config, VALIDATION_SAMPLES)
+    other = {name: value for name, value in own.items() if usual.get(name) != value}
+    return {"validation": other} if other else {}
 
 
 def _deciding(training: TrainingConfig) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import torch
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import load_config
 from nemo_minitron.plugin.trainer import newest_checkpoint, step_of
+from nemo_minitron.stages import distill
+from nemo_minitron.workspace.manifest import fingerprint
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.processes import until
 from tests.support.runs import prune, refused, started
@@ -58,6 +60,53 @@ def test_a_training_killed_in_its_second_phase_ends_with_the_bytes_of_one_that_w
     rates = [0.01] * 14 + [0.001] * 6 + [0.01] * 4
     assert [line["lr"] for line in lines] == pytest.approx(rates)
     assert len(list((whole / "tokens").glob("[!.]*"))) == 1  # one text, tokenised once
+
+
+def recipe_of(words, *more):
+    recipe = distill.recipe(load_config("config", [*words, *more]))
+    return fingerprint(recipe.kind, recipe.settings, recipe.inputs)
+
+
+def test_which_text_each_phase_reads_is_part_of_the_recipe(tmp_path, texts, corpus):
+    """The inputs name each text once: the same for schedules that read other phases of it."""
+    b = tmp_path / "b.txt"
+    b.write_text("another text " * 50)
+    held_out = f"data.validation.paths=[{sorted(corpus.iterdir())[0]}]"
+    words = [f"workspace={tmp_path / 'ws'}", *texts, held_out]
+    prune(tmp_path / "ws", *texts, held_out)
+    own, plain = f"{{share:0.3,paths:[{b}]}}", "{share:0.3}"
+    schedules = [(own, plain), (own, own), (plain, own), (plain, plain)]
+    found = [
+        recipe_of(words, f"training.phases=[{{share:0.4}},{second},{third}]")
+        for second, third in schedules
+    ]
+    assert len(set(found)) == 4
+    mixed = [*words, f"data.train.paths=[{corpus},{b}]", "data.train.weights=[1,1]"]
+    found = [
+        recipe_of(
+            mixed, f"training.phases=[{{share:0.9}},{{share:0.1,paths:[{paths}],weights:[3,1]}}]"
+        )
+        for paths in (f"{corpus},{b}", f"{b},{corpus}")
+    ]
+    assert len(set(found)) == 2
+
+
+def test_what_early_stopping_looks_at_is_part_of_the_recipe(tmp_path, texts):
+    words = [f"workspace={tmp_path / 'ws'}", *texts]
+    prune(tmp_path / "ws", *texts)
+    early = [
+        "+exp_manager.create_early_stopping_callback=true",
+        "+exp_manager.early_stopping_callback_params={patience:2}",
+    ]
+    small, large = "data.validation.samples=4", "data.validation.samples=512"
+    assert recipe_of(words, *early, small) != recipe_of(words, *early, large)
+    assert recipe_of(words, small) == recipe_of(words, large)  # nothing looks at them
+    assert (
+        "validation"
+        not in distill.recipe(
+            load_config("config", [*words, *early, large, "data.validation.sequence_length=1024"])
+        ).settings["early_stopping"]
+    )  # the defaults: what was made before this was part of it stays
 
 
 def test_one_phase_of_everything_is_the_training_without_phases(tmp_path, texts):
