@@ -25,7 +25,7 @@ from nemo_minitron.stages.inputs import (
     taught_entries,
 )
 from nemo_minitron.stages.logit_cache import asked_for, refuse_phases
-from nemo_minitron.stages.recipe import Recipe
+from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.stages.training_stage import Role, tokenizer_of, training_inputs, training_recipe
 from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.layout import Workspace, state_in
@@ -86,7 +86,20 @@ def recipe(config: Config) -> Recipe:
             check_teacher(settings.teacher_dtype, config.trainer["accelerator"])
         made.check()
 
-    return replace(made, check=check)
+    def summary() -> Summary:
+        told, drawn = made.summary(), settings.cache.method == "sampling"
+        cached = settings.teacher_logits == "cache"
+        return (
+            replace(told, notes=(*told.notes, _DRAWN)) if drawn and cached and settings.kl else told
+        )
+
+    return replace(made, check=check, summary=summary)
+
+
+_DRAWN = (
+    "divergence and val_divergence are the mean of -log q over drawn entries: KL from the teacher and the "
+    "teacher's own entropy together; they compare with other trainings from drawn entries only"
+)
 
 
 def _section(config: Config) -> dict[str, Any]:

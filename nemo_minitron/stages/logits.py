@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,8 @@ def _teach(
         "rows": len(samples), "rows_per_part": rows_per_part, "validation": first,
         "samples": sample_fingerprint(samples), "vocabulary": size,
         "tokens": len(samples) * samples.positions, "bytes_per_token": each,
-        "mass": _mean_mass(state, len(parts)), **({} if outside is None else {"outside": outside}),
+        "mass": _mean_mass(state, _cut(len(samples), rows_per_part)),
+        **({} if outside is None else {"outside": outside}),
     }  # fmt: skip
 
 
@@ -192,6 +194,14 @@ def _cut(rows: int, size: int) -> list[range]:
     return [range(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 
-def _mean_mass(state: Path, parts: int) -> float:
-    found = [read_json(state / f"mass-{n:05}.json", float) for n in range(parts)]
-    return float(sum(found) / len(found))
+def _mean_mass(state: Path, parts: Sequence[range]) -> float:
+    """Mass that the kept entries have of the teacher's, mean over the training's rows.
+
+    Args:
+        state: folder with each part's mean.
+        parts: rows of each part of the training's samples, which come first.
+    """
+    sums = [
+        read_json(state / f"mass-{n:05}.json", float) * len(rows) for n, rows in enumerate(parts)
+    ]
+    return sum(sums) / sum(map(len, parts))

@@ -41,7 +41,7 @@ def test_all_entries_teach_what_the_teacher_beside_the_student_does(capsys, tmp_
 
 
 @pytest.mark.parametrize("method", ["top_k", "sampling"])
-def test_a_student_learns_from_a_few_entries_and_needs_no_teacher(tmp_path, words, method):
+def test_a_student_learns_from_a_few_entries_and_needs_no_teacher(capsys, tmp_path, words, method):
     place = tmp_path / "ws"
     shared = next(word for word in words if word.startswith("source.model=")).partition("=")[2]
     source = shutil.copytree(shared, tmp_path / "teacher")  # the other tests keep theirs
@@ -51,8 +51,15 @@ def test_a_student_learns_from_a_few_entries_and_needs_no_teacher(tmp_path, word
         assert main([stage, f"workspace={place}", *words]) == 0
     facts = TeacherLogits(place / "logits").facts
     assert facts["bytes_per_token"] == (34 if method == "top_k" else 16)
+    if method == "top_k":
+        rows = TeacherLogits(place / "logits")[range(facts["rows"])]  # of the training alone
+        assert facts["mass"] == pytest.approx(float(rows.log_p_TK.exp().sum(-1).mean()), abs=1e-4)
     (source / "model.safetensors").unlink()
+    capsys.readouterr()
     assert main(["distill", f"workspace={place}", *words, "source.model=null"]) == 0
+    assert ("the teacher's own entropy together" in capsys.readouterr().err) == (
+        method == "sampling"
+    )
     lines = read_log(place / "student" / "metrics.jsonl")
     divergences = [line["val_divergence"] for line in lines if "val_divergence" in line]
     assert divergences[-1] < divergences[0]
