@@ -19,8 +19,9 @@ _QUESTIONS = 200
 def write_held_out_tasks(documents: Iterable[str], folder: Path, seed: int = 0) -> None:
     """Writes the data of the tasks made from held-out text, as JSONL.
 
-    ``held_out_choice``: the start of a document, and which of four passages of equal length goes
-    on; the other three come from other documents. ``held_out_bytes``: documents, to be scored in
+    ``held_out_choice``: a passage of a document, and which of four passages of equal length goes
+    on; the other three come from other documents. Where there are fewer documents than questions,
+    several are of one (``documents_of``). ``held_out_bytes``: documents, to be scored in
     bits per byte.
 
     Args:
@@ -67,6 +68,22 @@ def held_out_data(texts: Any, folder: Path) -> None:
         return
     with building(folder) as temporary:
         write_held_out_tasks(plain(documents(texts)), temporary)
+
+
+def documents_of(name: str, folder: Path, limit: int | None) -> list[int] | None:
+    """Which document each question of a task made here is of; None: each is of one of its own.
+
+    Args:
+        name: as ``evaluate.tasks`` names it.
+        folder: what ``write_held_out_tasks`` filled.
+        limit: questions that are asked at most.
+    """
+    if split_shots(name)[0] != MADE_HERE[0]:
+        return None
+    with (folder / "held_out_bytes.jsonl").open("rb") as file:  # a line for each document
+        usable = sum(1 for _ in file)
+    asked = min(limit or _QUESTIONS, _QUESTIONS)
+    return [question % usable for question in range(asked)] if asked > usable else None
 
 
 def _passage(text: str, start: int, length: int) -> str:

@@ -9,14 +9,15 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from nemo_minitron.evaluation.answers import Answers
-from nemo_minitron.evaluation.held_out_tasks import MADE_HERE, made_here, split_shots
+from nemo_minitron.evaluation.held_out_tasks import MADE_HERE, documents_of, made_here, split_shots
+from nemo_minitron.evaluation.significance import error_of_mean
 
 ADDED = Path(__file__).parent / "lm_tasks"
 """Tasks that lm-eval lacks."""
@@ -187,7 +188,24 @@ def ask(
         kinds = {found["configs"][each]["output_type"] for each in found["samples"]}
         if "generate_until" not in kinds:
             break  # there is nothing to draw
-    return runs[0] if len(runs) == 1 else averaged(runs)
+    result = runs[0] if len(runs) == 1 else averaged(runs)
+    return by_document(result, documents_of(name, held_out, limit))
+
+
+def by_document(result: TaskResult, documents: Sequence[int] | None) -> TaskResult:
+    """A result whose standard errors take questions of one document for what they are: alike.
+
+    Args:
+        result: lm-eval's, who takes questions for independent.
+        documents: which document each question is of; None: each is of one of its own.
+    """
+    if documents is None:
+        return result
+    errors = {
+        f"{metric}_stderr": error_of_mean(values, documents)
+        for metric, values in result.documents.items()
+    }
+    return replace(result, metrics={**result.metrics, **errors})
 
 
 def _evaluated(

@@ -112,9 +112,11 @@ class Bench:
                 "conditions": conditions(settings.device),
             }
         elif unit.what != TEXT:
-            from nemo_minitron.evaluation.held_out_tasks import is_made_here
+            from nemo_minitron.evaluation.held_out_tasks import documents_of, is_made_here
 
             text = self.text if is_made_here(unit.what) else None
+            if documents_of(unit.what, self.tasks, settings.task_limit) is not None:
+                key["errors"] = "by document"
             key |= {
                 "limit": settings.task_limit,
                 "task": dict(self.prints[unit.what]),

@@ -47,14 +47,8 @@ def paired(
             f"paired: expected as many results of both, found {len(first)} and {len(second)}"
         )
     gaps = [b - a for a, b in zip(first, second, strict=True)]
-    n, mean = len(gaps), math.fsum(gaps) / len(gaps)
-    sums: dict[int, float] = {}
-    for gap, document in zip(gaps, range(n) if documents is None else documents, strict=True):
-        sums[document] = sums.get(document, 0.0) + gap - mean
-    groups = len(sums)
-    error = (
-        math.sqrt(math.fsum(total**2 for total in sums.values()) * groups / max(1, groups - 1)) / n
-    )
+    mean, groups = math.fsum(gaps) / len(gaps), len(set(documents or range(len(gaps))))
+    error = error_of_mean(gaps, documents)
     if documents is None and set(first) | set(second) <= {0.0, 1.0}:
         p = _binomial(sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps))
     elif mean == 0 or groups == 1:  # one document says nothing
@@ -62,6 +56,23 @@ def paired(
     else:
         p = 0.0 if error == 0 else _student(abs(mean) / error, groups - 1)
     return Paired(mean, error, p, groups)
+
+
+def error_of_mean(values: Sequence[float], documents: Sequence[int] | None = None) -> float:
+    """Standard error of a mean, cluster-robust where several values are of one document (see ``paired``).
+
+    Args:
+        values: one for each question or sample.
+        documents: which document each is of; None: each is one of its own.
+    """
+    n, mean = len(values), math.fsum(values) / len(values)
+    sums: dict[int, float] = {}
+    for value, document in zip(values, range(n) if documents is None else documents, strict=True):
+        sums[document] = sums.get(document, 0.0) + value - mean
+    groups = len(sums)
+    return (
+        math.sqrt(math.fsum(total**2 for total in sums.values()) * groups / max(1, groups - 1)) / n
+    )
 
 
 def _student(t: float, freedom: int) -> float:

@@ -354,14 +354,18 @@ def _row(bench: Bench, name: str, found: Mapping[Unit, Any]) -> dict[str, Any]:
 
 def _compared(bench: Bench, found: Mapping[Unit, Any]) -> list[dict[str, Any]]:
     """Each model against the teacher, document by document, in everything that has a number for each."""
+    from nemo_minitron.evaluation.held_out_tasks import documents_of
+
     bytewise = isinstance(bench.vocabulary, KeptEntries)
     metric = "bits per byte" if bytewise else "loss"
     measures = [("held-out text", metric, TEXT, "losses", False)]
-    for task in bench.config.evaluate.tasks:
+    tasks, limit = bench.config.evaluate.tasks, bench.config.evaluate.task_limit
+    for task in tasks:
         first, *others = (found[Unit(name, task)] for name in bench.folders)
         shared = [m for m in first["documents"] if all(m in other["documents"] for other in others)]
         measures += [(task, metric, task, metric, first["better"][metric]) for metric in shared]
-    rows, whose = [], found[Unit("teacher", TEXT)]["documents"]
+    whose = {task: documents_of(task, bench.tasks, limit) for task in tasks}
+    rows, whose[TEXT] = [], found[Unit("teacher", TEXT)]["documents"]
     for task, metric, what, series, better in measures:
         values = {}
         for name in bench.folders:
@@ -371,7 +375,7 @@ def _compared(bench: Bench, found: Mapping[Unit, Any]) -> list[dict[str, Any]]:
                 values[name] = bits_of_samples(own)
         means = {name: sum(value) / len(value) for name, value in values.items()}
         for name in [name for name in values if name != "teacher"]:
-            gap = paired(values["teacher"], values[name], whose if what == TEXT else None)
+            gap = paired(values["teacher"], values[name], whose[what])
             back = None
             if name == "student" and "pruned" in means:
                 back = recovered(means["teacher"], means["pruned"], means[name], better)

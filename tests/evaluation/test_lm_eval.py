@@ -1,7 +1,9 @@
 """lm-eval's tasks: those that the package adds, and what is asked of the hub."""
 
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 from urllib.parse import unquote
@@ -9,7 +11,10 @@ from urllib.parse import unquote
 import pytest
 from datasets import Dataset
 
+from nemo_minitron.evaluation.held_out_tasks import documents_of, write_held_out_tasks
+from nemo_minitron.evaluation.lm_eval import run_task
 from nemo_minitron.evaluation.lm_tasks.xlsum import fifth, rouge
+from nemo_minitron.models.causal_lm import load_model, load_tokenizer
 from tests.support.hub import serve
 
 TEXT = "the dog that saw a cat ran home and the cat that saw it sat down to eat a fish"
@@ -54,6 +59,37 @@ def hub(tmp_path):
         Dataset.from_list([article(i) for i in rows]).to_parquet(str(path))
     with serve({}, {"csebuetnlp/xlsum": tmp_path / "data"}) as hub:
         yield hub
+
+
+@pytest.mark.parametrize("limit", [3, 40, None])
+def test_questions_of_one_document_are_not_taken_for_independent(teacher, tmp_path, limit):
+    texts = [" ".join(random.Random(i).choices(TEXT.split(), k=240)) for i in range(5)]
+    write_held_out_tasks(texts, tmp_path)
+    model, tokenizer = load_model(teacher), load_tokenizer(teacher)
+    model.config.max_position_embeddings = 2048
+    found = run_task(model, tokenizer, "held_out_choice", None, tmp_path, limit, 8, quiet=True)
+    values = found.documents["acc"]
+    assert len(values) == (limit or 200)
+    questions = (tmp_path / "held_out_choice.jsonl").read_text().splitlines()[: len(values)]
+    owners = [
+        [n for n, text in enumerate(texts) if json.loads(q)["context"] in text] for q in questions
+    ]
+    documents = documents_of("held_out_choice@0", tmp_path, limit)
+    assert (documents is None) == (limit == 3)
+    if documents is None:
+        documents = range(3)
+    assert [[document] for document in documents] == owners
+    sums = [
+        sum(v - found.metrics["acc"] for v, d in zip(values, documents, strict=True) if d == n)
+        for n in set(documents)
+    ]
+    error = math.sqrt(sum(s * s for s in sums) * len(sums) / (len(sums) - 1)) / len(values)
+    assert found.metrics["acc_stderr"] == pytest.approx(error)
+    assert (
+        documents_of("held_out_bytes", tmp_path, limit)
+        is None
+        is documents_of("arc_easy", tmp_path, limit)
+    )
 
 
 @pytest.mark.slow

@@ -89,6 +89,10 @@ def test_the_report_is_one_file_with_numbers_and_pictures(finished):
         assert set(row["tasks"]) == {"held_out_choice", "held_out_bytes"}
     student = report["models"]["student"]
     assert student["parameters"] < report["models"]["teacher"]["parameters"]
+    counted = {row["task"]: row["documents"] for row in report["compared"]}
+    (data,) = workspace.rglob("held_out_bytes.jsonl")
+    documents = data.read_text().count("\n")
+    assert counted["held_out_choice"] == documents < 20  # of which the twenty questions are
 
 
 @pytest.mark.slow
