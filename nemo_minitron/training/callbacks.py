@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_minitron.training.early_stopping import watched
 from nemo_minitron.training.loss_guard import settle
 from nemo_minitron.training.phases import learning_rate
 from nemo_minitron.training.task_curves import validated
@@ -157,10 +158,11 @@ class TrainingLog(Callback):
         return values if peak is None else {**values, "mfu": _short(tflops / peak)}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the validation loss."""
+        """Logs the validation loss, and all that early stopping goes by."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        step, values = trainer.global_step, validated(trainer) | pl_module.facts
+        step = trainer.global_step
+        values = watched(trainer) | validated(trainer) | pl_module.facts
         self._append({"step": step, "tokens": self.done(step)[0], **values})
 
     def _append(self, line: dict[str, Any]) -> None:
