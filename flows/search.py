@@ -42,6 +42,7 @@ from nemo_minitron.pruning.size_search import (
 )
 from nemo_minitron.pruning.target_sizes import NOT_OF_A_SIZE, explicit_targets
 from nemo_minitron.stages.candidates import measured_tasks
+from nemo_minitron.stages.going_on import whole_only
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.command_log import note_command
@@ -173,16 +174,10 @@ def _check_continued(config: Config) -> None:
     if not config.plan.budget.continued:
         return
     unlike = {
-        f"training.keep={config.training.keep}": config.training.keep != "last",
         "distill.teacher_logits=cache": config.distill.teacher_logits == "cache",
         "distill.live_teacher": config.distill.live_teacher is not None,
-        "exp_manager.create_early_stopping_callback": bool(
-            config.exp_manager["create_early_stopping_callback"]
-            if "create_early_stopping_callback" in config.exp_manager
-            else False
-        ),
     }
-    for key in [key for key, asked in unlike.items() if asked]:
+    for key in [*whole_only(config), *(key for key, asked in unlike.items() if asked)]:
         raise ValueError(
             f"plan.budget.continued: a training with {key} cannot go on from a round; choose one"
         )

@@ -23,6 +23,7 @@ from omegaconf.errors import ConfigKeyError
 from nemo_minitron.config.overrides import duration
 from nemo_minitron.security.masking import masked
 from nemo_minitron.training.checkpoint_safety import keep_checkpoints_inside
+from nemo_minitron.training.early_stopping import judge_again
 from nemo_minitron.training.task_curves import judge_when_measured
 from nemo_minitron.workspace import training_log
 from nemo_minitron.workspace.layout import checkpoints_in, logs_in, metrics_in, nemo_in
@@ -60,15 +61,14 @@ def manage(trainer: Trainer, settings: Mapping[str, Any], state: Path) -> None:
     if trainer.is_global_zero and newest is not None:
         _tidy(checkpoints_in(state), saved)
     # a validation that was due behind the checkpoint, and did not come to its end, is made up for
-    validated = [
-        line["step"] for line in training_log.read_log(metrics_in(state)) if "val_loss" in line
-    ]
+    log = training_log.read_log(metrics_in(state))
+    validations = {line["step"]: line for line in log if "val_loss" in line}
     interval = saved.pop("train_time_interval", None)
     if interval is not None:
         saved["every_n_epochs"] = 0  # without any rhythm Lightning takes that of validations
     given = {key: value for key, value in settings.items() if value is not None}
     manager = {
-        "disable_validation_on_resume": newest is None or step_of(newest) in validated,
+        "disable_validation_on_resume": newest is None or step_of(newest) in validations,
         **{key: value for key, value in given.items() if key not in _DECIDED},
         "checkpoint_callback_params": saved,
         # NeMo's, which it adds on GPUs, would take our signals, save nothing and end with exit
@@ -84,6 +84,9 @@ def manage(trainer: Trainer, settings: Mapping[str, Any], state: Path) -> None:
     if interval is not None:
         _save_every(trainer, interval)
     keep_checkpoints_inside(trainer, checkpoints_in(state))
+    if newest is not None:
+        last = step_of(newest) - (not manager["disable_validation_on_resume"])
+        judge_again(trainer, [line for step, line in validations.items() if step <= last])
     judge_when_measured(trainer)
     words = folder / _COMMAND_LINE  # NeMo notes the command line as it is
     if trainer.is_global_zero and words.is_file():

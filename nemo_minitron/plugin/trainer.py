@@ -39,6 +39,7 @@ from nemo_minitron.training.best_weights import BestWeights
 from nemo_minitron.training.callbacks import ExactResume, TrainingLog
 from nemo_minitron.training.checkpoint_safety import checkpoints_as_data
 from nemo_minitron.training.compilation import is_compiled
+from nemo_minitron.training.fit_loop import end_what_was_cut_short
 from nemo_minitron.training.fp8_recipes import check_tokens
 from nemo_minitron.training.loss_guard import LossGuard, Spikes
 from nemo_minitron.training.phases import PhasedSamples, phase_rates
@@ -295,7 +296,10 @@ def _trainer(settings: TrainingSettings, callbacks: Sequence[Callback], state: P
     fixed = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}
     if options.shard:
         fixed["strategy"] = sharding_strategy(options.tensor_parallel)
-    return Trainer(**{**arguments, **fixed}, callbacks=[*callbacks, *guards, *average, *own, *bar])
+    callbacks = [*callbacks, *guards, *average, *own, *bar]
+    trainer = Trainer(**{**arguments, **fixed}, callbacks=callbacks)
+    end_what_was_cut_short(trainer)
+    return trainer
 
 
 def _made(arguments: dict[str, Any]) -> list[Callback]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.config import Config
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.artifacts import check_bytes
 from nemo_minitron.workspace.layout import checkpoints_in, metrics_in
@@ -25,6 +26,37 @@ STOP, FROM = "stop_after", "go_on_from"
 def given(section: Mapping[str, Any], key: str) -> Any:
     """What a stage's section says of one of these keys; None: nothing, as all but that of ``distill``."""
     return section[key] if key in section else None
+
+
+def whole_only(config: Config) -> dict[str, str]:
+    """What only a training in one piece can do, because it looks back on all validations.
+
+    A part hands none of its weights on, and behind its stop there is a validation too many.
+
+    Returns:
+        What the configuration asks for of it, to what does without.
+    """
+    keep, stopping = config.training.keep, "exp_manager.create_early_stopping_callback"
+    asked = {}
+    if keep != "last":
+        asked[f"training.keep={keep}"] = "training.keep=last"
+    if config.exp_manager.get("create_early_stopping_callback"):
+        asked[f"{stopping}=true"] = f"{stopping}=false"
+    return asked
+
+
+def check_parts(config: Config, section: Mapping[str, Any]) -> None:
+    """Refuses a training in parts that only one in one piece could do.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    parts = [key for key in (FROM, STOP) if given(section, key) is not None]
+    for key, instead in whole_only(config).items() if parts else ():
+        raise ValueError(
+            f"distill.{parts[0]}: not with {key}, which looks back on all validations of a training, and "
+            f"a part of one has others; use {instead}, or train in one piece"
+        )
 
 
 def check_stop(section: Mapping[str, Any], steps: int) -> None:

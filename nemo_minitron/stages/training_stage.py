@@ -28,7 +28,15 @@ from nemo_minitron.data.training_phases import (
 from nemo_minitron.data.training_samples import training_samples
 from nemo_minitron.families import family_of
 from nemo_minitron.models.ranks import Ranks
-from nemo_minitron.stages.going_on import FROM, STOP, check_stop, given, keep_state, take_over
+from nemo_minitron.stages.going_on import (
+    FROM,
+    STOP,
+    check_parts,
+    check_stop,
+    given,
+    keep_state,
+    take_over,
+)
 from nemo_minitron.stages.inputs import length_notes
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.stages.training_choices import (
@@ -135,6 +143,7 @@ def training_recipe(
     phases = phases_of(config, section["trainer"], section["batch_size"])
 
     def check() -> None:
+        check_parts(config, section)
         validates = resolved["trainer"].get("limit_val_batches") != 0
         measures = check_choices(config, resolved["trainer"])
         check_monitors(config.exp_manager, logged(role.terms, validates), measures)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_minitron.training.early_stopping import watched
 from nemo_minitron.training.loss_guard import settle
 from nemo_minitron.training.phases import learning_rate
 from nemo_minitron.training.task_curves import validated
@@ -22,7 +23,8 @@ class ExactResume(Callback):
     Lightning 2.4 writes such checkpoints before it counts the batch as completed, and counts from
     the completed ones on resuming: one batch is lost from the accumulation of gradients and from
     the rhythm of validation. And it counts in micro-batches, of which a step may have another
-    number than before. What a model draws by chance (dropout) neither of them carries over: here
+    number than before. A validation that is made up for would leave out as many batches as the one
+    before it has read. What a model draws by chance (dropout) neither of them carries over: here
     each micro-batch of a step and each reader of samples has a seed of its own.
 
     Attributes:
@@ -37,11 +39,20 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Counts the micro-batches of every step that was taken as completed; steps are when we save."""
+        """Counts the micro-batches of every step that was taken as completed; steps are when we save.
+
+        And none of the next validation.
+        """
         batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["current"], progress["total"]):
-            counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), batches))
+        loops = checkpoint["loops"]["fit_loop"]
+        progress = loops["epoch_loop.batch_progress"]
+        validation = loops["epoch_loop.val_loop.batch_progress"]["current"]
+        for counts, done in (
+            (progress["current"], batches),
+            (progress["total"], batches),
+            (validation, 0),
+        ):
+            counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), done))
         self._resumed = True
 
     def on_train_batch_start(
@@ -157,10 +168,11 @@ class TrainingLog(Callback):
         return values if peak is None else {**values, "mfu": _short(tflops / peak)}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the validation loss."""
+        """Logs the validation loss, and all that early stopping goes by."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        step, values = trainer.global_step, validated(trainer) | pl_module.facts
+        step = trainer.global_step
+        values = watched(trainer) | validated(trainer) | pl_module.facts
         self._append({"step": step, "tokens": self.done(step)[0], **values})
 
     def _append(self, line: dict[str, Any]) -> None:

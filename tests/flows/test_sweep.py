@@ -210,6 +210,10 @@ def test_rounds_that_no_training_could_go_on_from_are_refused(tmp_path, teacher,
         ("training.keep=best:loss", "training.keep=best:loss"),
         ("distill.teacher_logits=cache", "distill.teacher_logits=cache"),
         ("distill.live_teacher=elsewhere", "distill.live_teacher"),
+        (
+            "+exp_manager.create_early_stopping_callback=true",
+            "exp_manager.create_early_stopping_callback=true",
+        ),
     ):
         with pytest.raises(
             ValueError, match=f"plan.budget.continued: a training with {key} cannot"

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 
 from nemo_minitron.checkpoints.hf_config import read_config
@@ -21,8 +22,9 @@ from nemo_minitron.plugin.experiment import keep_logs
 from nemo_minitron.plugin.live_teacher import Publishing, snapshots
 from nemo_minitron.plugin.trainer import newest_checkpoint, train
 from nemo_minitron.training.preemption import Preempted, TimeOver
+from nemo_minitron.training.task_curves import TaskCurves
 from tests.support.models import make_model
-from tests.support.nemo_training import EXP, distillation, recipe, run, tokens
+from tests.support.nemo_training import EXP, distillation, recipe, run, timeless, tokens
 
 
 class Stop(Callback):
@@ -43,6 +45,42 @@ class Noted(Callback):
     def on_train_start(self, trainer, pl_module):
         parts = (trainer, pl_module, trainer.optimizers[0])
         self.references += [weakref.ref(part) for part in parts]
+
+
+class Killed(Callback):
+    """A process that dies before a step's batch, behind its checkpoint and its validation."""
+
+    def __init__(self, behind):
+        self.behind = behind
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.behind:
+            raise KeyboardInterrupt
+
+
+class KilledAtItsEnd(Callback):
+    """A process that dies when all is trained, before its artifact is written."""
+
+    def on_train_end(self, *_):
+        raise KeyboardInterrupt
+
+
+def checkpoints_every(monkeypatch, steps):
+    saved = EXP["checkpoint_callback_params"]
+    rhythm = {**saved, "every_n_train_steps": steps}
+    monkeypatch.setitem(EXP, "checkpoint_callback_params", rhythm)
+
+
+def size(model, task):
+    weights = torch.cat([weight.flatten() for weight in model.parameters()])
+    return {f"{task}:size": float(weights.double().norm())}  # which no float32 is
+
+
+def ends_in_parts(folder, state, steps, kills):
+    for kill in kills:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            run(folder, state, steps, [TaskCurves(size, ["model"], 2), kill])
+    run(folder, state, steps, [TaskCurves(size, ["model"], 2)])
 
 
 @pytest.fixture
@@ -86,6 +124,36 @@ def test_a_training_that_was_interrupted_stops_early_where_it_would_have(
     monkeypatch.setitem(EXP, "create_early_stopping_callback", False)
     run(folder, tmp_path / "parts", 9)  # killed before its artifact was there, and asked for more
     assert not (tmp_path / "parts" / "stopped.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("params", "stops"),
+    [
+        ({"patience": 2, "min_delta": 100.0}, 6),
+        ({"patience": 2, "min_delta": 0.45}, 10),  # some validations are better
+        ({"patience": 2, "min_delta": 100.0, "monitor": "train_loss"}, 6),
+        ({"patience": 1, "min_delta": 100.0, "monitor": "model:size"}, 8),  # measured at 4 and 8
+    ],
+)
+def test_each_validation_counts_once_for_early_stopping_however_often_it_resumes(
+    tmp_path, folder, monkeypatch, params, stops
+):
+    """Checkpoints are written at the steps of validations, and before them."""
+    checkpoints_every(monkeypatch, 2)
+    monkeypatch.setitem(EXP, "create_early_stopping_callback", True)
+    monkeypatch.setitem(EXP, "early_stopping_callback_params", params)
+    often = [Killed(2), Killed(3), Killed(stops - 1)]
+    for name, kills in (
+        ("straight", []),
+        ("once", [Killed(stops - 1)]),
+        ("often", often),
+        ("late", [KilledAtItsEnd()]),
+    ):
+        ends_in_parts(folder, tmp_path / name, 14, kills)
+        stop = json.loads((tmp_path / name / "stopped.json").read_text())
+        reason = f"early stopping on {params.get('monitor', 'val_loss')}"
+        assert stop == {"step": stops, "reason": reason}, name
+        assert timeless(tmp_path / name) == timeless(tmp_path / "straight"), name
 
 
 def test_a_profile_and_copied_files_are_kept_and_what_nobody_asked_for_is_not(

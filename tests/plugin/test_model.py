@@ -39,7 +39,7 @@ from nemo_minitron.training.preemption import Preempted
 from nemo_minitron.training.sampler import ConsumedSampler, Schedule
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.models import logits, make_model
-from tests.support.nemo_training import EXP, OPTIM, recipe, run, tokens
+from tests.support.nemo_training import EXP, OPTIM, recipe, run, timeless, tokens
 
 
 def test_training_learns_and_logs(tmp_path):
@@ -136,13 +136,6 @@ def test_a_nemotron_h_as_on_the_hub_trains_saves_and_becomes_an_archive(tmp_path
     assert "hybrid_override_pattern" not in read_config(short)
     assert open_checkpoint(short).architecture.sizes["layers"] == 3
     assert logits(short).shape == expected.shape
-
-
-def timeless(state):
-    """The training log without what the clock decides."""
-    lines = read_log(state / "metrics.jsonl")
-    clocked = ("tokens_per_second", "tflops")
-    return [{name: value for name, value in line.items() if name not in clocked} for line in lines]
 
 
 def test_a_validation_that_was_cut_off_is_made_up_for(tmp_path):

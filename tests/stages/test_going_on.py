@@ -77,3 +77,25 @@ def test_what_is_not_its_beginning_is_told_and_left(tmp_path, words, capsys):
     assert "no distillation that was stopped early" in capsys.readouterr().err
     said = refused(capsys, "distill", f"workspace={other}", *words, "distill.stop_after=6")
     assert "distill.stop_after: expected fewer steps than the training's 6, found 6" in said
+
+
+def test_what_looks_back_on_all_validations_is_refused_of_a_part(tmp_path, words, capsys):
+    """Before anything is trained, and wherever the beginning comes from."""
+    first, place = tmp_path / "first", tmp_path / "parts"
+    distil(first, *words, "distill.stop_after=2")
+    prune(place, *words)
+    stopping = "exp_manager.create_early_stopping_callback"
+    for part in (f"distill.go_on_from={first / 'student'}", "distill.stop_after=4"):
+        for key, instead in (
+            ("training.keep=best:loss", "training.keep=last"),
+            (f"{stopping}=true", f"{stopping}=false"),
+        ):
+            capsys.readouterr()
+            asked = key if key.startswith("training") else f"+{key}"
+            said = refused(capsys, "distill", f"workspace={place}", *words, part, asked)
+            assert f"{part.partition('=')[0]}: not with {key}, which looks back" in said
+            assert f"use {instead}, or train in one piece" in said
+    assert not (place / "student").exists()
+    # each of them alone is a training, and so is what does without
+    distil(place, *words, f"distill.go_on_from={first / 'student'}", f"+{stopping}=false")
+    distil(tmp_path / "whole", *words, "training.keep=best:loss")

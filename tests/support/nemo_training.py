@@ -8,6 +8,7 @@ from nemo_minitron.losses.fused_linear_loss import LossWeights
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.trainer import Options, TrainingSettings, newest_checkpoint, train
+from nemo_minitron.workspace.training_log import read_log
 from tests.support.processes import until
 from tests.support.runs import started
 
@@ -72,6 +73,13 @@ def run(folder, state, steps, callbacks=(), skipped=frozenset(), **trainer):
         callbacks,
         skipped,
     )
+
+
+def timeless(state):
+    """The training log without what the clock decides."""
+    lines = read_log(state / "metrics.jsonl")
+    clocked = ("tokens_per_second", "tflops")
+    return [{name: value for name, value in line.items() if name not in clocked} for line in lines]
 
 
 def killed_behind_a_checkpoint(workspace, *words):
