@@ -86,20 +86,19 @@ def recipe(config: Config) -> Recipe:
             check_teacher(settings.teacher_dtype, config.trainer["accelerator"])
         made.check()
 
-    def summary() -> Summary:
-        told, drawn = made.summary(), settings.cache.method == "sampling"
-        cached = settings.teacher_logits == "cache"
-        return (
-            replace(told, notes=(*told.notes, _DRAWN)) if drawn and cached and settings.kl else told
-        )
-
-    return replace(made, check=check, summary=summary)
+    return replace(made, check=check, summary=lambda: _told(settings, made.summary()))
 
 
 _DRAWN = (
     "divergence and val_divergence are the mean of -log q over drawn entries: KL from the teacher and the "
     "teacher's own entropy together; they compare with other trainings from drawn entries only"
 )
+
+
+def _told(settings: DistillConfig, summary: Summary) -> Summary:
+    """What is told of a student, with what its log calls a divergence where that is none."""
+    drawn = settings.teacher_logits == "cache" and settings.cache.method == "sampling"
+    return replace(summary, notes=(*summary.notes, _DRAWN)) if drawn and settings.kl else summary
 
 
 def _section(config: Config) -> dict[str, Any]:
