@@ -27,24 +27,15 @@ from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
 from nemo_minitron.launch.launcher import hold_workspace
 from nemo_minitron.pruning.budget import needs_latency
-from nemo_minitron.pruning.cost import model_size
-from nemo_minitron.pruning.head_merge import check_head_merge_of_search, merges
+from nemo_minitron.pruning.head_merge import merges
 from nemo_minitron.pruning.select import complete_targets
-from nemo_minitron.pruning.serving import served
 from nemo_minitron.pruning.shortlist import rank_correlation
-from nemo_minitron.pruning.size_search import (
-    Candidate,
-    candidates,
-    default_choices,
-    halving,
-    rungs,
-    whole_choices,
-)
-from nemo_minitron.pruning.target_sizes import NOT_OF_A_SIZE, explicit_targets
+from nemo_minitron.pruning.size_search import halving, rungs
 from nemo_minitron.stages.candidates import measured_tasks
 from nemo_minitron.stages.going_on import whole_only
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.result import Result
+from nemo_minitron.stages.screen import check_budget, nearest
 from nemo_minitron.workspace.command_log import note_command
 from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json
@@ -188,11 +179,11 @@ def _shortlist(
 ) -> tuple[list[tuple[Mapping[str, int], int]], dict[str, float | None]]:
     """The candidates to distil with their parameters, and what screening said of all that it measured."""
     budget, place = config.plan.budget, Workspace(Path(config.workspace))
-    if budget.screened == 0:
-        nearest = _nearest(config)[: budget.candidates]
-        return [(one.sizes, one.size.parameters) for one in nearest], {}
+    check_budget(config, screens=budget.screened > 0)
     if needs_latency(budget) and budget.layer_times is None:
         run_stages(["measure-layers"], config)
+    if budget.screened == 0:
+        return [*nearest(config)[: budget.candidates]], {}
     run_stages(["screen"], config)
     screen = read_screen(place.screen)
     chosen = [screen.candidates[number] for number in screen.chosen]
@@ -228,35 +219,6 @@ def _correlations(
             "spearman": rank_correlation(*values),
         })  # fmt: skip
     return rows
-
-
-def _nearest(config: Config) -> list[Candidate]:
-    """The sizes nearest to the target, where none is screened."""
-    budget = config.plan.budget
-    asked = [name for name in explicit_targets(config.plan) if name not in NOT_OF_A_SIZE]
-    if budget.params is None:
-        raise ValueError(
-            "plan.budget.params: expected how large the model may be, as in 4e9, found null"
-        )
-    if asked:
-        raise ValueError(f"plan.{asked[0]}: either sizes or plan.budget.params, found both")
-    folder, _ = teacher_folder(config)
-    checkpoint = open_checkpoint(folder)
-    check_head_merge_of_search(checkpoint.architecture, config.plan.head_merge)
-    model = served(checkpoint.architecture, config.plan.serve)
-    whole = getattr(model_size(model), budget.measure)
-    least, most = (round(budget.params * (1 + sign * budget.tolerance)) for sign in (-1, 1))
-    choices: Mapping[str, Any] = whole_choices(budget.choices) or default_choices(
-        model, budget.params / whole
-    )
-    return candidates(
-        model,
-        choices,
-        least,
-        most,
-        budget.measure,
-        where="plan.budget",
-    )
 
 
 def _name(sizes: Mapping[str, int]) -> str:

@@ -17,7 +17,6 @@ def size(args: argparse.Namespace) -> int:
     from nemo_minitron.families import check_sizes, use_tables
     from nemo_minitron.pruning.cost import model_size
     from nemo_minitron.pruning.serving import check_serving, serving_notes
-    from nemo_minitron.pruning.slice import Cut
 
     own, words = split_own_tables(args.sizes)
     serve, wanted = _split_serve(words)
@@ -37,7 +36,7 @@ def size(args: argparse.Namespace) -> int:
             f"size: layers: {model.family.model_type} keeps all of them (docs/families.md)"
         )
     if sizes["layers"] < model.sizes["layers"]:  # of unlike layers, the first
-        model = Cut(model, {}, tuple(range(sizes["layers"]))).result
+        model = _first_layers(model, sizes["layers"])
     model = model.resized(sizes)
     cost = model_size(model, args.context)
     memory = _training_memory(args, model) if args.training else {}
@@ -90,6 +89,25 @@ def _asked_sizes(model: Any, words: list[str]) -> dict[str, int]:
                 f"found {value}; leave it out, and set those"
             )
     return dict(counted)
+
+
+def _first_layers(model: Any, count: int) -> Any:
+    """A model cut to its first layers, with a note where others make another size, as they do in a plan."""
+    from nemo_minitron.pruning.cost import model_size
+    from nemo_minitron.pruning.slice import Cut
+
+    layers = model.sizes["layers"]
+    first, last = (
+        Cut(model, {}, tuple(kept)).result for kept in (range(count), range(layers - count, layers))
+    )
+    counted = [model_size(one).parameters for one in (first, last)]
+    if counted[0] != counted[1]:
+        print(
+            f"note: layers={count}: the first are counted, and the model's layers differ; the last make "
+            f"{counted[1] - counted[0]:+,} parameters, and a plan keeps those that its scores name",
+            file=sys.stderr,
+        )
+    return first
 
 
 def _split_serve(words: list[str]) -> tuple[list[str], list[str]]:

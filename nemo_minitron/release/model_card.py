@@ -37,6 +37,7 @@ def card_text(
     failed: Sequence[tuple[str, str, str, str]] = (),
     licence: Mapping[str, str] | None = None,
     multimodal: str | None = None,
+    steps: int = 1,
 ) -> str:
     """Body of the card: what it is, quickstart, sizes, results, limits.
 
@@ -49,6 +50,7 @@ def card_text(
         licence: what the source's card says of its licence that does not fit into this card's front
             matter.
         multimodal: ``model_type`` of the multimodal model that it is part of, or None.
+        steps: cuts that it went through, each of them distilled; ``plan`` is the last of them.
     """
     given, models = Path(source["given"]).expanduser(), report["models"]
     asked = any(row.get("tasks") for row in models.values())
@@ -71,6 +73,7 @@ def card_text(
         limit=report["measured_on"]["task_limit"] if asked else None,
         quickstart=QUICKSTART if multimodal is None else MULTIMODAL_QUICKSTART,
         multimodal=multimodal,
+        steps=steps,
         table=markdown,
         sizes=_sizes(plan),
         columns=columns(report),

@@ -45,10 +45,10 @@ from nemo_minitron.stages.inputs import (
     POSITIONS,
     length_notes,
     model_folder,
-    source_folder,
     taught_entries,
     teacher_folder,
 )
+from nemo_minitron.stages.origin import is_corrected, uncorrected
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.layout import Workspace, model_in
@@ -213,10 +213,10 @@ def _dtypes(config: Config, models: Mapping[str, Path]) -> dict[str, str]:
     """What was trained here lies in float32 and is measured as it goes out: in the export's dtype."""
     if config.evaluate.model is not None:
         return {}
-    source, _ = source_folder(config)
+    source = uncorrected(config)
     dtype = config.export.dtype or main_dtype(open_checkpoint(source))
     as_they_are = ("pruned", *config.evaluate.beside)
-    teacher = [] if config.evaluate.teacher is None else ["teacher"]
+    teacher = [] if is_corrected(config, models["teacher"]) else ["teacher"]
     return {
         name: dtype
         for name, folder in models.items()

@@ -30,7 +30,8 @@ from nemo_minitron.pruning.slice_wrapper import CutSurroundings, write_causal_lm
 from nemo_minitron.release.model_card import card_text
 from nemo_minitron.release.quickstart import check_in_clean_process
 from nemo_minitron.scoring.magnitude import magnitudes
-from nemo_minitron.stages.inputs import read_source, refuse_gguf, source_folder
+from nemo_minitron.stages.inputs import refuse_gguf
+from nemo_minitron.stages.origin import origin_of, uncorrected
 from nemo_minitron.stages.result import Result
 from nemo_minitron.workspace.artifacts import artifacts_in, check_bytes, input_artifact
 from nemo_minitron.workspace.build import make
@@ -88,7 +89,7 @@ def run(config: Config) -> Result:
     failed = [row for row in rows if not row[3]]
     if not config.export.force:
         raise_if_failed(rows)
-    source, _ = source_folder(config)
+    source = uncorrected(config)
     checkpoint, student = open_checkpoint(source), model_in(workspace.student)
     refuse_gguf(config, open_checkpoint(student))
     dtype = config.export.dtype or main_dtype(checkpoint)
@@ -274,8 +275,8 @@ def _card(
 
     report = read_report(workspace.report)
     plan = read_plan(workspace.plan)
-    pointer = read_source(workspace)
-    from_hub = pointer.revision is not None
+    origin = origin_of(workspace)
+    from_hub = origin.pointer.revision is not None
     name = _name(config, workspace, folder)
     around = open_checkpoint(folder).around
     whole = None if around is None else around.wrapper.model_type
@@ -299,9 +300,13 @@ def _card(
         licence, untaken = {"license": config.export.license}, {}
     else:
         licence, untaken = licence_of(source)
+        first, rest = licence_of(origin.folder)
+        if not licence or licence == first:  # what an export cannot carry over, the next one can
+            licence, untaken = first, rest
+    steps = origin.cuts + 1
     return model_card(
-        card_text(name, asdict(pointer), plan, report, failed, untaken, whole),
-        base_model=pointer.given if from_hub else None,
+        card_text(name, asdict(origin.pointer), plan, report, failed, untaken, whole, steps),
+        base_model=origin.pointer.given if from_hub else None,
         licence=licence,
         name=name,
         results=results,
@@ -312,9 +317,8 @@ def _card(
 def _name(config: Config, workspace: Workspace, folder: Path) -> str:
     """The model's name: the user's, or made of its source's and its size."""
     size = model_size(open_checkpoint(folder).architecture)
-    given = Path(read_source(workspace).given)
-    origin = workspace.root.resolve().name if config.source.model is None else given.name
-    return config.export.name or f"{origin.removesuffix(SUFFIX)}-minitron-{_short(size.parameters)}"
+    origin = origin_of(workspace).name.removesuffix(SUFFIX)
+    return config.export.name or f"{origin}-minitron-{_short(size.parameters)}"
 
 
 def _short(parameters: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_minitron.checkpoints.checkpoint import Checkpoint
+from nemo_minitron.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.config.plan_config import BudgetConfig
 from nemo_minitron.evaluation.screening import (
@@ -18,9 +18,10 @@ from nemo_minitron.evaluation.screening import (
     read_screen,
     screened,
 )
-from nemo_minitron.families import VOCAB
+from nemo_minitron.families import CHOSEN_EXPERTS, VOCAB
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.budget import Limits, asks_for_search, limits_of, needs_latency, share_of
+from nemo_minitron.pruning.head_merge import check_head_merge_of_search
 from nemo_minitron.pruning.layer_times import LayerTimes, latency_of
 from nemo_minitron.pruning.serving import served
 from nemo_minitron.pruning.shortlist import pool, promising, shares, spread, varied
@@ -35,7 +36,7 @@ from nemo_minitron.stages.candidates import (
     teacher_and_scores,
     write_tasks,
 )
-from nemo_minitron.stages.inputs import times_of
+from nemo_minitron.stages.inputs import teacher_folder, times_of
 from nemo_minitron.stages.layer_choice import layers_of_plan
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.layout import Workspace
@@ -57,7 +58,7 @@ def recipe(config: Config) -> Recipe:
         ValueError: no budget, sizes beside it, or none that keeps it.
     """
     budget, where = config.plan.budget, Workspace(workspace_of(config)).screen
-    _check(config)
+    check_budget(config)
     checkpoint, scores, inputs = teacher_and_scores(config)
     screener, inputs = screener_of(config, checkpoint, scores, inputs)
     times: LayerTimes | None = None
@@ -83,14 +84,21 @@ def recipe(config: Config) -> Recipe:
     return Recipe(where, "screen", settings, inputs, build, lambda: _summary(where))
 
 
-def _check(config: Config) -> None:
-    """Refuses a plan without a budget, or with sizes beside it.
+def check_budget(config: Config, screens: bool = True) -> None:
+    """Refuses what no search can find sizes for, before anything is measured.
+
+    Args:
+        config: the whole configuration.
+        screens: whether the sizes are screened; else those nearest to a target are taken.
 
     Raises:
-        ValueError: it is one.
+        ValueError: a plan without a budget, or with sizes beside it; no target where none is screened,
+            or a choice of vocabularies where some are; a bound of time, and a choice that no table of
+            layer times knows.
     """
+    budget = config.plan.budget
     asked = [name for name in explicit_targets(config.plan) if name not in NOT_OF_A_SIZE]
-    key = asks_for_search(config.plan.budget)
+    key = asks_for_search(budget)
     if key is None:
         raise ValueError(
             "plan.budget: expected how large the model may be, as in plan.budget.params=4e9 or "
@@ -98,17 +106,72 @@ def _check(config: Config) -> None:
         )
     if asked:
         raise ValueError(f"plan.{asked[0]}: either sizes or plan.budget.{key}, found both")
-    if VOCAB in config.plan.budget.choices:  # what is held out would be read in other tokens
+    if screens and VOCAB in budget.choices:  # what is held out would be read in other tokens
         raise ValueError(
             "plan.budget.choices.vocab: screening reads with the whole vocabulary; use "
             "plan.budget.screened=0, which distils the sizes nearest to plan.budget.params"
         )
+    if not screens and budget.params is None:
+        raise ValueError(
+            "plan.budget.params: expected how large the model may be, as in 4e9, found null; "
+            "plan.budget.screened=0 takes the sizes nearest to it"
+        )
+    for name in (VOCAB, CHOSEN_EXPERTS):
+        if name in budget.choices and needs_latency(budget):
+            bound = "speedup" if budget.latency_ms is None else "latency_ms"
+            raise ValueError(
+                f"plan.budget.{bound}: the table of layer times does not say what another {name} saves; "
+                f"leave out plan.budget.choices.{name}, or the bound"
+            )
+
+
+def nearest(config: Config) -> list[tuple[dict[str, int], int]]:
+    """The sizes within ``plan.budget`` with their parameters, those nearest to ``params`` first.
+
+    What a search distils where it screens none. On a tie the smaller sizes come first.
+
+    Raises:
+        ValueError: no target, or see ``check_budget`` and ``searched``.
+    """
+    budget = config.plan.budget
+    check_budget(config, screens=False)
+    assert budget.params is not None
+    folder, _ = teacher_folder(config)
+    check_head_merge_of_search(open_checkpoint(folder).architecture, config.plan.head_merge)
+    checkpoint, scores, _ = teacher_and_scores(config)
+    timed = needs_latency(budget)
+    times = times_of(config, checkpoint.architecture)[0] if timed else None
+    space, limits, _ = searched(config, checkpoint, scores, times, wide=False)
+    inside = within(space, limits, "plan.budget")
+    smaller = [space.sizes[name][inside] for name in reversed(list(space.sizes))]
+    away = np.abs(space.costs[budget.measure][inside] - budget.params)
+    found = [int(row) for row in inside[np.lexsort([*smaller, away])]]
+    asked = len(space.choices["layers"]) > 1 or "layers" in budget.choices
+    left_out = () if asked else ("layers",)  # a space always names them
+    return [
+        (
+            {name: size for name, size in space.at(row).items() if name not in left_out},
+            round(space.cost(row)["parameters"]),
+        )
+        for row in found
+    ]
 
 
 def searched(
-    config: Config, checkpoint: Checkpoint, scores: Scores, times: LayerTimes | None
+    config: Config,
+    checkpoint: Checkpoint,
+    scores: Scores,
+    times: LayerTimes | None,
+    wide: bool = True,
 ) -> tuple[Space, Limits, dict[str, float]]:
     """All sizes that the search may choose from, what they may cost, and what the source costs.
+
+    Args:
+        config: the whole configuration.
+        checkpoint: the model that is cut.
+        scores: which of its layers stay.
+        times: what its layers take, where a bound is one of time.
+        wide: whether a default grid is for a search that looks at many.
 
     Raises:
         ValueError: see ``limits_of``, ``size_space`` and ``within``.
@@ -128,9 +191,11 @@ def searched(
         space = size_space(model, given, terms, keep, "plan.budget")
         within(space, limits, "plan.budget")
         return space, limits, source
-    share = min(share_of(limits, source), 0.999)
+    share = min(
+        share_of(limits, source) if wide else _share_of_target(budget, limits, source), 0.999
+    )
     for factor in _WIDER:
-        choices = default_choices(model, share * factor, wide=True)
+        choices = default_choices(model, share * factor, wide)
         space = size_space(model, choices, terms, keep, "plan.budget")
         try:
             within(space, limits, "plan.budget")
@@ -139,6 +204,13 @@ def searched(
             if factor == _WIDER[-1]:
                 raise
     raise AssertionError("one of the factors is the last")
+
+
+def _share_of_target(budget: BudgetConfig, limits: Limits, source: Mapping[str, float]) -> float:
+    """The part of the source's cost that ``params`` asks for, or less where another bound leaves less."""
+    assert budget.params is not None
+    others = {name: limit for name, limit in limits.items() if name != budget.measure}
+    return min(budget.params / source[budget.measure], share_of(others, source))
 
 
 def _screen(

@@ -1,11 +1,17 @@
 """A cascade of cuts beside one cut, killed and run again, on the real engine."""
 
 import json
+import shutil
+from dataclasses import asdict
 
+import huggingface_hub
 import pytest
 
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.workspace.artifacts import verify_tree
-from nemo_minitron.workspace.manifest import read_manifest
+from nemo_minitron.workspace.layout import Workspace, model_in
+from nemo_minitron.workspace.manifest import read_manifest, write_json
+from tests.support.hub import COMMIT, serve
 from tests.support.processes import until
 from tests.support.runs import minitron, settings, started
 
@@ -76,11 +82,31 @@ def test_a_killed_cascade_repeats_no_step_and_stands_beside_one_cut_in_one_repor
     ] == []
 
 
-def test_a_cascade_cuts_what_the_step_before_gave(served, tmp_path, teacher, corpus):
+@pytest.fixture
+def hub(tmp_path, teacher):
+    """A hub with the teacher in bfloat16, and a card that names its licence; what a process finds it by."""
+    import torch
+    import transformers
+
+    folder = shutil.copytree(teacher, tmp_path / "served")
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\nlicense_link: '# no link'\n---\n# Tiny\n")
+    with serve({"org/tiny": folder}) as served:
+        yield {
+            "HF_ENDPOINT": served.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": "1",
+        }  # fmt: skip
+
+
+def test_each_step_cuts_what_the_one_before_gave_and_goes_out_as_one_cut_of_the_source_does(
+    served, hub, tmp_path, teacher, corpus
+):
     place = tmp_path / "cascade"
-    quick = [*words(place, teacher, corpus), "evaluate.tasks=[]", "trainer.max_steps=2"]
+    quick = [*words(place, "org/tiny", corpus), "evaluate.tasks=[]", "trainer.max_steps=2"]
     arguments = ["run", *quick, "cascade.sizes=[{ffn:24},{ffn:16}]", "cascade.one_shot=false"]
-    done = minitron(*arguments, "launch.kind=inline", env=served)
+    corrected = ["correct.enabled=true", "correct.batch_size=4"]
+    done = minitron(*arguments, *corrected, "launch.kind=inline", env={**served, **hub})
     assert done.returncode == 0, done.stderr[-3000:]
     plans = [place / "steps" / number / "plan" / "plan.json" for number in "12"]
     sizes = [json.loads(path.read_text()) for path in plans]
@@ -88,6 +114,44 @@ def test_a_cascade_cuts_what_the_step_before_gave(served, tmp_path, teacher, cor
     assert (before[1], after) == (24, [24, 16]) and before[0] > 24
     report = json.loads((place / "report" / "report.json").read_text())
     assert list(report["models"]) == ["teacher", "student", "step-1"]
+    told = [
+        f"({sizes[0]['cost_before']['parameters']:,} parameters)",
+        f", in 2 steps, each of them distilled, the last from a model of {sizes[1]['cost_before']['parameters']:,} ",
+    ]
+    losses = []
+    for number, text in zip("12", told, strict=True):
+        export = place / "steps" / number / "export"
+        assert {entry.dtype for entry in open_checkpoint(export).entries.values()} == {"BF16"}
+        card = huggingface_hub.ModelCard((export / "README.md").read_text())
+        assert (card.data.base_model, card.data.license) == ("org/tiny", "mit")
+        assert card.data.model_name.startswith("tiny-minitron-")
+        text = f"from `org/tiny` at `{COMMIT}`{'' if number == '2' else ' '}{text}"
+        assert text in card.text and "- `license_link`: `# no link`" in card.text
+        measured = json.loads((place / "steps" / number / "report" / "report.json").read_text())
+        assert measured["dtype"] == "bfloat16"
+        losses.append(measured["models"]["teacher"]["loss"])
+    assert losses[0] == losses[1]  # the corrected teacher, by each step in the dtype that goes out
+
+
+@pytest.mark.parametrize("source", ["hub", "own"])
+def test_without_correction_a_step_knows_what_the_user_called_the_source(tmp_path, teacher, source):
+    from nemo_minitron.stages.inputs import Source
+    from nemo_minitron.stages.origin import origin_of
+
+    place = Workspace(tmp_path / "cascade")
+    step, known = place.step("1"), Source(str(teacher), "org/tiny", COMMIT)
+    if source == "own":
+        shutil.copytree(teacher, model_in(place.pretrain))
+        known = Source("pretrain/hf", "pretrain/hf", None)
+    lies = (place.root / known.path).resolve()
+    for workspace, pointer in [(place, known), (step, Source(str(lies), str(lies), None))]:
+        workspace.teacher.mkdir(parents=True)
+        write_json(workspace.source, asdict(pointer))
+    found = origin_of(step)
+    assert (found.pointer, found.cuts, found.folder) == (known, 0, place.root / known.path)
+    assert found.name == ("tiny" if source == "hub" else "cascade")
+    write_json(place.source, asdict(Source(str(tmp_path), "org/other", COMMIT)))  # made anew
+    assert origin_of(step).pointer.given == str(lies)
 
 
 def test_a_deployed_cascade_learns_from_the_step_before_where_that_is_asked_for(

@@ -225,7 +225,8 @@ def test_a_candidate_of_a_search_merges_heads_only_where_it_loses_some(tmp_path,
     from nemo_minitron.cli.main import main
     from nemo_minitron.flows.cascade import _cut_to as cut_step
     from nemo_minitron.flows.forms import composed
-    from nemo_minitron.flows.search import _nearest, _short
+    from nemo_minitron.flows.search import _short
+    from nemo_minitron.stages.screen import nearest
 
     overrides = words(tmp_path, teacher, corpus)
     assert main(["download", *overrides]) == 0
@@ -245,7 +246,7 @@ def test_a_candidate_of_a_search_merges_heads_only_where_it_loses_some(tmp_path,
         assert step.plan.head_merge == how
     base.plan.head_merge = "paper"
     with pytest.raises(ValueError, match=r"plan\.head_merge=paper: expected none, sum_output"):
-        _nearest(base)
+        nearest(base)
 
 
 def test_a_checkpoint_is_measured_against_the_teacher_that_its_lineage_names(

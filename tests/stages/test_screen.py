@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,11 @@ from nemo_minitron.evaluation.held_out_loss import held_out_loss
 from nemo_minitron.evaluation.screening import read_screen
 from nemo_minitron.models.causal_lm import load_model, load_tokenizer
 from nemo_minitron.pruning.cost import model_size
-from nemo_minitron.pruning.layer_times import FILE, read_layer_times
+from nemo_minitron.pruning.layer_times import FILE, latency_of, read_layer_times
+from nemo_minitron.pruning.select import complete_targets
+from nemo_minitron.pruning.size_search import candidates, default_choices
+from nemo_minitron.stages.screen import nearest
+from tests.support.models import make_model
 from tests.support.processes import until
 from tests.support.runs import kill_group, refused, started
 from tests.support.two_ranks import on_two_ranks
@@ -181,6 +186,133 @@ def test_a_task_decides_where_it_is_named(place, capsys):
 def test_a_budget_that_nothing_meets_is_one_line(scored, capsys, more, said):
     place, words = scored
     assert said in refused(capsys, "screen", f"workspace={place}", *words, *more)
+
+
+NEAREST = ["plan.budget.screened=0", "plan.budget.params=15000", "plan.budget.tolerance=0.15"]
+
+
+@pytest.mark.parametrize("grid", [None, {"vocab": [260, 280, 300], "hidden": [12, 18]}])
+def test_the_nearest_to_a_target_alone_are_those_that_a_search_one_by_one_finds(scored, grid):
+    place, words = scored
+    chosen = [f"+plan.budget.choices.{axis}={sizes}" for axis, sizes in (grid or {}).items()]
+    config = load_config("config", [f"workspace={place}", *words, *NEAREST, *chosen])
+    model = open_checkpoint(Path(config.source.model)).architecture
+    grid = grid or default_choices(model, 15000 / model_size(model).parameters)
+    expected = [
+        (list(one.sizes.items()), one.size.parameters)
+        for one in candidates(model, grid, 12750, 17250)
+    ]
+    assert len(expected) > 2
+    assert [(list(sizes.items()), count) for sizes, count in nearest(config)] == expected
+
+
+def test_the_nearest_to_a_target_keep_every_other_bound(place, capsys):
+    workspace, words = place
+    asked = ["plan.budget.dtype=float32", "plan.budget.context=32", "plan.budget.batch=2"]
+    grid = {"hidden": [12, 18, 24], "ffn": [16, 24, 40], "heads": [3, 6], "layers": [2, 3]}
+    asked += [f"+plan.budget.choices.{axis}={sizes}" for axis, sizes in grid.items()]
+    assert main(["measure-layers", *words, *asked]) == 0
+
+    def found(*more):
+        return nearest(load_config("config", [*words, *asked, *NEAREST, *more]))
+
+    times = read_layer_times(workspace / "layer_times" / FILE)
+    model = open_checkpoint(Path(load_config("config", words).source.model)).architecture
+
+    def latency(sizes):
+        complete = complete_targets(model.family, model.sizes, sizes)
+        return latency_of(times, model)(range(complete["layers"]), complete)
+
+    free = found()
+    took = sorted({float(latency(sizes)) for sizes, _ in free})
+    bound = sum(took[len(took) // 2 - 1 :][:2]) / 2  # no size's own time
+    quick, small = [f"plan.budget.latency_ms={bound!r}"], ["plan.budget.memory_bytes=64000"]
+    assert found(*quick) == [one for one in free if latency(one[0]) <= bound] != free
+    fitting = found(*small)
+    assert 0 < len(fitting) < len(free) and fitting == [one for one in free if one in fitting]
+    cached = (
+        2 * 32 * 2 * 3 * 4 * 2
+    )  # bytes of a layer: keys and values of three heads of four numbers
+    assert all(4 * count + cached * sizes["layers"] <= 64000 for sizes, count in fitting)
+    assert found(*quick, *small) == [one for one in fitting if latency(one[0]) <= bound]
+    # a cache of one byte is counted so, and at its context
+    cache = ["plan.budget.measure=kv_bytes_per_token", "plan.budget.params=48"]
+    cache.append("+plan.budget.choices.kv_heads=[1,2,3]")
+    byte = found(*cache, "plan.budget.cache_dtype=float8")
+    assert {2 * 4 * sizes["kv_heads"] * sizes["layers"] for sizes, _ in byte} == {48}
+    said = "mean memory_bytes of 51,000 or more, and plan.budget.memory_bytes allows 50,000"
+    with pytest.raises(ValueError, match=said):
+        found("plan.budget.memory_bytes=50000")
+
+
+def test_the_nearest_are_counted_with_the_layers_that_the_plan_keeps(
+    tmp_path, corpus, capsys, tokenizer_folder
+):
+    import torch
+    import transformers
+
+    folder = make_model(
+        tmp_path / "unlike", "deepseek_v3", vocab_size=300, num_key_value_heads=6, head_dim=4, first_k_dense_replace=1,
+        kv_lora_rank=12, q_lora_rank=None, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=6, n_group=1,
+        topk_group=1, n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=16,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():  # the dense layer does nothing, and goes first
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+    model.save_pretrained(folder)
+    for path in tokenizer_folder.iterdir():
+        shutil.copy(path, folder)
+    place = tmp_path / "run"
+    words = [
+        f"workspace={place}",
+        f"source.model={folder}",
+        f"data.train.paths=['{corpus}']",
+        *SMALL,
+    ]
+    assert main(["score", *words]) == 0
+    whole = model_size(open_checkpoint(folder).architecture).parameters
+    budget = [
+        f"plan.budget.params={0.87 * whole}",
+        "plan.budget.tolerance=0.05",
+        "plan.budget.screened=0",
+    ]
+    asked = [*words, *budget, "+plan.budget.choices.layers=[2]"]
+    ((sizes, count),) = nearest(load_config("config", asked))
+    assert sizes == {"layers": 2}
+    assert main(["prune", *words, "plan.layers=2"]) == 0
+    plan = json.loads((place / "plan" / "plan.json").read_text())
+    assert plan["layers_kept"] == [1, 2] and plan["cost_after"]["parameters"] == count
+    capsys.readouterr()
+    assert main(["size", str(place / "pruned"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == count
+    assert main(["size", str(folder), "layers=2"]) == 0
+    assert "note: layers=2: the first are counted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["plan.budget.parameters=15000"], "plan.budget.params: expected how large the model may be"),
+        (["plan.budget.params=15000", "plan.hidden=12"], "plan.hidden: either sizes or plan.budget.params"),
+        (
+            ["plan.budget.params=15000", "plan.budget.speedup=2", "+plan.budget.choices.vocab=[200]"],
+            "plan.budget.speedup: the table of layer times does not say what another vocab saves",
+        ),
+        (
+            ["plan.budget.params=15000", "plan.budget.latency_ms=2", "+plan.budget.choices.vocab=[200]"],
+            "plan.budget.latency_ms: the table of layer times does not say what another vocab saves",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_nearest_is_refused_before_anything_is_measured(tmp_path, more, said):
+    from nemo_minitron.flows.search import choose
+
+    words = [f"workspace={tmp_path / 'run'}", "plan.budget.screened=0", *more]
+    with pytest.raises(ValueError) as refusal:
+        choose(load_config("config", words))
+    assert said in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_bounds_of_memory_and_time_are_kept_by_a_table_measured_here(place, capsys):
