@@ -140,8 +140,9 @@ def _steps(base: Config, first: Path, command: str) -> list[Result]:
     if base.cascade.one_shot and count > 1:
         own = _step(base, ONE_SHOT, first, first, last=False)
         _cut_to(own, base.cascade.sizes[-1])
-        if isinstance(own.trainer.get("max_steps"), int):
-            own.trainer["max_steps"] *= count
+        for key in ("max_steps", "max_epochs"):
+            if isinstance(own.trainer.get(key), int) and own.trainer[key] > 0:  # -1: no limit
+                own.trainer[key] *= count
         if own.training.max_tokens is not None:
             own.training.max_tokens *= count
         _share_tokens(base, own)

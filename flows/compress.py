@@ -19,7 +19,7 @@ from nemo_minitron.flows.forms import Launch, Sizes, cli_words, composed
 from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.flows.publish import log_line
 from nemo_minitron.flows.tasks import run_stage_task
-from nemo_minitron.launch.launcher import hold_workspace
+from nemo_minitron.launch.launcher import check_names, hold_workspace
 from nemo_minitron.pruning.budget import asks_for_search
 from nemo_minitron.security.masking import masked
 from nemo_minitron.security.plain_text import plain
@@ -114,6 +114,7 @@ def compress(
 
 def run_stages(names: list[str], config: Config) -> list[Result]:
     """Runs stages one after the other, and says so on the screen."""
+    check_names(config.launch)
     values, results = as_dict(config), []
     if config.track.mlflow is not None:
         from nemo_minitron.release.mlflow_tracking import check

@@ -20,7 +20,7 @@ from nemo_minitron.config.compose import as_dict, from_dict
 from nemo_minitron.config.config import Config
 from nemo_minitron.evaluation.report import read_report
 from nemo_minitron.flows import publish
-from nemo_minitron.flows.compress import run_name, run_stages, workspace_wait_seconds
+from nemo_minitron.flows.compress import run_name, run_stages, steps, workspace_wait_seconds
 from nemo_minitron.flows.forms import Launch, cli_words, composed
 from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.launch.launcher import hold_workspace
@@ -200,8 +200,8 @@ def run_variant(values: dict[str, Any]) -> None:
         values: the whole configuration as plain dictionaries.
     """
     config = from_dict(values)
-    cached = config.distill.teacher_logits == "cache"
-    run_stages([*(["logits"] if cached else []), "distill", "evaluate"], config)
+    stages = list(steps(config))  # of which the cuts are made
+    run_stages([*stages[stages.index("prune") + 1 : stages.index("evaluate")], "evaluate"], config)
 
 
 def share(place: Path, workspace: Path) -> None:

@@ -114,7 +114,7 @@ def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
     limit = limit_of(settings, name) if settings.kind == "inline" else None
     own = stage.with_options(
         retries=settings.retries,
-        retry_delay_seconds=exponential_backoff(settings.retry_seconds)(settings.retries) or None,
+        retry_delay_seconds=_delays(settings.retry_seconds, settings.retries) or None,
         retry_jitter_factor=0.5,
         timeout_seconds=limit,
     )
@@ -137,6 +137,16 @@ def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
         raise StageError(name, kind, result.message or f"{name} crashed")
     assert isinstance(result, Result)
     return result
+
+
+_LONGEST_DELAY = 300.0
+"""Seconds between tries: of jobs that go on after their time limit there are many."""
+
+
+def _delays(first: float, tries: int) -> list[float]:
+    """Seconds before each further try: twice as long each time, up to a limit, or as long as the first."""
+    longest = max(first, _LONGEST_DELAY)
+    return [min(delay, longest) for delay in exponential_backoff(first)(tries)]
 
 
 def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:

@@ -58,7 +58,9 @@ class LaunchConfig:
         bounds=Bounds(least=0, most=1_000),
     )
     retry_seconds: float = option(
-        2.0, "wait before the second try; doubles with each, and is jittered", least=0
+        2.0,
+        "wait before the second try; doubles with each up to five minutes, and is jittered",
+        least=0,
     )
     accelerator: str | None = option(
         None,

@@ -1,6 +1,7 @@
 """Runs one stage the way ``launch.kind`` says."""
 
 import contextlib
+import difflib
 import json
 import os
 import shlex
@@ -16,11 +17,12 @@ from nemo_minitron.config.launch_config import LaunchConfig
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.failures import StageError, exit_words, failure_from_json
 from nemo_minitron.launch.process_group import Ended, Limits, run_process
-from nemo_minitron.launch.slurm import HEAD, Job, adopt, run_job
+from nemo_minitron.launch.slurm import HEAD, NUMBER, Job, adopt, run_job
 from nemo_minitron.launch.stage_process import clear, outcomes, result_from
 from nemo_minitron.security.masking import remember
+from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.result import Result
-from nemo_minitron.stages.run import SEVERAL, run_alone
+from nemo_minitron.stages.run import SEVERAL, STAGES, run_alone
 from nemo_minitron.workspace import progress
 from nemo_minitron.workspace.layout import Workspace, outcome_of_job
 from nemo_minitron.workspace.locks import locked
@@ -122,7 +124,7 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
         str(values),
         str(call.outcome),
     ]
-    shared = call.stage in (SEVERAL if settings.stages is None else settings.stages)
+    shared = _is_shared(call)
     if shared and settings.kind in ("torchrun", "slurm"):
         command = _torchrun(settings, command, call.workspace.launched)
     if shared and settings.kind == "slurm":
@@ -137,6 +139,38 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
     }
     ended = run_process(command, environment, call.log, limits, on_line, call.progress, unwanted)
     return _ended(call, ended, limits)
+
+
+def _is_shared(call: Call) -> bool:
+    """Whether several processes share a stage; the baseline's as the student's, whose tokens it sees."""
+    chosen = call.config.launch.stages
+    if chosen is None:
+        return call.stage in SEVERAL
+    return call.name in chosen or (call.name == BASELINE and "distill" in chosen)
+
+
+BASELINE = "baseline"
+"""Name of the training from scratch among a run's stages; it runs as ``pretrain`` does."""
+
+
+def check_names(settings: LaunchConfig) -> None:
+    """Refuses names that no stage has, before the first begins.
+
+    Raises:
+        ValueError: of which key, and what the stages are called.
+    """
+    known = [*STAGES, BASELINE]
+    for key, names in (
+        ("launch.stages", settings.stages or ()),
+        ("launch.time_limits", settings.time_limits),
+    ):
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; nearest: {near[0]}" if near else ""
+                raise ValueError(
+                    f"{key}: expected names of stages, {', '.join(known)}, found {plain(name, 40)!r}{hint}"
+                )
 
 
 def _write_private(path: Path, value: Any) -> None:
@@ -210,7 +244,7 @@ def _torchrun(settings: LaunchConfig, command: list[str], folder: Path) -> list[
     if nodes == 1:
         start.append("--standalone")
     else:
-        start += ["--rdzv-backend=c10d", "--rdzv-endpoint", HEAD, "--rdzv-id", "minitron"]
+        start += ["--rdzv-backend=c10d", "--rdzv-endpoint", HEAD, "--rdzv-id", NUMBER]
     return [*start, *command[1:]]
 
 

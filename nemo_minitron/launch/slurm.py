@@ -25,8 +25,11 @@ from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.typed_json import read_json
 
-HEAD = "$MINITRON_HEAD:29500"
-"""Word of a command on several nodes: where its processes meet; the batch script knows the node."""
+HEAD, NUMBER = "$MINITRON_HEAD", "$SLURM_JOB_ID"
+"""Words of a command on several nodes: where its processes meet, a node and a port of the job's, and the job's number.
+
+The batch script knows them. Jobs that shared a port and a name would join each other where they share a node.
+"""
 _TEMPLATE = Path(__file__).with_name("batch_script.sh.j2")
 _NUMBER = re.compile(r"\d{1,12}", re.ASCII)
 _NAME = re.compile(r"minitron-[a-z_]+-[0-9a-f]{8}")
@@ -76,7 +79,7 @@ def script(job: Job) -> str:
     environment.filters["quote"] = shlex.quote
     minutes = None if job.seconds is None else max(1, round(job.seconds / 60))
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(job=job, output=output, minutes=minutes, head=HEAD)
+    return template.render(job=job, output=output, minutes=minutes, known=(HEAD, NUMBER))
 
 
 def run_job(
