@@ -26,9 +26,9 @@ from nemo_minitron.workspace.manifest import write_json
 from nemo_minitron.workspace.typed_json import read_json
 
 HEAD, NUMBER = "$MINITRON_HEAD", "$SLURM_JOB_ID"
-"""Words of a command on several nodes: where its processes meet, a node and a port of the job's, and the job's number.
+"""Words of a command on several nodes: where its processes meet, and the job's number.
 
-The batch script knows them. Jobs that shared a port and a name would join each other where they share a node.
+The batch script knows them. Jobs with one port and one name would join each other where they share a node.
 """
 _TEMPLATE = Path(__file__).with_name("batch_script.sh.j2")
 _NUMBER = re.compile(r"\d{1,12}", re.ASCII)

@@ -39,6 +39,7 @@ from nemo_minitron.training.best_weights import BestWeights
 from nemo_minitron.training.callbacks import ExactResume, TrainingLog
 from nemo_minitron.training.checkpoint_safety import checkpoints_as_data
 from nemo_minitron.training.compilation import is_compiled
+from nemo_minitron.training.early_stopping import WatchedMetrics
 from nemo_minitron.training.fit_loop import end_what_was_cut_short
 from nemo_minitron.training.fp8_recipes import check_tokens
 from nemo_minitron.training.loss_guard import LossGuard, Spikes
@@ -290,13 +291,13 @@ def _trainer(settings: TrainingSettings, callbacks: Sequence[Callback], state: P
     )
     bar = [TQDMProgressBar(refresh_rate=10)] if bars else []
     average = [] if options.ema_decay is None else [Averaging(options.ema_decay)]
-    guards = [ExactResume(settings.seed, options.tensor_parallel), LossGuard(options.spikes)]
+    exact = [ExactResume(settings.seed, options.tensor_parallel), WatchedMetrics()]
     # logger, checkpoints and their folders are exp_manager's; the sampler knows its ranks itself:
     # another value has been refused
     fixed = {"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False}
     if options.shard:
         fixed["strategy"] = sharding_strategy(options.tensor_parallel)
-    callbacks = [*callbacks, *guards, *average, *own, *bar]
+    callbacks = [*callbacks, *exact, LossGuard(options.spikes), *average, *own, *bar]
     trainer = Trainer(**{**arguments, **fixed}, callbacks=callbacks)
     end_what_was_cut_short(trainer)
     return trainer

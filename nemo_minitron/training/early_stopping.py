@@ -5,8 +5,41 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+
+_KEPT = "watched"
+"""Entry of a checkpoint."""
+
+
+class WatchedMetrics(Callback):
+    """Keeps what early stopping goes by, where that is a metric of training.
+
+    A validation that is made up for has no batch before it, and early stopping ends a training where its
+    metric is not there.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, float] = {}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Puts the values of this step into the checkpoint."""
+        values = watched(trainer)
+        if values:
+            checkpoint[_KEPT] = values
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes them over."""
+        self._values = checkpoint.get(_KEPT, {})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts them where they were."""
+        values = {name: torch.tensor(value) for name, value in self._values.items()}
+        trainer.callback_metrics.update(values)
 
 
 def judge_again(trainer: Trainer, validations: Sequence[Mapping[str, Any]]) -> None:

@@ -79,6 +79,21 @@ def test_so_is_the_one_behind_a_stop_outside_of_the_rhythm(tmp_path, folder):
     assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("monitor", ["val_loss", "train_loss", "learning_rate"])
+def test_early_stopping_judges_it_by_metrics_of_training_too(
+    tmp_path, folder, monkeypatch, monitor
+):
+    params = {"patience": 1, "min_delta": 100.0, "monitor": monitor}
+    monkeypatch.setitem(EXP, "create_early_stopping_callback", True)
+    monkeypatch.setitem(EXP, "early_stopping_callback_params", params)
+    trained(folder, tmp_path / "whole")
+    trained(folder, tmp_path / "parts", Killed(4, False))
+    for name in ("whole", "parts"):
+        stopped = json.loads((tmp_path / name / "stopped.json").read_text())
+        assert stopped == {"step": 4, "reason": f"early stopping on {monitor}"}
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
+
+
 def test_one_that_is_in_the_log_is_not_made_again(tmp_path, folder):
     trained(folder, tmp_path / "state")
     before = timeless(tmp_path / "state")
