@@ -7,10 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from nemo_minitron.checkpoints.checkpoint import load_tensor, open_checkpoint
+from nemo_minitron.checkpoints.gguf_families import gguf_family, metadata_of
 from nemo_minitron.checkpoints.gguf_file import read_gguf
-from nemo_minitron.models.gguf_folder import write_gguf_folder
+from nemo_minitron.models.gguf_folder import gguf_config, write_gguf_folder
 from tests.support.models import make_model, stream
 from tests.support.runs import minitron
 
@@ -231,3 +233,37 @@ def test_another_architecture_is_refused_by_name(tmp_path):
     ):
         write_gguf_folder(tmp_path / "m.gguf", folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "hidden", "scalar"),
+    [
+        ("gemma2", 46, 4608, 144),
+        ("gemma2", 42, 3584, 128),
+        ("gemma3", 62, 5376, 168),
+        ("gemma3", 34, 2560, 128),
+    ],
+)
+def test_attention_is_scaled_as_llama_cpp_does(tmp_path, architecture, layers, hidden, scalar):
+    """It knows Gemma's 27B by its layers: 1 / sqrt(n_embd / n_head) there, of the head's size elsewhere."""
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+    keys = {
+        "context_length": 8192, "embedding_length": hidden, "block_count": layers, "feed_forward_length": 64,
+        "attention.head_count": 32, "attention.head_count_kv": 16, "attention.key_length": 128,
+        "attention.value_length": 128, "attention.sliding_window": 4096,
+    }  # fmt: skip
+    for key, value in keys.items():
+        writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_tensor("token_embd.weight", np.zeros((8, hidden), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config = gguf_config(tmp_path / "model.gguf")
+    assert (config["query_pre_attn_scalar"], config["head_dim"]) == (scalar, 128)
+    table = gguf_family(config["model_type"], "here")
+    whole = transformers.AutoConfig.for_model(**config).to_dict()
+    assert dict(key[::2] for key in metadata_of(table, whole, "here"))["embedding_length"] == hidden
+    with pytest.raises(ValueError, match="takes for granted: query_pre_attn_scalar"):
+        list(metadata_of(table, {**whole, "query_pre_attn_scalar": 99}, "here"))

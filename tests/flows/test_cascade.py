@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.config.compose import load_config
 from nemo_minitron.workspace.artifacts import verify_tree
 from nemo_minitron.workspace.layout import Workspace, model_in
 from nemo_minitron.workspace.manifest import read_manifest, write_json
@@ -199,3 +200,20 @@ def test_a_cascade_that_contradicts_itself_is_refused(tmp_path, teacher, corpus,
     with pytest.raises(ValueError) as refused:
         check(composed("config", [*words(tmp_path / "ws", teacher, corpus), *more]))
     assert text in str(refused.value)
+
+
+def test_the_one_shot_is_trained_for_as_long_as_all_steps(tmp_path, teacher, corpus, monkeypatch):
+    from nemo_minitron.flows import cascade
+
+    asked = []
+    monkeypatch.setattr(cascade, "compress", lambda config, command: [asked.append(config)])
+    own = [
+        *words(tmp_path / "cascade", teacher, corpus),
+        "cascade.sizes=[{ffn:24},{ffn:20},{ffn:16}]",
+    ]
+    for more in ([], ["+trainer.max_epochs=2", "data.train.samples=96"]):
+        asked.clear()
+        cascade._steps(load_config("config", [*own, *more]), teacher, None)
+        assert [config["trainer"]["max_steps"] for config in asked] == [6, 6, 6, 18]
+        epochs = [2, 2, 2, 6] if more else [None] * 4
+        assert [config["trainer"].get("max_epochs") for config in asked] == epochs

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nemo_minitron.config.compose import as_dict, load_config
 from nemo_minitron.workspace.artifacts import verify_tree
 from nemo_minitron.workspace.command_log import commands_in
 from nemo_minitron.workspace.manifest import read_manifest
@@ -287,3 +288,20 @@ def test_a_checkpoint_is_measured_against_the_teacher_that_its_lineage_names(
     (own / "minitron.json").write_text('{"stages": [{"kind": "teacher", "inputs": 5}]}')
     with pytest.raises(ValueError, match=r"minitron\.json: damaged: stages\[0\]"):
         evaluate_checkpoint(**{**call, "checkpoint": str(own)}, overrides=small)
+
+
+def test_a_variant_has_the_baseline_that_its_report_asks_for(
+    tmp_path, teacher, corpus, monkeypatch
+):
+    from nemo_minitron.flows import sweep
+
+    ran = []
+    monkeypatch.setattr(sweep, "run_stages", lambda names, config: ran.append(names))
+    for more in ([], ["evaluate.from_scratch=true"], ["distill.teacher_logits=cache"]):
+        config = load_config("config", [*words(tmp_path / "v", teacher, corpus), *more])
+        sweep.run_variant.fn(as_dict(config))
+    assert ran == [
+        ["distill", "evaluate"],
+        ["distill", "baseline", "evaluate"],
+        ["logits", "distill", "evaluate"],
+    ]

@@ -20,8 +20,8 @@ from nemo_minitron.config.compose import as_dict, load_config
 from nemo_minitron.config.launch_config import LaunchConfig
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.failures import StageError
-from nemo_minitron.launch.launcher import Call, launch
-from nemo_minitron.launch.slurm import HEAD, Job, adopt, run_job, script
+from nemo_minitron.launch.launcher import Call, _is_shared, check_names, launch
+from nemo_minitron.launch.slurm import HEAD, NUMBER, Job, adopt, run_job, script
 from nemo_minitron.launch.slurm import _submit as slurm_submit
 from nemo_minitron.stages.run import accelerator_of
 from nemo_minitron.workspace.accelerator_lock import in_use
@@ -318,7 +318,7 @@ def test_a_job_that_is_refused_or_vanishes(trained, queue, monkeypatch):
 def test_a_job_on_several_nodes_meets_at_its_first():
     job = Job(
         "minitron-distill",
-        ["python", "it's", "$HOME", "--rdzv-endpoint", HEAD],
+        ["python", "it's", "$HOME", "--rdzv-endpoint", HEAD, "--rdzv-id", NUMBER],
         16,
         ["module load cuda"],
         [],
@@ -330,9 +330,56 @@ def test_a_job_on_several_nodes_meets_at_its_first():
     # only the meeting point is a variable, every other word is what it is
     assert (
         lines[-1]
-        == f"""exec srun python {shlex.quote("it's")} '$HOME' --rdzv-endpoint "$MINITRON_HEAD:29500\""""
+        == f"""exec srun python {shlex.quote("it's")} '$HOME' --rdzv-endpoint "$MINITRON_HEAD" --rdzv-id "$SLURM_JOB_ID\""""
     )
     assert lines.index("module load cuda") < len(lines) - 1
+    (meeting,) = [line for line in lines if line.startswith("export MINITRON_HEAD=")]
+    node = "scontrol() { printf 'first\\nsecond\\n'; }"
+    places = [
+        subprocess.run(
+            ["bash", "-c", f"{node}; {meeting}; echo $MINITRON_HEAD"], text=True, check=True,
+            stdout=subprocess.PIPE, env={**os.environ, "SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "x"},
+        ).stdout
+        for number in ("7", "8", "19999999")
+    ]  # fmt: skip
+    assert places == ["first:20007\n", "first:20008\n", "first:39999\n"]
+
+
+def test_the_baseline_is_launched_as_the_student_whose_tokens_it_sees(trained):
+    _, call = trained
+    for stages, shared in (
+        ("null", {"pretrain", "distill", "baseline"}),
+        ("[distill]", {"distill", "baseline"}),
+        ("[baseline]", {"baseline"}),
+        ("[pretrain,score]", {"pretrain"}),
+    ):
+        words = ("launch.kind=torchrun", f"launch.stages={stages}")
+        found = {
+            name
+            for name in ("pretrain", "distill", "baseline")
+            if _is_shared(call(*words, name=name))
+        }
+        assert found == shared, stages
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("launch.stages=[score,distil]", "launch.stages"),
+        ("+launch.time_limits.distil=60", "launch.time_limits"),
+    ],
+)
+def test_a_name_that_no_stage_has_is_refused(trained, word, key):
+    _, call = trained
+    with pytest.raises(
+        ValueError, match=rf"^{key}: expected names of stages, .*found 'distil'; nearest: distill$"
+    ):
+        check_names(call(word).config.launch)
+    check_names(
+        call(
+            "launch.stages=[measure-layers,baseline]", "+launch.time_limits.baseline=60"
+        ).config.launch
+    )
 
 
 def test_before_its_time_is_up_a_job_saves(trained, queue):
