@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.batch_limit import KEY
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.layout import MEMORY, Workspace
 from nemo_minitron.workspace.manifest import write_json
@@ -47,16 +48,23 @@ def with_halved_micro_batch(
     section = lighter
     for part in _BATCHES[stage].split("."):
         section = section[part]
+    own = lighter[stage]["trainer"] if stage in _OWN_TRAINER else {}
+    if stage in _TRAININGS and _is_limited(lighter["trainer"], own):
+        return None
     for _ in range(times):
         size = section["batch_size"]
         if size < 2 or (stage in _TRAININGS and size % 2):
             return None
         section["batch_size"] = size // 2
         if stage in _TRAININGS:
-            _twice_as_many(
-                lighter["trainer"], lighter[stage]["trainer"] if stage in _OWN_TRAINER else {}
-            )
+            _twice_as_many(lighter["trainer"], own)
     return lighter
+
+
+def _is_limited(common: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether an epoch has a number of micro-batches, which is part of the recipe."""
+    limit = own.get(KEY) if own.get(KEY) is not None else common.get(KEY)
+    return limit is not None and (isinstance(limit, int) or limit > 1)
 
 
 def _twice_as_many(common: dict[str, Any], own: dict[str, Any]) -> None:

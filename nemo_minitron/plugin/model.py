@@ -323,7 +323,8 @@ class MinitronModel(OwnLoaders, FastOnGpus, Clipping, ModelPT):
         if "loops" not in checkpoint or not isinstance(sampler, ConsumedSampler):
             return
         at = sampler.schedule(checkpoint["global_step"])
-        done = (at.start - 1) % at.length + 1 if at.start else 0  # of an epoch that is over: all
+        each = at.limited or at.length
+        done = (at.start - 1) % each + 1 if at.start else 0  # of an epoch that is over: all
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         progress.update(dict.fromkeys(("ready", "started", "processed", "completed"), done))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_minitron.config.batch_limit import batches_of_epoch
 from nemo_minitron.training.loss_guard import settle
 from nemo_minitron.training.phases import learning_rate
 from nemo_minitron.training.task_curves import validated
@@ -38,10 +39,13 @@ class ExactResume(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Counts the micro-batches of every step that was taken as completed; steps are when we save."""
-        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        per_step = trainer.accumulate_grad_batches
+        batches = checkpoint["global_step"] * per_step
+        epoch = batches_of_epoch(trainer.limit_train_batches, trainer.max_steps * per_step)
+        of_epoch = (batches - 1) % epoch + 1 if batches else 0
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["current"], progress["total"]):
-            counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), batches))
+        for counts, done in ((progress["current"], of_epoch), (progress["total"], batches)):
+            counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), done))
         self._resumed = True
 
     def on_train_batch_start(
