@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from nemo_minitron.config import handed_on
+from nemo_minitron.config import batch_limit, handed_on
 
 _Rules = dict[str, tuple[tuple[Any, ...], str]]
 """Key to the values, beside null, that say what is done anyway, and to what is said of others."""
@@ -300,12 +300,14 @@ def check_overrides(config: Mapping[str, Any]) -> None:
             f"training.fp8_recipe={training['fp8_recipe']}: says how FP8 scales, and nothing runs in it; add "
             "training.transformer_engine=fp8"
         )
-    for section in ("trainer", "pretrain.trainer", "correct.trainer"):
+    sections = ("trainer", "pretrain.trainer", "correct.trainer")
+    for section in sections:
         trainer = _at(config, section)
         refuse_trainer(trainer, section)
         _check_epochs(f"{section}.max_epochs", _at(trainer, "max_epochs"), config)
         if config["training"]["parallel"] == "shard":
             _check_shard(section, trainer)
+    batch_limit.check_sections(config, sections)
     if config["training"]["parallel"] == "shard":
         _check_archives(config["exp_manager"], "parallel=shard, whose weights are in parts")
     if config["training"]["ema_decay"] is not None:

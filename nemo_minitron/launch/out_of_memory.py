@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.config.batch_limit import KEY
 from nemo_minitron.config.score_config import USUAL_BATCH
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.layout import MEMORY, Workspace
@@ -48,6 +49,9 @@ def with_halved_micro_batch(
     section = lighter
     for part in _BATCHES[stage].split("."):
         section = section[part]
+    own = lighter[stage]["trainer"] if stage in _OWN_TRAINER else {}
+    if stage in _TRAININGS and _is_limited(lighter["trainer"], own):
+        return None
     for _ in range(times):
         # of a card's memory, auto has halved itself already; what is left to try is less than usual
         size = USUAL_BATCH if section["batch_size"] == "auto" else section["batch_size"]
@@ -55,10 +59,14 @@ def with_halved_micro_batch(
             return None
         section["batch_size"] = size // 2
         if stage in _TRAININGS:
-            _twice_as_many(
-                lighter["trainer"], lighter[stage]["trainer"] if stage in _OWN_TRAINER else {}
-            )
+            _twice_as_many(lighter["trainer"], own)
     return lighter
+
+
+def _is_limited(common: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether an epoch has a number of micro-batches, which is part of the recipe."""
+    limit = own.get(KEY) if own.get(KEY) is not None else common.get(KEY)
+    return limit is not None and (isinstance(limit, int) or limit > 1)
 
 
 def _twice_as_many(common: dict[str, Any], own: dict[str, Any]) -> None:

@@ -235,10 +235,11 @@ class KnowledgeDistillation(Callback):
         self._copy, self.teacher_loss = None, None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first validation measures the teacher too."""
+        """The first validation of a teacher measures it too."""
         if isinstance(pl_module, MinitronModel):
             pl_module.facts.clear()
         self._listens = self.teacher_loss is None and not trainer.sanity_checking
+        self._sums = [0.0, 0.0]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the teacher's loss for the log."""

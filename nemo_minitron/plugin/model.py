@@ -256,13 +256,13 @@ class MinitronModel(OwnLoaders, FastOnGpus, Clipping, ModelPT):
         terms = self.evaluate_objective(given)
         named = {f"train_{name}": value for name, value in terms.named().items()}
         log_step(self, named, batch_size=len(given.tokens_BS))
-        self.last_terms, share = terms, self.learned.share(given)
+        self.last_terms, share = terms, self.learned.share(given, self._trainer)
         self.learned.note(terms)
         return terms.loss * share
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Turns the step's gradients into those of the mean over its learned tokens."""
-        self.learned.weigh(gradients_of(optimizer), self._trainer.strategy)
+        self.learned.weigh(gradients_of(optimizer), self._trainer)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Logs means over a validation set: cross-entropy and divergence from the teacher.
@@ -301,7 +301,9 @@ class MinitronModel(OwnLoaders, FastOnGpus, Clipping, ModelPT):
         """Does nothing: ``test_step`` logs means already."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int, unused: int = 0) -> int | None:
-        """Logs ``learning_rate`` and ``global_step``, as NeMo's models do."""
+        """Logs ``learning_rate`` and ``global_step``, as NeMo's models do; a step may begin."""
+        if batch_idx % self._trainer.accumulate_grad_batches == 0:
+            self.learned.begin()  # as Lightning, which makes its gradients zero then
         rate = learning_rate(self._trainer)
         values = {"learning_rate": rate, "global_step": self._trainer.global_step}
         # tensors on the CPU: Lightning would bring numbers to the device, and wait until they are
@@ -321,7 +323,8 @@ class MinitronModel(OwnLoaders, FastOnGpus, Clipping, ModelPT):
         if "loops" not in checkpoint or not isinstance(sampler, ConsumedSampler):
             return
         at = sampler.schedule(checkpoint["global_step"])
-        done = (at.start - 1) % at.length + 1 if at.start else 0  # of an epoch that is over: all
+        each = at.limited or at.length
+        done = (at.start - 1) % each + 1 if at.start else 0  # of an epoch that is over: all
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         progress.update(dict.fromkeys(("ready", "started", "processed", "completed"), done))
 

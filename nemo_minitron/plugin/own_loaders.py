@@ -87,6 +87,18 @@ class OwnLoaders:
         )
         self._train_dl = train_loader(samples, sampler, **{**self._for_device(), **how})
 
+    def on_train_start(self) -> None:
+        """Goes on with the next epoch where the checkpoint has all of one.
+
+        Lightning would read one more batch, and take a step by it, where no validation is due then.
+        """
+        super().on_train_start()  # type: ignore[misc]
+        fit = self._trainer.fit_loop
+        loop = fit.epoch_loop
+        over = loop.restarting and loop._num_ready_batches_reached()
+        if over and not loop._should_check_val_fx(fit._data_fetcher):
+            loop.val_loop._has_run = True  # by which Lightning tells that nothing is left to do
+
     def use_validation_samples(self, given: Any, batch_size: int) -> None:
         """Validates on packed samples: a data set of them, or a Tensor of shape [samples, positions + 1]."""
         self._validation_dl = validation_loader(as_samples(given), batch_size, **self._for_device())

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.model_summary import summarize
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_minitron.config.batch_limit import check_limit
 from nemo_minitron.config.overrides import duration, refuse_exp_manager, refuse_trainer
 from nemo_minitron.models.trainable import described
 from nemo_minitron.plugin.experiment import (
@@ -131,8 +132,8 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     """Refuses what Lightning's Trainer would not take, and what a training decides itself.
 
     Raises:
-        ValueError: an unknown key, one that would be ignored, no positive ``max_steps``, or devices
-            for which nobody started processes.
+        ValueError: an unknown key, one that would be ignored, no positive ``max_steps``, epochs that end
+            in the midst of a step, or devices for which nobody started processes.
     """
     refuse_trainer(trainer)
     for key in _SWITCHES:  # a text would count as true, or end the training with an error of torch
@@ -141,6 +142,13 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     steps = trainer["max_steps"] if "max_steps" in trainer else None
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"trainer.max_steps: expected a positive whole number, found {steps!r}")
+    per_step = trainer.get("accumulate_grad_batches") or 1
+    check_limit(
+        "trainer.limit_train_batches",
+        trainer.get("limit_train_batches"),
+        per_step,
+        steps * per_step,
+    )
     _made(dict(trainer))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return  # torchrun has started a process for every device

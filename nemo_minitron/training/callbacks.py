@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_minitron.config.batch_limit import batches_of_epoch
 from nemo_minitron.training.early_stopping import watched
 from nemo_minitron.training.loss_guard import settle
 from nemo_minitron.training.phases import learning_rate
@@ -43,12 +44,15 @@ class ExactResume(Callback):
 
         And none of the next validation.
         """
-        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        per_step = trainer.accumulate_grad_batches
+        batches = checkpoint["global_step"] * per_step
+        epoch = batches_of_epoch(trainer.limit_train_batches, trainer.max_steps * per_step)
+        of_epoch = (batches - 1) % epoch + 1 if batches else 0
         loops = checkpoint["loops"]["fit_loop"]
         progress = loops["epoch_loop.batch_progress"]
         validation = loops["epoch_loop.val_loop.batch_progress"]["current"]
         for counts, done in (
-            (progress["current"], batches),
+            (progress["current"], of_epoch),
             (progress["total"], batches),
             (validation, 0),
         ):

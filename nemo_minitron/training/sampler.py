@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
+from nemo_minitron.config.batch_limit import batches_of_epoch, check_limit
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -21,9 +23,11 @@ class Schedule:
     Attributes:
         start: batches that have been consumed.
         stop: where the loader's pass ends: the whole training, or the epoch.
-        length: batches of a whole pass, also those consumed before.
+        length: batches that the loader says it has, also those consumed before; of these Lightning
+            takes ``limit_train_batches``.
         rank, world: this rank's place among the data-parallel ranks.
         epoch_samples: samples of all ranks after which the order is drawn anew; None: all there are.
+        limited: batches of an epoch of Lightning's; None: ``length``.
     """
 
     start: int
@@ -32,6 +36,7 @@ class Schedule:
     rank: int = 0
     world: int = 1
     epoch_samples: int | None = None
+    limited: int | None = None
 
 
 def schedule_of(
@@ -56,7 +61,8 @@ def schedule_of(
         whole: whether a pass is the whole training in any case; ``ExactResume`` counts on it.
 
     Raises:
-        ValueError: there are too few samples for one batch of all ranks.
+        ValueError: there are too few samples for one batch of all ranks; or a pass is the whole
+            training, and ``limit_train_batches`` ends epochs in the midst of a step.
     """
     world = 1 if trainer is None else max(1, trainer.world_size // tensor_parallel)
     rank = 0 if trainer is None else trainer.global_rank // tensor_parallel
@@ -64,11 +70,13 @@ def schedule_of(
     if trainer is None:
         return Schedule(0, epoch, epoch)
     per_step, step = trainer.accumulate_grad_batches, trainer.global_step if step is None else step
+    limit = trainer.limit_train_batches
     if (whole or trainer.max_epochs in (None, -1)) and trainer.max_steps > 0:
         length = trainer.max_steps * per_step
-        return Schedule(step * per_step, length, length, rank, world)
-    limit = trainer.limit_train_batches
-    epoch = min(epoch, limit) if isinstance(limit, int) else int(epoch * limit)
+        check_limit("trainer.limit_train_batches", limit, per_step, length)
+        limited = batches_of_epoch(limit, length)
+        return Schedule(step * per_step, length, length, rank, world, limited=limited)
+    length, epoch = epoch, batches_of_epoch(limit, epoch)
     if epoch < 1:
         raise ValueError(
             f"train_ds: {samples} samples are too few for a batch of {batch_size} on each of {world} ranks"
@@ -76,7 +84,8 @@ def schedule_of(
     # the last step of an epoch may be of fewer micro-batches
     epochs, rest = divmod(step, -(-epoch // per_step))
     start = epochs * epoch + min(rest * per_step, epoch)
-    return Schedule(start, (epochs + 1) * epoch, epoch, rank, world, epoch * batch_size * world)
+    stop, each = (epochs + 1) * epoch, epoch * batch_size * world
+    return Schedule(start, stop, length, rank, world, each, epoch)
 
 
 @dataclass(frozen=True)

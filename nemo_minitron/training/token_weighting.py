@@ -1,15 +1,20 @@
 """The tokens of a step that are learned: each weighs the same, in whatever micro-batch or rank it is.
 
-An objective is a mean over the learned tokens of a micro-batch; Lightning takes the mean over
-micro-batches and ranks. Where they have different numbers of them
-(``data.train.learn_from=answers``) a mean of means would give a token of a short answer the weight
-of a hundred of a long one.
+An objective is a mean over the learned tokens of a micro-batch; Lightning divides the sum over
+micro-batches by how many a whole step has, and takes the mean over ranks. Where they have different
+numbers of tokens (``data.train.learn_from=answers``, a collator that pads to the longest sample) a mean
+of means would give a token of a short answer the weight of a hundred of a long one, and where an epoch
+ends in the midst of a step its gradient would be too small.
+
+So each micro-batch's mean counts as often as it has learned tokens, in units that are one number for the
+whole step: the size of its first micro-batch. Where all have that size, and all of it is learned, nothing
+is multiplied by anything but 1.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from nemo_minitron.losses.fused_linear_loss import LossResult
 from nemo_minitron.losses.wide_matmul import sum_dtype
@@ -26,6 +31,7 @@ class LearnedTokens:
     def __init__(self) -> None:
         self.last = torch.zeros((), dtype=torch.long)
         self._counts: list[Tensor] = []
+        self._unit: int | Tensor = 1
         self._terms: list[dict[str, Tensor]] = []
         self._step: tuple[Tensor, dict[str, Tensor]] | None = None
 
@@ -41,37 +47,65 @@ class LearnedTokens:
         whole, *values = strategy.reduce(parts, reduce_op="sum").tolist()
         return {name: value / max(whole, 1) for name, value in zip(sums, values, strict=True)}
 
-    def share(self, batch: Any) -> Tensor:
-        """Share of a micro-batch's tokens that are learned, by which its objective is to be multiplied.
+    def begin(self) -> None:
+        """Begins a step: what is left of one that was never taken, as its training ended, is forgotten."""
+        self._counts, self._terms = [], []
+
+    def share(self, batch: Any, trainer: Any) -> Tensor:
+        """What a micro-batch's objective is to be multiplied by: its learned tokens, in the step's unit.
 
         Args:
             batch: see ``training.batches.as_batch``.
+            trainer: Lightning's Trainer, or None where there is none; all its ranks call it.
         """
         labels_BS = as_batch(batch).labels_BS
         self.last = (labels_BS >= 0).sum()
-        self._counts.append(torch.stack([self.last, torch.full_like(self.last, labels_BS.numel())]))
-        return self.last / labels_BS.numel()
+        if not self._counts:
+            self._unit = _of_all_ranks(max(labels_BS.numel(), 1), self.last, trainer)
+        self._counts.append(self.last)
+        return self.last / self._unit
 
-    def weigh(self, gradients: list[Tensor], strategy: Any) -> None:
-        """Makes the gradients of a whole step those of the mean over its learned tokens."""
-        counts = torch.stack(self._counts).sum(0)
+    def weigh(self, gradients: list[Tensor], trainer: Any) -> None:
+        """Makes the gradients of a step those of the mean over its learned tokens.
+
+        Args:
+            gradients: of its last micro-batch and those before, as Lightning has added them up.
+            trainer: Lightning's Trainer; all its ranks call it.
+        """
+        learned = torch.stack(self._counts).sum()
+        # what Lightning has divided by, also where the step has fewer micro-batches than others
+        divisor = torch.zeros_like(learned) + self._unit * trainer.accumulate_grad_batches
+        counts = torch.stack([learned, divisor])
         wide = sum_dtype(counts.device)
-        tokens = [count[0].to(wide) for count in self._counts]
+        tokens = [count.to(wide) for count in self._counts]
         sums = {
             name: torch.stack(
                 [t[name].to(wide) * n for t, n in zip(self._terms, tokens, strict=True)]
             ).sum()
             for name in self._terms[0]
         }
-        self._step, self._counts, self._terms = (counts[0].to(wide), sums), [], []
-        whole = strategy.reduce(counts, reduce_op="sum")
+        self._step = (learned.to(wide), sums)
+        self.begin()
+        whole = trainer.strategy.reduce(counts, reduce_op="sum")
         if whole.device.type != "cpu":
             _scale(gradients, (whole[1] / whole[0].clamp_min(1)).float())
             return
-        learned, tokens = whole.tolist()
-        if 0 < learned < tokens:
+        tokens_learned, divided_by = whole.tolist()
+        if tokens_learned not in (0, divided_by):
             for gradient in gradients:
-                gradient.mul_(tokens / learned)
+                gradient.mul_(divided_by / tokens_learned)
+
+
+def _of_all_ranks(size: int, like: Tensor, trainer: Any) -> int | Tensor:
+    """A number that all ranks know: the largest of theirs, since their averages allow for one alone.
+
+    Lightning's own reduction has a barrier before it, for which the host waits.
+    """
+    if trainer is None or trainer.world_size == 1 or not distributed.is_initialized():
+        return size
+    largest = torch.full_like(like, size)
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX)
+    return largest
 
 
 @torch.no_grad()

@@ -129,6 +129,21 @@ def test_an_unknown_precision_is_refused_by_its_section(section):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["+trainer.limit_train_batches=5", "trainer.accumulate_grad_batches=2"], "trainer"),
+        (["+trainer.limit_train_batches=4", "+correct.trainer.accumulate_grad_batches=3"], "trainer"),
+        (["+pretrain.trainer.limit_train_batches=3.0", "trainer.accumulate_grad_batches=2"], "pretrain.trainer"),
+    ],
+)  # fmt: skip
+def test_epochs_that_end_in_the_midst_of_a_step_are_refused_before_anything_runs(overrides, key):
+    with pytest.raises(
+        ValueError, match=rf"^{key}\.limit_train_batches: .* a multiple of accumulate_grad_batches"
+    ):
+        load_config("config", overrides)
+
+
+@pytest.mark.parametrize(
     ("override", "told"),
     [
         ("+exp_manager.create_tensorbord_logger=true",

@@ -54,6 +54,13 @@ def test_there_is_an_end_to_it():
     assert with_halved_micro_batch("score", values())["score"]["batch_size"] == 1
     assert with_halved_micro_batch("score", values(), 2) is None
     assert with_halved_micro_batch("prune", values()) is None
+    # a number of micro-batches is part of the recipe, and would be half as many steps; a share is not
+    assert with_halved_micro_batch("distill", values("+trainer.limit_train_batches=4")) is None
+    assert (
+        with_halved_micro_batch("correct", values("+correct.trainer.limit_train_batches=4")) is None
+    )
+    for more in ("+trainer.limit_train_batches=0.5", "+correct.trainer.limit_train_batches=4"):
+        assert with_halved_micro_batch("distill", values(more)) is not None
 
 
 @pytest.mark.parametrize("stage", _BATCHES)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.nn import functional as F
 
 from nemo_minitron.cli.main import main
 from nemo_minitron.families import families
@@ -12,8 +13,9 @@ from nemo_minitron.losses.fused_linear_loss import LossWeights
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.plugin.knowledge_distillation import KnowledgeDistillation
 from nemo_minitron.plugin.live_teacher import LiveTeacher, snapshots
+from nemo_minitron.workspace.training_log import read_log
 from tests.support.models import logits, make_model
-from tests.support.nemo_training import run
+from tests.support.nemo_training import run, tokens
 from tests.support.runs import prune
 from tests.support.two_ranks import weights
 
@@ -135,6 +137,30 @@ def test_a_killed_training_learns_from_the_same_teachers_again(tmp_path):
     assert again == seen[3:]
     ours, theirs = model.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_log_tells_each_teacher_s_own_loss(tmp_path):
+    folders = [make_model(tmp_path / f"t{seed}", "llama", seed=seed) for seed in (1, 2, 3)]
+    distillation = KnowledgeDistillation(load_model(folders[0]), families()["llama"], LossWeights())
+    due = {3: folders[1], 5: folders[2]}  # a validation is behind steps 2, 4, 6 and 8
+
+    class Swap(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step in due:
+                distillation.replace_teacher(load_model(due[trainer.global_step]))
+
+    run(folders[0], tmp_path / "state", 8, [distillation, Swap()])
+    lines = read_log(tmp_path / "state" / "metrics.jsonl")
+    told = {line["step"]: line["teacher_val_loss"] for line in lines if "teacher_val_loss" in line}
+    held_out = tokens(8, seed=1)  # what it was validated on
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(
+                load_model(folder)(held_out[:, :-1]).logits.flatten(0, 1), held_out[:, 1:].flatten()
+            ).item()
+            for folder in folders
+        ]
+    assert told == pytest.approx(dict(zip((2, 4, 6), losses, strict=True)), rel=1e-5)
 
 
 def test_another_model_is_refused(tmp_path):

@@ -58,11 +58,26 @@ def test_training_learns_and_logs(tmp_path):
 DROPOUT = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.3)
 
 
-@pytest.mark.parametrize(("accumulate", "family"), [(1, "llama"), (2, "llama"), (2, "starcoder2")])
-def test_steps_done_in_two_parts_are_bit_for_bit_those_done_in_one(tmp_path, accumulate, family):
+@pytest.mark.parametrize(
+    ("accumulate", "family", "more"),
+    [
+        (1, "llama", {}),
+        (2, "llama", {}),
+        (2, "starcoder2", {}),
+        (2, "llama", {"limit_train_batches": 4}),  # stopped in the second epoch
+        (2, "llama", {"limit_train_batches": 1 / 3, "max_epochs": 5}),  # at the end of the first
+    ],
+)
+def test_steps_done_in_two_parts_are_bit_for_bit_those_done_in_one(
+    tmp_path, accumulate, family, more
+):
     folder = make_model(tmp_path / "m", family, **(DROPOUT if family == "starcoder2" else {}))
-    options = {"accumulate_grad_batches": accumulate}
+    options = {"accumulate_grad_batches": accumulate, **more}
     whole = run(folder, tmp_path / "whole", 9, **options)
+    if more:  # a limit alone changes nothing
+        plain = run(folder, tmp_path / "plain", 9, accumulate_grad_batches=accumulate)
+        assert timeless(tmp_path / "plain") == timeless(tmp_path / "whole")
+        assert all(map(torch.equal, plain.model.parameters(), whole.model.parameters()))
     state = tmp_path / "parts"
 
     class Stop(Callback):
@@ -296,6 +311,11 @@ def test_the_sampler_depends_on_seed_and_consumption_alone():
         ({"max_stepz": 3}, "trainer.max_stepz.*nearest: max_steps"),
         ({"max_steps": -1}, "expected a positive whole"),
         ({"max_steps": 3, "devices": 8}, "trains on one device, found 8"),
+        (
+            {"max_steps": 3, "accumulate_grad_batches": 2, "limit_train_batches": 0.5},
+            "a multiple of accumulate_grad_batches=2, such as 2, found 0.5, which is 3 of 6 micro-batches",
+        ),
+        ({"max_steps": 3, "limit_train_batches": 0.1}, "found 0.1, which is 0 of 3 micro-batches"),
     ],
 )
 def test_trainer_keys_are_checked_first(trainer, message):

@@ -63,6 +63,7 @@ def trained(teacher, corpus, trainer, callbacks=(), ckpt_path=None, **cfg):
         ({"max_epochs": 3, "max_steps": 7}, 7),
         ({"max_epochs": 3, "accumulate_grad_batches": 4}, 6),
         ({"max_epochs": 2, "limit_train_batches": 4}, 8),
+        ({"max_epochs": 2, "limit_train_batches": 0.5}, 6),
         ({"max_steps": 7}, 7),
     ],
 )
@@ -78,6 +79,14 @@ def test_three_epochs_are_three_times_the_data(teacher, corpus, trainer, steps, 
         assert [len(set(rows[epoch])) for epoch in range(3)] == [24, 24, 24]
         assert rows[0] != rows[1]  # drawn anew
     assert {"learning_rate", "global_step"} <= set(lightning.callback_metrics)
+
+
+def test_steps_that_an_epoch_would_cut_short_are_refused(teacher, corpus):
+    trainer = {"max_steps": 6, "accumulate_grad_batches": 2, "limit_train_batches": 5}
+    with pytest.raises(ValueError, match=r"^trainer\.limit_train_batches: .* such as 4, found 5$"):
+        trained(teacher, corpus, trainer)
+    _, lightning = trained(teacher, corpus, {**trainer, "max_steps": 2})  # its one epoch is shorter
+    assert lightning.global_step == 2
 
 
 class Ranks(Callback):
@@ -484,15 +493,39 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("accumulate", "step"), [(1, 8), (1, 6), (4, 3), (4, 2)])
+class Read(Callback):
+    """Notes epoch, step and place in the epoch of every batch that is read, and what it is."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, module, batch, number):
+        at = (trainer.current_epoch, trainer.global_step, number)
+        self.batches.append((*at, batch.tolist()))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "step"),
+    [
+        ({"max_epochs": 3, "accumulate_grad_batches": 1}, 8),
+        ({"max_epochs": 3, "accumulate_grad_batches": 1}, 6),
+        ({"max_epochs": 3, "accumulate_grad_batches": 4}, 3),
+        ({"max_epochs": 3, "accumulate_grad_batches": 4}, 2),
+        ({"max_epochs": 3, "limit_train_batches": 0.5}, 4),
+        ({"max_steps": 6, "accumulate_grad_batches": 2, "limit_train_batches": 4}, 3),
+        ({"max_steps": 6, "accumulate_grad_batches": 2, "limit_train_batches": 4}, 2),
+    ],
+)
 def test_a_training_of_epochs_goes_on_exactly_in_and_between_epochs(
-    teacher, corpus, tmp_path, accumulate, step
+    teacher, corpus, tmp_path, trainer, step
 ):
-    trainer = {"max_epochs": 3, "accumulate_grad_batches": accumulate}
-    whole, lightning = trained(teacher, corpus, trainer)
+    before, after = Read(), Read()
+    whole, lightning = trained(teacher, corpus, trainer, [before])
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         trained(teacher, corpus, trainer, [Stop(step, tmp_path / "x.ckpt")])
-    resumed, again = trained(teacher, corpus, trainer, ckpt_path=str(tmp_path / "x.ckpt"))
+    saved = str(tmp_path / "x.ckpt")
+    resumed, again = trained(teacher, corpus, trainer, [after], ckpt_path=saved)
+    assert after.batches == before.batches[-len(after.batches) :]
     assert again.global_step == lightning.global_step
     ours, theirs = whole.state_dict(), resumed.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
