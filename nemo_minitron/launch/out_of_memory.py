@@ -50,7 +50,7 @@ def with_halved_micro_batch(
     for part in _BATCHES[stage].split("."):
         section = section[part]
     own = lighter[stage]["trainer"] if stage in _OWN_TRAINER else {}
-    if stage in _TRAININGS and _is_limited(lighter["trainer"], own):
+    if stage in _TRAININGS and _is_counted(lighter, own):
         return None
     for _ in range(times):
         # of a card's memory, auto has halved itself already; what is left to try is less than usual
@@ -63,15 +63,26 @@ def with_halved_micro_batch(
     return lighter
 
 
-def _is_limited(common: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether an epoch has a number of micro-batches, which is part of the recipe."""
-    limit = own.get(KEY) if own.get(KEY) is not None else common.get(KEY)
-    return limit is not None and (isinstance(limit, int) or limit > 1)
+def _is_counted(values: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether the recipe counts micro-batches: of an epoch, or of a validation that decides."""
+    decides = values["training"]["keep"] != "last" or bool(
+        values["exp_manager"].get("create_early_stopping_callback")
+    )
+    for key in (KEY, *(["limit_val_batches"] if decides else [])):
+        limit = own.get(key) if own.get(key) is not None else values["trainer"].get(key)
+        if limit and (isinstance(limit, int) or limit > 1):  # a share is one of whatever batches
+            return True
+    return False
 
 
 def _twice_as_many(common: dict[str, Any], own: dict[str, Any]) -> None:
     """Doubles what a trainer counts in micro-batches, where it stands."""
-    for name, default in (("accumulate_grad_batches", 1), ("val_check_interval", None)):
+    counted = (
+        ("accumulate_grad_batches", 1),
+        ("val_check_interval", None),
+        ("limit_val_batches", None),
+    )
+    for name, default in counted:
         place = own if own.get(name) is not None else common
         count = place.get(name) if place.get(name) is not None else default
         if isinstance(count, int):

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.model_summary import summarize
 from nemo.utils.trainer_utils import resolve_trainer_cfg
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_minitron.config.batch_limit import KEY as LIMIT
 from nemo_minitron.config.batch_limit import check_limit
 from nemo_minitron.config.overrides import duration, refuse_exp_manager, refuse_trainer
 from nemo_minitron.models.trainable import described
@@ -142,13 +143,8 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
     steps = trainer["max_steps"] if "max_steps" in trainer else None
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"trainer.max_steps: expected a positive whole number, found {steps!r}")
-    per_step = trainer.get("accumulate_grad_batches") or 1
-    check_limit(
-        "trainer.limit_train_batches",
-        trainer.get("limit_train_batches"),
-        per_step,
-        steps * per_step,
-    )
+    per_step, limit = trainer.get("accumulate_grad_batches") or 1, trainer.get(LIMIT)
+    check_limit(f"trainer.{LIMIT}", limit, per_step, steps * per_step)
     _made(dict(trainer))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return  # torchrun has started a process for every device

@@ -31,7 +31,12 @@ def section(config, stage):
 @pytest.mark.parametrize("stage", ["distill", "correct", "pretrain"])
 @pytest.mark.parametrize(
     "more",
-    [(), ("trainer.accumulate_grad_batches=3",), ("+pretrain.trainer.accumulate_grad_batches=5",)],
+    [
+        (),
+        ("trainer.accumulate_grad_batches=3",),
+        ("+pretrain.trainer.accumulate_grad_batches=5",),
+        ("+trainer.limit_val_batches=3",),
+    ],
 )
 def test_a_training_stays_the_same_training(stage, more):
     before = values(*more)
@@ -43,6 +48,18 @@ def test_a_training_stays_the_same_training(stage, more):
     assert second["batch_size"] * 4 == first["batch_size"] == 8
     accumulate = [resolved["trainer"]["accumulate_grad_batches"] for resolved in (first, second)]
     assert accumulate[1] == 4 * accumulate[0]
+    if more == ("+trainer.limit_val_batches=3",):  # the same samples
+        assert [resolved["trainer"]["limit_val_batches"] for resolved in (first, second)] == [3, 12]
+
+
+def test_where_validations_of_a_number_of_batches_decide_there_is_no_smaller_try():
+    limited = "+trainer.limit_val_batches=3"
+    for deciding in ("training.keep=best:loss", "+exp_manager.create_early_stopping_callback=true"):
+        assert with_halved_micro_batch("distill", values(limited, deciding)) is None
+        assert with_halved_micro_batch("distill", values(deciding)) is not None
+        assert (
+            with_halved_micro_batch("distill", values(deciding, f"{limited[:-1]}0.5")) is not None
+        )
 
 
 def test_there_is_an_end_to_it():
