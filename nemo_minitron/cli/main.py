@@ -232,6 +232,7 @@ def _stage(args: argparse.Namespace) -> int:
     if _shows_only(args):
         return 0
     config = _config(args)
+    _tell_what_is_left_to_run(config)
     # progress bars go to the error output: standard output is for the result
     with contextlib.redirect_stdout(sys.stderr):
         result = run_by_hand(
@@ -242,6 +243,27 @@ def _stage(args: argparse.Namespace) -> int:
     _show(result, args.json)
     _notes(result)
     return 0
+
+
+def _tell_what_is_left_to_run(config: "Config") -> None:
+    """Says which keys only ``minitron run`` and the flows heed; of several ranks the first says it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    here = (
+        "in this process"
+        if "RANK" not in os.environ
+        else "in the processes that torchrun has started"
+    )
+    if config.launch.kind != "inline":
+        print(
+            f"note: launch.kind={config.launch.kind}: minitron run launches stages; this one runs {here}",
+            file=sys.stderr,
+        )
+    if config.track.mlflow is not None:
+        print(
+            "note: track.mlflow: minitron run tracks its stages; this one is not tracked",
+            file=sys.stderr,
+        )
 
 
 def _before(command: str, config: "Config") -> list[str]:

@@ -17,7 +17,7 @@ from nemo_minitron.config.launch_config import LaunchConfig
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.failures import StageError, exit_words, failure_from_json
 from nemo_minitron.launch.process_group import Ended, Limits, run_process
-from nemo_minitron.launch.slurm import HEAD, NUMBER, Job, adopt, run_job
+from nemo_minitron.launch.slurm import HEAD, NUMBER, Hung, Job, adopt, run_job
 from nemo_minitron.launch.stage_process import clear, outcomes, result_from
 from nemo_minitron.security.masking import remember
 from nemo_minitron.security.plain_text import plain
@@ -199,9 +199,15 @@ def _queued(call: Call, command: list[str], on_line: Callable[[str], None]) -> R
         slurm.options,
         log,
         limit_of(settings, call.name),
+        settings.silence,
+        call.progress,
     )
     recipe = recipe_of(call.values)
-    number = run_job(job, call.slurm, call.outcome, recipe, on_line, slurm.poll_seconds)
+    try:
+        number = run_job(job, call.slurm, call.outcome, recipe, on_line, slurm.poll_seconds)
+    except Hung as error:
+        text = f"{call.name}: its Slurm job was {error}; {log} has its output"
+        raise StageError(call.name, failures.LOST, text) from error
     return _verdict(call, f"Slurm job {number} ended without a word; {log} has its output")
 
 
@@ -218,7 +224,7 @@ def recipe_of(values: dict[str, Any]) -> str:
 
 _HOW = (
     "launch", "track", "export", "batch_size", "accumulate_grad_batches", "val_check_interval",
-    "validate_every", "baseline",
+    "limit_val_batches", "validate_every", "baseline",
 )  # fmt: skip
 """Keys of the configuration that say how stages work, not what comes of them."""
 

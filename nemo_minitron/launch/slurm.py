@@ -49,6 +49,8 @@ class Job:
         options: further ``#SBATCH`` options, such as ``--partition=batch``.
         log: file for its output.
         seconds: its time limit; None: the partition's.
+        silence: seconds at work without output or progress after which it counts as hung; None: never.
+        progress: file that says how far it is.
     """
 
     name: str
@@ -58,6 +60,12 @@ class Job:
     options: Sequence[str]
     log: Path
     seconds: float | None = None
+    silence: float | None = None
+    progress: Path | None = None
+
+
+class Hung(Exception):
+    """A job at work gives no sign of life; it is cancelled."""
 
 
 def script(job: Job) -> str:
@@ -108,6 +116,7 @@ def run_job(
 
     Raises:
         ValueError: there is no sbatch, or it refuses the job.
+        Hung: it was silent for too long.
     """
     number = _number(job_file, recipe)
     if number is None:
@@ -118,7 +127,7 @@ def run_job(
             number = _noted(job, job_file, recipe, on_line)
         else:
             on_line(f"Slurm job {number} is this stage's already; waiting for it")
-        _wait(number, outcome, on_line, poll)
+        _wait(number, outcome, on_line, poll, _Watch(job))
     except BaseException:
         _cancel(number, job_file, on_line)  # where there is none yet, _noted has ended what began
         raise
@@ -276,7 +285,37 @@ def _state(number: str) -> str:
     return out.strip().splitlines()[0].strip() if out.strip() else ""
 
 
-def _wait(number: str, outcome: Path, on_line: Callable[[str], None], poll: float) -> None:
+class _Watch:
+    """Whether a job at work gives signs of life: its log or its progress changes, by whatever clock."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._seen = job, ""
+        self._since = time.monotonic()
+
+    def look(self, state: str) -> None:
+        """Looks for a sign; what is not at work, such as a job that waits for its turn, needs none.
+
+        Raises:
+            Hung: there was none for too long.
+        """
+        found = [
+            path.stat() for path in (self._job.log, self._job.progress) if path and path.exists()
+        ]
+        seen = f"{state} {[(stat.st_mtime_ns, stat.st_size) for stat in found]}"
+        if seen != self._seen or state != "RUNNING":
+            self._seen, self._since = seen, time.monotonic()
+        limit = self._job.silence
+        if limit is not None and time.monotonic() - self._since > limit:
+            raise Hung(f"silent for {limit:g} s (launch.silence), taken for hung")
+
+
+def _wait(
+    number: str,
+    outcome: Path,
+    on_line: Callable[[str], None],
+    poll: float,
+    watch: _Watch | None = None,
+) -> None:
     before, unknown = "", 0.0
     while True:
         try:
@@ -289,6 +328,8 @@ def _wait(number: str, outcome: Path, on_line: Callable[[str], None], poll: floa
         if state != before and state:
             on_line(f"Slurm job {number}: {state}")
         before = state
+        if watch is not None:
+            watch.look(state)
         if not state:
             unknown += poll
             if outcome.is_file() or unknown >= _GONE_FOR:

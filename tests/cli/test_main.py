@@ -13,6 +13,7 @@ import pytest
 from filelock import Timeout
 
 from nemo_minitron.cli.main import main
+from nemo_minitron.config.compose import load_config
 from nemo_minitron.families import architecture_of, families
 from nemo_minitron.proofs.tiny_models import tiny_config
 from nemo_minitron.pruning.cost import model_size
@@ -151,6 +152,25 @@ def test_a_busy_workspace(capsys, workspace, teacher):
         for command in ("score", "run"):
             line = refused(capsys, command, f"workspace={workspace}", f"source.model={teacher}")
             assert "another run is using it" in line
+
+
+def test_a_stage_by_hand_says_what_only_a_run_heeds(capsys, tmp_path, teacher, monkeypatch):
+    words = ["download", f"workspace={tmp_path}", f"source.model={teacher}"]
+    own = [*words, "launch.kind=slurm", "track.mlflow=sqlite:///mlflow.db"]
+    assert main(own) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert (
+        "note: launch.kind=slurm: minitron run launches stages; this one runs in this process"
+        in lines
+    )
+    assert "note: track.mlflow: minitron run tracks its stages; this one is not tracked" in lines
+    assert main(words) == 0
+    assert "note: launch" not in (said := capsys.readouterr().err) and "note: track" not in said
+    monkeypatch.setenv("RANK", "1")
+    from nemo_minitron.cli.main import _tell_what_is_left_to_run
+
+    _tell_what_is_left_to_run(load_config("config", own[1:]))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_stage_by_hand_waits_for_its_accelerator_and_holds_it(

@@ -21,7 +21,7 @@ from nemo_minitron.config.launch_config import LaunchConfig
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.failures import StageError
 from nemo_minitron.launch.launcher import Call, _is_shared, check_names, launch
-from nemo_minitron.launch.slurm import HEAD, NUMBER, Job, adopt, run_job, script
+from nemo_minitron.launch.slurm import HEAD, NUMBER, Hung, Job, adopt, run_job, script
 from nemo_minitron.launch.slurm import _submit as slurm_submit
 from nemo_minitron.stages.run import accelerator_of
 from nemo_minitron.workspace.accelerator_lock import in_use
@@ -343,6 +343,39 @@ def test_a_job_on_several_nodes_meets_at_its_first():
         for number in ("7", "8", "19999999")
     ]  # fmt: skip
     assert places == ["first:20007\n", "first:20008\n", "first:39999\n"]
+
+
+def test_a_job_at_work_that_is_silent_is_ended_and_one_that_speaks_is_not(queue, tmp_path):
+    lines: list[str] = []
+
+    def run(command, silence, name):
+        place = tmp_path / name
+        place.mkdir()
+        job = Job(
+            f"minitron-{name}",
+            ["bash", "-c", command],
+            1,
+            [],
+            [],
+            place / "log",
+            None,
+            silence,
+            place / "progress",
+        )
+        return run_job(job, place / "job.json", place / "outcome", "recipe", lines.append, 0.05)
+
+    with pytest.raises(Hung, match=r"^silent for 0.6 s \(launch.silence\), taken for hung$"):
+        run("echo begun; sleep 300", 0.6, "silent")
+    assert not (tmp_path / "silent" / "job.json").exists()  # it was cancelled
+    until(lambda: not slurm.running(queue / "jobs", "1"), 30)
+    speaks = (
+        f"for i in $(seq 14); do sleep 0.4; echo $i; done; echo '{{}}' > {tmp_path}/speaks/outcome"
+    )
+    assert run(speaks, 4, "speaks") == "2"
+    shows = speaks.replace("echo $i", f"date +%N > {tmp_path}/shows/progress").replace(
+        "speaks/out", "shows/out"
+    )
+    assert run(shows, 4, "shows") == "3"
 
 
 def test_the_baseline_is_launched_as_the_student_whose_tokens_it_sees(trained):
