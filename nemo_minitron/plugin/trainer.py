@@ -303,7 +303,7 @@ def _trainer(settings: TrainingSettings, callbacks: Sequence[Callback], state: P
         fixed["strategy"] = sharding_strategy(options.tensor_parallel)
     callbacks = [*callbacks, *exact, LossGuard(options.spikes), *average, *own, *bar]
     trainer = Trainer(**{**arguments, **fixed}, callbacks=callbacks)
-    end_what_was_cut_short(trainer)
+    end_what_was_cut_short(trainer, arguments.get("min_epochs") or 0)
     return trainer
 
 

@@ -30,9 +30,15 @@ class WholeFitLoop(_FitLoop):
             self.epoch_loop.on_advance_end(batches)
 
 
-def end_what_was_cut_short(trainer: Trainer) -> None:
-    """Gives a Trainer the loop, before it has begun."""
+def end_what_was_cut_short(trainer: Trainer, least: int = 0) -> None:
+    """Gives a Trainer the loop, before it has begun.
+
+    Args:
+        trainer: Lightning's.
+        least: epochs before which early stopping ends nothing. Where ``min_steps`` is given, Lightning takes
+            one for granted, and a training here is one epoch.
+    """
     before = trainer.fit_loop
-    loop = WholeFitLoop(trainer, before.min_epochs, before.max_epochs)
+    loop = WholeFitLoop(trainer, least, before.max_epochs)
     loop.epoch_loop = before.epoch_loop
     trainer.fit_loop = loop

@@ -126,6 +126,17 @@ def test_a_training_that_was_interrupted_stops_early_where_it_would_have(
     assert not (tmp_path / "parts" / "stopped.json").exists()
 
 
+@pytest.mark.parametrize(("least", "end"), [(4, 6), (9, 9)])
+def test_early_stopping_ends_a_training_behind_its_least_number_of_steps(
+    tmp_path, folder, monkeypatch, least, end
+):
+    monkeypatch.setitem(EXP, "create_early_stopping_callback", True)
+    monkeypatch.setitem(EXP, "early_stopping_callback_params", {"patience": 2, "min_delta": 100.0})
+    run(folder, tmp_path / "state", 14, min_steps=least)
+    stop = json.loads((tmp_path / "state" / "stopped.json").read_text())
+    assert stop == {"step": end, "reason": "early stopping on val_loss"}
+
+
 @pytest.mark.parametrize(
     ("params", "stops"),
     [
