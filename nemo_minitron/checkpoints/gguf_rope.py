@@ -115,16 +115,17 @@ def rope_of(
     Raises:
         ValueError: a kind of scaling that is not read.
     """
-    kind = given.get("rope.scaling.type", "none")
+    # as llama.cpp: linear, unless the file says otherwise, and by no factor
+    kind, factor = given.get("rope.scaling.type", "linear"), given.get("rope.scaling.factor", 0.0)
     if FACTORS in gguf.tensors:
         return {"rope_scaling": _llama3(gguf, config, where)}
     if any(name in gguf.tensors for name in LONG):
         return {"rope_scaling": _longrope(gguf, given, config, where)}
-    if kind == "none":
+    if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return {}
-    if kind not in ("linear", "yarn") or "rope.scaling.factor" not in given:
+    if kind not in ("linear", "yarn") or not factor:
         raise ValueError(f"{where}: rope.scaling.type {kind!r:.40} is not read from GGUF")
-    scaling = {"rope_type": kind, "factor": given["rope.scaling.factor"]}
+    scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         if "rope.scaling.original_context_length" in given:
             length = given["rope.scaling.original_context_length"]

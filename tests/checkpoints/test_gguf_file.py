@@ -235,6 +235,45 @@ def test_another_architecture_is_refused_by_name(tmp_path):
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
 
 
+def header_of(folder, architecture, keys, more=None):
+    """A file with metadata and embeddings alone."""
+    writer = gguf.GGUFWriter(folder / "model.gguf", architecture)
+    keys = {
+        "context_length": 8192, "embedding_length": 64, "block_count": 2, "attention.head_count": 4,
+        "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-6, **keys, **(more or {}),
+    }  # fmt: skip
+    for key, value in keys.items():
+        kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds[type(value)](f"{architecture}.{key}", value)
+    writer.add_tensor("token_embd.weight", np.zeros((8, keys["embedding_length"]), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "model.gguf"
+
+
+@pytest.mark.parametrize(
+    ("given", "scaling"),
+    [
+        ({}, None),
+        ({"factor": 8.0}, {"rope_type": "linear", "factor": 8.0}),  # llama.cpp's default
+        ({"factor": 1.0}, None),
+        ({"type": "linear"}, None),
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"type": "none", "factor": 4.0}, None),
+    ],
+)
+def test_a_scaling_without_a_type_is_linear(tmp_path, given, scaling):
+    path = header_of(
+        tmp_path,
+        "llama",
+        {"feed_forward_length": 64, "rope.dimension_count": 16},
+        {f"rope.scaling.{key}": value for key, value in given.items()},
+    )
+    assert gguf_config(path).get("rope_scaling") == scaling
+
+
 @pytest.mark.parametrize(
     ("architecture", "layers", "hidden", "scalar"),
     [
@@ -246,21 +285,14 @@ def test_another_architecture_is_refused_by_name(tmp_path):
 )
 def test_attention_is_scaled_as_llama_cpp_does(tmp_path, architecture, layers, hidden, scalar):
     """It knows Gemma's 27B by its layers: 1 / sqrt(n_embd / n_head) there, of the head's size elsewhere."""
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
     keys = {
-        "context_length": 8192, "embedding_length": hidden, "block_count": layers, "feed_forward_length": 64,
-        "attention.head_count": 32, "attention.head_count_kv": 16, "attention.key_length": 128,
-        "attention.value_length": 128, "attention.sliding_window": 4096,
+        "block_count": layers, "feed_forward_length": 64, "attention.head_count": 32, "attention.head_count_kv": 16,
+        "attention.key_length": 128, "attention.value_length": 128, "attention.sliding_window": 4096,
+        "embedding_length": hidden,
     }  # fmt: skip
-    for key, value in keys.items():
-        writer.add_uint32(f"{architecture}.{key}", value)
-    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-6)
-    writer.add_tensor("token_embd.weight", np.zeros((8, hidden), np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    config = gguf_config(tmp_path / "model.gguf")
+    path = header_of(tmp_path, architecture, keys)
+    config = gguf_config(path)
+    assert "rope_scaling" not in config
     assert (config["query_pre_attn_scalar"], config["head_dim"]) == (scalar, 128)
     table = gguf_family(config["model_type"], "here")
     whole = transformers.AutoConfig.for_model(**config).to_dict()
