@@ -14,7 +14,7 @@ from nemo_minitron.cli.tables import print_table
 
 def size(args: argparse.Namespace) -> int:
     """``minitron size``: what a model costs, from its config.json alone."""
-    from nemo_minitron.families import check_sizes, use_tables
+    from nemo_minitron.families import use_tables
     from nemo_minitron.pruning.cost import model_size
     from nemo_minitron.pruning.serving import check_serving, serving_notes
 
@@ -25,7 +25,6 @@ def size(args: argparse.Namespace) -> int:
     model = _architecture(args.model)
     model.check_lists()
     sizes = _asked_sizes(model, wanted)
-    check_sizes(model.family, sizes, "size")
     check_serving(model, sizes, serve, "size: serve")
     for note in serving_notes(model, sizes, serve):
         print(f"note: {note}", file=sys.stderr)
@@ -69,6 +68,7 @@ def _asked_sizes(model: Any, words: list[str]) -> dict[str, int]:
     Raises:
         ValueError: no axis of the model, no size, or the size of an axis that others decide.
     """
+    from nemo_minitron.families import check_sizes
     from nemo_minitron.pruning.select import followed
 
     asked = {}
@@ -80,7 +80,9 @@ def _asked_sizes(model: Any, words: list[str]) -> dict[str, int]:
             )
         asked[axis] = int(value)
     sizes = followed(model.family, {**model.sizes, **asked})
-    counted = model.resized(sizes).sizes
+    check_sizes(model.family, sizes, "size")
+    layers = {"layers": model.sizes["layers"]}  # of other layers it has other lists, too
+    counted = {**model.resized({**sizes, **layers}).sizes, "layers": sizes["layers"]}
     for axis, value in asked.items():
         if decided := {sizes[axis], counted[axis]} - {value}:
             follows = model.family.axes[axis].follows
@@ -88,7 +90,7 @@ def _asked_sizes(model: Any, words: list[str]) -> dict[str, int]:
                 f"size: {axis}: other sizes make it {min(decided)}{f' ({follows})' if follows else ''}, "
                 f"found {value}; leave it out, and set those"
             )
-    return dict(counted)
+    return counted
 
 
 def _first_layers(model: Any, count: int) -> Any:
