@@ -200,7 +200,7 @@ def run_variant(values: dict[str, Any]) -> None:
         values: the whole configuration as plain dictionaries.
     """
     config = from_dict(values)
-    stages = list(steps(config))  # of which the cuts are made
+    stages = list(steps(config))  # those up to the cut have been run for all variants
     run_stages([*stages[stages.index("prune") + 1 : stages.index("evaluate")], "evaluate"], config)
 
 

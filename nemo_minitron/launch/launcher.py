@@ -188,6 +188,7 @@ def _queued(call: Call, command: list[str], on_line: Callable[[str], None]) -> R
     settings, slurm, log = call.config.launch, call.config.launch.slurm, call.log.absolute()
     setup = [
         f"cd {shlex.quote(os.getcwd())}",
+        "export PYTHONUNBUFFERED=1",  # what it prints is a sign of life
         f"export {progress.VARIABLE}={shlex.quote(str(call.progress.resolve()))}",
         *slurm.setup,
     ]

@@ -298,9 +298,11 @@ class _Watch:
         Raises:
             Hung: there was none for too long.
         """
-        found = [
-            path.stat() for path in (self._job.log, self._job.progress) if path and path.exists()
-        ]
+        found = []
+        for path in (self._job.log, self._job.progress):
+            # a file that is not there yet, or a disk that does not answer, is no reason to end a job
+            with contextlib.suppress(OSError):
+                found += [] if path is None else [path.stat()]
         seen = f"{state} {[(stat.st_mtime_ns, stat.st_size) for stat in found]}"
         if seen != self._seen or state != "RUNNING":
             self._seen, self._since = seen, time.monotonic()
