@@ -91,7 +91,7 @@ def distilled(
         sizes: those of the cut.
         steps: of the schedule.
         stop: the step after which it is measured; None: the last.
-        begun: the step that it goes on from, measured before; None: it begins anew.
+        begun: the step that it resumes from, measured before; None: it starts over.
     """
     name = "-".join(f"{axis}{size}" for axis, size in sizes.items())
     length = str(steps) if stop is None and begun is None else f"{steps}-{stop or 'all'}"

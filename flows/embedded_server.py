@@ -47,7 +47,7 @@ class EmbeddedServer:
     """The server of this process, where the user has configured none.
 
     Prefect would start one by itself, and for that import the server's code into the run's own
-    process, too, which takes seconds. It is told the address of this one instead.
+    process, too, which takes seconds. It is given the address of this one instead.
     """
 
     def __init__(self) -> None:

@@ -95,6 +95,6 @@ def _refuse_masks(given: Mapping[str, Any]) -> None:
     if found is not None:
         where, text = found
         raise ValueError(
-            f"{where}: {text!r} holds a mask in place of a credential, which is not stored; give it anew, or "
+            f"{where}: {text!r} holds a mask in place of a credential (never stored); give it again, or "
             "as ${oc.env:NAME}, which is read from the environment where the flow runs"
         )

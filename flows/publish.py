@@ -181,15 +181,15 @@ def progressing(call: Call) -> Iterator[None]:
             percent = min(100.0, 100.0 * found.done / found.total)
             if percent == last:
                 continue
-            last, told = (
+            last, description = (
                 percent,
                 text(f"{call.name}: {found.what}, {found.done:,} of {found.total:,}"),
             )
             try:
                 if shown is None:
-                    shown = create_progress_artifact(percent, key=place, description=told)
+                    shown = create_progress_artifact(percent, key=place, description=description)
                 else:
-                    update_progress_artifact(shown, percent, description=told)
+                    update_progress_artifact(shown, percent, description=description)
             except Exception as error:  # a server that restarts must not end a training
                 log_line(f"{call.name}: progress not shown: {error}")
 

@@ -71,7 +71,7 @@ def search(
     """Finds sizes within ``plan.budget``, and compresses the model to the best of them.
 
     Of all sizes within it some are measured in memory; the best are distilled for a few steps, and
-    the better half goes on with twice as many, until one is left. What is measured lies in
+    the better half advances with twice as many, until one is left. What is measured lies in
     ``screen/`` and ``rounds/``, the choice in ``search.json``.
 
     Args:
@@ -157,7 +157,7 @@ def choose(config: Config) -> tuple[dict[str, int], Path]:
 
 
 def _check_continued(config: Config) -> None:
-    """Refuses rounds that a winner's whole training could not go on from.
+    """Refuses rounds that a winner's whole training could not resume from.
 
     Raises:
         ValueError: they are asked for.
@@ -170,7 +170,7 @@ def _check_continued(config: Config) -> None:
     }
     for key in [*whole_only(config), *(key for key, asked in unlike.items() if asked)]:
         raise ValueError(
-            f"plan.budget.continued: a training with {key} cannot go on from a round; choose one"
+            f"plan.budget.continued: a training with {key} cannot resume from a round; choose one"
         )
 
 

@@ -125,9 +125,7 @@ def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
         with _slot(name, config), TagsContext(current_tags=set()):
             result = own(name, values)
     except TaskRunTimeoutError as error:
-        text = (
-            f"{name}: over its time limit of {limit:g} s (launch.time_limit); run it again to go on"
-        )
+        text = f"{name}: over its time limit of {limit:g} s (launch.time_limit); run it again to resume"
         raise StageError(name, failures.SLOW, text) from error
     if isinstance(result, State):
         if result.is_cancelled():
@@ -159,11 +157,11 @@ def _failed(call: Call, values: dict[str, Any], error: Exception) -> Any:
     # a training has saved what it did, as it was asked; now the flow ends by it
     if kind == failures.STOPPED and _suspended():
         return Cancelled(
-            message=f"{call.name}: the run is suspended; resumed, it goes on from here"
+            message=f"{call.name}: the run is suspended; when it is resumed, it continues from here"
         )
     if kind == failures.STOPPED and _cancelling():
         return Cancelled(
-            message=f"{call.name}: the run is cancelled; started again, it goes on from here"
+            message=f"{call.name}: the run is cancelled; when it is started again, it continues from here"
         )
     if kind in (failures.STOPPED, failures.OVER):
         raise TerminationSignal(15) from error
@@ -227,7 +225,7 @@ def _slot(name: str, config: Config) -> Iterator[None]:
     """Holds the accelerator while a stage computes; flows on this machine that share it wait for each other.
 
     A lock of the operating system, not a concurrency limit of Prefect: an accelerator belongs to
-    one machine, and a limit's slot is lost for good when the server starts anew while it is held
+    one machine, and a limit's slot is lost for good when the server starts again while it is held
     (Prefect 3.8: leases in memory, slots in the database).
     """
     accelerator = accelerator_of(config.launch, "pretrain" if name == "baseline" else name)

@@ -70,7 +70,7 @@ def page() -> str:
 
 _HEAD = """# The papers' claims, measured
 
-Made by `make paper` (`python -m benchmarks.paper`); `python -m benchmarks.paper.page` writes this page anew from
+Made by `make paper` (`python -m benchmarks.paper`); `python -m benchmarks.paper.page` rewrites this page from
 `benchmarks/results/paper/`. Every experiment is a module of `benchmarks/paper/`, whose docstring is its protocol; it goes through
 configurations and stages as a user's run does. Models are small and trained here, so that a verdict is about this scale: what does
 not show with a model of half a million parameters may hold with a billion, and the other way round.

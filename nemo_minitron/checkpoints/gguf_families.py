@@ -47,9 +47,9 @@ class GgufFamily:
         return str(self.rows["architecture"])
 
     @property
-    def told_by(self) -> str | None:
+    def recognised_by(self) -> str | None:
         """The key that only files of this one of several families of an architecture have."""
-        return str(self.rows["told_by"]) if "told_by" in self.rows else None
+        return str(self.rows["recognised_by"]) if "recognised_by" in self.rows else None
 
     def change(self, name: str, config: Mapping[str, Any]) -> Change:
         """How a tensor of the Hugging Face folder is stored in GGUF."""
@@ -162,9 +162,11 @@ def config_of(gguf: Gguf, where: str) -> dict[str, Any]:
             f"{where}: architecture {plain(gguf.architecture, 40)!r} is not read from GGUF; expected one of "
             f"{', '.join(every)}"
         )
-    told = [table for table in known if gguf.metadata.get(f"{gguf.architecture}.{table.told_by}")]
+    matching = [
+        table for table in known if gguf.metadata.get(f"{gguf.architecture}.{table.recognised_by}")
+    ]
     faults = []
-    for table in told or [table for table in known if table.told_by is None] or known:
+    for table in matching or [table for table in known if table.recognised_by is None] or known:
         config = _config(table, gguf, where)
         family = families()[table.model_type].for_config(config)
         try:
@@ -210,8 +212,8 @@ def _config(table: GgufFamily, gguf: Gguf, where: str) -> dict[str, Any]:
         for kind, word in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
     always = rows["always"] if "always" in rows else {}
-    told = {"model_type": table.model_type, "architectures": [family.architecture]}
-    return {**told, **config, **always, **tokens, "dtype": dtype_of(gguf)}
+    named = {"model_type": table.model_type, "architectures": [family.architecture]}
+    return {**named, **config, **always, **tokens, "dtype": dtype_of(gguf)}
 
 
 def _layer_types(

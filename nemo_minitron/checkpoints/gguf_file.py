@@ -135,7 +135,7 @@ def read_gguf(path: Path, wanted: Collection[str] = ()) -> Gguf:
             f"{len(tensors)} in {len(files)}"
         )
     if "general.architecture" not in metadata:
-        raise ValueError(f"{path}: no general.architecture; which model it is cannot be told")
+        raise ValueError(f"{path}: no general.architecture, which would name the model's family")
     together = hashlib.sha256("".join(header.digest for header in headers).encode()).hexdigest()
     return Gguf(tuple(map(str, files)), metadata, tensors, together)
 

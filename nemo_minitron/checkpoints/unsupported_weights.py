@@ -71,7 +71,7 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
     if config.get("transformers_weights") is not None:
         raise ValueError(
             f"{folder / 'config.json'}: transformers_weights names other files than those that are read "
-            "here; remove the key, or save the model anew with transformers"
+            "here; remove the key, or save the model again with transformers"
         )
     for key, value in implementations(config):
         if "/" in value:

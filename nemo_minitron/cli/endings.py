@@ -55,9 +55,9 @@ def ended_by(error: BaseException) -> tuple[str, int] | None:
     saved = next((_saved(each) for each in chain if _has_saved(each)), None)
     by_signal = any(type(each).__name__ in ("Terminated", "TerminationSignal") for each in chain)
     if saved is not None or by_signal:
-        return saved or "ended by SIGTERM; run it again to go on", TERMINATED
+        return saved or "ended by SIGTERM; run it again to resume", TERMINATED
     if any(isinstance(each, KeyboardInterrupt) for each in chain):
-        return "interrupted; run it again to go on", INTERRUPTED
+        return "interrupted; run it again to resume", INTERRUPTED
     return None
 
 
@@ -68,7 +68,7 @@ def _has_saved(error: BaseException) -> bool:
 
 
 def _saved(error: BaseException) -> str:
-    return str(error).removeprefix("TimeOver: ")  # as another process has told it
+    return str(error).removeprefix("TimeOver: ")  # as another process reports it
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

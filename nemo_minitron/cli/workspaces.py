@@ -33,7 +33,7 @@ def add_parsers(commands: Any) -> None:
     clean.add_argument("workspace", metavar="WORKSPACE", type=Path)
     clean.add_argument(
         "--intermediate", action="store_true",
-        help="also all between source and export: needs a finished export; a later run begins anew",
+        help="also all between source and export: needs a finished export; a later run starts over",
     )  # fmt: skip
     clean.add_argument("--yes", action="store_true", help="do not ask")
     clean.add_argument("--json", action="store_true")
@@ -117,7 +117,7 @@ def clean(args: argparse.Namespace) -> int:
     with locked(args.workspace):
         items = rubbish(args.workspace, "intermediate" if args.intermediate else "caches")
         size = sum(item.bytes for item in items)
-        told = [{"path": str(item.path), "bytes": item.bytes, "why": item.why} for item in items]
+        listed = [{"path": str(item.path), "bytes": item.bytes, "why": item.why} for item in items]
         if not args.json:
             for item in items:
                 print(f"{naturalsize(item.bytes):>10}  {plain(item.path)}  ({item.why})")
@@ -130,7 +130,7 @@ def clean(args: argparse.Namespace) -> int:
             return 1
         freed = remove(items)
     if args.json:
-        print(json.dumps({"removed": told, "freed": freed}, indent=2))
+        print(json.dumps({"removed": listed, "freed": freed}, indent=2))
     else:
         print(f"{naturalsize(freed)} freed" if items else "nothing to remove")
     return 0

@@ -105,7 +105,7 @@ def load_config(name: str, overrides: list[str], folder: str | None = None) -> C
 def _changed(name: str, overrides: list[str]) -> Config | None:
     """A configuration of the package with other values in some keys; None: that is not all there is to it.
 
-    To compose anew what is read once takes Hydra ten times as long, for each variant of a search. The
+    To compose again what is read once takes Hydra ten times as long, for each variant of a search. The
     value of a key is set as Hydra sets it (``ConfigLoaderImpl._apply_overrides_to_config``).
     """
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}

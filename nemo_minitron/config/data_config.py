@@ -48,7 +48,7 @@ class CalibrationConfig(TextConfig):
     packing: str = option(
         "plain",
         "plain: documents end to end, as in the papers; documents: the same, but attention and positions "
-        "begin anew with each document; off: one document per sample, cut or padded",
+        "start over with each document; off: one document per sample, cut or padded",
         ("plain", "documents", "off"),
     )
 

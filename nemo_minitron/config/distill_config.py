@@ -114,13 +114,13 @@ class DistillConfig:
     stop_after: int | None = option(
         None,
         "ends the training after so many steps, with learning rate and samples as if it took all; the "
-        "student can be measured, and a longer one goes on from it",
+        "student can be measured, and a longer one resumes from it",
         least=1,
     )
     go_on_from: str | None = option(
         None,
         "folder WORKSPACE/student of a distillation of the same recipe with stop_after; where the recipe is "
-        "another one, the training begins anew, with a note",
+        "another one, the training starts over, with a note",
     )
     chunk_tokens: int | None = option(
         None, "tokens whose logits exist at a time; null: chosen from the vocabulary", least=1

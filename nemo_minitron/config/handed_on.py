@@ -93,8 +93,8 @@ def refuse_unknown(section: str, values: Mapping[str, Any], known: Known, whose:
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 3)
-            told = f"nearest: {', '.join(near)}" if near else f"there are: {', '.join(known)}"
-            raise ValueError(f"{section}.{name}: {whose}; {told}")
+            names = f"nearest: {', '.join(near)}" if near else f"there are: {', '.join(known)}"
+            raise ValueError(f"{section}.{name}: {whose}; {names}")
         below = known[name]
         if below is not None and isinstance(value, Mapping):
             refuse_unknown(f"{section}.{name}", value, below, whose)

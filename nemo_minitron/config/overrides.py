@@ -70,7 +70,7 @@ EXP_MANAGER: _Rules = {
     "use_datetime_version": ((False,), _OWN_FOLDER),
     "resume_if_exists": (
         (True,),
-        "a workspace always goes on from its newest checkpoint; to begin anew remove the stage's folder",
+        "a workspace always resumes from its newest checkpoint; to start over remove the stage's folder",
     ),
     "resume_ignore_no_checkpoint": (
         (True,),
@@ -82,7 +82,7 @@ EXP_MANAGER: _Rules = {
     ),
     "resume_from_checkpoint": (
         (),
-        "a training goes on from the newest checkpoint of its workspace by itself; to begin with other "
+        "a training resumes from the newest checkpoint of its workspace by itself; to begin with other "
         "weights use source.model",
     ),
     "create_preemption_callback": (
@@ -112,7 +112,7 @@ EXP_MANAGER: _Rules = {
     ),
     "checkpoint_callback_params.save_weights_only": (
         (False,),
-        "nothing could go on from weights alone; leave it out",
+        "nothing could resume from weights alone; leave it out",
     ),
     "checkpoint_callback_params.save_best_model": (
         (False,),
@@ -124,7 +124,7 @@ EXP_MANAGER: _Rules = {
     ),
     "checkpoint_callback_params.save_last_n_optim_states": (
         (-1,),
-        "nothing could go on from a checkpoint without optimiser; use save_top_k",
+        "nothing could resume from a checkpoint without optimiser; use save_top_k",
     ),
     "checkpoint_callback_params.model_parallel_size": (
         (1,),
@@ -266,9 +266,11 @@ def refuse_exp_manager(settings: Mapping[str, Any]) -> None:
 
 def _check_checkpoints(where: str, saved: Any) -> None:
     """Refuses checkpoints of which the newest cannot be found, or which two clocks would write."""
-    name, told = _at(saved, "filename"), _at(saved, "auto_insert_metric_name") is not False
-    if not isinstance(name, str) or not re.search(r"\{step\b" if told else r"step=\{step\b", name):
-        step = "{step}" if told else "step={step} with auto_insert_metric_name=false"
+    name, names_itself = _at(saved, "filename"), _at(saved, "auto_insert_metric_name") is not False
+    if not isinstance(name, str) or not re.search(
+        r"\{step\b" if names_itself else r"step=\{step\b", name
+    ):
+        step = "{step}" if names_itself else "step={step} with auto_insert_metric_name=false"
         raise ValueError(
             f"{where}.filename: expected {step}, by which the newest is found, found {name!r}"
         )

@@ -92,7 +92,7 @@ class BudgetConfig:
     task_limit: int = option(100, "documents of a task while screening", least=1)
     metric: str = option(
         "loss",
-        "what decides which candidates go on, when screened and after each round: loss, or TASK or "
+        "what decides which candidates advance, when screened and after each round: loss, or TASK or "
         "TASK:METRIC of lm-eval",
     )
     candidates: int = option(8, "candidates to distil, the best of those screened", least=1)
@@ -100,7 +100,7 @@ class BudgetConfig:
     continued: bool = option(
         False,
         "whether a round is the beginning of a candidate's whole training, at its learning rates, from which "
-        "the next round and the winner go on; else each is a short training of its own, whose rate falls to "
+        "the next round and the winner resume; else each is a short training of its own, whose rate falls to "
         "its end",
     )
     factor: int = option(
@@ -168,7 +168,7 @@ class PlanConfig:
     layer_choice: str | None = option(
         None,
         "which layers go: the least important wherever they are (scattered, also null), the best block of "
-        "consecutive ones, or one after the other with all others measured anew",
+        "consecutive ones, or one after the other with all others measured again",
         ("scattered", "contiguous", "greedy"),
     )
     mtp: str | None = option(

@@ -141,7 +141,7 @@ def calibration_samples(
     """Samples for scoring. A larger number of samples begins with those of a smaller number.
 
     ``plain``: documents end to end, as the papers pack. ``documents``: so too, but attention and
-    positions begin anew with each document. ``off``: one document per sample, cut or padded to the
+    positions start over with each document. ``off``: one document per sample, cut or padded to the
     length.
 
     Args:

@@ -118,8 +118,8 @@ class ChatTemplate:
                 break
             except Lost as error:
                 # its alarm may come first, where this process is not given the processor in time
-                told = {"failure": "lost", "message": str(error)}
-                reply = {"failure": "silent"} if error.alarmed else told
+                failure = {"failure": "lost", "message": str(error)}
+                reply = {"failure": "silent"} if error.alarmed else failure
                 self.close()
             except Silent:
                 reply = {"failure": "silent"}
@@ -163,7 +163,7 @@ def _said(reply: dict[str, Any], line: bytes) -> str:
     place = f" in line {reply['line']}" if reply.get("line") else ""
     characters = len(line.decode(*_CODING)) - 1
     most = OUTPUT + OUTPUT_PER_CHARACTER * characters
-    told = {
+    messages = {
         "silent": f"does not end within {SECONDS:g} s",
         "memory": f"takes more than {(MEMORY + MEMORY_PER_BYTE * len(line)) // 2**20} MiB of memory",
         "long": f"writes more than {most} characters for a conversation of {characters}",
@@ -179,4 +179,4 @@ def _said(reply: dict[str, Any], line: bytes) -> str:
         "undefined": f"uses what is not defined{place}: {message}",
         "forbidden": f"does what it may not{place}: {message}",
     }
-    return told.get(kind, f"fails{place}: {kind}: {message}")
+    return messages.get(kind, f"fails{place}: {kind}: {message}")

@@ -2,7 +2,7 @@
 
 A text of more than ``PIECE`` characters is read and tokenised piece by piece, so that memory does
 not grow with it and time grows with its length alone. A piece ends at a place where tokenizers
-begin anew anyway, looked for in its second half: a line break between two lines that are not blank,
+start over anyway, looked for in its second half: a line break between two lines that are not blank,
 else before white space, and only where there is none in the middle of a word. The tokens are then
 those of the whole text for byte-level tokenizers; one that puts a mark of its own before a text
 (SentencePiece) puts one before each piece, that is one more token in a million characters.
@@ -27,7 +27,7 @@ _BEFORE_SPACE = re.compile(r"(?<=\S)\s")
 
 @dataclass(frozen=True)
 class LongText:
-    """A text of more than ``PIECE`` characters, read anew each time it is asked for.
+    """A text of more than ``PIECE`` characters, read again each time it is asked for.
 
     Attributes:
         chunks: gives the text in parts of any size.
@@ -77,7 +77,7 @@ def pieces_of(text: str | LongText) -> Iterator[str]:
 
 
 def in_pieces(chunks: Iterable[str]) -> Iterator[str]:
-    """Parts of any size to pieces that end where tokenizers begin anew."""
+    """Parts of any size to pieces that end where tokenizers start over."""
     buffer = ""
     for chunk in chunks:
         for start in range(0, len(chunk), PIECE):

@@ -114,14 +114,14 @@ class _State(_Whole, total=False):
 
 
 def _noted(path: Path) -> dict[str, Any] | None:
-    """What a state's file says; None, with a note, where it is damaged: the text is read anew."""
+    """What a state's file says; None, with a note, where it is damaged: the text is read again."""
     if not path.is_file():
         return None
     try:
         check_file(path)
         known: dict[str, Any] = read_json(path, _State)
     except ValueError as error:
-        print(f"note: {plain(error)}; for now the text is read anew", file=sys.stderr)
+        print(f"note: {plain(error)}; for now the text is read again", file=sys.stderr)
         return None
     numbers = (known["tokens"], known["documents"], known.get("pieces", 0))
     return known if min(numbers) >= 0 else None

@@ -54,9 +54,9 @@ def measure_layers(
     """
     firsts, kind_of = _kinds(model)
     kinds = [_kind(model, layer, what, advance) for layer in firsts]
-    told = conditions(str(what.device))
+    surroundings = conditions(str(what.device))
     return LayerTimes(
-        str(told["machine"]), str(told["torch"]), model.family.model_type, dict(model.sizes),
+        str(surroundings["machine"]), str(surroundings["torch"]), model.family.model_type, dict(model.sizes),
         str(what.dtype).removeprefix("torch."), what.phase, what.batch, what.context,
         kinds, kind_of, _outside(model, firsts[0], kinds[0], what),
     )  # fmt: skip

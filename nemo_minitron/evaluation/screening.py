@@ -175,8 +175,8 @@ class Screener:
                     model, tokenizer, name, self.task_dir, self.held_out, self.task_limit,
                     self.batch_size,
                 )  # fmt: skip
-                told = asdict(result)
-                tasks[name] = {"metrics": told["metrics"], "better": told["better"]}
+                fields = asdict(result)
+                tasks[name] = {"metrics": fields["metrics"], "better": fields["better"]}
         return {"loss": loss if math.isfinite(loss) else None, "tasks": tasks}
 
     def _load(self) -> None:

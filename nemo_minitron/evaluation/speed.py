@@ -121,8 +121,8 @@ def _in_process(engine: str, folder: Path, device: str, cases: Sequence[Case], d
         ]
         return next((line for line in reversed(said) if line), f"exit code {done.returncode}")
     # vLLM writes its log to the same place, up to its end
-    (told,) = (line for line in done.stdout.splitlines() if line.startswith(_MEASURED))
-    return json.loads(told.removeprefix(_MEASURED))
+    (measured,) = (line for line in done.stdout.splitlines() if line.startswith(_MEASURED))
+    return json.loads(measured.removeprefix(_MEASURED))
 
 
 def _measure(

@@ -114,9 +114,9 @@ def served_model(address: str, model: str) -> str:
             listed = json.loads(answer.read())["data"]
         ids = [str(each["id"]) for each in listed]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        told = plain(str(error) or type(error).__name__, 120)
+        reason = plain(str(error) or type(error).__name__, 120)
         raise ValueError(
-            f"{_WHERE}: {shown}/models does not list models as OpenAI's servers do: {told}"
+            f"{_WHERE}: {shown}/models does not list models as OpenAI's servers do: {reason}"
         ) from error
     if len(ids) == 1:
         return ids[0]

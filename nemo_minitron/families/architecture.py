@@ -39,7 +39,7 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
 
 
 def family_for(family: Family, config: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The table of one model: its own constraints, and rows of one pattern told apart.
+    """The table of one model: its own constraints, and rows of one pattern kept apart.
 
     Of several rows with one pattern, each matches the names of its own layers only.
 

@@ -20,8 +20,8 @@ INDEX = re.compile(r"\{(\w+)\}")
 def _shown(value: Any, silent: Mapping[str, Any]) -> str:
     """A dataclass in words, without the fields that hold what ``silent`` says."""
     every = {f.name: getattr(value, f.name) for f in fields(value) if f.repr}
-    told = (f"{k}={v!r}" for k, v in every.items() if k not in silent or v != silent[k])
-    return f"{type(value).__qualname__}({', '.join(told)})"
+    shown = (f"{k}={v!r}" for k, v in every.items() if k not in silent or v != silent[k])
+    return f"{type(value).__qualname__}({', '.join(shown)})"
 
 
 @dataclass(frozen=True)

@@ -168,8 +168,8 @@ def evaluate(expression: str, values: Mapping[str, Any]) -> Any:
         return _evaluate(_parse(expression).body, values, expression)
     except (ArithmeticError, TypeError, LookupError) as error:
         known = {name: values[name] for name in sorted(names_in(expression)) if name in values}
-        told = ", ".join(f"{name}={value!r:.60}" for name, value in known.items())
-        raise ValueError(f"expression {expression!r} cannot be computed with {told}") from error
+        given = ", ".join(f"{name}={value!r:.60}" for name, value in known.items())
+        raise ValueError(f"expression {expression!r} cannot be computed with {given}") from error
 
 
 @functools.lru_cache(maxsize=1024)

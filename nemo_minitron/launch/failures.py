@@ -121,7 +121,7 @@ def failure_to_json(error: BaseException) -> dict[str, Any]:
 
 
 def failure_from_json(stage: str, value: Mapping[str, Any]) -> Exception:
-    """The exception that ``told`` was told of: the user's mistakes and the gate keep their type."""
+    """The exception that ``value`` describes: the user's mistakes and the gate keep their type."""
     if value["kind"] == MISTAKE:
         return ValueError(value["message"])
     if value["kind"] == GATE:

@@ -83,7 +83,7 @@ def launch(
     Args:
         call: which, and how.
         on_line: called, in a thread, with each line that a process of its own prints.
-        unwanted: True: a process of its own on this machine is told to save and end.
+        unwanted: True: a process of its own on this machine is asked to save and end.
 
     Raises:
         ValueError, GateError: as the stage itself.
@@ -267,10 +267,10 @@ def _ended(call: Call, ended: Ended, limits: Limits) -> Result:
         raise StageError(
             call.name, failures.SLOW,
             f"{call.name}: over its time limit of {limits.seconds:g} s (launch.time_limit); what was saved "
-            "is kept, run it again to go on",
+            "is kept, run it again to resume",
         )  # fmt: skip
     if ended.stopped == "unwanted":
-        text = f"{call.name}: stopped as asked; what was saved is kept, run it again to go on"
+        text = f"{call.name}: stopped as asked; what was saved is kept, run it again to resume"
         raise StageError(call.name, failures.STOPPED, text)
     last = f"; its last line: {ended.last[-1]}" if ended.last else ""
     if ended.stopped == "silence":
@@ -312,7 +312,7 @@ def _verdict(call: Call, silent: str, kind: str = failures.LOST) -> Result:
 
 @contextlib.contextmanager
 def hold_workspace(workspace: Path, wait: float = 0.0) -> Iterator[None]:
-    """Holds a workspace for a flow; what flow and stages told each other goes with the block's end.
+    """Holds a workspace for a flow; the files through which flow and stages talk go with the block's end.
 
     Only the number of a batch job that nobody has waited for stays, and the logs.
 

@@ -114,7 +114,7 @@ def _noted(workspace: Path) -> dict[str, int]:
         found: dict[str, int] = read_json(path, dict[str, int])
     except OSError:
         return {}
-    except ValueError as error:  # the next want of memory is noted anew
+    except ValueError as error:  # the next want of memory is noted again
         print(f"note: {plain(error)}", file=sys.stderr)
         return {}
     return found

@@ -75,8 +75,8 @@ def run_process(
     """Runs a command to its end.
 
     Its output, credentials masked, goes to ``log``, which is appended to, and line by line to
-    ``on_line``. If this process is told to end (any exception here: a cancelled flow, Ctrl-C), the
-    group is told so too, gets its grace, and then is killed.
+    ``on_line``. If this process is asked to end (any exception here: a cancelled flow, Ctrl-C), the
+    group is asked to end, too, gets its grace, and is then killed.
 
     Args:
         command: program and arguments.

@@ -1,8 +1,8 @@
-"""A stage as a Slurm job: submitted, waited for, and found again by a flow that was started anew.
+"""A stage as a Slurm job: submitted, waited for, and found again by a flow that was started again.
 
 The job does not die with the flow: it is the batch system's. Its number lies beside the stage's
 other papers, so the next flow on the workspace waits for that job instead of starting a second one.
-The job is requeue-safe: every stage goes on from what lies on disk, and SIGTERM two minutes before
+The job is requeue-safe: every stage resumes from what lies on disk, and SIGTERM two minutes before
 the time limit lets a training save.
 """
 
@@ -100,7 +100,7 @@ def run_job(
 ) -> str:
     """Submits a job, or finds the one that was submitted for the same, and waits for its end.
 
-    If this process is told to end in an orderly way (a cancelled flow, Ctrl-C), the job is
+    If this process is asked to end in an orderly way (a cancelled flow, Ctrl-C), the job is
     cancelled; if it is killed, the job goes on.
 
     Args:
@@ -108,7 +108,7 @@ def run_job(
         job_file: file that remembers the job's number.
         outcome: file that the stage writes at its end.
         recipe: identifies what the job is for.
-        on_line: told what happens.
+        on_line: called with each line about what happens.
         poll: seconds between looks at the queue.
 
     Returns:

@@ -23,7 +23,7 @@ class Divergence:
         name: a key of ``DIVERGENCES``.
         temperature: tau > 0; ``mse`` and ``cosine`` compare logits and know none.
         beta: of ``jsd``, between 0 and 1; 0.5 is the Jensen-Shannon divergence.
-        top_k: of ``topk_kl``, entries of the teacher that are told apart.
+        top_k: of ``topk_kl``, entries of the teacher that are kept apart; all others are one.
     """
 
     name: str = "forward_kl"

@@ -79,7 +79,7 @@ def state_distance(teacher_TG: Tensor, student_TG: Tensor, distance: str = "cosi
 def relation_divergence(teacher_BSU: Tensor, student_BSU: Tensor, relation_heads: int) -> Tensor:
     """Divergence between the relations of queries with queries (or keys, or values) (MiniLMv2, eq. 4 to 6).
 
-    The channels of all heads are split anew into R relation heads of d channels; the relation of a
+    The channels of all heads are split again into R relation heads of d channels; the relation of a
     position is softmax(x x^T / sqrt(d)) over the positions up to it, for a decoder's token sees no
     later one. The result is KL(teacher, student), the mean over relation heads. Teacher and student
     may have other widths and other numbers of heads. One sample's relations exist at a time, in the

@@ -92,7 +92,7 @@ class Fp8Linear(nn.Module):
     """A linear layer whose weight is float8_e4m3fn with one scale per output channel.
 
     w = s q with s = max |w| / 448 over a row; so are the rows of the input, with scales that are
-    found anew every time. The product of both q runs on the card's tensor cores, which sum in
+    found again every time. The product of both q runs on the card's tensor cores, which sum in
     float32, scale and round to bfloat16. The CPU, which has no such product, computes the same from
     the numbers in float32. It has no gradient.
     """

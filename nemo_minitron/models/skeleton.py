@@ -159,7 +159,7 @@ def _layout(model: Any, family: Family, name: str, shape: torch.Size) -> Layout:
 
 
 def _parts(family: Family, stored: Mapping[str, Tensor]) -> tuple[Part, ...]:
-    """The parts along a dimension, told from the positions that stored tensors hold."""
+    """The parts along a dimension, found from the positions that stored tensors hold."""
     parts: dict[Any, Part] = {}
     units: dict[Any, dict[int, int]] = {}
     for name, tensor in stored.items():

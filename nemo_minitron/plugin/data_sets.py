@@ -43,7 +43,7 @@ class DataSet:
         samples: how many to take; None: all of them.
         seed: of the order of files and samples.
         batch_size: samples per batch and device.
-        shuffle: whether a training reads them in an order drawn anew for each epoch.
+        shuffle: whether a training reads them in an order redrawn for each epoch.
         num_workers: processes that prepare batches; 0: none.
         pin_memory: whether batches are made in memory that GPUs read directly.
     """

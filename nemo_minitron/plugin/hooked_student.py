@@ -79,7 +79,7 @@ class HookedStudent:
             objective: see ``plugin.model.Objective``.
 
         Raises:
-            ValueError: which model is meant cannot be told, or its family is not supported.
+            ValueError: no single model can be found in it, or its family is not supported.
         """
         try:
             self.model = causal_lm_in(pl_module, settings.at)

@@ -127,7 +127,7 @@ class KnowledgeDistillation(Callback):
 
         Raises:
             ValueError: the vocabularies differ, and nothing says how much of them is padding; which
-                model is the student cannot be told.
+                model is the student cannot be determined.
         """
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelTransform):
@@ -216,7 +216,7 @@ class KnowledgeDistillation(Callback):
         return self._copy
 
     def replace_teacher(self, model: Any) -> None:
-        """Takes over another model's weights; its loss is measured anew.
+        """Takes over another model's weights; its loss is measured again.
 
         Raises:
             ValueError: it is not of the teacher's shape.

@@ -161,10 +161,10 @@ class MinitronModel(OwnLoaders, FastOnGpus, Clipping, ModelPT):
             return super().restore_from(restore_path, *more, **options)
         except BaseException as error:
             cls._set_model_restore_state(is_being_restored=False)  # which NeMo leaves as it was
-            told = damage(error)
-            if told is None:
+            problem = damage(error)
+            if problem is None:
                 raise
-            raise ValueError(f"{restore_path}: a damaged .nemo archive: {told}") from error
+            raise ValueError(f"{restore_path}: a damaged .nemo archive: {problem}") from error
 
     @classmethod
     def list_available_models(cls) -> None:

@@ -83,7 +83,7 @@ def check_around(module: nn.Module, hidden: int) -> None:
     """Looks whether all that has the LM's width is known.
 
     Raises:
-        ValueError: something beside it has that width, or what feeds it cannot be told.
+        ValueError: another module has that width, or the module that feeds it cannot be determined.
     """
     _around(module, hidden)
     who = type(module).__name__

@@ -9,7 +9,7 @@ from torch import Tensor
 def log_step(module: LightningModule, values: Mapping[str, Tensor], batch_size: int) -> None:
     """As ``module.log_dict``, for values of single steps; not for means over an epoch.
 
-    Lightning checks anew at every call what it found right at the first, and copies all that it knows
+    Lightning checks again at every call what it found right at the first, and copies all that it knows
     of a name: a third of a millisecond each, in which a GPU waits. From the second batch of an epoch
     on, names that it knows are given their values alone.
 

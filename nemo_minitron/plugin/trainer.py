@@ -282,7 +282,7 @@ def _ended_by(trainer: Trainer) -> str:
         return f"trainer.max_epochs={epochs}"
     raise RuntimeError(
         f"training stopped at step {trainer.global_step} of {trainer.max_steps}; its checkpoint stays, run "
-        "it again to go on"
+        "it again to resume"
     )
 
 
@@ -322,8 +322,8 @@ def _made(arguments: dict[str, Any]) -> list[Callback]:
     try:
         resolved: dict[str, Any] = resolve_trainer_cfg(OmegaConf.create(given))
     except InstantiationException as error:
-        told = " ".join(str(error).split()).partition(" full_key")[0]
-        raise ValueError(f"trainer.{', trainer.'.join(given)}: {told}") from error
+        reason = " ".join(str(error).split()).partition(" full_key")[0]
+        raise ValueError(f"trainer.{', trainer.'.join(given)}: {reason}") from error
     made: list[Callback] = resolved.pop("callbacks")
     arguments.update(resolved)
     return made

@@ -2,7 +2,7 @@
 
 A head that goes is merged into a head of its own KV group, whose keys and values both read. Of the L
 heads of a group, sorted by importance and counted from one, K stay; head K + j goes into head K - j + 1,
-and where more go than stay, the count begins anew at head K. What is merged is linear in the weights:
+and where more go than stay, the count starts over at head K. What is merged is linear in the weights:
 
 ``paper``
     W_Q,i <- W_Q,i + (W_Q,i - W_Q,2K-i+1) for i in [2K - L + 1, K], as it is printed, but for its lower
@@ -125,7 +125,7 @@ def _inside(model: Architecture, sizes: Mapping[str, int]) -> int:
 
 
 def attention_rows(model: Architecture, how: str) -> dict[str, str]:
-    """The rows of a model's table that its heads are merged in, told by the axes that they name.
+    """The rows of a model's table that its heads are merged in, recognised by the axes that they name.
 
     Heads can be merged where they lie in KV groups and are nothing but blocks of rows of a query
     projection (with its bias) and blocks of columns of an output projection.

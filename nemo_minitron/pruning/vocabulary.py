@@ -58,12 +58,12 @@ class Vocabulary:
     covered: float
     asked: str
 
-    def told(self) -> str:
+    def note(self) -> str:
         """The choice in a sentence."""
         return (
             f"the vocabulary keeps {self.entries:,} entries ({self.asked}), {self.needed:,} of which any "
-            f"text needs; they are {self.covered:.4%} of the calibration text's {self.counted:,} tokens, and "
-            "what is gone is written with several"
+            f"text needs; they cover {self.covered:.4%} of the calibration text's {self.counted:,} tokens; "
+            "each removed token is written with several"
         )
 
 

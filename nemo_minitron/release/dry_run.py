@@ -79,7 +79,7 @@ def check_whole(checkpoint: Checkpoint) -> None:
     if asked != found:
         raise ValueError(
             f"{checkpoint.folder}: holds {found:,} numbers, and {type(whole).__name__} of transformers "
-            f"{transformers.__version__} has {asked:,}; load it there and save it anew"
+            f"{transformers.__version__} has {asked:,}; load it there and save it again"
         )
 
 

@@ -1,9 +1,9 @@
 """mlflow: finished stages as metrics, params, tags and files of one run per workspace.
 
 Names in that run: facts are metrics ``stage/path/to/number``, whose step counts how often the stage
-was made anew; training curves are metrics ``stage/curve/loss`` with the training's steps; the
+was rebuilt; training curves are metrics ``stage/curve/loss`` with the training's steps; the
 deciding configuration is params ``stage.key``; tags begin with ``minitron.``. MLflow's params and
-points cannot be taken back: where a stage is made anew, its curves, and those of its params that
+points cannot be taken back: where a stage is rebuilt, its curves, and those of its params that
 changed, get the prefix ``stage.v2`` (v3, ...).
 """
 
@@ -204,8 +204,8 @@ def _log(
     tags = {f"{own}.{name}": text for name, text in tags.items()} | _source(
         Workspace(folder.parent).teacher
     )
-    told = [RunTag(name, _cut(masked(text), _TAG)) for name, text in tags.items()]
-    client.log_batch(run_id, tags=told, synchronous=True)
+    run_tags = [RunTag(name, _cut(masked(text), _TAG)) for name, text in tags.items()]
+    client.log_batch(run_id, tags=run_tags, synchronous=True)
     params = [
         Param(*pair) for pair in _params(run.data.params, stage, prefix, manifest.config).items()
     ]

@@ -83,14 +83,14 @@ def fitting(
         # the first also loads kernels and their workspaces, which stay
         taken = [_peak(model, checkpoint, samples, indices[:n], measures) for n in (1, 1, 2)]
     except torch.OutOfMemoryError:
-        size, told = 1, "two do not fit"
+        size, why = 1, "two do not fit"
     else:
         available = available_bytes(device)
         size = largest(Need(*taken[1:]), available, positions, len(indices))
         each = (taken[2] - taken[1]) / 1e9
-        told = f"each takes {each:.2f} GB, {available / 1e9:.1f} GB are free"
+        why = f"each takes {each:.2f} GB, {available / 1e9:.1f} GB are free"
     free()
-    return size, f"score.batch_size: auto, {size} samples of {positions} tokens at once ({told})"
+    return size, f"score.batch_size: auto, {size} samples of {positions} tokens at once ({why})"
 
 
 def _peak(

@@ -185,7 +185,7 @@ class _Pass:
         """Takes all batches through layer after layer."""
         start, found = savings.load(self.store) if savings is not None else (0, CalibrationSums())
         if start:
-            print(f"scoring goes on at layer {self.kept[start]}", flush=True)
+            print(f"scoring resumes at layer {self.kept[start]}", flush=True)
         self.progress(start * sum(batch.tokens_BS.numel() for batch in self.batches))
         with closing(self._weights(start)) as read:
             for position, weights in enumerate(read, start):

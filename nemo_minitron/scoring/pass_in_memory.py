@@ -227,7 +227,7 @@ class _Pass:
             free()
             print(
                 f"score.batch_size: memory does not suffice for {stop - start} samples at once; "
-                f"it goes on with {self._most}",
+                f"it continues with {self._most}",
                 flush=True,
             )
 

@@ -96,13 +96,13 @@ _DRAWN = (
 
 
 def _told(settings: DistillConfig, summary: Summary) -> Summary:
-    """What is told of a student, with what its log calls a divergence where that is none."""
+    """The summary of a student, with a note where a logged divergence is not a plain one."""
     drawn = settings.teacher_logits == "cache" and settings.cache.method == "sampling"
     return replace(summary, notes=(*summary.notes, _DRAWN)) if drawn and settings.kl else summary
 
 
 def _section(config: Config) -> dict[str, Any]:
-    """The keys of ``distill`` that decide the weights, and where the training goes on from.
+    """The keys of ``distill`` that decide the weights, and where the training resumes from.
 
     Raises:
         ValueError: they exclude each other.

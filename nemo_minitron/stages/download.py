@@ -62,9 +62,9 @@ def recipe(config: Config) -> Recipe:
         write_json(target / workspace.source.name, {**source, **stored_as})
 
     def summary() -> Summary:
-        told = [*notes(folder, checkpoint.config)]
-        told += [f"{name}: not carried along" for name in left_behind(folder)]
-        return Summary(_headline(checkpoint), notes=tuple(told))
+        found = [*notes(folder, checkpoint.config)]
+        found += [f"{name}: not carried along" for name in left_behind(folder)]
+        return Summary(_headline(checkpoint), notes=tuple(found))
 
     return Recipe(workspace.teacher, "teacher", settings, inputs, build, summary)
 

@@ -66,7 +66,7 @@ def recipe(config: Config) -> Recipe:
     Raises:
         ValueError: an unknown task, no held-out text, or a gate for what is not measured.
         RuntimeError: when built: a task failed; what else was measured is kept.
-        GateError: when told: the student is too weak to go out; the report is there.
+        GateError: when summarised: the student does not meet the gate's bounds; the report is kept.
     """
     workspace, gate = Workspace(workspace_of(config)), gate_of(config)
     _check(config)
@@ -85,19 +85,19 @@ def recipe(config: Config) -> Recipe:
         if ranks.rank > 0:
             return
         if failed:
-            told = "; ".join(
+            reasons = "; ".join(
                 f"{each.unit.what} of {each.unit.model}: {each.words}" for each in failed[:3]
             )
-            text = f"evaluate.tasks: {told}; what else was measured is kept for the next try"
+            text = f"evaluate.tasks: {reasons}; what else was measured is kept for the next try"
             raise RuntimeError(text) from failed[0].error  # a broken line is worth another try
         report = _assembled(config, bench)
         write_json(temporary / FILE, report)
         write_page(workspace.root, temporary)
 
     def summary() -> Summary:
-        told = _judged(config, gate, folder)
+        summary = _judged(config, gate, folder)
         of = length_notes(config, read_config(bench.folders["student"]), "validation")
-        return replace(told, notes=(*told.notes, *of, *vocabulary_notes(read_report(folder))))
+        return replace(summary, notes=(*summary.notes, *of, *vocabulary_notes(read_report(folder))))
 
     def check() -> None:
         _check_models(config, bench.folders["teacher"])

@@ -218,7 +218,7 @@ def _write_model(
         match = find_row(checkpoint.family, name)
         return _DTYPES[dtype if match is None else dtypes.get(match[0].pattern, dtype)]
 
-    told = {"dtype": dtype, "torch_dtype": dtype}
+    stored = {"dtype": dtype, "torch_dtype": dtype}
     model = checkpoint.architecture
     if behind is not None:
         model = replace(model, config={**model.config, **behind.config})
@@ -227,11 +227,11 @@ def _write_model(
         hashes = write_causal_lm(checkpoint, folder, of, shard_bytes, behind)
         # where it is missing, as in a GGUF file, some versions of transformers warn of the tokenizer
         made_by = {"transformers_version": version("transformers")}
-        write_json(folder / "config.json", both_spellings({**made_by, **model.config, **told}))
+        write_json(folder / "config.json", both_spellings({**made_by, **model.config, **stored}))
     else:
         other = None if config.export.dtype is None else _DTYPES[dtype]
         hashes = write_whole(checkpoint, around, folder, of, other, shard_bytes, behind)
-        write_json(folder / "config.json", {**around.config(model), **told})
+        write_json(folder / "config.json", {**around.config(model), **stored})
         for path in processor_files(around.source):
             (folder / path.name).write_bytes(around.processor_file(path))
     copy_side_files(student, folder)
@@ -289,10 +289,10 @@ def _card(
         )
     ]
     limit = report["measured_on"]["task_limit"]
-    told = "" if limit is None else f", first {limit} questions"
+    limited = "" if limit is None else f", first {limit} questions"
     for task, metrics in report["models"]["student"].get("tasks", {}).items():
         results += [
-            (f"{task}{told}", task, metric, value)
+            (f"{task}{limited}", task, metric, value)
             for metric, value in metrics.items()
             if not metric.endswith("_stderr")
         ]

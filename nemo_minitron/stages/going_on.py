@@ -18,7 +18,7 @@ from nemo_minitron.workspace.layout import checkpoints_in, metrics_in
 from nemo_minitron.workspace.manifest import Input, read_manifest
 
 CARRIED = "carried"
-"""Folder of a student that was stopped early: the checkpoint that a longer training goes on from."""
+"""Folder of a student that was stopped early: the checkpoint that a longer training resumes from."""
 STOP, FROM = "stop_after", "go_on_from"
 """Keys of ``distill``."""
 
@@ -108,8 +108,8 @@ def take_over(
     folder = Path(student).expanduser()
     why = _differs(folder, decides, inputs)
     if why is not None:
-        told = f"note: {plain(folder)}: {why}; the distillation begins anew"
-        print(told, file=sys.stderr, flush=True)
+        note = f"note: {plain(folder)}: {why}; the distillation starts over"
+        print(note, file=sys.stderr, flush=True)
         return
     check_bytes(folder)
     for name in (metrics_in(folder).name, *notes):

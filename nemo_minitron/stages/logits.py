@@ -43,7 +43,7 @@ from nemo_minitron.workspace.typed_json import read_json
 
 
 def recipe(config: Config) -> Recipe:
-    """Writes the cache, a part at a time; a killed run goes on at its part, ranks take parts in turn.
+    """Writes the cache, a part at a time; a killed run resumes at its part, ranks take parts in turn.
 
     Raises:
         ValueError: the teacher has another vocabulary, or more entries are asked for than it has.

@@ -262,5 +262,5 @@ def _summary(plan: Plan) -> Summary:
         )
     if plan.vocabulary is not None:
         facts["vocabulary"] = asdict(plan.vocabulary)
-        notes = (*notes, plan.vocabulary.told())
+        notes = (*notes, plan.vocabulary.note())
     return Summary(headline, ("", "before", "after"), tuple(rows), facts, notes)

@@ -1,4 +1,4 @@
-"""What a stage gives to be run: how its artifact is made, and what is told of it."""
+"""What a stage gives to be run: how its artifact is made, and how it is summarised."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is told of an artifact that is there; the attributes are those of ``Result``."""
+    """A summary of a finished artifact; the attributes are those of ``Result``."""
 
     headline: str
     columns: tuple[str, ...] = ()
@@ -39,9 +39,9 @@ class Recipe:
             recipe left it, where the artifact is resumable), an empty folder whose contents become
             the artifact, and the ranks. Only rank 0 fills that folder; it may return hashes that it
             knows, by file name.
-        summary: what is told of it; called on rank 0, once it is there.
+        summary: describes the artifact; called on rank 0, once it exists.
         check: called on rank 0 where the artifact is due, before what lies in its place gives way.
-        resumable: whether it is built in place, so that a killed run goes on where it was.
+        resumable: whether it is built in place, so that a killed run resumes where it was.
         keep: whether a finished one of another recipe is set aside, too, and comes back with that
             recipe.
     """

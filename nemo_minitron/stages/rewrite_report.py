@@ -1,4 +1,4 @@
-"""report.html anew, from what lies in a workspace."""
+"""Rewrites report.html from the files of a workspace."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from nemo_minitron.workspace.manifest import Output, hash_file, read_manifest, w
 
 
 def rewrite(workspace: Path) -> Result:
-    """Writes report.html anew from what lies in a workspace, and lists it in the report's manifest.
+    """Rewrites report.html from the files of a workspace, and lists it in the report's manifest.
 
     Raises:
         ValueError: the workspace has not been evaluated.

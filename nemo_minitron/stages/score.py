@@ -33,7 +33,7 @@ from nemo_minitron.scoring.routing import effective_experts, routing_notes
 from nemo_minitron.scoring.scores_file import Scores, read_scores, write_scores
 from nemo_minitron.stages.inputs import length_notes, teacher_folder
 from nemo_minitron.stages.recipe import Recipe, Summary
-from nemo_minitron.workspace.condition import made_anew
+from nemo_minitron.workspace.condition import rebuilt_since
 from nemo_minitron.workspace.layout import Workspace, plots_in
 from nemo_minitron.workspace.manifest import SCHEMA, Input, read_manifest
 
@@ -82,9 +82,9 @@ def recipe(config: Config) -> Recipe:
         _write_plots(plots_in(temporary), scores, texts)
 
     def summary() -> Summary:
-        told = _summary(config, read_scores(target), outcome)
+        summary = _summary(config, read_scores(target), outcome)
         of = length_notes(config, read_config(folder), "calibration") if activations else ()
-        return replace(told, notes=(*told.notes, *of))
+        return replace(summary, notes=(*summary.notes, *of))
 
     return Recipe(target, "scores", settings, inputs, build, summary, check, resumable=True)
 
@@ -256,7 +256,7 @@ def _earlier(target: Path, config: Config, teacher: Input) -> CalibrationSums:
     ):
         return CalibrationSums()
     own = [item.fingerprint for item in manifest.inputs[:1]]
-    rebuilt = teacher.finished and made_anew(teacher.path, teacher.finished, manifest)
+    rebuilt = teacher.finished and rebuilt_since(teacher.path, teacher.finished, manifest)
     if own != [teacher.fingerprint] or rebuilt or "iterations" in manifest.config:
         return CalibrationSums()
     same = manifest.config.get("neurons") == config.score.neurons
@@ -266,7 +266,7 @@ def _earlier(target: Path, config: Config, teacher: Input) -> CalibrationSums:
     )
     try:
         return read_scores(target).calibration if same and packing else CalibrationSums()
-    except ValueError:  # damaged: all is scored anew
+    except ValueError:  # damaged: all is scored again
         return CalibrationSums()
 
 

@@ -230,9 +230,9 @@ def _screen(
         for row in list(chosen)[ranks.rank :: ranks.size]:
             mine.append((row, _measured(budget, space, int(rows[row]), screener)))
             advance(1)
-        told = dict(pair for each in ranks.gather(mine) for pair in each)
+        losses = dict(pair for each in ranks.gather(mine) for pair in each)
         known.extend(chosen)
-        found.extend(told[row] for row in chosen)
+        found.extend(losses[row] for row in chosen)
 
     with bar("screening", -(-count // ranks.size)) as advance:
         measure(spread(points, -(-count // 2)), advance)

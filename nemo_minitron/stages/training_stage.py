@@ -171,9 +171,9 @@ def training_recipe(
     def summary() -> Summary:
         shape = role.shape()
         lengths = [length_notes(each, shape, "train") for each in phase_configs(config)]
-        told = [note for notes in lengths for note in notes]
-        told += length_notes(config, shape, "validation")
-        return Summary(last_losses(folder), notes=tuple(dict.fromkeys(told)))
+        found = [note for notes in lengths for note in notes]
+        found += length_notes(config, shape, "validation")
+        return Summary(last_losses(folder), notes=tuple(dict.fromkeys(found)))
 
     return Recipe(folder, kind, decides, inputs, build, summary, check, resumable=True, keep=True)
 
@@ -367,12 +367,12 @@ def last_losses(folder: Path) -> str:
     left_out = f", {len(skips)} left out ({SKIPPED})" if (skips := _skips(folder)) else ""
     if (kept := training_log.read_kept(folder)) is not None:
         ended += f", kept those of step {kept['step']} ({kept['measure']} {kept['value']:.4f})"
-    told = "".join(
+    more = "".join(
         f", held-out loss {line['val_loss']:.4f}"
         + (f" at step {line['step']}" if line["step"] != steps else "")
         for line in validated
     )
-    return f"{steps}{of} steps{ended}{left_out}{told}"
+    return f"{steps}{of} steps{ended}{left_out}{more}"
 
 
 def _max_steps(manifest: Manifest) -> int:

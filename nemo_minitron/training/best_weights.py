@@ -56,13 +56,13 @@ class BestWeights(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Notes from where a training may go on: from here, and until this is whole, from the one before."""
+        """Notes from where a training may resume: from here, and until this is whole, from the one before."""
         self._saved = [*self._saved[-1:], trainer.global_step]
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The same for the checkpoint that it goes on from."""
+        """The same for the checkpoint that it resumes from."""
         self._saved = [checkpoint["global_step"]]
 
     def _remove_others(self, lines: Sequence[Mapping[str, Any]], newest: int) -> None:

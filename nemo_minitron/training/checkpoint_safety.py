@@ -58,7 +58,7 @@ def checkpoints_as_data(checkpoint: Path | None) -> Iterator[None]:
             raise
         raise ValueError(
             f"{checkpoint}: holds more than the data of a training and may run code when it is loaded, so it "
-            f"is not read; remove it to begin anew ({cause})"
+            f"is not read; remove it to start over ({cause})"
         ) from error
     finally:
         for name, value in before.items():

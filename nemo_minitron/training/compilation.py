@@ -89,10 +89,10 @@ class Compiled:
                 return fast(*args, **kwargs)
             except TorchDynamoException as error:
                 self.failed = True
-                told = " ".join(str(error).split()[:40])
+                reason = " ".join(str(error).split()[:40])
                 print(
                     f"training.compile: the {self._whose}'s layers cannot be compiled and run as they are: "
-                    f"{type(error).__name__}: {told}",
+                    f"{type(error).__name__}: {reason}",
                     file=sys.stderr,
                     flush=True,
                 )

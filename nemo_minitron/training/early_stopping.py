@@ -43,7 +43,7 @@ class WatchedMetrics(Callback):
 
 
 def judge_again(trainer: Trainer, validations: Sequence[Mapping[str, Any]]) -> None:
-    """Lets early stopping judge the validations of the log anew where a training resumes.
+    """Lets early stopping judge the validations of the log again where a training resumes.
 
     A step's checkpoint is written before its validation, and so holds early stopping without that
     verdict. Each follows from the log's numbers and those before them.

@@ -43,7 +43,7 @@ class LossGuard(Callback):
 
     An accelerator has them later than the host asks. There a step is judged before the next one is
     taken, and before anything is saved, logged or validated: what a bad one did to the weights is lost
-    with them, and the training goes on from a checkpoint, if at all.
+    with them, and the training resumes from a checkpoint, if at all.
 
     Under several ranks all of them come to the same verdict: it rests on means over them, and on
     gradients, which they share.

@@ -91,7 +91,7 @@ class Preemption(Callback):
         cause = (self.received or "a signal on another rank") if came else TIME
         raise (Preempted if came else TimeOver)(
             f"stopped by {cause} at step {trainer.global_step} of {trainer.max_steps}, which is saved; run "
-            "it again to go on"
+            "it again to resume"
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -26,7 +26,7 @@ class Schedule:
         length: batches that the loader says it has, also those consumed before; of these Lightning
             takes ``limit_train_batches``.
         rank, world: this rank's place among the data-parallel ranks.
-        epoch_samples: samples of all ranks after which the order is drawn anew; None: all there are.
+        epoch_samples: samples of all ranks after which the order is redrawn; None: all there are.
         limited: batches of an epoch of Lightning's; None: ``length``.
     """
 
@@ -47,7 +47,7 @@ def schedule_of(
     whole: bool = False,
     step: int | None = None,
 ) -> Schedule:
-    """Where a training stands, by what its trainer was told.
+    """Where a training stands, by the trainer's settings.
 
     Without ``max_epochs`` one pass of the loader is the whole training of ``max_steps``. With it a
     pass is an epoch: all whole batches of the samples, or what ``limit_train_batches`` leaves of them.

@@ -1,4 +1,4 @@
-"""A training that ends before its schedule does, and can go on from there."""
+"""A training that ends before its schedule does, and can resume from there."""
 
 from pathlib import Path
 from typing import Any

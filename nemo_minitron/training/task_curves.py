@@ -17,7 +17,7 @@ Measure = Callable[[Any, str], dict[str, float]]
 class TaskCurves(Callback):
     """Measures tasks on the live model at the end of every so many validations, and logs them.
 
-    The training goes on as if nothing had been measured: what a measurement draws, it draws apart.
+    The training continues as if nothing had been measured: what a measurement draws, it draws apart.
     The ranks share the tasks.
 
     Attributes:

@@ -208,9 +208,9 @@ def transformer_engine(fp8: bool, recipe: str = "auto") -> ReplacementLayers:
     try:
         import transformer_engine.pytorch as te
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
-        told = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{where}: Transformer Engine is not usable here ({told}); install it with "
+            f"{where}: Transformer Engine is not usable here ({reason}); install it with "
             "pip install 'nemo-minitron[te]' on a machine with CUDA"
         ) from error
     if not has_gpu():

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 ENDING_SECONDS = 120.0
-"""What a stage that was told to end may take beyond its ``launch.grace``."""
+"""Seconds that a stage that was asked to end may take beyond its ``launch.grace``."""
 
 
 def locks() -> Path:

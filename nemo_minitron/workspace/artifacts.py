@@ -47,12 +47,12 @@ def input_artifact(workspace: Path, name: str, made_by: str) -> Input:
     if why is not None and why.fault == "unknown":
         raise ValueError(in_words(why))
     if (
-        why is not None and why.fault != "anew"
+        why is not None and why.fault != "rebuilt"
     ):  # a command of one stage takes what its inputs' recipes name
-        told = (
+        problem = (
             f"{in_words(why)} than the one there now" if why.fault == "another" else in_words(why)
         )
-        raise ValueError(f"{folder}: {told}; run 'minitron {made_by}' again")
+        raise ValueError(f"{folder}: {problem}; run 'minitron {made_by}' again")
     check_bytes(folder, _SMALL)
     return Input(name, manifest.fingerprint, manifest.finished)
 

@@ -1,6 +1,6 @@
 """Whether an artifact is still good: decided here, and put into words by whoever asks.
 
-A fingerprint names the recipe, not the bytes: an input that was made anew may differ in bytes under
+A fingerprint names the recipe, not the bytes: an input that was rebuilt may differ in bytes under
 the same fingerprint. So an artifact is good if its files are there in their sizes, its recipe is
 the one that is asked for, and none of its inputs has changed, or was finished at another time than
 the one that it was made from. Which of two times is the later one is never asked where that is
@@ -19,7 +19,7 @@ from nemo_minitron.workspace.typed_json import remedy
 
 State = Literal["absent", "damaged", "stale", "done"]
 Fault = Literal[
-    "unreadable", "missing", "outside", "size", "schema", "recipe", "another", "anew", "unknown"
+    "unreadable", "missing", "outside", "size", "schema", "recipe", "another", "rebuilt", "unknown"
 ]
 
 
@@ -30,7 +30,7 @@ class Why:
     Attributes:
         fault: ``unreadable``: its manifest; ``missing``, ``outside``, ``size``: a file that is not
             there, is a link out of the folder, or has another size; ``schema``, ``recipe``: made by
-            another one; ``another``, ``anew``: an input is not the one it was made from, or was
+            another one; ``another``, ``rebuilt``: an input is not the one it was made from, or was
             made once more since; ``unknown``: an input's manifest cannot be read.
         name: the file, or the input; empty where it is the whole.
         expected: what it should be, by its manifest or who asks; empty where there is nothing to
@@ -50,7 +50,7 @@ class Condition:
 
     Attributes:
         state: ``absent``: nothing is there, or it is in the making; ``damaged``: manifest or a file
-            is not what it was; ``stale``: whole, but a run would make it anew; ``done``.
+            is not what it was; ``stale``: whole, but a run would rebuild it; ``done``.
         why: the first thing that is wrong; None for what is absent, and for what is done, unless an
             input's manifest cannot be read: then nothing speaks against it, and nothing for it.
         manifest: its manifest, where it can be read.
@@ -69,8 +69,8 @@ def condition(folder: Path, expected: str | None = None, inputs: Sequence[Input]
         expected: the fingerprint that it would get now. None: its own, held against the artifacts
             of the workspace that it names as its inputs; what lies outside of the workspace is not
             looked at.
-        inputs: what it would be made from, or is to be made from: none of them may have been made
-            anew since. Without ``expected`` each must be among its own inputs.
+        inputs: what it would be made from, or is to be made from: none of them may have been rebuilt
+            since. Without ``expected`` each must be among its own inputs.
 
     Raises:
         OSError: the system refuses to tell.
@@ -83,8 +83,10 @@ def condition(folder: Path, expected: str | None = None, inputs: Sequence[Input]
         return Condition("absent")
     if manifest.schema == SCHEMA and manifest.fingerprint != _own_fingerprint(manifest):
         path = manifest_in(folder)
-        told = f"{path}: its fingerprint is not that of its own config and inputs; {remedy(path)}"
-        return Condition("damaged", Why("unreadable", found=told))
+        problem = (
+            f"{path}: its fingerprint is not that of its own config and inputs; {remedy(path)}"
+        )
+        return Condition("damaged", Why("unreadable", found=problem))
     if (flaw := next(flaws(folder, manifest), None)) is not None:
         return Condition("damaged", flaw, manifest)
     why = _outdated(manifest, expected, inputs)
@@ -122,13 +124,13 @@ def _outdated(manifest: Manifest, expected: str | None, inputs: Sequence[Input])
         if expected is None and item.fingerprint not in [one.fingerprint for one in own]:
             return Why("another", item.path)
         if expected is None and item.finished not in [one.finished for one in own]:
-            return Why("anew", item.path)
-        if item.finished is not None and made_anew(item.path, item.finished, manifest):
-            return Why("anew", item.path)
+            return Why("rebuilt", item.path)
+        if item.finished is not None and rebuilt_since(item.path, item.finished, manifest):
+            return Why("rebuilt", item.path)
     return None
 
 
-def made_anew(path: str, finished: str, manifest: Manifest) -> bool:
+def rebuilt_since(path: str, finished: str, manifest: Manifest) -> bool:
     """Whether an input that was finished then is another than the one that an artifact was made from."""
     known = [item.finished for item in manifest.inputs if item.path == path and item.finished]
     return finished not in known if known else finished > manifest.started
@@ -152,9 +154,9 @@ def _overtaken(workspace: Path, manifest: Manifest) -> Why | None:
             continue
         if not part and upstream.fingerprint != item.fingerprint:
             found.append(Why("another", name))
-        elif made_anew(item.path, upstream.finished, manifest):
-            found.append(Why("anew", name))
-    order: tuple[Fault, ...] = ("another", "anew", "unknown")
+        elif rebuilt_since(item.path, upstream.finished, manifest):
+            found.append(Why("rebuilt", name))
+    order: tuple[Fault, ...] = ("another", "rebuilt", "unknown")
     return min(found, key=lambda why: order.index(why.fault), default=None)
 
 
@@ -166,7 +168,7 @@ _WORDS = {
     "schema": "made by schema {0.found}, now {0.expected}",
     "recipe": "made by another recipe",
     "another": "made from another {0.name}",
-    "anew": "{0.name} was made anew",
+    "rebuilt": "{0.name} was rebuilt",
     "unknown": "{0.found}",
 }
 

@@ -41,7 +41,7 @@ LEVELS = ("caches", "intermediate")
 KEPT = ("plan", "report", "export")
 """Artifacts that stay at every level."""
 BESIDE = {
-    TOKENS: (IDS, "text as token ids; the next training reads the text anew"),
+    TOKENS: (IDS, "text as token ids; the next training reads the text again"),
     LIVE: ("config.json", "a model that teacher correction published"),
     UNPACKED: (MODEL, "a model unpacked from its .nemo archive"),
 }
@@ -57,7 +57,7 @@ class Artifact:
     """An artifact of a workspace: its folder's name, the bytes of all its files, and how it stands.
 
     Attributes:
-        state: ``done``; ``stale``: an input has changed, a run would make it anew; ``damaged``:
+        state: ``done``; ``stale``: an input has changed, a run would rebuild it; ``damaged``:
             manifest or a file is not what it was; ``unfinished``: in the making.
         finished: when it was finished (UTC), or None.
         detail: what is wrong with it, or how far it is, as in "step 120"; may be empty.
@@ -206,8 +206,8 @@ def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
 
     ``caches`` costs no finished training: leftovers of killed builds, what was begun with other
     settings, and token caches. These are no artifact's input (inputs name the text itself), and
-    made anew they hold the same ids. Everything else is an input of the student, directly or not:
-    teacher, scores and plan by way of pruned, logits where they teach. Made anew it would be
+    when they are rebuilt they hold the same ids. Everything else is an input of the student, directly or not:
+    teacher, scores and plan by way of pruned, logits where they teach. Rebuilt, it would be
     younger than the student, by the rule of ``condition`` a reason to train again; so it stays.
     ``intermediate`` leaves what a run is for, and its plan; the next run starts from the beginning.
     What no run has made stays always.
@@ -236,15 +236,17 @@ def rubbish(workspace: Path, level: str = "caches") -> list[Item]:
 
 
 def _intermediate(workspace: Path) -> Iterator[tuple[Path, str]]:
-    """Artifacts, the last one first: a removal cut short leaves a beginning that a run goes on from."""
+    """Artifacts, the last one first: a removal cut short leaves a beginning that a run resumes from."""
     folder, export = Workspace(workspace).export, _artifact(workspace, "export")
-    told = (
+    refusal = (
         f"{folder}: expected a whole export of the newest work before more than caches goes, found"
     )
     if export and (links := [path for path in (folder, *folder.rglob("*")) if path.is_symlink()]):
-        raise ValueError(f"{told} a link in its place: {links[0]}")
+        raise ValueError(f"{refusal} a link in its place: {links[0]}")
     if export is None or export.state != "done" or export.finished is None:
-        raise ValueError(f"{told} " + (f"it {export.state}: {export.detail}" if export else "none"))
+        raise ValueError(
+            f"{refusal} " + (f"it {export.state}: {export.detail}" if export else "none")
+        )
     for name in [name for name in reversed(ARTIFACTS) if name not in KEPT]:
         if (artifact := _artifact(workspace, name)) and os.path.lexists(workspace / name):
             made = (
@@ -254,7 +256,7 @@ def _intermediate(workspace: Path) -> Iterator[tuple[Path, str]]:
             )
             if made > export.finished.timestamp():
                 raise ValueError(
-                    f"{told} {workspace / name} to be younger; end that run, or remove this"
+                    f"{refusal} {workspace / name} to be younger; end that run, or remove this"
                 )
             yield workspace / name, "an artifact"
     yield from (*_beside(workspace, LIVE), *_beside(workspace, UNPACKED))

@@ -46,10 +46,10 @@ def note(what: str, done: int, total: int) -> None:
     _last = time.monotonic()
     if int(os.environ.get("RANK", "0")):
         return
-    told = json.dumps({"what": what, "done": done, "total": total})
+    text = json.dumps({"what": what, "done": done, "total": total})
     # a full disk is for the stage itself to find, and a machine that stops needs no bar
     with contextlib.suppress(OSError), replacing(Path(path), sync=False) as temporary:
-        temporary.write_text(told, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read(path: Path) -> Progress | None:

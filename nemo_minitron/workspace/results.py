@@ -1,6 +1,6 @@
 """results/: what was measured of a model, one file for each measurement, named by what decides it.
 
-A report that fails at one task, or is made anew with one task more, repeats none of the others.
+A report that fails at one task, or is rebuilt with one task more, repeats none of the others.
 """
 
 import sys
@@ -42,7 +42,7 @@ class Results:
         except ValueError:
             found = _Entry({}, {}, "")
         if found.sha256 not in (None, digest(found.value)):
-            print(f"note: {plain(path)}: damaged; measured anew", file=sys.stderr)
+            print(f"note: {plain(path)}: damaged; measured again", file=sys.stderr)
             return None
         return found.value if found.key == key else None
 

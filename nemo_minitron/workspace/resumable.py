@@ -48,7 +48,7 @@ def make_resumable(
     build: Callable[[Path, Path], None],
     keep: bool = False,
 ) -> bool:
-    """Builds an artifact that takes long, in place, so that a killed run goes on where it was.
+    """Builds an artifact that takes long, in place, so that a killed run resumes where it was.
 
     Args:
         folder: where it belongs; has no manifest until it is complete.
@@ -73,7 +73,7 @@ def make_resumable(
     if keep and found.manifest is not None and (flaw := damage(folder, found.manifest)) is not None:
         raise ValueError(
             f"{folder}: a finished training, and {flaw}; put that file back as it was, or remove the folder "
-            "to train anew"
+            "to train again from the start"
         )
     refuse_unknown_folder(folder)
     started = now()
@@ -209,8 +209,8 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Which settings differ, in words."""
     one, other = _flattened(old), _flattened(new)
     names = sorted(name for name in {*one, *other} - {"recipe"} if one.get(name) != other.get(name))
-    told = [f"{name}: {one.get(name)}, now {other.get(name)}" for name in names[:3]]
-    return "; ".join([*told, *(["..."] if len(names) > 3 else [])])
+    differences = [f"{name}: {one.get(name)}, now {other.get(name)}" for name in names[:3]]
+    return "; ".join([*differences, *(["..."] if len(names) > 3 else [])])
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

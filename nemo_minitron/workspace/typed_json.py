@@ -62,8 +62,8 @@ def read_lines(path: Path, shape: Any) -> list[Any]:
         except ValueError:
             damaged += 1
     if damaged:
-        told = "a damaged line is" if damaged == 1 else f"{damaged} damaged lines are"
-        print(f"note: {plain(path)}: {told} left out", file=sys.stderr)
+        lines = "a damaged line is" if damaged == 1 else f"{damaged} damaged lines are"
+        print(f"note: {plain(path)}: {lines} left out", file=sys.stderr)
     return found
 
 

@@ -27,7 +27,7 @@ def test_a_cause_is_found_behind_another_one():
     outer = RuntimeError("the server is gone")
     outer.__cause__ = ConnectionError("first try")
     outer.__context__ = inner
-    assert ended_by(outer) == ("interrupted; run it again to go on", 1)
+    assert ended_by(outer) == ("interrupted; run it again to resume", 1)
 
 
 def test_a_failure_that_nobody_caused_is_one():

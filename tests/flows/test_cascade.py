@@ -151,7 +151,7 @@ def test_without_correction_a_step_knows_what_the_user_called_the_source(tmp_pat
     found = origin_of(step)
     assert (found.pointer, found.cuts, found.folder) == (known, 0, place.root / known.path)
     assert found.name == ("tiny" if source == "hub" else "cascade")
-    write_json(place.source, asdict(Source(str(tmp_path), "org/other", COMMIT)))  # made anew
+    write_json(place.source, asdict(Source(str(tmp_path), "org/other", COMMIT)))  # rebuilt
     assert origin_of(step).pointer.given == str(lies)
 
 

@@ -269,7 +269,7 @@ def test_the_embedded_server_ends_with_the_run_and_not_before(
         process.kill()
     if how == signal.SIGINT:
         assert process.returncode == 1 and told.strip().endswith(
-            "minitron run: interrupted; run it again to go on"
+            "minitron run: interrupted; run it again to resume"
         )
     assert not psutil.wait_procs(others, timeout=20)[1]
 
@@ -303,7 +303,7 @@ def test_sigterm_to_the_whole_group_ends_a_run_like_ctrl_c(tmp_path, teacher, co
         os.killpg(process.pid, signal.SIGTERM)  # as timeout, systemd and batch systems do
         _, told = process.communicate(timeout=60)  # for a server that is gone Prefect waits 70 s
     assert process.returncode == 143
-    assert told.splitlines()[-1] == "minitron run: ended by SIGTERM; run it again to go on"
+    assert told.splitlines()[-1] == "minitron run: ended by SIGTERM; run it again to resume"
     assert not psutil.wait_procs([server], timeout=20)[1]
 
 

@@ -113,7 +113,7 @@ def test_a_budget_is_met_by_the_size_that_learns_best(served, tmp_path, teacher,
     plan = json.loads((workspace / "plan" / "plan.json").read_text())
     assert {axis: plan["after"][axis] for axis in found["sizes"]} == found["sizes"]
     page = (workspace / "report" / "report.html").read_text()
-    assert "Sizes that were tried" in page and "Rank correlation (Spearman)" in page
+    assert "Sizes tried by the search" in page and "Rank correlation (Spearman)" in page
     assert (workspace / "export" / "minitron.json").is_file()
     for more, text in (
         (["plan.hidden=12"], "plan.hidden: either sizes or plan.budget.params, found both"),

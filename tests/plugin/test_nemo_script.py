@@ -77,7 +77,7 @@ def test_three_epochs_are_three_times_the_data(teacher, corpus, trainer, steps, 
     assert lightning.global_step == steps
     if trainer == {"max_epochs": 3}:
         assert [len(set(rows[epoch])) for epoch in range(3)] == [24, 24, 24]
-        assert rows[0] != rows[1]  # drawn anew
+        assert rows[0] != rows[1]  # drawn again
     assert {"learning_rate", "global_step"} <= set(lightning.callback_metrics)
 
 

@@ -87,7 +87,7 @@ def test_the_least_important_head_that_stays_takes_in_the_most_important_that_go
     keep = {HEADS: torch.tensor([[1, 3, 4, 6], [0, 1, 6, 7]])}
     into = merged_into(scores, keep, "kv_heads", 2)
     assert into.tolist() == [[1, 1, 3, 3, 4, 6, 6, 4], [0, 1, 1, 0, 7, 6, 6, 7]]
-    # more go than stay: the count begins anew
+    # more go than stay: the count starts over
     into = merged_into(scores, {HEADS: torch.tensor([[1, 4], [0, 7]])}, "kv_heads", 2)
     assert into.tolist() == [[1, 1, 1, 1, 4, 4, 4, 4], [0, 0, 0, 0, 7, 7, 7, 7]]
     # groups that go take their heads along

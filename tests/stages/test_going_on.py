@@ -35,7 +35,7 @@ def test_it_goes_on_as_if_it_had_never_been_stopped(tmp_path, words, capsys):
     assert all(torch.equal(weights(again)[n], t) for n, t in weights(second).items())
     capsys.readouterr()
     distil(last, *words, f"distill.go_on_from={second / 'student'}")
-    assert "begins anew" not in capsys.readouterr().err
+    assert "starts over" not in capsys.readouterr().err
     assert taken(last) == taken(straight)
     validated = [line for line in curve(straight) if "val_loss" in line]
     assert len(validated) == 2 and all(line in curve(last) for line in validated)
@@ -67,12 +67,12 @@ def test_what_is_not_its_beginning_is_told_and_left(tmp_path, words, capsys):
         capsys.readouterr()
         distil(other, *words, *more, come)
         said = capsys.readouterr().err
-        assert f"{why}; the distillation begins anew" in said
+        assert f"{why}; the distillation starts over" in said
         if not more[0].startswith("distill"):
             assert all(torch.equal(weights(other)[n], t) for n, t in weights(straight).items())
     capsys.readouterr()
     distil(other, *words, "plan.ffn=24", come)
-    assert "distilled from other inputs; the distillation begins anew" in capsys.readouterr().err
+    assert "distilled from other inputs; the distillation starts over" in capsys.readouterr().err
     distil(other, *words, f"distill.go_on_from={straight / 'student'}")
     assert "no distillation that was stopped early" in capsys.readouterr().err
     said = refused(capsys, "distill", f"workspace={other}", *words, "distill.stop_after=6")

@@ -94,7 +94,7 @@ def test_a_sharded_training_goes_on_with_another_number_of_ranks(tmp_path, words
     kept = [line for line in before if line["step"] <= step_of(saved)]
     assert (
         read_log(killed / "student" / "metrics.jsonl")[: len(kept)] == kept
-    )  # it did not begin anew
+    )  # it did not start over
     for name, tensor in weights(straight).items():
         assert torch.allclose(weights(killed)[name], tensor, atol=1e-5), name
 

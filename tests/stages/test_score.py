@@ -129,7 +129,7 @@ def test_a_killed_scoring_goes_on_where_it_was(tmp_path, words, streaming, mark)
         (note,) = result["notes"]
         assert 0 < int(re.match(r"(\d+) of 300 samples were scored before", note)[1]) < 300
     else:
-        assert re.search("scoring goes on at layer [12]", done.stderr)
+        assert re.search("scoring resumes at layer [12]", done.stderr)
     assert not state.exists()
     assert same(read_scores(place / "scores"), score(tmp_path / "whole", words, *slow))
     assert main(["verify", str(place)]) == 0

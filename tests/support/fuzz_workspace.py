@@ -236,7 +236,7 @@ def check(finished: Path, place: Path, damage: Damage, settings: Sequence[str]) 
         }.get(command, [str(place / "ws")] if command in EVERYWHERE else [f"workspace={place / 'ws'}", *settings])  # fmt: skip
         code, out, err = run(command, *words)
         there = (place / "ws" / damage.file).is_file()
-        stays = there and (place / "ws" / damage.file).read_bytes() == damaged  # not made anew
+        stays = there and (place / "ws" / damage.file).read_bytes() == damaged  # not rebuilt
         refused = stays and changed and not damage.known and damage.file not in PAST
         problems += [
             f"{command}: {told}"

@@ -65,7 +65,7 @@ scored: list[Path] = []
 def prune(place: Path, *words: str) -> None:
     """Cuts the teacher in a workspace, with the command line in this process; its scores are there already.
 
-    They are made anew where the words ask for others.
+    They are rebuilt where the words ask for others.
     """
     if scored and not place.exists():
         shutil.copytree(scored[-1], place)

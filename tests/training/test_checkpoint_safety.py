@@ -47,7 +47,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_an_honest_one_resumes(
     assert main(["distill", f"workspace={place}", *words]) == 2
     said = capsys.readouterr().err
     assert f"{checkpoint}: holds more than the data of a training" in said
-    assert "remove it to begin anew" in said
+    assert "remove it to start over" in said
     assert not (tmp_path / "PWNED").exists()
     shutil.copy(honest, checkpoint)
     assert main(["distill", f"workspace={place}", *words]) == 0

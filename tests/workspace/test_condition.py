@@ -73,7 +73,7 @@ HARMS = [
     (linked, "damaged", "outside", "lies outside of the folder, at "),
     (lambda at: rewritten(at / "plan", schema=0), "stale", "schema", "made by schema 0, now 1"),
     (lambda at: anew(at, "scores", {"n": 1}), "stale", "another", "made from another scores"),
-    (lambda at: anew(at, "scores", {}), "stale", "anew", "scores was made anew"),
+    (lambda at: anew(at, "scores", {}), "stale", "rebuilt", "scores was rebuilt"),
     (lambda at: shutil.rmtree(at / "scores"), "done", None, ""),
     (
         lambda at: (at / "scores" / "manifest.json").write_text("{"),
@@ -103,7 +103,7 @@ def test_the_first_thing_that_is_wrong_is_named_and_everybody_says_the_same(
         assert listed["plan"].state == state and (
             words in listed["plan"].detail or fault == "unknown"
         )
-    if (state == "done" and fault is None) or fault == "anew":
+    if (state == "done" and fault is None) or fault == "rebuilt":
         assert input_artifact(tmp_path, "plan", "plan").fingerprint == found.manifest.fingerprint
     else:
         with pytest.raises(ValueError, match=r"plan|not a manifest"):
@@ -116,7 +116,7 @@ def test_the_first_thing_that_is_wrong_is_named_and_everybody_says_the_same(
 def test_another_input_is_told_before_a_newer_one(tmp_path):
     run(tmp_path)
     anew(tmp_path, "teacher", {})
-    assert condition(tmp_path / "plan").why == Why("anew", "teacher")
+    assert condition(tmp_path / "plan").why == Why("rebuilt", "teacher")
     shutil.rmtree(tmp_path / "scores")
     make(tmp_path / "scores", "scores", {"n": 1}, inputs_of(tmp_path, "scores"), fill)
     assert condition(tmp_path / "plan").why == Why("another", "scores")
@@ -131,7 +131,7 @@ def test_what_is_asked_for_decides(tmp_path):
     assert condition(folder, expected, inputs).state == "done"
     assert condition(folder, "x", inputs).why == Why("recipe", "", "x", expected)
     newer = [inputs[0], dataclasses.replace(inputs[1], finished="9999")]
-    assert condition(folder, expected, newer).why == Why("anew", "scores")
+    assert condition(folder, expected, newer).why == Why("rebuilt", "scores")
     anew(
         tmp_path, "teacher", {"n": 1}
     )  # what lies there does not count where it is said what is asked for
@@ -158,7 +158,7 @@ def test_a_clock_that_was_ahead_once_makes_nothing_anew_for_ever(tmp_path):
 def test_an_input_that_was_made_anew_while_the_clock_was_behind_is_seen(tmp_path):
     run(tmp_path)
     rewritten(tmp_path / "plan", finished="2001-01-01T00:00:00+00:00")
-    assert condition(tmp_path / "pruned").why == Why("anew", "plan")
+    assert condition(tmp_path / "pruned").why == Why("rebuilt", "plan")
     assert make(tmp_path / "pruned", "pruned", {}, inputs_of(tmp_path, "pruned"), fill)
     assert condition(tmp_path / "pruned").state == "done"
 
@@ -186,7 +186,10 @@ def test_an_artifact_has_to_be_made_from_what_it_tells_of(tmp_path):
     for item, fault in [
         (Input("student", scores.fingerprint, scores.finished), "another"),  # not among its inputs
         (dataclasses.replace(scores, fingerprint="x"), "another"),
-        (dataclasses.replace(scores, finished="2020"), "anew"),  # the same recipe, at another time
+        (
+            dataclasses.replace(scores, finished="2020"),
+            "rebuilt",
+        ),  # the same recipe, at another time
     ]:
         assert condition(tmp_path / "plan", inputs=[item]).why == Why(fault, item.path)
 
@@ -204,7 +207,7 @@ def test_a_model_inside_of_an_artifact_counts_by_its_time_and_an_outsider_of_its
     anew_at = tmp_path / "pretrain"
     shutil.rmtree(anew_at)
     make(anew_at, "pretrain", {"seed": 1}, [], fill)
-    assert condition(tmp_path / "teacher").why == Why("anew", "pretrain")
+    assert condition(tmp_path / "teacher").why == Why("rebuilt", "pretrain")
 
 
 @settings(

@@ -239,7 +239,7 @@ def test_a_measurement_that_was_damaged_is_made_anew(tmp_path, capsys):
     ):
         path.write_text(text)
         assert results.get(key) is None
-        assert f"note: {path}: damaged; measured anew" in capsys.readouterr().err
+        assert f"note: {path}: damaged; measured again" in capsys.readouterr().err
     old = {"key": key, "value": value}  # as the first version wrote it
     path.write_text(json.dumps(old))
     assert results.get(key) == value

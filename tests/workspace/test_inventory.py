@@ -200,7 +200,7 @@ def test_an_input_that_was_made_anew_or_is_another_makes_stale(tmp_path):
     (tmp_path / "plan" / "notes.txt").unlink()
     assert run(tmp_path, ["plan"]) == ["plan"]
     assert states(tmp_path) == {name: "stale" if name == "pruned" else "done" for name in ORDER}
-    assert detail(tmp_path, "pruned") == "plan was made anew"
+    assert detail(tmp_path, "pruned") == "plan was rebuilt"
     assert run(tmp_path) == ["pruned", "student", "report", "export"]  # so it was stale indeed
     assert set(states(tmp_path).values()) == {"done"}
     inputs = [input_artifact(tmp_path, "teacher", "download")]
@@ -221,7 +221,7 @@ def test_a_teacher_that_was_pretrained_here_counts_and_one_that_only_has_an_arti
     make(tmp_path / "pretrain", "pretrain", {"seed": 1}, [], fill)
     assert (
         states(tmp_path)["teacher"] == "stale"
-        and detail(tmp_path, "teacher") == "pretrain was made anew"
+        and detail(tmp_path, "teacher") == "pretrain was rebuilt"
     )
 
 

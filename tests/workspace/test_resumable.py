@@ -100,7 +100,7 @@ def test_what_a_training_finished_outlives_other_settings_and_comes_back_with_it
     assert not student(folder, 2, None) and verify(folder) == []
     made = student(
         folder, 2, "three", [Input("pruned", "abc", "2999-01-01")]
-    )  # its input was made anew
+    )  # its input was rebuilt
     assert made and len(set_aside(folder)) == 2
     assert "student: made from other inputs; that is kept in" in capsys.readouterr().err
 
