@@ -292,6 +292,13 @@ def _explain(error: Exception, name: str, folder: Path) -> str:
     ambiguous = re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text)
     if ambiguous:
         return f"{ambiguous[1]}: expected one value, found {ambiguous[2]}; a list goes in brackets"
+    missing = re.search(r"Interpolation key '([^']+)' not found", text)
+    if missing:
+        where = f"{full_key}: " if full_key else ""
+        return (
+            f"{where}${{{missing[1]}}}: no such configuration key; a shell's variable is written "
+            f"${missing[1]}, one of the environment here ${{oc.env:{missing[1]}}}"
+        )
     if "is not a ListConfig" in text and full_key:
         return f"{full_key}: expected a list, as in {full_key}=[first,second]"
     first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__

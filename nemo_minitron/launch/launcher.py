@@ -94,8 +94,9 @@ def launch(
     call.workspace.launched.mkdir(parents=True, exist_ok=True)
     call.progress.unlink(missing_ok=True)
     recipe, every = recipe_of(call.values), call.config.launch.slurm.poll_seconds
+    queued = call.config.launch.kind == "slurm" and _is_shared(call)
     for noted in call.workspace.slurm_jobs:
-        if noted != call.slurm:
+        if noted != call.slurm or not queued:
             adopt(noted, outcome_of_job(noted), recipe, on_line, every)
     if call.config.launch.kind == "inline":
         before = os.environ.get(progress.VARIABLE)

@@ -174,7 +174,10 @@ def _cancel(number: str | None, job_file: Path, on_line: Callable[[str], None]) 
 def adopt(
     job_file: Path, outcome: Path, recipe: str, on_line: Callable[[str], None], poll: float
 ) -> None:
-    """Waits for another stage's job that a killed flow has left; ends it where it was for something else.
+    """Waits for a job that a killed flow has left and nobody else waits for, and then forgets it.
+
+    It is another stage's, or this one's, which is not to run as a job any more. Where it was for other
+    settings it is ended.
 
     Raises:
         ConnectionError: the queue cannot be asked.
@@ -189,6 +192,7 @@ def adopt(
     except BaseException:  # whoever ends this process in an orderly way ends the job
         _cancel(number, job_file, on_line)
         raise
+    job_file.unlink(missing_ok=True)
 
 
 def _end(job_file: Path, outcome: Path, on_line: Callable[[str], None], poll: float) -> None:

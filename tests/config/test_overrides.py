@@ -221,6 +221,10 @@ def test_nemo_s_resolvers_work_in_overrides_and_files_and_nemo_still_has_its_own
     assert config.workspace == "w-None"  # there is no card here
     with pytest.raises(ValueError, match=r"cannot be resolved: .* missing"):
         load_config("config", ["trainer.max_steps=${multiply:2}"])
+    with pytest.raises(
+        ValueError, match=r"no such configuration key; a shell's variable is written \$P,"
+    ):
+        load_config("config", ["launch.slurm.setup=['export A=${P}']"])
     code = (
         "from nemo_minitron.config.compose import load_config\n"
         "load_config('config', ['trainer.max_steps=${multiply:2,3}'])\n"

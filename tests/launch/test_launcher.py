@@ -560,6 +560,17 @@ def test_two_stages_never_work_in_one_workspace(trained):
     assert holder.stdin.closed and holder.wait(10) == 0
 
 
+def test_a_stage_that_is_no_job_any_more_waits_for_the_one_it_was(trained, queue, tmp_path):
+    workspace, call = trained
+    killed_at_its_job(launched(call(*SLURM), tmp_path / "values.json"), workspace)
+    heard: list[str] = []
+    result = launch(call(), heard.append)
+    assert heard[0] == "waiting for Slurm job 1 of an earlier run"
+    assert result.made is False and result.headline.startswith("12 steps")  # the job has made it
+    assert not (queue / "jobs" / "1.cancelled").exists()
+    assert not (workspace / ".launch" / "distill.slurm.json").exists()
+
+
 def test_ending_a_flow_in_good_order_cancels_its_job(trained, queue, tmp_path):
     workspace, call = trained
     long = ("trainer.max_steps=100000", "trainer.val_check_interval=50000")
