@@ -191,8 +191,11 @@ def _of_scaled(
     for name, entry in stored.items():
         if name.endswith((suffix, "_zero_point")):
             base = name.removesuffix("_zero_point").removesuffix(suffix)
-            if base not in stored:
+            if base in stored:
+                continue
+            if base.endswith("weight"):
                 raise _missing(folder, name, base)
+            result[name] = entry  # a weight of the model's own, as Gemma 4's per_expert_scale
         elif f"{name}{suffix}" in stored:
             scales, zeros = stored[f"{name}{suffix}"], stored.get(f"{name}_zero_point")
             block = _grid(folder, name, entry, scales, found)

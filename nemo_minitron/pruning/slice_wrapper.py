@@ -34,12 +34,18 @@ def check_surroundings(checkpoint: Checkpoint) -> None:
     """Refuses other parts that could not be cut along with the text model.
 
     Raises:
-        ValueError: a tensor that the table names has another shape than the text model's width asks
-            for; one is no plain floating-point tensor.
+        ValueError: none of the tensors that the table names is there; one has another shape than the
+            text model's width asks for; one is no plain floating-point tensor.
     """
     around = checkpoint.around
     assert around is not None, "only a multimodal model has surroundings"
     width = checkpoint.architecture.sizes[HIDDEN]
+    if not any(around.wrapper.row(name) for name in around.entries):
+        expected = next(iter(around.wrapper.rows))[0].pattern.replace("\\", "")
+        raise ValueError(
+            f"{checkpoint.folder}: none of its tensors is known to have the text model's hidden channels; of "
+            f"{around.wrapper.model_type} expected {expected} or the like"
+        )
     for name, entry in around.entries.items():
         if entry.dtype not in FLOATS:
             raise ValueError(
