@@ -223,7 +223,9 @@ def _shows_only(args: argparse.Namespace) -> bool:
     if args.cfg:
         from omegaconf import OmegaConf
 
-        print(OmegaConf.to_yaml(OmegaConf.structured(_config(args))), end="")
+        from nemo_minitron.security.masking import masked
+
+        print(masked(OmegaConf.to_yaml(OmegaConf.structured(_config(args)))), end="")
         return True
     return False
 

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -84,7 +85,7 @@ def runs(args: argparse.Namespace) -> int:
     if not found:
         print(f"no workspaces below {plain(args.folder)}")
         return 0
-    rows = []
+    rows, root = [], os.path.realpath(args.folder)
     for workspace in found:
         done = [artifact.name for artifact in workspace.artifacts if artifact.state == "done"]
         other = [
@@ -94,7 +95,7 @@ def runs(args: argparse.Namespace) -> int:
             if artifact.state != "done"
         ]
         rows.append((
-            str(workspace.path.relative_to(args.folder)), "running" if workspace.held else "",
+            os.path.relpath(workspace.path, root), "running" if workspace.held else "",
             ", ".join(done), ", ".join(other), naturalsize(workspace.bytes),
             naturaltime(now - workspace.changed),
         ))  # fmt: skip

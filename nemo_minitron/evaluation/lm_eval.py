@@ -18,6 +18,7 @@ from torch import nn
 from nemo_minitron.evaluation.answers import Answers
 from nemo_minitron.evaluation.held_out_tasks import MADE_HERE, documents_of, made_here, split_shots
 from nemo_minitron.evaluation.significance import error_of_mean
+from nemo_minitron.evaluation.task_members import refuse_what_is_not_done
 
 ADDED = Path(__file__).parent / "lm_tasks"
 """Tasks that lm-eval lacks."""
@@ -51,17 +52,18 @@ def check_tasks(names: Sequence[str], task_dir: str | None, where: str = "evalua
         where: the key that names them.
 
     Raises:
-        ValueError: an unknown task, or lm-eval is not installed.
+        ValueError: an unknown task, one that lm-eval would run otherwise than it is asked or that has
+            no number, or lm-eval is not installed.
     """
-    tasks = [split_shots(name)[0] for name in names]
-    unknown = [task for task in tasks if task not in MADE_HERE]
+    asked = [split_shots(name) for name in names]
+    unknown = [(task, shots) for task, shots in asked if task not in MADE_HERE]
     if not unknown:
         library()
         return
-    manager = manager_of(task_dir, *unknown)
+    manager = manager_of(task_dir, *(task for task, _ in unknown))
     tags = set(manager.all_tags)
     known = [task for task in manager.all_tasks if task not in tags]
-    for task in unknown:
+    for task, shots in unknown:
         if task in tags:
             members = sorted(
                 name for name, entry in manager.task_index.items() if task in entry.tags
@@ -75,6 +77,7 @@ def check_tasks(names: Sequence[str], task_dir: str | None, where: str = "evalua
             raise ValueError(
                 f"{where}: lm-eval knows no task {task!r} (evaluate.task_dir={task_dir}){hint}"
             )
+        refuse_what_is_not_done(manager, task, shots, where)
 
 
 def library() -> Any:

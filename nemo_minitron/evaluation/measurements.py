@@ -109,7 +109,7 @@ class Bench:
             key |= {
                 "cases": cases,
                 "device": settings.device,
-                "conditions": conditions(settings.device),
+                "conditions": {**conditions(settings.device), "peak": "once loaded"},
             }
         elif unit.what != TEXT:
             from nemo_minitron.evaluation.held_out_tasks import documents_of, is_made_here

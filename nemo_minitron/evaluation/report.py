@@ -157,8 +157,10 @@ def compared(report: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
         (
             f"{row['task']} {row['metric']}{'' if row['higher_is_better'] else ' (less is better)'}",
             title(row["model"]),
-            f"{row['difference']:+.4f} ± {row['error']:.4f}",
-            "< 0.001" if row["p"] < 0.001 else f"{row['p']:.3f}",
+            f"{row['difference']:+.4f} ± {_or_dash(row['error'], '{:.4f}')}",
+            "< 0.001"
+            if row["p"] is not None and row["p"] < 0.001
+            else _or_dash(row["p"], "{:.3f}"),
             _or_dash(row["recovered"], "{:.0%}"),
             f"{row['documents']:,}",
         )

@@ -75,8 +75,8 @@ class Compared(TypedDict):
     higher_is_better: bool
     model: str
     difference: float
-    error: float
-    p: float
+    error: float | None
+    p: float | None
     recovered: float | None
     documents: int
 

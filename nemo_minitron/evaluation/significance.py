@@ -11,15 +11,15 @@ class Paired:
 
     Attributes:
         difference: mean of (second - first).
-        error: its standard error; 0 where all differences are equal.
+        error: its standard error; 0 where all differences are equal, None where there is one document.
         p: how likely a difference of this size or more would be if both were equally good,
-            two-sided.
+            two-sided; None where there is one document, which says nothing of others.
         documents: how many.
     """
 
     difference: float
-    error: float
-    p: float
+    error: float | None
+    p: float | None
     documents: int
 
 
@@ -48,10 +48,12 @@ def paired(
         )
     gaps = [b - a for a, b in zip(first, second, strict=True)]
     mean, groups = math.fsum(gaps) / len(gaps), len(set(documents or range(len(gaps))))
+    if groups == 1:
+        return Paired(mean, None, None, 1)
     error = error_of_mean(gaps, documents)
     if documents is None and set(first) | set(second) <= {0.0, 1.0}:
         p = _binomial(sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps))
-    elif mean == 0 or groups == 1:  # one document says nothing
+    elif mean == 0:
         p = 1.0
     else:
         p = 0.0 if error == 0 else _student(abs(mean) / error, groups - 1)

@@ -7,6 +7,7 @@ take: weights, activations, KV cache; on a GPU, the most that torch allocated th
 """
 
 import contextlib
+import gc
 import importlib.util
 import json
 import platform
@@ -136,6 +137,11 @@ def _measure(
     _warm_up(folder)
     before = _start_counting()
     model = load_model(folder, dtype, device)
+    # what loading takes for a while (a file's float32 on its way to bfloat16) is no part of it
+    gc.collect()
+    _forget_peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(0)
     with frozen(model):
         found = [_timed(model, case, device) for case in cases]
@@ -242,18 +248,22 @@ def _warm_up(folder: Path) -> None:
 
 
 def _start_counting() -> float | None:
-    """Sets the process' peak back to what it holds now (Linux, proc(5), clear_refs); returns that.
+    """Sets the process' peak back to what it holds now; returns that, None where it cannot be measured.
 
-    ``getrusage`` cannot serve: its peak survives exec, so that a child starts with its parent's.
-    Nor can
-    psutil: it does not know the peak, and what is held now is read where the peak is, to be
+    ``getrusage`` cannot serve: its peak survives exec, so that a child starts with its parent's. Nor
+    can psutil: it does not know the peak, and what is held now is read where the peak is, to be
     comparable.
     """
+    return _status_megabytes("VmRSS") if _forget_peak() else None
+
+
+def _forget_peak() -> bool:
+    """Sets the process' peak back (Linux, proc(5), clear_refs); False: on another system."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # another system: memory is not measured
-        return None
-    return _status_megabytes("VmRSS")
+    except OSError:
+        return False
+    return True
 
 
 def _status_megabytes(field: str) -> float:

@@ -11,7 +11,7 @@ from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config.config import Config
 from nemo_minitron.data.documents import documents, plain
 from nemo_minitron.data.mixtures import validation_text
-from nemo_minitron.evaluation.held_out_tasks import MADE_HERE, write_held_out_tasks
+from nemo_minitron.evaluation.held_out_tasks import is_made_here, write_held_out_tasks
 from nemo_minitron.evaluation.lm_eval import run_task
 from nemo_minitron.models.causal_lm import frozen, load_tokenizer
 from nemo_minitron.models.layer_control import LayerControl
@@ -78,7 +78,7 @@ def accuracy_without(
         False  # a cache counts what its first layer has seen, which may be left out
     )
     with tempfile.TemporaryDirectory() as name, frozen(model), detour.attached():
-        if any(task in MADE_HERE for task in tasks):
+        if any(map(is_made_here, tasks)):
             write_held_out_tasks(held_out(), Path(name))
 
         def accuracy(block: Iterable[int]) -> float:

@@ -3,6 +3,7 @@
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -108,6 +109,10 @@ def served_model(address: str, model: str) -> str:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"{_WHERE}: expected http://HOST:PORT/v1, found {shown!r}")
+    if "@" in urllib.parse.urlsplit(address).netloc:
+        raise ValueError(
+            f"{_WHERE}: {shown}: names and passwords are not sent; give the server's key by OPENAI_API_KEY"
+        )
     try:
         request = urllib.request.Request(f"{address}/models", headers=headers)  # noqa: S310  see above
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:  # noqa: S310

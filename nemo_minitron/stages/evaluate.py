@@ -299,7 +299,7 @@ def _assembled(config: Config, bench: Bench) -> dict[str, Any]:
         }  # fmt: skip
         report["measured_on"]["entries"] = digest(bench.vocabulary.ids_V.tolist())
     if config.evaluate.prompts:
-        report["prompts"] = config.evaluate.prompts
+        report["prompts"] = len(found[Unit("teacher", WRITING)]["ids"])  # a short text has fewer
         report["writing"] = _writing(bench, found)
     return report
 

@@ -12,7 +12,8 @@ from nemo_minitron.checkpoints.checkpoint import Checkpoint, load_tensor, open_c
 from nemo_minitron.checkpoints.hf_config import read_config
 from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.config.score_config import ScoreConfig
-from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_input
+from nemo_minitron.data.mixtures import calibration_mixture, sampling, text_input, validation_text
+from nemo_minitron.evaluation.held_out_tasks import is_made_here
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.pruning.select import score_shape
 from nemo_minitron.pruning.target_sizes import HEAD_MERGE, explicit_targets, target_sizes
@@ -48,7 +49,7 @@ def recipe(config: Config) -> Recipe:
     inputs, settings = [item], _settings(config, open_checkpoint(folder))
     activations = config.score.importance == "activation"
     if activations:
-        inputs += [text_input(text) for text, _ in calibration_mixture(config)]
+        inputs += _text_inputs(config)
     target = Workspace(workspace_of(config)).scores
     found: list[tuple[Prepared, CalibrationSums]] = []
     outcome: list[Outcome] = []
@@ -121,6 +122,14 @@ def _write_plots(folder: Path, scores: Scores, texts: list[str]) -> None:
         pictures["routing"] = routing_map(texts, scores.calibration.by_text)
     for name, picture in pictures.items():
         (folder / f"{name}.png").write_bytes(picture)
+
+
+def _text_inputs(config: Config) -> list[Input]:
+    """What a pass reads: the calibration text, and what tasks are made of."""
+    texts = [text for text, _ in calibration_mixture(config)]
+    if config.score.depth == "task" and any(map(is_made_here, config.score.tasks)):
+        texts.append(validation_text(config))
+    return [text_input(text) for text in texts]
 
 
 def _tasks(config: Config, folder: Path) -> TaskSums:

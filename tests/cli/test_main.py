@@ -312,6 +312,15 @@ def test_nemo_style_overrides_reach_the_configuration(capsys):
     assert "sched" not in out.split("\noptim:")[1].split("\nexp_manager")[0]
 
 
+def test_a_printed_configuration_shows_no_credential(capsys, monkeypatch):
+    monkeypatch.setenv("OF_THE_DATABASE", "hunter2secret")
+    assert (
+        main(["run", "--cfg", "track.mlflow=http://me:${oc.env:OF_THE_DATABASE}@mlflow:5000"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "mlflow: http://***@mlflow:5000" in out and "hunter2secret" not in out
+
+
 def test_own_folder_of_configurations(capsys, tmp_path):
     (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nplan: {ffn: 7}\n")
     assert (

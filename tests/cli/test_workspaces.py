@@ -43,6 +43,9 @@ def test_runs_are_listed_with_states_sizes_and_ages(runs, capsys):
     assert [a["name"] for a in listed["whole"]["artifacts"] if a["state"] == "done"][-1] == "export"
     assert listed["whole"]["held"] is False and listed["whole"]["bytes"] > 100_000
     assert called(capsys, "runs", str(runs / "nowhere"))[0] == 2
+    (runs.parent / "link").symlink_to(runs)
+    code, out, _ = called(capsys, "runs", str(runs.parent / "link"))
+    assert code == 0 and any("│ broken " in line for line in out.splitlines())
 
 
 def test_clean_asks_first_and_removes_only_what_can_be_made_again(runs, capsys):

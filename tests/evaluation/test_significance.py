@@ -36,7 +36,14 @@ def test_few_documents_need_a_larger_difference(documents):
     first = [draw.gauss(2, 1) for _ in range(documents)]
     second = [value + draw.gauss(0.1, 0.3) for value in first]
     assert paired(first, second).p == pytest.approx(stats.ttest_rel(second, first).pvalue, rel=1e-6)
-    assert paired([2.0], [2.5]).p == 1.0
+    alone = paired([2.0], [2.5])
+    assert (alone.difference, alone.error, alone.p) == (
+        0.5,
+        None,
+        None,
+    )  # one says nothing of others
+    of_one = paired([2.0, 2.5], [2.5, 2.75], [7, 7])
+    assert (of_one.difference, of_one.error, of_one.p, of_one.documents) == (0.375, None, None, 1)
 
 
 def test_no_difference_a_constant_one_and_bad_input():
@@ -62,7 +69,7 @@ def test_numbers_of_one_document_are_not_taken_for_independent():
         ]  # of equal size: the test of means
         assert found.p == pytest.approx(stats.ttest_1samp(means, 0).pvalue, rel=1e-6)
     assert alarms["together"] < 20 < 80 < alarms["apart"]
-    assert paired([1.0, 2.0], [1.5, 3.0], [4, 4]).p == 1.0
+    assert paired([1.0, 2.0], [1.5, 3.0], [4, 4]).p is None  # one document says nothing
     one, other = (
         paired([1.0, 2.0, 4.0], [1.5, 3.0, 4.0], [7, 3, 5]),
         paired([1.0, 2.0, 4.0], [1.5, 3.0, 4.0]),

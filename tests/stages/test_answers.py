@@ -263,7 +263,8 @@ def test_what_cannot_answer_is_refused_in_one_line_before_anything_is_measured(
     )
     openai = "evaluate.backend=openai"
     told = last(openai, "+evaluate.servers.all=http://me:secret@127.0.0.1:9/v1")
-    assert "does not list models" in told and "secret" not in told
+    assert "names and passwords are not sent; give the server's key by OPENAI_API_KEY" in told
+    assert "secret" not in told
     assert "no such model here" in last(openai, "+evaluate.servers.studnet=http://127.0.0.1:9/v1")
     assert "asked by evaluate.backend=openai, found hf" in last("+evaluate.servers.all=http://x/v1")
     with serving(talker, "one", "two") as served:

@@ -251,6 +251,9 @@ def test_own_tasks_are_read_without_lm_evals_own_and_what_is_asked_beyond_them_w
             r"^evaluate.tasks: lm-eval knows no task 'own_chioce' .*; nearest: own_choice",
         ),
         ("own_tag", "'own_tag' is a tag of several tasks; name them: own_choice, own_likely$"),
+        ("humaneval@3", "humaneval@3: the YAML says num_fewshot: 0, .*; leave @3 out$"),
+        ("bbh_zeroshot@3", "bbh_zeroshot@3: the YAML of bbh_zeroshot_.* says num_fewshot: 0"),
+        ("openllm", r"'openllm' is a group without a number .*: arc_challenge@25, hellaswag@10, "),
     ):
         with pytest.raises(ValueError, match=said):
             check_tasks(["own_choice", name], str(tasks))

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_minitron.cli.main import main
+from nemo_minitron.config.compose import load_config
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.scoring.scores_file import read_scores
+from nemo_minitron.stages.score import recipe as recipe_of_scores
 from tests.support.models import make_model
 from tests.support.processes import until
 from tests.support.runs import minitron, refused, started
@@ -245,10 +247,25 @@ def test_layers_ranked_by_a_task(tmp_path, teacher, corpus):
     cut = stream(teacher, tmp_path / "cut", {}, (0, 2))
     texts = find_text([str(corpus)], [], "auto", "text", "data.train", "held_out", 0.3)
     found = accuracy_without(
-        load_model(cut), open_checkpoint(cut), ["held_out_choice"], None, lambda: documents(texts), 20, 8, 1,
-        frozenset(),
+        load_model(cut), open_checkpoint(cut), ["held_out_choice@0"], None, lambda: documents(texts), 20, 8,
+        1, frozenset(),
     )  # fmt: skip
     assert found.base == pytest.approx(float(sums.total[1]))
+    # the questions are made of the text that is held out: another one makes other scores
+    other = [
+        f"workspace={tmp_path / 'ws'}",
+        *words,
+        f"data.validation.paths=[{corpus}]",
+        "data.holdout=0.2",
+    ]
+    before, after = (
+        [
+            (each.path, each.fingerprint)
+            for each in recipe_of_scores(load_config("config", given)).inputs
+        ]
+        for given in (other[:-2], other)
+    )
+    assert len(before) == len(after) == 3 and before[0] == after[0] and before[2] != after[2]
 
 
 def test_rounds_of_score_and_cut_go_down_the_line(tmp_path, words):
