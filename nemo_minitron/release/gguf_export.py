@@ -34,13 +34,16 @@ KINDS = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
 _METHODS = {"uint32": "UINT32", "float32": "FLOAT32", "bool": "BOOL", "string": "STRING"}
 
 
-def check_gguf(checkpoint: Checkpoint, kinds: Sequence[str], pre: str | None) -> None:
+def check_gguf(
+    checkpoint: Checkpoint, kinds: Sequence[str], pre: str | None, source: Path | None = None
+) -> None:
     """Refuses a model, or types, that no GGUF file can be written of.
 
     Args:
         checkpoint: the model.
         kinds: types of its weights.
         pre: llama.cpp's name of its pre-tokenizer, where the user gives it.
+        source: the model that it was made of; None: it is one itself.
 
     Raises:
         ValueError: there is none.
@@ -54,7 +57,8 @@ def check_gguf(checkpoint: Checkpoint, kinds: Sequence[str], pre: str | None) ->
     where = f"export.gguf: {checkpoint.folder}"
     table = gguf_family(checkpoint.family.model_type, where)
     list(metadata_of(table, _whole(checkpoint.config), where))
-    check_tokenizer(checkpoint.folder, checkpoint.architecture.sizes["vocab"], pre)
+    vocabulary = checkpoint.architecture.sizes["vocab"]
+    check_tokenizer(checkpoint.folder, source or checkpoint.folder, vocabulary, pre)
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """GGUF out and in: what llama.cpp's converter would write, read back as a source with the same logits."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -255,6 +256,19 @@ def test_a_file_whose_metadata_describes_another_model_is_not_reported_good(
     reader.data.flush()
     with pytest.raises(RuntimeError, match=said):
         _compare(path, open_checkpoint(folder))
+
+
+def test_a_folder_written_again_has_the_tokenizer_that_it_has_now(tmp_path, tokenizer_folder):
+    folder = made(tmp_path / "m", "llama", tokenizer_folder)
+    tokens = []
+    for _ in range(2):
+        path = written(folder, ["bf16"])["bf16"]
+        tokens.append(gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents())
+        content = json.loads((folder / "tokenizer.json").read_text())
+        vocab = content["model"]["vocab"]
+        vocab["t"], vocab["h"] = vocab["h"], vocab["t"]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert tokens[0] != tokens[1] and sorted(tokens[0]) == sorted(tokens[1])
 
 
 def test_the_docs_name_every_family_that_is_written():

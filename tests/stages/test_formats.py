@@ -57,7 +57,7 @@ def test_all_stages(tmp_path, sources, corpus, kind, words):
         *settings(workspace, sources[kind], corpus),
         *SHORT,
         "export.gguf=[f32]",
-        "export.gguf_pre=gpt-2",
+        *(["export.gguf_pre=gpt-2"] if kind != "gguf" else []),  # it goes out as it came in
     ]
     for stage in STAGES:
         done = minitron(stage, *options)
