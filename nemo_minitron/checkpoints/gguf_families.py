@@ -13,7 +13,7 @@ import yaml
 from nemo_minitron.checkpoints.gguf_file import Gguf, gguf_library
 from nemo_minitron.checkpoints.gguf_rope import rope_keys, rope_of
 from nemo_minitron.families import Architecture, Family, check_sizes, families
-from nemo_minitron.families.grammar import evaluate
+from nemo_minitron.families.grammar import evaluate, names_in
 from nemo_minitron.security.plain_text import plain
 
 _TABLE = Path(__file__).with_name("gguf_families.yaml")
@@ -100,11 +100,12 @@ def metadata_of(
         ValueError: llama.cpp would compute something else; the message names the condition.
     """
     values = _values(config)
-    for condition in table.rows["require"] if "require" in table.rows else ():
-        if not evaluate(condition, values):
+    for row in table.rows["require"] if "require" in table.rows else ():
+        that, told = (row, row) if isinstance(row, str) else (row["that"], row["told"])
+        if not evaluate(that, values):
             raise ValueError(
                 f"{where}: cannot be written as GGUF: llama.cpp's {table.architecture} takes for granted: "
-                f"{condition}"
+                f"{told}; found {_named(that, values)}"
             )
     for key, row in table.rows["keys"].items():
         source = row["is"] if "is" in row else row["as"]
@@ -116,6 +117,12 @@ def metadata_of(
     yield from rope_keys(
         values, table.rows["scaled_rope"] if "scaled_rope" in table.rows else (), where
     )
+
+
+def _named(expression: str, values: Mapping[str, Any]) -> str:
+    """What the names in an expression stand for."""
+    names = sorted(names_in(expression) & values.keys())
+    return ", ".join(f"{name}={plain(values[name], 60)}" for name in names)
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,7 +147,12 @@ def _values(config: Mapping[str, Any]) -> dict[str, Any]:
         **{name: _pattern(layers, *pattern) for name, pattern in _PATTERNS.items()},
     }
     if config.get("layer_types"):
-        found["windows"] = [kind == "sliding_attention" for kind in config["layer_types"]]
+        windows = [kind == "sliding_attention" for kind in config["layer_types"]]
+        full = [layer for layer, window in enumerate(windows) if not window]
+        period = full[0] + 1 if full else layers + 1  # longer than the layers: all have a window
+        every = list(range(period - 1, layers, period))
+        found |= {"windows": windows, "window_period": period}
+        found |= {"full_attention": full, "every_nth": every}
     return found
 
 

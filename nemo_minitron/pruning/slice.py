@@ -320,6 +320,7 @@ def pattern_notes(source: Architecture, layers: Sequence[int]) -> list[str]:
 
     transformers reads the list; programs that compute the pattern from a constant instead, as llama.cpp
     does for Gemma 2 and 3, gpt-oss and SmolLM3, would give some layers the wrong kind without a word.
+    ``export.gguf`` writes another constant where llama.cpp reads one, and is refused else.
     """
     axis, placeholder = source.family.axes["layers"], source.family.layer
     lines = []
@@ -331,7 +332,8 @@ def pattern_notes(source: Architecture, layers: Sequence[int]) -> list[str]:
         if [entries[layer] for layer in layers] != every[: len(layers)]:
             lines.append(
                 f"{key}: its pattern is that of the kept layers now; a program that computes it instead of "
-                "reading the list, as llama.cpp does for Gemma 2 and 3, gpt-oss, SmolLM3, runs another model"
+                "reading the list runs another model, as llama.cpp does with Gemma 2 and 3, gpt-oss and "
+                "SmolLM3 (export.gguf writes a pattern that llama.cpp can compute, and is refused else)"
             )
     return lines
 

@@ -25,7 +25,7 @@ from nemo_minitron.checkpoints.gguf_rope import rope_factors
 from nemo_minitron.checkpoints.gguf_weights import entries_of, gguf_name, stored_places
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.tensor_rows import Entry, Files, fill_rows, spans
-from nemo_minitron.families import Architecture
+from nemo_minitron.families import Architecture, architecture_of
 from nemo_minitron.models.config_trial import config_object
 from nemo_minitron.release.gguf_tokenizer import add_tokenizer, check_tokenizer
 
@@ -34,13 +34,16 @@ KINDS = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
 _METHODS = {"uint32": "UINT32", "float32": "FLOAT32", "bool": "BOOL", "string": "STRING"}
 
 
-def check_gguf(checkpoint: Checkpoint, kinds: Sequence[str], pre: str | None) -> None:
+def check_gguf(
+    checkpoint: Checkpoint, kinds: Sequence[str], pre: str | None, source: Path | None = None
+) -> None:
     """Refuses a model, or types, that no GGUF file can be written of.
 
     Args:
         checkpoint: the model.
         kinds: types of its weights.
         pre: llama.cpp's name of its pre-tokenizer, where the user gives it.
+        source: the model that it was made of; None: it is one itself.
 
     Raises:
         ValueError: there is none.
@@ -54,7 +57,8 @@ def check_gguf(checkpoint: Checkpoint, kinds: Sequence[str], pre: str | None) ->
     where = f"export.gguf: {checkpoint.folder}"
     table = gguf_family(checkpoint.family.model_type, where)
     list(metadata_of(table, _whole(checkpoint.config), where))
-    check_tokenizer(checkpoint.folder, checkpoint.architecture.sizes["vocab"], pre)
+    vocabulary = checkpoint.architecture.sizes["vocab"]
+    check_tokenizer(checkpoint.folder, source or checkpoint.folder, vocabulary, pre)
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,10 +118,6 @@ def write_gguf(
 
 def _add(writer: Any, key: str, form: str, value: Any) -> None:
     types = gguf_library().GGUFValueType
-    if form.endswith("[]"):
-        inner = types[_METHODS[form.removesuffix("[]")]]
-        writer.add_key_value(key, list(value), types.ARRAY, sub_type=inner)
-        return
     kinds = {"uint32": int, "float32": float, "bool": bool, "string": str}
     writer.add_key_value(key, kinds[form](value), types[_METHODS[form]])
 
@@ -198,10 +198,10 @@ def _compare(path: Path, checkpoint: Checkpoint) -> None:
     """Compares a file, read as a source is, with the model that it was written of.
 
     Raises:
-        RuntimeError: a tensor is missing or another one.
+        RuntimeError: a tensor is missing or another one, or the metadata describes another model.
     """
     gguf = read_gguf(path.resolve())  # its tensors name the file, which is looked for beside itself
-    config_of(gguf, str(path))  # a file that is refused as a source would be none
+    _compare_sizes(path, config_of(gguf, str(path)), checkpoint)
     entries = entries_of(path.parent, gguf, Architecture(checkpoint.family, checkpoint.config))
     for name, _, _ in checkpoint.architecture.tensors():
         if name not in entries or entries[name].shape != checkpoint.entries[name].shape:
@@ -213,6 +213,26 @@ def _compare(path: Path, checkpoint: Checkpoint) -> None:
             for (_, want), (_, found) in pairs:
                 if not _close(want.float(), found.float(), path):
                     raise RuntimeError(f"{path}: {name} is not what {checkpoint.folder} holds")
+
+
+def _compare_sizes(path: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Compares what a file's metadata says of the model with the model that it was written of.
+
+    A program that reads the file knows nothing else: it takes the tensors' shapes, and the layers'
+    windows, from there.
+
+    Raises:
+        RuntimeError: it says something else.
+    """
+    ours, theirs = checkpoint.architecture.sizes, architecture_of(config, str(path)).sizes
+    pairs = {name: (size, theirs.get(name)) for name, size in ours.items()}
+    if "layer_types" in config:
+        pairs["layer_types"] = (_whole(checkpoint.config)["layer_types"], config["layer_types"])
+    for name, (want, found) in pairs.items():
+        if want != found:
+            raise RuntimeError(
+                f"{path}: its metadata says {name} {found}, and {checkpoint.folder} has {want}"
+            )
 
 
 def _close(want: torch.Tensor, found: torch.Tensor, path: Path) -> bool:

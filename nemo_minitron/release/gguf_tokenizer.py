@@ -2,10 +2,10 @@
 
 Source: llama.cpp's conversion/base.py (``get_vocab_base``, ``get_vocab_base_pre``,
 ``_create_vocab_sentencepiece``). The tokenizer of a model that came as a GGUF file goes out as it
-came in.
+came in, which is why its vocabulary cannot be cut. llama.cpp knows a BPE pre-tokenizer by the ids of
+a text; a smaller vocabulary has other ids and the same pre-tokenizer, whose name is the source's.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -36,14 +36,23 @@ class Vocabulary:
     scores: list[float] | None
 
 
-def check_tokenizer(folder: Path, vocabulary: int, pre: str | None) -> None:
-    """Refuses a tokenizer that llama.cpp does not know.
+def check_tokenizer(folder: Path, source: Path, vocabulary: int, pre: str | None) -> None:
+    """Refuses a tokenizer that llama.cpp does not know, or that would not be the model's.
+
+    Args:
+        folder: the model that goes out.
+        source: the model that it was made of.
+        vocabulary: rows of its embedding.
+        pre: see ``add_tokenizer``.
 
     Raises:
-        ValueError: it does not; the message says which key names its pre-tokenizer.
+        ValueError: it does not, and the message says which key names its pre-tokenizer; or the
+            source came as a GGUF file and had another vocabulary.
     """
-    if not is_gguf(folder):
-        _vocabulary(folder, vocabulary, pre)
+    if is_gguf(source):
+        _check_copied(source, vocabulary)
+    else:
+        _vocabulary(folder, source, _tokenizer(folder), vocabulary, pre)
 
 
 def add_tokenizer(
@@ -56,15 +65,17 @@ def add_tokenizer(
         folder: the model that goes out.
         source: the model that it was made of.
         config: the model's configuration.
-        pre: llama.cpp's name of the pre-tokenizer; None: by what the tokenizer does.
+        pre: llama.cpp's name of the pre-tokenizer; None: by what the source's tokenizer does.
 
     Raises:
         ValueError: see ``check_tokenizer``.
     """
     if is_gguf(source):
+        _check_copied(source, config["vocab_size"])
         _copied(writer, source)
         return
-    found = _vocabulary(folder, config["vocab_size"], pre)
+    tokenizer = _tokenizer(folder)
+    found = _vocabulary(folder, source, tokenizer, config["vocab_size"], pre)
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.pre)
     writer.add_token_list(found.tokens)
@@ -74,13 +85,27 @@ def add_tokenizer(
     special = gguf_library().SpecialVocab(
         folder, load_merges=found.scores is None, n_vocab=len(found.tokens)
     )
-    tokenizer = _tokenizer(folder)
     ids = tokenizer("a")["input_ids"]
     special.add_special_token["bos"] = ids[:1] == [tokenizer.bos_token_id]
     special.add_special_token["eos"] = ids[-1:] == [tokenizer.eos_token_id]
     special.add_to_gguf(writer, quiet=True)
     if found.scores is not None:
-        writer.add_add_space_prefix(_with_space(folder))
+        writer.add_add_space_prefix(_with_space(tokenizer))
+
+
+def _check_copied(source: Path, vocabulary: int) -> None:
+    """Refuses to copy a tokenizer of a GGUF file beside an embedding of another size.
+
+    Raises:
+        ValueError: the model that goes out has another vocabulary than the file.
+    """
+    tokens = pointed(source).tensors["token_embd.weight"].shape[0]
+    if tokens != vocabulary:
+        raise ValueError(
+            f"export.gguf: the tokenizer of a model that came as GGUF goes out as it came in, with "
+            f"{tokens:,} tokens here ({source}), and the plan cut the vocabulary to {vocabulary:,}; leave "
+            "export.gguf out, cut no vocabulary, or begin with the model's Hugging Face folder"
+        )
 
 
 def _copied(writer: Any, source: Path) -> None:
@@ -93,15 +118,15 @@ def _copied(writer: Any, source: Path) -> None:
             writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
 
 
-@functools.lru_cache(maxsize=2)
 def _tokenizer(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _vocabulary(folder: Path, size: int, pre: str | None) -> Vocabulary:
+def _vocabulary(
+    folder: Path, source: Path, tokenizer: Any, size: int, pre: str | None
+) -> Vocabulary:
     if (folder / "tokenizer.model").is_file():
-        return _sentencepiece(folder, size)
-    tokenizer = _tokenizer(folder)
+        return _sentencepiece(folder, tokenizer, size)
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     if "model" not in backend or backend["model"]["type"] != "BPE":
         raise ValueError(
@@ -116,23 +141,29 @@ def _vocabulary(folder: Path, size: int, pre: str | None) -> Vocabulary:
         }
         types = [6 if _is_byte(token) else kind for token, kind in zip(tokens, types, strict=True)]
         return Vocabulary("llama", "default", tokens, types, [scores[token] for token in tokens])
-    return Vocabulary("gpt2", pre or _pre(folder, tokenizer), tokens, types, None)
+    return Vocabulary("gpt2", pre or _pre(source), tokens, types, None)
 
 
 def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-def _pre(folder: Path, tokenizer: Any) -> str:
-    """llama.cpp's name of a BPE pre-tokenizer, by the ids of a text."""
+def _pre(source: Path) -> str:
+    """llama.cpp's name of a model's BPE pre-tokenizer, by the ids of a text.
+
+    Raises:
+        ValueError: it knows none by these ids.
+    """
     table = yaml.safe_load(_TABLE.read_text(encoding="utf-8"))
-    found = hashlib.sha256(str(tokenizer.encode(table["text"])).encode()).hexdigest()
+    ids = _tokenizer(source).encode(table["text"])
+    found = hashlib.sha256(str(ids).encode()).hexdigest()
     for name, sums in table["names"].items():
         if found in sums:
             return str(name)
     raise ValueError(
-        f"{folder}: export.gguf: llama.cpp does not know this tokenizer's pre-tokenizer (checksum "
-        f"{found[:16]}...); name one of its own with export.gguf_pre, as llama-bpe, qwen2, or default"
+        f"{source}: export.gguf: llama.cpp does not know this tokenizer's pre-tokenizer by its token ids "
+        f"(checksum {found[:16]}...; an earlier cut of the vocabulary changes them, too); name one of its "
+        "own with export.gguf_pre, as llama-bpe, qwen2, or default"
     )
 
 
@@ -168,7 +199,7 @@ def _looks_special(token: str) -> bool:
     )
 
 
-def _sentencepiece(folder: Path, size: int) -> Vocabulary:
+def _sentencepiece(folder: Path, tokenizer: Any, size: int) -> Vocabulary:
     """The pieces of tokenizer.model, with their scores, and what was added to them."""
     try:
         import sentencepiece
@@ -193,7 +224,7 @@ def _sentencepiece(folder: Path, size: int) -> Vocabulary:
             (pieces.IsByte, kinds.BYTE),
         )
         types[number] = int(next((kind for test, kind in tests if test(number)), kinds.NORMAL))
-    for number, token in _tokenizer(folder).added_tokens_decoder.items():
+    for number, token in tokenizer.added_tokens_decoder.items():
         if number < size:
             special = token.special or _looks_special(token.content)
             tokens[number] = token.content if special else token.content.replace("\u2581", " ")
@@ -202,6 +233,6 @@ def _sentencepiece(folder: Path, size: int) -> Vocabulary:
     return Vocabulary("llama", "default", tokens, types, scores)
 
 
-def _with_space(folder: Path) -> bool:
+def _with_space(tokenizer: Any) -> bool:
     """Whether a SentencePiece tokenizer puts a space before a text, by trying."""
-    return bool(_tokenizer(folder).tokenize("a")[0].startswith("\u2581"))
+    return bool(tokenizer.tokenize("a")[0].startswith("\u2581"))

@@ -25,6 +25,7 @@ from nemo_minitron.stages.inputs import (
     taught_entries,
 )
 from nemo_minitron.stages.logit_cache import asked_for, refuse_phases
+from nemo_minitron.stages.origin import uncorrected
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.stages.training_stage import Role, tokenizer_of, training_inputs, training_recipe
 from nemo_minitron.workspace.artifacts import input_artifact
@@ -49,7 +50,7 @@ def recipe(config: Config) -> Recipe:
     pruned = workspace.pruned
     inputs = [input_artifact(workspace.root, "pruned", "prune"), *training_inputs(config)]
     if config.export.gguf:
-        refuse_gguf(config, open_checkpoint(pruned))
+        refuse_gguf(config, open_checkpoint(pruned), uncorrected(config))
     if settings.teacher_logits == "cache":
         inputs.append(input_artifact(workspace.root, "logits", "logits"))
         callbacks, wrap_samples = _cached(config, pruned, divergence, inside)

@@ -91,7 +91,7 @@ def run(config: Config) -> Result:
         raise_if_failed(rows)
     source = uncorrected(config)
     checkpoint, student = open_checkpoint(source), model_in(workspace.student)
-    refuse_gguf(config, open_checkpoint(student))
+    refuse_gguf(config, open_checkpoint(student), source)
     dtype = config.export.dtype or main_dtype(checkpoint)
     dtypes = {} if config.export.dtype else _row_dtypes(checkpoint)
     around = _surroundings(config, workspace, checkpoint)

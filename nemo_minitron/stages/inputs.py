@@ -121,8 +121,13 @@ def model_folder(config: Config, where: str, text: str) -> tuple[Path, Input]:
     return folder, Input(str(folder), open_checkpoint(folder).fingerprint)
 
 
-def refuse_gguf(config: Config, checkpoint: "Checkpoint") -> None:
+def refuse_gguf(config: Config, checkpoint: "Checkpoint", source: Path | None = None) -> None:
     """Refuses ``export.gguf`` of a model that is not written as GGUF, before anything is trained.
+
+    Args:
+        config: the whole configuration.
+        checkpoint: the model.
+        source: the model that it was made of; None: it is one itself.
 
     Raises:
         ValueError: its family or its tokenizer is not.
@@ -130,7 +135,7 @@ def refuse_gguf(config: Config, checkpoint: "Checkpoint") -> None:
     if config.export.gguf:
         from nemo_minitron.release.gguf_export import check_gguf
 
-        check_gguf(checkpoint, config.export.gguf, config.export.gguf_pre)
+        check_gguf(checkpoint, config.export.gguf, config.export.gguf_pre, source)
 
 
 POSITIONS = "max_position_embeddings"

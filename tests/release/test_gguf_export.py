@@ -1,5 +1,6 @@
 """GGUF out and in: what llama.cpp's converter would write, read back as a source with the same logits."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from nemo_minitron.checkpoints.gguf_file import read_gguf
 from nemo_minitron.checkpoints.gguf_weights import _expert
 from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.models.gguf_folder import write_gguf_folder
-from nemo_minitron.release.gguf_export import check_gguf, write_gguf
+from nemo_minitron.release.gguf_export import _compare, check_gguf, write_gguf
 from tests.support.models import make_model
 
 gguf = pytest.importorskip("gguf")
@@ -28,6 +29,8 @@ YARN = {
     "original_max_position_embeddings": 16,
 }
 WIDE = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+FILL = "head_dim * num_attention_heads == hidden_size"
+SLIDING, FULL = "sliding_attention", "full_attention"
 MORE = {
     "nemotron": {"attention_bias": True, "mlp_bias": True},
     "gemma3_text": {"num_hidden_layers": 7, "sliding_window": 6, "query_pre_attn_scalar": 4,
@@ -164,7 +167,25 @@ def test_all_experts_of_a_layer_lie_in_one_tensor_and_routers_are_float32(
         ("qwen3_moe", {"mlp_only_layers": [1]}, "not mlp_only_layers"),
         ("qwen2_moe", {"norm_topk_prob": True}, "not norm_topk_prob"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv == None"),
-        ("phi3", {"hidden_act": "gelu"}, "hidden_act == 'silu'"),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act == 'silu'; found hidden_act=gelu"),
+        (
+            "qwen2",
+            {"hidden_size": 48},
+            f"{FILL}; found head_dim=4, hidden_size=48, num_attention_heads=8",
+        ),
+        ("qwen2", {"num_attention_heads": 4}, FILL),
+        ("qwen2_moe", {"hidden_size": 48}, FILL),
+        ("gemma2", {"layer_types": [SLIDING, FULL, FULL]}, "full attention in every N-th layer"),
+        (
+            "gemma3_text",
+            {"layer_types": [*[SLIDING] * 5, FULL, FULL]},
+            "found every_nth=[5], full_attention=[5, 6]",
+        ),
+        (
+            "gemma3_text",
+            {"layer_types": [*[SLIDING, FULL] * 3, FULL]},
+            "found every_nth=[1, 3, 5], full_attention=",
+        ),
     ],
 )
 def test_what_llama_cpp_takes_for_granted_is_refused(
@@ -173,6 +194,81 @@ def test_what_llama_cpp_takes_for_granted_is_refused(
     folder = made(tmp_path / "m", model_type, tokenizer_folder, **changes)
     with pytest.raises(ValueError, match=re.escape(said)):
         check_gguf(open_checkpoint(folder), ["bf16"], "gpt-2")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "windows", "period"),
+    [
+        ("gemma2", "S F S F S", None),  # llama.cpp's own for the architecture
+        ("gemma2", "S S F S", 3),
+        ("gemma2", "F F F", 1),
+        ("gemma2", "S S S", 4),
+        ("gemma3_text", "S S S S S F S", None),
+        ("gemma3_text", "S S S S", None),
+        ("gemma3_text", "S F S F S F", 2),
+    ],
+)
+def test_layers_with_a_window_are_one_number_as_llama_cpp_reads_them(
+    tmp_path, tokenizer_folder, model_type, windows, period
+):
+    kinds = [{"S": SLIDING, "F": FULL}[kind] for kind in windows.split()]
+    changes = {"num_hidden_layers": len(kinds), "layer_types": kinds}
+    folder = made(tmp_path / "m", model_type, tokenizer_folder, **changes)
+    check_gguf(open_checkpoint(folder), ["bf16"], "gpt-2")
+    path = written(folder, ["bf16"])["bf16"]
+    fields = gguf.GGUFReader(path).fields
+    architecture = fields["general.architecture"].contents()
+    stated = fields.get(f"{architecture}.attention.sliding_window_pattern")
+    if stated is not None:  # a list is passed over
+        assert stated.types == [gguf.GGUFValueType.UINT32]
+    assert (stated and stated.contents()) == period
+    number = period or {"gemma2": 2, "gemma3": 6}[architecture]
+    # llama.cpp, llama-hparams.cpp: set_swa_pattern
+    assert [kind == SLIDING for kind in kinds] == [
+        layer % number < number - 1 for layer in range(len(kinds))
+    ]
+    back = as_source(path, tmp_path / "back")
+    assert open_checkpoint(back).config["layer_types"] == kinds
+    assert torch.allclose(logits(folder), logits(back), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "key", "value", "said"),
+    [
+        ("qwen2", {}, "qwen2.attention.head_count", 4, "says heads 4, and .* has 8"),
+        (
+            "gemma2",
+            {"layer_types": [SLIDING, SLIDING, FULL]},
+            "gemma2.attention.sliding_window_pattern",
+            2,
+            "says layer_types .*, and .* has ",
+        ),
+    ],
+)
+def test_a_file_whose_metadata_describes_another_model_is_not_reported_good(
+    tmp_path, tokenizer_folder, model_type, changes, key, value, said
+):
+    folder = made(tmp_path / "m", model_type, tokenizer_folder, **changes)
+    path = written(folder, ["bf16"])["bf16"]
+    _compare(path, open_checkpoint(folder))
+    reader = gguf.GGUFReader(path, "r+")
+    reader.fields[key].parts[-1][0] = value
+    reader.data.flush()
+    with pytest.raises(RuntimeError, match=said):
+        _compare(path, open_checkpoint(folder))
+
+
+def test_a_folder_written_again_has_the_tokenizer_that_it_has_now(tmp_path, tokenizer_folder):
+    folder = made(tmp_path / "m", "llama", tokenizer_folder)
+    tokens = []
+    for _ in range(2):
+        path = written(folder, ["bf16"])["bf16"]
+        tokens.append(gguf.GGUFReader(path).fields["tokenizer.ggml.tokens"].contents())
+        content = json.loads((folder / "tokenizer.json").read_text())
+        vocab = content["model"]["vocab"]
+        vocab["t"], vocab["h"] = vocab["h"], vocab["t"]
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert tokens[0] != tokens[1] and sorted(tokens[0]) == sorted(tokens[1])
 
 
 def test_the_docs_name_every_family_that_is_written():

@@ -1,5 +1,6 @@
 """A smaller vocabulary through the stages: plan, prune, logits, distill, evaluate, export."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ from nemo_minitron.families import families
 from nemo_minitron.families.table import OWN_TABLES, TABLES
 from nemo_minitron.plugin.transforms import Pruning
 from nemo_minitron.pruning.plan_file import read_plan
+from nemo_minitron.release import gguf_tokenizer
 from nemo_minitron.release.gguf_export import write_gguf
 from nemo_minitron.stages import distill
 from nemo_minitron.stages import logits as logits_stage
@@ -25,6 +27,7 @@ from tests.support.models import logits, make_model
 from tests.support.runs import refused
 
 SIZE = 280
+MEASURED = ["evaluate.speed=false", "evaluate.prompts=0"]
 
 
 @pytest.fixture
@@ -228,8 +231,39 @@ def test_a_gguf_file_whose_tokenizer_is_cut_does_not_go_out_as_gguf(
     capsys.readouterr()
     line = refused(capsys, "plan", f"workspace={tmp_path / 'ws'}", *words)
     assert "export.gguf: the tokenizer of a model that came as GGUF goes out as it came in" in line
-    run(tmp_path / "ws", [*words, "export.gguf=[]"], "prune")  # and as a folder it does
+    later = [*words, "export.gguf=[]", *MEASURED]
+    run(tmp_path / "ws", later, "prune")  # and as a folder it does
     assert len(AutoTokenizer.from_pretrained(tmp_path / "ws/pruned")) == 290
+    asked = [f"workspace={tmp_path / 'ws'}", *later, "export.gguf=[f32]", "export.gguf_pre=gpt-2"]
+    told = "goes out as it came in, with 300 tokens here"
+    capsys.readouterr()
+    assert told in refused(capsys, "distill", *asked)
+    assert not (tmp_path / "ws/student").exists()
+    run(tmp_path / "ws", later, "distill", "evaluate")
+    capsys.readouterr()
+    line = refused(capsys, "export", *asked)
+    assert told in line and "the plan cut the vocabulary to 290" in line
+    assert not (tmp_path / "ws/export").exists()
+
+
+def test_the_pre_tokenizer_of_a_smaller_vocabulary_is_named_by_the_sources(
+    tmp_path, cut_words, teacher, monkeypatch
+):
+    gguf = pytest.importorskip("gguf")
+    text = "the model reads \n 3.3"
+    ids = AutoTokenizer.from_pretrained(teacher).encode(text)
+    names = {"other": ["0" * 64], "tiny": [hashlib.sha256(str(ids).encode()).hexdigest()]}
+    table = tmp_path / "names.yaml"  # as llama.cpp's, which has no tokenizer as small as this one
+    table.write_text(json.dumps({"text": text, "names": names}))
+    monkeypatch.setattr(gguf_tokenizer, "_TABLE", table)
+    words = [*cut_words, *MEASURED, "export.gguf=[f32]"]
+    run(tmp_path / "ws", words, "prune", "distill", "evaluate", "export")
+    (file,) = (tmp_path / "ws/export").glob("*.gguf")
+    fields = gguf.GGUFReader(file).fields
+    assert fields["tokenizer.ggml.pre"].contents() == "tiny"
+    exported = AutoTokenizer.from_pretrained(tmp_path / "ws/export").get_vocab()
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert tokens == sorted(exported, key=exported.get) and len(tokens) == SIZE
 
 
 def test_a_module_in_memory_has_no_tokenizer_to_cut(tmp_path, cut_words):
