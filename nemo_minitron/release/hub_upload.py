@@ -13,13 +13,20 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
+from nemo_minitron.checkpoints.set_aside import GENERATION_CONFIG
+from nemo_minitron.checkpoints.side_files import PROCESSOR_FILES, TEMPLATES, TOKENIZER_FILES
+from nemo_minitron.evaluation.gate import LINEAGE
+from nemo_minitron.release.gguf_export import KINDS
 from nemo_minitron.security.links import refuse_link
 from nemo_minitron.workspace.layout import MANIFEST
 
-_OURS = re.compile(
+_WEIGHTS = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|\.eval_results/minitron\.yaml"
 )
-"""Of an earlier export; beside new shards an old ``model.safetensors`` would be what loads."""
+"""Of an earlier model; beside new shards an old ``model.safetensors`` would be what loads."""
+_GGUF = re.compile(rf".*-({'|'.join(kind.upper() for kind in KINDS)})\.gguf")
+_BESIDE = {*TOKENIZER_FILES, *PROCESSOR_FILES, GENERATION_CONFIG}
+"""What an export may have beside its weights; some readers prefer another tokenizer's file to ours."""
 
 
 def upload(
@@ -93,9 +100,7 @@ def _send(
         raise ValueError(
             f"export.push_to_hub: export.tag={tag} is there and means {tagged}; choose another"
         )
-    old = [
-        name for name in api.list_repo_files(repository, revision=revision) if _OURS.fullmatch(name)
-    ]
+    old = _outdated(api.list_repo_files(repository, revision=revision))
     info: Any = api.upload_folder(
         repo_id=repository, folder_path=folder, revision=revision, ignore_patterns=[MANIFEST],
         delete_patterns=old or None, commit_message="Export by nemo_minitron",
@@ -107,6 +112,24 @@ def _send(
     if tag is not None and tagged is None:
         api.create_tag(repository, tag=tag, revision=info.oid)
     return str(info)
+
+
+def _outdated(names: list[str]) -> list[str]:
+    """Those of a repository's files that a new export takes the place of, whether it has them or not.
+
+    Of a repository that no export lies in, only weights: all else is its owner's.
+    """
+    ours = LINEAGE in names
+    return [
+        name
+        for name in names
+        if _WEIGHTS.fullmatch(name)
+        or (ours and (name in _BESIDE or _GGUF.fullmatch(name) or _is_template(name)))
+    ]
+
+
+def _is_template(name: str) -> bool:
+    return name.startswith(f"{TEMPLATES}/") and name.endswith(".jinja")
 
 
 def _tagged(api: huggingface_hub.HfApi, repository: str, tag: str | None) -> str | None:

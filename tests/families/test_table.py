@@ -223,6 +223,11 @@ def test_lfm2_has_the_neurons_that_its_config_computes():
     assert model.sizes["ffn"] == 8192
     written = model.resized({**model.sizes, "ffn": 4096}).config
     assert (written["intermediate_size"], written["block_auto_adjust_ff_dim"]) == (4096, False)
+    # vLLM builds its layers of these
+    alike = {"block_dim": 2048, "conv_dim": 2048, "conv_dim_out": 2048}
+    model = Architecture(family, {**model.config, **alike})
+    written = model.resized({**model.sizes, "hidden": 1536, "conv_channels": 1536}).config
+    assert {written[name] for name in ("hidden_size", *alike)} == {1536}
 
 
 def test_dense_first_layers_are_counted_anew():

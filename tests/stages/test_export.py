@@ -81,14 +81,18 @@ def test_nothing_of_an_earlier_export_stays_beside_the_weights(export):
     word = "export.push_to_hub=me/small"
     assert run(word).returncode == 0
     assert "model.safetensors" in hub.made["me/small"].branches["main"]
-    for name in ("NOTES.md", "awq/model.safetensors", "other.safetensors"):
-        hub.made["me/small"].branches["main"][name] = b"the owner's"
+    owners = {"NOTES.md", "awq/model.safetensors", "other.safetensors", "small.Q4_K_M.gguf"}
+    # of an export with another tokenizer, or with files that this one does not ask for
+    earlier = {"tokenizer.model", "preprocessor_config.json", "small-Q8_0.gguf"}
+    for name in owners | earlier:
+        hub.made["me/small"].branches["main"][name] = b"old"
     assert run(word, "export.shard_size=10000").returncode == 0
     there = set(hub.made["me/small"].branches["main"])
     assert (
         "model.safetensors" not in there
     )  # it, and not the shards, is what transformers would load
-    assert {"NOTES.md", "awq/model.safetensors", "other.safetensors"} < there
+    assert owners < there and not earlier & there
+    assert "tokenizer.json" in there
     shards = {path.name for path in (workspace / "export").glob("*.safetensors")}
     assert len(shards) > 1 and shards == {name for name in there if name.startswith("model-")}
 
