@@ -23,6 +23,7 @@ PIECE = 2**20
 """Characters of a piece at most; a text that is no longer has the tokens of the whole text."""
 _AFTER_LINE = re.compile(r"(?<=\S)\n(?=\S)")
 _BEFORE_SPACE = re.compile(r"(?<=\S)\s")
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,15 @@ def draw_of(document: Document) -> int:
         for start in range(0, len(document), PIECE):
             hashed.update(document[start : start + PIECE].astype("<i8").tobytes())
     else:
-        texts = [json.dumps(document)] if isinstance(document, list) else _chunks(document)
+        texts = [_told(document)] if isinstance(document, list) else _chunks(document)
         for text in texts:
             hashed.update(text.encode("utf-8", "replace"))
     return int.from_bytes(hashed.digest()[:8], "big")
+
+
+def _told(talk: list[dict[str, Any]]) -> str:
+    """A conversation as JSON; what is no JSON (a time, bytes) as Python shows it, but for its address."""
+    return json.dumps(talk, default=lambda value: _ADDRESS.sub("", repr(value)))
 
 
 def _chunks(text: str | LongText) -> Iterator[str]:

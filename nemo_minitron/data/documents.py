@@ -33,6 +33,7 @@ from nemo_minitron.data.row_files import (
     parquet_rows,
     rows_of,
     saved_rows,
+    saved_set,
 )
 from nemo_minitron.security import plain_text
 from nemo_minitron.workspace.manifest import digest
@@ -106,7 +107,7 @@ def find_text(
             f"{where}.paths: expected hf://owner/name[/config][:split], found {wrong[0]!r}"
         )
     for pattern in [path for path in paths if not path.startswith(HUB)]:
-        matches = _expand(pattern)
+        matches = _expand(pattern, where)
         if not matches:
             raise ValueError(f"{where}.paths: {pattern!r} matches no file")
         found |= matches
@@ -129,11 +130,11 @@ def find_text(
     return TextSet(tuple(kept), format, text_key, side, holdout, where, remote)
 
 
-def _expand(pattern: str) -> set[Path]:
+def _expand(pattern: str, where: str) -> set[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         if _is_dataset(path):
-            return {path}
+            return {saved_set(path, f"{where}.paths")}
         found = {file for file in path.rglob("*") if file.is_file()}
         found = {
             f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)

@@ -7,8 +7,9 @@ is added to them. The other formats are read by ``datasets``.
 """
 
 import codecs
-import itertools
+import glob
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -277,13 +278,42 @@ def parquet_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
                         yield from batch.to_pylist()
                     return
         options = {"split": "train", "streaming": True, "batch_size": _TOGETHER}
-        yield from datasets.load_dataset("parquet", data_files=[str(path)], **options)
+        # datasets takes a name for a pattern, and would read a1.parquet for a[1].parquet
+        name = glob.escape(os.path.abspath(path))
+        yield from datasets.load_dataset("parquet", data_files=[name], **options)
 
     yield from _guarded(rows(), path, where, "parquet")
 
 
+def saved_set(path: Path, where: str) -> Path:
+    """The folder to read of one that ``save_to_disk`` wrote: of several splits ``train``, as of hf://.
+
+    Raises:
+        ValueError: it holds splits, and none of them is called so; the message names their folders.
+    """
+    listed = path / "dataset_dict.json"
+    if not listed.is_file():
+        return path
+    try:
+        splits = sorted(str(name) for name in json.loads(listed.read_bytes())["splits"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{where}: {plain(listed)}: not the list of a saved data set's splits: {error!r:.80}"
+        ) from error
+    if splits == ["train"]:
+        return path  # its name, and so its place among other files, is what it was
+    there = [path / name for name in splits if (path / name).is_dir()]
+    if path / "train" in there:
+        return path / "train"
+    choice = ", ".join(map(plain, there)) or "none is there"
+    raise ValueError(
+        f"{where}: {plain(path)}: expected a split 'train' in this saved data set, found {plain(splits)}; "
+        f"name the folder of the one to read: {choice}"
+    )
+
+
 def saved_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
-    """Place and value of every row of a folder that ``save_to_disk`` wrote.
+    """Place and value of every row of a folder that ``save_to_disk`` wrote, as ``saved_set`` names it.
 
     Raises:
         ValueError: it is damaged, or its parts lie elsewhere.
@@ -295,8 +325,7 @@ def saved_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
 
     def rows() -> Iterator[Any]:
         found = datasets.load_from_disk(str(path))
-        whole = isinstance(found, datasets.Dataset)
-        yield from found if whole else itertools.chain.from_iterable(found.values())
+        yield from found if isinstance(found, datasets.Dataset) else found["train"]
 
     yield from _guarded(rows(), path, where, "a saved data set")
 
