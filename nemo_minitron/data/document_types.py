@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,9 +51,16 @@ class Conversation(list[dict[str, Any]]):
 
     Attributes:
         origin: file and row, for messages.
+        tools: JSON schemas of the functions that the assistant may call; empty: none.
     """
 
     origin = ""
+    tools: Sequence[dict[str, Any]] = ()
+
+
+def tools_of(messages: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """JSON schemas of the functions that the assistant of a conversation may call."""
+    return messages.tools if isinstance(messages, Conversation) else ()
 
 
 Ids = np.ndarray[Any, Any]
@@ -140,7 +147,9 @@ def draw_of(document: Document) -> int:
 
 def _told(talk: list[dict[str, Any]]) -> str:
     """A conversation as JSON; what is no JSON (a time, bytes) as Python shows it, but for its address."""
-    return json.dumps(talk, default=lambda value: _ADDRESS.sub("", repr(value)))
+    tools = list(tools_of(talk))
+    said = [talk, tools] if tools else talk
+    return json.dumps(said, default=lambda value: _ADDRESS.sub("", repr(value)))
 
 
 def _chunks(text: str | LongText) -> Iterator[str]:
