@@ -1,4 +1,4 @@
-"""Rows of JSON, parquet, saved data sets and data sets on the hub, and the document that each holds.
+"""Rows of JSON, parquet and data sets on the hub, and the document that each holds.
 
 JSON is read by a reader of its own: values one after another (JSON Lines), or the elements of one
 array, a megabyte at a time. A value that is damaged, too long or too deep is refused by its number,
@@ -311,55 +311,10 @@ def parquet_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
         name = glob.escape(os.path.abspath(path))
         yield from datasets.load_dataset("parquet", data_files=[name], **options)
 
-    yield from _guarded(rows(), path, where, "parquet")
+    yield from guarded(rows(), path, where, "parquet")
 
 
-def saved_set(path: Path, where: str) -> Path:
-    """The folder to read of one that ``save_to_disk`` wrote: of several splits ``train``, as of hf://.
-
-    Raises:
-        ValueError: it holds splits, and none of them is called so; the message names their folders.
-    """
-    listed = path / "dataset_dict.json"
-    if not listed.is_file():
-        return path
-    try:
-        splits = sorted(str(name) for name in json.loads(listed.read_bytes())["splits"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{where}: {plain(listed)}: not the list of a saved data set's splits: {error!r:.80}"
-        ) from error
-    if splits == ["train"]:
-        return path  # its name, and so its place among other files, is what it was
-    there = [path / name for name in splits if (path / name).is_dir()]
-    if path / "train" in there:
-        return path / "train"
-    choice = ", ".join(map(plain, there)) or "none is there"
-    raise ValueError(
-        f"{where}: {plain(path)}: expected a split 'train' in this saved data set, found {plain(splits)}; "
-        f"name the folder of the one to read: {choice}"
-    )
-
-
-def saved_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
-    """Place and value of every row of a folder that ``save_to_disk`` wrote, as ``saved_set`` names it.
-
-    Raises:
-        ValueError: it is damaged, or its parts lie elsewhere.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    _check_saved(path, where)
-
-    def rows() -> Iterator[Any]:
-        found = datasets.load_from_disk(str(path))
-        yield from found if isinstance(found, datasets.Dataset) else found["train"]
-
-    yield from _guarded(rows(), path, where, "a saved data set")
-
-
-def _guarded(rows: Iterator[Any], path: Path, where: str, kind: str) -> Iterator[tuple[str, Any]]:
+def guarded(rows: Iterator[Any], path: Path, where: str, kind: str) -> Iterator[tuple[str, Any]]:
     """Rows of a stranger's file, whose reader may raise anything.
 
     Raises:
@@ -381,23 +336,3 @@ def _guarded(rows: Iterator[Any], path: Path, where: str, kind: str) -> Iterator
             return
         number += 1
         yield f"{where}: {plain(path)}, row {number}", row
-
-
-def _check_saved(path: Path, where: str) -> None:
-    """Refuses a saved data set whose parts lie elsewhere.
-
-    Raises:
-        ValueError: they do, or what lists them cannot be read.
-    """
-    for listed in sorted(path.rglob("state.json")):
-        try:
-            names = [
-                str(part["filename"]) for part in json.loads(listed.read_bytes())["_data_files"]
-            ]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{where}: {listed}: not the state of a saved data set: {error!r:.80}"
-            ) from error
-        outside = next((name for name in names if Path(name).name != name), None)
-        if outside is not None:
-            raise ValueError(f"{where}: {listed} names {outside!r}, which is no file beside it")

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_minitron.config.compose import load_config
 from nemo_minitron.data.calibration_samples import calibration_samples
 from nemo_minitron.data.documents import documents, plain
+from nemo_minitron.data.mixtures import text_input, training_text
 from nemo_minitron.data.windows import pack, pack_mixture
 from nemo_minitron.models.causal_lm import load_tokenizer
+from nemo_minitron.workspace.layout import Workspace, commit_in
+from nemo_minitron.workspace.manifest import digest, write_json
 from tests.support.text_samples import found
 
 
@@ -90,6 +94,32 @@ def test_a_name_with_brackets_or_stars_is_no_pattern(tmp_path):
     for name in ("a1", "a[1]", "a*", "b?"):
         for place in (f"{name}.parquet", f"sets/{name}", f"{name}.jsonl"):
             assert list(documents(found([tmp_path / place]))) == [f"of {name}"], place
+
+
+def test_a_noted_commit_of_a_data_set_names_the_text_without_the_hub(tmp_path):
+    notes, commit = Workspace(tmp_path).data_commits, "c" * 40
+    for name in ("org/lines", "org/b"):
+        noted = {"data_set": name, "asked": None, "commit": commit}
+        path = commit_in(notes, name, None)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, noted)
+
+    def text(*paths):
+        words = [f"workspace={tmp_path}", f"data.train.paths={list(paths)}", "data.holdout=0.1"]
+        return text_input(training_text(load_config("config", words)))
+
+    one = text("hf://org/lines/en:test[:9]")
+    assert one.path == f"data.train (0 files, train; hf://org/lines/en:test[:9] at {commit})"
+    # as it was before commits were noted
+    expected = [[["hf://org/lines/en:test[:9]", commit]], "auto", "text", "train", 0.1]
+    assert one.fingerprint == digest(expected)
+    assert text(f"hf://org/lines@{commit}/en:test[:9]") == one
+    other = text(f"hf://org/lines@{'d' * 40}/en:test[:9]")
+    assert other.fingerprint != one.fingerprint and "d" * 40 in other.path
+    # the order of data sets, and so that of documents, is that of the names without commits
+    pair = text("hf://org/lines", "hf://org/b")
+    assert pair == text(f"hf://org/lines@{commit}", f"hf://org/b@{commit}")
+    assert pair.path.endswith(f"train; hf://org/b at {commit}; hf://org/lines at {commit})")
 
 
 @pytest.mark.parametrize(
