@@ -134,7 +134,7 @@ def _steps(base: Config, first: Path, command: str) -> list[Result]:
     for number in range(count):
         own = _step(base, str(number + 1), source, first, last=number + 1 == count)
         _cut_to(own, base.cascade.sizes[number])
-        _share_tokens(base, own)
+        _share(base, own)
         exported = [compress(config=as_dict(own), command=command)[-1]]
         source = place.step(str(number + 1)).export.resolve()
     if base.cascade.one_shot and count > 1:
@@ -145,7 +145,7 @@ def _steps(base: Config, first: Path, command: str) -> list[Result]:
                 own.trainer[key] *= count
         if own.training.max_tokens is not None:
             own.training.max_tokens *= count
-        _share_tokens(base, own)
+        _share(base, own)
         compress(config=as_dict(own), command=command)
     return exported
 
@@ -179,13 +179,20 @@ def _cut_to(own: Config, size: Any) -> None:
         own.plan.budget.params = float(size)
 
 
-def _share_tokens(base: Config, own: Config) -> None:
-    """Links the tokenised text into a step's workspace, relatively; a search has workspaces further below."""
-    target, link = Workspace(Path(base.workspace)).tokens, Workspace(Path(own.workspace)).tokens
-    if own.plan.budget.params is None and not link.is_symlink() and not link.exists():
-        target.mkdir(parents=True, exist_ok=True)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
+def _share(base: Config, own: Config) -> None:
+    """Links into a step's workspace, relatively, what is known of the text: commits on the hub, and tokens.
+
+    A search has workspaces further below, where tokens are not shared.
+    """
+    above, below = Workspace(Path(base.workspace)), Workspace(Path(own.workspace))
+    links = {below.data_commits: above.data_commits}
+    if own.plan.budget.params is None:
+        links[below.tokens] = above.tokens
+    for link, target in links.items():
+        if not link.is_symlink() and not link.exists():
+            target.mkdir(parents=True, exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=True)
 
 
 def _side_by_side(base: Config, last: Path) -> Result:

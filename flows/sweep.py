@@ -207,9 +207,9 @@ def run_variant(values: dict[str, Any]) -> None:
 def share(place: Path, workspace: Path) -> None:
     """Links what all variants share into the workspace of one, relatively, so that the whole can be moved."""
     workspace.mkdir(parents=True, exist_ok=True)
+    begun_by_variants = (Workspace(place).tokens, Workspace(place).data_commits)
     for link, target in zip(Workspace(workspace).shared, Workspace(place).shared, strict=True):
-        target_exists = target.exists() or target == Workspace(place).tokens
-        if target_exists and not link.is_symlink():
+        if (target.exists() or target in begun_by_variants) and not link.is_symlink():
             target.mkdir(exist_ok=True)
             link.symlink_to(os.path.relpath(target, workspace), target_is_directory=True)
 

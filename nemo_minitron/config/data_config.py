@@ -12,7 +12,7 @@ class TextConfig:
 
     paths: list[str] | None = option(
         None,
-        "files, folders, glob patterns, hf://owner/name[/config][:split]; null: "
+        "files, folders, glob patterns, hf://owner/name[@REV][/config][:split]; null: "
         "calibration reads data.train, validation what is held out of it",
     )
     exclude: list[str] = option([], "glob patterns of files to leave out")

@@ -6,12 +6,15 @@ not from going on for ever or from taking all memory, also inside a single C fun
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_minitron.data.chat_template_process import Lost, Silent, Worker
+from nemo_minitron.data.compressed_files import note
+from nemo_minitron.data.document_types import tools_of
 from nemo_minitron.security.plain_text import plain
 
 SECONDS = 20.0
@@ -23,6 +26,8 @@ OUTPUT, OUTPUT_PER_CHARACTER = 1_000_000, 100
 """Characters that it may write, and those for each character of the conversation."""
 _CODING = ("utf-8", "surrogatepass")
 """Of the lines; texts may hold halves of surrogate pairs."""
+_TOOLS = re.compile(r"\btools\b")
+_UNREAD = "holds a chat template that does not read tools: those of the data are not in the text"
 
 
 class ChatTemplate:
@@ -50,7 +55,7 @@ class ChatTemplate:
         The process gets all conversations at once and renders while the caller uses a text.
 
         Args:
-            conversations: messages.
+            conversations: messages, and their tools where they are of ``Conversation``.
             answers: whether to find out where the assistant speaks.
 
         Yields:
@@ -62,6 +67,8 @@ class ChatTemplate:
             RuntimeError: the process does not start.
         """
         sent = [_request(messages, answers) for messages in conversations]
+        if any(map(tools_of, conversations)) and not _reads_tools(self._tokenizer.chat_template):
+            note(Path(_source(self._tokenizer)), self._where, _UNREAD)
         done = False
         try:
             if self._worker is not None and self._worker.process is not None:
@@ -128,13 +135,21 @@ class ChatTemplate:
 
 
 def _request(messages: list[dict[str, Any]], answers: bool) -> bytes:
-    request = {"messages": messages, "answers": answers}
+    request: dict[str, Any] = {"messages": messages, "answers": answers}
+    if tools := list(tools_of(messages)):
+        request["tools"] = tools
     # what is no JSON (a time, an image) a template sees as transformers shows it: by the name of
     # its type
     text = json.dumps(
         request, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>"
     )
     return text.encode(*_CODING) + b"\n"
+
+
+def _reads_tools(template: str | dict[str, str]) -> bool:
+    """Whether a template, or one of several, names the variable; transformers is silent where none does."""
+    texts = template.values() if isinstance(template, dict) else [template]
+    return any(_TOOLS.search(text) for text in texts)
 
 
 def _import_path(tokenizer: Any) -> list[str]:

@@ -7,6 +7,7 @@ it answers with an empty line once it is ready. An empty line later on says that
 
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -141,11 +142,12 @@ def _rendered(
     An answer begins where the conversation so far ends that asks for one, and ends where it is in.
     """
     messages = request["messages"]
-    text = render(messages, characters)
+    render = functools.partial(render, characters=characters, tools=request.get("tools"))
+    text = render(messages)
     if "None" in text and any(message.get("content") is None for message in messages):
         silent = [m if m.get("content") is not None else m | {"content": ""} for m in messages]
         alive()
-        if text.count("None") > render(silent, characters).count("None"):
+        if text.count("None") > render(silent).count("None"):
             return {"failure": "null"}
     spans = []
     for number, message in enumerate(messages if request["answers"] else []):
@@ -153,7 +155,7 @@ def _rendered(
             continue
         alive()  # the limit is for one rendering, and a long conversation has many
         try:
-            asked = render(messages[:number], characters, add_generation_prompt=True)
+            asked = render(messages[:number], add_generation_prompt=True)
         except (MemoryError, TooLong):
             raise
         except Exception:
@@ -161,7 +163,7 @@ def _rendered(
                 raise
             return {"failure": "begins"}
         alive()
-        said = render(messages[: number + 1], characters)
+        said = render(messages[: number + 1])
         if not text.startswith(asked) or not text.startswith(said) or not said.startswith(asked):
             return {"failure": "rewrites"}
         spans.append((len(asked), len(said)))

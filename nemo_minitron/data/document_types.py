@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ PIECE = 2**20
 """Characters of a piece at most; a text that is no longer has the tokens of the whole text."""
 _AFTER_LINE = re.compile(r"(?<=\S)\n(?=\S)")
 _BEFORE_SPACE = re.compile(r"(?<=\S)\s")
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,16 @@ class Conversation(list[dict[str, Any]]):
 
     Attributes:
         origin: file and row, for messages.
+        tools: JSON schemas of the functions that the assistant may call; empty: none.
     """
 
     origin = ""
+    tools: Sequence[dict[str, Any]] = ()
+
+
+def tools_of(messages: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """JSON schemas of the functions that the assistant of a conversation may call."""
+    return messages.tools if isinstance(messages, Conversation) else ()
 
 
 Ids = np.ndarray[Any, Any]
@@ -131,10 +139,17 @@ def draw_of(document: Document) -> int:
         for start in range(0, len(document), PIECE):
             hashed.update(document[start : start + PIECE].astype("<i8").tobytes())
     else:
-        texts = [json.dumps(document)] if isinstance(document, list) else _chunks(document)
+        texts = [_told(document)] if isinstance(document, list) else _chunks(document)
         for text in texts:
             hashed.update(text.encode("utf-8", "replace"))
     return int.from_bytes(hashed.digest()[:8], "big")
+
+
+def _told(talk: list[dict[str, Any]]) -> str:
+    """A conversation as JSON; what is no JSON (a time, bytes) as Python shows it, but for its address."""
+    tools = list(tools_of(talk))
+    said = [talk, tools] if tools else talk
+    return json.dumps(said, default=lambda value: _ADDRESS.sub("", repr(value)))
 
 
 def _chunks(text: str | LongText) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """From paths to documents and their side of the split, the same on every machine for a given seed.
 
 A document is text, a conversation, or the token ids of a Megatron data set (``document_types``).
-What the formats hold is read by ``compressed_files``, ``row_files`` and ``megatron``.
+What the formats hold is read by ``compressed_files``, ``row_files``, ``saved_data_set`` and ``megatron``;
+``hub_text`` says which commit of a data set on the hub is read.
 """
 
 import fnmatch
@@ -11,7 +12,6 @@ import hashlib
 import json
 import os
 import random
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,23 +27,20 @@ from nemo_minitron.data.document_types import (
     pieces_of,
     text_document,
 )
+from nemo_minitron.data.hub_text import FORM, HUB, HubText, commit_of, hub_text
 from nemo_minitron.data.row_files import (
     document_of,
     json_rows,
     parquet_rows,
     rows_of,
-    saved_rows,
 )
+from nemo_minitron.data.saved_data_set import saved_rows, saved_set
 from nemo_minitron.security import plain_text
 from nemo_minitron.workspace.manifest import digest
 
 _SHOWN = 5
 _WHOLE = 64 * 2**20
 _SUFFIXES = {"jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet",)}
-HUB = "hf://"
-_ON_HUB = re.compile(
-    r"hf://(?P<repository>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>.+))?"
-)
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,13 @@ class TextSet:
 
     Attributes:
         files: files (or dataset folders), sorted.
-        remote: data sets on the hub, as ``hf://owner/name[/config][:split]``.
+        remote: data sets on the hub, as ``hub_text.FORM`` says.
         format: one of text, jsonl, parquet, hf; or auto, by file.
         text_key: column of the text.
         side: ``all``, or ``train`` / ``held_out`` of the split by document.
         holdout: share of documents that the split holds out.
         where: the configuration key it came from, for messages.
+        notes: folder with the commits that a workspace stays with; None: there is no workspace.
     """
 
     files: tuple[Path, ...]
@@ -66,13 +64,14 @@ class TextSet:
     side: str
     holdout: float
     where: str
-    remote: tuple[str, ...] = ()
+    remote: tuple[HubText, ...] = ()
+    notes: Path | None = None
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over contents, format and split; of files over 64 MiB, size, first and last MiB."""
         contents = [[_format_of(path), _fingerprint(path)] for path in self.files]
-        contents += [[name, _revision(name)] for name in self.remote]
+        contents += [[text.title, commit_of(text, self.notes)] for text in self.remote]
         return digest(
             [
                 contents,
@@ -83,6 +82,11 @@ class TextSet:
             ]
         )
 
+    def described(self) -> str:
+        """The text in words: key, number of files, side, and data sets on the hub with their commits."""
+        remote = [f"; {text.title} at {commit_of(text, self.notes)}" for text in self.remote]
+        return f"{self.where} ({len(self.files)} files, {self.side}{''.join(remote)})"
+
 
 def find_text(
     paths: list[str],
@@ -92,21 +96,30 @@ def find_text(
     where: str,
     side: str = "all",
     holdout: float = 0.0,
+    notes: Path | None = None,
 ) -> TextSet:
     """Resolves files, folders and glob patterns.
+
+    Args:
+        paths: those, and names of data sets on the hub.
+        exclude: patterns of files to leave out.
+        format: as in ``TextSet``, as are the others.
+        text_key: column of the text.
+        where: configuration key.
+        side: of the split.
+        holdout: share that it holds out.
+        notes: where the workspace has the commits that it stays with.
 
     Raises:
         ValueError: a path matches nothing, or everything is excluded.
     """
     found: set[Path] = set()
-    remote = tuple(sorted(path for path in paths if path.startswith(HUB)))
-    wrong = [name for name in remote if not _ON_HUB.fullmatch(name)]
-    if wrong:
-        raise ValueError(
-            f"{where}.paths: expected hf://owner/name[/config][:split], found {wrong[0]!r}"
-        )
+    remote = sorted(
+        (_on_hub(path, where) for path in paths if path.startswith(HUB)),
+        key=lambda text: (text.title, text.revision or ""),
+    )
     for pattern in [path for path in paths if not path.startswith(HUB)]:
-        matches = _expand(pattern)
+        matches = _expand(pattern, where)
         if not matches:
             raise ValueError(f"{where}.paths: {pattern!r} matches no file")
         found |= matches
@@ -126,14 +139,14 @@ def find_text(
         raise ValueError(f"{where}.paths: all {len(found)} files are excluded by {where}.exclude")
     if exclude and found and len(kept) == len(found):
         note(Path(", ".join(exclude)), f"{where}.exclude", f"matches none of {len(found):,} files")
-    return TextSet(tuple(kept), format, text_key, side, holdout, where, remote)
+    return TextSet(tuple(kept), format, text_key, side, holdout, where, tuple(remote), notes)
 
 
-def _expand(pattern: str) -> set[Path]:
+def _expand(pattern: str, where: str) -> set[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
         if _is_dataset(path):
-            return {path}
+            return {saved_set(path, f"{where}.paths")}
         found = {file for file in path.rglob("*") if file.is_file()}
         found = {
             f for f in found if not any(part.startswith(".") for part in f.relative_to(path).parts)
@@ -153,14 +166,11 @@ def _is_dataset(path: Path) -> bool:
     return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-@functools.cache
-def _revision(name: str) -> str:
-    """The commit of a data set on the hub, so that the fingerprint is of what is read."""
-    from nemo_minitron.data.hub_data_set import data_set_commit
-
-    match = _ON_HUB.fullmatch(name)
-    assert match is not None, name
-    return data_set_commit(match["repository"])
+def _on_hub(name: str, where: str) -> HubText:
+    found = hub_text(name)
+    if found is None:
+        raise ValueError(f"{where}.paths: expected {FORM}, found {name!r}")
+    return found
 
 
 def _fingerprint(path: Path) -> str:
@@ -259,17 +269,17 @@ def plain(found: Iterable[Document]) -> Iterator[str]:
 
 def no_text(texts: TextSet) -> str:
     """Says that there is no text, and where."""
-    names = [*map(str, texts.files), *texts.remote]
+    names = [*map(str, texts.files), *(text.title for text in texts.remote)]
     shown = ", ".join(plain_text.plain(name) for name in names[:_SHOWN])
     more = ", ..." if len(names) > _SHOWN else ""
     return f"{texts.where}.paths: {len(names)} files hold no text: {shown}{more}"
 
 
 def _documents(texts: TextSet, seed: int) -> Iterator[Document]:
-    sources: list[Path | str] = [*texts.files, *texts.remote]
+    sources: list[Path | HubText] = [*texts.files, *texts.remote]
     random.Random(seed).shuffle(sources)
     for source in sources:
-        if isinstance(source, str):
+        if isinstance(source, HubText):
             yield from (found for found in _from_hub(source, texts) if not blank(found))
             continue
         empty = True
@@ -281,19 +291,19 @@ def _documents(texts: TextSet, seed: int) -> Iterator[Document]:
             note(source, texts.where, "is empty and is passed over")
 
 
-def _from_hub(name: str, texts: TextSet) -> Iterator[Document]:
+def _from_hub(text: HubText, texts: TextSet) -> Iterator[Document]:
     import datasets
 
-    match = _ON_HUB.fullmatch(name)
-    assert match is not None, name
-    config = [match["config"]] if match["config"] else []
-    options = {"split": match["split"] or "train", "streaming": True, "revision": _revision(name)}
+    config = [text.config] if text.config else []
+    commit = commit_of(text, texts.notes)
+    options = {"split": text.split, "streaming": True, "revision": commit}
     try:
-        rows = datasets.load_dataset(match["repository"], *config, **options)
-        for place, row in rows_of(rows, name, texts.where):
+        rows = datasets.load_dataset(text.repository, *config, **options)
+        for place, row in rows_of(rows, text.title, texts.where):
             yield document_of(row, texts.text_key, place)
     except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{texts.where}: {name}: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        raise ValueError(f"{texts.where}: {text.title} at {commit}: {said}") from error
 
 
 def _read(path: Path, texts: TextSet) -> Iterator[Document]:

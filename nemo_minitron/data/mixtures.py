@@ -3,8 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
-from nemo_minitron.config.config import Config
+from nemo_minitron.config.config import Config, workspace_of
 from nemo_minitron.config.data_config import TextConfig
+from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import Input
 
 
@@ -17,14 +18,13 @@ def calibration_mixture(config: Config) -> list[tuple[Any, float]]:
     own = config.data.calibration
     if own.weights is None:
         if own.paths:
-            return [(_find(own, "data.calibration"), 1.0)]
-        text = _find(config.data.train, "data.train", _split(config, "train"), config.data.holdout)
-        return [(text, 1.0)]
+            return [(_find(config, own, "data.calibration"), 1.0)]
+        return [(training_text(config), 1.0)]
     if own.samples is None:
         raise ValueError(
             "data.calibration.weights: shares of how many samples? set data.calibration.samples"
         )
-    return _mixture(own, own.weights, "data.calibration")
+    return _mixture(config, own, own.weights, "data.calibration")
 
 
 def training_mixture(config: Config) -> list[tuple[Any, float]]:
@@ -36,11 +36,11 @@ def training_mixture(config: Config) -> list[tuple[Any, float]]:
     own = config.data.train
     if own.weights is None:
         return [(training_text(config), 1.0)]
-    return _mixture(own, own.weights, "data.train", _split(config, "train"), config.data.holdout)
+    return _mixture(config, own, own.weights, "data.train", _split(config, "train"))
 
 
 def _mixture(
-    text: Any, weights: list[float], where: str, side: str = "all", holdout: float = 0.0
+    config: Config, text: Any, weights: list[float], where: str, side: str = "all"
 ) -> list[tuple[Any, float]]:
     paths = text.paths or []
     if len(weights) != len(paths) or not all(weight > 0 for weight in weights):
@@ -48,21 +48,21 @@ def _mixture(
             f"{where}.weights: expected a positive weight for each of {len(paths)} paths, found "
             f"{list(weights)}"
         )
-    found = [_find(replace(text, paths=[path]), where, side, holdout) for path in paths]
+    found = [_find(config, replace(text, paths=[path]), where, side) for path in paths]
     return list(zip(found, weights, strict=True))
 
 
 def training_text(config: Config) -> Any:
     """Text for training: ``data.train`` without what is held out of it."""
-    return _find(config.data.train, "data.train", _split(config, "train"), config.data.holdout)
+    return _find(config, config.data.train, "data.train", _split(config, "train"))
 
 
 def validation_text(config: Config) -> Any:
     """Text for measuring: ``data.validation``, or what is held out of ``data.train``."""
     own = config.data.validation
     if own.paths:
-        return _find(own, "data.validation")
-    return _find(config.data.train, "data.train", "held_out", config.data.holdout)
+        return _find(config, own, "data.validation")
+    return _find(config, config.data.train, "data.train", "held_out")
 
 
 def validation_mixture(config: Config) -> list[tuple[Any, float]]:
@@ -70,7 +70,7 @@ def validation_mixture(config: Config) -> list[tuple[Any, float]]:
     own = config.data.train
     if config.data.validation.paths or own.weights is None:
         return [(validation_text(config), 1.0)]
-    return _mixture(own, own.weights, "data.train", "held_out", config.data.holdout)
+    return _mixture(config, own, own.weights, "data.train", "held_out")
 
 
 def held_out_windows(config: Config, tokenizer: Any) -> dict[str, Any]:
@@ -91,21 +91,23 @@ def _split(config: Config, side: str) -> str:
     return "all" if config.data.validation.paths else side
 
 
-def _find(text: TextConfig, where: str, side: str = "all", holdout: float = 0.0) -> Any:
+def _find(config: Config, text: TextConfig, where: str, side: str = "all") -> Any:
     from nemo_minitron.data.documents import find_text
 
     if not text.paths:
         raise ValueError(f"{where}.paths: no text given; name files, folders or patterns")
+    holdout, workspace = config.data.holdout, Workspace(workspace_of(config))
     if side != "all" and not 0 < holdout < 1:
         raise ValueError(f"data.holdout: expected a share between 0 and 1, found {holdout}")
     return find_text(
-        list(text.paths), list(text.exclude), text.format, text.text_key, where, side, holdout
-    )
+        list(text.paths), list(text.exclude), text.format, text.text_key, where, side, holdout,
+        workspace.data_commits,
+    )  # fmt: skip
 
 
 def text_input(texts: Any) -> Input:
     """A text set as an artifact's input."""
-    return Input(f"{texts.where} ({len(texts.files)} files, {texts.side})", texts.fingerprint)
+    return Input(texts.described(), texts.fingerprint)
 
 
 VALIDATION_SAMPLES = 512

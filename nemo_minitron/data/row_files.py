@@ -1,4 +1,4 @@
-"""Rows of JSON, parquet, saved data sets and data sets on the hub, and the document that each holds.
+"""Rows of JSON, parquet and data sets on the hub, and the document that each holds.
 
 JSON is read by a reader of its own: values one after another (JSON Lines), or the elements of one
 array, a megabyte at a time. A value that is damaged, too long or too deep is refused by its number,
@@ -7,8 +7,9 @@ is added to them. The other formats are read by ``datasets``.
 """
 
 import codecs
-import itertools
+import glob
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ DEEPEST_ROW = 100
 """Lists and objects inside each other at most."""
 _NAMES = ("messages", "conversations")
 """The usual columns of conversations."""
+_TOOLS = "tools"
+"""The column of the functions that a conversation's assistant may call, as of transformers' templates."""
 _TOGETHER = 32
 """Rows of a parquet file in memory at a time."""
 _STRONG = 50
@@ -37,7 +40,7 @@ _UNENDED = 16
 
 
 def document_of(row: Any, text_key: str, place: str) -> str | Conversation:
-    """Text, or the messages of a conversation, from the column that holds it.
+    """Text, or the messages of a conversation with its tools, from the columns that hold them.
 
     Args:
         row: column to value.
@@ -45,7 +48,7 @@ def document_of(row: Any, text_key: str, place: str) -> str | Conversation:
         place: configuration section, file and row, for messages.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: neither is there, or tools that are none.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected an object, found {_type(row)}")
@@ -62,7 +65,7 @@ def document_of(row: Any, text_key: str, place: str) -> str | Conversation:
         and all(isinstance(m, dict) and "role" in m for m in found)
     ):
         talk = Conversation(_message(message, place) for message in found)
-        talk.origin = place
+        talk.origin, talk.tools = place, _tools(row.get(_TOOLS), place)
         return talk
     under = f"{_type(found)} there" if text_key in row else f"{plain(sorted(row), 200)}"
     raise ValueError(
@@ -86,6 +89,33 @@ def _message(message: dict[str, Any], place: str) -> dict[str, Any]:
         f"{place}: the content of a message must be text or parts of type 'text', found {what}; "
         "leave such rows out of the data"
     )
+
+
+def _tools(found: Any, place: str) -> list[dict[str, Any]]:
+    """The tools of a row: JSON schemas, as a list or as JSON of one; none of what is empty."""
+    if found in (None, "", []):
+        return []
+    try:
+        listed = _parsed(found)
+        tools = [_parsed(tool) for tool in listed] if isinstance(listed, list) else []
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: {_TOOLS!r}: {_reason(error, 'text')}") from error
+    wrong = next((tool for tool in tools if not isinstance(tool, dict)), None)
+    if not isinstance(listed, list) or wrong is not None:
+        what = _type(listed) if not isinstance(listed, list) else f"{_type(wrong)} in the list"
+        raise ValueError(
+            f"{place}: expected a list of JSON schemas, or its JSON, under {_TOOLS!r}, found {what}; leave "
+            "that column out of the data if it holds something else"
+        )
+    return tools
+
+
+def _parsed(value: Any) -> Any:
+    """What a text holds as JSON; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    _check(value)
+    return json.loads(value)
 
 
 def _has_type(part: Any) -> bool:
@@ -127,9 +157,9 @@ def json_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
             raise ValueError(f"{place}: {_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, what: str = "row") -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} (character {error.pos + 1} of the row)"
+        return f"not valid JSON: {error.msg} (character {error.pos + 1} of the {what})"
     if isinstance(error, UnicodeDecodeError):
         return "the file is not UTF-8 from here on"
     if isinstance(error, RecursionError):
@@ -277,31 +307,14 @@ def parquet_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
                         yield from batch.to_pylist()
                     return
         options = {"split": "train", "streaming": True, "batch_size": _TOGETHER}
-        yield from datasets.load_dataset("parquet", data_files=[str(path)], **options)
+        # datasets takes a name for a pattern, and would read a1.parquet for a[1].parquet
+        name = glob.escape(os.path.abspath(path))
+        yield from datasets.load_dataset("parquet", data_files=[name], **options)
 
-    yield from _guarded(rows(), path, where, "parquet")
-
-
-def saved_rows(path: Path, where: str) -> Iterator[tuple[str, Any]]:
-    """Place and value of every row of a folder that ``save_to_disk`` wrote.
-
-    Raises:
-        ValueError: it is damaged, or its parts lie elsewhere.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    _check_saved(path, where)
-
-    def rows() -> Iterator[Any]:
-        found = datasets.load_from_disk(str(path))
-        whole = isinstance(found, datasets.Dataset)
-        yield from found if whole else itertools.chain.from_iterable(found.values())
-
-    yield from _guarded(rows(), path, where, "a saved data set")
+    yield from guarded(rows(), path, where, "parquet")
 
 
-def _guarded(rows: Iterator[Any], path: Path, where: str, kind: str) -> Iterator[tuple[str, Any]]:
+def guarded(rows: Iterator[Any], path: Path, where: str, kind: str) -> Iterator[tuple[str, Any]]:
     """Rows of a stranger's file, whose reader may raise anything.
 
     Raises:
@@ -323,23 +336,3 @@ def _guarded(rows: Iterator[Any], path: Path, where: str, kind: str) -> Iterator
             return
         number += 1
         yield f"{where}: {plain(path)}, row {number}", row
-
-
-def _check_saved(path: Path, where: str) -> None:
-    """Refuses a saved data set whose parts lie elsewhere.
-
-    Raises:
-        ValueError: they do, or what lists them cannot be read.
-    """
-    for listed in sorted(path.rglob("state.json")):
-        try:
-            names = [
-                str(part["filename"]) for part in json.loads(listed.read_bytes())["_data_files"]
-            ]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(
-                f"{where}: {listed}: not the state of a saved data set: {error!r:.80}"
-            ) from error
-        outside = next((name for name in names if Path(name).name != name), None)
-        if outside is not None:
-            raise ValueError(f"{where}: {listed} names {outside!r}, which is no file beside it")

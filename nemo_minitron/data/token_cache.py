@@ -82,9 +82,7 @@ def cached_tokens(
             manifest_in(folder).unlink(missing_ok=True)
             state = _grow(folder, state, texts, tokenizer, seed, wanted, answers_only, advance)
         if not manifest_in(folder).is_file():
-            inputs = [
-                Input(f"{texts.where} ({len(texts.files)} files, {texts.side})", texts.fingerprint)
-            ]
+            inputs = [Input(texts.described(), texts.fingerprint)]
             write_manifest(folder, "tokens", key, inputs, now())
     if state["tokens"] == 0:
         raise ValueError(no_text(texts))

@@ -1,7 +1,9 @@
 """Two lm-eval tasks made from held-out text, which need no network."""
 
+import glob
 import itertools
 import json
+import os
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -100,7 +102,8 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def made_here(name: str, folder: Path) -> dict[str, Any]:
     """The lm-eval description of a task made here."""
-    data = {"data_files": {"test": str(folder / f"{name}.jsonl")}}
+    # datasets takes a name for a pattern; a workspace may be called runs[1]
+    data = {"data_files": {"test": glob.escape(os.path.abspath(folder / f"{name}.jsonl"))}}
     base = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
     if name == "held_out_bytes":
         metrics = [{"metric": "bits_per_byte"}]

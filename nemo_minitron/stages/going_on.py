@@ -130,9 +130,7 @@ def _differs(student: Path, decides: Mapping[str, Any], inputs: Sequence[Input])
     changed = sorted(name for name in {*own, *other} if own.get(name) != other.get(name))
     if changed:
         return f"distilled with other settings ({', '.join(changed[:3])})"
-    if [(i.path, i.fingerprint) for i in inputs] != [
-        (i.path, i.fingerprint) for i in manifest.inputs
-    ]:
+    if [i.fingerprint for i in inputs] != [i.fingerprint for i in manifest.inputs]:
         return "distilled from other inputs"
     if stop is None or (until is not None and until < stop):
         return f"distilled for more steps ({stop}) than this one ({until})"

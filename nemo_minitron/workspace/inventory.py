@@ -21,6 +21,7 @@ from nemo_minitron.workspace.condition import Condition, condition, in_words
 from nemo_minitron.workspace.layout import (
     ARTIFACTS,
     COMMANDS,
+    DATA_COMMITS,
     IDS,
     LIVE,
     LOCK,
@@ -48,7 +49,7 @@ BESIDE = {
 """Folders of a workspace beside its artifacts: by what a folder in them is known as a run's, what it is."""
 LOCKS = (LOCK, STAGE_LOCK)
 """Held by a run, and by the process of a stage, which may live a little longer."""
-_OWN = (*ARTIFACTS, *BESIDE, RESULTS)
+_OWN = (*ARTIFACTS, *BESIDE, DATA_COMMITS, RESULTS)
 _STRANGE = (OSError, ValueError)  # what a file leads to that is no manifest
 
 

@@ -7,6 +7,7 @@ and ``slurm_jobs`` look at the disk, nothing else does, and nothing writes.
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 MADE_BY = {
     "pretrain": "pretrain",
@@ -38,12 +39,13 @@ MODEL = "hf"
 METRICS = "metrics.jsonl"
 """In an artifact that was trained, and in its state while it is made: the log of the training."""
 LOGS = "logs"
-"""Sub-folder of an artifact that was trained with what loggers wrote, which the user may do with as they
-like; and of a workspace with what stages printed."""
+"""Sub-folder of an artifact that was trained with what loggers wrote; of a workspace: what stages printed."""
 TOKENS = "tokens"
 """Sub-folder of a workspace with its texts as token ids, one folder per text and tokenizer."""
 IDS = "tokens.bin"
 """In such a folder: the ids."""
+DATA_COMMITS = "data_commits"
+"""Sub-folder of a workspace with the commits of the hub's data sets that it stays with, one file each."""
 LIVE = "live"
 """Sub-folder of a workspace with the models that teacher correction publishes while it trains."""
 UNPACKED = "unpacked"
@@ -64,23 +66,13 @@ MEMORY = ".memory.json"
 """Stage to how often its micro-batch was halved, for want of memory."""
 _OUTCOME, _PROGRESS, _SLURM = ".outcome.json", ".progress.json", ".slurm.json"
 
-
 FOLDERS = (
-    *ARTIFACTS,
-    TOKENS,
-    LIVE,
-    UNPACKED,
-    RESULTS,
-    ".launch",
-    LOGS,
-    "rounds",
-    "variants",
-    "steps",
-)
+    *ARTIFACTS, TOKENS, DATA_COMMITS, LIVE, UNPACKED, RESULTS, ".launch", LOGS, "rounds", "variants", "steps",
+)  # fmt: skip
 """Entries of a workspace that are folders."""
 FILES = (
-    LOCK, STAGE_LOCK, HOLDER, COMMANDS, VERDICT, MEMORY, "search.json", "sweep.json", "cascade.json",
-    "pareto.png",
+    LOCK, STAGE_LOCK, HOLDER, COMMANDS, VERDICT, MEMORY,
+    "search.json", "sweep.json", "cascade.json", "pareto.png",
 )  # fmt: skip
 """Entries of a workspace that are files."""
 
@@ -201,6 +193,11 @@ class Workspace:
         return self.root / TOKENS
 
     @property
+    def data_commits(self) -> Path:
+        """Commits of the hub's data sets that the workspace stays with."""
+        return self.root / DATA_COMMITS
+
+    @property
     def results(self) -> Path:
         """Measurements, one file for each."""
         return self.root / RESULTS
@@ -226,7 +223,8 @@ class Workspace:
     @property
     def shared(self) -> tuple[Path, ...]:
         """What the variants of a sweep see as their own."""
-        return (self.pretrain, self.teacher, self.correct, self.scores, self.tokens, self.unpacked)
+        first = (self.pretrain, self.teacher, self.correct, self.scores)
+        return (*first, self.tokens, self.unpacked, self.data_commits)
 
     @property
     def search(self) -> Path:
@@ -394,3 +392,9 @@ def snapshot_in(folder: Path, step: int) -> Path:
 def build_lock_of(folder: Path) -> Path:
     """Held by who writes a folder that several runs share."""
     return folder.with_name(f".{folder.name}{LOCK}")
+
+
+def commit_in(folder: Path, repository: str, revision: str | None) -> Path:
+    """The commit of a data set, in ``Workspace.data_commits``, by the revision that was asked for."""
+    asked = "" if revision is None else f"@{quote(revision, safe='')}"
+    return folder / f"{repository.replace('/', '--')}{asked}.json"

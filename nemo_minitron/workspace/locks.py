@@ -13,8 +13,10 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from nemo_minitron.security.links import check_tree
+from nemo_minitron.workspace.atomic import discard
 from nemo_minitron.workspace.layout import (
     COMMANDS,
+    DATA_COMMITS,
     FILES,
     FOLDERS,
     HOLDER,
@@ -73,14 +75,18 @@ def _check(workspace: Path) -> None:
                     f"{workspace / name}: expected none or one that this package made, found {found} of "
                     "this name; nothing was touched: move it, or choose another workspace"
                 )
-    around, up = workspace, workspace.absolute().parents
-    if len(up) > 2 and up[0].name in ("variants", "steps"):
-        around = up[1]
-    elif len(up) > 3 and up[1].name == "rounds":
-        around = up[2]
+    around = _shared_from(workspace)
     for path in sorted(workspace.iterdir()) if workspace.is_dir() else ():
         if is_own(path.name) or path == Workspace(workspace).archive:
             check_tree(path, around)
+
+
+def _shared_from(workspace: Path) -> Path:
+    """The workspace that one is a variant, a round or a step of; of a round in a step the cascade's."""
+    up = workspace.absolute().parents
+    if len(up) > 2 and up[0].name in ("variants", "steps"):
+        return _shared_from(up[1])
+    return _shared_from(up[2]) if len(up) > 3 and up[1].name == "rounds" else workspace
 
 
 def _acquired(workspace: Path, wait: float) -> BaseFileLock:
@@ -152,11 +158,11 @@ def locked(workspace: Path, wait: float = 0.0) -> Iterator[None]:
         yield
     finally:
         Workspace(workspace).holder.unlink(missing_ok=True)
-        if {path.name for path in workspace.iterdir()} <= set(
-            TRACES
-        ):  # nothing came of it: no trace
+        left = {path.name for path in workspace.iterdir()}
+        if left <= {*TRACES, DATA_COMMITS}:  # nothing came of it: no trace
             for name in TRACES:
                 (workspace / name).unlink(missing_ok=True)
+            discard(Workspace(workspace).data_commits)
             with contextlib.suppress(OSError):
                 workspace.rmdir()
         lock.release()

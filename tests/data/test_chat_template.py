@@ -15,6 +15,7 @@ import pytest
 
 from nemo_minitron.data import chat_template, chat_template_process
 from nemo_minitron.data.chat_template import ChatTemplate
+from nemo_minitron.data.document_types import draw_of
 from nemo_minitron.data.documents import documents
 from nemo_minitron.data.tokenisation import tokenised
 from nemo_minitron.models.causal_lm import load_tokenizer
@@ -143,16 +144,16 @@ def rendered(tokenizer, conversations, answers=False):
         template.close()
 
 
-def answers_of(tokenizer, messages):
+def answers_of(tokenizer, messages, **options):
     """Where the assistant speaks, by transformers alone."""
     return [
         (
             len(
                 tokenizer.apply_chat_template(
-                    messages[:i], tokenize=False, add_generation_prompt=True
+                    messages[:i], tokenize=False, add_generation_prompt=True, **options
                 )
             ),
-            len(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)),
+            len(tokenizer.apply_chat_template(messages[: i + 1], tokenize=False, **options)),
         )
         for i, message in enumerate(messages)
         if message["role"] == "assistant"
@@ -490,6 +491,80 @@ def test_parts_that_are_text_are_text(speaking, tmp_path):
     tokenizer = speaking("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     ((ids, _),) = tokenised(documents(found([path])), tokenizer, "x")
     assert tokenizer.decode(ids[:-1]) == "the model"
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "the weather of a <place>",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+    },
+}
+CALL = [
+    {"role": "user", "content": "is it warm"},
+    {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]},
+    {"role": "tool", "content": "12"},
+    {"role": "assistant", "content": "no"},
+]
+WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+
+
+@pytest.mark.usefixtures("in_forks")
+def test_the_tools_of_a_row_are_in_the_text_as_transformers_shows_them(speaking, tmp_path, capsys):
+    tokenizer = speaking(WITH_TOOLS)
+    path = tmp_path / "calls.jsonl"
+    each = [[WEATHER], json.dumps([WEATHER]), [json.dumps(WEATHER)], None, [], ""]
+    lines = [json.dumps({"messages": CALL, "tools": tools}) for tools in each]
+    path.write_text("\n".join([*lines, json.dumps({"messages": CALL})]))
+    talks = list(documents(found([path])))
+    expected = [
+        (tokenizer.apply_chat_template(CALL, tools=tools, tokenize=False), answers)
+        for tools in ([WEATHER], None)
+        for answers in [answers_of(tokenizer, CALL, tools=tools)]
+    ]
+    assert "the weather of a" in expected[0][0]
+    assert rendered(tokenizer, talks, True) == [expected[0]] * 3 + [expected[1]] * 4
+    draws = [draw_of(talk) for talk in talks]
+    assert draws == [draws[0]] * 3 + [draw_of(CALL)] * 4 and draws[0] != draws[3]
+    assert "read tools" not in capsys.readouterr().err
+    tokenizer.chat_template = {"default": CHATML, "tool_use": WITH_TOOLS}
+    assert [text for text, _ in rendered(tokenizer, talks)] == [expected[0][0]] * 3 + [
+        tokenizer.apply_chat_template(CALL, tokenize=False)
+    ] * 4
+
+
+@pytest.mark.usefixtures("in_forks")
+def test_a_template_that_does_not_read_tools_is_named_once(speaking, tmp_path, capsys):
+    tokenizer = speaking(CHATML)
+    path = tmp_path / "calls.jsonl"
+    path.write_text((json.dumps({"messages": CALL, "tools": [WEATHER]}) + "\n") * 3)
+    for _ in range(2):
+        list(tokenised(documents(found([path])), tokenizer, "data.train"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"data.train: {tmp_path}/model/") and "does not read tools" in line
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"),
+    [
+        (["weather"], r"'tools': not valid JSON: Expecting value \(character 1 of the text\)"),
+        ("[{}", r"'tools': not valid JSON: .* \(character 4 of the text\)"),
+        ("[" * 200 + "]" * 200, "'tools': nested more than 100 deep"),
+        (
+            {"name": "f"},
+            "expected a list of JSON schemas, or its JSON, under 'tools', found an object",
+        ),
+        ('{"name": "f"}', "under 'tools', found an object; leave that column out"),
+        ([{}, 3], "under 'tools', found a number in the list"),
+    ],
+)
+def test_tools_that_are_none_are_refused_by_row(tmp_path, tools, said):
+    path = tmp_path / "calls.jsonl"
+    rows = [{"messages": CALL}, {"messages": CALL, "tools": tools}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=rf"calls\.jsonl, row 2: .*{said}"):
+        list(documents(found([path])))
 
 
 def test_one_whose_alarm_comes_before_the_owners_limit_does_not_end_in_time(speaking, monkeypatch):

@@ -1,15 +1,20 @@
 import gzip
 import json
+import shutil
 import struct
 
 import numpy as np
 import pytest
 import torch
 
+from nemo_minitron.config.compose import load_config
 from nemo_minitron.data.calibration_samples import calibration_samples
 from nemo_minitron.data.documents import documents, plain
+from nemo_minitron.data.mixtures import text_input, training_text
 from nemo_minitron.data.windows import pack, pack_mixture
 from nemo_minitron.models.causal_lm import load_tokenizer
+from nemo_minitron.workspace.layout import Workspace, commit_in
+from nemo_minitron.workspace.manifest import digest, write_json
 from tests.support.text_samples import found
 
 
@@ -39,6 +44,82 @@ def test_every_format_gives_the_same_documents(tmp_path):
         (tmp_path / "f" / f"{i}.txt").write_text(text)
     assert sorted(documents(found([tmp_path / "f"]))) == texts
     assert sorted(documents(found([tmp_path / "f" / "[0-1].txt"]))) == texts[:2]
+
+
+def test_of_a_saved_set_with_splits_train_is_read_and_nothing_else(tmp_path):
+    import datasets
+
+    def saved(name, **splits):
+        made = {
+            split: datasets.Dataset.from_dict({"text": texts}) for split, texts in splits.items()
+        }
+        datasets.DatasetDict(made).save_to_disk(tmp_path / name)
+        return tmp_path / name
+
+    wiki = saved("wiki", train=["one", "two"], test=["seen in no training"])
+    texts = found([wiki])
+    assert list(documents(texts)) == ["one", "two"]
+    assert list(documents(found([wiki / "test"]))) == ["seen in no training"]
+    assert texts.fingerprint == found([wiki / "train"]).fingerprint
+    other = saved("other", train=["one", "two"], test=["another test", "of two"])
+    assert list(documents(found([other]))) == list(documents(texts))
+    alone = saved("alone", train=["one", "two"])
+    assert found([alone]).files == (alone,)  # read whole before as well: its fingerprint stays
+    assert list(documents(found([alone]))) == ["one", "two"]
+    parts = saved("parts", validation=["a"], test=["b"])
+    both = f"{parts / 'test'}, {parts / 'validation'}"
+    with pytest.raises(
+        ValueError, match=r"data\.train\.paths: .*parts: expected a split 'train'"
+    ) as no:
+        found([parts])
+    assert str(no.value).endswith(f"name the folder of the one to read: {both}")
+    shutil.rmtree(wiki / "train")
+    with pytest.raises(ValueError, match=r"expected a split 'train'.*one to read: \S+/wiki/test$"):
+        found([wiki])
+    (parts / "dataset_dict.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"dataset_dict\.json: not the list of .* splits: KeyError"
+    ):
+        found([parts])
+
+
+def test_a_name_with_brackets_or_stars_is_no_pattern(tmp_path):
+    import datasets
+
+    for name in ("a1", "a[1]", "a*", "b?"):
+        rows = datasets.Dataset.from_dict({"text": [f"of {name}"]})
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+        rows.save_to_disk(tmp_path / "sets" / name)
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"of {name}"}))
+    for name in ("a1", "a[1]", "a*", "b?"):
+        for place in (f"{name}.parquet", f"sets/{name}", f"{name}.jsonl"):
+            assert list(documents(found([tmp_path / place]))) == [f"of {name}"], place
+
+
+def test_a_noted_commit_of_a_data_set_names_the_text_without_the_hub(tmp_path):
+    notes, commit = Workspace(tmp_path).data_commits, "c" * 40
+    for name in ("org/lines", "org/b"):
+        noted = {"data_set": name, "asked": None, "commit": commit}
+        path = commit_in(notes, name, None)
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, noted)
+
+    def text(*paths):
+        words = [f"workspace={tmp_path}", f"data.train.paths={list(paths)}", "data.holdout=0.1"]
+        return text_input(training_text(load_config("config", words)))
+
+    one = text("hf://org/lines/en:test[:9]")
+    assert one.path == f"data.train (0 files, train; hf://org/lines/en:test[:9] at {commit})"
+    # as it was before commits were noted
+    expected = [[["hf://org/lines/en:test[:9]", commit]], "auto", "text", "train", 0.1]
+    assert one.fingerprint == digest(expected)
+    assert text(f"hf://org/lines@{commit}/en:test[:9]") == one
+    other = text(f"hf://org/lines@{'d' * 40}/en:test[:9]")
+    assert other.fingerprint != one.fingerprint and "d" * 40 in other.path
+    # the order of data sets, and so that of documents, is that of the names without commits
+    pair = text("hf://org/lines", "hf://org/b")
+    assert pair == text(f"hf://org/lines@{commit}", f"hf://org/b@{commit}")
+    assert pair.path.endswith(f"train; hf://org/b at {commit}; hf://org/lines at {commit})")
 
 
 @pytest.mark.parametrize(

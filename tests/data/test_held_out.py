@@ -1,10 +1,13 @@
 """What is held out of small sets, and trainings of which nothing is learned."""
 
+import datetime
+import decimal
 import json
 
 import pytest
 
 from nemo_minitron.config.compose import load_config
+from nemo_minitron.data.document_types import draw_of
 from nemo_minitron.data.documents import documents
 from nemo_minitron.data.training_samples import training_samples
 from nemo_minitron.models.causal_lm import load_tokenizer
@@ -41,6 +44,29 @@ def test_copies_of_a_conversation_stay_on_one_side(tmp_path):
     (tmp_path / "chat.jsonl").write_text(lines)
     train, held_out = both_sides([tmp_path])
     assert len(train) == len(held_out) == 10 and train[0] != held_out[0]
+
+
+def test_conversations_with_what_is_no_json_are_split_and_the_others_as_before(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def message(number):
+        more = {"at": datetime.datetime(2024, 1, 1, number), "cost": decimal.Decimal(number)}
+        return {"role": "user", "content": f"question {number}", "key": bytes([number]), **more}
+
+    rows = [[message(number)] for number in range(20)]
+    pq.write_table(pa.table({"messages": rows}), tmp_path / "talks.parquet")
+    train, held_out = both_sides([tmp_path])
+    assert train and held_out and sorted(map(str, train + held_out)) == sorted(map(str, rows))
+    assert draw_of([message(1)]) == draw_of([message(1)]) != draw_of([message(2)])
+    assert draw_of([{"role": "user", "content": "hello"}]) == 14125171550728176703
+    # what Python shows by its address alone falls on one side in every process
+    one, other = Image(), Image()
+    assert draw_of([{"role": "user", "image": one}]) == draw_of([{"role": "user", "image": other}])
+
+
+class Image:
+    """Shown as an object at an address."""
 
 
 def test_one_conversation_alone_cannot_be_split_and_is_refused_clearly(tmp_path):

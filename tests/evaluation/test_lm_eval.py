@@ -92,6 +92,23 @@ def test_questions_of_one_document_are_not_taken_for_independent(teacher, tmp_pa
     )
 
 
+def test_a_workspace_with_brackets_in_its_name_answers_its_own_questions(teacher, tmp_path):
+    model, tokenizer = load_model(teacher), load_tokenizer(teacher)
+    model.config.max_position_embeddings = 2048
+    lengths = {"runs1": 5, "runs[1]": 7, "runs": 7}
+    found = {}
+    for name, count in lengths.items():
+        (tmp_path / name).mkdir()
+        texts = [" ".join(random.Random(i).choices(TEXT.split(), k=240)) for i in range(count)]
+        write_held_out_tasks(texts, tmp_path / name)
+    for name in lengths:
+        done = run_task(
+            model, tokenizer, "held_out_bytes", None, tmp_path / name, None, 8, quiet=True
+        )
+        found[name] = done.metrics["bits_per_byte"]
+    assert found["runs[1]"] == found["runs"] != found["runs1"]
+
+
 @pytest.mark.slow
 def test_xlsum_comes_from_the_hub_after_tasks_with_data_of_their_own(hub, teacher, tmp_path):
     (tmp_path / "own").mkdir()

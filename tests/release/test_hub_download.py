@@ -188,6 +188,103 @@ def test_a_data_set_by_hub_id(hub, tmp_path):
         f"/resolve/{COMMIT}/" in line for line in hub.requests
     )  # what was fingerprinted is read
     unclear = read(code.replace("org/lines", "lines"))
-    assert "expected hf://owner/name[/config][:split], found 'hf://lines'" in unclear.stderr
+    assert "expected hf://owner/name[@REV][/config][:split], found 'hf://lines'" in unclear.stderr
     hub.failures = 100
     assert "ConnectionError: 'org/lines': the hub cannot be reached" in read(code).stderr
+
+
+LINES = [
+    "data.calibration.paths=['hf://org/lines']", "data.calibration.text_key=body",
+    "data.calibration.samples=8", "data.calibration.sequence_length=16", "score.device=cpu",
+]  # fmt: skip
+NEW = "f" * 40
+
+
+def text_of(workspace):
+    """How the scores' manifest names the text, and when they were made."""
+    manifest = json.loads((workspace / "scores" / "manifest.json").read_text())
+    (text,) = [item["path"] for item in manifest["inputs"] if item["path"].startswith("data.")]
+    return text, manifest["finished"]
+
+
+@pytest.mark.slow
+def test_a_workspace_stays_with_the_commit_of_its_text(hub, tmp_path, teacher):
+    place, own = {"HF_DATASETS_OFFLINE": "0"}, tmp_path / "ws"
+    words = ["score", *LINES, f"source.model={teacher}", f"workspace={own}"]
+    assert run(hub, tmp_path, *words, **place).returncode == 0
+    first = text_of(own)
+    assert first[0] == f"data.calibration (0 files, all; hf://org/lines at {COMMIT})"
+    hub.commits.append(NEW)  # somebody pushes
+    hub.requests.clear()
+    done = run(hub, tmp_path, *words, **place)
+    assert done.returncode == 0 and text_of(own) == first, done.stderr
+    assert hub.requests == []
+    named = f"data.calibration.paths=['hf://org/lines@{COMMIT}']"  # the same text
+    done = run(hub, tmp_path, *words, named, HF_HUB_OFFLINE="1", **place)
+    assert done.returncode == 0 and text_of(own) == first, done.stderr
+    done = run(hub, tmp_path, *words, named.replace(COMMIT, "main"), **place)
+    assert done.returncode == 0, done.stderr
+    assert text_of(own)[0] == f"data.calibration (0 files, all; hf://org/lines at {NEW})"
+    assert any(f"/resolve/{NEW}/" in line for line in hub.requests)
+
+
+def test_whoever_asks_first_decides_for_variants_steps_and_threads(hub, tmp_path):
+    code = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from nemo_minitron.data.documents import find_text
+from nemo_minitron.flows import cascade, sweep
+from nemo_minitron.config.compose import load_config
+from nemo_minitron.workspace.layout import Workspace
+from nemo_minitron.workspace.locks import locked
+root = Workspace(Path(sys.argv[1]))
+own = load_config("config", [f"workspace={root.step('1').root}", "plan.budget.params=1000"])
+cascade._share(load_config("config", [f"workspace={root.root}"]), own)
+rounds = [Workspace(root.step("1").round(20, name)) for name in "abcd"]
+for each in rounds:
+    sweep.share(root.step("1").root, each.root)
+barrier = threading.Barrier(8)
+def described(place):
+    texts = find_text(["hf://org/lines"], [], "auto", "body", "x", notes=place.data_commits)
+    return texts.described()
+def ask(place):
+    barrier.wait()
+    return described(place)
+with ThreadPoolExecutor(8) as pool:
+    found = set(pool.map(ask, [*rounds, *rounds]))
+with locked(rounds[0].root):
+    found.add(described(root))
+print(len(found), described(root), [path.name for path in root.data_commits.glob("*.json")])
+print(described(Workspace(root.root.with_name("other"))))
+def said(name, notes):
+    try:
+        return find_text([name], [], "auto", "body", "x", notes=notes).fingerprint
+    except ValueError as error:
+        return error
+print(said("hf://org/lines@v9", root.data_commits), list(root.data_commits.glob("*v9*")))
+(root.data_commits / "org--lines.json").write_text("{}")
+print(said("hf://org/lines", root.data_commits))
+other = Workspace(root.root.with_name("other"))
+noted, anew = (said("hf://org/lines", notes) for notes in (other.data_commits, None))
+print(noted != anew, noted == said(f"hf://org/lines@{described(other)[-41:-1]}", None))
+with locked(other.root):
+    pass
+print(other.root.exists())
+"""
+    place = {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+    hub.pushed = True
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "ws")],
+        capture_output=True, text=True, env={**os.environ, **place}, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(hub.commits) > 2  # whoever asked was told of another one
+    first, other, unknown, damaged, same, left = done.stdout.splitlines()
+    assert first.startswith("1 x (0 files, all; hf://org/lines at ")
+    assert first.endswith("['org--lines.json']")
+    assert hub.commits.index(other[-41:-1]) > hub.commits.index(first.split()[7].rstrip(")"))
+    assert unknown == "'org/lines': the data set on the hub has no revision 'v9' []"
+    assert "ws/data_commits/org--lines.json: damaged" in damaged and "or remove it" in damaged
+    assert same == "True True"  # without a workspace it is asked for anew
+    assert left == "False"

@@ -6,7 +6,7 @@ from nemo_minitron.workspace import layout
 from nemo_minitron.workspace.layout import ARTIFACTS, Workspace
 
 PLACES = {
-    "source": "teacher/source.json", "verdict": "gate.json", "tokens": "tokens", "results": "results", "live": "live",
+    "source": "teacher/source.json", "verdict": "gate.json", "tokens": "tokens", "results": "results", "live": "live", "data_commits": "data_commits",
     "unpacked": "unpacked", "search": "search.json", "sweep": "sweep.json", "cascade": "cascade.json", "pareto": "pareto.png", "lock": ".lock",
     "stage_lock": ".stage.lock", "holder": ".holder.json", "commands": "commands.jsonl", "memory": ".memory.json",
     "launched": ".launch", "archive": "run.nemo",
@@ -53,6 +53,8 @@ def test_what_is_there_once_per_stage_variant_or_text():
             layout.state_in(workspace.student)
         ): "run/student/state/nemo/checkpoints",
         layout.snapshot_in(layout.teachers_in(Path("state")), 4): "state/teachers/step=4",
+        layout.commit_in(workspace.data_commits, "a/b", None): "run/data_commits/a--b.json",
+        layout.commit_in(workspace.data_commits, "a/b", "x/1"): "run/data_commits/a--b@x%2F1.json",
         layout.build_lock_of(workspace.tokens / "1"): "run/tokens/.1.lock",
     }
     assert {str(path): place for path, place in found.items()} == {
@@ -72,4 +74,12 @@ def test_notes_of_batch_jobs_are_found(tmp_path):
 
 def test_variants_see_what_decides_no_plan(tmp_path):
     names = [path.name for path in Workspace(tmp_path).shared]
-    assert names == ["pretrain", "teacher", "correct", "scores", "tokens", "unpacked"]
+    assert names == [
+        "pretrain",
+        "teacher",
+        "correct",
+        "scores",
+        "tokens",
+        "unpacked",
+        "data_commits",
+    ]
