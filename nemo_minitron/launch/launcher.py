@@ -142,6 +142,21 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
     return _ended(call, ended, limits)
 
 
+def ranks_of(config: Config, name: str) -> int:
+    """Processes that share a stage, over all nodes."""
+    settings = config.launch
+    if settings.kind not in ("torchrun", "slurm") or not _is_shared(Call(name, config, {})):
+        return 1
+    nodes, processes = _nodes_and_processes(settings)
+    return nodes * processes
+
+
+def _nodes_and_processes(settings: LaunchConfig) -> tuple[int, int]:
+    """Nodes, and processes on each."""
+    nodes = settings.slurm.nodes if settings.kind == "slurm" else 1
+    return nodes, settings.processes or _gpus()
+
+
 def _is_shared(call: Call) -> bool:
     """Whether several processes share a stage; the baseline's as the student's, whose tokens it sees."""
     chosen = call.config.launch.stages
@@ -239,8 +254,7 @@ def limit_of(settings: LaunchConfig, name: str) -> float | None:
 
 def _torchrun(settings: LaunchConfig, command: list[str], folder: Path) -> list[str]:
     """The command, started once per process and node; torchrun's own files lie in a folder that goes."""
-    processes = settings.processes or _gpus()
-    nodes = settings.slurm.nodes if settings.kind == "slurm" else 1
+    nodes, processes = _nodes_and_processes(settings)
     start = [
         sys.executable,
         "-m",
