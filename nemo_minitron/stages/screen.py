@@ -27,6 +27,7 @@ from nemo_minitron.pruning.serving import served
 from nemo_minitron.pruning.shortlist import pool, promising, shares, spread, varied
 from nemo_minitron.pruning.size_search import default_choices, whole_choices
 from nemo_minitron.pruning.size_space import Space, Terms, front, size_space, source_costs, within
+from nemo_minitron.pruning.slice_predictions import keeps_predictions
 from nemo_minitron.pruning.target_sizes import NOT_OF_A_SIZE, explicit_targets
 from nemo_minitron.scoring.scores_file import Scores
 from nemo_minitron.stages.candidates import (
@@ -55,11 +56,13 @@ def recipe(config: Config) -> Recipe:
     Under torchrun the ranks share the candidates.
 
     Raises:
-        ValueError: no budget, sizes beside it, or none that keeps it.
+        ValueError: no budget, sizes beside it, or none that keeps it; prediction layers that are to be kept,
+            and that no table describes.
     """
     budget, where = config.plan.budget, Workspace(workspace_of(config)).screen
     check_budget(config)
     checkpoint, scores, inputs = teacher_and_scores(config)
+    keeps_predictions(checkpoint, config.plan.mtp)
     screener, inputs = screener_of(config, checkpoint, scores, inputs)
     times: LayerTimes | None = None
     if needs_latency(budget):
@@ -136,8 +139,9 @@ def nearest(config: Config) -> list[tuple[dict[str, int], int]]:
     budget = config.plan.budget
     check_budget(config, screens=False)
     assert budget.params is not None
-    folder, _ = teacher_folder(config)
-    check_head_merge_of_search(open_checkpoint(folder).architecture, config.plan.head_merge)
+    source = open_checkpoint(teacher_folder(config)[0])
+    check_head_merge_of_search(source.architecture, config.plan.head_merge)
+    keeps_predictions(source, config.plan.mtp)
     checkpoint, scores, _ = teacher_and_scores(config)
     timed = needs_latency(budget)
     times = times_of(config, checkpoint.architecture)[0] if timed else None

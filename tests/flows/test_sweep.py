@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config.compose import as_dict, from_dict, load_config
 from nemo_minitron.workspace.artifacts import verify_tree
 from nemo_minitron.workspace.command_log import commands_in
 from nemo_minitron.workspace.manifest import read_manifest
+from tests.support.models import predicting_model
 from tests.support.runs import minitron, settings
 
 QUICK = [
@@ -137,7 +139,6 @@ def test_a_search_takes_the_nearest_where_it_screens_none_and_a_task_decides_whe
     ]  # fmt: skip
     assert search(overrides=[*overrides, "plan.budget.screened=0"], compress_best=False) == []
     found = json.loads((workspace / "search.json").read_text())
-    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
     from nemo_minitron.pruning.size_search import candidates, default_choices
 
     model = open_checkpoint(teacher).architecture
@@ -199,6 +200,30 @@ def test_the_winner_of_a_search_goes_on_from_its_rounds_as_if_it_had_never_stopp
     log = [json.loads(line) for line in lines]
     assert [line["step"] for line in log if "lr" in line] == list(range(1, 13))
     assert any("val_loss" in line and line["step"] == 2 for line in log)  # of the round
+
+
+def test_the_winner_of_a_search_keeps_its_prediction_layers(
+    server, tmp_path, tokenizer_folder, corpus
+):
+    from nemo_minitron.flows.search import search
+    from nemo_minitron.pruning.plan_file import read_plan
+
+    source, workspace = predicting_model(tmp_path, tokenizer_folder), tmp_path / "search"
+    overrides = [
+        *words(workspace, source, corpus), "plan.mtp=keep", "score.importance=magnitude", "trainer.max_steps=2",
+        "plan.budget.params=52000", "plan.budget.tolerance=0.15", "plan.budget.screened=3",
+        "plan.budget.candidates=2", "plan.budget.steps=2", "+plan.budget.choices.experts=[2,3]",
+    ]  # fmt: skip
+    search(overrides=overrides)
+    plan = read_plan(workspace / "plan")
+    assert plan.mtp_kept and plan.after["experts"] in (2, 3)
+    export = open_checkpoint(workspace / "export")
+    experts = [name for name in export.predictions if "down_proj" in name and ".experts." in name]
+    assert len(experts) == plan.after["experts"]
+    rounds = [read_plan(folder) for folder in (workspace / "rounds" / "2").glob("*/plan")]
+    assert len(rounds) == 2 and all(each.mtp_kept for each in rounds)
+    pruned = (workspace / "rounds" / "2").glob("*/pruned")
+    assert not any(open_checkpoint(folder).predictions for folder in pruned)
 
 
 def test_rounds_that_no_training_could_go_on_from_are_refused(tmp_path, teacher, corpus):
