@@ -103,6 +103,8 @@ def search(
     place = Path(checked.workspace)
     with hold_workspace(place, workspace_wait_seconds(checked.launch)):
         note_command(place, shlex.split(command) if command else line)
+        check_budget(checked, screens=checked.plan.budget.screened > 0)  # before hours of scoring
+        _check_continued(checked)
         score_once(checked)
         sizes, begun = choose(checked)
         results = []

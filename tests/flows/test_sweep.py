@@ -137,6 +137,9 @@ def test_a_search_takes_the_nearest_where_it_screens_none_and_a_task_decides_whe
         *words(workspace, teacher, corpus), "plan.budget.params=15000", "plan.budget.tolerance=0.1",
         "plan.budget.candidates=2", "plan.budget.steps=2",
     ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"plan\.layer_choice=greedy: score removes one layer"):
+        search(overrides=[*overrides, "plan.layer_choice=greedy"])
+    assert not (workspace / "scores").exists()  # hours before it would have been noticed
     assert search(overrides=[*overrides, "plan.budget.screened=0"], compress_best=False) == []
     found = json.loads((workspace / "search.json").read_text())
     from nemo_minitron.pruning.size_search import candidates, default_choices
