@@ -25,7 +25,7 @@ from nemo_minitron.flows.compress import run_name, run_stages, steps, workspace_
 from nemo_minitron.flows.forms import Launch, cli_words, composed
 from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.flows.sweep import Outcome, run_variants, score_once, show
-from nemo_minitron.launch.launcher import hold_workspace
+from nemo_minitron.launch.launcher import hold_workspace, ranks_of
 from nemo_minitron.pruning.budget import needs_latency
 from nemo_minitron.pruning.head_merge import merges
 from nemo_minitron.pruning.select import complete_targets
@@ -36,6 +36,7 @@ from nemo_minitron.stages.going_on import whole_only
 from nemo_minitron.stages.inputs import teacher_folder
 from nemo_minitron.stages.result import Result
 from nemo_minitron.stages.screen import check_budget, nearest
+from nemo_minitron.stages.training_steps import resolved_trainer
 from nemo_minitron.workspace.command_log import note_command
 from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json
@@ -102,6 +103,8 @@ def search(
     place = Path(checked.workspace)
     with hold_workspace(place, workspace_wait_seconds(checked.launch)):
         note_command(place, shlex.split(command) if command else line)
+        check_budget(checked, screens=checked.plan.budget.screened > 0)  # before hours of scoring
+        _check_continued(checked)
         score_once(checked)
         sizes, begun = choose(checked)
         results = []
@@ -261,6 +264,8 @@ def _short(
             short.distill.go_on_from = str(begun.absolute())
     else:
         _shortened(short, length)
+        if short.exp_manager.get("create_early_stopping_callback"):  # every candidate as many steps
+            short.exp_manager["create_early_stopping_callback"] = False
     evaluate = short.evaluate
     evaluate.tasks = measured_tasks(config)
     evaluate.prompts, evaluate.speed, evaluate.from_scratch = 0, False, False
@@ -268,10 +273,42 @@ def _short(
     return short
 
 
+_SPANS = {
+    "max_steps": 1, "constant_steps": 0, "hold_steps": 0, "decay_steps": 1, "step_size": 1,
+    "step_size_up": 1, "step_size_down": 1,
+}  # fmt: skip
+"""Numbers of steps in a schedule, besides those of its warm-up, and the least that each can be."""
+
+
 def _shortened(short: Config, length: int) -> None:
-    """Lays out the schedule for the steps of one round."""
+    """Lays out the schedule for the steps of one round: in the shape that the whole training's has.
+
+    A warm-up is at most a fifth of the round; what comes behind it shrinks in proportion.
+    """
+    sched = short.optim.get("sched") or {}
+    spans = {name: least for name, least in _SPANS.items() if sched.get(name)}
+    whole = _whole_steps(short) if spans else length
     short.training.max_tokens, short.training.phases = None, []
     short.trainer["max_steps"] = length
-    sched = short.optim.get("sched") or {}
-    if sched.get("warmup_steps"):
-        sched["warmup_steps"] = min(sched["warmup_steps"], max(1, length // 5))
+    before = sched.get("warmup_steps") or 0  # one of a ratio shrinks by itself
+    now = min(before, max(1, length // 5))
+    if before:
+        sched["warmup_steps"] = now
+    share = (length - now) / max(1, whole - before)
+    for name, least in spans.items():
+        ahead, at = (before, now) if name == "max_steps" else (0, 0)  # counts the warm-up, too
+        sched[name] = max(least, at + int((sched[name] - ahead) * share))
+
+
+def _whole_steps(config: Config) -> int:
+    """Steps of a candidate's whole training, by as many processes as the launch gives it.
+
+    Raises:
+        ValueError: it has no number of steps.
+    """
+    distill = config.distill.batch_size
+    each = max(1, ranks_of(config, "distill") // config.training.tensor_parallel)
+    steps = resolved_trainer(config, {}, distill * each).get("max_steps")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"trainer.max_steps: expected a positive whole number, found {steps!r}")
+    return steps

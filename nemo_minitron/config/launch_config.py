@@ -36,7 +36,7 @@ class LaunchConfig:
     stages: list[str] | None = option(
         None,
         "stages that launch.kind=torchrun and slurm apply to, the others run in a process of "
-        "their own; null: all stages that several processes can share",
+        "their own; null: all stages that several processes can share, and measure-layers as one process",
     )
     time_limit: float | None = option(
         None, "seconds that a stage may take; null: no limit", bounds=Bounds(above=0)

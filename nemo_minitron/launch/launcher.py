@@ -22,7 +22,7 @@ from nemo_minitron.launch.stage_process import clear, outcomes, result_from
 from nemo_minitron.security.masking import remember
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.result import Result
-from nemo_minitron.stages.run import SEVERAL, STAGES, run_alone
+from nemo_minitron.stages.run import COMPUTING, SEVERAL, STAGES, run_alone
 from nemo_minitron.workspace import progress
 from nemo_minitron.workspace.layout import Workspace, outcome_of_job
 from nemo_minitron.workspace.locks import locked
@@ -94,7 +94,7 @@ def launch(
     call.workspace.launched.mkdir(parents=True, exist_ok=True)
     call.progress.unlink(missing_ok=True)
     recipe, every = recipe_of(call.values), call.config.launch.slurm.poll_seconds
-    queued = call.config.launch.kind == "slurm" and _is_shared(call)
+    queued = call.config.launch.kind == "slurm" and _is_sent(call)
     for noted in call.workspace.slurm_jobs:
         if noted != call.slurm or not queued:
             adopt(noted, outcome_of_job(noted), recipe, on_line, every)
@@ -125,10 +125,9 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
         str(values),
         str(call.outcome),
     ]
-    shared = _is_shared(call)
-    if shared and settings.kind in ("torchrun", "slurm"):
+    if _is_shared(call) and settings.kind in ("torchrun", "slurm"):
         command = _torchrun(settings, command, call.workspace.launched)
-    if shared and settings.kind == "slurm":
+    if _is_sent(call) and settings.kind == "slurm":
         return _queued(call, command, on_line)
     clear(call.outcome)
     limits = Limits(limit_of(settings, call.name), settings.silence, settings.grace)
@@ -142,12 +141,32 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
     return _ended(call, ended, limits)
 
 
-def _is_shared(call: Call) -> bool:
-    """Whether several processes share a stage; the baseline's as the student's, whose tokens it sees."""
+def ranks_of(config: Config, name: str) -> int:
+    """Processes that share a stage, over all nodes."""
+    settings = config.launch
+    if settings.kind not in ("torchrun", "slurm") or not _is_shared(Call(name, config, {})):
+        return 1
+    nodes, processes = _nodes_and_processes(settings)
+    return nodes * processes
+
+
+def _nodes_and_processes(settings: LaunchConfig) -> tuple[int, int]:
+    """Nodes, and processes on each."""
+    nodes = settings.slurm.nodes if settings.kind == "slurm" else 1
+    return nodes, settings.processes or _gpus()
+
+
+def _is_sent(call: Call) -> bool:
+    """Whether torchrun and slurm apply to a stage; the baseline's as the student's, whose tokens it sees."""
     chosen = call.config.launch.stages
     if chosen is None:
-        return call.stage in SEVERAL
+        return call.stage in COMPUTING
     return call.name in chosen or (call.name == BASELINE and "distill" in chosen)
+
+
+def _is_shared(call: Call) -> bool:
+    """Whether several processes share a stage."""
+    return call.stage in SEVERAL and _is_sent(call)
 
 
 BASELINE = "baseline"
@@ -196,7 +215,7 @@ def _queued(call: Call, command: list[str], on_line: Callable[[str], None]) -> R
     job = Job(
         f"minitron-{call.name}",
         command,
-        slurm.nodes,
+        slurm.nodes if _is_shared(call) else 1,
         setup,
         slurm.options,
         log,
@@ -239,8 +258,7 @@ def limit_of(settings: LaunchConfig, name: str) -> float | None:
 
 def _torchrun(settings: LaunchConfig, command: list[str], folder: Path) -> list[str]:
     """The command, started once per process and node; torchrun's own files lie in a folder that goes."""
-    processes = settings.processes or _gpus()
-    nodes = settings.slurm.nodes if settings.kind == "slurm" else 1
+    nodes, processes = _nodes_and_processes(settings)
     start = [
         sys.executable,
         "-m",

@@ -21,7 +21,8 @@ FILE = MEMORY
 
 _BATCHES = {
     "pretrain": "pretrain", "baseline": "distill", "correct": "correct", "distill": "distill",
-    "score": "score", "logits": "distill.cache", "evaluate": "evaluate",
+    "score": "score", "logits": "distill.cache", "evaluate": "evaluate", "screen": "evaluate",
+    "sensitivity": "evaluate",
 }  # fmt: skip
 """Stage to the section whose ``batch_size`` is the micro-batch."""
 _TRAININGS = ("pretrain", "baseline", "correct", "distill")

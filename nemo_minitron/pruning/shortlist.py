@@ -65,8 +65,10 @@ def predicted(
     finite = np.isfinite(y)
     if not finite.any():
         return np.zeros(len(points))
-    # a cut that broke the model says where not to look, not how the loss falls elsewhere
-    y = np.minimum(np.where(finite, y, y[finite].max()), 3 * np.median(y[finite]))
+    # a cut that broke the model says where not to look, not how the loss falls elsewhere; values
+    # below 0 (accuracies, turned so that less is better) have no such tail, and lie below this cap
+    median = np.median(y[finite])
+    y = np.minimum(np.where(finite, y, y[finite].max()), median + 2 * abs(median))
     scale = points.std(axis=0) + 1e-12
     x = (points - points.mean(axis=0)) / scale
     features = np.concatenate([np.ones((len(x), 1)), x, x**2], axis=1)

@@ -11,6 +11,7 @@ from nemo_minitron.checkpoints.tensor_rows import Entry
 from nemo_minitron.families import Architecture, PredictionLayers, fill, prediction_layers
 from nemo_minitron.pruning.select import Keep, select_units
 from nemo_minitron.pruning.slice import Cut, Piece, cut_tensor, pieces
+from nemo_minitron.security.plain_text import plain
 
 Rank = Callable[[Architecture, list[str], Callable[[str], Tensor]], Mapping[str, Tensor]]
 """Scores of a model's units from its weights alone: the model, names of its tensors, what reads one."""
@@ -116,3 +117,26 @@ def described(checkpoint: Checkpoint) -> PredictionLayers:
                 f"{list(entry.shape)}"
             )
     return found
+
+
+def keeps_predictions(checkpoint: Checkpoint, how: str | None) -> bool:
+    """Whether prediction layers (MTP) are cut along.
+
+    Args:
+        checkpoint: the source.
+        how: ``plan.mtp``.
+
+    Raises:
+        ValueError: they are to be, and cannot be.
+    """
+    names = list(checkpoint.predictions)
+    if how != "keep" or not names:
+        return False
+    try:
+        described(checkpoint)
+    except ValueError as error:
+        raise ValueError(
+            f"plan.mtp=keep: {checkpoint.folder}: the {len(names)} tensors of prediction layers, as "
+            f"{plain(names[0], 120)}, cannot be cut along: {error}"
+        ) from error
+    return True

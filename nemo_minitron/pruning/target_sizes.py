@@ -11,9 +11,9 @@ from nemo_minitron.pruning.select import complete_targets
 from nemo_minitron.pruning.serving import check_serving
 
 HEAD_MERGE = "head_merge"
-NOT_OF_A_SIZE = ("layer_choice", HEAD_MERGE)
+NOT_OF_A_SIZE = ("layer_choice", "mtp", HEAD_MERGE)
 """Keys that may stand beside a search, or the sizes of a cascade: they say how each of them is cut."""
-_CHOICES = ("drop_layers", "layer_choice", "mtp", HEAD_MERGE)
+_CHOICES = ("drop_layers", *NOT_OF_A_SIZE)
 """Keys of the plan that are no sizes."""
 _VOCABULARY = ("vocab", "vocab_coverage")
 """Keys that ask for a vocabulary, whose entries a text decides on, no score."""

@@ -1,6 +1,7 @@
 """Which layers a plan keeps, by the scores."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from nemo_minitron.config.config import Config
 from nemo_minitron.pruning.select import contiguous, kept_layers, scattered
@@ -47,3 +48,31 @@ def layers_of_plan(config: Config, sizes: Mapping[str, int], scores: Scores) -> 
             )
         return kept_layers(layers, list(scores.greedy[:going]))
     return kept_layers(layers, scattered(scores.ranking["layers"], going))
+
+
+def check_depths(config: Config, layers: int, depths: Iterable[int], scores: Scores) -> None:
+    """Refuses depths for which the scores do not say which layers stay: a search would lose them in silence.
+
+    Args:
+        config: the whole configuration; its plan names no depth.
+        layers: those of the model.
+        depths: numbers of layers that a search may keep.
+        scores: of the model.
+
+    Raises:
+        ValueError: there are some; of blocks that were not measured, the message names all.
+    """
+    plan, score = config.plan, config.score
+    going = sorted({layers - depth for depth in depths} - {0})
+    measured = {length for metric, length in scores.calibration.depth if metric == score.depth}
+    missing = sorted({*going} - measured - {1})
+    if plan.layer_choice == "contiguous" and missing and measured:
+        blocks = ",".join(map(str, sorted({*score.blocks, *missing})))
+        raise ValueError(
+            f"plan.layer_choice=contiguous: a search down to {layers - going[-1]} of {layers} layers "
+            f"asks for blocks of {', '.join(map(str, missing))} layers, which the scores did not measure by "
+            f"{score.depth}; set score.blocks=[{blocks}], or take plan.layer_choice=scattered"
+        )
+    for count in going:
+        one = replace(config, plan=replace(plan, layers=layers - count))
+        layers_of_plan(one, {"layers": layers}, scores)

@@ -23,7 +23,7 @@ from nemo_minitron.pruning.plan_file import Plan, cut_of, make_plan, mtp_note, r
 from nemo_minitron.pruning.select import Keep, select_units
 from nemo_minitron.pruning.serving import check_serving, serving_notes
 from nemo_minitron.pruning.slice import pattern_notes
-from nemo_minitron.pruning.slice_predictions import described
+from nemo_minitron.pruning.slice_predictions import keeps_predictions
 from nemo_minitron.pruning.target_sizes import (
     cuts_vocabulary,
     explicit_targets,
@@ -61,7 +61,7 @@ def recipe(config: Config) -> Recipe:
     checkpoint = open_checkpoint(source)
     sizes = checkpoint.architecture.sizes
     targets = target_sizes(checkpoint.architecture, config.plan)
-    keeps = _keeps_predictions(config, checkpoint)
+    keeps = keeps_predictions(checkpoint, config.plan.mtp)
     inputs = [teacher]
     if needs_scores(config.plan):
         inputs.append(input_artifact(workspace.root, "scores", "score"))
@@ -122,25 +122,6 @@ def _merge(how: str, checkpoint: Checkpoint, scores: Scores, keep: Keep) -> Head
     assert group is not None, "the target sizes were checked"
     groups = checkpoint.architecture.sizes[group]
     return HeadMerge(how, merged_into(scores.ranking[HEADS], keep, group, groups))
-
-
-def _keeps_predictions(config: Config, checkpoint: Checkpoint) -> bool:
-    """Whether prediction layers (MTP) are cut along.
-
-    Raises:
-        ValueError: they cannot be.
-    """
-    names = list(checkpoint.predictions)
-    if config.plan.mtp != "keep" or not names:
-        return False
-    try:
-        described(checkpoint)
-    except ValueError as error:
-        raise ValueError(
-            f"plan.mtp=keep: {checkpoint.folder}: the {len(names)} tensors of prediction layers, as "
-            f"{plain(names[0], 120)}, cannot be cut along: {error}"
-        ) from error
-    return True
 
 
 def _kept_experts(scores: Path, plan: Plan) -> list[str]:

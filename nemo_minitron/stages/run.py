@@ -44,6 +44,8 @@ SEVERAL = (
     "pretrain", "correct", "score", "screen", "sensitivity", "logits", "distill", "evaluate",
 )  # fmt: skip
 """Stages that share their work where torchrun starts several processes."""
+COMPUTING = (*SEVERAL, "measure-layers")
+"""Stages that compute on the accelerator: those, and one that times it, alone."""
 
 
 def run_stage(name: str, config: "Config") -> Result:
@@ -114,7 +116,7 @@ def run_by_hand(
 
 def accelerator_of(launch: "LaunchConfig", stage: str) -> str | None:
     """The accelerator of this machine that a stage holds while it computes; None: none."""
-    return launch.accelerator if stage in SEVERAL and launch.kind != "slurm" else None
+    return launch.accelerator if stage in COMPUTING and launch.kind != "slurm" else None
 
 
 def _is_follower() -> bool:

@@ -25,8 +25,17 @@ from nemo_minitron.pruning.head_merge import check_head_merge_of_search
 from nemo_minitron.pruning.layer_times import LayerTimes, latency_of
 from nemo_minitron.pruning.serving import served
 from nemo_minitron.pruning.shortlist import pool, promising, shares, spread, varied
-from nemo_minitron.pruning.size_search import default_choices, whole_choices
-from nemo_minitron.pruning.size_space import Space, Terms, front, size_space, source_costs, within
+from nemo_minitron.pruning.size_search import checked_choices, default_choices, whole_choices
+from nemo_minitron.pruning.size_space import (
+    MOST,
+    Space,
+    Terms,
+    front,
+    size_space,
+    source_costs,
+    within,
+)
+from nemo_minitron.pruning.slice_predictions import keeps_predictions
 from nemo_minitron.pruning.target_sizes import NOT_OF_A_SIZE, explicit_targets
 from nemo_minitron.scoring.scores_file import Scores
 from nemo_minitron.stages.candidates import (
@@ -37,7 +46,7 @@ from nemo_minitron.stages.candidates import (
     write_tasks,
 )
 from nemo_minitron.stages.inputs import teacher_folder, times_of
-from nemo_minitron.stages.layer_choice import layers_of_plan
+from nemo_minitron.stages.layer_choice import check_depths, layers_of_plan
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json
@@ -55,11 +64,13 @@ def recipe(config: Config) -> Recipe:
     Under torchrun the ranks share the candidates.
 
     Raises:
-        ValueError: no budget, sizes beside it, or none that keeps it.
+        ValueError: no budget, sizes beside it, or none that keeps it; prediction layers that are to be kept,
+            and that no table describes.
     """
     budget, where = config.plan.budget, Workspace(workspace_of(config)).screen
     check_budget(config)
     checkpoint, scores, inputs = teacher_and_scores(config)
+    keeps_predictions(checkpoint, config.plan.mtp)
     screener, inputs = screener_of(config, checkpoint, scores, inputs)
     times: LayerTimes | None = None
     if needs_latency(budget):
@@ -92,9 +103,9 @@ def check_budget(config: Config, screens: bool = True) -> None:
         screens: whether the sizes are screened; else those nearest to a target are taken.
 
     Raises:
-        ValueError: a plan without a budget, or with sizes beside it; no target where none is screened,
-            or a choice of vocabularies where some are; a bound of time, and a choice that no table of
-            layer times knows.
+        ValueError: a plan without a budget, or with sizes beside it; layers that go one after the other;
+            no target where none is screened, or a choice of vocabularies where some are; a bound of time,
+            and a choice that no table of layer times knows.
     """
     budget = config.plan.budget
     asked = [name for name in explicit_targets(config.plan) if name not in NOT_OF_A_SIZE]
@@ -106,6 +117,12 @@ def check_budget(config: Config, screens: bool = True) -> None:
         )
     if asked:
         raise ValueError(f"plan.{asked[0]}: either sizes or plan.budget.{key}, found both")
+    if config.plan.layer_choice == "greedy" and (not budget.choices or "layers" in budget.choices):
+        raise ValueError(
+            "plan.layer_choice=greedy: score removes one layer after the other down to plan.layers, and "
+            f"plan.budget.{key} asks for a search of many depths; use plan.layer_choice=scattered or "
+            "contiguous, or plan.budget.choices without layers"
+        )
     if screens and VOCAB in budget.choices:  # what is held out would be read in other tokens
         raise ValueError(
             "plan.budget.choices.vocab: screening reads with the whole vocabulary; use "
@@ -136,8 +153,9 @@ def nearest(config: Config) -> list[tuple[dict[str, int], int]]:
     budget = config.plan.budget
     check_budget(config, screens=False)
     assert budget.params is not None
-    folder, _ = teacher_folder(config)
-    check_head_merge_of_search(open_checkpoint(folder).architecture, config.plan.head_merge)
+    source = open_checkpoint(teacher_folder(config)[0])
+    check_head_merge_of_search(source.architecture, config.plan.head_merge)
+    keeps_predictions(source, config.plan.mtp)
     checkpoint, scores, _ = teacher_and_scores(config)
     timed = needs_latency(budget)
     times = times_of(config, checkpoint.architecture)[0] if timed else None
@@ -174,7 +192,7 @@ def searched(
         wide: whether a default grid is for a search that looks at many.
 
     Raises:
-        ValueError: see ``limits_of``, ``size_space`` and ``within``.
+        ValueError: see ``limits_of``, ``check_depths``, ``size_space`` and ``within``.
     """
     budget, model = config.plan.budget, served(checkpoint.architecture, config.plan.serve)
     latency = None if times is None else latency_of(times, model)
@@ -188,6 +206,8 @@ def searched(
 
     if budget.choices:
         given = whole_choices(budget.choices)
+        depths = checked_choices(model, given, "plan.budget", MOST)["layers"]
+        check_depths(config, model.sizes["layers"], map(int, depths), scores)
         space = size_space(model, given, terms, keep, "plan.budget")
         within(space, limits, "plan.budget")
         return space, limits, source
@@ -196,6 +216,8 @@ def searched(
     )
     for factor in _WIDER:
         choices = default_choices(model, share * factor, wide)
+        if "layers" in scores.ranking:  # else score.depth=none: no layer is to go
+            check_depths(config, model.sizes["layers"], choices.get("layers", ()), scores)
         space = size_space(model, choices, terms, keep, "plan.budget")
         try:
             within(space, limits, "plan.budget")

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nemo_minitron.config.compose import as_dict, load_config
+from nemo_minitron.checkpoints.checkpoint import open_checkpoint
+from nemo_minitron.config.compose import as_dict, from_dict, load_config
 from nemo_minitron.workspace.artifacts import verify_tree
 from nemo_minitron.workspace.command_log import commands_in
 from nemo_minitron.workspace.manifest import read_manifest
+from tests.support.models import predicting_model
 from tests.support.runs import minitron, settings
 
 QUICK = [
@@ -135,9 +137,11 @@ def test_a_search_takes_the_nearest_where_it_screens_none_and_a_task_decides_whe
         *words(workspace, teacher, corpus), "plan.budget.params=15000", "plan.budget.tolerance=0.1",
         "plan.budget.candidates=2", "plan.budget.steps=2",
     ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"plan\.layer_choice=greedy: score removes one layer"):
+        search(overrides=[*overrides, "plan.layer_choice=greedy"])
+    assert not (workspace / "scores").exists()  # hours before it would have been noticed
     assert search(overrides=[*overrides, "plan.budget.screened=0"], compress_best=False) == []
     found = json.loads((workspace / "search.json").read_text())
-    from nemo_minitron.checkpoints.checkpoint import open_checkpoint
     from nemo_minitron.pruning.size_search import candidates, default_choices
 
     model = open_checkpoint(teacher).architecture
@@ -149,6 +153,9 @@ def test_a_search_takes_the_nearest_where_it_screens_none_and_a_task_decides_whe
     assert found["screened"] == {} and not (workspace / "screen").exists()
     more = [
         "plan.budget.screened=4",
+        "training.tasks=[held_out_choice]",  # which only the winner may stop by
+        "+exp_manager.create_early_stopping_callback=true",
+        "+exp_manager.early_stopping_callback_params={monitor: 'held_out_choice:acc', mode: max}",
         "plan.budget.metric=held_out_choice",
         "plan.budget.task_limit=8",
         "evaluate.task_limit=8",
@@ -196,6 +203,30 @@ def test_the_winner_of_a_search_goes_on_from_its_rounds_as_if_it_had_never_stopp
     log = [json.loads(line) for line in lines]
     assert [line["step"] for line in log if "lr" in line] == list(range(1, 13))
     assert any("val_loss" in line and line["step"] == 2 for line in log)  # of the round
+
+
+def test_the_winner_of_a_search_keeps_its_prediction_layers(
+    server, tmp_path, tokenizer_folder, corpus
+):
+    from nemo_minitron.flows.search import search
+    from nemo_minitron.pruning.plan_file import read_plan
+
+    source, workspace = predicting_model(tmp_path, tokenizer_folder), tmp_path / "search"
+    overrides = [
+        *words(workspace, source, corpus), "plan.mtp=keep", "score.importance=magnitude", "trainer.max_steps=2",
+        "plan.budget.params=52000", "plan.budget.tolerance=0.15", "plan.budget.screened=3",
+        "plan.budget.candidates=2", "plan.budget.steps=2", "+plan.budget.choices.experts=[2,3]",
+    ]  # fmt: skip
+    search(overrides=overrides)
+    plan = read_plan(workspace / "plan")
+    assert plan.mtp_kept and plan.after["experts"] in (2, 3)
+    export = open_checkpoint(workspace / "export")
+    experts = [name for name in export.predictions if "down_proj" in name and ".experts." in name]
+    assert len(experts) == plan.after["experts"]
+    rounds = [read_plan(folder) for folder in (workspace / "rounds" / "2").glob("*/plan")]
+    assert len(rounds) == 2 and all(each.mtp_kept for each in rounds)
+    pruned = (workspace / "rounds" / "2").glob("*/pruned")
+    assert not any(open_checkpoint(folder).predictions for folder in pruned)
 
 
 def test_rounds_that_no_training_could_go_on_from_are_refused(tmp_path, teacher, corpus):
@@ -305,3 +336,83 @@ def test_a_variant_has_the_baseline_that_its_report_asks_for(
         ["distill", "baseline", "evaluate"],
         ["logits", "distill", "evaluate"],
     ]
+
+
+def rates(optim, steps):
+    """The learning rate of every step, as NeMo's own schedule gives it."""
+    from nemo.core.optim.lr_scheduler import prepare_lr_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = prepare_lr_scheduler(optimizer, {"max_steps": steps, **optim["sched"]})["scheduler"]
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    "sched",
+    [
+        ["constant_steps=500"],
+        ["name=WarmupHoldAnnealLinear", "hold_steps=1500"],
+        ["max_steps=4000"],
+    ],
+)
+def test_a_round_has_the_whole_schedule_in_its_few_steps(sched):
+    from nemo_minitron.flows.search import _short
+
+    whole = load_config(
+        "config",
+        [
+            "trainer.max_steps=2000",
+            "optim.sched.min_lr=0.1",
+            *(f"++optim.sched.{word}" for word in sched),
+        ],
+    )
+    before = rates(whole.optim, 2000)
+    short = _short(whole, "one", {"hidden": 3072}, 200)
+    assert short.trainer["max_steps"] == 200 and short.optim["sched"]["warmup_steps"] == 40
+    after = rates(short.optim, 200)
+    # behind the warm-up, of 40 steps in both, the same rates at the same parts of the way
+    parts = [step / 160 for step in range(160)]
+    there = [before[40 + round(part * 1960)] for part in parts]
+    assert after[40:] == pytest.approx(there, abs=0.02)
+    # and the shortest round that there can be has one, too
+    assert len(rates(_short(whole, "one", {"hidden": 3072}, 1).optim, 1)) == 1
+
+
+def test_a_round_knows_the_length_of_a_training_that_its_launch_divides():
+    from nemo_minitron.flows.search import _short
+
+    words = [
+        "training.max_tokens=32000", "data.train.sequence_length=100", "distill.batch_size=2", "optim.sched.warmup_steps=0",
+        "++optim.sched.constant_steps=20", "launch.processes=4", "launch.slurm.nodes=2",
+    ]  # fmt: skip
+    for more, whole in (
+        ([], 160),
+        (["launch.kind=torchrun"], 40),
+        (["launch.kind=slurm"], 20),
+        (["launch.kind=slurm", "launch.stages=[score]"], 160),
+        (["launch.kind=torchrun", "training.tensor_parallel=2"], 80),
+    ):
+        short = _short(load_config("config", [*words, *more]), "one", {"hidden": 3072}, 10)
+        assert short.optim["sched"]["constant_steps"] == 10 * 20 // whole
+        assert short.training.max_tokens is None
+
+
+def test_a_round_of_a_search_stops_early_for_nobody():
+    """Each candidate gets as many steps; and a round measures no task that it could stop by."""
+    from nemo_minitron.flows.search import _short
+
+    stops = [
+        "training.tasks=[arc_easy]", "+exp_manager.create_early_stopping_callback=true",
+        "+exp_manager.early_stopping_callback_params={monitor: 'arc_easy:acc', mode: max}",
+    ]  # fmt: skip
+    config = load_config("config", stops)
+    short = from_dict(as_dict(_short(config, "one", {"hidden": 3072}, 200)))
+    assert not short.exp_manager["create_early_stopping_callback"] and short.training.tasks == []
+    assert config.exp_manager["create_early_stopping_callback"]  # the winner may stop
+    plain = load_config("config", [])
+    assert _short(plain, "one", {"hidden": 3072}, 200).exp_manager == plain.exp_manager

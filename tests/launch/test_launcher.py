@@ -539,9 +539,31 @@ def test_a_stage_whose_flow_is_gone_keeps_its_accelerator(trained, tmp_path, mon
     with in_use("gpu-0", 0), in_use(None, 0), other, in_use("gpu-0", 0):
         pass
     names = [
-        accelerator_of(LaunchConfig(accelerator="gpu-0"), name) for name in ("distill", "plan")
+        accelerator_of(LaunchConfig(accelerator="gpu-0"), name)
+        for name in ("distill", "measure-layers", "plan")
     ]
-    assert names == ["gpu-0", None]  # plan computes nothing
+    assert names == ["gpu-0", "gpu-0", None]  # plan computes nothing
+
+
+def test_layers_are_timed_where_the_model_runs_by_one_process(trained, queue):
+    workspace, call = trained
+    own = (
+        "launch.processes=2",
+        "launch.slurm.nodes=2",
+        "plan.budget.dtype=float32",
+        "plan.budget.context=16",
+    )
+    heard: list[str] = []
+    result = launch(call(*SLURM, *own, name="measure-layers"), heard.append)
+    assert result.made and "Slurm job 1: RUNNING" in heard
+    text = (queue / "jobs" / "1.sh").read_text()
+    assert "#SBATCH --nodes=1" in text.splitlines()
+    assert "torch.distributed" not in text and "srun" not in text
+    folder = read_manifest(workspace / "layer_times").outputs
+    assert [output.file for output in folder] == ["layer_times.json"]
+    here = call(*SLURM, *own, "launch.stages=[distill]", name="measure-layers")
+    assert launch(here, heard.append).made is False  # by a process of its own, on this machine
+    assert len(list((queue / "jobs").glob("*.sh"))) == 1
 
 
 def test_two_stages_never_work_in_one_workspace(trained):

@@ -1,9 +1,11 @@
 """Less memory, the same artifact: micro-batches are halved, what decides the result is not touched."""
 
 import functools
+import importlib
 
 import pytest
 
+from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import as_dict, from_dict, load_config
 from nemo_minitron.launch.out_of_memory import (
     _BATCHES,
@@ -12,6 +14,7 @@ from nemo_minitron.launch.out_of_memory import (
     with_halved_micro_batch,
     with_smaller_micro_batch,
 )
+from nemo_minitron.stages.run import SEVERAL, STAGES
 from nemo_minitron.stages.training_stage import _resolved
 
 
@@ -80,7 +83,7 @@ def test_there_is_an_end_to_it():
         assert with_halved_micro_batch("distill", values(more)) is not None
 
 
-@pytest.mark.parametrize("stage", _BATCHES)
+@pytest.mark.parametrize("stage", sorted({*SEVERAL, *_BATCHES}))
 def test_every_stage_has_less_to_try_with_what_is_set_by_default(tmp_path, stage):
     config = as_dict(load_config("config", []))
     assert note_memory(tmp_path, stage, config)
@@ -115,3 +118,21 @@ def test_it_is_remembered_for_the_next_try_and_the_next_run(tmp_path):
     assert not note_memory(tmp_path, "distill", config)  # one sample is one sample
     (tmp_path / FILE).write_text("not json")
     assert with_smaller_micro_batch(tmp_path, "distill", config) == (config, 0)
+
+
+@pytest.mark.parametrize("stage", ["screen", "sensitivity"])
+def test_what_is_screened_in_smaller_batches_is_the_same_artifact(stage, tmp_path, teacher, corpus):
+    words = [
+        f"workspace={tmp_path}", f"source.model={teacher}", f"data.train.paths=['{corpus}']",
+        "data.holdout=0.2", "data.validation.sequence_length=16", "data.validation.samples=8",
+        "score.importance=magnitude",
+    ]  # fmt: skip
+    assert main(["score", *words]) == 0
+    budget = ["plan.budget.params=15000", "plan.budget.tolerance=0.15"]
+    config = load_config("config", [*words, *(budget if stage == "screen" else [])])
+    assert note_memory(tmp_path, stage, as_dict(config))
+    lighter = from_dict(with_smaller_micro_batch(tmp_path, stage, as_dict(config))[0])
+    assert (config.evaluate.batch_size, lighter.evaluate.batch_size) == (8, 4)
+    made = importlib.import_module(STAGES[stage])
+    first, second = made.recipe(config), made.recipe(lighter)
+    assert (first.settings, first.inputs) == (second.settings, second.inputs)

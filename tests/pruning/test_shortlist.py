@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from nemo_minitron.pruning.shortlist import pool, promising, rank_correlation, spread, varied
+from nemo_minitron.pruning.shortlist import (
+    pool,
+    predicted,
+    promising,
+    rank_correlation,
+    spread,
+    varied,
+)
 
 
 def grid():
@@ -21,15 +28,27 @@ def test_the_spread_begins_evenly_and_reaches_the_corners():
     assert spread(np.zeros((4, 2)), 3) == [0]  # the same size four times
 
 
-def test_a_few_measurements_lead_to_the_best_of_many():
+@pytest.mark.parametrize("judge", ["loss", "accuracy"])
+def test_a_few_measurements_lead_to_the_best_of_many(judge):
     points = grid()
     loss = (points[:, 0] + 0.4) ** 2 + 2 * (points[:, 1] + 0.7) ** 2
+    if judge == "accuracy":  # less is better of what is judged: 65 % right at best are -0.65
+        loss = 0.2 * loss - 0.65
     known = spread(points, 12)
     values = [loss[row] for row in known]
     values[3] = float("nan")  # a cut that broke the model
     best = promising(points, known, values, 6)
     assert not set(best) & set(known)
     assert min(loss[row] for row in best) <= sorted(loss)[5]
+
+
+def test_a_broken_model_counts_as_thrice_the_median_and_does_not_bend_the_fit():
+    points = grid()
+    loss = 3 + points[:, 0] ** 2
+    known = spread(points, 12)
+    values = [loss[row] for row in known]
+    capped = predicted(points, known, [3 * np.median([*values[:-1], 1e9]), *values[1:]])
+    assert predicted(points, known, [1e9, *values[1:]]) == pytest.approx(capped)
 
 
 def test_of_two_that_are_almost_alike_the_better_goes_on():

@@ -10,33 +10,29 @@ from safetensors.torch import load_file, save_file
 
 from nemo_minitron.checkpoints.checkpoint import SINGLE, open_checkpoint
 from nemo_minitron.cli.main import main
+from nemo_minitron.config.compose import load_config
 from nemo_minitron.evaluation.report import read_report
-from nemo_minitron.families import families
 from nemo_minitron.proofs.prediction_proof import (
     drafted,
     drafts_truly,
     runs_predictions,
-    with_predictions,
 )
-from nemo_minitron.proofs.tiny_models import tiny_model
-from nemo_minitron.pruning.plan_file import mtp_note, read_plan
+from nemo_minitron.pruning.plan_file import cut_of, mtp_note, read_plan
+from nemo_minitron.pruning.slice_predictions import CutPredictions
 from nemo_minitron.release.model_card import card_text
+from nemo_minitron.scoring.magnitude import magnitudes
 from nemo_minitron.stages.inputs import read_source
+from nemo_minitron.stages.screen import nearest
 from nemo_minitron.workspace.layout import Workspace
-from tests.support.runs import settings
+from tests.support.models import predicting_model
+from tests.support.runs import refused, settings
 
 STAGES = ("download", "score", "plan", "prune", "distill", "evaluate", "export")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tokenizer_folder):
-    work = tmp_path_factory.mktemp("predicting")
-    family = families()["glm4_moe"]
-    tiny_model(family, {**family.proofs[0], "vocab_size": 300}, work / "plain")
-    folder = with_predictions(work / "plain", work / "source")
-    for path in tokenizer_folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
+    return predicting_model(tmp_path_factory.mktemp("predicting"), tokenizer_folder)
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +132,37 @@ def test_what_no_row_describes_is_refused_by_name(source, words, tmp_path, capsy
         told = capsys.readouterr().err
         assert "plan.mtp=keep" in told and "cannot be cut along" in told and said in told
         assert main(["plan", *arguments]) == 0
+
+
+def test_a_cascade_cuts_them_along_in_every_step(done, words, tmp_path, capsys):
+    """The export that a step makes is the next one's source."""
+    from nemo_minitron.flows.cascade import _step, check
+
+    sizes = "cascade.sizes=[{ffn:24},{ffn:16}]"
+    base = load_config("config", [f"workspace={tmp_path}", sizes, "plan.mtp=keep"])
+    check(base)
+    assert _step(base, "2", done / "export", tmp_path, last=True).plan.mtp == "keep"
+    own = [f"source.model={done / 'export'}", "plan.drop_layers=null", "plan.experts=2"]
+    assert main(["prune", *words(tmp_path / "run"), *own]) == 0
+    plan = read_plan(tmp_path / "run" / "plan")
+    assert plan.mtp_kept and plan.before["experts"] == 3
+    source = open_checkpoint(done / "export")
+    behind = CutPredictions(source, cut_of(plan, source.architecture), magnitudes)
+    assert {name.split(".")[2] for name in behind.entries} == {"3"}
+    assert sum("experts" in name and "down_proj" in name for name in behind.entries) == 3
+
+
+def test_what_no_search_could_keep_is_refused_before_anything_is_screened(
+    source, corpus, tmp_path, capsys
+):
+    odd = shutil.copytree(source, tmp_path / "odd")
+    tensors = load_file(odd / SINGLE) | {"model.layers.4.more.weight": torch.zeros(3)}
+    save_file(tensors, odd / SINGLE, {"format": "pt"})
+    given = [w for w in settings(tmp_path / "run", odd, corpus) if not w.startswith("plan.")]
+    given += ["score.importance=magnitude", "plan.mtp=keep", "plan.budget.params=20000"]
+    assert main(["score", *given]) == 0
+    capsys.readouterr()
+    told = refused(capsys, "screen", *given)
+    assert "plan.mtp=keep" in told and "model.layers.4.more.weight is in no row" in told
+    with pytest.raises(ValueError, match=r"plan\.mtp=keep: .* cannot be cut along"):
+        nearest(load_config("config", [*given, "plan.budget.screened=0"]))

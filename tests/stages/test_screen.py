@@ -181,11 +181,45 @@ def test_a_task_decides_where_it_is_named(place, capsys):
         (["plan.budget.speedup=2"], "measure-layers"),
         (["plan.budget.speedup=0.5"], "plan.budget.speedup: "),
         (["plan.budget.latency_ms=1", "plan.budget.layer_times=nowhere.json"], "no such file: nowhere.json"),
+        (["plan.budget.params=15000", "plan.layer_choice=greedy"], "plan.layer_choice=greedy: score removes one layer"),
+        (["plan.budget.params=15000", "plan.layer_choice=contiguous"], "blocks of 2 layers, which the scores did not measure by block_influence; set score.blocks=[2]"),
+        (["plan.budget.params=15000", "plan.layer_choice=contiguous", "+plan.budget.choices.layers=[1,9]"], "layers: expected whole numbers of 1 to 3"),
     ],
 )  # fmt: skip
 def test_a_budget_that_nothing_meets_is_one_line(scored, capsys, more, said):
     place, words = scored
     assert said in refused(capsys, "screen", f"workspace={place}", *words, *more)
+
+
+def test_a_search_loses_no_depth_whichever_layers_go(place, capsys):
+    workspace, words = place
+    asked = [*BUDGET, "plan.layer_choice=contiguous", "score.blocks=[2]"]
+    depths = "+plan.budget.choices.layers=[1,2,3]"
+    widths = ["+plan.budget.choices.ffn=[8,16,24]", "+plan.budget.choices.hidden=[18,24]"]
+    few = ["plan.budget.params=12000", "plan.budget.tolerance=0.5"]
+    assert main(["score", *words, *asked]) == 0
+    capsys.readouterr()
+    facts(capsys, "screen", *words, *asked, *few, depths, *widths)
+    found = {len(one.layers): one.layers for one in read_screen(workspace / "screen").candidates}
+    assert set(found) == {1, 2, 3}
+    assert main(["plan", *words, "plan.layers=1", *asked[-2:]]) == 0
+    plan = json.loads((workspace / "plan" / "plan.json").read_text())
+    assert plan["layers_kept"] == found[1]  # one block has gone
+    # widths alone lose nothing, whatever the choice
+    capsys.readouterr()
+    facts(capsys, "screen", *words, *few, *widths, "plan.layer_choice=greedy")
+    # a ranking without a pass has no blocks, and one without a depth has no layers to lose
+    assert main(["score", *words, "score.importance=magnitude"]) == 0
+    capsys.readouterr()
+    more = [*words, *BUDGET, "plan.layer_choice=contiguous", "score.importance=magnitude"]
+    assert "score.importance=magnitude measures no blocks" in refused(capsys, "screen", *more)
+    assert main(["score", *words, "score.depth=none"]) == 0
+    capsys.readouterr()
+    facts(capsys, "screen", *words, *BUDGET, "score.depth=none")
+    assert {len(one.layers) for one in read_screen(workspace / "screen").candidates} == {3}
+    assert "the scores rank no layers" in refused(
+        capsys, "screen", *words, *BUDGET, depths, "score.depth=none"
+    )
 
 
 NEAREST = ["plan.budget.screened=0", "plan.budget.params=15000", "plan.budget.tolerance=0.15"]

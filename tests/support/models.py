@@ -9,7 +9,8 @@ import transformers
 from packaging.version import Version
 
 from nemo_minitron.families import families
-from nemo_minitron.proofs.tiny_models import random_model
+from nemo_minitron.proofs.prediction_proof import with_predictions
+from nemo_minitron.proofs.tiny_models import random_model, tiny_model
 
 SIZES = {
     "vocab_size": 96,
@@ -128,3 +129,13 @@ def begin_texts(folder: Path, token: str = "<s>") -> int:
     }
     (folder / "tokenizer.json").write_text(json.dumps(rules))
     return int(number)
+
+
+def predicting_model(folder: Path, tokenizer: Path) -> Path:
+    """A small random GLM-4.5 with a prediction layer (MTP) behind it, and a tokenizer beside it."""
+    family = families()["glm4_moe"]
+    tiny_model(family, {**family.proofs[0], "vocab_size": 300}, folder / "plain")
+    source = with_predictions(folder / "plain", folder / "source")
+    for path in tokenizer.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    return source
