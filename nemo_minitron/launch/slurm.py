@@ -20,6 +20,7 @@ from typing import TypedDict
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nemo_minitron.launch.signs_of_life import SignsOfLife
 from nemo_minitron.launch.stage_process import clear
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
@@ -290,11 +291,11 @@ def _state(number: str) -> str:
 
 
 class _Watch:
-    """Whether a job at work gives signs of life: its log or its progress changes, by whatever clock."""
+    """Whether a job at work gives signs of life: its log or its progress changes."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._seen = job, ""
-        self._since = time.monotonic()
+        self._limit, self._signs = job.silence, SignsOfLife(job.log, job.progress)
+        self._state, self._since = "", time.monotonic()
 
     def look(self, state: str) -> None:
         """Looks for a sign; what is not at work, such as a job that waits for its turn, needs none.
@@ -302,17 +303,11 @@ class _Watch:
         Raises:
             Hung: there was none for too long.
         """
-        found = []
-        for path in (self._job.log, self._job.progress):
-            # a file that is not there yet, or a disk that does not answer, is no reason to end a job
-            with contextlib.suppress(OSError):
-                found += [] if path is None else [path.stat()]
-        seen = f"{state} {[(stat.st_mtime_ns, stat.st_size) for stat in found]}"
-        if seen != self._seen or state != "RUNNING":
-            self._seen, self._since = seen, time.monotonic()
-        limit = self._job.silence
-        if limit is not None and time.monotonic() - self._since > limit:
-            raise Hung(f"silent for {limit:g} s (launch.silence), taken for hung")
+        if state != self._state or state != "RUNNING":
+            self._state, self._since = state, time.monotonic()
+        quiet = time.monotonic() - max(self._since, self._signs.last())
+        if self._limit is not None and quiet > self._limit:
+            raise Hung(f"silent for {self._limit:g} s (launch.silence), taken for hung")
 
 
 def _wait(
