@@ -207,7 +207,7 @@ def _side_by_side(base: Config, last: Path) -> Result:
     if base.cascade.one_shot and count > 1:
         beside[ONE_SHOT] = place.step(ONE_SHOT).export
     own.evaluate.beside = {name: str(folder) for name, folder in beside.items()}
-    (result,) = run_stages(["evaluate"], own)
+    (result,) = run_stages(["evaluate"], own, base)
     models = read_report(place.report)["models"]
     named = {**{name: name for name in beside}, "student": f"step-{count}"}
     rows = [

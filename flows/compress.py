@@ -19,6 +19,7 @@ from nemo_minitron.flows.forms import Launch, Sizes, cli_words, composed
 from nemo_minitron.flows.masked_failures import flow
 from nemo_minitron.flows.publish import log_line
 from nemo_minitron.flows.tasks import run_stage_task
+from nemo_minitron.launch.job_recipe import recipe_of
 from nemo_minitron.launch.launcher import check_names, hold_workspace
 from nemo_minitron.pruning.budget import asks_for_search
 from nemo_minitron.security.masking import masked
@@ -112,10 +113,20 @@ def compress(
     return results
 
 
-def run_stages(names: list[str], config: Config) -> list[Result]:
-    """Runs stages one after the other, and says so on the screen."""
+def run_stages(names: list[str], config: Config, asked: Config | None = None) -> list[Result]:
+    """Runs stages one after the other, and says so on the screen.
+
+    Args:
+        names: which.
+        config: the whole configuration.
+        asked: what the flow was asked for in this workspace, where it made ``config`` of that.
+
+    Returns:
+        What each stage reports.
+    """
     check_names(config.launch)
     values, results = as_dict(config), []
+    flow = recipe_of(values if asked is None else as_dict(asked))
     if config.track.mlflow is not None:
         from nemo_minitron.release.mlflow_tracking import check
 
@@ -123,7 +134,7 @@ def run_stages(names: list[str], config: Config) -> list[Result]:
     for position, name in enumerate(names):
         place = f"[{position + 1}/{len(names)}] {name}"
         log_line(f"{place} ...")
-        result = run_stage_task(name, config, values)
+        result = run_stage_task(name, config, values, flow)
         results.append(result)
         done = "" if result.made else " (already done)"
         log_line(f"{place}: {result.headline}{done}")

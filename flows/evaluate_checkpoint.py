@@ -33,7 +33,8 @@ def evaluate_checkpoint(
     Args:
         checkpoint: folder of a Hugging Face model, such as an export.
         workspace: folder for what is measured; the same every night.
-        teacher: hub id or folder of the teacher; None: what the checkpoint's minitron.json names.
+        teacher: hub id or folder of the teacher; None: what the checkpoint's minitron.json says that
+            it was measured against.
         config_name: configuration to start from.
         overrides: in Hydra's grammar: suite=minitron, evaluate.floors=[hellaswag:acc_norm:0.5].
         data: held-out text (``data.validation.paths``); None: what the configuration says.
@@ -65,22 +66,39 @@ def evaluate_checkpoint(
 
 
 def teacher_of(export: Path) -> tuple[str, str | None]:
-    """The model that an export was made from and its pinned revision, as its lineage has them.
+    """The model that an export's own report compares with, and its pinned revision, as its lineage has them.
+
+    That is the model that it was made from, or what ``evaluate.teacher`` named instead: each step of a
+    cascade is cut from the export before, and is judged by what the cascade began with.
 
     Raises:
         ValueError: it names none that can be found from here.
     """
     path = export / LINEAGE
     lineage = read_json(path, Lineage) if path.is_file() else {}
-    made = next((each for each in lineage.get("stages", []) if each["kind"] == "teacher"), None)
+    stages = {each["kind"]: each for each in lineage.get("stages", [])}
+    judged = stages["report"]["inputs"][:1] if "report" in stages else []
+    if judged and judged[0].finished is None:  # evaluate.teacher, a folder
+        return _named(path, judged[0].path, None, is_folder=True)
+    made = stages.get("teacher")
     if made is None or len(made["inputs"]) != 1:
         raise ValueError(f"teacher: {export} has no {LINEAGE} that names one; give it")
     (source,) = made["inputs"]
     if source.finished is not None:  # a folder of the workspace that it was made in
         raise ValueError(f"teacher: {export} was made from a model of its own run; give its folder")
-    found, revision = source.path, made["config"].get("revision")
-    if "${" in f"{found}{revision}":  # which would be resolved, with this machine's environment
-        raise ValueError(
-            f"teacher: {path} names {plain(found, 80)!r}, which is no folder and no hub id; give it"
-        )
+    return _named(path, source.path, made["config"].get("revision"), is_folder=False)
+
+
+def _named(
+    lineage: Path, found: str, revision: str | None, is_folder: bool
+) -> tuple[str, str | None]:
+    """The same, if it can be looked for.
+
+    Raises:
+        ValueError: it is a text to be resolved, with this machine's environment; or a folder that is
+            not here, whose name would be taken for a hub id.
+    """
+    if "${" in f"{found}{revision}" or (is_folder and not Path(found).is_dir()):
+        what = "no folder here" if is_folder else "no folder and no hub id"
+        raise ValueError(f"teacher: {lineage} names {plain(found, 80)!r}, which is {what}; give it")
     return found, revision

@@ -113,7 +113,7 @@ def search(
             _cut_to(chosen, sizes, checked)
             if checked.plan.budget.continued:
                 chosen.distill.go_on_from = str(begun.absolute())
-            results = run_stages(list(steps(chosen)), chosen)
+            results = run_stages(list(steps(chosen)), chosen, checked)
     return results
 
 

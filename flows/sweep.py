@@ -155,7 +155,7 @@ def run_variants(base: Config, configs: Mapping[str, Config]) -> list[Outcome]:
     if names:
         first = copy.deepcopy(configs[names[0]])
         first.prune.also = [configs[name].workspace for name in names[1:]]
-        run_stages(["prune"], first)
+        run_stages(["prune"], first, configs[names[0]])
     outcomes = [*(_outcome(name, configs[name]) for name in names), *broken]
     return sorted(
         outcomes,

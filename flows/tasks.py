@@ -53,27 +53,28 @@ def worth_another_try(_: Any, run: TaskRun, state: State) -> bool:
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def stage(name: str, values: dict[str, Any]) -> Any:
+def stage(name: str, values: dict[str, Any], flow: str | None = None) -> Any:
     """Runs one stage.
 
     Args:
         name: a stage of the command line, or ``baseline``.
         values: the whole configuration as plain dictionaries.
+        flow: recipe of the flow's own configuration; see ``Call``.
 
     Returns:
         A ``Result``; or, where the stage's process was lost and no try is left, the state Crashed;
         or Cancelled, where the run is suspended.
     """
     with masked_failures(stored=False):
-        return _stage(name, values)
+        return _stage(name, values, flow)
 
 
-def _stage(name: str, values: dict[str, Any]) -> Any:
+def _stage(name: str, values: dict[str, Any], flow: str | None) -> Any:
     workspace = Path(values["workspace"])
     lighter, times = with_smaller_micro_batch(workspace, name, values)
     if name == "baseline":
         lighter = {**lighter, "pretrain": {**lighter["pretrain"], "baseline": True}}
-    call = Call(name, from_dict(lighter), lighter)
+    call = Call(name, from_dict(lighter), lighter, values, flow)
     relay = Relay(name)
     if times:
         relay.say(f"{name}: micro-batch halved {times} times, for memory ran out before")
@@ -103,8 +104,16 @@ def _shown(relay: "Relay") -> Iterator[None]:
         relay.say(f"not published: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
+def run_stage_task(
+    name: str, config: Config, values: dict[str, Any], flow: str | None = None
+) -> Result:
     """Runs a stage as a task, with the tries and the time limit that the configuration gives it.
+
+    Args:
+        name: a stage of the command line, or ``baseline``.
+        config: the whole configuration.
+        values: the same as plain dictionaries.
+        flow: recipe of the flow's own configuration; see ``Call``.
 
     Raises:
         StageError: it crashed, or took too long.
@@ -123,7 +132,7 @@ def run_stage_task(name: str, config: Config, values: dict[str, Any]) -> Result:
         # slot, over a connection that the server has closed during a long stage, and tries again
         # after two seconds
         with _slot(name, config), TagsContext(current_tags=set()):
-            result = own(name, values)
+            result = own(name, values, flow)
     except TaskRunTimeoutError as error:
         text = f"{name}: over its time limit of {limit:g} s (launch.time_limit); run it again to resume"
         raise StageError(name, failures.SLOW, text) from error

@@ -16,17 +16,23 @@ from nemo_minitron.config.config import Config
 from nemo_minitron.config.launch_config import LaunchConfig
 from nemo_minitron.launch import failures
 from nemo_minitron.launch.failures import StageError, exit_words, failure_from_json
+from nemo_minitron.launch.job_recipe import (
+    BASELINE,
+    is_sent,
+    is_shared,
+    processes_of_node,
+    recipe_of,
+)
 from nemo_minitron.launch.process_group import Ended, Limits, run_process
 from nemo_minitron.launch.slurm import HEAD, NUMBER, Hung, Job, adopt, run_job
 from nemo_minitron.launch.stage_process import clear, outcomes, result_from
 from nemo_minitron.security.masking import remember
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.stages.result import Result
-from nemo_minitron.stages.run import COMPUTING, SEVERAL, STAGES, run_alone
+from nemo_minitron.stages.run import STAGES, run_alone
 from nemo_minitron.workspace import progress
 from nemo_minitron.workspace.layout import Workspace, outcome_of_job
 from nemo_minitron.workspace.locks import locked
-from nemo_minitron.workspace.manifest import digest
 from nemo_minitron.workspace.typed_json import read_json
 
 
@@ -38,11 +44,22 @@ class Call:
         name: the stage, or ``baseline``, as which ``pretrain`` trains the from-scratch baseline.
         config: the whole configuration.
         values: the same as plain dictionaries.
+        asked: these before its micro-batch was halved; None: it was not.
+        flow: recipe (``recipe_of``) of the flow's own configuration, of which a search or a cascade makes
+            others for its stages; None: the stage's is the flow's own.
     """
 
     name: str
     config: Config
     values: dict[str, Any]
+    asked: dict[str, Any] | None = None
+    flow: str | None = None
+
+    @property
+    def recipes(self) -> tuple[str, str]:
+        """The stage's and the flow's (``recipe_of``)."""
+        own = recipe_of(self.values if self.asked is None else self.asked)
+        return own, own if self.flow is None else self.flow
 
     @property
     def stage(self) -> str:
@@ -93,11 +110,7 @@ def launch(
     remember(call.values)
     call.workspace.launched.mkdir(parents=True, exist_ok=True)
     call.progress.unlink(missing_ok=True)
-    recipe, every = recipe_of(call.values), call.config.launch.slurm.poll_seconds
-    queued = call.config.launch.kind == "slurm" and _is_sent(call)
-    for noted in call.workspace.slurm_jobs:
-        if noted != call.slurm or not queued:
-            adopt(noted, outcome_of_job(noted), recipe, on_line, every)
+    _wait_for_jobs(call, on_line)
     if call.config.launch.kind == "inline":
         before = os.environ.get(progress.VARIABLE)
         os.environ[progress.VARIABLE] = str(call.progress.resolve())
@@ -110,6 +123,22 @@ def launch(
             if before is not None:
                 os.environ[progress.VARIABLE] = before
     return _elsewhere(call, on_line, unwanted)
+
+
+def _wait_for_jobs(call: Call, on_line: Callable[[str], None]) -> None:
+    """Waits for jobs that an earlier flow has left, but for the one that the stage itself will wait for.
+
+    No two stages work in one workspace. Another stage's is not judged by this one's configuration: a
+    search and a cascade change theirs between stages, and their own next stage asks for it in full.
+    """
+    settings = call.config.launch
+    for noted in call.workspace.slurm_jobs:
+        own, of_flow = call.recipes
+        outcome, every = outcome_of_job(noted), settings.slurm.poll_seconds
+        if noted != call.slurm:
+            adopt(noted, outcome, of_flow, on_line, every, "flow")
+        elif settings.kind != "slurm" or not _is_sent(call):
+            adopt(noted, outcome, own, on_line, every)
 
 
 def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[], bool]) -> Result:
@@ -144,7 +173,7 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
 def ranks_of(config: Config, name: str) -> int:
     """Processes that share a stage, over all nodes."""
     settings = config.launch
-    if settings.kind not in ("torchrun", "slurm") or not _is_shared(Call(name, config, {})):
+    if settings.kind not in ("torchrun", "slurm") or not is_shared(name, settings.stages):
         return 1
     nodes, processes = _nodes_and_processes(settings)
     return nodes * processes
@@ -153,24 +182,17 @@ def ranks_of(config: Config, name: str) -> int:
 def _nodes_and_processes(settings: LaunchConfig) -> tuple[int, int]:
     """Nodes, and processes on each."""
     nodes = settings.slurm.nodes if settings.kind == "slurm" else 1
-    return nodes, settings.processes or _gpus()
+    return nodes, processes_of_node(settings.processes)
 
 
 def _is_sent(call: Call) -> bool:
-    """Whether torchrun and slurm apply to a stage; the baseline's as the student's, whose tokens it sees."""
-    chosen = call.config.launch.stages
-    if chosen is None:
-        return call.stage in COMPUTING
-    return call.name in chosen or (call.name == BASELINE and "distill" in chosen)
+    """Whether torchrun and slurm apply to a stage."""
+    return is_sent(call.name, call.config.launch.stages)
 
 
 def _is_shared(call: Call) -> bool:
     """Whether several processes share a stage."""
-    return call.stage in SEVERAL and _is_sent(call)
-
-
-BASELINE = "baseline"
-"""Name of the training from scratch among a run's stages; it runs as ``pretrain`` does."""
+    return is_shared(call.name, call.config.launch.stages)
 
 
 def check_names(settings: LaunchConfig) -> None:
@@ -223,31 +245,13 @@ def _queued(call: Call, command: list[str], on_line: Callable[[str], None]) -> R
         settings.silence,
         call.progress,
     )
-    recipe = recipe_of(call.values)
+    own, of_flow = call.recipes
     try:
-        number = run_job(job, call.slurm, call.outcome, recipe, on_line, slurm.poll_seconds)
+        number = run_job(job, call.slurm, call.outcome, own, on_line, slurm.poll_seconds, of_flow)
     except Hung as error:
         text = f"{call.name}: its Slurm job was {error}; {log} has its output"
         raise StageError(call.name, failures.LOST, text) from error
     return _verdict(call, f"Slurm job {number} ended without a word; {log} has its output")
-
-
-def recipe_of(values: dict[str, Any]) -> str:
-    """Identifies what stages make of a configuration, however they are started and in what micro-batches."""
-
-    def core(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: core(each) for name, each in value.items() if name not in _HOW}
-
-    return digest(core(values))
-
-
-_HOW = (
-    "launch", "track", "export", "batch_size", "accumulate_grad_batches", "val_check_interval",
-    "limit_val_batches", "validate_every", "baseline",
-)  # fmt: skip
-"""Keys of the configuration that say how stages work, not what comes of them."""
 
 
 def limit_of(settings: LaunchConfig, name: str) -> float | None:
@@ -272,12 +276,6 @@ def _torchrun(settings: LaunchConfig, command: list[str], folder: Path) -> list[
     else:
         start += ["--rdzv-backend=c10d", "--rdzv-endpoint", HEAD, "--rdzv-id", NUMBER]
     return [*start, *command[1:]]
-
-
-def _gpus() -> int:
-    import torch
-
-    return max(1, torch.cuda.device_count())
 
 
 def _ended(call: Call, ended: Ended, limits: Limits) -> Result:

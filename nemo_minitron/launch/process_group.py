@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_minitron.launch.signs_of_life import SignsOfLife
 from nemo_minitron.security.masking import masked
 
 _TICK = 0.2
@@ -97,6 +98,7 @@ def run_process(
         )  # fmt: skip
         watchdog, held = watch_over(f"-{process.pid}", limits.grace)
         pump, stopped, started = _Pump(process, log, on_line), None, time.monotonic()
+        signs = SignsOfLife(sign_of_life)
         pump.start()
         try:
             let_through()
@@ -104,7 +106,7 @@ def run_process(
                 stopped = (
                     "unwanted"
                     if unwanted()
-                    else _overdue(limits, started, pump.heard, sign_of_life)
+                    else _overdue(limits, started, max(pump.heard, signs.last()))
                 )
                 if stopped is not None:
                     end_group(process, limits.grace)
@@ -167,17 +169,12 @@ def watch_over(target: str, grace: float) -> tuple[subprocess.Popen[bytes], int]
     return watchdog, writes
 
 
-def _overdue(limits: Limits, started: float, heard: float, sign_of_life: Path | None) -> str | None:
-    """Why a process must be stopped now; None: it need not be."""
+def _overdue(limits: Limits, started: float, heard: float) -> str | None:
+    """Why a process must be stopped now; None: it need not be. Times are of time.monotonic."""
     now = time.monotonic()
     if limits.seconds is not None and now - started > limits.seconds:
         return "time limit"
-    if limits.silence is None:
-        return None
-    quiet = now - heard
-    if sign_of_life is not None and sign_of_life.is_file():
-        quiet = min(quiet, time.time() - sign_of_life.stat().st_mtime)
-    return "silence" if quiet > limits.silence else None
+    return "silence" if limits.silence is not None and now - heard > limits.silence else None
 
 
 def end_group(process: "subprocess.Popen[bytes]", grace: float) -> None:

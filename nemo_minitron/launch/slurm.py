@@ -12,14 +12,15 @@ import secrets
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nemo_minitron.launch.signs_of_life import SignsOfLife
 from nemo_minitron.launch.stage_process import clear
 from nemo_minitron.security.plain_text import plain
 from nemo_minitron.workspace.manifest import write_json
@@ -97,6 +98,7 @@ def run_job(
     recipe: str,
     on_line: Callable[[str], None],
     poll: float = 15.0,
+    flow: str = "",
 ) -> str:
     """Submits a job, or finds the one that was submitted for the same, and waits for its end.
 
@@ -110,6 +112,7 @@ def run_job(
         recipe: identifies what the job is for.
         on_line: called with each line about what happens.
         poll: seconds between looks at the queue.
+        flow: identifies what the flow is for whose stage it is; noted, for the stages before it.
 
     Returns:
         Its number.
@@ -124,7 +127,7 @@ def run_job(
         clear(outcome)
     try:
         if number is None:
-            number = _noted(job, job_file, recipe, on_line)
+            number = _noted(job, job_file, {"recipe": recipe, "flow": flow}, on_line)
         else:
             on_line(f"Slurm job {number} is this stage's already; waiting for it")
         _wait(number, outcome, on_line, poll, _Watch(job))
@@ -135,15 +138,17 @@ def run_job(
     return number
 
 
-def _noted(job: Job, job_file: Path, recipe: str, on_line: Callable[[str], None]) -> str:
+def _noted(
+    job: Job, job_file: Path, what_for: Mapping[str, str], on_line: Callable[[str], None]
+) -> str:
     """Submits a job under a name that is written down before, and its number after; returns the number."""
     name = f"{job.name}-{secrets.token_hex(4)}"
     # before it is submitted: whoever is ended while sbatch works, or hears no answer, finds it by
     # name
-    write_json(job_file, {"name": name, "recipe": recipe})
+    write_json(job_file, {"name": name, **what_for})
     try:
         number = _submit(job, name)
-        write_json(job_file, {"job": number, "name": name, "recipe": recipe})
+        write_json(job_file, {"job": number, "name": name, **what_for})
         on_line(f"Slurm job {number} submitted")
     except ValueError:  # refused
         job_file.unlink(missing_ok=True)
@@ -152,7 +157,7 @@ def _noted(job: Job, job_file: Path, recipe: str, on_line: Callable[[str], None]
         raise
     except BaseException:  # also while the number is written down
         with contextlib.suppress(ConnectionError):  # the file stays, for the next run to ask again
-            _cancel(_number(job_file, recipe), job_file, on_line)
+            _cancel(_number(job_file, None), job_file, on_line)
         raise
     return number
 
@@ -172,17 +177,30 @@ def _cancel(number: str | None, job_file: Path, on_line: Callable[[str], None]) 
 
 
 def adopt(
-    job_file: Path, outcome: Path, recipe: str, on_line: Callable[[str], None], poll: float
+    job_file: Path,
+    outcome: Path,
+    recipe: str,
+    on_line: Callable[[str], None],
+    poll: float,
+    whose: Literal["recipe", "flow"] = "recipe",
 ) -> None:
     """Waits for a job that a killed flow has left and nobody else waits for, and then forgets it.
 
     It is another stage's, or this one's, which is not to run as a job any more. Where it was for other
     settings it is ended.
 
+    Args:
+        job_file: file that remembers the job's number.
+        outcome: file that its stage writes at its end.
+        recipe: identifies what is wanted: of the stage (``recipe``), or of the flow (``flow``).
+        on_line: called with each line about what happens.
+        poll: seconds between looks at the queue.
+        whose: of which of the two.
+
     Raises:
         ConnectionError: the queue cannot be asked.
     """
-    number = _number(job_file, recipe)
+    number = _number(job_file, recipe, whose)
     if number is None:
         _end(job_file, outcome, on_line, poll)
         return
@@ -208,9 +226,12 @@ def _end(job_file: Path, outcome: Path, on_line: Callable[[str], None], poll: fl
 class _Noted(TypedDict):
     name: str
     recipe: str
+    flow: NotRequired[str]
 
 
-def _number(job_file: Path, recipe: str | None) -> str | None:
+def _number(
+    job_file: Path, recipe: str | None, whose: Literal["recipe", "flow"] = "recipe"
+) -> str | None:
     """The job that the file names; None where there is none, or it is for another recipe.
 
     One that they know by its name only gets its number noted: the queue forgets it with its end.
@@ -222,7 +243,7 @@ def _number(job_file: Path, recipe: str | None) -> str | None:
     if not job_file.is_file():
         return None
     noted = read_json(job_file, _Noted)  # damaged it may hide a job that is at work
-    if recipe not in (None, noted["recipe"]):
+    if recipe not in (None, noted.get(whose)):
         return None
     if "job" in noted:
         if not _NUMBER.fullmatch(
@@ -290,11 +311,11 @@ def _state(number: str) -> str:
 
 
 class _Watch:
-    """Whether a job at work gives signs of life: its log or its progress changes, by whatever clock."""
+    """Whether a job at work gives signs of life: its log or its progress changes."""
 
     def __init__(self, job: Job) -> None:
-        self._job, self._seen = job, ""
-        self._since = time.monotonic()
+        self._limit, self._signs = job.silence, SignsOfLife(job.log, job.progress)
+        self._state, self._since = "", time.monotonic()
 
     def look(self, state: str) -> None:
         """Looks for a sign; what is not at work, such as a job that waits for its turn, needs none.
@@ -302,17 +323,11 @@ class _Watch:
         Raises:
             Hung: there was none for too long.
         """
-        found = []
-        for path in (self._job.log, self._job.progress):
-            # a file that is not there yet, or a disk that does not answer, is no reason to end a job
-            with contextlib.suppress(OSError):
-                found += [] if path is None else [path.stat()]
-        seen = f"{state} {[(stat.st_mtime_ns, stat.st_size) for stat in found]}"
-        if seen != self._seen or state != "RUNNING":
-            self._seen, self._since = seen, time.monotonic()
-        limit = self._job.silence
-        if limit is not None and time.monotonic() - self._since > limit:
-            raise Hung(f"silent for {limit:g} s (launch.silence), taken for hung")
+        if state != self._state or state != "RUNNING":
+            self._state, self._since = state, time.monotonic()
+        quiet = time.monotonic() - max(self._since, self._signs.last())
+        if self._limit is not None and quiet > self._limit:
+            raise Hung(f"silent for {self._limit:g} s (launch.silence), taken for hung")
 
 
 def _wait(

@@ -20,14 +20,13 @@ from nemo_minitron.losses.intermediate import IntermediateWeights
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.stages.inputs import (
     distillation_teacher,
-    kept_ids,
     refuse_gguf,
-    taught_entries,
 )
 from nemo_minitron.stages.logit_cache import asked_for, refuse_phases
 from nemo_minitron.stages.origin import uncorrected
 from nemo_minitron.stages.recipe import Recipe, Summary
 from nemo_minitron.stages.training_stage import Role, tokenizer_of, training_inputs, training_recipe
+from nemo_minitron.stages.vocabularies import kept_ids, taught_entries
 from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.layout import Workspace, state_in
 from nemo_minitron.workspace.manifest import read_manifest

@@ -45,11 +45,11 @@ from nemo_minitron.stages.inputs import (
     POSITIONS,
     length_notes,
     model_folder,
-    taught_entries,
     teacher_folder,
 )
 from nemo_minitron.stages.origin import is_corrected, uncorrected
 from nemo_minitron.stages.recipe import Recipe, Summary
+from nemo_minitron.stages.vocabularies import entries_of_all
 from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.layout import Workspace, model_in
 from nemo_minitron.workspace.manifest import Input, digest, read_manifest, write_json
@@ -185,12 +185,7 @@ def _bench(config: Config) -> tuple[Bench, list[Input]]:
     models, inputs = _models(config)
     texts = validation_text(config)
     inputs.append(text_input(texts))
-    entries = taught_entries(config, models["teacher"], models["student"])
-    for name in config.evaluate.beside:
-        other = taught_entries(config, models["teacher"], models[name])
-        cuts = [isinstance(each, KeptEntries) for each in (entries, other)]
-        if cuts[0] != cuts[1] or (not cuts[0] and other != entries):
-            raise ValueError(f"evaluate.beside.{name}: its vocabulary is not the student's")
+    entries = entries_of_all(config, models)
     prints = _task_prints(config)
     if prints:
         inputs.append(Input(config.evaluate.task_dir or "lm_eval", digest(prints)))

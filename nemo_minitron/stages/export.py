@@ -20,6 +20,7 @@ from nemo_minitron.checkpoints.gguf_file import SUFFIX
 from nemo_minitron.checkpoints.hf_config import both_spellings
 from nemo_minitron.checkpoints.side_files import copy_side_files, processor_files
 from nemo_minitron.config.config import Config, workspace_of
+from nemo_minitron.evaluation.export_vocabulary import in_runs
 from nemo_minitron.evaluation.gate import LINEAGE, gate_of, judge, raise_if_failed
 from nemo_minitron.evaluation.report import read_report
 from nemo_minitron.families import VOCAB, find_row
@@ -260,8 +261,12 @@ def _lineage(workspace: Workspace, report: Mapping[str, Any]) -> dict[str, Any]:
         "measured_on": report["measured_on"],
     }
     made = {"made_by": "nemo_minitron", "results": results, "stages": stages}
-    chosen = read_plan(workspace.plan).vocabulary
-    return made if chosen is None else {**made, "vocabulary": asdict(chosen)}
+    plan = read_plan(workspace.plan)
+    if plan.vocabulary is None:
+        return made
+    # so that it can be measured in any workspace
+    kept = {"ids": in_runs(plan.keep[VOCAB].tolist())} if VOCAB in plan.keep else {}
+    return {**made, "vocabulary": {**asdict(plan.vocabulary), **kept}}
 
 
 def _card(

@@ -15,11 +15,8 @@ from nemo_minitron.workspace.manifest import Input, digest
 from nemo_minitron.workspace.typed_json import read_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from nemo_minitron.checkpoints.checkpoint import Checkpoint
     from nemo_minitron.families import Architecture
-    from nemo_minitron.losses.kept_entries import Entries
     from nemo_minitron.pruning.layer_times import LayerTimes
 
 
@@ -200,80 +197,3 @@ def distillation_teacher(config: Config) -> tuple[Path, Input]:
     if is_gguf_file(folder):
         folder = gguf_folder(folder, Workspace(workspace_of(config)))
     return folder, Input(str(folder), open_checkpoint(folder).fingerprint)
-
-
-def shared_vocabulary(teacher: Path, student: Path) -> int | None:
-    """Entries of both vocabularies that count, where one has others beside them; None: all.
-
-    Teacher and student must speak of the same tokens: their tokenizers' files are compared. Tokens
-    that the teacher alone has, behind all of the student's, do no harm: no text holds them.
-
-    Raises:
-        ValueError: they do not.
-    """
-    from nemo_minitron.checkpoints.hf_config import read_config
-    from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
-    from nemo_minitron.models.causal_lm import load_tokenizer
-
-    ours, theirs = read_config(student)["vocab_size"], read_config(teacher)["vocab_size"]
-    if ours == theirs and tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student):
-        return None
-    entries, others = load_tokenizer(student).get_vocab(), load_tokenizer(teacher).get_vocab()
-    shared = max(entries.values()) + 1
-    for token in sorted(entries.keys() | others.keys()):
-        own, other = entries.get(token), others.get(token)
-        if own != other and (own is not None or other is None or other < shared):
-            raise ValueError(
-                f"distill.teacher: {teacher} gives its token ids other meanings than the pruned model's "
-                f"tokenizer: {plain(token, 40)!r} is {_id(other)} there, and {_id(own)} here"
-            )
-    return None if ours == theirs and len(others) == len(entries) else shared
-
-
-def kept_ids(config: Config) -> "Tensor | None":
-    """The source's ids of the entries that the plan kept of its vocabulary; None: all are kept."""
-    from nemo_minitron.families import VOCAB
-    from nemo_minitron.pruning.plan_file import read_plan
-
-    folder = Workspace(workspace_of(config)).plan
-    if not folder.is_dir():  # cleaned away, or not of this workspace
-        return None
-    keep = read_plan(folder).keep
-    return keep[VOCAB] if VOCAB in keep else None
-
-
-def taught_entries(config: Config, teacher: Path, student: Path) -> "Entries":
-    """What a teacher's and a student's vocabularies share; see ``shared_vocabulary``.
-
-    Where the plan cut the vocabulary, each of the student's entries is one of the teacher's.
-
-    Raises:
-        ValueError: the teacher gives its ids other meanings.
-    """
-    from nemo_minitron.checkpoints.hf_config import read_config
-    from nemo_minitron.checkpoints.side_files import tokenizer_fingerprint
-
-    kept_V = kept_ids(config)
-    if kept_V is None or tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student):
-        return shared_vocabulary(teacher, student)
-    from nemo_minitron.losses.kept_entries import KeptEntries
-    from nemo_minitron.models.causal_lm import load_tokenizer
-
-    ids, theirs = kept_V.tolist(), load_tokenizer(teacher).get_vocab()
-    for token, number in sorted(load_tokenizer(student).get_vocab().items()):
-        if number >= len(ids) or theirs.get(token) != ids[number]:
-            expected = _id(ids[number] if number < len(ids) else None)
-            raise ValueError(
-                f"distill.teacher: {teacher} gives its token ids other meanings than the model that was "
-                f"pruned: {plain(token, 40)!r} is {_id(theirs.get(token))} there, and was {expected}"
-            )
-    rows = read_config(teacher)["vocab_size"]
-    if ids[-1] >= rows:
-        raise ValueError(
-            f"distill.teacher: {teacher} has {rows:,} entries, and the plan kept entry {ids[-1]:,}"
-        )
-    return KeptEntries(kept_V, config.distill.outside)
-
-
-def _id(number: int | None) -> str:
-    return "no token" if number is None else str(number)

@@ -4,7 +4,7 @@ from typing import Any
 
 from nemo_minitron.config.config import Config
 from nemo_minitron.data.mixtures import held_out_sampling, sampling
-from nemo_minitron.stages.inputs import kept_ids
+from nemo_minitron.stages.vocabularies import kept_ids
 
 
 def asked_for(config: Config) -> dict[str, Any]:

@@ -21,9 +21,7 @@ from nemo_minitron.losses.kept_entries import Entries, KeptEntries
 from nemo_minitron.models.ranks import Ranks
 from nemo_minitron.stages.inputs import (
     distillation_teacher,
-    kept_ids,
     length_notes,
-    taught_entries,
     teacher_folder,
 )
 from nemo_minitron.stages.logit_cache import asked_for, refuse_phases
@@ -35,6 +33,7 @@ from nemo_minitron.stages.training_stage import (
     tokenizer_of,
     training_inputs,
 )
+from nemo_minitron.stages.vocabularies import kept_ids, taught_entries
 from nemo_minitron.workspace.artifacts import input_artifact
 from nemo_minitron.workspace.layout import Workspace
 from nemo_minitron.workspace.manifest import write_json

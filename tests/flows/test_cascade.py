@@ -9,6 +9,7 @@ import pytest
 
 from nemo_minitron.checkpoints.checkpoint import open_checkpoint
 from nemo_minitron.config.compose import load_config
+from nemo_minitron.flows.evaluate_checkpoint import teacher_of
 from nemo_minitron.workspace.artifacts import verify_tree
 from nemo_minitron.workspace.layout import Workspace, model_in
 from nemo_minitron.workspace.manifest import read_manifest, write_json
@@ -76,6 +77,8 @@ def test_a_killed_cascade_repeats_no_step_and_stands_beside_one_cut_in_one_repor
     assert source in fingerprints[1].values()  # the second step learns from the first source too
     last = json.loads((place / "steps" / "2" / "report" / "report.json").read_text())
     assert last["models"]["teacher"]["parameters"] == sizes["teacher"]
+    exports = [place / "steps" / name / "export" for name in ("1", "2", "one-shot")]
+    assert [teacher_of(export) for export in exports] == [(str(teacher.resolve()), None)] * 3
     outcomes = json.loads((place / "cascade.json").read_text())["steps"]
     assert [row["name"] for row in outcomes] == ["one-shot", "step-1", "step-2"]
     assert (place / "steps" / "2" / "tokens").is_symlink() and verify_tree(place / "steps" / "2")[
@@ -132,6 +135,8 @@ def test_each_step_cuts_what_the_one_before_gave_and_goes_out_as_one_cut_of_the_
         assert measured["dtype"] == "bfloat16"
         losses.append(measured["models"]["teacher"]["loss"])
     assert losses[0] == losses[1]  # the corrected teacher, by each step in the dtype that goes out
+    first = (str((place / "correct" / "hf").resolve()), None)
+    assert [teacher_of(place / "steps" / number / "export") for number in "12"] == [first, first]
 
 
 @pytest.mark.parametrize("source", ["hub", "own"])

@@ -28,14 +28,14 @@ from nemo_minitron.workspace.accelerator_lock import in_use
 from nemo_minitron.workspace.manifest import read_manifest
 from tests.support import slurm
 from tests.support.processes import until
-from tests.support.runs import command_line, settings, started
+from tests.support.runs import command_line, kill_group, settings, started
 
 FLOW = """
 import json, sys
 from nemo_minitron.config.compose import from_dict
 from nemo_minitron.launch.launcher import Call, launch
 values = json.load(open(sys.argv[2]))
-launch(Call(sys.argv[1], from_dict(values), values), print)
+launch(Call(sys.argv[1], from_dict(values), values, None, *sys.argv[3:]), print)
 """
 
 
@@ -438,10 +438,10 @@ def test_before_its_time_is_up_a_job_saves(trained, queue):
     assert saved and max(saved) >= 6
 
 
-def launched(call: Call, values: Path) -> subprocess.Popen[bytes]:
+def launched(call: Call, values: Path, *flow: str) -> subprocess.Popen[bytes]:
     """A process that runs a stage as a flow does."""
     values.write_text(json.dumps(call.values))
-    command = [sys.executable, "-c", FLOW, call.name, str(values)]
+    command = [sys.executable, "-c", FLOW, call.name, str(values), *flow]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -591,6 +591,67 @@ def test_a_stage_that_is_no_job_any_more_waits_for_the_one_it_was(trained, queue
     assert result.made is False and result.headline.startswith("12 steps")  # the job has made it
     assert not (queue / "jobs" / "1.cancelled").exists()
     assert not (workspace / ".launch" / "distill.slurm.json").exists()
+
+
+def test_a_job_of_other_micro_batches_is_not_taken_for_one_of_as_many_samples_a_step(
+    trained, queue, tmp_path
+):
+    """The student would be another than the settings say, and whoever reads it would not know."""
+    workspace, call = trained
+    killed_at_its_job(launched(call(*SLURM), tmp_path / "values.json"), workspace)
+    fewer = "distill.batch_size=2"
+    heard: list[str] = []
+    assert launch(call(*SLURM, fewer), heard.append).made
+    assert heard[0] == "ending Slurm job 1 of an earlier run, which was for other settings"
+    assert launch(call(fewer), print).made is False  # it is what these settings make
+    assert launch(call(fewer, "distill.batch_size=1", "trainer.accumulate_grad_batches=2"), print).made is False  # fmt: skip
+
+
+@pytest.mark.parametrize(("flow", "ends"), [("search", False), ("another", True)])
+def test_a_job_that_the_flow_asks_for_later_is_not_judged_by_a_stage_before_it(
+    trained, queue, tmp_path, flow, ends
+):
+    """A search scores by its budget, and distils its winner: the job has the winner's sizes."""
+    workspace, call = trained
+    killed_at_its_job(launched(call(*SLURM), tmp_path / "values.json", "search"), workspace)
+    config = call(*SLURM, "plan.ffn=24", "launch.stages=[distill]").config
+    heard: list[str] = []
+    launch(Call("download", config, as_dict(config), None, flow), heard.append)
+    told = "ending Slurm job 1 of an earlier run, which" if ends else "waiting for Slurm job 1 of"
+    assert heard[0].startswith(told)
+    assert (queue / "jobs" / "1.cancelled").exists() == ends
+    assert not (workspace / ".launch" / "distill.slurm.json").exists()
+    if not ends:
+        assert launch(call(), print).made is False  # the job came to its end
+
+
+@pytest.mark.slow
+def test_a_search_that_is_started_again_waits_for_its_winners_job(
+    queue, served, tmp_path, teacher, corpus
+):
+    workspace, jobs = tmp_path / "search", queue / "jobs"
+    words = [word for word in settings(workspace, teacher, corpus) if not word.startswith("plan.")]
+    words += ["plan.budget.params=15000", "plan.budget.tolerance=0.1", "plan.budget.screened=0",
+              "plan.budget.candidates=2", "plan.budget.steps=2", *SLURM, "launch.stages=[distill]",
+              "evaluate.from_scratch=false", "evaluate.tasks=[]", "evaluate.prompts=0"]  # fmt: skip
+
+    def cancelled():
+        return list(jobs.glob("*.cancelled"))
+
+    killed_at_its_job(started("run", *words, env=served), workspace)
+    number = json.loads((workspace / ".launch" / "distill.slurm.json").read_text())["job"]
+    slurm.send(jobs, number, signal.SIGSTOP)  # it must not end before it is looked for
+    (jobs / f"{number}.asked").unlink(missing_ok=True)
+    waker = when(
+        (jobs / f"{number}.asked").exists, lambda: slurm.send(jobs, number, signal.SIGCONT)
+    )
+    again, student = started("run", *words, env=served), workspace / "student" / "manifest.json"
+    try:
+        until(lambda: again.poll() is not None or student.is_file() or cancelled(), 240, 0.05)
+        assert again.poll() is None and not cancelled()
+    finally:
+        kill_group(again)
+        waker.join()
 
 
 def test_ending_a_flow_in_good_order_cancels_its_job(trained, queue, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 from nemo_minitron.launch.failures import exit_words
 from nemo_minitron.launch.process_group import Limits, run_process
+from nemo_minitron.launch.slurm import Hung, Job, _Watch
 
 NONE = Limits()
 
@@ -144,6 +145,29 @@ def test_silence_is_noticed_and_a_sign_of_life_is_not_silence(tmp_path):
     assert (ended.stopped, ended.code) == (None, 0)
 
 
+def test_a_disk_that_does_not_answer_ends_nothing_and_is_no_sign_of_life(tmp_path):
+    """A link to a name that no disk takes: whoever looks at it gets an error, not that nothing is there."""
+    sign, real, nowhere = tmp_path / "progress.json", tmp_path / "real", "x" * 300
+    with pytest.raises(OSError, match="too long"):
+        (tmp_path / nowhere).is_file()
+    away, back = f"ln -sfn {nowhere} {sign}", f"ln -sfn {real} {sign}"
+    # what was seen before still counts
+    healthy = f"sleep 3; echo 1 > {real}; {back}; sleep 1; {away}; sleep 2.5; echo done"
+    ended = sh(healthy, tmp_path, Limits(silence=5), sign=sign)
+    assert (ended.stopped, ended.code) == (None, 0)
+    hung = f"while :; do {away}; sleep 0.3; {back}; sleep 0.3; done"
+    ended = sh(hung, tmp_path, Limits(seconds=60, silence=2, grace=1), sign=sign)
+    assert ended.stopped == "silence"
+    job = Job("minitron-x", [], 1, [], [], tmp_path / "out.log", None, 1.0, sign)
+    watch, until = _Watch(job), time.monotonic() + 30
+    with pytest.raises(Hung, match="silent for 1 s"):
+        while time.monotonic() < until:
+            sign.unlink(missing_ok=True)
+            sign.symlink_to(nowhere if time.monotonic() % 0.4 < 0.2 else real)
+            watch.look("RUNNING")
+            time.sleep(0.05)
+
+
 def test_what_it_leaves_behind_does_not_outlive_it(tmp_path):
     ended = sh("sleep 300 & echo $!", tmp_path)
     assert ended.code == 0 and ended.seconds < 10  # although the child holds the output open
@@ -154,6 +178,7 @@ STARTER = """
 import os, sys
 from pathlib import Path
 from nemo_minitron.launch.process_group import Limits, run_process
+from nemo_minitron.launch.slurm import Hung, Job, _Watch
 script = "trap 'echo saved > {0}/saved; exit 0' TERM; sleep 300 & echo $! > {0}/pids; echo $$ >> {0}/pids; wait"
 run_process(["/bin/sh", "-c", script.format(sys.argv[1])], dict(os.environ), Path(sys.argv[1]) / "log", Limits(grace=20), print)
 """

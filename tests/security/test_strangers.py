@@ -196,6 +196,12 @@ def test_an_exports_lineage_does_not_read_the_environment(tmp_path):
     write_json(tmp_path / "minitron.json", {"stages": [entry]})
     with pytest.raises(ValueError, match="no folder and no hub id"):
         teacher_of(tmp_path)
+    judged = {**entry, "kind": "report", "config": {}}
+    for path in ("o/${oc.env:HOME}", "org/model"):  # not looked for on the hub
+        judged["inputs"] = [{"path": path, "fingerprint": "f", "finished": None}]
+        write_json(tmp_path / "minitron.json", {"stages": [entry, judged]})
+        with pytest.raises(ValueError, match="no folder here; give it"):
+            teacher_of(tmp_path)
 
 
 def test_a_training_removes_no_folder_that_a_checkpoint_names(tmp_path, teacher, home):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import transformers
 
-from nemo_minitron.stages.inputs import shared_vocabulary
+from nemo_minitron.stages.vocabularies import shared_vocabulary
 
 
 @pytest.fixture
@@ -47,6 +47,6 @@ def test_swapped_ids_are_refused_by_their_token(teacher, other):
     vocabulary["t"], vocabulary["h"] = vocabulary["h"], vocabulary["t"]
     path.write_text(json.dumps(read))
     with pytest.raises(
-        ValueError, match=r"other meanings than the pruned .*: 'h' is \d+ there, and \d+ here"
+        ValueError, match=r"other meanings than the tokenizer of .*: 'h' is \d+ there, and \d+ here"
     ):
         shared_vocabulary(swapped, teacher)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import load_config
+from nemo_minitron.evaluation.export_vocabulary import exported_ids, in_runs
 from nemo_minitron.families import families
 from nemo_minitron.families.table import OWN_TABLES, TABLES
 from nemo_minitron.plugin.transforms import Pruning
@@ -21,7 +22,7 @@ from nemo_minitron.release import gguf_tokenizer
 from nemo_minitron.release.gguf_export import write_gguf
 from nemo_minitron.stages import distill
 from nemo_minitron.stages import logits as logits_stage
-from nemo_minitron.workspace.manifest import read_manifest
+from nemo_minitron.workspace.manifest import read_manifest, write_json
 from nemo_minitron.workspace.training_log import read_log
 from tests.support.models import logits, make_model
 from tests.support.runs import refused
@@ -191,6 +192,71 @@ def test_models_of_different_vocabularies_are_measured_by_the_byte(tmp_path, cap
     assert exported.get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "pruned").get_vocab()
 
 
+def test_an_export_is_measured_by_the_byte_in_any_workspace(tmp_path, capsys, cut_words):
+    words = [*cut_words, "evaluate.speed=false", "evaluate.prompts=0", "evaluate.tasks=[]"]
+    run(tmp_path / "ws", words, "prune", "distill", "evaluate", "export")
+    export, place = tmp_path / "ws/export", tmp_path / "other"
+    whole = [word for word in words if not word.startswith("plan.")]
+    run(place, [*whole, f"evaluate.model={export}"], "download", "evaluate")
+    ours, theirs = (
+        json.loads((folder / "report/report.json").read_text())
+        for folder in (place, tmp_path / "ws")
+    )
+    measures = ("loss", "bits_per_byte", "tokens_per_byte", "retention", "divergence", "top1")
+    for name in measures:
+        one, other = (report["models"]["student"][name] for report in (ours, theirs))
+        assert one == pytest.approx(other, rel=1e-4), name
+    assert ours["vocabulary"] == theirs["vocabulary"]
+    assert ours["measured_on"]["entries"] == theirs["measured_on"]["entries"]
+    # beside it, one with as many other entries, and then the same
+    other = shutil.copytree(export, tmp_path / "cut-otherwise")
+    lineage = json.loads((export / "minitron.json").read_text())
+    kept_V = read_plan(tmp_path / "ws/plan").keep["vocab"].tolist()
+    assert lineage["vocabulary"]["ids"] == in_runs(kept_V)
+    assert exported_ids(export, SIZE) == kept_V
+    asked = [*whole, f"evaluate.model={export}", f"+evaluate.beside.twin={other}"]
+    run(place, asked, "evaluate")
+    capsys.readouterr()
+    for ids, told in (
+        (in_runs([0, *range(20, 299)]), f"{other} was cut from: "),
+        (
+            "0-99999999999",
+            f"expected {SIZE} ascending ids, as in '0-255,300', found '0-99999999999'",
+        ),
+        ("5-1,7", "damaged: vocabulary.ids"),
+        (
+            None,
+            f"the vocabulary of {other} was cut, and its minitron.json does not say which entries",
+        ),
+    ):
+        chosen = {**lineage["vocabulary"], "ids": ids}
+        if ids is None:
+            del chosen["ids"]  # as an earlier version wrote it
+        (other / "minitron.json").write_text(json.dumps({**lineage, "vocabulary": chosen}))
+        line = refused(capsys, "evaluate", f"workspace={place}", *asked)
+        assert told in line and ("damaged" in line or "evaluate.beside.twin: " in line)
+    line = refused(capsys, "evaluate", f"workspace={place}", *whole, f"evaluate.model={other}")
+    assert "evaluate.model: the vocabulary of" in line and "does not say which entries" in line
+
+
+def test_ids_are_written_in_runs(tmp_path):
+    for ids, text in (([0], "0"), ([0, 1, 2], "0-2"), ([0, 2, 3, 9], "0,2-3,9")):
+        assert in_runs(ids) == text
+        write_json(tmp_path / "minitron.json", {"vocabulary": {"entries": len(ids), "ids": text}})
+        assert exported_ids(tmp_path, len(ids)) == ids
+    for text in ("", "1,1", "3-2", "1-2,2", "one", "1-", "9999999999"):
+        write_json(tmp_path / "minitron.json", {"vocabulary": {"entries": 2, "ids": text}})
+        with pytest.raises(
+            ValueError, match=r"minitron\.json: damaged: vocabulary\.ids: expected 2"
+        ):
+            exported_ids(tmp_path, 2)
+    write_json(tmp_path / "minitron.json", {"vocabulary": 5})
+    with pytest.raises(
+        ValueError, match=r"minitron\.json: damaged: vocabulary: expected an object"
+    ):
+        exported_ids(tmp_path, 2)
+
+
 def test_a_teacher_that_reads_other_tokens_is_refused(tmp_path, capsys, cut_words, teacher):
     run(tmp_path / "ws", cut_words, "prune")
     other = shutil.copytree(teacher, tmp_path / "other")
@@ -202,7 +268,9 @@ def test_a_teacher_that_reads_other_tokens_is_refused(tmp_path, capsys, cut_word
     line = refused(
         capsys, "distill", f"workspace={tmp_path / 'ws'}", *cut_words, f"distill.teacher={other}"
     )
-    assert "gives its token ids other meanings than the model that was pruned" in line
+    assert (
+        "distill.teacher: " in line and "gives its token ids other meanings than the model" in line
+    )
 
 
 def test_a_table_whose_vocabulary_is_fixed_is_heeded(tmp_path, capsys, cut_words, monkeypatch):
