@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from nemo_minitron.cli.main import main
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.scoring.scores_file import read_scores
+from nemo_minitron.workspace.manifest import read_manifest
 from tests.support.models import make_model
 from tests.support.processes import until
 from tests.support.runs import minitron, refused, started
@@ -260,6 +261,9 @@ def test_rounds_of_score_and_cut_go_down_the_line(tmp_path, words):
     ffn = scores.ranking["ffn"]
     assert ((ffn < 0).sum(-1) == 20).all()
     assert ((ffn < -1).sum(-1) == 10).all()
+    # of 24 channels 20 and 16 are on the line; a Llama has a multiple of its 6 heads: 24 and 18
+    hidden, lowest = scores.ranking["hidden"], once.ranking["hidden"].argsort()[:6]
+    assert set((hidden < 0).nonzero().flatten().tolist()) == set(lowest.tolist())
     assert set(ffn[0].argsort()[:10].tolist()) == set(
         once.ranking["ffn"][0].argsort()[:10].tolist()
     )
@@ -270,7 +274,10 @@ def test_rounds_of_score_and_cut_go_down_the_line(tmp_path, words):
         "ffn": 10,
         "heads": 3,
     }
-    assert (ffn.gather(1, keep["ffn"]) >= 0).all()
+    assert (ffn.gather(1, keep["ffn"]) >= 0).all() and (hidden[keep["hidden"]] >= 0).all()
+    # scores of rounds that cut otherwise, as they once did, are others; those of one round stay as they were
+    found = [read_manifest(folder / "scores") for folder in (place, tmp_path / "once")]
+    assert ["sizes_between" in manifest.config for manifest in found if manifest] == [True, False]
     line = minitron("score", f"workspace={place}", *words, "score.iterations=2")
     assert line.returncode == 2 and "no target size given" in line.stderr
 
