@@ -1,6 +1,7 @@
 """The score stage: parts of a whole, growth, resumption, ranks, rounds; the same numbers on every way."""
 
 import json
+import math
 import re
 import resource
 import signal
@@ -197,6 +198,23 @@ def test_layers_chosen_one_by_one_in_a_block_or_greedily(tmp_path, tokenizer_fol
     assert importance[0] == importance[2] == 0 < abs(importance[3]) < abs(importance[1])
     assert dropped == {"scattered": (0, 2), "contiguous": (2, 3), "greedy": (0, 2)}
     assert scores.greedy == (2, 0)  # of two equal layers the later one
+
+
+@pytest.mark.parametrize("choice", ["scattered", "contiguous", "greedy"])
+def test_layers_whose_importance_is_no_number_are_not_the_least_important(
+    capsys, tmp_path, tokenizer_folder, corpus, choice
+):
+    source = faint(tmp_path / "source", tokenizer_folder, (1, 1, math.nan, 1))
+    words = [
+        f"workspace={tmp_path / 'ws'}", f"source.model={source}", f"data.calibration.paths=[{corpus}]",
+        "data.calibration.samples=6", "data.calibration.sequence_length=16", "score.depth=lm_loss", "plan.layers=2",
+        f"plan.layer_choice={choice}",
+    ]  # fmt: skip
+    if choice != "greedy":
+        assert main(["score", *words]) == 0
+    capsys.readouterr()
+    stage = "score" if choice == "greedy" else "plan"
+    assert "importance scores contain NaN or infinity" in refused(capsys, stage, *words)
 
 
 def test_a_choice_that_was_not_measured_says_what_to_run(capsys, tmp_path, words):
