@@ -267,8 +267,8 @@ class _Places:
     """Memory that all chunks use: new memory for each would cost more than the arithmetic.
 
     Attributes:
-        student, teacher: of their logits, Tensor of shape [tokens of a chunk, vocabulary]; None: there
-            is no teacher with logits.
+        student, teacher: of their logits, Tensor of shape [tokens of a chunk, vocabulary], both as
+            wide as the student's; None: there is no teacher with logits.
         grads: of the gradients by the student's logits, [tokens of a group, vocabulary], on CUDA in
             the dtype of the products; None: they take the place of the logits.
     """

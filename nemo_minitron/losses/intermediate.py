@@ -111,7 +111,9 @@ def relation_divergence(teacher_BSU: Tensor, student_BSU: Tensor, relation_heads
 
 
 def _relations(teacher_SU: Tensor, student_SU: Tensor, heads: int) -> Tensor:
-    log_p_RSS, log_q_RSS = _log_relation(teacher_SU, heads), _log_relation(student_SU, heads)
+    # autocast would round the products to eight bits, and near relations differ in less
+    with torch.autocast(student_SU.device.type, enabled=False):
+        log_p_RSS, log_q_RSS = _log_relation(teacher_SU, heads), _log_relation(student_SU, heads)
     # above the diagonal both are -inf, and there is nothing to compare
     later_SS = torch.ones(log_p_RSS.shape[1:], dtype=torch.bool, device=log_p_RSS.device).triu(1)
     difference_RSS = (log_p_RSS - log_q_RSS).masked_fill(later_SS, 0)

@@ -31,9 +31,11 @@ def wide_linear(hidden_CH: Tensor, weight_VH: Tensor, place_CV: Tensor | None = 
     Args:
         hidden_CH: Tensor of shape [rows, hidden].
         weight_VH: Tensor of shape [vocabulary, hidden], of the same dtype.
-        place_CV: its first rows take the result; None: new memory.
+        place_CV: its first rows take the result, in its dtype; None: new memory.
     """
     rows, dtype = hidden_CH.shape[0], hidden_CH.dtype
+    if place_CV is not None and place_CV.dtype != wide_dtype(dtype):
+        return place_CV[:rows].copy_(wide_linear(hidden_CH, weight_VH))
     if place_CV is None:
         place_CV = hidden_CH.new_empty((rows, weight_VH.shape[0]), dtype=wide_dtype(dtype))
     out_CV = place_CV[:rows]

@@ -15,9 +15,10 @@ from nemo_minitron.models.fp8 import KEY, MULTIPLE, check_device, fp8_layers
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 with one scale per output channel.
 
-    w = s q with s = max |w| / 127 over a row. The product runs on q in the input's dtype (bfloat16
-    holds every whole number up to 256) and is scaled afterwards, so that only the int8 weight lies
-    in memory. It saves memory, and costs time: the weight is converted for every product.
+    w = s q with s = max |w| / 127 over a row. The product runs on q in the input's dtype, or autocast's
+    (bfloat16 holds every whole number up to 256), and is scaled afterwards, so that only the int8
+    weight lies in memory; in float16, whose range it might leave, it runs on w. It saves memory, and
+    costs time: the weight is converted for every product.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -43,13 +44,16 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs]."""
-        if x.dtype == torch.float16:  # whose range sums of whole numbers leave
-            product = nn.functional.linear(x, self.weight.to(x.dtype))
+        place, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(place):
+            dtype = torch.get_autocast_dtype(place)
+        if dtype == torch.float16:  # whose range sums of whole numbers leave
+            product = nn.functional.linear(x, self.weight.to(dtype))
         else:
             product = nn.functional.linear(x, self.quantised_OI.to(x.dtype)) * self.scale_O.to(
                 x.dtype
             )
-        return product if self.bias is None else product + self.bias.to(x.dtype)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 def load_teacher(folder: Path, dtype: str | None, device: torch.device | None = None) -> Any:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nemo_minitron.families import Family
-from nemo_minitron.models.causal_lm import layers_of
+from nemo_minitron.models.causal_lm import hidden_states, layers_of
 from nemo_minitron.models.module_hooks import first_input, first_output
 
 
@@ -27,6 +28,7 @@ class LayerControl:
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:
+        self._model, self._family = model, family
         self._modules = layers_of(model, family)
         self._in_tuples = False
         self.skip: frozenset[int] = frozenset()
@@ -37,7 +39,10 @@ class LayerControl:
 
     @contextmanager
     def attached(self) -> Iterator["LayerControl"]:
-        """Active during the block; attach it before hooks that read the layers' inputs."""
+        """Active during the block; attach it before hooks that read the layers' inputs.
+
+        It begins with a forward pass of a few tokens through all layers.
+        """
         handles = []
         for layer, module in enumerate(self._modules):
             handles.append(
@@ -45,6 +50,7 @@ class LayerControl:
             )
             module.forward = partial(self._forward, layer, module.forward)
         try:
+            self._learn_form()
             yield self
         finally:
             for handle, module in zip(handles, self._modules, strict=True):
@@ -52,6 +58,19 @@ class LayerControl:
                 del module.forward  # uncovers the method of its class
             self.inputs = [None] * len(self._modules)
             self.output = None
+
+    def _learn_form(self) -> None:
+        """Finds out in what form layers return hidden states, which those that are left out must keep to.
+
+        The first layer may be one of them, and its own result shows nothing.
+        """
+        skip, self.skip = self.skip, frozenset()
+        device = next(self._model.parameters()).device
+        with torch.no_grad():
+            hidden_states(
+                self._model, self._family, torch.zeros(1, 4, dtype=torch.long, device=device)
+            )
+        self.skip = skip
 
     def _before(
         self, layer: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,6 +1,6 @@
 """From scores to the units that stay ([P1] section 2.3: rank, keep the top, in their original order)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,13 +17,37 @@ def top(scores: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` highest scores along the last dimension, ascending.
 
     Of equals the lower index wins.
+
+    Raises:
+        ValueError: a score is not finite.
     """
+    _check_finite(scores)
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :count].sort(dim=-1).values
+
+
+def least(scores: Tensor, gone: Sequence[int] = ()) -> int:
+    """Place of the lowest score; of equals the later one.
+
+    Args:
+        scores: Tensor of shape [places].
+        gone: places that no longer count, whatever their scores.
+
+    Raises:
+        ValueError: another score is not finite.
+    """
+    counts = torch.ones_like(scores, dtype=torch.bool)
+    counts[list(gone)] = False
+    _check_finite(scores[counts])
+    left = scores.masked_fill(~counts, torch.inf)
+    return left.numel() - 1 - int(left.flip(0).argmin())
+
+
+def _check_finite(scores: Tensor) -> None:
     if not torch.isfinite(scores).all():
         raise ValueError(
             "importance scores contain NaN or infinity: the calibration pass overflowed"
         )
-    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[..., :count].sort(dim=-1).values
 
 
 def top_within(scores_LU: Tensor, kept_groups_LG: Tensor, groups: int, per_group: int) -> Tensor:
@@ -182,8 +206,11 @@ def contiguous(scores: Tensor, length: int) -> list[int]:
     Args:
         scores: importance of every block of this length, by its first layer.
         length: layers in a block.
+
+    Raises:
+        ValueError: a score is not finite.
     """
-    first = scores.numel() - 1 - int(scores.flip(0).argmin())
+    first = least(scores)
     return list(range(first, first + length))
 
 
@@ -191,6 +218,9 @@ def scattered(scores_L: Tensor, count: int) -> list[int]:
     """The ``count`` least important layers, wherever they are, ascending.
 
     On a tie the higher index is removed.
+
+    Raises:
+        ValueError: a score is not finite.
     """
     kept = top(scores_L, scores_L.numel() - count).tolist()
     return [layer for layer in range(scores_L.numel()) if layer not in kept]

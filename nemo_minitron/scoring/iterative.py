@@ -3,21 +3,27 @@
 Round i of T (from 0) cuts width d_s to d_s - (i + 1)(d_s - d_t) / T.
 """
 
+import heapq
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from nemo_minitron.families import Family, check_sizes
+from nemo_minitron.families.grammar import names_in
 from nemo_minitron.pruning.select import Keep, complete_targets, score_shape
+
+_TRIED = 100_000  # combinations of sizes that depend on each other
 
 
 def sizes_after(
     family: Family, source: Mapping[str, int], target: Mapping[str, int], round_: int, rounds: int
 ) -> dict[str, int]:
     """Sizes of all axes after a round: on the straight line, or the nearest valid sizes above it.
+
+    Nearest by the share of an axis' way that a size is above the line.
 
     Args:
         family: the model's table.
@@ -29,42 +35,56 @@ def sizes_after(
     Raises:
         ValueError: no sizes between source and target satisfy the family.
     """
-    shrinking = [axis for axis in source if target[axis] < source[axis] and axis != "layers"]
-    options = []
-    for axis in shrinking:
-        line = source[axis] - (round_ + 1) * (source[axis] - target[axis]) / rounds
-        step = math.gcd(
-            source[axis], target[axis]
-        )  # what divides both ends divides what lies between
-        least = max(target[axis], math.ceil(line / step) * step)
-        options.append([*range(least, source[axis] + 1, step)])
-    for chosen in itertools.islice(_nearest_first(options), 100_000):
-        sizes = {**source, **dict(zip(shrinking, chosen, strict=True))}
-        try:
-            complete = complete_targets(family, source, {axis: sizes[axis] for axis in shrinking})
-            check_sizes(family, complete, "plan")
-        except ValueError:
-            continue
-        return complete
-    raise ValueError(
-        f"score.iterations: no sizes of {family.model_type} between source and target are valid"
-    )
-
-
-def _nearest_first(options: list[list[int]]) -> "itertools.chain[tuple[int, ...]]":
-    """Combinations of options, those with the smallest places in their lists first."""
-    most = sum(len(option) - 1 for option in options)
-
-    def of(total: int, rest: list[list[int]]) -> "list[tuple[int, ...]]":
-        if not rest:
-            return [()] if total == 0 else []
-        return [
-            (rest[0][place], *others)
-            for place in range(min(total + 1, len(rest[0])))
-            for others in of(total - place, rest[1:])
+    chosen: dict[str, int] = {}
+    for axes in _tied(family, source, target):
+        ways = [source[axis] - target[axis] for axis in axes]
+        lines = [  # rounded up
+            source[axis] - (round_ + 1) * way // rounds
+            for axis, way in zip(axes, ways, strict=True)
         ]
+        options = [range(line, source[axis] + 1) for axis, line in zip(axes, lines, strict=True)]
+        for sizes in itertools.islice(_nearest_first(options, ways), _TRIED):
+            asked = dict(zip(axes, sizes, strict=True))
+            try:
+                check_sizes(family, complete_targets(family, source, asked), "plan")
+            except ValueError:
+                continue
+            chosen |= asked
+            break
+        else:
+            raise ValueError(
+                f"score.iterations: no sizes of {family.model_type} between source and target are valid"
+                f" for {', '.join(axes)}"
+            )
+    return complete_targets(family, source, chosen)
 
-    return itertools.chain.from_iterable(of(total, options) for total in range(most + 1))
+
+def _tied(family: Family, source: Mapping[str, int], target: Mapping[str, int]) -> list[list[str]]:
+    """The axes that shrink, those that a rule of the family names together in one list."""
+    rules = [names_in(constraint) for constraint in family.constraints]
+    for name, axis in family.axes.items():
+        rules += [{name, axis.within}] if axis.within else []
+        rules += [{name, *names_in(axis.follows)}] if axis.follows else []
+    groups = [{axis} for axis in source]
+    for rule in rules:
+        joined = [group for group in groups if group & rule]
+        groups = [group for group in groups if not group & rule] + [set().union(*joined)]
+    shrinking = [axis for axis in source if target[axis] < source[axis] and axis != "layers"]
+    lists = [[axis for axis in shrinking if axis in group] for group in groups]
+    return [axes for axes in lists if axes]
+
+
+def _nearest_first(options: Sequence[Sequence[int]], ways: Sequence[int]) -> Iterator[list[int]]:
+    """Combinations of options, those first whose places in their lists are the smallest share of the ways."""
+    waiting: list[tuple[float, int, tuple[int, ...]]] = [(0, 0, (0,) * len(options))]
+    while waiting:
+        _, last, places = heapq.heappop(waiting)
+        yield [option[place] for option, place in zip(options, places, strict=True)]
+        for axis in range(last, len(options)):  # each combination is reached once
+            further = (*places[:axis], places[axis] + 1, *places[axis + 1 :])
+            if further[axis] < len(options[axis]):
+                share = math.fsum(place / way for place, way in zip(further, ways, strict=True))
+                heapq.heappush(waiting, (share, axis, further))
 
 
 def spread(

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from nemo_minitron.checkpoints.checkpoint import Checkpoint
 from nemo_minitron.config.config import Config
+from nemo_minitron.pruning.select import least
 from nemo_minitron.scoring.depth import DepthSums, block_importance
 from nemo_minitron.scoring.pass_runner import Runner
 from nemo_minitron.scoring.scores_file import Scores
@@ -49,7 +48,11 @@ def greedy(
     steps: int,
     tasks: TaskSums,
 ) -> tuple[int, ...]:
-    """Removes the least important layer, measures the others again, and repeats ([P1] A.5)."""
+    """Removes the least important layer, measures the others again, and repeats ([P1] A.5).
+
+    Raises:
+        ValueError: the importance of a layer that is left is not finite.
+    """
     from nemo_minitron.scoring.hooks import Measures
 
     metric = config.score.depth
@@ -59,9 +62,7 @@ def greedy(
         (), False, (1,) if metric == "block_influence" else (), (1,) if metric == "lm_loss" else ()
     )
     while True:
-        left = importance.clone()
-        left[order] = torch.inf
-        order.append(len(left) - 1 - int(left.flip(0).argmin()))  # on a tie the later one
+        order.append(least(importance, order))
         if len(order) == steps:
             return tuple(order)
         if metric == "task":

@@ -175,6 +175,8 @@ def _settings(config: Config, checkpoint: Checkpoint) -> dict[str, Any]:
     if score.iterations > 1:
         asked = {k: v for k, v in explicit_targets(config.plan).items() if k != HEAD_MERGE}
         settings["iterations"] = [score.iterations, asked]
+        # rounds once cut a width only where the sizes between had a divisor of both ends
+        settings["sizes_between"] = "on the line"
     if score.shard:
         settings["shard"] = score.shard
     return settings

@@ -48,6 +48,24 @@ def reference(student, head, teacher, labels, weights):
     return loss, kl, ce, student.grad, head.grad
 
 
+@pytest.mark.parametrize("theirs", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+def test_a_student_in_float64_learns_from_a_teacher_of_fewer_bits(name, theirs):
+    """``trainer.precision=64-true``: the teacher's logits, as its own dtype gives them, in float64."""
+    student, head, teacher, labels = parts(dtype=torch.float64)
+    teacher = tuple(x.to(theirs) for x in teacher)
+    logits = Projection(*teacher).logits().double()
+    weights = LossWeights(0.7, 0.3, Divergence(name, 2.0))
+    found = []
+    for of in (teacher, (logits, torch.eye(VOCABULARY, dtype=torch.float64))):
+        x, w = (part.detach().clone().requires_grad_() for part in (student, head))
+        result = loss_of(x, w, labels, weights, of, chunk_tokens=8)
+        result.loss.backward()
+        found.append((result.loss, result.divergence, x.grad, w.grad))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == torch.float64 and torch.allclose(one, other, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("chunk", [1, 8, 1000])
 @pytest.mark.parametrize(
     "weights",

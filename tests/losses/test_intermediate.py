@@ -77,6 +77,22 @@ def test_relations_follow_the_formula_and_its_gradient_at_unequal_widths():
     assert torch.autograd.gradcheck(lambda s: relation_divergence(teacher, s, 4), [student])
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16])
+def test_autocast_takes_no_digits_of_relations(states, low):
+    teacher = double(2, 16, 64).to(states)
+    student = (teacher.double() + 0.02 * double(2, 16, 64, seed=1)).to(states)
+    found = []
+    for mixed in (False, True):
+        x = student.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=low, enabled=mixed):
+            value = relation_divergence(teacher, x, 4)
+        value.sum().backward()  # where relations are made again
+        assert value.dtype == torch.float32
+        found.append((value, x.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
 def test_a_position_has_no_relation_to_later_ones():
     teacher, student = double(1, 6, 8), double(1, 6, 8, seed=1)
     changed = student.clone()

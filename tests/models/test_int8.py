@@ -36,6 +36,22 @@ def test_a_weight_is_off_by_half_a_step_at_most_and_so_is_its_product(dtype, bia
     assert error < tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_under_autocast_products_stay_in_the_range_of_float16(dtype, bias):
+    torch.manual_seed(0)
+    linear = nn.Linear(2048, 16, bias=bias)
+    with torch.no_grad():
+        linear.weight.clamp_(-0.02, 0.02)
+    x = torch.randn(3, 2048)
+    x[0] = 3 * linear.weight[0].sign()  # 70, and 500,000 in the weight's whole numbers
+    quantised = Int8Linear(linear)
+    with torch.autocast("cpu", dtype=torch.float16), torch.no_grad():
+        found, expected = quantised(x.to(dtype)), linear(x.to(dtype))
+    assert found.dtype == expected.dtype == torch.float16
+    assert (found - expected).abs().max() < 5e-3 * expected.abs().max()
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
 def test_a_teacher_in_eight_bits_says_nearly_the_same(tmp_path, name):
     folder = make_model(tmp_path / "m", name, tie_word_embeddings=name == "gemma2")

@@ -192,9 +192,10 @@ def test_distillation_pulls_the_student_to_the_teacher_and_leaves_the_teacher_al
 
 
 @pytest.mark.parametrize(
-    ("precision", "stored"), [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32)]
+    ("precision", "stored"),
+    [("bf16-true", torch.bfloat16), ("bf16-mixed", torch.float32), ("64-true", torch.float64)],
 )
-def test_low_precision_distils_too(tmp_path, precision, stored):
+def test_another_precision_distils_too(tmp_path, precision, stored):
     teacher = load_model(make_model(tmp_path / "teacher", "llama", seed=1), dtype=torch.bfloat16)
     student = make_model(tmp_path / "student", "llama", seed=2, hidden_size=12)
     distillation = KnowledgeDistillation(

@@ -18,7 +18,9 @@ from nemo_minitron.pruning.cost import model_size
 from nemo_minitron.pruning.positions import dim_index
 from nemo_minitron.pruning.select import (
     complete_targets,
+    contiguous,
     kept_layers,
+    least,
     scattered,
     score_shape,
     select_units,
@@ -81,6 +83,19 @@ def test_pruning_groups_takes_their_heads_along():
 def test_layers():
     assert scattered(torch.tensor([3.0, 0.0, 1.0, 2.0]), 2) == [1, 2]
     assert kept_layers(5, [1, 3]) == [0, 2, 4]
+    assert contiguous(torch.tensor([3.0, 1.0, 1.0, 2.0]), 2) == [2, 3]  # of equals the later block
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_layers_whose_importance_is_not_finite_are_refused_unless_they_are_gone(bad):
+    scores = torch.tensor([0.2, bad, 0.1, 0.3])
+    for choose in (scattered, contiguous):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            choose(scores, 2)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        least(scores, [0])
+    assert least(scores, [1]) == 2 and least(scores, [1, 2]) == 0
+    assert scores[1].isfinite().logical_not()  # they stay as they were
 
 
 def test_indices_of_products_and_concatenations():

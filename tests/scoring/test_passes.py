@@ -160,6 +160,45 @@ def test_a_detour_leaves_no_trace(tmp_path):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    "name",
+    sorted({*CHOSEN, "falcon_h1"} & {n for n in INSTALLED if "layers" in families()[n].prunable}),
+)
+def test_the_first_layer_may_be_left_out_before_any_has_run(tmp_path, name):
+    """Some families' layers return tuples (Falcon-H1), others tensors; one that is left out does as they do."""
+    family = families()[name]
+    model = load_model(tiny_model(family, family.proofs[0], tmp_path / "m"))
+    tokens = torch.arange(2, 26).reshape(2, 12)
+    with torch.inference_mode():
+        whole = model(tokens, use_cache=False).logits
+        with LayerControl(model, family).attached() as detour:
+            detour.skip = frozenset({0})
+            first = model(tokens, use_cache=False).logits
+            detour.skip = frozenset()
+            assert torch.equal(model(tokens, use_cache=False).logits, whole)
+            detour.skip = frozenset({0})
+            assert torch.equal(model(tokens, use_cache=False).logits, first)
+    assert first.shape == whole.shape and not torch.allclose(first, whole)
+
+
+def test_greedy_goes_on_without_the_first_layer_where_layers_return_tuples(tmp_path):
+    family, samples = families()["falcon_h1"], padded()
+    folder = tiny_model(family, family.proofs[0], tmp_path / "m")
+    checkpoint, gone = open_checkpoint(folder), frozenset({0})
+    measures = Measures((), influence=(1,), losses=(1,))
+    whole = in_memory(load_model(folder), checkpoint, samples, GROUPS, measures, gone)
+    sums = whole.depth["lm_loss", 1]
+    layers = checkpoint.architecture.sizes["layers"]
+    cut = stream(folder, tmp_path / "cut", {}, tuple(range(1, layers)))
+    assert sums.base / sums.count == pytest.approx(loss_of(cut, samples), abs=1e-4)
+    by_layer = streamed(
+        checkpoint, samples, GROUPS, measures, torch.device("cpu"), 10**9, tmp_path, gone
+    )
+    for key, expected in whole.depth.items():
+        found = by_layer.depth[key].total
+        assert torch.allclose(found[1:], expected.total[1:], rtol=1e-6), key
+
+
 def isolates(model, family):
     try:
         check_isolation(model, family)

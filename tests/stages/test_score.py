@@ -1,6 +1,7 @@
 """The score stage: parts of a whole, growth, resumption, ranks, rounds; the same numbers on every way."""
 
 import json
+import math
 import re
 import resource
 import signal
@@ -15,6 +16,7 @@ from nemo_minitron.config.compose import load_config
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.scoring.scores_file import read_scores
 from nemo_minitron.stages.score import recipe as recipe_of_scores
+from nemo_minitron.workspace.manifest import read_manifest
 from tests.support.models import make_model
 from tests.support.processes import until
 from tests.support.runs import minitron, refused, started
@@ -200,6 +202,23 @@ def test_layers_chosen_one_by_one_in_a_block_or_greedily(tmp_path, tokenizer_fol
     assert scores.greedy == (2, 0)  # of two equal layers the later one
 
 
+@pytest.mark.parametrize("choice", ["scattered", "contiguous", "greedy"])
+def test_layers_whose_importance_is_no_number_are_not_the_least_important(
+    capsys, tmp_path, tokenizer_folder, corpus, choice
+):
+    source = faint(tmp_path / "source", tokenizer_folder, (1, 1, math.nan, 1))
+    words = [
+        f"workspace={tmp_path / 'ws'}", f"source.model={source}", f"data.calibration.paths=[{corpus}]",
+        "data.calibration.samples=6", "data.calibration.sequence_length=16", "score.depth=lm_loss", "plan.layers=2",
+        f"plan.layer_choice={choice}",
+    ]  # fmt: skip
+    if choice != "greedy":
+        assert main(["score", *words]) == 0
+    capsys.readouterr()
+    stage = "score" if choice == "greedy" else "plan"
+    assert "importance scores contain NaN or infinity" in refused(capsys, stage, *words)
+
+
 def test_a_choice_that_was_not_measured_says_what_to_run(capsys, tmp_path, words):
     place = tmp_path / "ws"
     score(place, words)
@@ -277,6 +296,9 @@ def test_rounds_of_score_and_cut_go_down_the_line(tmp_path, words):
     ffn = scores.ranking["ffn"]
     assert ((ffn < 0).sum(-1) == 20).all()
     assert ((ffn < -1).sum(-1) == 10).all()
+    # of 24 channels 20 and 16 are on the line; a Llama has a multiple of its 6 heads: 24 and 18
+    hidden, lowest = scores.ranking["hidden"], once.ranking["hidden"].argsort()[:6]
+    assert set((hidden < 0).nonzero().flatten().tolist()) == set(lowest.tolist())
     assert set(ffn[0].argsort()[:10].tolist()) == set(
         once.ranking["ffn"][0].argsort()[:10].tolist()
     )
@@ -287,7 +309,10 @@ def test_rounds_of_score_and_cut_go_down_the_line(tmp_path, words):
         "ffn": 10,
         "heads": 3,
     }
-    assert (ffn.gather(1, keep["ffn"]) >= 0).all()
+    assert (ffn.gather(1, keep["ffn"]) >= 0).all() and (hidden[keep["hidden"]] >= 0).all()
+    # scores of rounds that cut otherwise, as they once did, are others; those of one round stay as they were
+    found = [read_manifest(folder / "scores") for folder in (place, tmp_path / "once")]
+    assert ["sizes_between" in manifest.config for manifest in found if manifest] == [True, False]
     line = minitron("score", f"workspace={place}", *words, "score.iterations=2")
     assert line.returncode == 2 and "no target size given" in line.stderr
 
