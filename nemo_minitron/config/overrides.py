@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from nemo_minitron.config import batch_limit, handed_on
+from nemo_minitron.config.parallel import check_named, check_shard, check_tensor_parallel
 
 _Rules = dict[str, tuple[tuple[Any, ...], str]]
 """Key to the values, beside null, that say what is done anyway, and to what is said of others."""
@@ -209,6 +210,7 @@ def refuse_trainer(trainer: Mapping[str, Any], section: str = "trainer") -> None
         known = ", ".join(handed_on.PRECISIONS)
         raise ValueError(f"{section}.precision: expected one of {known}, found {precision!r}")
     strategy, callbacks = _at(trainer, "strategy"), _at(trainer, "callbacks")
+    check_named(section, strategy)
     if strategy is not None and not isinstance(strategy, str):
         other = "the name of one of Lightning's, such as ddp, training.parallel=shard for FSDP2, or"
         _check_object(f"{section}.strategy", strategy, STRATEGIES, other)
@@ -302,13 +304,14 @@ def check_overrides(config: Mapping[str, Any]) -> None:
             f"training.fp8_recipe={training['fp8_recipe']}: says how FP8 scales, and nothing runs in it; add "
             "training.transformer_engine=fp8"
         )
+    check_tensor_parallel(training["tensor_parallel"], training["parallel"] == "shard")
     sections = ("trainer", "pretrain.trainer", "correct.trainer")
     for section in sections:
         trainer = _at(config, section)
         refuse_trainer(trainer, section)
         _check_epochs(f"{section}.max_epochs", _at(trainer, "max_epochs"), config)
         if config["training"]["parallel"] == "shard":
-            _check_shard(section, trainer)
+            check_shard(section, _at(trainer, "strategy"))
     batch_limit.check_sections(config, sections)
     if config["training"]["parallel"] == "shard":
         _check_archives(config["exp_manager"], "parallel=shard, whose weights are in parts")
@@ -325,14 +328,6 @@ def _check_epochs(key: str, epochs: Any, config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{key}: counts passes over data.train.samples, which is null: as many samples as the steps "
             f"take; set it, or use trainer.max_steps alone (found {epochs!r})"
-        )
-
-
-def _check_shard(section: str, trainer: Mapping[str, Any]) -> None:
-    if (strategy := _at(trainer, "strategy")) not in (None, "auto"):
-        raise ValueError(
-            f"{section}.strategy: training.parallel=shard is a strategy itself; use auto, or "
-            f"training.parallel=replicate (found {strategy!r})"
         )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -166,8 +167,18 @@ def _elsewhere(call: Call, on_line: Callable[[str], None], unwanted: Callable[[]
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",  # a random.py in the working folder is not Python's
     }
+    if _is_shared(call) and settings.kind == "torchrun":
+        environment[_ENDING] = str(math.ceil(settings.grace))
     ended = run_process(command, environment, call.log, limits, on_line, call.progress, unwanted)
     return _ended(call, ended, limits)
+
+
+_ENDING = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Seconds that torchrun leaves its ranks between SIGTERM and SIGKILL; torch before 2.12 reads nothing, and
+leaves them 30."""
+
+_BEFORE_THE_END = 110
+"""The same in a batch job, whose SIGTERM comes two minutes before its end (batch_script.sh.j2)."""
 
 
 def ranks_of(config: Config, name: str) -> int:
@@ -232,6 +243,7 @@ def _queued(call: Call, command: list[str], on_line: Callable[[str], None]) -> R
         f"cd {shlex.quote(os.getcwd())}",
         "export PYTHONUNBUFFERED=1",  # what it prints is a sign of life
         f"export {progress.VARIABLE}={shlex.quote(str(call.progress.resolve()))}",
+        f"export {_ENDING}=${{{_ENDING}:-{_BEFORE_THE_END}}}",
         *slurm.setup,
     ]
     job = Job(

@@ -56,7 +56,7 @@ def join(device: str) -> Ranks:
     """Joins the process group that torchrun's environment describes; alone where there is none.
 
     Args:
-        device: ``score.device``; on a GPU every rank takes its own.
+        device: what the stage computes on, as ``score.device``; on GPUs every rank takes its own.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:

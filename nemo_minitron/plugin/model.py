@@ -187,6 +187,8 @@ class MinitronModel(OwnLoaders, FastOnGpus, Clipping, ModelPT):
     def gather(self) -> None:
         """Brings a sharded model's weights together on rank 0, for ``save_hf``; all ranks call it.
 
+        A batch that is trained on afterwards makes it forget them.
+
         Raises:
             BadStep: the weights are those of a step that must not have been taken.
         """
@@ -304,6 +306,7 @@ class MinitronModel(OwnLoaders, FastOnGpus, Clipping, ModelPT):
         """Logs ``learning_rate`` and ``global_step``, as NeMo's models do; a step may begin."""
         if batch_idx % self._trainer.accumulate_grad_batches == 0:
             self.learned.begin()  # as Lightning, which makes its gradients zero then
+            self._gathered = None
         rate = learning_rate(self._trainer)
         values = {"learning_rate": rate, "global_step": self._trainer.global_step}
         # tensors on the CPU: Lightning would bring numbers to the device, and wait until they are
@@ -371,7 +374,15 @@ class MinitronModel(OwnLoaders, FastOnGpus, Clipping, ModelPT):
 
         Args:
             folder: an existing folder.
+
+        Raises:
+            ValueError: the model is split over ranks, and ``gather`` was not called behind its last step.
         """
+        if self._sharded and self._gathered is None:
+            raise ValueError(
+                "save_hf: the model is split over ranks, none of which has all of it; call gather() on all "
+                "ranks after the training, and then save_hf(folder) on rank 0"
+            )
         self.follow_model()
         config = OmegaConf.to_container(self.cfg.hf_config, resolve=True)
         assert isinstance(config, dict)

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_minitron.config.batch_limit import KEY as LIMIT
 from nemo_minitron.config.batch_limit import check_limit
 from nemo_minitron.config.overrides import duration, refuse_exp_manager, refuse_trainer
+from nemo_minitron.config.parallel import check_tensor_parallel
 from nemo_minitron.models.trainable import described
 from nemo_minitron.plugin.experiment import (
     end_loggers,
@@ -34,6 +35,7 @@ from nemo_minitron.plugin.experiment import (
 )
 from nemo_minitron.plugin.model import MinitronModel
 from nemo_minitron.plugin.nemo_archive import make_cfg
+from nemo_minitron.plugin.options import Options, check_state
 from nemo_minitron.plugin.step_costs import forward_flops, step_flops, work_of_phases
 from nemo_minitron.plugin.third_party_logging import silence_third_parties
 from nemo_minitron.training.averaging import Averaging
@@ -44,7 +46,7 @@ from nemo_minitron.training.compilation import is_compiled
 from nemo_minitron.training.early_stopping import WatchedMetrics
 from nemo_minitron.training.fit_loop import end_what_was_cut_short
 from nemo_minitron.training.fp8_recipes import check_tokens
-from nemo_minitron.training.loss_guard import LossGuard, Spikes
+from nemo_minitron.training.loss_guard import LossGuard
 from nemo_minitron.training.phases import PhasedSamples, phase_rates
 from nemo_minitron.training.preemption import Preemption
 from nemo_minitron.training.sampler import as_samples
@@ -64,39 +66,6 @@ __all__ = [
     "step_of",
     "train",
 ]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Settings that neither Lightning nor NeMo has.
-
-    Attributes:
-        activation_checkpointing: whether layers keep no activations, and compute them again.
-        compile: whether layers and loss are compiled: ``on``, ``off``, or ``auto`` (see
-            ``training.compilation``).
-        ema_decay: of the moving average that takes the weights' place; None: there is none.
-        spikes: losses that are as bad as those that are not finite.
-        peak_tflops: see ``TrainingLog``.
-        shard: whether weights, gradients and optimiser state are split over the ranks (FSDP2).
-        tensor_parallel: ranks that share the work on each sample; divides their number, and wants
-            ``shard``.
-        transformer_engine: ``off``; ``on``, its layers; ``fp8``, and their products in FP8.
-        fp8_recipe: how these are scaled; see ``training.fp8_recipes``.
-        only: patterns of the parameters that train; see ``models.trainable``. Empty: all do.
-        stop_after: steps after which it ends, to go on another time; None: after all.
-    """
-
-    activation_checkpointing: bool = False
-    compile: str = "off"
-    ema_decay: float | None = None
-    spikes: Spikes = Spikes()
-    peak_tflops: float | None = None
-    shard: bool = False
-    tensor_parallel: int = 1
-    transformer_engine: str = "off"
-    fp8_recipe: str = "auto"
-    only: tuple[str, ...] = ()
-    stop_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -187,13 +156,15 @@ def train(
         The trained model.
 
     Raises:
-        ValueError: a setting is refused, or the checkpoint holds more than data.
+        ValueError: a setting is refused; the checkpoint holds more than data, or see ``check_state``.
         BadStep: a step that must not be taken; with it in ``skipped``, another call resumes.
         Preempted, TimeOver: a signal came, ``max_time_per_run`` is over; another call resumes.
     """
     silence_third_parties()
     check_trainer(settings.trainer)
     refuse_exp_manager(settings.exp_manager)
+    check_tensor_parallel(settings.options.tensor_parallel, settings.options.shard)
+    check_state(state, newest_checkpoint(checkpoints_in(state)), settings.options.shard)
     try:
         trainer = _trainer(settings, [*callbacks, *phase_rates(samples, skipped)], state)
         model = MinitronModel(_cfg(hf_config, files, settings), trainer, hf_model.train())

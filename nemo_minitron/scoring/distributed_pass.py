@@ -59,11 +59,13 @@ class PassRequest:
 
 @contextmanager
 def leading(ranks: Ranks) -> Iterator["Leader"]:
-    """Rank 0's part; the end of the block, also by an error, ends the other ranks' part."""
-    try:
-        yield Leader(ranks)
-    finally:
-        ranks.broadcast(None)
+    """Rank 0's part; the end of the block ends the other ranks' part.
+
+    An error does not: the others may be in the midst of a pass, and wait for another message. It ends
+    this rank, and torchrun ends them.
+    """
+    yield Leader(ranks)
+    ranks.broadcast(None)
 
 
 def follow(ranks: Ranks) -> None:

@@ -212,8 +212,9 @@ class _Pass:
         self.losses = Losses(layers, measures.losses, removed)
         self.detour = LayerControl(model, family)
         self._most = sys.maxsize
-        # of a model that is sharded over ranks all must make the same forward passes
-        self._divides = not hasattr(next(model.parameters()), "full_tensor")
+        # of a model that is sharded over ranks all must make the same forward passes; those weights that
+        # it does not lay apart again after a pass are whole
+        self._divides = not any(hasattr(weight, "full_tensor") for weight in model.parameters())
 
     def take(self, batch: Batch, device: torch.device) -> None:
         """Takes a batch through the model; in halves where memory runs out, and so all that follow."""

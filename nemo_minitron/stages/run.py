@@ -85,9 +85,7 @@ def run_alone(
             on_result(run_stage(each, config))
         if name not in SEVERAL:
             return run_stage(name, config)
-        from nemo_minitron.models.ranks import join
-
-        return _lead(name, config, join("auto"))
+        return _lead(name, config, _join(name, config))
 
 
 def run_by_hand(
@@ -159,9 +157,7 @@ def _lead(name: str, config: "Config", ranks: "Ranks") -> Result:
 
 def _follow(name: str, config: "Config") -> None:
     """Runs a stage on another rank: it hears from rank 0 what is due, and does its share."""
-    from nemo_minitron.models.ranks import join
-
-    stage, ranks = importlib.import_module(STAGES[name]), join("auto")
+    stage, ranks = importlib.import_module(STAGES[name]), _join(name, config)
     due = ranks.broadcast(None)  # what rank 0 makes first is there then
     if due is not None:
         stage.recipe(config).build(*due, ranks)
@@ -181,6 +177,14 @@ def _make(recipe: Recipe, build: Callable[[Path, Path], Mapping[str, str] | None
         build(state, target)
 
     return make_resumable(folder, kind, settings, inputs, resumed, recipe.keep)
+
+
+def _join(name: str, config: "Config") -> "Ranks":
+    """Meets the other ranks, on the device that the stage computes on."""
+    from nemo_minitron.models.ranks import join
+    from nemo_minitron.stages.devices import device_of
+
+    return join(device_of(name, config))
 
 
 def _leave(ranks: "Ranks") -> None:

@@ -223,6 +223,13 @@ def _check(config: Config, checkpoint: Checkpoint) -> None:
     """
     score = config.score
     samples_at_once(score.batch_size)
+    greedily = greedy_steps(config, checkpoint.architecture.sizes["layers"])
+    if checkpoint.family.axes["layers"].fixed and (greedily or score.depth in ("lm_loss", "task")):
+        asked = "plan.layer_choice=greedy" if greedily else f"score.depth={score.depth}"
+        raise ValueError(
+            f"{asked}: leaves layers out, and a layer of {checkpoint.family.model_type} may read what "
+            "others made, so that all stay; use score.depth=block_influence or none, without plan.layers"
+        )
     unknown = [how for how in score.aggregation.also if how not in AGGREGATIONS]
     if unknown:
         raise ValueError(
@@ -245,7 +252,7 @@ def _check(config: Config, checkpoint: Checkpoint) -> None:
         raise ValueError(
             "score.depth=task: no task given; set score.tasks, as in score.tasks=[winogrande]"
         )
-    if score.depth == "none" and greedy_steps(config, checkpoint.architecture.sizes["layers"]):
+    if score.depth == "none" and greedily:
         raise ValueError(
             "plan.layer_choice=greedy: removes layers by what score.depth measures, and score.depth=none "
             "measures nothing; set score.depth=block_influence, lm_loss or task"

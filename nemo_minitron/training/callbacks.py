@@ -14,6 +14,7 @@ from nemo_minitron.training.early_stopping import watched
 from nemo_minitron.training.loss_guard import settle
 from nemo_minitron.training.phases import learning_rate
 from nemo_minitron.training.task_curves import validated
+from nemo_minitron.workspace.atomic import replacing
 from nemo_minitron.workspace.progress import note
 from nemo_minitron.workspace.training_log import read_log
 
@@ -130,8 +131,13 @@ class TrainingLog(Callback):
         self._clock = (trainer.global_step, time.monotonic())
         if not trainer.is_global_zero:
             return
-        lines = [line for line in read_log(self.path) if line["step"] <= trainer.global_step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        lines = read_log(self.path)
+        kept = [line for line in lines if line["step"] <= trainer.global_step]
+        if len(kept) < len(lines):
+            with replacing(self.path) as fresh:
+                fresh.write_text(
+                    "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
+                )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

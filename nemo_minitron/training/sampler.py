@@ -56,7 +56,7 @@ def schedule_of(
         trainer: Lightning's Trainer, or None before there is one.
         samples: samples in the data set.
         batch_size: samples per batch and rank.
-        tensor_parallel: ranks that read the same samples.
+        tensor_parallel: ranks that read the same samples, where the trainer's strategy does not say.
         step: the step that it stands at; None: the trainer's.
         whole: whether a pass is the whole training in any case; ``ExactResume`` counts on it.
 
@@ -64,8 +64,9 @@ def schedule_of(
         ValueError: there are too few samples for one batch of all ranks; or a pass is the whole
             training, and ``limit_train_batches`` ends epochs in the midst of a step.
     """
-    world = 1 if trainer is None else max(1, trainer.world_size // tensor_parallel)
-    rank = 0 if trainer is None else trainer.global_rank // tensor_parallel
+    sharing = _sharing(trainer, tensor_parallel)
+    world = 1 if trainer is None else max(1, trainer.world_size // sharing)
+    rank = 0 if trainer is None else trainer.global_rank // sharing
     epoch = samples // (batch_size * world)
     if trainer is None:
         return Schedule(0, epoch, epoch)
@@ -86,6 +87,16 @@ def schedule_of(
     start = epochs * epoch + min(rest * per_step, epoch)
     stop, each = (epochs + 1) * epoch, epoch * batch_size * world
     return Schedule(start, stop, length, rank, world, each, epoch)
+
+
+def _sharing(trainer: Any, given: int) -> int:
+    """Ranks that share one model: the strategy's own mesh knows, once the ranks have met."""
+    try:
+        mesh = None if trainer is None else getattr(trainer.strategy, "device_mesh", None)
+    except RuntimeError:  # Lightning's, of a mesh that is not there yet
+        return given
+    named = getattr(mesh, "mesh_dim_names", None) or ()
+    return int(mesh["tensor_parallel"].size()) if "tensor_parallel" in named else given
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.fabric.connector import _PRECISION_INPUT
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import StrategyRegistry
 from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
 from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 from nemo.utils.exp_manager import CallbackParams, EMAParams, ExpManagerConfig
@@ -30,6 +31,7 @@ from nemo_minitron.config.overrides import (
     check_overrides,
     duration,
 )
+from nemo_minitron.config.parallel import NAMED
 from nemo_minitron.plugin.trainer import check_trainer
 
 SAVED = "exp_manager.checkpoint_callback_params"
@@ -102,6 +104,29 @@ def test_the_table_has_every_key_that_nemo_and_lightning_have():
         f"exp_manager.{name}" for name in EXP_MANAGER
     }
     assert ruled <= told  # a rule of a key that they do not have refuses nothing
+
+
+def test_of_lightnings_strategies_those_that_keep_the_model_whole_may_be_named():
+    names = [*StrategyRegistry.available_strategies(), "auto"]
+    assert set(NAMED) <= set(names)
+    for section in ("trainer", "pretrain.trainer", "correct.trainer"):
+        for name in names:
+            word = f"{'' if section == 'trainer' else '+'}{section}.strategy={name}"
+            if name in NAMED:
+                load_config("config", [word])
+                continue
+            with pytest.raises(
+                ValueError, match=rf"^{section}\.strategy: .*training\.parallel=shard"
+            ):
+                load_config("config", [word])
+
+
+def test_ranks_share_the_layers_of_a_model_that_is_split_only():
+    load_config("config", ["training.tensor_parallel=2", "training.parallel=shard"])
+    with pytest.raises(
+        ValueError, match=r"^training\.tensor_parallel=2: .*training\.parallel=shard"
+    ):
+        load_config("config", ["training.tensor_parallel=2"])
 
 
 def fields(config):

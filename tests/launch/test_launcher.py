@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.launcher.api import LaunchConfig as LaunchOfTorch
 
 from nemo_minitron.config.compose import as_dict, load_config
 from nemo_minitron.config.launch_config import LaunchConfig
@@ -37,6 +38,9 @@ from nemo_minitron.launch.launcher import Call, launch
 values = json.load(open(sys.argv[2]))
 launch(Call(sys.argv[1], from_dict(values), values, None, *sys.argv[3:]), print)
 """
+
+
+ENDING = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 @pytest.fixture
@@ -145,6 +149,33 @@ def test_several_processes_under_torchrun_and_one_of_them_dies(
     )
     # torchrun makes a folder of its own in each start, and removes none
     assert not list((tmp_path / "temporary").glob("torchelastic*"))
+
+
+def test_torchrun_leaves_its_ranks_the_time_that_the_launch_has(trained):
+    """And not 30 seconds, whatever is set; torch before 2.12 knows no other number."""
+    _, call = trained
+    seen = []
+
+    def launchers():
+        return [child for child in children() if "torch.distributed.run" in command_line(child)]
+
+    def look():
+        (launcher,) = launchers()
+        seen.append(launcher.environ().get(ENDING))
+        launcher.kill()
+
+    looker = when(launchers, look)
+    words = ("launch.kind=torchrun", "launch.processes=1", "launch.grace=44.5")
+    with pytest.raises(StageError):
+        launch(call(*words), print)
+    looker.join()
+    assert seen == ["45"]
+
+
+@pytest.mark.skipif(not hasattr(LaunchOfTorch, "shutdown_timeout"), reason="torch before 2.12")
+def test_torchrun_reads_how_much_time_it_leaves(monkeypatch):
+    monkeypatch.setenv(ENDING, "45")
+    assert LaunchOfTorch(min_nodes=1, max_nodes=1, nproc_per_node=1).shutdown_timeout == 45
 
 
 @pytest.fixture
@@ -310,6 +341,16 @@ def test_a_job_that_is_refused_or_vanishes(trained, queue, monkeypatch):
         launch(call(*SLURM), print)
     killer.join()
     assert failure.value.kind == failures.LOST
+    lines = (queue / "jobs" / "1.sh").read_text().splitlines()
+    (time_to_save,) = [line for line in lines if ENDING in line]
+    for own, expected in ((None, "110"), ("300", "300")):
+        environment = {k: v for k, v in os.environ.items() if k != ENDING}
+        environment |= {} if own is None else {ENDING: own}
+        command = ["bash", "-c", f"{time_to_save}; printenv {ENDING}"]
+        told = subprocess.run(
+            command, text=True, check=True, stdout=subprocess.PIPE, env=environment
+        )
+        assert told.stdout.strip() == expected
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ValueError, match="no program 'sbatch' here"):
         launch(call(*SLURM), print)

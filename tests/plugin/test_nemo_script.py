@@ -30,6 +30,8 @@ from nemo_minitron.models.causal_lm import load_model
 from nemo_minitron.plugin.data_sets import data_set
 from tests.plugin.test_transforms import plan_for
 from tests.support.models import logits, make_model
+from tests.support.split_script import Seen, fitted
+from tests.support.two_ranks import module_on_two_ranks
 
 ROOT = Path(__file__).parents[2]
 OPTIM = {"name": "adamw", "lr": 1e-3, "sched": {"name": "CosineAnnealing", "warmup_steps": 2}}
@@ -116,6 +118,25 @@ def test_two_devices_need_no_flag_and_share_the_samples(teacher, corpus, tmp_pat
             seen[rank, epoch] |= set(map(tuple, batch))
     assert {len(rows) for rows in seen.values()} == {12}
     assert all(len(seen[0, epoch] | seen[1, epoch]) == 24 for epoch in range(2))
+
+
+def test_two_ranks_that_share_a_model_read_the_same_samples(corpus, tokenizer_folder, tmp_path):
+    """As one rank does alone; and nothing is written before the parts are together."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16, "head_dim": 4}
+    folder = make_model(tmp_path / "m", "llama", vocab_size=300, **sizes)
+    for path in tokenizer_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    module_on_two_ranks("tests.support.split_script", folder, corpus, tmp_path)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["batches"] == second["batches"]
+    seen = Seen()
+    alone = fitted(folder, corpus, [seen])
+    assert seen.batches == first["batches"] and len(seen.batches) == 3
+    written = load_model(tmp_path / "hf0", dtype=torch.float32).state_dict()
+    for name, tensor in alone.model.state_dict().items():
+        assert torch.allclose(written[name], tensor, atol=1e-5), name
+    for said in (first["said"], second["said"]):
+        assert said.startswith("save_hf: the model is split over ranks") and "gather()" in said
 
 
 def test_several_validation_sets_have_a_loader_and_a_name_each(teacher, corpus):

@@ -43,11 +43,15 @@ def test_width_is_cut_and_layers_are_kept(words, capsys):
     assert main(["download", *words]) == 0
     for word, told in (
         ("score.streaming=on", "score.streaming=on: no layer of gemma4_text runs without the others"),
+        ("score.depth=lm_loss", "score.depth=lm_loss: leaves layers out, and a layer of gemma4_text may read"),
+        ("score.depth=task", "score.depth=task: leaves layers out"),
+        ("score.tasks=[] plan.layer_choice=greedy plan.layers=3", "plan.layer_choice=greedy: leaves layers out"),
         ("plan.layers=3", "plan.layers: family 'gemma4_text' has no prunable axis of that name"),
         ("plan.drop_layers=[1]", "plan.drop_layers: family 'gemma4_text' has no prunable axis"),
     ):  # fmt: skip
         capsys.readouterr()
-        assert main(["score" if word.startswith("score") else "plan", *words, word]) == 2
+        stage = "score" if word.startswith("score") else "plan"
+        assert main([stage, *words, *word.split()]) == 2
         assert told in capsys.readouterr().err
         if word.startswith("score"):
             assert main(["score", *words]) == 0

@@ -13,14 +13,17 @@ from safetensors.torch import load_file, save_file
 
 from nemo_minitron.cli.main import main
 from nemo_minitron.config.compose import load_config
+from nemo_minitron.families import families
+from nemo_minitron.proofs.tiny_models import tiny_model
 from nemo_minitron.pruning.plan_file import read_plan
 from nemo_minitron.scoring.scores_file import read_scores
+from nemo_minitron.stages.devices import device_of
 from nemo_minitron.stages.score import recipe as recipe_of_scores
 from nemo_minitron.workspace.manifest import read_manifest
 from tests.support.models import make_model
 from tests.support.processes import until
 from tests.support.runs import minitron, refused, started
-from tests.support.two_ranks import on_two_ranks, two_ranks
+from tests.support.two_ranks import module_on_two_ranks, on_two_ranks, two_ranks
 
 
 @pytest.fixture
@@ -168,6 +171,50 @@ def test_a_mistake_on_rank_0_ends_all_ranks(tmp_path, words):
     (_, first), (_, second) = (rank.communicate(timeout=120) for rank in ranks)
     assert all(rank.returncode for rank in ranks)
     assert "expected 999999 samples of 16 tokens" in first and "Traceback" not in second
+
+
+def test_a_rank_that_fails_in_the_midst_of_a_pass_ends_and_none_halves_alone(tmp_path):
+    """Memory that runs out in a sharded model's second pass, and a full disk on rank 0."""
+    folder = make_model(tmp_path / "m", "llama")
+    module_on_two_ranks("tests.support.failing_ranks", folder, tmp_path, seconds=90)
+    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert said == ["OSError", "RuntimeError"]
+
+
+def test_what_all_ranks_refuse_in_a_pass_is_told(tmp_path, words, tokenizer_folder):
+    source = tmp_path / "source"
+    family = families()["falcon_h1"]
+    tiny_model(family, {**family.proofs[0], "vocab_size": 300}, source)
+    for path in tokenizer_folder.iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    words = [f"source.model={source}", *words[1:], "data.calibration.packing=documents"]
+    ranks = two_ranks("score", *words, f"workspace={tmp_path / 'two'}")
+    (_, first), _ = (rank.communicate(timeout=120) for rank in ranks)
+    assert ranks[0].returncode == 2 and "Traceback" not in first, first[-3000:]
+    assert (
+        "in falcon_h1, as the installed transformers computes it, one document sees another"
+        in first
+    )
+
+
+def test_ranks_leave_gpus_alone_where_the_stage_computes_on_the_cpu(tmp_path, words):
+    place = f"workspace={tmp_path / 'two'}"
+    module_on_two_ranks("tests.support.with_gpus", "score", *words, "score.device=cpu", place)
+    assert read_scores(tmp_path / "two" / "scores").ranking
+
+
+@pytest.mark.parametrize(
+    ("stage", "word"),
+    [
+        ("score", "score.device=cpu"), ("screen", "evaluate.device=cpu"), ("sensitivity", "evaluate.device=cpu"),
+        ("evaluate", "evaluate.device=cpu"), ("logits", "trainer.accelerator=cpu"),
+        ("distill", "trainer.accelerator=cpu"), ("pretrain", "+pretrain.trainer.accelerator=cpu"),
+        ("correct", "+correct.trainer.accelerator=cpu"),
+    ],
+)  # fmt: skip
+def test_the_key_that_says_where_a_stage_computes(stage, word):
+    assert device_of(stage, load_config("config", [])) == "auto"
+    assert device_of(stage, load_config("config", [word])) == "cpu"
 
 
 def faint(folder, tokenizer_folder, gains):

@@ -221,7 +221,10 @@ def test_without_transformer_engine_one_line_says_so(tmp_path):
             Options(transformer_engine="fp8", activation_checkpointing=True),
             "use on, or no checkpointing",
         ),
-        (Options(transformer_engine="on", tensor_parallel=2), "does not divide|not split"),
+        (
+            Options(transformer_engine="on", shard=True, tensor_parallel=2),
+            "does not divide|not split",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path, options, message):
