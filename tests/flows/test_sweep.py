@@ -395,7 +395,7 @@ def test_a_round_knows_the_length_of_a_training_that_its_launch_divides():
         (["launch.kind=torchrun"], 40),
         (["launch.kind=slurm"], 20),
         (["launch.kind=slurm", "launch.stages=[score]"], 160),
-        (["launch.kind=torchrun", "training.tensor_parallel=2"], 80),
+        (["launch.kind=torchrun", "training.tensor_parallel=2", "training.parallel=shard"], 80),
     ):
         short = _short(load_config("config", [*words, *more]), "one", {"hidden": 3072}, 10)
         assert short.optim["sched"]["constant_steps"] == 10 * 20 // whole

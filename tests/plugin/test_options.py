@@ -26,7 +26,12 @@ def test_ranks_share_the_layers_of_a_model_that_is_split_only(tmp_path):
 @pytest.mark.parametrize(("before", "after"), [("replicate", "shard"), ("shard", "replicate")])
 def test_a_state_of_the_other_kind_is_refused_and_stays(tmp_path, before, after):
     folder, state = make_model(tmp_path / "m", "llama"), tmp_path / "state"
-    run(folder, state, 3, options=Options(shard=before == "shard"))
+    if before == "replicate":
+        run(folder, state, 3)
+    else:  # a folder of parts, which is refused by what it is
+        parts = checkpoints_in(state) / "step=3.ckpt"
+        parts.mkdir(parents=True)
+        (parts / ".metadata").touch()
     saved = newest_checkpoint(checkpoints_in(state))
     told = rf"^training\.parallel={after}: .*{re.escape(str(saved))}.*set training\.parallel={before} again"
     with pytest.raises(ValueError, match=told):

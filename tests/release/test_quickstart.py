@@ -67,7 +67,7 @@ def test_a_models_card_runs_nothing_when_its_student_is_exported(given_away, tmp
     assert fences(card) == ["```python", "```"]
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert "PWNED" not in front and "license: other" in front
-    assert "The card of the source says of its licence" in body
+    assert "The source's card states its licence" in body
     # an innocent card with code of its own hinders nothing either
     (source / "README.md").write_text("---\nlicense: mit\n---\n```python\n   indented(\n```\n")
     shutil.rmtree(workspace / "export")
