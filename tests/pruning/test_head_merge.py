@@ -153,7 +153,7 @@ def test_heads_that_attend_alike_are_merged_in_every_family_without_a_difference
     for how in ("sum_output", "average_query"):
         merged, _ = cut_with(checkpoint, how, heads=2 * groups)
         found = logits(written(checkpoint, merged, tmp_path / how))
-        assert torch.allclose(found, expected, atol=2e-5, rtol=1e-5), (found - expected).abs().max()
+        assert torch.allclose(found, expected, atol=1e-4, rtol=1e-5), (found - expected).abs().max()
     plain, _ = cut_with(checkpoint, None, heads=2 * groups)
     assert (logits(written(checkpoint, plain, tmp_path / "none")) - expected).abs().max() > 1e-2
 
