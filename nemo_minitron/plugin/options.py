@@ -40,7 +40,7 @@ class Options:
 
 
 def check_state(state: Path, newest: Path | None, shard: bool) -> None:
-    """Refuses to go on with a checkpoint that the other kind of training has written.
+    """Refuses to resume from a checkpoint that the other kind of training has written.
 
     A sharded training writes a folder of parts, any other one file; neither reads the other's.
 
@@ -50,7 +50,7 @@ def check_state(state: Path, newest: Path | None, shard: bool) -> None:
         shard: see ``Options``.
 
     Raises:
-        ValueError: ``newest`` is of the other kind; the message says what goes on with it.
+        ValueError: ``newest`` is of the other kind; the message says what resumes from it.
     """
     if newest is None or newest.is_dir() == shard:
         return
@@ -60,6 +60,6 @@ def check_state(state: Path, newest: Path | None, shard: bool) -> None:
     )
     kind, other = ("shard", kinds[0]) if shard else ("replicate", kinds[1])
     raise ValueError(
-        f"training.parallel={kind}: cannot go on with {newest}, a checkpoint of training.parallel={other}; "
-        f"set training.parallel={other.partition(',')[0]} again, or move {state} away to begin anew"
+        f"training.parallel={kind}: cannot resume from {newest}, a checkpoint of training.parallel={other}; "
+        f"set training.parallel={other.partition(',')[0]} again, or move {state} away to start over"
     )

@@ -86,7 +86,7 @@ def recipe(config: Config) -> Recipe:
             check_teacher(settings.teacher_dtype, config.trainer["accelerator"])
         made.check()
 
-    return replace(made, check=check, summary=lambda: _told(settings, made.summary()))
+    return replace(made, check=check, summary=lambda: _with_note(settings, made.summary()))
 
 
 _DRAWN = (
@@ -95,7 +95,7 @@ _DRAWN = (
 )
 
 
-def _told(settings: DistillConfig, summary: Summary) -> Summary:
+def _with_note(settings: DistillConfig, summary: Summary) -> Summary:
     """The summary of a student, with a note where a logged divergence is not a plain one."""
     drawn = settings.teacher_logits == "cache" and settings.cache.method == "sampling"
     return replace(summary, notes=(*summary.notes, _DRAWN)) if drawn and settings.kl else summary

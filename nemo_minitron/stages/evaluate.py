@@ -95,9 +95,9 @@ def recipe(config: Config) -> Recipe:
         write_page(workspace.root, temporary)
 
     def summary() -> Summary:
-        summary = _judged(config, gate, folder)
+        judged = _judged(config, gate, folder)
         of = length_notes(config, read_config(bench.folders["student"]), "validation")
-        return replace(summary, notes=(*summary.notes, *of, *vocabulary_notes(read_report(folder))))
+        return replace(judged, notes=(*judged.notes, *of, *vocabulary_notes(read_report(folder))))
 
     def check() -> None:
         _check_models(config, bench.folders["teacher"])

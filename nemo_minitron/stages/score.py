@@ -83,9 +83,9 @@ def recipe(config: Config) -> Recipe:
         _write_plots(plots_in(temporary), scores, texts)
 
     def summary() -> Summary:
-        summary = _summary(config, read_scores(target), outcome)
+        scored = _summary(config, read_scores(target), outcome)
         of = length_notes(config, read_config(folder), "calibration") if activations else ()
-        return replace(summary, notes=(*summary.notes, *of))
+        return replace(scored, notes=(*scored.notes, *of))
 
     return Recipe(target, "scores", settings, inputs, build, summary, check, resumable=True)
 
